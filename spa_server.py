@@ -1,0 +1,3445 @@
+#!/usr/bin/env python3
+"""Hide ports, and open them for a while to clients that prove in one packet that they hold a key.
+
+This is a server for fwknop's single packet authorization (SPA). It reads fwknopd.conf and
+access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
+Python's standard library.
+
+The life of a datagram, in the order of Server.receive():
+
+  capture    a packet socket with a kernel filter, or a UDP socket               section 13
+  form       length and alphabet, before any key is touched                      section 4
+  unlock     whose is it? HMAC first, then decrypt, then decode                  sections 3, 4
+  fresh      too old? seen before? from before this memory began?                section 11
+  remember   on file before a door opens: a crash must not allow a replay        section 11
+  judge      user, address, ports, expiry: what may this packet open?            section 8
+  open       the grant goes to the firewall, which ends it by itself             sections 14, 15, 12
+  close      by the kernel when its time has come; by this server too            section 16
+
+Contents. Sections 1 to 9 only compute: bytes, text and time go in, values come out.
+
+  1. Words and errors
+  2. AES (FIPS 197)
+  3. Encryption and HMAC of an SPA packet
+  4. The SPA packet
+  5. Directives
+  6. fwknopd.conf
+  7. access.conf
+  8. Judgement
+  9. Kernel packet filter
+
+From here on the machine is touched.
+
+  10. Log and programs
+  11. Replay memory
+  12. Netlink
+  13. Capture
+  14. nftables
+  15. iptables
+  16. Grants
+  17. Server
+  18. Process
+  19. First configuration
+  20. Command line
+
+Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
+"""
+
+import argparse
+import array
+import binascii
+import calendar
+import errno
+import fcntl
+import hashlib
+import heapq
+import ipaddress
+import os
+import select
+import selectors
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
+from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
+                    Optional, Set, Tuple, TypeVar, Union, overload)
+
+try:
+    import syslog
+except ImportError:  # not on every system; --syslog-enable then says so
+    syslog = None  # type: ignore[assignment]
+
+VERSION = "0.1.0"
+
+
+# ======================================================================================
+# 1. Words and errors
+#
+# Stanza, directive, packet and digest are fwknop's words. A datagram is what came in; a
+# packet is its verified fields; a door is a source, a destination, a protocol and a port;
+# a grant is a door that is open until some time.
+# ======================================================================================
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Port = Tuple[str, int]  # ("tcp" or "udp", 1 to 65535)
+
+PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
+
+
+class SpaError(Exception):
+    """Something the administrator is told in one line; `hint` says what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(SpaError):
+    """A file or a directive that can't be used. Its text begins with file and line."""
+
+
+class CommandError(SpaError):
+    """A program or the kernel did not do what it was told."""
+
+
+class PacketRejected(Exception):
+    """The packet opens nothing. `reason` is a constant to count by, `form` the line in the log."""
+
+    def __init__(self, reason: str, text: str, form: str = "[{source}] {stanza}{text}") -> None:
+        super().__init__(text)
+        self.reason, self.form = reason, form
+        self.stanza = 0  # number of the stanza that rejected it
+
+
+class WrongKey(PacketRejected):
+    """The packet was not made with this stanza's keys; another stanza may know it."""
+
+
+class NotFresh(PacketRejected):
+    """The packet is too old, too new, or was seen before; that holds for every stanza."""
+
+
+class Datagram(NamedTuple):
+    """What came in: payload, and where from and to. Addresses are packed: 4 bytes or 16."""
+
+    payload: bytes
+    source: bytes
+    source_port: int
+    destination: bytes
+    destination_port: int
+
+
+class Door(NamedTuple):
+    """What can be opened: from a network to an address of this host (None: to any) and a port."""
+
+    source: Network
+    destination: Optional[Address]
+    protocol: str
+    port: int
+
+    def __str__(self) -> str:
+        """The door in the words of fwknopd's log."""
+        source = self.source.network_address if self.source.num_addresses == 1 else self.source
+        anywhere = "0.0.0.0/0" if self.source.version == 4 else "::/0"
+        return "%s -> %s %s/%d" % (source, self.destination or anywhere, self.protocol, self.port)
+
+
+class Grant(NamedTuple):
+    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds."""
+
+    door: Door
+    expires: int
+    ends: float
+
+
+# ======================================================================================
+# 2. AES (FIPS 197)
+#
+# The block cipher alone, from the standard. Modes are in section 3. `cryptography` is used
+# instead of it where many packets have to be decrypted (section 3, block_cipher).
+# ======================================================================================
+
+# --- shared: aes -- the same text in spa_server.py and spa_client.py --
+
+
+class AesTables:
+    """The S-box of FIPS 197 section 5.1.1, and the columns that SubBytes and MixColumns make of it.
+
+    encrypt_columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0
+    on top: a round is then sixteen look-ups and xors. decrypt_columns is the same of the inverse
+    cipher. How long look-ups take depends on key and caches, as in every AES made of tables.
+    """
+
+    def __init__(self) -> None:
+        # 3 generates the multiplicative group of GF(2^8): powers[k] is 3^k, and 1/3^k is 3^-k.
+        powers = [1]
+        for _ in range(254):
+            doubled = powers[-1] << 1 ^ (0x11B if powers[-1] & 0x80 else 0)
+            powers.append(powers[-1] ^ doubled)
+        logs = {power: k for k, power in enumerate(powers)}
+        sbox, inverse_sbox = bytearray(b"\x63" * 256), bytearray(256)
+        for k, power in enumerate(powers):
+            bits = powers[-k % 255] * 0x101  # 1/x twice, side by side: a shift right rotates
+            sbox[power] = (bits ^ bits >> 4 ^ bits >> 5 ^ bits >> 6 ^ bits >> 7) & 0xFF ^ 0x63
+        for position, value in enumerate(sbox):
+            inverse_sbox[value] = position
+
+        def columns(box: bytearray, factors: "Tuple[int, ...]") -> "List[List[int]]":
+            words = [0] * 256
+            for position, value in enumerate(box):
+                for factor in factors if value else ():
+                    product = powers[(logs[value] + logs[factor]) % 255]
+                    words[position] = words[position] << 8 | product
+            return [[(word << 32 | word) >> turn & 0xFFFFFFFF for word in words]
+                    for turn in (0, 8, 16, 24)]
+
+        self.sbox, self.inverse_sbox = bytes(sbox), bytes(inverse_sbox)
+        self.encrypt_columns = columns(sbox, (2, 1, 1, 3))
+        self.decrypt_columns = columns(inverse_sbox, (14, 9, 13, 11))
+
+
+class Aes:
+    """The block cipher of FIPS 197 for one key of 16, 24 or 32 bytes."""
+
+    tables = None  # type: Optional[AesTables]
+
+    def __init__(self, key: bytes) -> None:
+        if Aes.tables is None:
+            Aes.tables = AesTables()  # half a millisecond, so only when there is something to do
+        self.box, self.columns = Aes.tables.sbox, Aes.tables.encrypt_columns
+        self.inverse_box, self.inverse_columns = Aes.tables.inverse_sbox, Aes.tables.decrypt_columns
+        self.words = self.expand(key)
+        self.inverse_words = []  # type: List[int]
+
+    def expand(self, key: bytes) -> "List[int]":
+        """The round keys of section 5.2, four words each."""
+        words = list(struct.unpack(">%dI" % (len(key) // 4), key))
+        length, constant, box = len(words), 1, self.box
+        for i in range(length, 4 * (length + 7)):
+            word = words[-1]
+            if i % length == 0:
+                word = (word << 8 | word >> 24) & 0xFFFFFFFF
+            if i % length == 0 or (length > 6 and i % length == 4):
+                word = (box[word >> 24] << 24 | box[word >> 16 & 255] << 16
+                        | box[word >> 8 & 255] << 8 | box[word & 255])
+            if i % length == 0:
+                word ^= constant << 24
+                constant = constant << 1 ^ (0x11B if constant & 0x80 else 0)
+            words.append(words[-length] ^ word)
+        return words
+
+    def encrypt_block(self, block: bytes) -> bytes:
+        """Cipher() of section 5.1 over 16 bytes."""
+        a, b, c, d = struct.unpack(">4I", block)
+        return struct.pack(">4I", *self.rounds(self.columns, self.box, self.words, a, b, c, d))
+
+    def decrypt_block(self, block: bytes) -> bytes:
+        """EqInvCipher() of section 5.3.5 over 16 bytes.
+
+        Its rows turn to the other side: with the second and the fourth column exchanged, in the
+        round keys as well, it is the same rounds with the inverse tables.
+        """
+        if not self.inverse_words:
+            self.inverse_words = self.inverse_round_keys()
+        a, d, c, b = struct.unpack(">4I", block)
+        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
+                                 a, b, c, d)
+        return struct.pack(">4I", a, d, c, b)
+
+    def inverse_round_keys(self) -> "List[int]":
+        """The round keys last first, those in between through InvMixColumns (section 5.3.5)."""
+        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
+        for i in range(len(self.words) - 4, -1, -4):
+            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
+                if 0 < i < len(self.words) - 4:
+                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
+                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
+                words.append(word)
+        return words
+
+    @staticmethod
+    def rounds(columns: "List[List[int]]", box: bytes, k: "List[int]",
+               a: int, b: int, c: int, d: int) -> "Tuple[int, int, int, int]":
+        """All rounds over the four columns a, b, c, d of the state, with the round keys `k`."""
+        t0, t1, t2, t3 = columns
+        a, b, c, d = a ^ k[0], b ^ k[1], c ^ k[2], d ^ k[3]
+        for i in range(4, len(k) - 4, 4):
+            a, b, c, d = (
+                t0[a >> 24] ^ t1[b >> 16 & 255] ^ t2[c >> 8 & 255] ^ t3[d & 255] ^ k[i],
+                t0[b >> 24] ^ t1[c >> 16 & 255] ^ t2[d >> 8 & 255] ^ t3[a & 255] ^ k[i + 1],
+                t0[c >> 24] ^ t1[d >> 16 & 255] ^ t2[a >> 8 & 255] ^ t3[b & 255] ^ k[i + 2],
+                t0[d >> 24] ^ t1[a >> 16 & 255] ^ t2[b >> 8 & 255] ^ t3[c & 255] ^ k[i + 3])
+
+        def last(a: int, b: int, c: int, d: int) -> int:  # without MixColumns
+            return (box[a >> 24] << 24 | box[b >> 16 & 255] << 16
+                    | box[c >> 8 & 255] << 8 | box[d & 255])
+
+        return (last(a, b, c, d) ^ k[-4], last(b, c, d, a) ^ k[-3],
+                last(c, d, a, b) ^ k[-2], last(d, a, b, c) ^ k[-1])
+
+
+def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
+                 salt: bytes) -> "Tuple[bytes, bytes]":
+    """The AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes with MD5 and count 1.
+
+    It is what `openssl enc -md md5` does. `md5` returns the digest of its argument.
+    """
+    first = md5(secret + salt)
+    second = md5(first + secret + salt)
+    return first + second, md5(second + secret + salt)
+
+
+# --- end shared: aes --
+
+
+# ======================================================================================
+# 3. Encryption and HMAC of an SPA packet
+#
+# What fwknop spec 1.6 to 1.8 says of digests, HMAC types, keys and encryption modes. This
+# server only opens packets: nothing here encrypts.
+# ======================================================================================
+
+SALTED_PREFIX = b"U2FsdGVkX1"  # what base64 makes of "Salted__": never sent, but authenticated
+ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+MAX_KEY_BYTES = 32
+MAX_HMAC_KEY_BYTES = 128
+LEGACY_KEY_BYTES = 16
+MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
+
+
+class Secret(bytes):
+    """Bytes that no message shows, not even a traceback."""
+
+    def __repr__(self) -> str:
+        return "<secret>"
+
+    __str__ = __repr__
+
+
+class HashType(NamedTuple):
+    """One of fwknop's digest and HMAC types: name, and length of its base64 text without '='."""
+
+    name: str
+    text_length: int
+
+    def new(self, data: bytes = b"") -> Any:
+        """A hash object. Where FIPS mode forbids MD5, its use for something else is declared."""
+        make = getattr(hashlib, self.name.lower())
+        try:
+            return make(data)
+        except ValueError:
+            return make(data, usedforsecurity=False)
+
+
+# In the order of fwknop's numbers 1 to 7 (spec 1.6), SHA-2 before the SHA-3 of the same length.
+HASH_TYPES = (HashType("MD5", 22), HashType("SHA1", 27), HashType("SHA256", 43),
+              HashType("SHA384", 64), HashType("SHA512", 86), HashType("SHA3_256", 43),
+              HashType("SHA3_512", 86))
+
+
+def encode_base64(data: bytes) -> bytes:
+    """RFC 4648 base64 without '=', as everywhere in an SPA packet."""
+    return binascii.b2a_base64(data, newline=False).rstrip(b"=")
+
+
+def decode_base64(text: bytes) -> bytes:
+    """The bytes of a base64 text without '='; ValueError for any other character or length."""
+    if len(text) % 4 == 1 or text.translate(None, ALPHABET):
+        raise ValueError("expected base64")
+    return binascii.a2b_base64(text + b"=" * (-len(text) % 4))
+
+
+class Hmac:
+    """RFC 2104 with a fixed key and a fixed beginning, so that a tag costs two copies of a hash."""
+
+    def __init__(self, hash_type: HashType, key: bytes, beginning: bytes) -> None:
+        inner, outer = hash_type.new(), hash_type.new()
+        block = hash_type.new(key).digest() if len(key) > inner.block_size else key
+        block = block.ljust(inner.block_size, b"\0")
+        inner.update(bytes(byte ^ 0x36 for byte in block) + beginning)
+        outer.update(bytes(byte ^ 0x5C for byte in block))
+        self.inner, self.outer = inner, outer
+
+    def tag(self, data: bytes) -> bytes:
+        """The base64 tag of beginning and `data`, without '='."""
+        inner, outer = self.inner.copy(), self.outer.copy()
+        inner.update(data)
+        outer.update(inner.digest())
+        return encode_base64(outer.digest())
+
+
+def block_cipher(key: bytes, library: Any = None) -> Any:
+    """What encrypts and decrypts single blocks with `key`: an Aes, or `library`'s in its place."""
+    return LibraryAes(key, library) if library else Aes(key)
+
+
+class LibraryAes:
+    """Aes, done by the modules that `import_cryptography` returned."""
+
+    def __init__(self, key: bytes, library: Any) -> None:
+        cipher = library.Cipher(library.algorithms.AES(key), library.modes.ECB())
+        self.encrypt_block = cipher.encryptor().update
+        self.decrypt_block = cipher.decryptor().update
+
+
+def import_cryptography() -> Any:
+    """The module of `cryptography` that has the ciphers, or None.
+
+    Its import takes longer (80 ms) than our AES needs for a hundred packets, and 6 MB. With an HMAC
+    only genuine packets are decrypted, so it is worth it only for a stanza without one.
+    """
+    try:
+        from cryptography.hazmat.primitives import ciphers
+        from cryptography.hazmat.primitives.ciphers import algorithms, modes  # noqa: F401
+    except Exception:  # a broken installation raises anything; ours does the same work
+        return None
+    return ciphers
+
+
+def xor(left: bytes, right: bytes) -> bytes:
+    """Exclusive or of two blocks of 16 bytes."""
+    number = int.from_bytes(left, "big") ^ int.from_bytes(right, "big")
+    return number.to_bytes(16, "big")
+
+
+def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
+    """`text` (whole blocks) decrypted in `mode`, with its padding (NIST SP 800-38A section 6)."""
+    blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
+    if mode == "ECB":
+        return b"".join(cipher.decrypt_block(block) for block in blocks)
+    if mode == "CFB":
+        return b"".join(xor(block, cipher.encrypt_block(previous))
+                        for block, previous in zip(blocks, [iv] + blocks))
+    if mode in ("OFB", "CTR"):
+        plain, counter = b"", iv
+        for block in blocks:
+            output = cipher.encrypt_block(counter)
+            plain += xor(block, output)
+            counter = output if mode == "OFB" else next_counter(counter)
+        return plain
+    return b"".join(xor(cipher.decrypt_block(block), previous)
+                    for block, previous in zip(blocks, [iv] + blocks))
+
+
+def next_counter(counter: bytes) -> bytes:
+    """The block after `counter`, which is one big-endian number (SP 800-38A appendix B.1)."""
+    return ((int.from_bytes(counter, "big") + 1) % (1 << 128)).to_bytes(16, "big")
+
+
+def strip_padding(plain: bytes) -> bytes:
+    """`plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError when it has none.
+
+    fwknopd lets wrong padding pass. Here every byte counts: else a captured packet without HMAC
+    could be changed in its padding and sent again as a new one.
+    """
+    length = plain[-1]
+    if not 1 <= length <= 16 or plain[-length:] != bytes([length]) * length:
+        raise ValueError("expected padding")
+    return plain[:-length]
+
+
+class PacketKeys:
+    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+
+    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: HashType) -> None:
+        self.secret = key
+        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
+            self.secret = key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0")
+        self.mode = mode
+        self.hmac = Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None
+        self.tag_length = hmac_type.text_length if hmac_key else 0
+        self.library = None if hmac_key else import_cryptography()
+
+    def split(self, payload: bytes) -> Tuple[bytes, bytes]:
+        """Body and tag of a packet whose tag is right; WrongKey otherwise.
+
+        This is the first thing that touches a key, and all that junk gets to see of it.
+        """
+        if self.hmac is None:
+            return payload.rstrip(b"="), b""
+        body, tag = payload[:-self.tag_length], payload[-self.tag_length:]
+        if not compare_digest(self.hmac.tag(body), tag):
+            raise WrongKey("wrong HMAC", "Error creating fko context: Args contain invalid data: "
+                           "FKO_ERROR_INVALID_DATA_HMAC_COMPAREFAIL")
+        return body, tag
+
+    def open(self, ciphertext: bytes) -> bytes:
+        """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
+
+        The sixteen digits at the start tell the right key; a wrong one is known after one block.
+        """
+        if len(ciphertext) % 16 or len(ciphertext) < 48:
+            raise PacketRejected("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
+        key, iv = bytes_to_key(lambda data: HASH_TYPES[0].new(data).digest(), self.secret,
+                               ciphertext[8:16])
+        cipher = block_cipher(key, self.library)
+        try:
+            if not decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit():
+                raise ValueError("expected digits")
+            return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
+        except ValueError:
+            raise WrongKey("wrong key", "Error creating fko context: "
+                           "Decryption failed or decrypted data is invalid") from None
+
+
+# ======================================================================================
+# 4. The SPA packet
+#
+# Fields and their rules (fwknop spec 1.2 to 1.6, 1.9). All seven message types decode fully.
+# Where fwknopd's C parser takes what no client sends, this one does not: numbers are digits
+# only, and an address has no leading zeros. IPv6 addresses are our extension.
+# ======================================================================================
+
+MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # fwknop spec 1.10
+GPG_LENGTH = 400  # from here on fwknop takes a packet for GPG (spec 1.9)
+MIN_BODY = 36
+
+COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
+NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
+TIMEOUT_TYPES = (ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT_TIMEOUT)
+TYPE_NAMES = ("Command msg", "Access msg", "NAT access msg", "Client timeout access msg",
+              "Client timeout NAT access msg", "Local NAT access msg",
+              "Client timeout local NAT access msg")
+
+MAX_TIMEOUT = 65536
+PRINTABLE = bytes(range(0x20, 0x7F))
+USER_EXCLUDED = b'"/\\[]:;|=,+*?<>'
+NAT_EXCLUDED = " /?\"'\\`"
+
+
+class Packet(NamedTuple):
+    """The fields of an SPA packet, in the order of the wire (spec 1.2)."""
+
+    random: str
+    user: str
+    timestamp: int  # epoch seconds of the client's clock
+    version: str
+    type: int
+    message: str
+    nat: Optional[Tuple[str, int]]
+    server_auth: Optional[str]
+    timeout: int  # seconds the client asks for; 0 when it does not
+    digest_type: str
+    address: Optional[Address]  # None: where the packet came from
+    ports: Tuple[Port, ...]
+    command: str
+
+
+def invalid_data(name: str) -> str:
+    """The log text of a broken rule, with fwknop's name of the error (spec appendix A)."""
+    return "Error creating fko context: Args contain invalid data: FKO_ERROR_INVALID_DATA_" + name
+
+
+def check_field(right: bool, name: str) -> None:
+    """Rejects the packet as malformed, with fwknop's name of the error, unless `right`."""
+    if not right:
+        raise PacketRejected("malformed", invalid_data(name))
+
+
+def check_form(payload: bytes) -> None:
+    """Rejects what can't be an SPA packet, by length and alphabet alone (spec 1.9, 1.10)."""
+    if not MIN_PAYLOAD <= len(payload) <= MAX_PAYLOAD:
+        raise PacketRejected("length", "preprocess_spa_data() returned error 4097: "
+                             "'Not enough data to be an SPA message' for incoming packet.")
+    if payload.translate(None, ALPHABET).strip(b"="):
+        raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4098: "
+                             "'Data is not an SPA message' for incoming packet.")
+    if payload.startswith(SALTED_PREFIX) or payload.startswith(b"hQ") and len(payload) > GPG_LENGTH:
+        raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4096: "
+                             "'Data is not a valid SPA message format' for incoming packet.")
+    if len(payload) >= GPG_LENGTH:
+        raise PacketRejected("too long", "No stanza encryption mode match for encryption type: 2. "
+                             "(%d characters: from %d on it is a GPG packet, not supported yet)"
+                             % (len(payload), GPG_LENGTH))
+
+
+def open_packet(payload: bytes, keys: PacketKeys) -> Tuple[Packet, bytes]:
+    """The packet, and the canonical text by which it is remembered. HMAC before anything else.
+
+    The canonical text is what a real client sends, so that its digest is the one in fwknopd's
+    digest.cache as well. The bit games of spec 1.13 all lead back to it.
+    """
+    body, tag = keys.split(payload)
+    check_field(len(body) >= MIN_BODY, "ENCRYPT_CIPHERLEN_VALIDFAIL")
+    try:
+        ciphertext = decode_base64(SALTED_PREFIX + body)
+    except ValueError:
+        raise PacketRejected("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
+    check_field(ciphertext.startswith(b"Salted__"), "ENCRYPT_TYPE_UNKNOWN")
+    packet = decode_packet(keys.open(ciphertext))
+    return packet, encode_base64(ciphertext)[len(SALTED_PREFIX):] + tag
+
+
+def decode_packet(plain: bytes) -> Packet:
+    """The fields of RAND:USER:TIMESTAMP:VERSION:TYPE:MSG[:NAT][:AUTH][:TIMEOUT]:DIGEST."""
+    if not plain[:16].isdigit() or plain[16:17] != b":":
+        raise WrongKey("wrong key", "Error creating fko context: "
+                       "Decryption failed or decrypted data is invalid")
+    check_field(not plain.translate(None, PRINTABLE), "DECODE_NON_ASCII")
+    fields = plain.split(b":")
+    check_field(len(fields) >= 7, "DECODE_LT_MIN_FIELDS")
+    digest_type = check_digest(plain[:-len(fields[-1]) - 1], fields[-1])
+    random, user, timestamp, version, type_text, message = fields[:6]
+    check_field(timestamp != b"", "DECODE_TIMESTAMP_MISSING")
+    check_field(len(timestamp) <= 12, "DECODE_TIMESTAMP_TOOBIG")
+    check_field(timestamp.isdigit(), "DECODE_TIMESTAMP_DECODEFAIL")
+    check_field(version != b"", "DECODE_VERSION_MISSING")
+    check_field(len(version) <= 8, "DECODE_VERSION_TOOBIG")
+    check_field(type_text != b"", "DECODE_MSGTYPE_MISSING")
+    check_field(len(type_text) <= 2, "DECODE_MSGTYPE_TOOBIG")
+    check_field(type_text.isdigit() and int(type_text) <= LOCAL_NAT_TIMEOUT,
+                "DECODE_MSGTYPE_DECODEFAIL")
+    message_type = int(type_text)
+    nat, server_auth, timeout = decode_extra(message_type, fields[6:-1])
+    text = decode_text(message, 256, "DECODE_MESSAGE")
+    address, ports, command = decode_message(message_type, text)
+    return Packet(random.decode(), decode_user(user), int(timestamp), version.decode(),
+                  message_type, text, nat, server_auth, timeout, digest_type,
+                  address, ports, command)
+
+
+def check_digest(message: bytes, text: bytes) -> str:
+    """The name of the digest that `text` is of `message`; its length tells the type (spec 1.6)."""
+    candidates = [hash_type for hash_type in HASH_TYPES if hash_type.text_length == len(text)]
+    if not candidates:
+        raise PacketRejected("malformed", "Error creating fko context: Invalid digest type")
+    for hash_type in candidates:
+        if encode_base64(hash_type.new(message).digest()) == text:
+            return hash_type.name
+    raise PacketRejected("malformed", "Error creating fko context: "
+                         "The computed digest did not match the digest in the spa data")
+
+
+def decode_text(field: bytes, longest: int, name: str) -> str:
+    """The text of a base64 field of at most `longest` characters; `name` begins its errors."""
+    check_field(field != b"", name + "_MISSING")
+    check_field(len(field) <= longest, name + "_TOOBIG")
+    try:
+        return decode_base64(field).decode("latin-1")
+    except ValueError:
+        raise PacketRejected("malformed", invalid_data(name + "_DECODEFAIL")) from None
+
+
+def decode_user(field: bytes) -> str:
+    """The user name: 1 to 48 printable characters without those of spec 1.3."""
+    user = decode_text(field, 64, "DECODE_USERNAME").encode("latin-1")
+    check_field(not user.translate(None, PRINTABLE) and user == user.translate(None, USER_EXCLUDED),
+                "DECODE_USERNAME_VALIDFAIL")
+    return user.decode()
+
+
+def decode_extra(message_type: int,
+                 extra: List[bytes]) -> Tuple[Optional[Tuple[str, int]], Optional[str], int]:
+    """NAT, SERVER_AUTH and TIMEOUT, each of which only some types have (spec 1.2)."""
+    with_nat, with_timeout = message_type in NAT_TYPES, message_type in TIMEOUT_TYPES
+    check_field(len(extra) <= 1 + with_nat + with_timeout, "DECODE_WRONG_NUM_FIELDS")
+    check_field(len(extra) >= with_nat, "DECODE_NATACCESS_MISSING")
+    check_field(len(extra) >= with_nat + with_timeout, "DECODE_TIMEOUT_MISSING")
+    timeout = 0
+    if with_timeout:
+        check_field(extra[-1].isdigit(), "DECODE_TIMEOUT_VALIDFAIL")
+        check_field(len(extra[-1]) <= 16 and int(extra[-1]) <= MAX_TIMEOUT,
+                    "DECODE_TIMEOUT_DECODEFAIL")
+        timeout = int(extra.pop())
+    nat = decode_nat(extra.pop(0)) if with_nat else None
+    return nat, decode_text(extra[0], 256, "DECODE_SRVAUTH") if extra else None, timeout
+
+
+def decode_nat(field: bytes) -> Tuple[str, int]:
+    """Host and port of `host,port` (spec 1.5). The host may be a name, or empty."""
+    text = decode_text(field, 256, "DECODE_NATACCESS")
+    host, comma, port = text.partition(",")
+    check_field(bool(comma) and len(host) <= 70 and not set(host) & set(NAT_EXCLUDED)
+                and is_port(port), "DECODE_NATACCESS_VALIDFAIL")
+    return host, int(port)
+
+
+def decode_message(message_type: int,
+                   text: str) -> Tuple[Optional[Address], Tuple[Port, ...], str]:
+    """Address, ports and command of `IP,proto/port[,...]` or `IP,command` (spec 1.4)."""
+    ip_text, comma, rest = text.partition(",")
+    name = "DECODE_MESSAGE_VALIDFAIL" if message_type == COMMAND else "DECODE_ACCESS_VALIDFAIL"
+    check_field(bool(comma and rest), name)
+    try:
+        address = parse_address(ip_text)
+        ports = [parse_port(item) for item in rest.split(",") if message_type != COMMAND]
+    except ValueError:
+        raise PacketRejected("malformed", invalid_data(name)) from None
+    return (None if address.is_unspecified else address, tuple(dict.fromkeys(ports)),
+            rest if message_type == COMMAND else "")
+
+
+def port_list(ports: Iterable[Port]) -> str:
+    """Ports in words: `tcp/22, udp/53`."""
+    return ", ".join("%s/%d" % port for port in sorted(ports))
+
+
+def is_port(text: str) -> bool:
+    """Whether `text` is a port number: up to five digits, 1 to 65535."""
+    return 0 < len(text) <= 5 and not text.strip("0123456789") and 1 <= int(text) <= 65535
+
+
+def parse_port(text: str) -> Port:
+    """`tcp/22` or `udp/53` as (protocol, port)."""
+    protocol, _, number = text.partition("/")
+    if protocol not in PROTOCOL_NUMBERS or not is_port(number):
+        raise ValueError("expected tcp/PORT or udp/PORT, PORT 1 to 65535")
+    return protocol, int(number)
+
+
+def parse_address(text: str) -> Address:
+    """An IPv4 or IPv6 address; one that IPv6 wraps around IPv4 comes out as the IPv4 address."""
+    octets = text.split(".")
+    # inet_aton() reads 010 as eight, Python before 3.9.5 as ten: it can't be told what was meant.
+    if "%" in text or len(octets) == 4 and any(len(o) > 1 and o[0] == "0" for o in octets):
+        raise ValueError("expected an IP address without leading zeros or scope")
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+# ======================================================================================
+# 5. Directives
+#
+# One row per directive of a file: a typed attribute that knows its name, parser, default and
+# help. Reading, the dump, --help and the README's tables all walk the rows. Two more states
+# are rows too: Ignored (can't widen access) and Refused (dropping it would widen access).
+# ======================================================================================
+
+T = TypeVar("T")
+
+
+class Directive(Generic[T]):
+    """A row: `settings.attribute` is the parsed value. A default is parsed as a file's."""
+
+    def __init__(self, name: str, parse: Callable[[str], T], default: str, help: str,
+                 aliases: Tuple[str, ...] = (), secret: bool = False) -> None:
+        self.name, self.parse, self.default, self.help = name, parse, default, help
+        self.names = (name,) + aliases
+        self.secret = secret
+
+    def __set_name__(self, owner: type, attribute: str) -> None:
+        self.attribute = attribute
+
+    @overload
+    def __get__(self, settings: None, owner: type) -> "Directive[T]": ...
+
+    @overload
+    def __get__(self, settings: "Settings", owner: type) -> T: ...
+
+    def __get__(self, settings: Optional["Settings"], owner: type) -> Union["Directive[T]", T]:
+        """The default. A value that a file sets is in the instance's __dict__, which goes first."""
+        if settings is None:
+            return self
+        value = self.parse(settings.expand(self.default))
+        settings.__dict__[self.attribute] = value
+        return value
+
+    def set(self, settings: "Settings", text: str) -> None:
+        """Gives `settings` the value that `text` means; ValueError when it means none."""
+        settings.__dict__[self.attribute] = self.parse(text)
+
+
+class Ignored(Directive[str]):
+    """A directive of fwknopd's that changes nothing here; a file that sets it is warned of."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name, str, "", why)
+
+
+class Refused(Directive[str]):
+    """A directive whose silent loss would open more than the file says: it stops the start."""
+
+    def __init__(self, name: str, why: str, harmless: str = "") -> None:
+        super().__init__(name, self.parse_harmless, harmless, why)
+
+    def parse_harmless(self, text: str) -> str:
+        """The value that changes nothing, if there is one; ValueError for all others."""
+        if not self.default or parse_flag(text) != parse_flag(self.default):
+            raise ValueError(self.help)
+        return text
+
+
+class Line(NamedTuple):
+    """One directive as it stands in a file."""
+
+    file: str
+    number: int
+    name: str
+    value: str
+
+    def error(self, text: object) -> ConfigError:
+        """The error that this line is wrong in the way that `text` says."""
+        return ConfigError("%s:%d: %s: %s" % (self.file, self.number, self.name, text))
+
+
+class Settings:
+    """The directives of one file or stanza. Subclasses are tables of rows."""
+
+    def __init__(self) -> None:
+        self.texts: Dict[str, str] = {}  # what the file set, by the row's name
+        self.lines: Dict[str, Line] = {}
+
+    @classmethod
+    def rows(cls) -> Iterator[Directive[Any]]:
+        """The rows in the order of the table."""
+        return (row for row in vars(cls).values() if isinstance(row, Directive))
+
+    @classmethod
+    def row(cls, name: str) -> Optional[Directive[Any]]:
+        """The row of the directive `name`; a row NAME_* stands for all names that begin so."""
+        for row in cls.rows():
+            if name in row.names or row.name.endswith("_*") and name.startswith(row.name[:-1]):
+                return row
+        return None
+
+    def take(self, line: Line) -> Optional[str]:
+        """Sets what `line` says; ConfigError when it can't be. Returns a warning or None."""
+        row = self.row(line.name)
+        if row is None:
+            raise line.error("unknown directive")
+        value = line.value if row.secret else line.value.rstrip()
+        try:
+            row.set(self, self.expand(value))
+        except ValueError as error:
+            shown = "" if row.secret or isinstance(row, Refused) else ", not '%s'" % value
+            raise line.error("%s%s" % (error, shown)) from None
+        self.texts[row.name], self.lines[row.name] = value, line
+        if isinstance(row, Ignored):
+            return "%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
+        return None
+
+    def is_set(self, row: Directive[Any]) -> bool:
+        """Whether a file or an option set this directive."""
+        return row.name in self.texts
+
+    def error(self, row: Directive[Any], text: str) -> ConfigError:
+        """The error that the value of `row` can't stay as it is, at the line that set it."""
+        line = self.lines.get(row.name)
+        return line.error(text) if line else ConfigError("%s: %s" % (row.name, text))
+
+    def expand(self, value: str) -> str:
+        """`value`, where it begins with a directive as `$FWKNOP_RUN_DIR/x` does, with its value."""
+        if not value.startswith("$"):
+            return value
+        name, slash, rest = value[1:].partition("/")
+        row = self.row(name)
+        if row is None:
+            raise ValueError("expected the name of a directive after the dollar sign")
+        return str(getattr(self, row.attribute)) + slash + rest
+
+    def dump(self) -> str:
+        """The table in the file's own syntax, with the values in force. Secrets are not shown."""
+        lines = []
+        for row in self.rows():
+            if isinstance(row, (Ignored, Refused)) and row.name not in self.texts:
+                continue
+            value = self.texts.get(row.name, row.default)
+            if row.secret and value:
+                value = "__CHANGEME__"
+            lines.append("%-27s %s;" % (row.name, value) if value else
+                         "#%-26s (not set)" % row.name)
+        return "\n".join(lines) + "\n"
+
+
+def read_lines(path: str, colon: bool) -> Iterator[Line]:
+    """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
+
+    `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
+    end, which belong to a key. Bytes above 0x7f come out as one character each.
+    """
+    try:
+        with open(path, encoding="latin-1", newline="\n") as file:
+            text = file.read()
+    except OSError as error:
+        raise ConfigError("%s: %s" % (path, error.strerror)) from None
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = raw.rstrip("\r").lstrip(" \t")
+        if not line or line[0] in "#;":
+            continue
+        parts = line.split(None, 1)
+        name = parts[0].rstrip(":") if colon else parts[0]
+        value = parts[1].split(";", 1)[0] if len(parts) > 1 else ""
+        if not value.strip():
+            name = name.rstrip(";")
+            raise Line(path, number, name, "").error("expected a value")
+        yield Line(path, number, name, value)
+
+
+def parse_flag(text: str) -> bool:
+    """Y or N, by its first letter as in fwknopd."""
+    if text[:1].upper() not in ("Y", "N"):
+        raise ValueError("expected Y or N")
+    return text[:1].upper() == "Y"
+
+
+def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
+    """A parser of decimal numbers from `least` to `most`."""
+    def parse(text: str) -> int:
+        if text.strip("0123456789") or not 0 < len(text) <= 12 or not least <= int(text) <= most:
+            raise ValueError("expected %s, %d to %d" % (unit, least, most))
+        return int(text)
+    return parse
+
+
+def choice(*words: str) -> Callable[[str], str]:
+    """A parser of one of `words`, in upper or lower case."""
+    def parse(text: str) -> str:
+        for word in words:
+            if text.lower() == word.lower():
+                return word
+        raise ValueError("expected %s" % ", ".join(words[:-1]) + " or " + words[-1])
+    return parse
+
+
+def parse_path(text: str) -> str:
+    """An absolute path."""
+    if not text.startswith("/"):
+        raise ValueError("expected an absolute path")
+    return text
+
+
+def optional(parse: Callable[[str], T]) -> Callable[[str], Optional[T]]:
+    """A parser like `parse` that takes the empty default for None."""
+    return lambda text: parse(text) if text else None
+
+
+def parse_ports(text: str) -> FrozenSet[Port]:
+    """A comma list of ports: `tcp/22, udp/53`. Naming one twice changes nothing."""
+    return frozenset(parse_port(item.strip().lower()) for item in text.split(",") if text)
+
+
+class Networks:
+    """The addresses of a SOURCE or DESTINATION directive; `ANY` is everything of both families."""
+
+    def __init__(self, text: str) -> None:
+        self.masks: Dict[int, List[Tuple[int, int]]] = {4: [], 16: []}
+        self.everything = text.strip().upper() == "ANY"
+        for item in () if self.everything else text.split(","):
+            try:
+                network = ipaddress.ip_network(item.strip(), strict=False)
+            except ValueError:
+                raise ValueError("expected ANY, or IP addresses and networks with commas "
+                                 "between") from None
+            pair = int(network.netmask), int(network.network_address)
+            self.masks[network.max_prefixlen // 8].append(pair)
+
+    def __contains__(self, packed: bytes) -> bool:
+        """Whether the address of 4 or 16 bytes is one of them."""
+        if self.everything:
+            return True
+        number = int.from_bytes(packed, "big")
+        return any(number & mask == value for mask, value in self.masks[len(packed)])
+
+
+# ======================================================================================
+# 6. fwknopd.conf
+#
+# How this server listens, remembers and drives the firewall (fwknop spec 3.2). What access
+# it grants is in section 7.
+# ======================================================================================
+
+
+class FilterTerm(NamedTuple):
+    """`udp port N` or `udp dst port N` of a PCAP_FILTER."""
+
+    port: int
+    source_too: bool
+
+
+def parse_packet_filter(text: str) -> Tuple[FilterTerm, ...]:
+    """The terms of a PCAP_FILTER."""
+    terms = []
+    for term in text.split(" or "):
+        words = term.split()
+        if words[:-1] not in (["udp", "port"], ["udp", "dst", "port"]) or not is_port(words[-1]):
+            raise ValueError("expected `udp port N` or `udp dst port N`, joined by `or`")
+        terms.append(FilterTerm(int(words[-1]), len(words) == 3))
+    if len(terms) > 32:
+        raise ValueError("expected at most 32 ports")
+    return tuple(terms)
+
+
+def parse_interface(text: str) -> str:
+    """The name of a network interface, or `any`."""
+    if not 0 < len(text) < 16 or set(text) & set("/ \t"):
+        raise ValueError("expected the name of one interface, or `any`")
+    return text
+
+
+class IptablesChain(NamedTuple):
+    """Where access rules go: `target, table, from-chain, position, to-chain, position`."""
+
+    target: str
+    table: str
+    from_chain: str
+    position: int
+    chain: str
+
+
+def parse_iptables_chain(text: str) -> IptablesChain:
+    """An IPT_*_ACCESS directive (fwknop spec 3.2)."""
+    fields = [field.strip() for field in text.split(",")]
+    if len(fields) != 6 or not all(is_word(field) for field in fields) or not fields[3].isdigit():
+        raise ValueError("expected `target, table, from-chain, position, to-chain, position`")
+    if fields[2] == fields[4] or len(fields[4]) > 28:
+        raise ValueError("expected a chain of our own of at most 28 characters")
+    return IptablesChain(fields[0], fields[1], fields[2], max(1, int(fields[3])), fields[4])
+
+
+class NftChain(NamedTuple):
+    """A chain of the host's nftables firewall: `family table chain`."""
+
+    family: str
+    table: str
+    chain: str
+
+
+def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
+    """A comma list of nftables chains: `inet filter input, ip6 filter input`."""
+    chains = []
+    for item in text.split(",") if text else ():
+        words = item.split()
+        if len(words) != 3 or words[0] not in NFT_FAMILIES or not all(map(is_word, words)):
+            raise ValueError("expected `inet|ip|ip6 TABLE CHAIN`, with commas between")
+        chains.append(NftChain(*words))
+    return tuple(chains)
+
+
+def is_word(text: str) -> bool:
+    """Whether `text` can be a name in a firewall's language: letters, digits, `_`, `-`, `.`."""
+    return bool(text) and text[0] != "-" and not text.strip(WORD_CHARACTERS)
+
+
+NFT_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # NFPROTO_ of linux/netfilter.h
+WORD_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
+NOT_YET = "not supported yet"
+NO_NAT = "NAT is %s, such packets are rejected" % NOT_YET
+NO_HTTP = "SPA over HTTP is " + NOT_YET
+NO_COMMANDS = "commands are %s, such packets are rejected" % NOT_YET
+NO_GPG = "GPG is %s, such packets are rejected" % NOT_YET
+OWN_PORTS = "%s is " + NOT_YET + ", and without it this host's own ports would open"
+OTHER_FIREWALL = "it belongs to another build of fwknopd"
+NO_TICK = "nothing here waits for a tick"
+FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(8))
+
+
+class ServerSettings(Settings):
+    """fwknopd.conf: how this server listens, remembers and opens."""
+
+    verbose = Directive("VERBOSE", integer(0, 9), "0", "1 and more: say more in the log")
+    interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
+    packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
+                              "`udp port N` or `udp dst port N`, joined by `or`: what to look at")
+    udp_server = Directive("ENABLE_UDP_SERVER", parse_flag, "N", "listen on a UDP socket instead")
+    udp_port = Directive("UDPSERV_PORT", integer(1, 65535), "62201", "port of that socket")
+    aging = Directive("ENABLE_SPA_PACKET_AGING", parse_flag, "Y", "reject packets by their age")
+    max_packet_age = Directive("MAX_SPA_PACKET_AGE", integer(1, 100000, "seconds"), "120",
+                               "by how many seconds a client's clock may differ")
+    digest_persistence = Directive("ENABLE_DIGEST_PERSISTENCE", parse_flag, "Y",
+                                   "keep the replay memory in DIGEST_FILE, not only in the process")
+    firewall = Directive("FIREWALL_TYPE", choice("auto", "nft", "iptables", "none"), "auto",
+                         "auto, nft, iptables or none")
+    guard_ports = Directive("GUARD_PORTS", parse_ports, "",
+                            "ports that are closed to everybody without a grant: tcp/22, udp/1194")
+    nft_accept_chains = Directive("NFT_ACCEPT_CHAINS", parse_nft_chains, "",
+                                  "chains of the host's nftables for grants: inet filter input")
+    firewall_program = Directive("FIREWALL_EXE", optional(parse_path), "",
+                                 "iptables or nft to run; without it the one in PATH")
+    input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
+                             "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
+                             "target, table, from-chain, position, chain, position")
+    output_access = Directive("IPT_OUTPUT_ACCESS", parse_iptables_chain,
+                              "ACCEPT, filter, OUTPUT, 1, FWKNOP_OUTPUT, 1", "the same for answers")
+    enable_output = Directive("ENABLE_IPT_OUTPUT", parse_flag, "N",
+                              "let answers out with rules of their own (iptables)")
+    destination_rule = Directive("ENABLE_DESTINATION_RULE", parse_flag, "N",
+                                 "open only the address that the packet was sent to")
+    rule_prepend = Directive("ENABLE_RULE_PREPEND", parse_flag, "N",
+                             "put access rules first in their chain (iptables)")
+    flush_at_start = Directive("FLUSH_IPT_AT_INIT", parse_flag, "N",
+                               "close all grants at start instead of going on with them")
+    flush_at_stop = Directive("FLUSH_IPT_AT_EXIT", parse_flag, "Y",
+                              "close all grants at a clean stop; N: the kernel ends them")
+    syslog_identity = Directive("SYSLOG_IDENTITY", str, "fwknopd", "name in syslog")
+    syslog_facility = Directive("SYSLOG_FACILITY", choice(*FACILITIES), "LOG_DAEMON",
+                                "LOG_DAEMON, LOG_LOCAL0 to LOG_LOCAL7")
+    run_directory = Directive("FWKNOP_RUN_DIR", parse_path, "/run/fwknop", "where state is kept")
+    conf_directory = Directive("FWKNOP_CONF_DIR", parse_path, "/etc/fwknop", "where files are read")
+    access_file = Directive("ACCESS_FILE", parse_path, "$FWKNOP_CONF_DIR/access.conf",
+                            "the stanzas")
+    pid_file = Directive("FWKNOP_PID_FILE", parse_path, "$FWKNOP_RUN_DIR/fwknopd.pid",
+                         "pid of the running server, which holds a lock on it")
+    digest_file = Directive("DIGEST_FILE", parse_path, "$FWKNOP_RUN_DIR/digest.cache",
+                            "packets that were seen")
+
+    pcap_file = Refused("PCAP_FILE", "reading a capture file is " + NOT_YET)
+    access_folder = Refused("ACCESS_FOLDER", NOT_YET)
+    spa_over_http = Ignored("ENABLE_SPA_OVER_HTTP", NO_HTTP)
+    any_user_agent = Ignored("ALLOW_ANY_USER_AGENT", NO_HTTP)
+    forwarded_for = Ignored("ENABLE_X_FORWARDED_FOR", NO_HTTP)
+    tcp_server = Ignored("ENABLE_TCP_SERVER", "SPA over TCP is " + NOT_YET)
+    tcp_port = Ignored("TCPSERV_PORT", "SPA over TCP is " + NOT_YET)
+    ipt_forwarding = Ignored("ENABLE_IPT_FORWARDING", NO_NAT)
+    ipt_local_nat = Ignored("ENABLE_IPT_LOCAL_NAT", NO_NAT)
+    ipt_snat = Ignored("ENABLE_IPT_SNAT", NO_NAT)
+    snat_address = Ignored("SNAT_TRANSLATE_IP", NO_NAT)
+    nat_dns = Ignored("ENABLE_NAT_DNS", NO_NAT)
+    forward_access = Ignored("IPT_FORWARD_ACCESS", NO_NAT)
+    dnat_access = Ignored("IPT_DNAT_ACCESS", NO_NAT)
+    snat_access = Ignored("IPT_SNAT_ACCESS", NO_NAT)
+    masquerade_access = Ignored("IPT_MASQUERADE_ACCESS", NO_NAT)
+    command_timeout = Ignored("CMD_EXEC_TIMEOUT", NO_COMMANDS)
+    gpg_home = Ignored("GPG_HOME_DIR", NO_GPG)
+    gpg_program = Ignored("GPG_EXE", NO_GPG)
+    sudo_program = Ignored("SUDO_EXE", NO_COMMANDS)
+    promiscuous = Ignored("ENABLE_PCAP_PROMISC", "what is sent to this host arrives without it")
+    dispatch_count = Ignored("PCAP_DISPATCH_COUNT", NO_TICK)
+    loop_sleep = Ignored("PCAP_LOOP_SLEEP", NO_TICK)
+    rules_check = Ignored("RULES_CHECK_THRESHOLD", NO_TICK)
+    select_timeout = Ignored("UDPSERV_SELECT_TIMEOUT", NO_TICK)
+    any_direction = Ignored("ENABLE_PCAP_ANY_DIRECTION", "what this host sends is never a knock")
+    exit_at_down = Ignored("EXIT_AT_INTF_DOWN", "an interface that is gone is waited for")
+    sniff_bytes = Ignored("MAX_SNIFF_BYTES", "the longest packet is 1500 bytes")
+    comment_check = Ignored("ENABLE_IPT_COMMENT_CHECK", "the match is always needed")
+    locale = Ignored("LOCALE", "nothing here depends on it")
+    fault_injection = Ignored("FAULT_INJECTION_TAG", "it is for fwknopd's own tests")
+    digest_db = Ignored("DIGEST_DB_FILE", OTHER_FIREWALL)
+    external_commands = Ignored("ENABLE_EXTERNAL_CMDS", OTHER_FIREWALL)
+    external_prefix = Ignored("ENABLE_EXT_CMD_PREFIX", OTHER_FIREWALL)
+    external_command = Ignored("EXTERNAL_CMD_*", OTHER_FIREWALL)
+    command_prefix = Ignored("EXT_CMD_PREFIX", OTHER_FIREWALL)
+    nfq_capture = Ignored("ENABLE_NFQ_CAPTURE", OTHER_FIREWALL)
+    nfq = Ignored("NFQ_*", OTHER_FIREWALL)
+    firewd = Ignored("FIREWD_*", OTHER_FIREWALL)
+    enable_firewd = Ignored("ENABLE_FIREWD_*", OTHER_FIREWALL)
+    flush_firewd = Ignored("FLUSH_FIREWD_*", OTHER_FIREWALL)
+    ipfw = Ignored("IPFW_*", OTHER_FIREWALL)
+    flush_ipfw = Ignored("FLUSH_IPFW_*", OTHER_FIREWALL)
+    packet_filter_bsd = Ignored("PF_*", OTHER_FIREWALL)
+
+    def warnings(self) -> List[str]:
+        """What these settings do that the administrator may not expect."""
+        texts = []
+        if not self.aging:
+            texts.append("ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay "
+                         "memory is never pruned, and packets older than it are accepted again")
+        if not self.digest_persistence:
+            texts.append("ENABLE_DIGEST_PERSISTENCE N: packets are remembered only while this "
+                         "process lives; older ones are rejected" if self.aging else
+                         "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen")
+        return texts
+
+
+def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
+    """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to."""
+    return [warning for line in read_lines(path, colon=False)
+            for warning in [settings.take(line)] if warning]
+
+
+# ======================================================================================
+# 7. access.conf
+#
+# Who may open what, for how long (fwknop spec 3.3). A stanza is the one place of policy.
+# ======================================================================================
+
+
+def parse_key(text: str) -> Secret:
+    """The raw bytes of a KEY, 1 to 32 of them."""
+    return check_key(text.encode("latin-1"), MAX_KEY_BYTES)
+
+
+def parse_key_base64(text: str) -> Secret:
+    """The bytes that a KEY_BASE64 stands for, 1 to 32 of them."""
+    return check_key(decode_key(text), MAX_KEY_BYTES)
+
+
+def parse_hmac_key(text: str) -> Secret:
+    """The raw bytes of an HMAC_KEY, 1 to 128 of them."""
+    return check_key(text.encode("latin-1"), MAX_HMAC_KEY_BYTES)
+
+
+def parse_hmac_key_base64(text: str) -> Secret:
+    """The bytes that an HMAC_KEY_BASE64 stands for, 1 to 128 of them."""
+    return check_key(decode_key(text), MAX_HMAC_KEY_BYTES)
+
+
+def decode_key(text: str) -> bytes:
+    """The bytes of base64 text, with or without its '='."""
+    if text.strip() == "__CHANGEME__":
+        raise ValueError("expected a key instead of __CHANGEME__")
+    return decode_base64(text.strip().rstrip("=").encode("latin-1"))
+
+
+def check_key(key: bytes, longest: int) -> Secret:
+    """`key` as a Secret, if its length is right. An empty one: the directive is not set."""
+    if key.strip() == b"__CHANGEME__":
+        raise ValueError("expected a key instead of __CHANGEME__")
+    if len(key) > longest:
+        raise ValueError("expected a key of at most %d bytes, not %d" % (longest, len(key)))
+    return Secret(key)
+
+
+def parse_hash_type(text: str) -> HashType:
+    """A digest or HMAC type by its name."""
+    for hash_type in HASH_TYPES:
+        if hash_type.name == text.upper():
+            return hash_type
+    raise ValueError("expected " + ", ".join(hash_type.name for hash_type in HASH_TYPES))
+
+
+def parse_mode(text: str) -> str:
+    """An encryption mode by its name; `Asymmetric` is GPG."""
+    if text.upper() not in MODES:
+        raise ValueError("expected %s (Asymmetric is GPG, %s)" % (", ".join(MODES), NOT_YET))
+    return text.upper()
+
+
+def parse_date(text: str) -> int:
+    """Epoch seconds of the beginning of the day MM/DD/YYYY, in local time."""
+    parts = text.split("/")
+    try:
+        month, day, year = [integer(1, 9999)(part) for part in parts]
+        seconds = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
+    except (ValueError, OverflowError):
+        raise ValueError("expected a date MM/DD/YYYY") from None
+    if time.localtime(seconds)[:3] != (year, month, day):
+        raise ValueError("expected a date MM/DD/YYYY that exists")
+    return seconds
+
+
+class Stanza(Settings):
+    """A stanza of access.conf: whose packets these are, and what they may open."""
+
+    source = Directive("SOURCE", Networks, "ANY", "ANY, or addresses and networks that may knock")
+    destination = Directive("DESTINATION", Networks, "ANY", "addresses that may be knocked at")
+    open_ports = Directive("OPEN_PORTS", parse_ports, "",
+                           "ports that may be opened: tcp/22, udp/53; without it every port")
+    restrict_ports = Directive("RESTRICT_PORTS", parse_ports, "", "ports that may not be opened")
+    key = Directive("KEY", parse_key, "", "encryption key, raw, up to 32 bytes", secret=True)
+    key_base64 = Directive("KEY_BASE64", parse_key_base64, "", "encryption key in base64",
+                           secret=True)
+    hmac_key = Directive("HMAC_KEY", parse_hmac_key, "", "HMAC key, raw, up to 128 bytes",
+                         secret=True)
+    hmac_key_base64 = Directive("HMAC_KEY_BASE64", parse_hmac_key_base64, "", "HMAC key in base64",
+                                secret=True)
+    hmac_type = Directive("HMAC_DIGEST_TYPE", parse_hash_type, "SHA256",
+                          "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
+    mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC", "CBC, ECB, CFB, OFB, CTR or legacy")
+    open_seconds = Directive("FW_ACCESS_TIMEOUT", integer(0, 8388608, "seconds"), "30",
+                             "how long to open; 0: only for as long as the client asks")
+    max_seconds = Directive("MAX_FW_TIMEOUT", integer(1, 8388608, "seconds"), "300",
+                            "the longest time that a client may ask for")
+    prefix4 = Directive("ACCESS_PREFIX4", integer(8, 32, "a prefix length"), "32",
+                        "open to the whole network around an IPv4 address; 24 for carrier NAT")
+    prefix6 = Directive("ACCESS_PREFIX6", integer(32, 128, "a prefix length"), "128",
+                        "the same for IPv6, for example 56")
+    require_source = Directive("REQUIRE_SOURCE_ADDRESS", parse_flag, "N",
+                               "the packet must name the address to open to", ("REQUIRE_SOURCE",))
+    require_username = Directive("REQUIRE_USERNAME", str, "", "user name the packet must carry")
+    expire_date = Directive("ACCESS_EXPIRE", optional(parse_date), "",
+                            "the stanza is void from this day on, MM/DD/YYYY")
+    expire_epoch = Directive("ACCESS_EXPIRE_EPOCH", optional(integer(1, 10 ** 11, "seconds")), "",
+                             "the same as epoch seconds")
+
+    force_nat = Refused("FORCE_NAT", OWN_PORTS % "NAT")
+    force_snat = Refused("FORCE_SNAT", OWN_PORTS % "NAT")
+    force_masquerade = Refused("FORCE_MASQUERADE", OWN_PORTS % "NAT", "N")
+    forward_all = Refused("FORWARD_ALL", OWN_PORTS % "forwarding", "N")
+    disable_dnat = Refused("DISABLE_DNAT", OWN_PORTS % "NAT", "N")
+    cycle_open = Refused("CMD_CYCLE_OPEN", OWN_PORTS % "a command cycle")
+    cycle_close = Refused("CMD_CYCLE_CLOSE", OWN_PORTS % "a command cycle")
+    cycle_timer = Refused("CMD_CYCLE_TIMER", OWN_PORTS % "a command cycle")
+    command_exec = Ignored("ENABLE_CMD_EXEC", NO_COMMANDS)
+    command_user = Ignored("CMD_EXEC_USER", NO_COMMANDS)
+    command_group = Ignored("CMD_EXEC_GROUP", NO_COMMANDS)
+    command_sudo = Ignored("ENABLE_CMD_SUDO_EXEC", NO_COMMANDS)
+    command_sudo_user = Ignored("CMD_SUDO_EXEC_USER", NO_COMMANDS)
+    command_sudo_group = Ignored("CMD_SUDO_EXEC_GROUP", NO_COMMANDS)
+    gpg = Ignored("GPG_*", NO_GPG)
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.keys: PacketKeys  # finish() makes them
+        self.expires: Optional[int] = None
+
+    def finish(self) -> List[str]:
+        """Checks the stanza as a whole and makes its keys ready; returns warnings."""
+        key = self.one_key(Stanza.key, Stanza.key_base64)
+        hmac_key = self.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
+        if not key:
+            raise self.error(Stanza.source, "expected a KEY or KEY_BASE64 in this stanza")
+        if hmac_key and compare_digest(key, hmac_key):
+            raise self.error(Stanza.source, "expected an HMAC key that is not the encryption key")
+        self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
+        self.expires = self.expire_epoch if self.expire_epoch is not None else self.expire_date
+        texts = []
+        if not hmac_key:
+            texts.append("no HMAC_KEY: anybody can make this server decrypt, and fwknop's packets "
+                         "without HMAC can be forged in part; keygen.py makes both keys")
+        if self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES:
+            texts.append("Warning: truncating encryption key in legacy mode to 16 bytes")
+        if not self.open_ports:
+            texts.append("no OPEN_PORTS: every port may be opened")
+        if not self.require_source:
+            texts.append("Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
+                         "'%s'" % self.texts.get("SOURCE", "ANY"))
+        return ["(stanza #%d) %s" % (self.number, text) for text in texts]
+
+    def one_key(self, raw: Directive[Secret], base64: Directive[Secret]) -> Secret:
+        """The key of two directives that exclude each other, empty when neither is set."""
+        if self.is_set(raw) and self.is_set(base64):
+            raise self.error(base64, "expected only one of %s and %s" % (raw.name, base64.name))
+        key: Secret = getattr(self, (raw if self.is_set(raw) else base64).attribute)
+        return key
+
+    def admits(self, datagram: Datagram) -> bool:
+        """Whether SOURCE and DESTINATION let this datagram try the stanza's keys."""
+        return datagram.source in self.source and datagram.destination in self.destination
+
+
+def read_stanzas(path: str) -> Tuple[List[Stanza], List[str]]:
+    """The stanzas of an access.conf in the file's order, and the warnings it gave rise to."""
+    stanzas: List[Stanza] = []
+    warnings = []
+    for line in read_lines(path, colon=True):
+        if line.name.startswith("%include"):
+            raise line.error("including other files is " + NOT_YET)
+        if line.name == Stanza.source.name:
+            stanzas.append(Stanza(len(stanzas) + 1))
+        if not stanzas:
+            raise line.error("expected a SOURCE line first: it begins a stanza")
+        warning = stanzas[-1].take(line)
+        warnings += [warning] if warning else []
+    if not stanzas:
+        raise ConfigError("%s: expected a stanza, which begins with a SOURCE line" % path)
+    for stanza in stanzas:
+        warnings += stanza.finish()
+    return stanzas, warnings
+
+
+# ======================================================================================
+# 8. Judgement
+#
+# What a genuine packet may open: pure functions of packet, stanza, datagram and time, in the
+# order of fwknop spec 3.4. Freshness and replay are in section 11.
+# ======================================================================================
+
+
+def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: bool,
+          now: float) -> Tuple[List[Door], int]:
+    """The doors to open and for how many seconds; PacketRejected when it is none."""
+    if stanza.expires is not None and now >= stanza.expires:
+        raise PacketRejected("expired stanza", "Access stanza has expired.")
+    if packet.address is None and stanza.require_source:
+        raise PacketRejected("no address", "Got 0.0.0.0 when valid source IP was required.")
+    if stanza.require_username and packet.user != stanza.require_username:
+        raise PacketRejected("user", "Username in SPA data (%s) does not match required "
+                             "username: %s" % (packet.user, stanza.require_username))
+    if packet.type in NAT_TYPES:
+        raise PacketRejected("unsupported", "SPA packet from %s requested NAT access, but is not "
+                             "enabled/supported (%s is not supported yet)"
+                             % (socket_text(datagram.source), TYPE_NAMES[packet.type]),
+                             "{stanza}{text}")
+    if packet.type == COMMAND:
+        raise PacketRejected("unsupported", "SPA Command messages are not allowed in the current "
+                             "configuration. (not supported yet)")
+    wanted = set(packet.ports)
+    if stanza.open_ports and not wanted <= stanza.open_ports or wanted & stanza.restrict_ports:
+        raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
+                             "access.conf. (%s)" % port_list(packet.ports))
+    seconds = min(packet.timeout, stanza.max_seconds) or stanza.open_seconds
+    if not seconds:
+        raise PacketRejected("no time", "FW_ACCESS_TIMEOUT is 0 and the client asked for no time.")
+    address = packet.address or parse_address(socket_text(datagram.source))
+    prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
+    network = ipaddress.ip_network("%s/%d" % (address, prefix), strict=False)
+    destination = parse_address(socket_text(datagram.destination)) if destination_rule else None
+    if destination is not None and destination.version != address.version:
+        raise PacketRejected("family", "The packet was sent to %s, which %s can't connect to."
+                             % (destination, address))
+    return [Door(network, destination, protocol, port) for protocol, port in packet.ports], seconds
+
+
+def socket_text(packed: bytes) -> str:
+    """A packed address of 4 or 16 bytes as text."""
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+# ======================================================================================
+# 9. Kernel packet filter
+#
+# A PCAP_FILTER as a classic BPF program (linux/filter.h, linux/bpf_common.h) for a packet
+# socket of type SOCK_DGRAM: it sees IPv4 and IPv6 headers on every kind of link.
+# ======================================================================================
+
+LOAD_BYTE, LOAD_HALF, LOAD_WORD = 0x30, 0x28, 0x20  # absolute
+LOAD_HALF_INDEXED, LOAD_IP_HEADER_LENGTH = 0x48, 0xB1
+AND, JUMP_IF_EQUAL, JUMP_IF_SET, RETURN = 0x54, 0x15, 0x45, 0x06
+PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
+PACKET_OUTGOING = 4
+ACCEPT_ALL = 0x40000
+
+Instruction = Tuple[int, int, str, str]  # code, k, where to go when true, when false; "" goes on
+
+
+def assemble(program: List[Tuple[str, Instruction]]) -> bytes:
+    """A program of labelled instructions as an array of struct sock_filter {u16, u8, u8, u32}."""
+    places = {label: place for place, (label, _) in enumerate(program) if label}
+    code = b""
+    for place, (_, (opcode, k, when_true, when_false)) in enumerate(program):
+        jumps = [places[label] - place - 1 if label else 0 for label in (when_true, when_false)]
+        code += struct.pack("=HBBI", opcode, jumps[0], jumps[1], k)
+    return code
+
+
+def compile_filter(terms: Tuple[FilterTerm, ...]) -> bytes:
+    """The program that accepts what arrives, is UDP, not a later fragment, and matches a term.
+
+    IPv6 extension headers are not searched: no client sends them before an SPA packet.
+    """
+    def ports(load: int, base: int) -> List[Tuple[str, Instruction]]:
+        """Compares the ports of the UDP header at `base` with the terms."""
+        tests: List[Tuple[str, Instruction]] = [("", (load, base + 2, "", ""))]
+        tests += [("", (JUMP_IF_EQUAL, term.port, "accept", "")) for term in terms]
+        tests += [("", (load, base, "", ""))]
+        tests += [("", (JUMP_IF_EQUAL, term.port, "accept", ""))
+                  for term in terms if term.source_too]
+        return tests + [("", (JUMP_IF_EQUAL, 0, "reject", "reject"))]
+
+    program: List[Tuple[str, Instruction]] = [
+        ("", (LOAD_WORD, PACKET_TYPE_OFFSET, "", "")),
+        ("", (JUMP_IF_EQUAL, PACKET_OUTGOING, "reject", "")),
+        ("", (LOAD_BYTE, 0, "", "")),
+        ("", (AND, 0xF0, "", "")),
+        ("", (JUMP_IF_EQUAL, 0x60, "ipv6", "")),
+        ("", (JUMP_IF_EQUAL, 0x40, "", "reject")),
+        ("", (LOAD_BYTE, 9, "", "")),
+        ("", (JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject")),
+        ("", (LOAD_HALF, 6, "", "")),
+        ("", (JUMP_IF_SET, 0x1FFF, "reject", "")),
+        ("", (LOAD_IP_HEADER_LENGTH, 0, "", "")),
+    ]
+    program += ports(LOAD_HALF_INDEXED, 0)
+    program += [("ipv6", (LOAD_BYTE, 6, "", "")),
+                ("", (JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject"))]
+    program += ports(LOAD_HALF, 40)
+    program += [("reject", (RETURN, 0, "", "")), ("accept", (RETURN, ACCEPT_ALL, "", ""))]
+    return assemble(program)
+
+
+# ======================================================================================
+# 10. Log and programs
+#
+# Where lines go, and the one function that starts programs. Nothing secret reaches either.
+# ======================================================================================
+
+ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
+REJECTION_BURST = 20  # lines about rejected packets at once; then one a second
+
+
+class Log:
+    """Lines to stderr, with `<N>` before each when that is systemd's journal, and to syslog."""
+
+    def __init__(self, stream: Any = None, to_syslog: bool = False, level: int = INFO,
+                 monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.stream, self.to_syslog, self.level = stream, to_syslog, level
+        self.monotonic = monotonic
+        self.prefixed = stream is not None and is_journal(stream)
+        self.allowance, self.allowance_time = float(REJECTION_BURST), monotonic()
+        self.suppressed = 0
+
+    def write(self, severity: int, text: str) -> None:
+        """One line. Control characters, which a packet may have brought, are made visible."""
+        if severity > self.level:
+            return
+        text = "".join(c if " " <= c != "\x7f" else "\\x%02x" % ord(c) for c in text)
+        if self.stream is not None:
+            try:
+                self.stream.write("<%d>%s\n" % (severity, text) if self.prefixed else text + "\n")
+                self.stream.flush()
+            except (OSError, ValueError):
+                pass  # nobody reads it any more; that must not end the server
+        if self.to_syslog and syslog is not None:
+            syslog.syslog(severity, text)
+
+    def error(self, text: str) -> None:
+        """Something failed."""
+        self.write(ERROR, text)
+
+    def warning(self, text: str) -> None:
+        """Something the administrator should know."""
+        self.write(WARNING, text)
+
+    def info(self, text: str) -> None:
+        """What the server does."""
+        self.write(INFO, text)
+
+    def debug(self, text: str) -> None:
+        """What is said only with VERBOSE."""
+        self.write(DEBUG, text)
+
+    def rejection(self) -> bool:
+        """Whether a line about a rejected packet may be written: junk must not fill the disk."""
+        now = self.monotonic()
+        self.allowance = min(REJECTION_BURST, self.allowance + now - self.allowance_time)
+        self.allowance_time = now
+        if self.allowance < 1:
+            self.suppressed += 1
+            return False
+        self.allowance -= 1
+        if self.suppressed:
+            self.info("%d more packets were rejected without a line in the log" % self.suppressed)
+            self.suppressed = 0
+        return True
+
+
+def is_journal(stream: Any) -> bool:
+    """Whether `stream` goes to systemd's journal (JOURNAL_STREAM of systemd.exec(5))."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == "%d:%d" % (status.st_dev, status.st_ino)
+
+
+def find_program(name: str) -> Optional[str]:
+    """The path of an executable: `name` when it has a slash, else from PATH, /usr/sbin or /sbin."""
+    places = [""] if "/" in name else os.environ.get("PATH", "").split(":") + ["/usr/sbin", "/sbin"]
+    for place in places:
+        path = os.path.join(place, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def run_program(arguments: List[str], text: str = "") -> str:
+    """What a program prints when it is given `text`; CommandError with its words when it fails."""
+    try:
+        done = subprocess.run(arguments, input=text.encode(), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=30,
+                              env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"})
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CommandError("%s: %s" % (arguments[0], error)) from None
+    if done.returncode:
+        words = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]))
+    return done.stdout.decode("utf-8", "replace")
+
+
+# ======================================================================================
+# 11. Replay memory
+#
+# A packet is remembered as long as it could be fresh. Instead of paying for fsync, a packet
+# that was made before this memory began (a new boot, a lost file) is rejected as well. Times
+# within a boot are monotonic, so that a wall clock that jumps neither forgets nor locks out.
+# ======================================================================================
+
+DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
+REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
+
+
+def read_boot_id() -> str:
+    """A text that is another one after each boot."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown-%d" % os.getppid()
+
+
+class Remembered(NamedTuple):
+    """A packet in memory: its line in the file, and when it came, on both clocks."""
+
+    line: str
+    time: int
+    at: float
+
+
+class ReplayMemory:
+    """The packets that were seen, in fwknopd's digest.cache (fwknop spec 3.5).
+
+    A second comment line holds when the memory began: `# began MONOTONIC BOOT_ID FORGOTTEN`.
+    FORGOTTEN is an epoch second: no packet with a timestamp up to then is accepted, since one may
+    have been forgotten. Without jumps of the clock all of those are too old anyway.
+    """
+
+    def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
+                 wall: Callable[[], float] = time.time,
+                 monotonic: Callable[[], float] = time.monotonic,
+                 boot_id: Callable[[], str] = read_boot_id) -> None:
+        self.path, self.max_age, self.log = path, max_age, log
+        self.wall, self.monotonic = wall, monotonic
+        self.boot_id = boot_id()
+        self.seen: Dict[str, Remembered] = {}  # by digest, oldest first
+        self.began, self.forgotten = monotonic(), 0
+        self.lines_in_file = 0
+        self.file: Optional[int] = None
+        if path:
+            self.load(path)
+            self.rewrite()
+
+    def load(self, path: str) -> None:
+        """Takes over what a file remembers; SpaError when it can't be read."""
+        try:
+            with open(path, encoding="latin-1") as file:
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise SpaError("%s: %s" % (path, error.strerror)) from None
+        wall, now = self.wall(), self.monotonic()
+        unread = 0
+        for line in lines:
+            words = line.split()
+            if words[:2] == ["#", "began"] and len(words) == 5:
+                self.load_beginning(words)
+            elif len(words) == 7 and words[6].isdigit() and not line.startswith("#"):
+                age = min(max(0.0, wall - int(words[6])), now)
+                self.seen[words[0]] = Remembered(line, int(words[6]), now - age)
+            elif words and not line.startswith("#"):
+                unread += 1
+        if unread:
+            self.log.warning("%s: %d lines are not packets and are dropped" % (path, unread))
+
+    def load_beginning(self, words: List[str]) -> None:
+        """Goes on with the memory of these words, `# began MONOTONIC BOOT_ID FORGOTTEN`."""
+        try:
+            began, forgotten = float(words[2]), int(words[4])
+        except ValueError:
+            return
+        self.forgotten = forgotten
+        if words[3] == self.boot_id and began <= self.began:
+            self.began = began
+
+    def check_fresh(self, timestamp: int) -> None:
+        """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
+        if self.max_age is None:
+            return
+        age = self.wall() - timestamp
+        if abs(age) > self.max_age:
+            reason, why = (("stale", "The packet is old, or the client's clock is behind.")
+                           if age > 0 else ("from the future", "The client's clock is ahead."))
+            raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
+                           % (abs(age), why))
+        began = self.wall() - (self.monotonic() - self.began)
+        if timestamp < int(began) or timestamp <= self.forgotten:
+            raise NotFresh("before memory", "SPA packet was made %d seconds before this replay "
+                           "memory began; a new one will do." % max(1, began - timestamp))
+
+    def remember(self, canonical: bytes, datagram: Datagram) -> None:
+        """Puts a packet into memory and file before it opens anything; rejects one that is there.
+
+        It is also rejected when the file can't be written: else a crash would forget it.
+        """
+        digest = encode_base64(hashlib.sha256(canonical).digest()).decode()
+        source = socket_text(datagram.source)
+        known = self.seen.get(digest)
+        if known is not None:
+            words = known.line.split()
+            raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
+                           "17/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
+                           "Entry created: %s"
+                           % (source, datagram.destination_port, words[2], words[1], words[5],
+                              time.strftime("%m/%d/%y %H:%M:%S", time.localtime(known.time))),
+                           "{text}")
+        now = int(self.wall())
+        line = "%s 17 %s %d %s %d %d" % (digest, source, datagram.source_port,
+                                        socket_text(datagram.destination),
+                                        datagram.destination_port, now)
+        if self.file is not None:
+            try:
+                os.write(self.file, line.encode() + b"\n")
+            except OSError as error:
+                raise NotFresh("replay memory", "%s: %s; nothing is opened that could not be "
+                               "remembered" % (self.path, error.strerror)) from None
+            self.lines_in_file += 1
+        self.seen[digest] = Remembered(line, now, self.monotonic())
+        self.prune()
+
+    def prune(self) -> None:
+        """Forgets packets that no clock right within MAX_SPA_PACKET_AGE could take for fresh."""
+        if self.max_age is None:
+            return
+        limit = self.monotonic() - 2 * self.max_age - 1
+        for digest, entry in list(self.seen.items()):
+            if entry.at >= limit:
+                break
+            self.forgotten = max(self.forgotten, entry.time + self.max_age)
+            del self.seen[digest]
+        if self.file is not None and self.lines_in_file > len(self.seen) + REWRITE_AFTER:
+            try:
+                self.rewrite()
+            except SpaError as error:
+                self.log.error(str(error))
+
+    def rewrite(self) -> None:
+        """Replaces the file by what is remembered now, and opens it to append to."""
+        assert self.path is not None
+        temporary = self.path + ".new"
+        began = "# began %.3f %s %d\n" % (self.began, self.boot_id, self.forgotten)
+        text = DIGEST_HEADER + began + "".join(entry.line + "\n" for entry in self.seen.values())
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
+        try:
+            if os.path.lexists(temporary):
+                os.unlink(temporary)
+            file = os.open(temporary, flags, 0o600)
+            os.write(file, text.encode("latin-1"))
+            os.rename(temporary, self.path)
+        except OSError as error:
+            raise SpaError("%s: %s" % (temporary, error.strerror)) from None
+        self.close()
+        self.file, self.lines_in_file = file, len(self.seen)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+
+# ======================================================================================
+# 12. Netlink
+#
+# Messages to the kernel's nf_tables (linux/netlink.h, linux/netfilter/nfnetlink.h and
+# nf_tables.h): a set element in and out in 15 us, where starting nft takes 3 ms. Attributes
+# are {u16 length, u16 type} and a value, filled up to 4 bytes; the numbers in them are big-endian.
+# ======================================================================================
+
+NLM_REQUEST, NLM_ACK, NLM_DUMP, NLM_CREATE = 0x1, 0x4, 0x300, 0x400
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+BATCH_BEGIN, BATCH_END = 0x10, 0x11
+NFT = 10 << 8  # NFNL_SUBSYS_NFTABLES
+GET_RULE, NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 7, NFT | 12, NFT | 13, NFT | 14
+NESTED = 0x8000
+RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_USERDATA = 1, 2, 3, 7
+LIST_TABLE, LIST_SET, LIST_ELEMENTS, LIST_ITEM = 1, 2, 3, 1
+ELEMENT_KEY, ELEMENT_TIMEOUT, ELEMENT_EXPIRATION, DATA_VALUE = 1, 4, 5, 1
+NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+GROUP_LINK, GROUP_NFTABLES = 1, 7
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute with its padding."""
+    return struct.pack("=HH", len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
+
+
+def attributes(data: bytes) -> Dict[int, bytes]:
+    """The attributes in `data` by their type; of several alike the last."""
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[4:length]
+        data = data[(length + 3) & ~3:]
+    return found
+
+
+def attribute_list(data: bytes) -> List[bytes]:
+    """The values of attributes that stand in a row, all of one type."""
+    values = []
+    while len(data) >= 4:
+        length, _ = struct.unpack_from("=HH", data)
+        if length < 4:
+            break
+        values.append(data[4:length])
+        data = data[(length + 3) & ~3:]
+    return values
+
+
+def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
+    """Type, port id and body of each message in what the kernel sent."""
+    while len(data) >= 16:
+        length, kind, _, _, port = struct.unpack_from("=IHHII", data)
+        if length < 16:
+            break
+        yield kind, port, data[16:length]
+        data = data[(length + 3) & ~3:]
+
+
+class Netlink:
+    """A socket to nf_tables. Errors are OSError with the kernel's number."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        self.socket.bind((0, 0))
+        self.port = self.socket.getsockname()[0]
+
+    def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
+        """struct nlmsghdr and struct nfgenmsg, and the attributes `body`."""
+        header = struct.pack("=IHHII", len(body) + 20, kind, flags | NLM_REQUEST, 1, 0)
+        return header + struct.pack(">BBH", family, 0, resource) + body
+
+    def commit(self, messages: List[Tuple[int, int, int, bytes]]) -> None:
+        """Does all of (type, flags, family, attributes) in one transaction, or none."""
+        last = len(messages) - 1
+        batch = [self.message(kind, flags | (NLM_ACK if place == last else 0), family, body)
+                 for place, (kind, flags, family, body) in enumerate(messages)]
+        begin = self.message(BATCH_BEGIN, 0, 0, b"", NFT >> 8)
+        end = self.message(BATCH_END, 0, 0, b"", NFT >> 8)
+        self.socket.sendto(begin + b"".join(batch) + end, (0, 0))
+        failed, answered = 0, False
+        while True:  # the kernel has answered when sendto() returns
+            try:
+                data = self.socket.recv(65536, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            for kind, _, body in netlink_messages(data):
+                if kind == NLMSG_ERROR:
+                    answered = True
+                    failed = failed or -struct.unpack_from("=i", body)[0]
+        if failed or not answered:
+            raise OSError(failed or errno.EIO, os.strerror(failed or errno.EIO))
+
+    def dump(self, kind: int, family: int, body: bytes) -> List[Dict[int, bytes]]:
+        """The attributes of each message that the kernel answers a question for a list with."""
+        self.socket.sendto(self.message(kind, NLM_DUMP, family, body), (0, 0))
+        found: List[Dict[int, bytes]] = []
+        while True:
+            for answer, _, data in netlink_messages(self.socket.recv(65536)):
+                if answer == NLMSG_DONE:
+                    return found
+                if answer == NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", data)[0]
+                    raise OSError(code, os.strerror(code))
+                found.append(attributes(data[4:]))
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self.socket.close()
+
+
+def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
+    """A socket that becomes readable when the kernel changes something; None if there is none."""
+    try:
+        events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+        events.bind((0, 1 << group - 1))
+        events.setblocking(False)
+        return events
+    except (OSError, AttributeError):
+        return None
+
+
+# ======================================================================================
+# 13. Capture
+#
+# Where datagrams come from. With CAP_NET_RAW a packet socket: nothing listens, no firewall
+# rule is needed, and the host's firewall may drop the packet. Else UDP sockets.
+# ======================================================================================
+
+ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
+SO_ATTACH_FILTER = 26
+SO_RCVBUFFORCE = 33
+IP_PKTINFO = 8
+RECEIVE_BUFFER = 4 << 20
+
+
+class Capture:
+    """A socket and how to read a Datagram from it."""
+
+    def __init__(self, opened: socket.socket, name: str) -> None:
+        self.socket, self.name = opened, name
+        opened.setblocking(False)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+        except OSError:  # it needs CAP_NET_ADMIN
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+
+    def fileno(self) -> int:
+        """The socket's, for a selector."""
+        return self.socket.fileno()
+
+    def receive(self) -> Optional[Datagram]:
+        """The next datagram, None for what is none; BlockingIOError when nothing is there."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self.socket.close()
+
+
+class PacketCapture(Capture):
+    """A packet socket, on one interface or on all.
+
+    On all interfaces it asks for IPv4 and IPv6 by their own sockets: those see a packet once, after
+    bridges, bonds and VLANs, and never what this host sends. A named interface is seen as it is, so
+    that one inside a bridge works as well.
+    """
+
+    def __init__(self, interface: str, protocol: int, code: bytes) -> None:
+        opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
+        try:
+            instructions = array.array("B", code)
+            program = struct.pack("HL", len(code) // 8, instructions.buffer_info()[0])
+            opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+            self.index = socket.if_nametoindex(interface) if interface else 0
+            if interface:
+                opened.bind((interface, protocol))
+        except OSError:
+            opened.close()
+            raise
+        super().__init__(opened, interface or "any")
+        drain_socket(opened)  # what came before the filter was there
+
+    def receive(self) -> Optional[Datagram]:
+        """The next datagram: RFC 791 section 3.1 or RFC 8200 section 3, then RFC 768."""
+        packet = self.socket.recv(65536)
+        if packet[0] >> 4 == 4:
+            start, source, destination = (packet[0] & 15) * 4, packet[12:16], packet[16:20]
+        else:
+            start, source, destination = 40, packet[8:24], packet[24:40]
+        if len(packet) < start + 8:
+            return None
+        source_port, destination_port, length = struct.unpack_from(">HHH", packet, start)
+        payload = packet[start + 8:start + length]
+        if len(payload) != length - 8:
+            return None
+        return Datagram(payload, source, source_port, destination, destination_port)
+
+
+class UdpCapture(Capture):
+    """A UDP socket of one family. The destination address comes with the packet info option."""
+
+    def __init__(self, family: int, port: int) -> None:
+        opened = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            else:
+                opened.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+            opened.bind(("", port))
+        except OSError:
+            opened.close()
+            raise
+        self.family, self.port = family, port
+        super().__init__(opened, "UDP port %d" % port)
+
+    def receive(self) -> Optional[Datagram]:
+        """The next datagram. in_pktinfo: {index, local, address}; in6_pktinfo: {address, index}."""
+        payload, control, _, peer = self.socket.recvmsg(MAX_PAYLOAD + 1, 64)
+        if not control:
+            return None
+        information = control[0][2]
+        destination = information[8:12] if self.family == socket.AF_INET else information[:16]
+        source = socket.inet_pton(self.family, peer[0].partition("%")[0])
+        return Datagram(payload, source, peer[1], destination, self.port)
+
+
+def open_captures(settings: ServerSettings, log: Log) -> List[Capture]:
+    """The sockets that the settings ask for.
+
+    None while the interface is missing; SpaError when there is no way to listen.
+    """
+    if not settings.udp_server:
+        try:
+            return open_packet_captures(settings, log)
+        except (PermissionError, AttributeError):
+            log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d instead"
+                        % settings.udp_port)
+    captures: List[Capture] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            captures.append(UdpCapture(family, settings.udp_port))
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT and (family == socket.AF_INET or not captures
+                                                      or error.errno != errno.EADDRNOTAVAIL):
+                for capture in captures:
+                    capture.close()
+                raise SpaError("UDP port %d: %s" % (settings.udp_port, error.strerror)) from None
+    log.info("Kicking off UDP server to listen on port %d." % settings.udp_port)
+    return captures
+
+
+def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
+    """The packet sockets of PCAP_INTF; none while it does not exist."""
+    code = compile_filter(settings.packet_filter)
+    interface = "" if settings.interface == "any" else settings.interface
+    captures: List[Capture] = []
+    try:
+        for protocol in (ETH_P_ALL,) if interface else (ETH_P_IP, ETH_P_IPV6):
+            captures.append(PacketCapture(interface, protocol, code))
+    except PermissionError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENXIO):
+            raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
+        log.warning("Interface %s does not exist; it is waited for" % interface)
+        return []
+    log.info("Sniffing interface: %s" % settings.interface)
+    row = ServerSettings.packet_filter
+    log.info("PCAP filter is: '%s'" % settings.texts.get(row.name, row.default))
+    return captures
+
+
+# ======================================================================================
+# 14. nftables
+#
+# A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
+# tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode in a table of
+# our own. nft sets that up once; elements go in and out by netlink.
+# ======================================================================================
+
+GUARD_TABLE = NftChain("inet", "spa", "guard")
+POLL_SECONDS = 30.0  # how often the firewall is looked at; its changes are announced by netlink
+COMMENT = "spa"  # what marks our rules in the host's chains
+GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
+
+
+class Shape(NamedTuple):
+    """What the elements of a set look like: IP version, prefix length, with destination or not."""
+
+    version: int
+    prefix: int
+    destination: bool
+
+    @property
+    def set_name(self) -> str:
+        """`spa4`, `spa6_56`, `spa4_to`, `spa4_24_to`."""
+        whole = 32 if self.version == 4 else 128
+        return "spa%d%s%s" % (self.version, "" if self.prefix == whole else "_%d" % self.prefix,
+                              "_to" if self.destination else "")
+
+    def declaration(self) -> str:
+        """The set in nft's language."""
+        address = "ipv%d_addr" % self.version
+        fields = [address] + [address] * self.destination + ["inet_proto", "inet_service"]
+        return "%s { type %s; flags timeout; }" % (self.set_name, " . ".join(fields))
+
+    def match(self) -> str:
+        """What a rule compares with the set."""
+        header = "ip" if self.version == 4 else "ip6"
+        anywhere = "0.0.0.0/%d" if self.version == 4 else "::/%d"
+        mask = ipaddress.ip_network(anywhere % self.prefix).netmask
+        source = "%s saddr" % header + (" & %s" % mask if self.prefix != mask.max_prefixlen else "")
+        fields = [source] + ["%s daddr" % header] * self.destination + ["meta l4proto", "th dport"]
+        return "%s @%s" % (" . ".join(fields), self.set_name)
+
+    def key(self, door: Door) -> bytes:
+        """The door as bytes of the set: each field filled up to 4 bytes."""
+        destination = door.destination.packed if door.destination else b""
+        return (door.source.network_address.packed + destination
+                + struct.pack(">B3xH2x", PROTOCOL_NUMBERS[door.protocol], door.port))
+
+    def door(self, key: bytes) -> Optional[Door]:
+        """The door that a key means, None when it is none of ours."""
+        size = 4 if self.version == 4 else 16
+        addresses = size * (1 + self.destination)
+        if len(key) != addresses + 8:
+            return None
+        number, port = struct.unpack(">B3xH2x", key[addresses:])
+        names = [name for name, value in PROTOCOL_NUMBERS.items() if value == number]
+        if not names:
+            return None
+        source = ipaddress.ip_network((key[:size], self.prefix), strict=False)
+        destination = ipaddress.ip_address(key[size:addresses]) if self.destination else None
+        return Door(source, destination, names[0], port)
+
+
+def shape_of(door: Door) -> Shape:
+    """The shape of the set that a door belongs to."""
+    return Shape(door.source.version, door.source.prefixlen, door.destination is not None)
+
+
+class NftFirewall:
+    """Grants as elements of nftables sets."""
+
+    name = "nftables"
+    poll_seconds = POLL_SECONDS
+
+    def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
+                 shapes: List[Shape], log: Log) -> None:
+        self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
+        self.shapes = shapes
+        self.netlink = Netlink()
+        self.handles: Dict[NftChain, List[bytes]] = {}
+
+    @property
+    def places(self) -> List[NftChain]:
+        """Where our sets are: the guard's table first, then the host's chains."""
+        return [GUARD_TABLE] * bool(self.guard_ports) + list(self.accept)
+
+    def describe(self) -> str:
+        """Where grants go, for the log."""
+        return ", ".join(" ".join(place) for place in self.places)
+
+    def shapes_at(self, place: NftChain) -> List[Shape]:
+        """The shapes that a table of this family can hold."""
+        version = {"ip": 4, "ip6": 6}.get(place.family)
+        return [shape for shape in self.shapes if version in (None, shape.version)]
+
+    def prepare(self) -> None:
+        """Makes sets and rules anew, in one transaction; grants stay as they are."""
+        lines = self.guard_lines() if self.guard_ports else []
+        for place in self.accept:
+            lines += self.rule_removal(place)
+            for shape in self.shapes_at(place):
+                lines += ["add set %s %s %s" % (place.family, place.table, shape.declaration()),
+                          'insert rule %s %s accept comment "%s"'
+                          % (" ".join(place), shape.match(), COMMENT)]
+        self.run(lines)
+        self.handles = self.read_handles()
+
+    def run(self, lines: List[str]) -> None:
+        """Lets nft do all of `lines`, or nothing."""
+        if lines:
+            run_program([self.program, "-f", "-"], "\n".join(lines) + "\n")
+
+    def rule_removal(self, place: NftChain) -> List[str]:
+        """The lines that take our rules out of a chain of the host's."""
+        return ["delete rule %s handle %d" % (" ".join(place), struct.unpack(">Q", handle)[0])
+                for handle in self.our_rules(place)]
+
+    def guard_lines(self) -> List[str]:
+        """The guard: what is guarded and not granted is dropped, before destination NAT.
+
+        Only what is addressed to this host: the rest is routed, and not ours to guard. Established
+        connections and loopback are let be.
+        """
+        ports = ", ".join("%s . %d" % port for port in sorted(self.guard_ports))
+        table = "%s %s" % GUARD_TABLE[:2]
+        return (["add table " + table]
+                + ["add set %s %s" % (table, shape.declaration()) for shape in self.shapes]
+                + ["add chain %s closed" % table,
+                   "add chain %s guard { type filter hook prerouting priority %d; policy accept; }"
+                   % (table, GUARD_PRIORITY),
+                   "flush chain %s guard" % table, "flush chain %s closed" % table,
+                   'add rule %s guard iifname "lo" accept' % table,
+                   "add rule %s guard ct state established,related accept" % table,
+                   "add rule %s guard fib daddr type unicast accept" % table,
+                   "add rule %s guard meta l4proto . th dport { %s } goto closed" % (table, ports)]
+                + ["add rule %s closed %s accept" % (table, shape.match()) for shape in self.shapes]
+                + ["add rule %s closed counter drop" % table])
+
+    def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
+        """The rules of a chain; CommandError when it is not there."""
+        body = (attribute(RULE_TABLE, place.table.encode() + b"\0")
+                + attribute(RULE_CHAIN, place.chain.encode() + b"\0"))
+        try:
+            rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], body)
+        except OSError as error:
+            raise CommandError("nftables chain %s: %s"
+                               % (" ".join(place), error.strerror)) from None
+        wanted = place.table.encode() + b"\0", place.chain.encode() + b"\0"
+        return [rule for rule in rules  # old kernels list all chains
+                if (rule.get(RULE_TABLE), rule.get(RULE_CHAIN)) == wanted]
+
+    def our_rules(self, place: NftChain) -> List[bytes]:
+        """The handles of the rules with our comment in a chain of the host's."""
+        mark = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"  # nft's user data
+        return [rule[RULE_HANDLE] for rule in self.read_rules(place)
+                if rule.get(RULE_USERDATA) == mark]
+
+    def read_handles(self) -> Dict[NftChain, List[bytes]]:
+        """The handles of all rules of ours: a flushed or rebuilt chain has others."""
+        handles = {place: self.our_rules(place) for place in self.accept}
+        if self.guard_ports:
+            for chain in ("guard", "closed"):
+                place = GUARD_TABLE._replace(chain=chain)
+                handles[place] = [rule[RULE_HANDLE] for rule in self.read_rules(place)]
+        return handles
+
+    def intact(self) -> bool:
+        """Whether all that prepare() made is still there."""
+        try:
+            return self.handles == self.read_handles()
+        except CommandError:
+            return False
+
+    def places_of(self, door: Door) -> List[NftChain]:
+        """The places that have a set for this door."""
+        return [place for place in self.places if shape_of(door) in self.shapes_at(place)]
+
+    def element(self, place: NftChain, door: Door, timeout: bytes = b"") -> bytes:
+        """The attributes of a message about a door's element of a set."""
+        shape = shape_of(door)
+        key = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, shape.key(door)))
+        item = attribute(NESTED | LIST_ITEM, key + timeout)
+        return set_name(place, shape) + attribute(NESTED | LIST_ELEMENTS, item)
+
+    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
+        """Opens `grants` in one transaction.
+
+        Added, deleted and added again: that sets the time that an element has left on every kernel,
+        whether or not it was there. So `replaced` needs nothing more.
+        """
+        now = time.monotonic()
+        messages = []
+        for grant in grants:
+            milliseconds = max(1, int((grant.ends - now) * 1000))
+            timeout = attribute(ELEMENT_TIMEOUT, struct.pack(">Q", milliseconds))
+            for place in self.places_of(grant.door):
+                family = NFT_FAMILIES[place.family]
+                plain = self.element(place, grant.door)
+                messages += [(NEW_ELEMENT, NLM_CREATE, family, plain),
+                             (DELETE_ELEMENT, 0, family, plain),
+                             (NEW_ELEMENT, NLM_CREATE, family,
+                              self.element(place, grant.door, timeout))]
+        if not messages:
+            raise CommandError("no nftables chain for IPv%d" % grants[0].door.source.version)
+        self.commit(messages)
+
+    def commit(self, messages: List[Tuple[int, int, int, bytes]]) -> None:
+        """Netlink's commit(), with a CommandError."""
+        try:
+            self.netlink.commit(messages)
+        except OSError as error:
+            raise CommandError("nftables: %s" % error.strerror) from None
+
+    def close(self, grants: List[Grant]) -> None:
+        """Takes elements out that the kernel has not ended yet."""
+        for grant in grants:
+            for place in self.places_of(grant.door):
+                body = self.element(place, grant.door)
+                try:
+                    self.netlink.commit([(DELETE_ELEMENT, 0, NFT_FAMILIES[place.family], body)])
+                except OSError as error:
+                    if error.errno != errno.ENOENT:
+                        raise CommandError("nftables: %s" % error.strerror) from None
+
+    def grants(self) -> List[Grant]:
+        """The grants that the kernel has in every place."""
+        found: Dict[Door, float] = {}
+        counts: Dict[Door, int] = {}
+        for place in self.places:
+            for shape in self.shapes_at(place):
+                for door, seconds in self.read_set(place, shape):
+                    found[door] = min(seconds, found.get(door, seconds))
+                    counts[door] = counts.get(door, 0) + 1
+        now, wall = time.monotonic(), time.time()
+        return [Grant(door, int(wall + seconds + 0.999), now + seconds)
+                for door, seconds in found.items() if counts[door] == len(self.places_of(door))]
+
+    def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
+        """The doors in a set with the seconds they have left."""
+        try:
+            answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[place.family],
+                                        set_name(place, shape))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return []
+            raise CommandError("nftables set %s: %s" % (shape.set_name, error.strerror)) from None
+        doors = []
+        for answer in answers:
+            for item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
+                element = attributes(item)
+                door = shape.door(attributes(element.get(ELEMENT_KEY, b"")).get(DATA_VALUE, b""))
+                left = struct.unpack(">Q", element.get(ELEMENT_EXPIRATION, bytes(8)))[0] / 1000
+                if door is not None and left > 0:
+                    doors.append((door, left))
+        return doors
+
+    def flush(self) -> None:
+        """Closes all grants; the guard stays."""
+        self.run(["flush set %s %s %s" % (place.family, place.table, shape.set_name)
+                  for place in self.places for shape in self.shapes_at(place)])
+
+    def remove(self) -> None:
+        """Takes our rules and sets out of the host's chains; the guard stays."""
+        for place in self.accept:
+            self.run(self.rule_removal(place)
+                     + ["delete set %s %s %s" % (place.family, place.table, shape.set_name)
+                        for shape in self.shapes_at(place)])
+
+    def unguard(self) -> None:
+        """Takes the guard away."""
+        self.run(["delete table %s %s" % GUARD_TABLE[:2]])
+
+
+def set_name(place: NftChain, shape: Shape) -> bytes:
+    """The attributes that name a set."""
+    return (attribute(LIST_TABLE, place.table.encode() + b"\0")
+            + attribute(LIST_SET, shape.set_name.encode() + b"\0"))
+
+
+# ======================================================================================
+# 15. iptables
+#
+# A grant is a rule of fwknop's shape, chain and comment (fwknop spec 3.6), so that
+# `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In
+# guard mode the chains are in the mangle table, which comes before destination NAT.
+# ======================================================================================
+
+MARK = "_exp_"  # and epoch seconds: fwknop's comment of a rule
+GUARD_CHAIN, GUARDED_CHAIN, PROBE_CHAIN = "FWKNOP_GUARD", "FWKNOP_GUARDED", "FWKNOP_PROBE"
+LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
+LEGACY_POLL_SECONDS = 5.0  # its changes are not announced
+
+
+class Place(NamedTuple):
+    """A chain that grants go to: its table, the target of its rules, and where they stand."""
+
+    table: str
+    chain: str
+    target: str
+    outgoing: bool = False
+    first: bool = False
+
+
+class Iptables:
+    """The programs of one IP version and the changes that are made through them."""
+
+    def __init__(self, version: int, program: str) -> None:
+        self.version, self.program, self.restore = version, program, program + "-restore"
+        self.dated = True  # whether rules can end by themselves
+
+    def list(self, table: str) -> List[str]:
+        """The rules of a table, as `iptables -S` prints them."""
+        return run_program([self.program, "-w", "-t", table, "-S"]).splitlines()
+
+    def commit(self, changes: Dict[str, List[str]]) -> None:
+        """Makes the changes of each table, all of a table or none."""
+        text = "".join("*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines))
+                       for table, lines in changes.items() if lines)
+        if text:
+            run_program([self.restore, "-n", "-w"], text)
+
+    def probe_time_match(self) -> None:
+        """Finds out whether the kernel has the time match, in a chain that is gone at once."""
+        rule = "-A %s -m time --datestop 2000-01-01T00:00:00 -j RETURN" % PROBE_CHAIN
+        try:
+            self.commit({"filter": [":%s - [0:0]" % PROBE_CHAIN, rule,
+                                    "-F " + PROBE_CHAIN, "-X " + PROBE_CHAIN]})
+        except CommandError:
+            self.dated = False
+
+    def rule(self, place: Place, grant: Grant) -> str:
+        """The rule of a grant, as `iptables -S` prints it, without `-A CHAIN`."""
+        door = grant.door
+        peer, here = ("-d", "-s") if place.outgoing else ("-s", "-d")
+        sides = {peer: str(door.source)}
+        if door.destination is not None:
+            sides[here] = "%s/%d" % (door.destination, door.destination.max_prefixlen)
+        words = ["%s %s" % (side, sides[side]) for side in ("-s", "-d") if side in sides]
+        words.append("-p %s -m %s --%s %d" % (door.protocol, door.protocol,
+                                             "sport" if place.outgoing else "dport", door.port))
+        if self.dated:
+            date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(min(grant.expires, LAST_DATE)))
+            words.append("-m time --datestop " + date)
+        words.append("-m comment --comment %s%d -j %s" % (MARK, grant.expires, place.target))
+        return " ".join(words)
+
+
+def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
+    """Door and expiry of a rule that `iptables -S` printed; None when it is no grant there."""
+    words = line.split()
+    if words[:2] != ["-A", place.chain]:
+        return None
+    values = {option: value.strip('"') for option, value in zip(words, words[1:])}
+    peer, here, port = ("-d", "-s", "--sport") if place.outgoing else ("-s", "-d", "--dport")
+    expires = values.get("--comment", "")
+    if not expires.startswith(MARK) or not expires[len(MARK):].isdigit() or peer not in values:
+        return None
+    try:
+        destination = ipaddress.ip_network(values[here]).network_address if here in values else None
+        protocol, number = parse_port("%s/%s" % (values.get("-p"), values.get(port)))
+        return (Door(ipaddress.ip_network(values[peer]), destination, protocol, number),
+                int(expires[len(MARK):]))
+    except ValueError:
+        return None
+
+
+class IptablesFirewall:
+    """Grants as rules of iptables and ip6tables."""
+
+    name = "iptables"
+
+    def __init__(self, program: str, access: List[IptablesChain], guard_ports: FrozenSet[Port],
+                 prepend: bool, log: Log) -> None:
+        self.access, self.guard_ports, self.log = access, guard_ports, log
+        self.places = [Place("mangle", GUARDED_CHAIN, "RETURN", first=True)] * bool(guard_ports)
+        self.places += [Place(chain.table, chain.chain, chain.target,
+                              chain.from_chain == "OUTPUT", prepend) for chain in access]
+        directory, name = os.path.split(program)
+        six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
+        self.programs = {4: Iptables(4, program)}
+        if six and os.path.exists("/proc/net/if_inet6"):
+            self.programs[6] = Iptables(6, six)
+        elif os.path.exists("/proc/net/if_inet6"):
+            log.warning("No ip6tables: nothing is opened" + (" or guarded" if guard_ports else "")
+                        + " for IPv6")
+        self.structure: Dict[int, Set[str]] = {}
+        legacy = "nf_tables" not in run_program([program, "-V"])
+        self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
+
+    def describe(self) -> str:
+        """Where grants go, for the log."""
+        return ", ".join(place.chain for place in self.places if not place.outgoing)
+
+    @property
+    def tables(self) -> List[str]:
+        """The tables with places of ours."""
+        return sorted({place.table for place in self.places})
+
+    def prepare(self) -> None:
+        """Makes chains and jumps where they are missing; grants stay as they are."""
+        for program in self.programs.values():
+            program.probe_time_match()
+            if not program.dated:
+                self.log.warning("%s has no time match: grants end only while this server runs"
+                                 % program.program)
+            for table in self.tables:
+                lines = program.list(table)
+                changes = []
+                if table == "mangle" and self.guard_ports:
+                    changes += self.guard_changes(lines, program.version)
+                for chain in self.access:
+                    if chain.table == table:
+                        changes += missing_chain(lines, chain)
+                program.commit({table: changes})
+        self.structure = self.read_structure()
+
+    def guard_changes(self, lines: List[str], version: int) -> List[str]:
+        """The guard, written anew: what is guarded goes to a chain that ends in DROP.
+
+        Only what is addressed to this host: the rest is routed, and not ours to guard. Established
+        connections and loopback are let be.
+        """
+        changes = [":%s - [0:0]" % GUARD_CHAIN]
+        if "-N " + GUARDED_CHAIN not in lines:
+            changes.append(":%s - [0:0]" % GUARDED_CHAIN)
+        if "-A %s -j DROP" % GUARDED_CHAIN not in lines:
+            changes.append("-A %s -j DROP" % GUARDED_CHAIN)
+        # For IPv6 the match calls this host's own addresses UNICAST as well.
+        routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
+                  "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
+        changes += ["-A %s %s -j RETURN" % (GUARD_CHAIN, match) for match in (
+            "-i lo", "-m conntrack --ctstate RELATED,ESTABLISHED", routed)]
+        changes += ["-A %s -p %s -m %s --dport %d -j %s"
+                    % (GUARD_CHAIN, protocol, protocol, port, GUARDED_CHAIN)
+                    for protocol, port in sorted(self.guard_ports)]
+        if "-A PREROUTING -j " + GUARD_CHAIN not in lines:
+            changes.append("-I PREROUTING 1 -j " + GUARD_CHAIN)
+        return changes
+
+    def read_structure(self) -> Dict[int, Set[str]]:
+        """All that is ours and no grant: our chains, what jumps to them, what is in the guard's."""
+        ours = {place.chain for place in self.places} | {GUARD_CHAIN, GUARDED_CHAIN}
+        return {version: {line for table in self.tables for line in program.list(table)
+                          if ours & set(line.split()) and MARK not in line}
+                for version, program in self.programs.items()}
+
+    def intact(self) -> bool:
+        """Whether all that prepare() made is still there."""
+        try:
+            return self.structure == self.read_structure()
+        except CommandError:
+            return False
+
+    def program_for(self, door: Door) -> Iptables:
+        """The programs of the door's IP version."""
+        if door.source.version not in self.programs:
+            raise CommandError("no ip6tables to open IPv6 with")
+        return self.programs[door.source.version]
+
+    def changes(self, action: Callable[[Place], str],
+                grants: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
+        """A change for each grant in each place, by program and table."""
+        found: Dict[Iptables, Dict[str, List[str]]] = {}
+        for grant in grants:
+            program = self.program_for(grant.door)
+            for place in self.places:
+                lines = found.setdefault(program, {}).setdefault(place.table, [])
+                lines.append("%s %s" % (action(place), program.rule(place, grant)))
+        return found
+
+    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
+        """Adds the rules of `grants` and deletes those of `replaced`, each table in one go."""
+        added = self.changes(lambda place: ("-I %s 1" if place.first else "-A %s") % place.chain,
+                             grants)
+        deleted = self.changes(lambda place: "-D " + place.chain, replaced)
+        for program, tables in added.items():
+            for table, lines in tables.items():
+                lines += deleted.get(program, {}).get(table, [])
+            program.commit(tables)
+
+    def close(self, grants: List[Grant]) -> None:
+        """Deletes the rules of `grants`, also where they are gone or of another shape."""
+        for program, tables in self.changes(lambda place: "-D " + place.chain, grants).items():
+            try:
+                program.commit(tables)
+            except CommandError:
+                doors = {grant.door for grant in grants}
+                program.commit({table: ["-D" + line[2:] for line in program.list(table)
+                                        if self.door_of(line, table) in doors] for table in tables})
+
+    def door_of(self, line: str, table: str) -> Optional[Door]:
+        """The door that a line of `iptables -S` is the grant of, None when it is none of ours."""
+        for place in self.places:
+            parsed = parse_rule(line, place) if place.table == table else None
+            if parsed:
+                return parsed[0]
+        return None
+
+    def grants(self) -> List[Grant]:
+        """The grants that the kernel has; those that time has ended, too."""
+        wall, now = time.time(), time.monotonic()
+        found: Dict[Door, int] = {}
+        for program in self.programs.values():
+            for table in self.tables:
+                for line in program.list(table):
+                    for place in self.places:
+                        parsed = parse_rule(line, place) if place.table == table else None
+                        if parsed and not place.outgoing:
+                            found[parsed[0]] = min(parsed[1], found.get(*parsed))
+        return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
+
+    def flush(self) -> None:
+        """Closes all grants, those of another fwknopd as well; the guard stays."""
+        for program in self.programs.values():
+            program.commit({table: ["-D" + line[2:] for line in program.list(table)
+                                    if self.door_of(line, table)] for table in self.tables})
+
+    def remove(self) -> None:
+        """Takes our chains out of the host's tables; the guard stays."""
+        for program in self.programs.values():
+            for chain in self.access:
+                lines = program.list(chain.table)
+                program.commit({chain.table: chain_removal(lines, chain.from_chain, [chain.chain])})
+
+    def unguard(self) -> None:
+        """Takes the guard away."""
+        for program in self.programs.values():
+            program.commit({"mangle": chain_removal(program.list("mangle"), "PREROUTING",
+                                                    [GUARD_CHAIN, GUARDED_CHAIN])})
+
+
+def missing_chain(lines: List[str], access: IptablesChain) -> List[str]:
+    """The changes that make a chain and the jump to it, where a table's `lines` lack them."""
+    changes = []
+    if "-N " + access.chain not in lines:
+        changes.append(":%s - [0:0]" % access.chain)
+    if "-A %s -j %s" % (access.from_chain, access.chain) not in lines:
+        changes.append("-I %s %d -j %s" % (access.from_chain, access.position, access.chain))
+    return changes
+
+
+def chain_removal(lines: List[str], from_chain: str, chains: List[str]) -> List[str]:
+    """The changes that take the jump to the first of `chains` away, and then the chains."""
+    jump = "-A %s -j %s" % (from_chain, chains[0])
+    present = [chain for chain in chains if "-N " + chain in lines]
+    return (["-D" + jump[2:]] * lines.count(jump) + ["-F " + chain for chain in present]
+            + ["-X " + chain for chain in present])
+
+
+class NoFirewall:
+    """FIREWALL_TYPE none and --test: knocks are judged and logged, nothing is opened."""
+
+    name = "none"
+    poll_seconds = POLL_SECONDS
+
+    def __init__(self, why: str, log: Log) -> None:
+        self.why, self.log = why, log
+
+    def describe(self) -> str:
+        """Where grants go, for the log."""
+        return "nowhere"
+
+    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
+        """Says that nothing is opened."""
+        self.log.info(self.why)
+
+    def grants(self) -> List[Grant]:
+        """No grants: there is nothing that could have kept them."""
+        return []
+
+    def intact(self) -> bool:
+        """Nothing can break."""
+        return True
+
+    def close(self, grants: List[Grant]) -> None:
+        """Nothing is open."""
+
+    def prepare(self) -> None:
+        """Nothing to make."""
+
+    flush = remove = unguard = prepare
+
+
+Firewall = Union[NftFirewall, IptablesFirewall, NoFirewall]
+
+
+def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
+                    log: Log) -> Firewall:
+    """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one."""
+    if test or settings.firewall == "none":
+        return NoFirewall("--test mode enabled, skipping firewall manipulation." if test else
+                          "FIREWALL_TYPE none: nothing is opened", log)
+    own = settings.firewall_program
+    nft = own if own and "nft" == os.path.basename(own) else find_program("nft")
+    iptables = own if own and "iptables" in os.path.basename(own) else find_program("iptables")
+    kind = settings.firewall
+    if kind == "auto":
+        wants_nft = settings.nft_accept_chains or settings.guard_ports and nft
+        chain_named = settings.is_set(ServerSettings.input_access)
+        kind = "nft" if wants_nft and not chain_named else "iptables"
+    if kind == "iptables":
+        return iptables_firewall(settings, iptables, log)
+    if not settings.guard_ports and not settings.nft_accept_chains:
+        raise ConfigError("GUARD_PORTS: expected it, or NFT_ACCEPT_CHAINS, with nftables",
+                          "GUARD_PORTS tcp/22 closes a port by a table of our own; "
+                          "NFT_ACCEPT_CHAINS inet filter input (OpenWrt: inet fw4 input_wan) "
+                          "opens what yours drops")
+    if not nft:
+        raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
+    shapes = {Shape(version, prefix, settings.destination_rule) for stanza in stanzas
+              for version, prefix in ((4, stanza.prefix4), (6, stanza.prefix6))}
+    if settings.enable_output:
+        log.warning("ENABLE_IPT_OUTPUT has no effect with nftables")
+    return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log)
+
+
+def iptables_firewall(settings: ServerSettings, program: Optional[str],
+                      log: Log) -> IptablesFirewall:
+    """The iptables firewall of the settings."""
+    if not program or not find_program(program + "-restore"):
+        raise ConfigError("FIREWALL_TYPE: there is no iptables program",
+                          "on nftables, set GUARD_PORTS or NFT_ACCEPT_CHAINS")
+    access = []
+    if not settings.guard_ports or settings.is_set(ServerSettings.input_access):
+        access.append(settings.input_access)
+        if settings.enable_output:
+            access.append(settings.output_access)
+    return IptablesFirewall(program, access, settings.guard_ports, settings.rule_prepend, log)
+
+
+# ======================================================================================
+# 16. Grants
+#
+# The register of open doors. The kernel has it too, and ends each grant by itself; this one
+# closes in time where the kernel can't, extends, and puts back what somebody flushed.
+# ======================================================================================
+
+RETRY_SECONDS = 1.0
+
+
+class Grants:
+    """The doors that are open now, and the firewall that has them open."""
+
+    def __init__(self, firewall: Firewall, log: Log, wall: Callable[[], float] = time.time,
+                 monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.firewall, self.log, self.wall, self.monotonic = firewall, log, wall, monotonic
+        self.live: Dict[Door, Grant] = {}
+        self.ends: List[Tuple[float, int, Grant]] = []  # a heap, with what was extended since too
+        self.count = 0
+        self.not_before = 0.0  # when a close that failed is tried again
+
+    def enter(self, grant: Grant) -> None:
+        """Notes a grant that the firewall has."""
+        self.live[grant.door] = grant
+        self.count += 1
+        heapq.heappush(self.ends, (grant.ends, self.count, grant))
+
+    def adopt(self) -> None:
+        """Goes on with the grants that the firewall has from before."""
+        for grant in self.firewall.grants():
+            self.enter(grant)
+            self.log.info("Found access rule in %s for %s, expires at %d"
+                          % (self.firewall.describe(), grant.door, grant.expires))
+
+    def open(self, doors: List[Door], seconds: int) -> None:
+        """Opens doors, all or none. What is open already stays so for longer, never for less."""
+        now = self.monotonic()
+        ends, expires = now + seconds, int(self.wall() + seconds + 0.999)
+        opened = [Grant(door, expires, ends) for door in doors
+                  if door not in self.live or self.live[door].ends < ends]
+        replaced = [self.live[grant.door] for grant in opened if grant.door in self.live]
+        if opened:
+            try:
+                self.firewall.open(opened, replaced)
+            except CommandError as error:
+                self.log.warning("%s; looking whether somebody changed the firewall" % error)
+                self.check()
+                self.firewall.close(replaced)
+                self.firewall.open(opened, [])
+        for grant in opened:
+            self.enter(grant)
+        for door in doors:
+            self.log.info("Added access rule to %s for %s, expires at %d"
+                          % (self.firewall.describe(), door, self.live[door].expires))
+
+    def next_end(self) -> Optional[float]:
+        """When expire() is due, on the monotonic clock."""
+        return max(self.ends[0][0], self.not_before) if self.ends else None
+
+    def expire(self) -> None:
+        """Closes all grants whose time has come; what can't be closed is tried again."""
+        now = self.monotonic()
+        if now < self.not_before:
+            return
+        ended = []
+        while self.ends and self.ends[0][0] <= now:
+            grant = heapq.heappop(self.ends)[2]
+            if self.live.get(grant.door) is grant:
+                ended.append(grant)
+        if not ended:
+            return
+        try:
+            self.firewall.close(ended)
+        except CommandError as error:
+            self.log.error("%s; trying to close %d grants again" % (error, len(ended)))
+            self.not_before = now + RETRY_SECONDS
+            for grant in ended:
+                self.enter(grant)
+            return
+        for grant in ended:
+            del self.live[grant.door]
+            self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
+                          % (self.firewall.describe(), grant.expires, grant.door))
+
+    def check(self) -> None:
+        """Puts back what somebody took from the firewall: first our rules, then what is due."""
+        if not self.firewall.intact():
+            self.log.warning("Somebody changed our rules in the firewall (%s); putting them back"
+                             % self.firewall.describe())
+            self.firewall.prepare()
+        present = {grant.door for grant in self.firewall.grants()}
+        due = self.monotonic() + 0.5  # what ends now may be gone from the kernel already
+        lost = [grant for grant in self.live.values()
+                if grant.door not in present and grant.ends > due]
+        if lost:
+            self.firewall.open(lost, [])
+            self.log.warning("Put back %d grants that somebody took from the firewall" % len(lost))
+
+    def flush(self) -> None:
+        """Closes everything."""
+        self.firewall.flush()
+        self.live.clear()
+        self.ends = []
+
+
+# ======================================================================================
+# 17. Server
+#
+# The spine: what happens to a datagram, in its order, and the loop around it.
+# ======================================================================================
+
+BATCH = 64  # datagrams taken from one socket before others have their turn
+SETTLE_SECONDS = 0.05  # from the first sign that the firewall was changed until it is looked at
+
+
+class Configuration(NamedTuple):
+    """Both files as they were read."""
+
+    settings: ServerSettings
+    stanzas: List[Stanza]
+    warnings: List[str]
+
+
+class Server:
+    """What receives, judges, opens and closes."""
+
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
+        self.settings, self.stanzas = configuration.settings, configuration.stanzas
+        self.log = log
+        self.grants = Grants(firewall, log)
+        self.memory = open_memory(self.settings, log)
+        self.captures: List[Capture] = []
+        self.selector = selectors.DefaultSelector()
+        self.counts: Dict[str, int] = {}
+        self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
+        self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
+        self.check_due = 0.0
+        self.running = True
+
+    def receive(self, datagram: Datagram) -> None:
+        """One datagram on its way: form, then whose it is and what it may open."""
+        try:
+            check_form(datagram.payload)
+            self.admit(datagram)
+        except PacketRejected as rejection:
+            self.reject(datagram, rejection)
+
+    def admit(self, datagram: Datagram) -> None:
+        """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
+
+        The first that opens something ends it. When none does, the reason of the first whose keys
+        were right is raised, or else that of the first whose keys were wrong.
+        """
+        rejection: Optional[PacketRejected] = None
+        remembered = False
+        for stanza in self.stanzas:
+            if not stanza.admits(datagram):
+                continue
+            try:
+                packet, canonical = open_packet(datagram.payload, stanza.keys)
+                if not remembered:
+                    self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
+                                  "match" % (stanza.number, socket_text(datagram.source)))
+                    self.memory.check_fresh(packet.timestamp)
+                    self.memory.remember(canonical, datagram)
+                    remembered = True
+                doors, seconds = judge(packet, stanza, datagram, self.settings.destination_rule,
+                                       time.time())
+                self.open(doors, seconds, packet, stanza)
+                return
+            except PacketRejected as reason:
+                reason.stanza = stanza.number
+                if isinstance(reason, NotFresh):
+                    raise
+                if rejection is None or (isinstance(rejection, WrongKey)
+                                         and not isinstance(reason, WrongKey)):
+                    rejection = reason
+        raise rejection or PacketRejected("source", "No access data found for source IP: %s"
+                                          % socket_text(datagram.source), "{text}")
+
+    def open(self, doors: List[Door], seconds: int, packet: Packet, stanza: Stanza) -> None:
+        """Opens the doors; rejects the packet when the firewall can't."""
+        try:
+            self.grants.open(doors, seconds)
+        except CommandError as error:
+            self.log.error(str(error))
+            raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
+        finally:
+            self.forget_firewall_events()
+        self.counts["accepted"] = self.counts.get("accepted", 0) + 1
+        self.log.info("(stanza #%d) user %s (client %s) opened %s for %d seconds" % (
+            stanza.number, packet.user, packet.version, ", ".join(map(str, doors)), seconds))
+
+    def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
+        """Counts a rejection and, unless there are too many, logs it."""
+        self.counts[rejection.reason] = self.counts.get(rejection.reason, 0) + 1
+        if not self.log.rejection():
+            return
+        number = "(stanza #%d) " % rejection.stanza if rejection.stanza else ""
+        self.log.info(rejection.form.format(source=socket_text(datagram.source), stanza=number,
+                                            text=rejection))
+
+    def listen(self) -> None:
+        """Opens the sockets that the settings ask for, in place of those that are open."""
+        for capture in self.captures:
+            self.selector.unregister(capture)
+            capture.close()
+        self.captures = open_captures(self.settings, self.log)
+        for capture in self.captures:
+            self.selector.register(capture, selectors.EVENT_READ, self.make_drain(capture))
+
+    def make_drain(self, capture: Capture) -> Callable[[], None]:
+        """What is called when `capture` has something to read."""
+        def drain() -> None:
+            try:
+                for _ in range(BATCH):
+                    datagram = capture.receive()
+                    if datagram is not None:
+                        self.receive(datagram)
+            except BlockingIOError:
+                pass
+            except OSError as error:  # the interface went away; link events tell when it is back
+                self.log.warning("%s: %s; going on when it is back"
+                                 % (capture.name, error.strerror))
+        return drain
+
+    def check_links(self) -> None:
+        """Listens anew when the interface that was named is there again, or is another one."""
+        drain_socket(self.link_events)
+        if self.settings.udp_server or self.settings.interface == "any":
+            return
+        try:
+            index = socket.if_nametoindex(self.settings.interface)
+        except OSError:
+            return
+        if [getattr(capture, "index", index) for capture in self.captures] != [index]:
+            self.listen()
+
+    def forget_firewall_events(self) -> None:
+        """Skips the announcements of what this server just changed itself."""
+        drain_socket(self.firewall_events)
+
+    def expect_check(self) -> None:
+        """Somebody changed the firewall: it is looked at soon, and once for a series of changes."""
+        drain_socket(self.firewall_events)
+        self.check_due = min(self.check_due, time.monotonic() + SETTLE_SECONDS)
+
+    def check_firewall(self) -> None:
+        """Puts back what somebody took from the firewall; what fails is tried again."""
+        try:
+            self.grants.check()
+        except CommandError as error:
+            self.log.error("%s; the firewall is not as it should be, trying again" % error)
+        self.forget_firewall_events()
+        self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+
+    def reload(self, configuration: Configuration, firewall: Firewall) -> None:
+        """Goes on with other settings and stanzas; live grants stay, in a new firewall as well."""
+        firewall.prepare()
+        old = self.grants.firewall
+        if old.describe() != firewall.describe():
+            self.log.warning("Grants go to %s from now on; what this server made in %s stays until "
+                             "--fw-flush" % (firewall.describe(), old.describe()))
+        self.grants.firewall = firewall
+        self.grants.check()
+        settings, self.settings = self.settings, configuration.settings
+        self.stanzas = configuration.stanzas
+        self.memory.max_age = self.settings.max_packet_age if self.settings.aging else None
+        if any(getattr(settings, row.attribute) != getattr(self.settings, row.attribute)
+               for row in (ServerSettings.interface, ServerSettings.packet_filter,
+                           ServerSettings.udp_server, ServerSettings.udp_port)):
+            self.listen()
+        for row in (ServerSettings.digest_file, ServerSettings.digest_persistence,
+                    ServerSettings.pid_file):
+            if getattr(settings, row.attribute) != getattr(self.settings, row.attribute):
+                self.log.warning("%s takes effect at the next start" % row.name)
+
+    def start(self, flush: bool) -> None:
+        """Makes the firewall ready, goes on with the grants it has or closes them, and listens."""
+        self.grants.firewall.prepare()
+        if flush:
+            self.grants.flush()
+        else:
+            self.grants.adopt()
+        for events, react in ((self.firewall_events, self.expect_check),
+                              (self.link_events, self.check_links)):
+            if events is not None:
+                drain_socket(events)
+                self.selector.register(events, selectors.EVENT_READ, react)
+        self.listen()
+        self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+
+    def turn(self) -> None:
+        """Waits for the next thing to do, and does it."""
+        due = self.check_due
+        next_end = self.grants.next_end()
+        if next_end is not None:
+            due = min(due, next_end)
+        for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
+            key.data()
+        self.grants.expire()
+        self.forget_firewall_events()
+        if time.monotonic() >= self.check_due:
+            self.check_firewall()
+
+    def stop(self) -> None:
+        """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays."""
+        if self.settings.flush_at_stop:
+            self.grants.flush()
+            self.grants.firewall.remove()
+        if self.settings.guard_ports and not isinstance(self.grants.firewall, NoFirewall):
+            self.log.info("%s stay closed to everybody; --unguard opens them"
+                          % port_list(self.settings.guard_ports))
+        self.memory.close()
+
+
+def drain_socket(events: Optional[socket.socket]) -> None:
+    """Reads all that is waiting; nobody wants to know what it says."""
+    try:
+        while events is not None:
+            events.recv(65536)
+    except OSError:  # nothing more, or more was lost than fits
+        pass
+
+
+def open_memory(settings: ServerSettings, log: Log) -> ReplayMemory:
+    """The replay memory of the settings; its directory is made when it is missing."""
+    path = settings.digest_file if settings.digest_persistence else None
+    if path:
+        make_directory(os.path.dirname(path))
+    return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log)
+
+
+def make_directory(path: str) -> None:
+    """Makes a directory that only its owner may look into, if it is missing."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+    except OSError as error:
+        raise SpaError("%s: %s" % (path, error.strerror)) from None
+
+
+# ======================================================================================
+# 18. Process
+#
+# Pid file, signals, background and reload.
+# ======================================================================================
+
+
+class PidFile:
+    """A file that holds the server's pid, and a lock as long as the server lives."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.file: Optional[int] = None
+
+    def lock(self) -> None:
+        """Takes the lock; SpaError when a server has it."""
+        make_directory(os.path.dirname(self.path))
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:
+            raise SpaError("%s: %s" % (self.path, error.strerror)) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            raise SpaError("An instance of fwknopd is already running: (PID=%s)."
+                           % self.read()) from None
+        self.file = file
+
+    def write(self) -> None:
+        """Writes the pid of this process."""
+        assert self.file is not None
+        os.ftruncate(self.file, 0)
+        os.pwrite(self.file, b"%d\n" % os.getpid(), 0)
+
+    def clear(self) -> None:
+        """Leaves an empty file without a lock. Without the file, two servers could lock two."""
+        if self.file is not None:
+            os.ftruncate(self.file, 0)
+            os.close(self.file)
+            self.file = None
+
+    def read(self) -> str:
+        """What is in the file."""
+        try:
+            with open(self.path, encoding="latin-1") as file:
+                return file.read(32).strip()
+        except OSError:
+            return ""
+
+    def running(self) -> Optional[int]:
+        """The pid of the server that holds the lock, None when there is none. Changes nothing."""
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except OSError:
+            pid = self.read()
+            return int(pid) if pid.isdigit() else None
+        finally:
+            os.close(file)
+
+
+class Signals:
+    """The signals that came, to be looked at between two turns of the server's loop."""
+
+    def __init__(self) -> None:
+        self.pending: List[int] = []
+        self.reader, writer = socket.socketpair()
+        self.writer = writer
+        for end in (self.reader, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: self.pending.append(number))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def drain(self) -> None:
+        """Empties what woke the loop up."""
+        drain_socket(self.reader)
+
+
+def go_to_background() -> int:
+    """Goes on in a child of its own session; the parent waits until the child says that it serves.
+
+    Returns the descriptor to say it on, by writing a byte; the parent then ends with 0, or with 1
+    when the child ended first.
+    """
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        os._exit(0 if os.read(reader, 1) else 1)
+    os.close(reader)
+    os.setsid()
+    os.chdir("/")
+    return writer
+
+
+def close_standard_files() -> None:
+    """Connects stdin, stdout and stderr with /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    os.close(null)
+
+
+def run_server(read: Callable[[], Configuration], options: argparse.Namespace, log: Log) -> int:
+    """Serves until a signal ends it; returns the exit code."""
+    configuration = read()
+    settings = configuration.settings
+    log.level = DEBUG if settings.verbose else INFO
+    pid_file = PidFile(settings.pid_file)
+    pid_file.lock()
+    ready = go_to_background() if options.daemon else None
+    pid_file.write()
+    for warning in configuration.warnings:
+        log.warning(warning)
+    log.info("Starting fwknopd")
+    firewall = choose_firewall(settings, configuration.stanzas, options.test, log)
+    server = Server(configuration, firewall, log)
+    signals = Signals()
+    server.selector.register(signals.reader, selectors.EVENT_READ, signals.drain)
+    server.start(settings.flush_at_start)
+    if settings.guard_ports and not options.test:
+        log.info("%s are closed to everybody without a grant" % port_list(settings.guard_ports))
+    log.info("Starting fwknopd main event loop.")
+    if ready is not None:
+        os.write(ready, b"1")
+        os.close(ready)
+        close_standard_files()
+        log.stream = None
+    while server.running:
+        server.turn()
+        while signals.pending:
+            take_signal(signals.pending.pop(0), server, read, options, log)
+    server.stop()
+    pid_file.clear()
+    log.info("Shutting Down fwknopd.")
+    return 0
+
+
+def take_signal(number: int, server: Server, read: Callable[[], Configuration],
+                options: argparse.Namespace, log: Log) -> None:
+    """SIGHUP reads the files again, and keeps the old settings if they are bad; others end all."""
+    if number != signal.SIGHUP:
+        log.info("Gracefully leaving the fwknopd event loop.")
+        log.info("Got %s. Exiting..." % signal.Signals(number).name)
+        server.running = False
+        return
+    log.info("Got SIGHUP. Re-reading configs.")
+    try:
+        configuration = read()
+        for warning in configuration.warnings:
+            log.warning(warning)
+        firewall = choose_firewall(configuration.settings, configuration.stanzas, options.test, log)
+        server.reload(configuration, firewall)
+        log.level = DEBUG if configuration.settings.verbose else INFO
+    except SpaError as error:
+        log.error("%s; going on with the old settings" % error)
+
+
+# ======================================================================================
+# 19. First configuration
+#
+# `--init tcp/22`: keys and both files where there are none, and the client's stanza. The
+# shared block also writes keygen.py's stanzas.
+# ======================================================================================
+
+# --- shared: stanzas -- the same text in spa_server.py and keygen.py --
+# The lengths `fwknop --key-gen` uses. It has none for SHA-3: 64 bytes are as long as the longest
+# digest (more adds no strength, RFC 2104 section 3) and fit into one block of both SHA-3 digests
+# (136 and 72 bytes), so the key is used as it is and not hashed first.
+KEY_BYTES = 32
+HMAC_KEY_BYTES = {
+    "md5": 16, "sha1": 20, "sha256": 64, "sha384": 128, "sha512": 128,
+    "sha3_256": 64, "sha3_512": 64,
+}
+DEFAULT_SPA_PORT = 62201
+
+
+class Keys(NamedTuple):
+    """The two secrets that a client and a server share, in base64, and the HMAC's digest."""
+
+    key: str
+    hmac_key: str
+    digest: str
+
+
+class StanzaPlan(NamedTuple):
+    """What the two stanzas of one user say, besides the keys; every value already checked."""
+
+    name: str
+    server: str
+    access: str
+    port: int = DEFAULT_SPA_PORT
+    source: str = "ANY"
+    open_seconds: int = 30
+    username: str = ""
+    any_source: bool = False
+
+
+def make_keys(digest: str = "sha256", key_bytes: int = KEY_BYTES, hmac_key_bytes: int = 0,
+              random: Callable[[int], bytes] = os.urandom) -> Keys:
+    """Return fresh keys; an hmac_key_bytes of 0 means the length that suits the digest."""
+    key = random(key_bytes)
+    hmac_key = random(hmac_key_bytes or HMAC_KEY_BYTES[digest])
+    if key == hmac_key:  # fwknop refuses such a pair; two honest draws are never equal
+        raise SpaError("the random source gave the same bytes twice")
+    text, hmac_text = (binascii.b2a_base64(raw, newline=False).decode("ascii")
+                       for raw in (key, hmac_key))
+    return Keys(text, hmac_text, digest)
+
+
+def stanza_text(first_line: str, *rows: Tuple[str, object]) -> str:
+    """Return a stanza without its empty values, in the columns of `fwknop --save-rc-stanza`."""
+    lines = [f"{name:<24}    {value}\n" for name, value in rows if value]
+    return first_line + "\n" + "".join(lines)
+
+
+def client_stanza(plan: StanzaPlan, keys: Keys) -> str:
+    """Return the stanza for ~/.fwknoprc, its directives in the order in which fwknop saves them."""
+    return stanza_text(
+        f"[{plan.name}]",
+        ("SPA_SERVER_PORT", plan.port if plan.port != DEFAULT_SPA_PORT else ""),
+        ("ALLOW_IP", "source" if plan.any_source else ""),
+        ("SPOOF_USER", plan.username),
+        ("ACCESS", plan.access),
+        ("SPA_SERVER", plan.server),
+        ("KEY_BASE64", keys.key),
+        ("HMAC_DIGEST_TYPE", keys.digest.upper()),
+        ("HMAC_KEY_BASE64", keys.hmac_key),
+        ("USE_HMAC", "Y"))
+
+
+def server_stanza(plan: StanzaPlan, keys: Keys) -> str:
+    """Return the stanza for access.conf, with the name as a comment in its first line."""
+    return stanza_text(
+        f"# {plan.name}",
+        ("SOURCE", plan.source),
+        ("OPEN_PORTS", plan.access),
+        ("KEY_BASE64", keys.key),
+        ("HMAC_KEY_BASE64", keys.hmac_key),
+        ("HMAC_DIGEST_TYPE", keys.digest.upper()),
+        ("FW_ACCESS_TIMEOUT", plan.open_seconds),
+        ("REQUIRE_SOURCE_ADDRESS", "N" if plan.any_source else "Y"),
+        ("REQUIRE_USERNAME", plan.username))
+
+
+# --- end shared: stanzas --
+
+
+def first_configuration(ports: str, config_path: str, settings: ServerSettings) -> str:
+    """Makes both files for guarding `ports`, and returns the client's stanza.
+
+    Where there is an access.conf already, nothing is changed and nothing returned.
+    """
+    access = port_list(parse_ports(ports)).replace(" ", "")
+    if os.path.exists(settings.access_file):
+        return ""
+    plan = StanzaPlan(socket.gethostname().partition(".")[0] or "server", own_address(), access)
+    keys = make_keys()
+    if not os.path.exists(config_path):
+        write_new_file(config_path, "GUARD_PORTS                 %s;\n" % access)
+    write_new_file(settings.access_file, server_stanza(plan, keys))
+    return client_stanza(plan, keys)
+
+
+def write_new_file(path: str, text: str) -> None:
+    """A file that was not there, for its owner alone, and on the disk when this returns."""
+    make_directory(os.path.dirname(path))
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SpaError("%s: %s" % (path, error.strerror)) from None
+
+
+def own_address() -> str:
+    """The address this host would send from; nothing is sent to find it out."""
+    for family, peer in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((peer, 62201))
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    return "127.0.0.1"
+
+
+# ======================================================================================
+# 20. Command line
+# ======================================================================================
+
+CONFIG_FILE = "/etc/fwknop/fwknopd.conf"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options, with fwknopd's names (fwknop spec 3.1)."""
+    parser = argparse.ArgumentParser(
+        prog="spa_server.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Hide ports, and open them for a while to clients that hold a key.",
+        epilog="First steps:  spa_server.py --init tcp/22  makes keys and configuration, prints\n"
+        "what the client needs, hides ssh and serves. SIGHUP reads the files again.")
+    add = parser.add_argument
+    add("-c", "--config-file", metavar="FILE", help="fwknopd.conf (default %s)" % CONFIG_FILE)
+    add("-a", "--access-file", metavar="FILE", help="access.conf")
+    add("-i", "--interface", metavar="NAME", help="interface to listen on, or any")
+    add("-P", "--pcap-filter", metavar="FILTER", help="what to look at: udp port N, joined by or")
+    add("-U", "--udp-server", action="store_true", help="listen on a UDP, not a packet socket")
+    add("-d", "--digest-file", metavar="FILE", help="where packets are remembered")
+    add("-p", "--pid-file", metavar="FILE", help="pid of the running server")
+    add("-r", "--run-dir", metavar="DIR", help="where state is kept")
+    add("-f", "--foreground", action="store_true", help="stay in the foreground (the default)")
+    add("--daemon", action="store_true", help="go to the background, and log to syslog")
+    add("--syslog-enable", action="store_true", help="log to syslog too")
+    add("-t", "--test", action="store_true", help="judge and log packets, leave the firewall alone")
+    add("-v", "--verbose", action="count", default=0, help="say more in the log")
+    add("-V", "--version", action="store_true", help="print version and SHA-256 of this file")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--init", metavar="PORTS", help="make keys and configuration to hide PORTS, "
+                     "as in tcp/22,udp/1194, where there are none, and serve")
+    for flags, text in ((("-D", "--dump-config"), "print the configuration, without secrets"),
+                        (("--exit-parse-config",), "check the configuration"),
+                        (("-S", "--status"), "is a server running?"),
+                        (("-K", "--kill"), "end the running server"),
+                        (("-R", "--restart"), "let the running server read its files again"),
+                        (("--fw-list",), "list what is open"),
+                        (("--fw-flush",), "close all that is open; a guard stays"),
+                        (("--unguard",), "take the guard away")):
+        one.add_argument(*flags, action="store_true", help=text)
+    return parser
+
+
+def read_configuration(options: argparse.Namespace) -> Configuration:
+    """Both files and what the command line says instead; ConfigError names file and line."""
+    settings = read_settings(options)
+    warnings = settings[1]
+    stanzas, more = read_stanzas(settings[0].access_file)
+    for path in (options.config_file or CONFIG_FILE, settings[0].access_file):
+        warnings += permission_warnings(path)
+    return Configuration(settings[0], stanzas, settings[0].warnings() + warnings + more)
+
+
+def read_settings(options: argparse.Namespace) -> Tuple[ServerSettings, List[str]]:
+    """fwknopd.conf, which need not exist where nobody named it, and the command line."""
+    settings = ServerSettings()
+    warnings = []
+    if options.config_file or os.path.exists(CONFIG_FILE):
+        warnings = read_server_settings(options.config_file or CONFIG_FILE, settings)
+    for row, value in ((ServerSettings.run_directory, options.run_dir),
+                       (ServerSettings.access_file, options.access_file),
+                       (ServerSettings.interface, options.interface),
+                       (ServerSettings.packet_filter, options.pcap_filter),
+                       (ServerSettings.udp_server, "Y" if options.udp_server else None),
+                       (ServerSettings.digest_file, options.digest_file),
+                       (ServerSettings.pid_file, options.pid_file),
+                       (ServerSettings.verbose, options.verbose and str(min(9, options.verbose)))):
+        if value:
+            if row.parse is parse_path:
+                value = os.path.abspath(value)
+            settings.take(Line("command line", 0, row.name, value))
+    return settings, warnings
+
+
+def permission_warnings(path: str) -> List[str]:
+    """What fwknopd says of a file that others can read, or that belongs to somebody else."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    texts = []
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        texts.append("[-] file: %s permissions should only be user read/write (0600, -rw-------)"
+                     % path)
+    if status.st_uid not in (0, os.geteuid()):
+        texts.append("[-] file: %s (owner: %d) not owned by current effective user id: %d"
+                     % (path, status.st_uid, os.geteuid()))
+    return texts
+
+
+def own_hash() -> str:
+    """The SHA-256 of this file, to compare with the one that was meant to be copied."""
+    with open(os.path.abspath(__file__), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def dump(configuration: Configuration) -> str:
+    """The configuration in the syntax of its files."""
+    parts = ["# fwknopd.conf\n" + configuration.settings.dump()]
+    parts += ["# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump())
+              for stanza in configuration.stanzas]
+    return "\n".join(parts)
+
+
+def list_grants(firewall: Firewall) -> str:
+    """A line for each grant that the firewall has."""
+    now = time.monotonic()
+    lines = ["Listing rules in fwknopd %s (%s)..." % (firewall.name, firewall.describe())]
+    lines += ["%s  %d seconds left  /* %s%d */"
+              % (grant.door, max(0, grant.ends - now), MARK, grant.expires)
+              for grant in sorted(firewall.grants(), key=lambda grant: grant.ends)]
+    return "\n".join(lines)
+
+
+def signal_server(options: argparse.Namespace) -> int:
+    """-S, -K and -R: the words and exit codes of fwknopd (fwknop spec 3.1)."""
+    pid = PidFile(read_settings(options)[0].pid_file).running()
+    if pid is None:
+        print("No running fwknopd detected.")
+        return 1
+    if options.kill:
+        os.kill(pid, signal.SIGTERM)
+        print("Killed fwknopd (pid=%d) via SIGTERM" % pid)
+    elif options.restart:
+        os.kill(pid, signal.SIGHUP)
+        print("Sent restart signal to fwknopd (pid=%d)" % pid)
+    else:
+        print("Detected fwknopd is running (pid=%d)." % pid)
+    return 0
+
+
+def manage_firewall(options: argparse.Namespace, log: Log) -> int:
+    """--fw-list, --fw-flush and --unguard."""
+    configuration = read_configuration(options)
+    settings = configuration.settings
+    firewall = choose_firewall(settings, configuration.stanzas, False, log)
+    if options.fw_list:
+        print(list_grants(firewall))
+    elif options.fw_flush:
+        print("Deleting any existing firewall rules...")
+        firewall.flush()
+    else:
+        firewall.unguard()
+        print("The guard is gone. Now the host's own firewall alone decides who reaches %s."
+              % (port_list(settings.guard_ports) or "the ports"))
+    return 0
+
+
+def run(options: argparse.Namespace, log: Log) -> int:
+    """Does what the options say; returns the exit code."""
+    if options.version:
+        print("spa_server.py %s, FKO protocol version 3.0.0, sha256 %s" % (VERSION, own_hash()))
+        return 0
+    if options.status or options.kill or options.restart:
+        return signal_server(options)
+    if options.fw_list or options.fw_flush or options.unguard:
+        return manage_firewall(options, log)
+    if options.dump_config or options.exit_parse_config:
+        configuration = read_configuration(options)
+        for warning in configuration.warnings:
+            log.warning(warning)
+        print(dump(configuration) if options.dump_config else "Configs parsed, exiting.")
+        return 0
+    if options.init:
+        stanza = first_configuration(options.init, options.config_file or CONFIG_FILE,
+                                     read_settings(options)[0])
+        if stanza:
+            print("# Copy this into ~/.fwknoprc of the client (mode 0600):\n\n" + stanza,
+                  flush=True)
+        else:
+            log.info("There is a configuration already; serving it")
+    settings = read_settings(options)[0]
+    if options.daemon or options.syslog_enable:
+        if syslog is None:
+            raise SpaError("this Python has no syslog module")
+        syslog.openlog(settings.syslog_identity, syslog.LOG_PID,
+                       getattr(syslog, settings.syslog_facility))
+        log.to_syslog = True
+    return run_server(lambda: read_configuration(options), options, log)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The program: command line in, exit code out."""
+    options = make_parser().parse_args(argv)
+    log = Log(sys.stderr)
+    try:
+        return run(options, log)
+    except SpaError as error:
+        log.error("spa_server.py: %s" % error)
+        if error.hint:
+            log.error("hint: " + error.hint)
+        return 3 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
