@@ -1,0 +1,1 @@
+"""The tests; `python3 -m unittest` from the top finds all of them."""

@@ -1,0 +1,229 @@
+"""What the tests share: scripts as modules, the Pythons of this machine, skipping with a reason.
+
+Two environment variables choose what live tests do (tests that need root or a peer program):
+  SPA_REQUIRE_LIVE=1   a live test that cannot run fails, so that a machine without the peers
+                       cannot look like a pass
+  SPA_PORTABLE=1       live tests are left out, and only the running Python is tried: for a run
+                       with one more Python, when another run has done the rest
+
+`python3 -m tests.support` lists the Pythons that find_pythons() finds.
+"""
+
+import atexit
+import collections
+import functools
+import glob
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import types
+import unittest
+from typing import (Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Tuple,
+                    TypeVar)
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = ("spa_server.py", "spa_client.py", "keygen.py")
+OLDEST = (3, 6)
+TIMEOUT = 60
+
+T = TypeVar("T")
+
+
+def load_script(name: str) -> types.ModuleType:
+    """Return the script as the module `name`, the same one on each call."""
+    if name in sys.modules:
+        return sys.modules[name]
+    path = os.path.join(TOP, name + ".py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not os.path.exists(path):
+        raise FileNotFoundError(f"{name}.py does not exist")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)  # type: ignore[attr-defined,unused-ignore]
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# ------------------------------------------------------------------- interpreters
+
+class Python(NamedTuple):
+    """One interpreter."""
+
+    version: Tuple[int, ...]
+    path: str
+
+    def __str__(self) -> str:
+        return "Python " + ".".join(str(part) for part in self.version)
+
+
+def probe_python(path: str) -> Optional[Python]:
+    """Return the interpreter behind a path, or None when that is none, or one too old."""
+    code = "import sys; print(*sys.version_info[:3]); print(sys.executable)"
+    try:
+        answer = run([path, "-I", "-S", "-c", code])
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = answer.stdout.splitlines()
+    if answer.returncode != 0 or len(lines) != 2:
+        return None
+    found = Python(tuple(int(word) for word in lines[0].split()), lines[1])
+    return found if found.version[:2] >= OLDEST else None
+
+
+@functools.lru_cache(maxsize=None)
+def find_pythons() -> Tuple[Python, ...]:
+    """Return every real Python from 3.6 up, each version once, oldest first.
+
+    Looked for among pyenv's and on PATH. A script on PATH that is called python3 is left out: it
+    is a version manager's shim, which is slow and leads to one of the others.
+    """
+    paths = [sys.executable]
+    if os.environ.get("SPA_PORTABLE") != "1":
+        paths += glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin/python3"))
+        for directory in os.get_exec_path():
+            paths += glob.glob(os.path.join(glob.escape(directory), "python3.[0-9]"))
+            paths += glob.glob(os.path.join(glob.escape(directory), "python3.[0-9][0-9]"))
+            paths += glob.glob(os.path.join(glob.escape(directory), "python3"))
+    found: Dict[Tuple[int, ...], Python] = {}
+    for path in {os.path.realpath(path): path for path in reversed(paths)}.values():
+        with open(path, "rb") as stream:
+            is_script = stream.read(2) == b"#!"
+        python = None if is_script else probe_python(path)
+        if python:
+            found.setdefault(python.version, python)
+    return tuple(sorted(found.values()))
+
+
+def nearest_python(version: str) -> Python:
+    """Return the Python of this minor version, else the nearest."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return min(find_pythons(), key=lambda python: (abs(python.version[1] - minor),
+                                                   python.version[0] != major))
+
+
+# ------------------------------------------------------------------- processes
+
+def run(command: List[str], **more: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a program to its end and return what it said, as text."""
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True, timeout=TIMEOUT, **more)
+
+
+BLOCKED_RUN = """
+import sys
+missing, script = frozenset(sys.argv[1].split(",")), sys.argv[2]
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in missing or name.partition(".")[0] in missing:
+            raise ModuleNotFoundError("No module named %r (blocked)" % name, name=name)
+        return None
+sys.meta_path.insert(0, Missing)
+for name in list(sys.modules):
+    if name in missing:
+        del sys.modules[name]
+sys.argv[:] = sys.argv[2:]
+with open(script, "rb") as stream:
+    code = compile(stream.read(), script, "exec")
+main = type(sys)("__main__")
+main.__file__ = script
+sys.modules["__main__"] = main
+exec(code, main.__dict__)
+"""
+
+
+def run_blocked(script: str, arguments: Iterable[str], missing: Iterable[str],
+                python: str = sys.executable,
+                **more: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a script with `python -I -S` as if the modules `missing` were not installed."""
+    return run([python, "-I", "-S", "-c", BLOCKED_RUN, ",".join(missing), script, *arguments],
+               **more)
+
+
+# ------------------------------------------------------------------- skipping with a reason
+
+_skipped: Counter[str] = collections.Counter()
+
+
+def _tell_skipped(pid: int) -> None:
+    """Print what was skipped and why; silent in a child that the tests forked."""
+    if os.getpid() == pid:
+        print("\nSkipped, and why:", file=sys.stderr)
+        for reason, count in sorted(_skipped.items()):
+            print(f"  {count:4} x {reason}", file=sys.stderr)
+
+
+def skip(reason: str, live: bool = False) -> None:
+    """Skip the running test; a live test fails instead when SPA_REQUIRE_LIVE=1."""
+    portable = os.environ.get("SPA_PORTABLE") == "1"
+    if live and not portable and os.environ.get("SPA_REQUIRE_LIVE") == "1":
+        raise AssertionError("SPA_REQUIRE_LIVE=1, but this test cannot run: " + reason)
+    if not _skipped:
+        atexit.register(_tell_skipped, os.getpid())
+    _skipped[reason] += 1
+    raise unittest.SkipTest(reason)
+
+
+def _needs(find_reason: Callable[[], str], live: bool = True) -> Callable[[T], T]:
+    """Return a decorator, for test methods and classes, that skips when there is a reason.
+
+    The reason is looked for when the test is about to run, so importing tests costs nothing. A
+    class is stopped before its setUpClass and in each setUp, so that every test counts.
+    """
+    def reason() -> str:
+        if live and os.environ.get("SPA_PORTABLE") == "1":
+            return "SPA_PORTABLE=1: no live tests"
+        return find_reason()
+
+    def guard(function: Callable[..., Any], stop: bool) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*arguments: Any, **more: Any) -> Any:
+            text = reason()
+            if not text:
+                return function(*arguments, **more)
+            return skip(text, live) if stop else None
+        return guarded
+
+    def decorate(target: Any) -> Any:
+        if not isinstance(target, type):
+            return guard(target, stop=True)
+        base: Any = target
+        base.setUpClass = classmethod(guard(base.setUpClass.__func__, stop=False))
+        base.tearDownClass = classmethod(guard(base.tearDownClass.__func__, stop=False))
+        base.setUp = guard(base.setUp, stop=True)
+        return base
+    return decorate
+
+
+def needs_root(target: T) -> T:
+    """Decorate a test, or a class of tests, that only root can run."""
+    return _needs(lambda: "" if os.geteuid() == 0 else "needs root")(target)
+
+
+def needs_programs(*names: str) -> Callable[[T], T]:
+    """Return a decorator for a test, or a class of tests, that runs these programs."""
+    path = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+    return _needs(lambda: ", ".join(f"{name} is not installed" for name in names
+                                    if not shutil.which(name, path=path)))
+
+
+def needs_module(name: str) -> Callable[[T], T]:
+    """Return a decorator for a test, or a class of tests, that imports this module."""
+    def find_reason() -> str:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            return f"the Python module {name} is not installed"
+        return ""
+    return _needs(find_reason, live=os.environ.get("SPA_PORTABLE") != "1")
+
+
+if __name__ == "__main__":
+    for each in find_pythons():
+        print(each.path)
