@@ -48,14 +48,12 @@ Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unu
 import argparse
 import array
 import binascii
-import calendar
 import errno
 import fcntl
 import hashlib
 import heapq
 import ipaddress
 import os
-import select
 import selectors
 import signal
 import socket
@@ -455,18 +453,18 @@ class PacketKeys:
         self.tag_length = hmac_type.text_length if hmac_key else 0
         self.library = None if hmac_key else import_cryptography()
 
-    def split(self, payload: bytes) -> Tuple[bytes, bytes]:
-        """Body and tag of a packet whose tag is right; WrongKey otherwise.
+    def authentic(self, payload: bytes) -> bool:
+        """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell.
 
         This is the first thing that touches a key, and all that junk gets to see of it.
         """
         if self.hmac is None:
-            return payload.rstrip(b"="), b""
-        body, tag = payload[:-self.tag_length], payload[-self.tag_length:]
-        if not compare_digest(self.hmac.tag(body), tag):
-            raise WrongKey("wrong HMAC", "Error creating fko context: Args contain invalid data: "
-                           "FKO_ERROR_INVALID_DATA_HMAC_COMPAREFAIL")
-        return body, tag
+            return True
+        return compare_digest(self.hmac.tag(payload[:-self.tag_length]), payload[-self.tag_length:])
+
+    def body(self, payload: bytes) -> bytes:
+        """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
+        return payload[:-self.tag_length] if self.hmac else payload.rstrip(b"=")
 
     def open(self, ciphertext: bytes) -> bytes:
         """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
@@ -549,7 +547,8 @@ def check_form(payload: bytes) -> None:
     if payload.translate(None, ALPHABET).strip(b"="):
         raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4098: "
                              "'Data is not an SPA message' for incoming packet.")
-    if payload.startswith(SALTED_PREFIX) or payload.startswith(b"hQ") and len(payload) > GPG_LENGTH:
+    if payload.startswith(SALTED_PREFIX) or (payload.startswith(b"hQ")
+                                             and len(payload) > GPG_LENGTH):
         raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4096: "
                              "'Data is not a valid SPA message format' for incoming packet.")
     if len(payload) >= GPG_LENGTH:
@@ -559,12 +558,12 @@ def check_form(payload: bytes) -> None:
 
 
 def open_packet(payload: bytes, keys: PacketKeys) -> Tuple[Packet, bytes]:
-    """The packet, and the canonical text by which it is remembered. HMAC before anything else.
+    """The packet, and the canonical text by which it is remembered, of an authentic payload.
 
     The canonical text is what a real client sends, so that its digest is the one in fwknopd's
     digest.cache as well. The bit games of spec 1.13 all lead back to it.
     """
-    body, tag = keys.split(payload)
+    body = keys.body(payload)
     check_field(len(body) >= MIN_BODY, "ENCRYPT_CIPHERLEN_VALIDFAIL")
     try:
         ciphertext = decode_base64(SALTED_PREFIX + body)
@@ -572,7 +571,7 @@ def open_packet(payload: bytes, keys: PacketKeys) -> Tuple[Packet, bytes]:
         raise PacketRejected("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
     check_field(ciphertext.startswith(b"Salted__"), "ENCRYPT_TYPE_UNKNOWN")
     packet = decode_packet(keys.open(ciphertext))
-    return packet, encode_base64(ciphertext)[len(SALTED_PREFIX):] + tag
+    return packet, encode_base64(ciphertext)[len(SALTED_PREFIX):] + payload[len(body):].strip(b"=")
 
 
 def decode_packet(plain: bytes) -> Packet:
@@ -696,7 +695,7 @@ def parse_address(text: str) -> Address:
     """An IPv4 or IPv6 address; one that IPv6 wraps around IPv4 comes out as the IPv4 address."""
     octets = text.split(".")
     # inet_aton() reads 010 as eight, Python before 3.9.5 as ten: it can't be told what was meant.
-    if "%" in text or len(octets) == 4 and any(len(o) > 1 and o[0] == "0" for o in octets):
+    if "%" in text or (len(octets) == 4 and any(len(o) > 1 and o[0] == "0" for o in octets)):
         raise ValueError("expected an IP address without leading zeros or scope")
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address
@@ -723,6 +722,7 @@ class Directive(Generic[T]):
         self.secret = secret
 
     def __set_name__(self, owner: type, attribute: str) -> None:
+        """Learns the attribute's name."""
         self.attribute = attribute
 
     @overload
@@ -745,17 +745,17 @@ class Directive(Generic[T]):
 
 
 class Ignored(Directive[str]):
-    """A directive of fwknopd's that changes nothing here; a file that sets it is warned of."""
+    """Directives of fwknopd's that change nothing here; a file that sets one is warned of."""
 
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(name, str, "", why)
+    def __init__(self, names: str, why: str) -> None:
+        super().__init__(names, str, "", why, tuple(names.split()))
 
 
 class Refused(Directive[str]):
-    """A directive whose silent loss would open more than the file says: it stops the start."""
+    """Directives whose silent loss would open more than the file says: they stop the start."""
 
-    def __init__(self, name: str, why: str, harmless: str = "") -> None:
-        super().__init__(name, self.parse_harmless, harmless, why)
+    def __init__(self, names: str, why: str, harmless: str = "") -> None:
+        super().__init__(names, self.parse_harmless, harmless, why, tuple(names.split()))
 
     def parse_harmless(self, text: str) -> str:
         """The value that changes nothing, if there is one; ValueError for all others."""
@@ -791,10 +791,11 @@ class Settings:
 
     @classmethod
     def row(cls, name: str) -> Optional[Directive[Any]]:
-        """The row of the directive `name`; a row NAME_* stands for all names that begin so."""
+        """The row of the directive `name`; NAME_* in a row stands for all names that begin so."""
         for row in cls.rows():
-            if name in row.names or row.name.endswith("_*") and name.startswith(row.name[:-1]):
-                return row
+            for known in row.names:
+                if name == known or (known.endswith("_*") and name.startswith(known[:-1])):
+                    return row
         return None
 
     def take(self, line: Line) -> Optional[str]:
@@ -836,7 +837,7 @@ class Settings:
         """The table in the file's own syntax, with the values in force. Secrets are not shown."""
         lines = []
         for row in self.rows():
-            if isinstance(row, (Ignored, Refused)) and row.name not in self.texts:
+            if isinstance(row, (Ignored, Refused)):
                 continue
             value = self.texts.get(row.name, row.default)
             if row.secret and value:
@@ -1023,8 +1024,6 @@ NO_HTTP = "SPA over HTTP is " + NOT_YET
 NO_COMMANDS = "commands are %s, such packets are rejected" % NOT_YET
 NO_GPG = "GPG is %s, such packets are rejected" % NOT_YET
 OWN_PORTS = "%s is " + NOT_YET + ", and without it this host's own ports would open"
-OTHER_FIREWALL = "it belongs to another build of fwknopd"
-NO_TICK = "nothing here waits for a tick"
 FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(8))
 
 
@@ -1077,50 +1076,27 @@ class ServerSettings(Settings):
     digest_file = Directive("DIGEST_FILE", parse_path, "$FWKNOP_RUN_DIR/digest.cache",
                             "packets that were seen")
 
-    pcap_file = Refused("PCAP_FILE", "reading a capture file is " + NOT_YET)
+    capture_file = Refused("PCAP_FILE", "reading a capture file is " + NOT_YET)
     access_folder = Refused("ACCESS_FOLDER", NOT_YET)
-    spa_over_http = Ignored("ENABLE_SPA_OVER_HTTP", NO_HTTP)
-    any_user_agent = Ignored("ALLOW_ANY_USER_AGENT", NO_HTTP)
-    forwarded_for = Ignored("ENABLE_X_FORWARDED_FOR", NO_HTTP)
-    tcp_server = Ignored("ENABLE_TCP_SERVER", "SPA over TCP is " + NOT_YET)
-    tcp_port = Ignored("TCPSERV_PORT", "SPA over TCP is " + NOT_YET)
-    ipt_forwarding = Ignored("ENABLE_IPT_FORWARDING", NO_NAT)
-    ipt_local_nat = Ignored("ENABLE_IPT_LOCAL_NAT", NO_NAT)
-    ipt_snat = Ignored("ENABLE_IPT_SNAT", NO_NAT)
-    snat_address = Ignored("SNAT_TRANSLATE_IP", NO_NAT)
-    nat_dns = Ignored("ENABLE_NAT_DNS", NO_NAT)
-    forward_access = Ignored("IPT_FORWARD_ACCESS", NO_NAT)
-    dnat_access = Ignored("IPT_DNAT_ACCESS", NO_NAT)
-    snat_access = Ignored("IPT_SNAT_ACCESS", NO_NAT)
-    masquerade_access = Ignored("IPT_MASQUERADE_ACCESS", NO_NAT)
-    command_timeout = Ignored("CMD_EXEC_TIMEOUT", NO_COMMANDS)
-    gpg_home = Ignored("GPG_HOME_DIR", NO_GPG)
-    gpg_program = Ignored("GPG_EXE", NO_GPG)
-    sudo_program = Ignored("SUDO_EXE", NO_COMMANDS)
+    http = Ignored("ENABLE_SPA_OVER_HTTP ALLOW_ANY_USER_AGENT ENABLE_X_FORWARDED_FOR", NO_HTTP)
+    tcp = Ignored("ENABLE_TCP_SERVER TCPSERV_PORT", "SPA over TCP is " + NOT_YET)
+    nat = Ignored("ENABLE_IPT_FORWARDING ENABLE_IPT_LOCAL_NAT ENABLE_IPT_SNAT SNAT_TRANSLATE_IP "
+                  "ENABLE_NAT_DNS IPT_FORWARD_ACCESS IPT_DNAT_ACCESS IPT_SNAT_ACCESS "
+                  "IPT_MASQUERADE_ACCESS", NO_NAT)
+    commands = Ignored("CMD_EXEC_TIMEOUT SUDO_EXE", NO_COMMANDS)
+    gpg = Ignored("GPG_HOME_DIR GPG_EXE", NO_GPG)
+    ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
+                    "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
     promiscuous = Ignored("ENABLE_PCAP_PROMISC", "what is sent to this host arrives without it")
-    dispatch_count = Ignored("PCAP_DISPATCH_COUNT", NO_TICK)
-    loop_sleep = Ignored("PCAP_LOOP_SLEEP", NO_TICK)
-    rules_check = Ignored("RULES_CHECK_THRESHOLD", NO_TICK)
-    select_timeout = Ignored("UDPSERV_SELECT_TIMEOUT", NO_TICK)
     any_direction = Ignored("ENABLE_PCAP_ANY_DIRECTION", "what this host sends is never a knock")
     exit_at_down = Ignored("EXIT_AT_INTF_DOWN", "an interface that is gone is waited for")
     sniff_bytes = Ignored("MAX_SNIFF_BYTES", "the longest packet is 1500 bytes")
     comment_check = Ignored("ENABLE_IPT_COMMENT_CHECK", "the match is always needed")
-    locale = Ignored("LOCALE", "nothing here depends on it")
-    fault_injection = Ignored("FAULT_INJECTION_TAG", "it is for fwknopd's own tests")
-    digest_db = Ignored("DIGEST_DB_FILE", OTHER_FIREWALL)
-    external_commands = Ignored("ENABLE_EXTERNAL_CMDS", OTHER_FIREWALL)
-    external_prefix = Ignored("ENABLE_EXT_CMD_PREFIX", OTHER_FIREWALL)
-    external_command = Ignored("EXTERNAL_CMD_*", OTHER_FIREWALL)
-    command_prefix = Ignored("EXT_CMD_PREFIX", OTHER_FIREWALL)
-    nfq_capture = Ignored("ENABLE_NFQ_CAPTURE", OTHER_FIREWALL)
-    nfq = Ignored("NFQ_*", OTHER_FIREWALL)
-    firewd = Ignored("FIREWD_*", OTHER_FIREWALL)
-    enable_firewd = Ignored("ENABLE_FIREWD_*", OTHER_FIREWALL)
-    flush_firewd = Ignored("FLUSH_FIREWD_*", OTHER_FIREWALL)
-    ipfw = Ignored("IPFW_*", OTHER_FIREWALL)
-    flush_ipfw = Ignored("FLUSH_IPFW_*", OTHER_FIREWALL)
-    packet_filter_bsd = Ignored("PF_*", OTHER_FIREWALL)
+    locale = Ignored("LOCALE FAULT_INJECTION_TAG", "nothing here depends on it")
+    other_builds = Ignored("DIGEST_DB_FILE ENABLE_EXTERNAL_CMDS ENABLE_EXT_CMD_PREFIX "
+                           "EXTERNAL_CMD_* EXT_CMD_PREFIX ENABLE_NFQ_CAPTURE NFQ_* FIREWD_* "
+                           "ENABLE_FIREWD_* FLUSH_FIREWD_* IPFW_* FLUSH_IPFW_* PF_*",
+                           "it belongs to another build of fwknopd")
 
     def warnings(self) -> List[str]:
         """What these settings do that the administrator may not expect."""
@@ -1246,20 +1222,12 @@ class Stanza(Settings):
     expire_epoch = Directive("ACCESS_EXPIRE_EPOCH", optional(integer(1, 10 ** 11, "seconds")), "",
                              "the same as epoch seconds")
 
-    force_nat = Refused("FORCE_NAT", OWN_PORTS % "NAT")
-    force_snat = Refused("FORCE_SNAT", OWN_PORTS % "NAT")
-    force_masquerade = Refused("FORCE_MASQUERADE", OWN_PORTS % "NAT", "N")
+    nat = Refused("FORCE_NAT FORCE_SNAT", OWN_PORTS % "NAT")
+    nat_flags = Refused("FORCE_MASQUERADE DISABLE_DNAT", OWN_PORTS % "NAT", "N")
     forward_all = Refused("FORWARD_ALL", OWN_PORTS % "forwarding", "N")
-    disable_dnat = Refused("DISABLE_DNAT", OWN_PORTS % "NAT", "N")
-    cycle_open = Refused("CMD_CYCLE_OPEN", OWN_PORTS % "a command cycle")
-    cycle_close = Refused("CMD_CYCLE_CLOSE", OWN_PORTS % "a command cycle")
-    cycle_timer = Refused("CMD_CYCLE_TIMER", OWN_PORTS % "a command cycle")
-    command_exec = Ignored("ENABLE_CMD_EXEC", NO_COMMANDS)
-    command_user = Ignored("CMD_EXEC_USER", NO_COMMANDS)
-    command_group = Ignored("CMD_EXEC_GROUP", NO_COMMANDS)
-    command_sudo = Ignored("ENABLE_CMD_SUDO_EXEC", NO_COMMANDS)
-    command_sudo_user = Ignored("CMD_SUDO_EXEC_USER", NO_COMMANDS)
-    command_sudo_group = Ignored("CMD_SUDO_EXEC_GROUP", NO_COMMANDS)
+    cycle = Refused("CMD_CYCLE_OPEN CMD_CYCLE_CLOSE CMD_CYCLE_TIMER", OWN_PORTS % "a command cycle")
+    commands = Ignored("ENABLE_CMD_EXEC CMD_EXEC_USER CMD_EXEC_GROUP ENABLE_CMD_SUDO_EXEC "
+                       "CMD_SUDO_EXEC_USER CMD_SUDO_EXEC_GROUP", NO_COMMANDS)
     gpg = Ignored("GPG_*", NO_GPG)
 
     def __init__(self, number: int) -> None:
@@ -1267,6 +1235,7 @@ class Stanza(Settings):
         self.number = number
         self.keys: PacketKeys  # finish() makes them
         self.expires: Optional[int] = None
+        self.for_all = False
 
     def finish(self) -> List[str]:
         """Checks the stanza as a whole and makes its keys ready; returns warnings."""
@@ -1277,6 +1246,7 @@ class Stanza(Settings):
         if hmac_key and compare_digest(key, hmac_key):
             raise self.error(Stanza.source, "expected an HMAC key that is not the encryption key")
         self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
+        self.for_all = self.source.everything and self.destination.everything
         self.expires = self.expire_epoch if self.expire_epoch is not None else self.expire_date
         texts = []
         if not hmac_key:
@@ -1300,7 +1270,8 @@ class Stanza(Settings):
 
     def admits(self, datagram: Datagram) -> bool:
         """Whether SOURCE and DESTINATION let this datagram try the stanza's keys."""
-        return datagram.source in self.source and datagram.destination in self.destination
+        return self.for_all or (datagram.source in self.source
+                                and datagram.destination in self.destination)
 
 
 def read_stanzas(path: str) -> Tuple[List[Stanza], List[str]]:
@@ -1350,7 +1321,7 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: 
         raise PacketRejected("unsupported", "SPA Command messages are not allowed in the current "
                              "configuration. (not supported yet)")
     wanted = set(packet.ports)
-    if stanza.open_ports and not wanted <= stanza.open_ports or wanted & stanza.restrict_ports:
+    if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
         raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
                              "access.conf. (%s)" % port_list(packet.ports))
     seconds = min(packet.timeout, stanza.max_seconds) or stanza.open_seconds
@@ -2572,11 +2543,11 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         return NoFirewall("--test mode enabled, skipping firewall manipulation." if test else
                           "FIREWALL_TYPE none: nothing is opened", log)
     own = settings.firewall_program
-    nft = own if own and "nft" == os.path.basename(own) else find_program("nft")
+    nft = own if own and os.path.basename(own) == "nft" else find_program("nft")
     iptables = own if own and "iptables" in os.path.basename(own) else find_program("iptables")
     kind = settings.firewall
     if kind == "auto":
-        wants_nft = settings.nft_accept_chains or settings.guard_ports and nft
+        wants_nft = settings.nft_accept_chains or (settings.guard_ports and nft)
         chain_named = settings.is_set(ServerSettings.input_access)
         kind = "nft" if wants_nft and not chain_named else "iptables"
     if kind == "iptables":
@@ -2764,8 +2735,12 @@ class Server:
         """
         rejection: Optional[PacketRejected] = None
         remembered = False
+        tried: Optional[Stanza] = None
         for stanza in self.stanzas:
             if not stanza.admits(datagram):
+                continue
+            tried = tried or stanza
+            if not stanza.keys.authentic(datagram.payload):  # before anything else is looked at
                 continue
             try:
                 packet, canonical = open_packet(datagram.payload, stanza.keys)
@@ -2783,9 +2758,11 @@ class Server:
                 reason.stanza = stanza.number
                 if isinstance(reason, NotFresh):
                     raise
-                if rejection is None or (isinstance(rejection, WrongKey)
-                                         and not isinstance(reason, WrongKey)):
+                if rejection is None or isinstance(rejection, WrongKey):
                     rejection = reason
+        if rejection is None and tried:
+            rejection = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
+            rejection.stanza = tried.number
         raise rejection or PacketRejected("source", "No access data found for source IP: %s"
                                           % socket_text(datagram.source), "{text}")
 
@@ -2916,6 +2893,8 @@ class Server:
 
     def stop(self) -> None:
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays."""
+        self.log.info("Packets seen: %s" % (", ".join("%d %s" % (count, what) for what, count
+                                                     in sorted(self.counts.items())) or "none"))
         if self.settings.flush_at_stop:
             self.grants.flush()
             self.grants.firewall.remove()
@@ -3246,6 +3225,8 @@ def own_address() -> str:
 
 # ======================================================================================
 # 20. Command line
+#
+# Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
 # ======================================================================================
 
 CONFIG_FILE = "/etc/fwknop/fwknopd.conf"

@@ -1,0 +1,317 @@
+"""Speed, side by side with the peers that are installed, in one run on one machine.
+
+    sudo python3 -m tests.bench            all rows
+    sudo python3 -m tests.bench client     one of: open junk client start
+
+Each row prints medians, and for the peers the ratio to ours. Machines are noisy: compare ratios,
+and numbers of one run only. Traffic stays in network namespaces that are made for it.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Callable, Dict, List, Optional
+
+from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT, Cable, Host,
+                         Process, Server, wait_for)
+from tests.support import load_script
+
+ROUNDS = 21
+JUNK_SECONDS = 4.0
+STANZA = "SOURCE ANY\nKEY %s\nHMAC_KEY %s\nFW_ACCESS_TIMEOUT 300\n" % (KEY, HMAC_KEY)
+DROP = """
+table inet filter {
+  chain input {
+    type filter hook input priority 0; policy drop;
+    iifname "lo" accept
+    ct state established,related accept
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+  }
+}
+"""
+
+# Sends each packet, then probes until the UDP port that it opens answers; prints milliseconds.
+OPENED = """
+import select, socket, sys, time
+server, knock_port = sys.argv[1], int(sys.argv[2])
+for line in sys.stdin:
+    port, packet = line.split()
+    knocker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe.connect((server, int(port)))
+    begin = time.perf_counter()
+    knocker.sendto(packet.encode(), (server, knock_port))
+    while time.perf_counter() < begin + 5:
+        try:
+            probe.send(b"x")
+            if select.select([probe], [], [], 0.0002)[0]:
+                probe.recv(10)
+                print("%.3f" % ((time.perf_counter() - begin) * 1000), flush=True)
+                break
+        except ConnectionRefusedError:
+            pass
+    else:
+        print("never", flush=True)
+    time.sleep(0.2)
+"""
+
+# Answers UDP datagrams on a range of ports.
+ECHO = """
+import select, socket, sys
+sockets = []
+for port in range(int(sys.argv[1]), int(sys.argv[2])):
+    echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    echo.bind(("", port))
+    sockets.append(echo)
+print("ready", flush=True)
+while True:
+    for echo in select.select(sockets, [], [])[0]:
+        data, peer = echo.recvfrom(100)
+        echo.sendto(data, peer)
+"""
+
+# Sends the packets of stdin in turn as fast as it can for some seconds; prints how many.
+FLOOD = """
+import socket, sys, time
+packets = [line.strip().encode() for line in sys.stdin]
+flood = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+flood.connect((sys.argv[1], 62201))
+end, sent = time.monotonic() + float(sys.argv[2]), 0
+while time.monotonic() < end:
+    for packet in packets:
+        try:
+            flood.send(packet)
+        except OSError:
+            continue
+        sent += 1
+print(sent)
+"""
+
+
+def median(values: List[float]) -> float:
+    """The middle one."""
+    return sorted(values)[len(values) // 2]
+
+
+def show(title: str, rows: Dict[str, Optional[float]], unit: str) -> None:
+    """Prints a row of results; the first is ours, to which the others are compared."""
+    print("\n%s" % title)
+    first = next(iter(rows.values()))
+    for name, value in rows.items():
+        if value is None:
+            print("  %-44s not installed" % name)
+        else:
+            ratio = "" if first is None or value is first else "  x %.2f" % (value / first)
+            print("  %-44s %10.2f %s%s" % (name, value, unit, ratio))
+    sys.stdout.flush()
+
+
+def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY) -> str:
+    """An SPA packet of our client's, made now."""
+    client = load_script("spa_client")
+    message = client.Message(client.random_digits(), "bench", int(time.time()), 1,
+                             "%s,%s" % (CLIENT4, access))
+    return str(client.seal(client.encode_message(message), "SHA256", key.encode(), "CBC",
+                           hmac_key.encode(), "SHA256", os.urandom(8)))
+
+
+def start_fwknopd(host: Host, udp: bool) -> Process:
+    """The real fwknopd with our stanza, on iptables; its rules go in front of a policy of drop."""
+    directory = host.path("fwknopd")
+    os.mkdir(directory)
+    config, access = (os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf"))
+    for path, text in ((config, "PCAP_INTF eth0;\n"), (access, STANZA)):
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(text)
+    process = host.start("fwknopd", "-f", "-c", config, "-a", access, "-r", directory,
+                         *["-U"] * udp)
+    process.wait_for("Kicking off UDP server" if udp else "Starting fwknopd main event loop")
+    return process
+
+
+def measure_open(cable: Cable) -> float:
+    """Milliseconds from the knock to the first answer of the port, median."""
+    ports = range(20000, 20000 + ROUNDS)
+    echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, ports[0], ports[-1] + 1)
+    echo.wait_for("ready")
+    packets = "".join("%d %s\n" % (port, make_packet("udp/%d" % port)) for port in ports)
+    answers = cable.client.run(sys.executable, "-I", "-S", "-c", OPENED, SERVER4, 62201,
+                               input=packets).split()
+    echo.end(signal.SIGKILL)
+    if "never" in answers or len(answers) != ROUNDS:
+        raise AssertionError("not all knocks opened: %s" % answers)
+    return median([float(answer) for answer in answers])
+
+
+def bench_open() -> None:
+    """Knock to open: ours on each backend, fwknopd with both captures."""
+    ports = ", ".join("udp/%d" % port for port in range(20000, 20000 + ROUNDS))
+    rows: Dict[str, Optional[float]] = {}
+    for name, config, rules in (
+            ("spa_server.py, nft guard", "FIREWALL_TYPE nft;\nGUARD_PORTS %s;\n" % ports, ""),
+            ("spa_server.py, nft accept",
+             "FIREWALL_TYPE nft;\nNFT_ACCEPT_CHAINS inet filter input;\n", DROP),
+            ("spa_server.py, iptables guard",
+             "FIREWALL_TYPE iptables;\nGUARD_PORTS %s;\n" % ports, ""),
+            ("spa_server.py, iptables accept", "FIREWALL_TYPE iptables;\n", "iptables")):
+        with Cable() as cable:
+            drop_all(cable.server, rules)
+            server = Server(cable.server, config, STANZA).start()
+            rows[name] = measure_open(cable)
+            server.stop()
+    for name, udp in (("fwknopd, pcap", False), ("fwknopd, UDP server", True)):
+        rows[name] = None
+        if shutil.which("fwknopd"):
+            with Cable() as cable:
+                drop_all(cable.server, "iptables")
+                if udp:
+                    cable.server.run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "62201",
+                                     "-j", "ACCEPT")
+                process = start_fwknopd(cable.server, udp)
+                rows[name] = measure_open(cable)
+                process.end()
+    show("knock to open, median of %d" % ROUNDS, rows, "ms")
+
+
+def drop_all(host: Host, rules: str) -> None:
+    """A host firewall that drops: "" for none, "iptables", or nft's text."""
+    if rules == "iptables":
+        host.run("sh", "-c", "iptables -P INPUT DROP; iptables -A INPUT -i lo -j ACCEPT; "
+                 "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT")
+    elif rules:
+        host.run("nft", "-f", "-", input=rules)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far (proc(5))."""
+    with open("/proc/%d/stat" % pid) as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def bench_junk() -> None:
+    """CPU for a packet that opens nothing, when more come than can be looked at."""
+    wrong = "\n".join(make_packet("tcp/22", hmac_key="wrong") for _ in range(200))
+    garbage = "\n".join("!" + os.urandom(100).hex() for _ in range(200))
+    for title, packets in (("wrong key", wrong), ("garbage", garbage)):
+        rows: Dict[str, Optional[float]] = {}
+        for name, config in (("spa_server.py, packet socket", ""),
+                             ("spa_server.py, UDP server", "ENABLE_UDP_SERVER Y;\n")):
+            with Cable() as cable:
+                server = Server(cable.server, "FIREWALL_TYPE none;\n" + config, STANZA).start()
+                pid = server.running().popen.pid
+                before = cpu_seconds(pid)
+                cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, JUNK_SECONDS,
+                                 input=packets)
+                wait_until_idle(pid)
+                used = cpu_seconds(pid) - before
+                server.stop()
+                seen = server.wait_for("Packets seen: ").partition("Packets seen: ")[2].split()
+                rows[name] = used / int(seen[0]) * 1e6
+        rows["fwknopd, UDP server"] = junk_fwknopd(packets) if shutil.which("fwknopd") else None
+        show("CPU for a junk packet (%s), saturated" % title, rows, "us")
+
+
+def wait_until_idle(pid: int) -> None:
+    """Waits until a process does nothing for a moment."""
+    def idle() -> bool:
+        before = cpu_seconds(pid)
+        time.sleep(0.3)
+        return cpu_seconds(pid) - before < 0.02
+    wait_for(idle, "an idle process")
+
+
+def junk_fwknopd(packets: str) -> float:
+    """The same for fwknopd's UDP server: what it looked at is what the kernel did not drop."""
+    with Cable() as cable:
+        process = start_fwknopd(cable.server, True)
+        before = cpu_seconds(process.popen.pid)
+        sent = int(cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, JUNK_SECONDS,
+                                    input=packets))
+        wait_until_idle(process.popen.pid)
+        used = cpu_seconds(process.popen.pid) - before
+        line = next(line for line in cable.server.run("cat", "/proc/net/udp").splitlines()
+                    if ":F2F9 " in line)
+        process.end()
+        return used / (sent - int(line.split()[-1])) * 1e6
+
+
+def timed(command: List[str]) -> Callable[[], float]:
+    """A function that runs a command and returns its milliseconds."""
+    def run() -> float:
+        begin = time.perf_counter()
+        subprocess.check_call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return (time.perf_counter() - begin) * 1000
+    return run
+
+
+def bench_client() -> None:
+    """A whole client process for one knock at loopback, in turn with a bare interpreter."""
+    python = os.path.realpath(sys.executable)
+    knock = KEYS + ["-A", "tcp/22", "-a", CLIENT4, "-D", "127.0.0.1"]
+    script = SPA_CLIENT[1]
+    commands = {"python3 -I -S spa_client.py": [python, "-I", "-S", script, "--no-rc-file"] + knock,
+                "bare python3 -I -S": [python, "-I", "-S", "-c", "pass"]}
+    if shutil.which("fwknop"):
+        commands["fwknop (C)"] = FWKNOP + knock
+    results: Dict[str, List[float]] = {name: [] for name in commands}
+    for _ in range(ROUNDS + 1):
+        for name, command in commands.items():
+            results[name].append(timed(command)())
+    rows: Dict[str, Optional[float]] = {name: median(each[1:]) for name, each in results.items()}
+    show("one knock, whole client process, median of %d" % ROUNDS, rows, "ms")
+    ours, bare = rows["python3 -I -S spa_client.py"], rows["bare python3 -I -S"]
+    assert ours and bare
+    print("  ours is %.2f x bare Python" % (ours / bare))
+
+
+def memory_kilobytes(pid: int) -> float:
+    """The most memory that a process has had resident (VmHWM of proc(5))."""
+    with open("/proc/%d/status" % pid) as file:
+        return float(next(line for line in file if line.startswith("VmHWM")).split()[1])
+
+
+def bench_start() -> None:
+    """From start until it listens, and memory then."""
+    times: Dict[str, List[float]] = {"spa_server.py": [], "fwknopd": []}
+    memory: Dict[str, Optional[float]] = {"spa_server.py": None, "fwknopd": None}
+    for _ in range(5):
+        with Cable() as cable:
+            begin = time.perf_counter()
+            config = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n"
+            server = Server(cable.server, config, STANZA).start()
+            times["spa_server.py"].append((time.perf_counter() - begin) * 1000)
+            memory["spa_server.py"] = memory_kilobytes(server.running().popen.pid) / 1024
+            server.stop()
+            if shutil.which("fwknopd"):
+                begin = time.perf_counter()
+                process = start_fwknopd(cable.server, False)
+                times["fwknopd"].append((time.perf_counter() - begin) * 1000)
+                memory["fwknopd"] = memory_kilobytes(process.popen.pid) / 1024
+                process.end()
+    show("start until listening, median of 5",
+         {name: median(values) if values else None for name, values in times.items()}, "ms")
+    show("most memory resident (VmHWM)", memory, "MB")
+
+
+ROWS: Dict[str, Callable[[], None]] = {"open": bench_open, "junk": bench_junk,
+                                       "client": bench_client, "start": bench_start}
+
+
+def main(words: List[str]) -> int:
+    """Runs the rows that were named, or all."""
+    if set(words) - set(ROWS) or os.geteuid():
+        print(__doc__, file=sys.stderr)
+        return 2
+    print("Python %s, Linux %s, %d CPUs"
+          % (sys.version.split()[0], os.uname().release, os.cpu_count() or 0))
+    for word in words or ROWS:
+        ROWS[word]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
