@@ -1,0 +1,1499 @@
+#!/usr/bin/env python3
+"""spa_client.py: knock at a firewall with one encrypted, authenticated packet.
+
+It speaks fwknop's single packet authorization (SPA), reads ~/.fwknoprc and takes the options of
+`fwknop`: where that command runs, this file can stand in for it, with nothing but Python 3.6 or
+later. It needs no root, starts no program, writes no file but the key file you name with -K, and
+sends one UDP datagram to one address.
+
+The way of a packet:
+
+  * The command line is read with the table of options, and ~/.fwknoprc with the table of
+    directives. An option is a directive said on the command line: built-in defaults give way
+    to the [default] stanza, that to the stanza named with -n, and that to the command line.
+  * The two keys come from there, from key files, or from a prompt.
+  * The server's name is looked up, and a socket connected (UDP: nothing is sent by that).
+  * The address to open for is what -a or -s say, or the socket's own address, but only if the
+    server must see the same one: no NAT can be in between.
+  * The message says who asks, when, and for which ports; a digest is put behind it.
+  * Both are encrypted with AES-256, and an HMAC is put behind the cipher text.
+  * The packet is checked once more for its length, and sent.
+
+Contents. Sections 1 to 9 only compute: text, bytes and time in, values out. Sections 10 to 13
+touch the machine: files, terminal, network, standard output.
+
+  1. Errors
+  2. Bytes and digests
+  3. AES (FIPS 197)
+  4. Encryption of a packet
+  5. Message and packet
+  6. Values
+  7. Directives
+  8. Options
+  9. The rc file
+  10. Files and keys
+  11. Network
+  12. Output
+  13. Run
+
+Exit codes: 0 the packet was sent (or -T, -V, -h, -k, -K or --stanza-list did their work);
+1 it was not sent; 2 wrong usage, or something that fwknop has and this program not yet;
+3 a file can't be used.
+"""
+
+import binascii
+import os
+import struct
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
+
+    T = TypeVar("T")
+else:
+    try:
+        import _socket as socket  # an eighth of the price of `socket`, and all that is needed
+    except ImportError:
+        import socket
+
+VERSION = "0.1"
+PROTOCOL_VERSION = "3.0.0"
+
+# ======================================================================================
+# 1. Errors
+#
+# What can go wrong, by what main() does about it. No error carries a key.
+# ======================================================================================
+
+
+class SpaError(Exception):
+    """Something to be told in one line; nothing was sent. `hint` says what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message + (" (%s)" % hint if hint else ""))
+
+
+class UsageError(SpaError):
+    """The command line can't be obeyed, or asks for what is not supported yet."""
+
+
+class ConfigError(SpaError):
+    """A file, or a line of it, that can't be used; `line` is 0 when it is the whole file."""
+
+    def __init__(self, path: str, line: int, message: str, hint: str = "") -> None:
+        self.path, self.line = path, line
+        super().__init__("%s:%s %s" % (path, "%d:" % line if line else "", message), hint)
+
+
+class NotSupported(ValueError):
+    """A value that fwknop knows and this program not yet; it must not be passed over."""
+
+
+# ======================================================================================
+# 2. Bytes and digests
+#
+# Base64 as fwknop writes it, the seven digests and HMAC. The constructors come from the
+# interpreter's own small modules, whose import is ten times cheaper than that of hashlib;
+# hashlib is the fall-back for interpreters that have been built without them.
+# ======================================================================================
+
+
+class Digest:
+    """One of the digests of fwknop spec 1.6; `block` is the block size in bytes, for HMAC."""
+
+    def __init__(self, name: str, number: int, size: int, block: int, modules: str) -> None:
+        self.name, self.number, self.size, self.block = name, number, size, block
+        self.modules, self.text_size = modules, (size * 8 + 5) // 6  # as base64
+
+    def constructor(self) -> "Callable[[bytes], Any]":
+        """The function that starts this digest over some bytes.
+
+        A hashlib in FIPS mode gives out MD5 only "not for security"; before Python 3.9 it
+        does not know that argument.
+        """
+        name = self.name.lower()
+        for module in self.modules.split():
+            try:
+                return getattr(__import__(module), name)  # type: ignore[no-any-return]
+            except (ImportError, AttributeError):
+                continue
+        try:
+            import hashlib
+            plain = getattr(hashlib, name)
+            plain(b"", usedforsecurity=False)
+        except (ImportError, AttributeError):
+            raise SpaError("this Python has no %s" % self.name) from None
+        except TypeError:
+            return plain  # type: ignore[no-any-return]
+        return lambda data: plain(data, usedforsecurity=False)
+
+    def __call__(self, data: bytes) -> bytes:
+        """The digest of `data`."""
+        return self.constructor()(data).digest()  # type: ignore[no-any-return]
+
+    def hmac(self, key: bytes, data: bytes) -> bytes:
+        """The HMAC of `data` (RFC 2104 section 2)."""
+        start = self.constructor()
+        key = start(key).digest() if len(key) > self.block else key
+        key = key.ljust(self.block, b"\0")
+        inner = start(bytes(byte ^ 0x36 for byte in key) + data).digest()
+        return start(bytes(byte ^ 0x5C for byte in key) + inner).digest()  # type: ignore
+
+
+DIGESTS = {digest.name: digest for digest in (
+    Digest("MD5", 1, 16, 64, "_md5"),
+    Digest("SHA1", 2, 20, 64, "_sha1"),
+    Digest("SHA256", 3, 32, 64, "_sha256 _sha2"),
+    Digest("SHA384", 4, 48, 128, "_sha512 _sha2"),
+    Digest("SHA512", 5, 64, 128, "_sha512 _sha2"),
+    Digest("SHA3_256", 6, 32, 136, "_sha3"),
+    Digest("SHA3_512", 7, 64, 72, "_sha3"),
+)}
+
+
+def encode_base64(data: bytes) -> str:
+    """Base64 of RFC 4648 section 4 without the `=` at the end (fwknop spec 1.1)."""
+    return binascii.b2a_base64(data, newline=False).decode("ascii").rstrip("=")
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes behind base64 `text`, with its `=` or without; ValueError when it is none."""
+    digits = text.rstrip("=")
+    if len(digits) % 4 == 1 or digits.strip(
+            "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"):
+        raise ValueError("expected base64")
+    return binascii.a2b_base64(digits + "=" * (-len(digits) % 4))
+
+
+def encode_text(text: str) -> bytes:
+    """The bytes that a word of the command line or of a file was made of."""
+    return text.encode(sys.getfilesystemencoding(), "surrogateescape")
+
+
+# ======================================================================================
+# 3. AES (FIPS 197)
+#
+# The block cipher, and how a secret becomes key and IV. It is written here because Python's
+# library has none, and importing a package for six blocks costs more than encrypting them.
+# ======================================================================================
+
+# --- shared: aes -- the same text in spa_server.py and spa_client.py --
+
+
+class AesTables:
+    """The S-box of FIPS 197 section 5.1.1, and the columns that SubBytes and MixColumns make of it.
+
+    encrypt_columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0
+    on top: a round is then sixteen look-ups and xors. decrypt_columns is the same of the inverse
+    cipher. How long look-ups take depends on key and caches, as in every AES made of tables.
+    """
+
+    def __init__(self) -> None:
+        # 3 generates the multiplicative group of GF(2^8): powers[k] is 3^k, and 1/3^k is 3^-k.
+        powers = [1]
+        for _ in range(254):
+            doubled = powers[-1] << 1 ^ (0x11B if powers[-1] & 0x80 else 0)
+            powers.append(powers[-1] ^ doubled)
+        logs = {power: k for k, power in enumerate(powers)}
+        sbox, inverse_sbox = bytearray(b"\x63" * 256), bytearray(256)
+        for k, power in enumerate(powers):
+            bits = powers[-k % 255] * 0x101  # 1/x twice, side by side: a shift right rotates
+            sbox[power] = (bits ^ bits >> 4 ^ bits >> 5 ^ bits >> 6 ^ bits >> 7) & 0xFF ^ 0x63
+        for position, value in enumerate(sbox):
+            inverse_sbox[value] = position
+
+        def columns(box: bytearray, factors: "Tuple[int, ...]") -> "List[List[int]]":
+            words = [0] * 256
+            for position, value in enumerate(box):
+                for factor in factors if value else ():
+                    product = powers[(logs[value] + logs[factor]) % 255]
+                    words[position] = words[position] << 8 | product
+            return [[(word << 32 | word) >> turn & 0xFFFFFFFF for word in words]
+                    for turn in (0, 8, 16, 24)]
+
+        self.sbox, self.inverse_sbox = bytes(sbox), bytes(inverse_sbox)
+        self.encrypt_columns = columns(sbox, (2, 1, 1, 3))
+        self.decrypt_columns = columns(inverse_sbox, (14, 9, 13, 11))
+
+
+class Aes:
+    """The block cipher of FIPS 197 for one key of 16, 24 or 32 bytes."""
+
+    tables = None  # type: Optional[AesTables]
+
+    def __init__(self, key: bytes) -> None:
+        if Aes.tables is None:
+            Aes.tables = AesTables()  # half a millisecond, so only when there is something to do
+        self.box, self.columns = Aes.tables.sbox, Aes.tables.encrypt_columns
+        self.inverse_box, self.inverse_columns = Aes.tables.inverse_sbox, Aes.tables.decrypt_columns
+        self.words = self.expand(key)
+        self.inverse_words = []  # type: List[int]
+
+    def expand(self, key: bytes) -> "List[int]":
+        """The round keys of section 5.2, four words each."""
+        words = list(struct.unpack(">%dI" % (len(key) // 4), key))
+        length, constant, box = len(words), 1, self.box
+        for i in range(length, 4 * (length + 7)):
+            word = words[-1]
+            if i % length == 0:
+                word = (word << 8 | word >> 24) & 0xFFFFFFFF
+            if i % length == 0 or (length > 6 and i % length == 4):
+                word = (box[word >> 24] << 24 | box[word >> 16 & 255] << 16
+                        | box[word >> 8 & 255] << 8 | box[word & 255])
+            if i % length == 0:
+                word ^= constant << 24
+                constant = constant << 1 ^ (0x11B if constant & 0x80 else 0)
+            words.append(words[-length] ^ word)
+        return words
+
+    def encrypt_block(self, block: bytes) -> bytes:
+        """Cipher() of section 5.1 over 16 bytes."""
+        a, b, c, d = struct.unpack(">4I", block)
+        return struct.pack(">4I", *self.rounds(self.columns, self.box, self.words, a, b, c, d))
+
+    def decrypt_block(self, block: bytes) -> bytes:
+        """EqInvCipher() of section 5.3.5 over 16 bytes.
+
+        Its rows turn to the other side: with the second and the fourth column exchanged, in the
+        round keys as well, it is the same rounds with the inverse tables.
+        """
+        if not self.inverse_words:
+            self.inverse_words = self.inverse_round_keys()
+        a, d, c, b = struct.unpack(">4I", block)
+        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
+                                 a, b, c, d)
+        return struct.pack(">4I", a, d, c, b)
+
+    def inverse_round_keys(self) -> "List[int]":
+        """The round keys last first, those in between through InvMixColumns (section 5.3.5)."""
+        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
+        for i in range(len(self.words) - 4, -1, -4):
+            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
+                if 0 < i < len(self.words) - 4:
+                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
+                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
+                words.append(word)
+        return words
+
+    @staticmethod
+    def rounds(columns: "List[List[int]]", box: bytes, k: "List[int]",
+               a: int, b: int, c: int, d: int) -> "Tuple[int, int, int, int]":
+        """All rounds over the four columns a, b, c, d of the state, with the round keys `k`."""
+        t0, t1, t2, t3 = columns
+        a, b, c, d = a ^ k[0], b ^ k[1], c ^ k[2], d ^ k[3]
+        for i in range(4, len(k) - 4, 4):
+            a, b, c, d = (
+                t0[a >> 24] ^ t1[b >> 16 & 255] ^ t2[c >> 8 & 255] ^ t3[d & 255] ^ k[i],
+                t0[b >> 24] ^ t1[c >> 16 & 255] ^ t2[d >> 8 & 255] ^ t3[a & 255] ^ k[i + 1],
+                t0[c >> 24] ^ t1[d >> 16 & 255] ^ t2[a >> 8 & 255] ^ t3[b & 255] ^ k[i + 2],
+                t0[d >> 24] ^ t1[a >> 16 & 255] ^ t2[b >> 8 & 255] ^ t3[c & 255] ^ k[i + 3])
+
+        def last(a: int, b: int, c: int, d: int) -> int:  # without MixColumns
+            return (box[a >> 24] << 24 | box[b >> 16 & 255] << 16
+                    | box[c >> 8 & 255] << 8 | box[d & 255])
+
+        return (last(a, b, c, d) ^ k[-4], last(b, c, d, a) ^ k[-3],
+                last(c, d, a, b) ^ k[-2], last(d, a, b, c) ^ k[-1])
+
+
+def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
+                 salt: bytes) -> "Tuple[bytes, bytes]":
+    """The AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes with MD5 and count 1.
+
+    It is what `openssl enc -md md5` does. `md5` returns the digest of its argument.
+    """
+    first = md5(secret + salt)
+    second = md5(first + secret + salt)
+    return first + second, md5(second + secret + salt)
+
+
+# --- end shared: aes --
+
+# ======================================================================================
+# 4. Encryption of a packet
+#
+# The modes of NIST SP 800-38A as fwknop uses them, and the container of `openssl enc`.
+# Only encryption: this program never reads a packet.
+# ======================================================================================
+
+BLOCK = 16  # bytes of a block of AES
+KEY_LIMIT = 32  # bytes of an encryption key
+LEGACY_KEY_LENGTH = 16
+HMAC_KEY_LIMIT = 128  # bytes of an HMAC key
+SALT_LENGTH = 8
+SALTED = b"Salted__"  # what `openssl enc` begins with
+PREFIX = "U2FsdGVkX1"  # base64 of SALTED, as far as the salt has no part in it: not transmitted
+
+# Encryption mode, by its name, and its number in the dump (fwknop spec 1.7).
+MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "legacy": 8}
+
+
+def encrypt_blocks(mode: str, key: bytes, iv: bytes, blocks: bytes) -> bytes:
+    """Encrypt whole blocks with a key of AES (SP 800-38A section 6.1 to 6.5).
+
+    CFB feeds back all 128 bits, CTR counts the 16 bytes of the IV as one big-endian number.
+    """
+    encrypt, register, out = Aes(key).encrypt_block, iv, []
+    for position in range(0, len(blocks), BLOCK):
+        block = blocks[position:position + BLOCK]
+        if mode == "ECB":
+            out.append(encrypt(block))
+        elif mode in ("CBC", "legacy"):
+            register = encrypt(exclusive_or(block, register))
+            out.append(register)
+        elif mode == "CFB":
+            register = exclusive_or(block, encrypt(register))
+            out.append(register)
+        elif mode == "OFB":
+            register = encrypt(register)
+            out.append(exclusive_or(block, register))
+        elif mode == "CTR":
+            out.append(exclusive_or(block, encrypt(register)))
+            count = (int.from_bytes(register, "big") + 1) % (1 << 8 * BLOCK)
+            register = count.to_bytes(BLOCK, "big")
+        else:
+            raise ValueError("expected one of " + " ".join(MODES))
+    return b"".join(out)
+
+
+def exclusive_or(left: bytes, right: bytes) -> bytes:
+    """Two blocks added bit by bit."""
+    return bytes(one ^ other for one, other in zip(left, right))
+
+
+def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> bytes:
+    """`Salted__`, the salt and the cipher text, like `openssl enc -md md5` (fwknop spec 1.7).
+
+    PKCS#7 padding is added in every mode, also in those that need none. Legacy mode is CBC with
+    a secret of exactly 16 bytes: cut, or filled with the digit 0.
+    """
+    if mode == "legacy":
+        secret = secret[:LEGACY_KEY_LENGTH].ljust(LEGACY_KEY_LENGTH, b"0")
+    key, iv = bytes_to_key(DIGESTS["MD5"], secret, salt)
+    padding = BLOCK - len(plaintext) % BLOCK
+    blocks = plaintext + bytes([padding]) * padding
+    return SALTED + salt + encrypt_blocks(mode, key, iv, blocks)
+
+
+# ======================================================================================
+# 5. Message and packet
+#
+# The text that asks (fwknop spec 1.2 to 1.6) and the packet it becomes (1.1, 1.8). Every type
+# of message can be encoded; the options so far ask for the types 1 and 3 only.
+# ======================================================================================
+
+COMMAND, ACCESS, NAT_ACCESS, TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT = \
+    range(7)
+MESSAGE_TYPES = (
+    "Command msg", "Access msg", "NAT access msg", "Client timeout access msg",
+    "Client timeout NAT access msg", "Local NAT access msg", "Client timeout local NAT access msg")
+
+SOURCE_ADDRESS = "0.0.0.0"  # in a message: the address the packet comes from
+USER_LIMIT = 48  # bytes of a user name: 64 of base64
+OPTION_USER_LIMIT = 29  # bytes that fwknop keeps of -U
+TIMEOUT_LIMIT = 65536  # seconds
+PACKET_LIMIT = 400  # characters: from here on servers take a packet for one of GPG (spec 1.9)
+
+
+class Message:
+    """The fields of fwknop spec 1.2, without the digest.
+
+    `random` is 16 digits, `timestamp` seconds since 1970, `number` one of the seven types, `text`
+    "address,access" or "address,command". NAT belongs to types 2, 4, 5 and 6, `timeout`
+    (seconds) to 3, 4 and 6; `server_auth` is never sent by fwknop's client.
+    """
+
+    def __init__(self, random: str, user: str, timestamp: int, number: int, text: str,
+                 nat: "Optional[str]" = None, server_auth: "Optional[str]" = None,
+                 timeout: "Optional[int]" = None, version: str = PROTOCOL_VERSION) -> None:
+        self.random, self.user, self.timestamp, self.version = random, user, timestamp, version
+        self.number, self.text = number, text
+        self.nat, self.server_auth, self.timeout = nat, server_auth, timeout
+
+
+def encode_message(message: Message) -> bytes:
+    """The message M of fwknop spec 1.1: the fields in their order with `:` in between."""
+    fields = [message.random, encode_base64(encode_text(message.user)), str(message.timestamp),
+              message.version, str(message.number), encode_base64(encode_text(message.text))]
+    if message.number in (NAT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT):
+        fields.append(encode_base64(encode_text(message.nat or "")))
+    if message.server_auth is not None:
+        fields.append(encode_base64(encode_text(message.server_auth)))
+    if message.number in (TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, TIMEOUT_LOCAL_NAT):
+        fields.append(str(message.timeout or 0))
+    return ":".join(fields).encode("ascii")
+
+
+def message_digest(message: bytes, digest_type: str) -> str:
+    """The digest D that stands behind the message (fwknop spec 1.6)."""
+    return encode_base64(DIGESTS[digest_type](message))
+
+
+def seal(message: bytes, digest_type: str, key: bytes, mode: str, hmac_key: "Optional[bytes]",
+         hmac_type: str, salt: bytes) -> str:
+    """The packet of fwknop spec 1.1 that carries an encoded message.
+
+    `key` is the secret as it was agreed on, `salt` eight random bytes; without `hmac_key` there
+    is no HMAC. The HMAC also covers the first ten characters, which are not transmitted.
+    """
+    plaintext = message + b":" + message_digest(message, digest_type).encode("ascii")
+    text = encode_base64(encrypt_salted(mode, key, salt, plaintext))
+    tag = ""
+    if hmac_key is not None:
+        tag = encode_base64(DIGESTS[hmac_type].hmac(hmac_key, text.encode("ascii")))
+    return text[len(PREFIX):] + tag
+
+
+def check_length(packet: str, message: Message, digest_type: str, tag_length: int) -> None:
+    """Raise SpaError for a packet that servers would take for one of GPG (fwknop spec 1.9)."""
+    if len(packet) >= PACKET_LIMIT:
+        raise SpaError(
+            "the packet would be %d characters long, and servers understand at most %d: address "
+            "and access list are %d characters, the user name %d, the digest (%s) %d, the HMAC %d"
+            % (len(packet), PACKET_LIMIT - 4, len(message.text), len(message.user), digest_type,
+               DIGESTS[digest_type].text_size, tag_length),
+            "ask for fewer ports at a time, or use a shorter digest")
+
+
+def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> "Optional[str]":
+    """Raise SpaError for keys of a wrong length (fwknop spec 1.7, 1.8); a warning, or None."""
+    if hmac_key is not None:
+        if not 1 <= len(hmac_key) <= HMAC_KEY_LIMIT:
+            raise SpaError("the HMAC key is %d bytes long, expected 1 to %d"
+                           % (len(hmac_key), HMAC_KEY_LIMIT))
+        if hmac_key == key:
+            raise SpaError("the encryption key and the HMAC key should not be identical")
+    if mode == "legacy" and len(key) > LEGACY_KEY_LENGTH:
+        return "legacy mode uses only the first %d bytes of the key" % LEGACY_KEY_LENGTH
+    if len(key) > KEY_LIMIT:
+        raise SpaError("the encryption key is %d bytes long, expected 1 to %d"
+                       % (len(key), KEY_LIMIT))
+    return None if key else "the encryption key is empty: everybody can read this packet"
+
+
+def is_public(address: bytes) -> bool:
+    """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
+
+    Not so: loopback, private (RFC 1918), link-local, shared by carriers (RFC 6598), unique local
+    (RFC 4193), multicast. IPv6 hands out public addresses below 2000::/3 only (RFC 4291).
+    """
+    if address[:12] == b"\0" * 10 + b"\xff\xff":  # IPv4 inside IPv6
+        address = address[12:]
+    if len(address) == 16:
+        return address[0] >> 5 == 1
+    first, second = address[0], address[1]
+    return not (first in (0, 10, 127) or first >= 224 or (first == 100 and second >> 6 == 1)
+                or (first == 169 and second == 254) or (first == 172 and second >> 4 == 1)
+                or (first == 192 and second == 168))
+
+
+# ======================================================================================
+# 6. Values
+#
+# From text to the value of a directive or option. Each parse_ function raises ValueError with
+# what it expected; who calls it adds where the text stood, and the text if it is no secret.
+# ======================================================================================
+
+RESOLVE = "resolve"  # in place of an address to open for: ask a server on the Internet for ours
+
+
+def parse_text(text: str) -> str:
+    """Any text but none."""
+    if not text:
+        raise ValueError("expected a value")
+    return text
+
+
+def parse_yes_no(text: str) -> bool:
+    """Y or N, or how much: VERBOSE may count."""
+    if text.upper() not in ("Y", "N", "YES", "NO", "0", "1", "2", "3"):
+        raise ValueError("expected Y or N")
+    return text[0] not in "nN0"
+
+
+def is_decimal(text: str) -> bool:
+    """Whether it is a number of one to nine digits, and nothing else."""
+    return 0 < len(text) < 10 and not text.strip("0123456789")
+
+
+def number_parser(low: int, high: int, what: str) -> "Callable[[str], int]":
+    """A parse_ function for decimal numbers; `what` says in an error what they count."""
+    def parse(text: str) -> int:
+        if not is_decimal(text) or not low <= int(text) <= high:
+            raise ValueError("expected %s, %d to %d" % (what, low, high))
+        return int(text)
+    return parse
+
+
+parse_port = number_parser(1, 65535, "a port number")
+
+
+def parse_offset(text: str) -> int:
+    """Seconds from `90`, `90s`, `5m`, `2hours` or `1d`, with `-` in front or not."""
+    digits = text[1:] if text.startswith("-") else text
+    unit = digits.lstrip("0123456789")
+    count = digits[:len(digits) - len(unit)]
+    factor = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}.get(unit[:1].lower())
+    if not is_decimal(count) or factor is None:
+        raise ValueError("expected a time such as 90, 90s, 5m, 2h or 1d")
+    return int(count) * factor * (-1 if text.startswith("-") else 1)
+
+
+def parse_digest(text: str) -> str:
+    """The name of a digest."""
+    if text.upper() not in DIGESTS:
+        raise ValueError("expected one of " + " ".join(DIGESTS).lower())
+    return text.upper()
+
+
+def parse_mode(text: str) -> str:
+    """The name of an encryption mode."""
+    for name in MODES:
+        if text.lower() == name.lower():
+            return name
+    if text.lower() == "asymmetric":
+        raise NotSupported("GPG is not supported yet")
+    raise ValueError("expected one of " + " ".join(MODES))
+
+
+def parse_protocol(text: str) -> str:
+    """The name of a carrier."""
+    if text.lower() in ("udpraw", "tcp", "tcpraw", "http", "icmp"):
+        raise NotSupported("the carrier %s is not supported yet" % text.lower())
+    if text.lower() != "udp":
+        raise ValueError("expected udp")
+    return "udp"
+
+
+def parse_access(text: str) -> str:
+    """An access list, `tcp/22` or `tcp/22,udp/53`, as the server reads it (fwknop spec 1.4)."""
+    for entry in text.split(","):
+        protocol, slash, port = entry.partition("/")
+        if protocol not in ("tcp", "udp") or not slash or len(port) > 5:
+            raise ValueError("expected tcp/PORT or udp/PORT, several with commas in between")
+        parse_port(port)
+    return text
+
+
+def parse_address(text: str) -> str:
+    """An IPv4 or IPv6 address, in the form servers expect."""
+    if ":" in text:
+        try:
+            return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, text))
+        except (OSError, ValueError):
+            raise ValueError("expected an IPv6 address") from None
+    parts = text.split(".")
+    if len(parts) != 4 or not all(
+            is_decimal(part) and str(int(part)) == part and int(part) < 256 for part in parts):
+        raise ValueError("expected an IPv4 or IPv6 address")
+    return text
+
+
+def parse_allow(text: str) -> str:
+    """Whom to open for: an address, `source`, or `resolve`."""
+    if text.lower() == "source":
+        return SOURCE_ADDRESS
+    return RESOLVE if text.lower() == RESOLVE else parse_address(text)
+
+
+def parse_user(text: str) -> str:
+    """A user name that servers accept (fwknop spec 1.3)."""
+    if not 1 <= len(encode_text(text)) <= USER_LIMIT:
+        raise ValueError("expected a user name of 1 to %d characters" % USER_LIMIT)
+    if any(not " " <= letter <= "~" or letter in '"/\\[]:;|=,+*?<>' for letter in text):
+        raise ValueError('expected a user name in ASCII, without " / \\ [ ] : ; | = , + * ? < >')
+    return text
+
+
+def parse_short_user(text: str) -> str:
+    """A user name from option or directive: fwknop keeps 29 characters of it."""
+    return parse_user(text[:OPTION_USER_LIMIT])
+
+
+# ======================================================================================
+# 7. Directives
+#
+# One row per directive of ~/.fwknoprc, in fwknop's order: supported, ignored with the reason, or
+# refused until it is supported. The rows in lower case at the end can be set by options only.
+# A value stays text, with its origin, until all layers have been put on each other.
+# ======================================================================================
+
+
+class Given:
+    """The text of one value, and where it stood: an option, or a line of a file."""
+
+    def __init__(self, text: str, option: str = "", path: str = "", line: int = 0) -> None:
+        self.text, self.option, self.path, self.line = text, option, path, line
+
+
+SECRET = (encode_text, decode_base64)  # what these have parsed is not shown in errors
+
+
+class Directive:
+    """A row of the table: a name, how its text is parsed, what it is for.
+
+    `state` is "" (supported), "ignored" or "refused"; for these two, `help` is the reason.
+    """
+
+    def __init__(self, name: str, parse: "Callable[[str], Any]", default: "Optional[str]",
+                 help: str, state: str = "") -> None:
+        self.name, self.parse, self.default = name, parse, default
+        self.help, self.state = help, state
+
+    def value(self, given: "Optional[Given]") -> "Any":
+        """The value to use; SpaError when the text is bad, or asks for what is refused."""
+        if given is None:
+            return None if self.default is None else self.parse(self.default)
+        try:
+            value = self.parse(given.text)
+            if self.state == "refused" and value:
+                raise NotSupported(self.help + " not supported yet")
+            return value
+        except ValueError as problem:
+            why = str(problem)
+            if self.parse not in SECRET and not isinstance(problem, NotSupported):
+                why += ", not '%s'" % given.text
+            if given.option:
+                raise UsageError("%s: %s" % (given.option, why)) from None
+            where = given.path, given.line, "%s: %s" % (self.name, why)
+            if isinstance(problem, NotSupported):
+                raise UsageError("%s:%d: %s" % where) from None
+            raise ConfigError(*where) from None
+
+
+def setting(name: str, parse: "Callable[[str], T]", default: str, help: str) -> "T":
+    """A supported directive; the attribute of an instance of Settings is the parsed value."""
+    return Directive(name, parse, default, help)  # type: ignore[return-value]
+
+
+def optional(name: str, parse: "Callable[[str], T]", help: str) -> "Optional[T]":
+    """A supported directive without a default: None unless it is given."""
+    return Directive(name, parse, None, help)  # type: ignore[return-value]
+
+
+def ignored(name: str, reason: str) -> str:
+    """A directive of fwknop without influence on what this program sends."""
+    return Directive(name, parse_text, None, reason, "ignored")  # type: ignore[return-value]
+
+
+def refused(name: str, parse: "Callable[[str], T]", what: str) -> "Optional[T]":
+    """A directive of fwknop that must not be passed over; yes/no ones may say N."""
+    return Directive(name, parse, None, what, "refused")  # type: ignore[return-value]
+
+
+GPG, NAT, RAW = "GPG is", "NAT access is", "raw carriers are"
+
+
+class Settings:
+    """All that can be said in ~/.fwknoprc (fwknop spec 2.2) and on the command line."""
+
+    digest_type = setting("DIGEST_TYPE", parse_digest, "SHA256", "digest inside the packet")
+    protocol = setting("SPA_SERVER_PROTO", parse_protocol, "udp", "carrier of the packet")
+    port = setting("SPA_SERVER_PORT", parse_port, "62201", "port of the server")
+    source_port = ignored("SPA_SOURCE_PORT", "it acts on raw carriers only")
+    timeout = setting("FW_TIMEOUT", number_parser(0, TIMEOUT_LIMIT, "a number of seconds"), "0",
+                      "seconds to keep open (0: the server decides)")
+    allow_ip = optional("ALLOW_IP", parse_allow, "address to open for")
+    time_offset = setting("TIME_OFFSET", parse_offset, "0", "add to the time in the packet")
+    mode = setting("ENCRYPTION_MODE", parse_mode, "CBC", "mode of AES")
+    use_gpg = refused("USE_GPG", parse_yes_no, GPG)
+    gpg_agent = ignored("USE_GPG_AGENT", "it needs USE_GPG")
+    gpg_recipient = ignored("GPG_RECIPIENT", "it needs USE_GPG")
+    gpg_signer = ignored("GPG_SIGNER", "it needs USE_GPG")
+    gpg_homedir = ignored("GPG_HOMEDIR", "it needs USE_GPG")
+    gpg_exe = ignored("GPG_EXE", "it needs USE_GPG")
+    gpg_signing_pw = ignored("GPG_SIGNING_PW", "it needs USE_GPG")
+    gpg_signing_pw_base64 = ignored("GPG_SIGNING_PW_BASE64", "it needs USE_GPG")
+    gpg_no_signing_pw = ignored("GPG_NO_SIGNING_PW", "it needs USE_GPG")
+    user = optional("SPOOF_USER", parse_short_user, "user name in the packet")
+    spoof_source = refused("SPOOF_SOURCE_IP", parse_text, RAW)
+    access = optional("ACCESS", parse_access, "ports to open, such as tcp/22,udp/53")
+    server = optional("SPA_SERVER", parse_text, "the server, a name or an address")
+    rand_port = refused("RAND_PORT", parse_yes_no, "a random destination port is")
+    key = optional("KEY", encode_text, "encryption key")
+    key_base64 = optional("KEY_BASE64", decode_base64, "encryption key in base64")
+    hmac_type = setting("HMAC_DIGEST_TYPE", parse_digest, "SHA256", "digest of the HMAC")
+    hmac_key_base64 = optional("HMAC_KEY_BASE64", decode_base64, "HMAC key in base64")
+    hmac_key = optional("HMAC_KEY", encode_text, "HMAC key")
+    use_hmac = setting("USE_HMAC", parse_yes_no, "N", "ask for an HMAC key when none is given")
+    wget_user_agent = ignored("USE_WGET_USER_AGENT", "it is for finding the own address")
+    key_file = optional("KEY_FILE", parse_text, "file with lines `server: key`")
+    hmac_key_file = optional("HMAC_KEY_FILE", parse_text, "file with lines `server: HMAC key`")
+    nat_access = refused("NAT_ACCESS", parse_text, NAT)
+    user_agent = ignored("HTTP_USER_AGENT", "it is for HTTP")
+    resolve_url = ignored("RESOLVE_URL", "it is for finding the own address")
+    resolve_ipv4 = setting("SERVER_RESOLVE_IPV4", parse_yes_no, "N", "use IPv4 to the server")
+    nat_local = refused("NAT_LOCAL", parse_yes_no, NAT)
+    nat_rand_port = refused("NAT_RAND_PORT", parse_yes_no, NAT)
+    nat_port = refused("NAT_PORT", parse_text, NAT)
+    verbose = setting("VERBOSE", parse_yes_no, "N", "print what is sent")
+    resolve_http = setting("RESOLVE_IP_HTTP", parse_yes_no, "N", "find our address: not yet")
+    resolve_https = setting("RESOLVE_IP_HTTPS", parse_yes_no, "N", "find our address: not yet")
+    resolve_http_only = ignored("RESOLVE_HTTP_ONLY", "it is for finding the own address")
+    wget_cmd = ignored("WGET_CMD", "it is for finding the own address")
+    no_save_args = ignored("NO_SAVE_ARGS", "arguments are never saved")
+
+    test = setting("test", parse_yes_no, "N", "print the packet, do not send it")
+    family = setting("family", parse_text, "0", "IP version to the server")
+    stdin = setting("stdin", parse_yes_no, "N", "read missing keys from standard input")
+    fd = optional("fd", number_parser(0, 1 << 20, "a file descriptor"),
+                  "read missing keys from this file descriptor")
+    key_gen = setting("key_gen", parse_yes_no, "N", "print new keys")
+    key_gen_file = optional("key_gen_file", parse_text, "write new keys to this new file")
+    key_length = setting("key_length", number_parser(1, KEY_LIMIT, "a number of bytes"), "32",
+                         "bytes of a new encryption key")
+    hmac_key_length = optional("hmac_key_length", number_parser(
+        1, HMAC_KEY_LIMIT, "a number of bytes"), "bytes of a new HMAC key")
+    gpg_option = refused("gpg_option", parse_text, GPG)
+    command = refused("command", parse_text, "a server command is")
+    save_packet = refused("save_packet", parse_text, "saving the packet is")
+    save_stanza = refused("save_stanza", parse_text, "writing the rc file is")
+    proxy = refused("proxy", parse_text, "the carrier http is")
+    icmp = refused("icmp", parse_text, "the carrier icmp is")
+    last_command = refused("last_command", parse_text, "arguments are never saved: this is")
+
+    def __init__(self, given: "Dict[str, Given]") -> None:
+        self.given = given
+        for attribute, row in DIRECTIVES.items():
+            setattr(self, attribute, row.value(given.get(row.name)))
+
+
+DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
+              if isinstance(row, Directive)}
+DIRECTIVE_NAMES = {row.name for row in DIRECTIVES.values() if row.name.isupper()}
+
+# In one layer the first of these counts (fwknop spec 2.5); one layer hides all of those below.
+KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"))
+
+
+def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
+    """One layer of values from several, the later ones on top (fwknop spec 2.1)."""
+    merged = {}  # type: Dict[str, Given]
+    for layer in layers:
+        for sources in KEY_SOURCES:
+            if any(name in layer for name in sources):
+                for name in sources:
+                    merged.pop(name, None)
+        merged.update(layer)
+    return merged
+
+
+# ======================================================================================
+# 8. Options
+#
+# One row per option, from which the parser and --help come. The conventions are those of
+# getopt_long: options and other words in any order, `--name value`, `--name=value`, names
+# shortened as long as they stay unique, `-pVALUE`, `-Tv`, and `--` to end the options.
+# ======================================================================================
+
+# Short, long, argument, the directive it sets, help. The directive gets what stands behind `=`,
+# followed by the argument; a help that is missing is that of the directive.
+OPTION_TABLE = """
+A  access               PORTS     ACCESS
+a  allow-ip             ADDRESS   ALLOW_IP
+s  source-ip            -         ALLOW_IP=source       open for whatever address the packet has
+D  destination          HOST      SPA_SERVER
+p  server-port          PORT      SPA_SERVER_PORT
+P  server-proto         CARRIER   SPA_SERVER_PROTO
+4  -                    -         family=4              use IPv4 to the server
+6  -                    -         family=6              use IPv6 to the server
+-  server-resolve-ipv4  -         SERVER_RESOLVE_IPV4=Y as -4
+f  fw-timeout           SECONDS   FW_TIMEOUT
+n  named-config         NAME      named_config          use this stanza of the rc file as well
+-  rc-file              FILE      rc_file               read this file instead of ~/.fwknoprc
+-  no-rc-file           -         no_rc_file=Y          read no rc file
+-  no-home-dir          -         no_home_dir=Y         do not look for a home directory
+-  stanza-list          -         stanza_list=Y         list the stanzas of the rc file
+G  get-key              FILE      KEY_FILE
+-  get-hmac-key         FILE      HMAC_KEY_FILE
+-  stdin                -         stdin=Y
+-  fd                   NUMBER    fd
+-  key-rijndael         KEY       KEY                   encryption key (others can see it in `ps`)
+-  key-base64-rijndael  BASE64    KEY_BASE64
+-  key-hmac             KEY       HMAC_KEY              HMAC key (others can see it in `ps`)
+-  key-base64-hmac      BASE64    HMAC_KEY_BASE64
+-  use-hmac             -         USE_HMAC=Y
+-  hmac-digest-type     NAME      HMAC_DIGEST_TYPE
+m  digest-type          NAME      DIGEST_TYPE
+M  encryption-mode      NAME      ENCRYPTION_MODE
+U  spoof-user           NAME      SPOOF_USER
+-  time-offset-plus     TIME      TIME_OFFSET
+-  time-offset-minus    TIME      TIME_OFFSET=-         subtract it
+k  key-gen              -         key_gen=Y
+K  key-gen-file         FILE      key_gen_file
+-  key-len              BYTES     key_length
+-  hmac-key-len         BYTES     hmac_key_length
+T  test                 -         test=Y
+v  verbose              -         VERBOSE=Y
+V  version              -         version=Y             print version and SHA-256 of this file
+h  help                 -         help=Y                print this
+E  save-args-file       FILE      NO_SAVE_ARGS
+-  no-save-args         -         NO_SAVE_ARGS=Y
+S  source-port          PORT      SPA_SOURCE_PORT
+R  resolve-ip-https     -         RESOLVE_IP_HTTPS=Y
+-  resolve-ip-http      -         RESOLVE_IP_HTTP=Y
+-  resolve-http-only    -         RESOLVE_HTTP_ONLY=Y
+-  resolve-url          URL       RESOLVE_URL
+w  wget-cmd             PATH      WGET_CMD
+u  user-agent           NAME      HTTP_USER_AGENT
+-  use-wget-user-agent  -         USE_WGET_USER_AGENT=Y
+N  nat-access           HOST      NAT_ACCESS
+-  nat-local            -         NAT_LOCAL=Y
+-  nat-port             PORT      NAT_PORT
+-  nat-rand-port        -         NAT_RAND_PORT=Y
+C  server-cmd           COMMAND   command
+r  rand-port            -         RAND_PORT=Y
+Q  spoof-source         ADDRESS   SPOOF_SOURCE_IP
+-  spoof-src            ADDRESS   SPOOF_SOURCE_IP
+H  http-proxy           HOST      proxy
+-  icmp-type            NUMBER    icmp
+-  icmp-code            NUMBER    icmp
+g  gpg-encryption       -         USE_GPG=Y
+-  gpg-recipient-key    KEY       gpg_option
+-  gpg-signer-key       KEY       gpg_option
+-  gpg-home-dir         DIRECTORY gpg_option
+-  gpg-exe              PATH      gpg_option
+-  gpg-agent            -         gpg_option=Y
+-  gpg-no-signing-pw    -         gpg_option=Y
+B  save-packet          FILE      save_packet
+b  save-packet-append   -         save_packet=Y
+-  save-rc-stanza       -         save_stanza=Y
+-  force-stanza         -         save_stanza=Y
+l  last-cmd             -         last_command=Y
+-  show-last            -         last_command=Y
+"""
+
+
+class Option:
+    """A row of the table; "-" in it stands for nothing."""
+
+    def __init__(self, row: str) -> None:
+        short, long, argument, sets, self.help = (row.split(None, 4) + [""])[:5]
+        self.short, self.long = short.strip("-"), long.strip("-")
+        self.argument = argument.strip("-")
+        self.name, _, self.text = sets.partition("=")
+        self.meaning = self.argument, sets
+
+
+OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
+
+
+def find_option(name: str) -> Option:
+    """The option of a letter or long name, or of the beginning of one if only one begins so."""
+    if not name.startswith("--"):
+        for option in OPTIONS:
+            if option.short == name[1]:
+                return option
+        raise UsageError("invalid option -- '%s'" % name[1], "--help lists them")
+    name = name[2:]
+    found = [option for option in OPTIONS if name and option.long.startswith(name)]
+    for option in found:
+        if option.long == name or all(other.meaning == option.meaning for other in found):
+            return option
+    if not found:
+        raise UsageError("unrecognized option '--%s'" % name, "--help lists them")
+    raise UsageError("option '--%s' is ambiguous: %s"
+                     % (name, " ".join("--" + option.long for option in found)))
+
+
+def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
+    """What the options set, and how many words belong to none. No error shows an argument."""
+    given, others = {}, 0  # type: Tuple[Dict[str, Given], int]
+    waiting = words[::-1]
+
+    def take(option: Option, name: str, attached: "Optional[str]") -> None:
+        if not option.argument and attached is not None:
+            raise UsageError("option '%s' doesn't allow an argument" % name)
+        if option.argument and attached is None:
+            if not waiting:
+                raise UsageError("option '%s' requires an argument" % name)
+            attached = waiting.pop()
+        given[option.name] = Given(option.text + (attached or ""), name)
+
+    while waiting:
+        word = waiting.pop()
+        if word == "--":
+            return given, others + len(waiting)
+        if word.startswith("--"):
+            name, equals, attached = word[2:].partition("=")
+            option = find_option("--" + name)
+            take(option, "--" + option.long, attached if equals else None)
+        elif word.startswith("-") and word != "-":
+            letters = word[1:]
+            while letters:
+                name, letters = "-" + letters[0], letters[1:]
+                option = find_option(name)
+                if option.argument:
+                    take(option, name, letters or None)
+                    break
+                take(option, name, None)
+        else:
+            others += 1
+    return given, others
+
+
+def format_help() -> str:
+    """What --help prints: the options that can be used, then the names of the others."""
+    rows = {row.name: row for row in DIRECTIVES.values()}
+    lines = ["Usage: spa_client.py -A PORTS [-s | -a ADDRESS] -D HOST [options]", ""]
+    others = []
+    for option in OPTIONS:
+        row = rows.get(option.name)
+        names = ["-" + option.short] * bool(option.short) + ["--" + option.long] * bool(option.long)
+        if row is not None and row.state:
+            others.append(names[0])
+            continue
+        text = ", ".join(names) if option.short else "    " + names[0]
+        lines.append("  %-35s %s" % (text + " " + option.argument,
+                                     option.help or (row.help if row else "")))
+    lines += ["", "Options of fwknop that are ignored, or refused as not supported yet:"]
+    for position in range(0, len(others), 4):
+        names = ["%-23s" % name for name in others[position:position + 4]]
+        lines.append("  " + " ".join(names).rstrip())
+    return "\n".join(lines)
+
+
+# ======================================================================================
+# 9. The rc file
+#
+# The text of ~/.fwknoprc, cut into stanzas and words exactly as fwknop does it (fwknop spec
+# 2.2), so that the same file means the same to both.
+# ======================================================================================
+
+DEFAULT_STANZA = "default"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"  # what names of directives are made of
+
+
+def parse_stanzas(text: str) -> "List[Tuple[str, List[Tuple[int, str]]]]":
+    """The stanzas of an rc file: names, and lines that say something with their numbers.
+
+    The stanza with the empty name holds what stands before the first name.
+    """
+    stanzas = [("", [])]  # type: List[Tuple[str, List[Tuple[int, str]]]]
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip(" \t\r")
+        if line.startswith("[") and "]" in line:
+            stanzas.append((line[1:line.index("]")], []))
+        elif line and line[0] not in "#;":
+            stanzas[-1][1].append((number, line))
+    return stanzas
+
+
+def parse_line(line: str) -> "Tuple[str, str, bool]":
+    """Name and value of `NAME value` or `NAME: value`, and whether more than a comment follows.
+
+    The value ends at the first blank, tab, `;` or `#`, also in the middle of a passphrase.
+    """
+    name, _, value = line.replace("\t", " ").partition(" ")
+    value = value.lstrip(" ")
+    end = min((value.index(mark) for mark in " ;#" if mark in value), default=len(value))
+    rest = value[end:]
+    suspicious = bool(rest) and (rest[0] != " " or rest.lstrip(" ")[:1] not in ("", ";", "#"))
+    return (name[:-1] if name.endswith(":") else name), value[:end], suspicious
+
+
+def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
+                 warn: "Callable[[str], None]") -> "Dict[str, Given]":
+    """The directives of one stanza; ConfigError names the line that is none.
+
+    Keys that may have lost their end are reported to `warn`, without any part of them.
+    """
+    given = {}  # type: Dict[str, Given]
+    for number, line in lines:
+        name, value, suspicious = parse_line(line)
+        if name not in DIRECTIVE_NAMES:
+            known = name.upper() in DIRECTIVE_NAMES or not name.strip(LETTERS)
+            raise ConfigError(path, number, "%sexpected the name of a directive"
+                              % (name + ": " if known else ""))  # else it may be half a key
+        if not value:
+            raise ConfigError(path, number, "%s: expected a value" % name)
+        if suspicious and name in KEY_SOURCES[0][:2] + KEY_SOURCES[1][:2]:
+            warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
+                 "follows: keys with these characters must be given as base64"
+                 % (path, number, name))
+        given[name] = Given(value, "", path, number)
+    return given
+
+
+def select_layers(text: str, path: str, named: "Optional[str]",
+                  warn: "Callable[[str], None]") -> "List[Dict[str, Given]]":
+    """The layers in force: [default], and the stanza `named`, whatever the case of its letters."""
+    stanzas = parse_stanzas(text)
+    if stanzas[0][1]:
+        warn("%s:%d: ignored, since it stands before the first [stanza]"
+             % (path, stanzas[0][1][0][0]))
+    layers = []
+    for wanted in (DEFAULT_STANZA, named):
+        if wanted is None:
+            continue
+        found = [lines for name, lines in stanzas[1:] if name.lower() == wanted.lower()]
+        if not found and wanted is named:
+            raise ConfigError(path, 0, "named configuration stanza [%s] was not found" % named)
+        layers += [parse_stanza(lines, path, warn) for lines in found]
+    return layers
+
+
+# ======================================================================================
+# 10. Files and keys
+#
+# Reading rc and key files, asking for keys, making new ones. From here on the machine is touched.
+# ======================================================================================
+
+
+def warn(message: str) -> None:
+    """Tell the administrator something that does not stop the work."""
+    tell("warning: " + message)
+
+
+def tell(message: str) -> None:
+    """One line on standard error."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.write("spa_client.py: %s\n" % printable(message))
+        except OSError:
+            pass  # nobody reads it; that must not stop a knock
+
+
+def printable(text: str) -> str:
+    """The text with all but printable ASCII escaped: it may come from a file or an argument."""
+    return "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text)
+
+
+def read_private(path: str) -> str:
+    """The text of a file with secrets; warns if others can read it (fwknop spec 2.2)."""
+    try:
+        with open(path, "rb") as file:
+            if hasattr(os, "geteuid"):
+                status = os.fstat(file.fileno())
+                if status.st_mode & 0o077:
+                    warn("%s: permissions should only be user read/write (0600)" % path)
+                if status.st_uid != os.geteuid():
+                    warn("%s: not owned by current effective user id" % path)
+            return file.read().decode(sys.getfilesystemencoding(), "surrogateescape")
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, 0, "cannot be read: %s" % reason(error)) from None
+
+
+def reason(error: Exception) -> str:
+    """Why the system refused, in its own words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
+    """The rc file to read: named by --rc-file, or .fwknoprc in the home directory, or none."""
+    if "rc_file" in given and "no_rc_file" not in given:
+        return given["rc_file"].text
+    home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
+    if "no_rc_file" in given or "no_home_dir" in given or not home:
+        return None
+    path = os.path.join(home, ".fwknoprc")
+    return path if os.path.exists(path) else None
+
+
+def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
+    """The layers of the rc file for this command line."""
+    path, named = rc_path(given), given.get("named_config")
+    if path is not None:
+        return select_layers(read_private(path), path, named.text if named else None, warn)
+    if named is not None:
+        raise UsageError("-n needs an rc file, and there is none")
+    return []
+
+
+def read_key_file(path: str, server: "Optional[str]") -> bytes:
+    """The key of a server from lines `server: key`; the last one counts (fwknop spec 2.5).
+
+    Blanks, tabs and `=` before the key are skipped, blanks after it belong to it.
+    """
+    if server is None:
+        raise UsageError("a key file needs -D: its lines begin with the server")
+    key = None
+    for line in read_private(path).split("\n"):
+        line = line.rstrip("\r").lstrip(" \t")
+        if line.startswith(server + ":"):
+            key = line[len(server) + 1:].lstrip(" \t=") or key
+    if key is None:
+        raise ConfigError(path, 0, "no key for %s" % server, "expected a line `%s: KEY`" % server)
+    return encode_text(key)
+
+
+def read_key_line(descriptor: int) -> bytes:
+    """One line from an open file, and not a byte more: the next may be the other key."""
+    line = b""
+    try:
+        while not line.endswith(b"\n"):
+            byte = os.read(descriptor, 1)
+            if not byte:
+                break
+            line += byte
+    except OSError as error:
+        raise SpaError("file descriptor %d: %s" % (descriptor, reason(error))) from None
+    return line.rstrip(b"\r\n")
+
+
+def prompt_key(prompt: str) -> bytes:
+    """One line typed at the terminal, without echo."""
+    try:
+        import termios
+    except ImportError:
+        import getpass  # not there on the smallest systems, but those have termios
+        return encode_text(getpass.getpass(prompt))
+    before = termios.tcgetattr(0)
+    silent = before[:]
+    silent[3] &= ~termios.ECHO
+    os.write(2, prompt.encode("ascii"))
+    try:
+        termios.tcsetattr(0, termios.TCSAFLUSH, silent)
+        return read_key_line(0)
+    finally:
+        termios.tcsetattr(0, termios.TCSAFLUSH, before)
+        os.write(2, b"\n")
+
+
+def ask_key(settings: Settings, what: str, options: str) -> bytes:
+    """A key from --fd, --stdin or the terminal; `options` are what could have given it."""
+    if settings.fd is not None or settings.stdin:
+        key = read_key_line(settings.fd or 0)
+    elif os.isatty(0):
+        key = prompt_key("Enter %s: " % what)
+    else:
+        raise UsageError("no %s given" % what, "give %s, or --stdin" % options)
+    if not key:
+        raise SpaError("expected the %s, got an empty line" % what)
+    return key
+
+
+def find_keys(settings: Settings) -> "Tuple[bytes, Optional[bytes]]":
+    """The encryption key and the HMAC key, if there is to be one (fwknop spec 2.5).
+
+    An HMAC is used when any HMAC key is given, by USE_HMAC, and by --hmac-digest-type.
+    """
+    key = settings.key if settings.key is not None else settings.key_base64
+    if key is None and settings.key_file is not None:
+        key = read_key_file(settings.key_file, settings.server)
+    hmac_key = settings.hmac_key if settings.hmac_key is not None else settings.hmac_key_base64
+    if hmac_key is None and settings.hmac_key_file is not None:
+        hmac_key = read_key_file(settings.hmac_key_file, settings.server)
+    named = settings.given.get("HMAC_DIGEST_TYPE")
+    wanted = settings.use_hmac or hmac_key is not None or (named is not None and named.option)
+    if settings.mode == "legacy" and wanted:
+        raise UsageError("legacy encryption mode is incompatible with HMAC usage")
+    if key is None:
+        key = ask_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael")
+    if hmac_key is None and wanted:
+        hmac_key = ask_key(settings, "HMAC key", "HMAC_KEY_BASE64, --get-hmac-key or --key-hmac")
+    warning = check_keys(key, hmac_key, settings.mode)
+    if warning:
+        warn(warning)
+    return key, hmac_key
+
+
+# Bytes of a new HMAC key as fwknop chooses them (fwknop spec 2.4; SHA3 it can't).
+HMAC_KEY_LENGTHS = {"MD5": 16, "SHA1": 20, "SHA256": 64, "SHA384": 128, "SHA512": 128,
+                    "SHA3_256": 64, "SHA3_512": 128}
+
+
+def generate_keys(settings: Settings) -> None:
+    """Print new keys in two lines of an rc file, or write them to a new file (spec 2.4)."""
+    length = settings.hmac_key_length or HMAC_KEY_LENGTHS[settings.hmac_type]
+    lines = "".join("%s: %s" % (name, binascii.b2a_base64(os.urandom(size)).decode("ascii"))
+                    for name, size in (("KEY_BASE64", settings.key_length),
+                                       ("HMAC_KEY_BASE64", length)))
+    path = settings.key_gen_file
+    if path is None:
+        say(lines.rstrip("\n"))
+        return
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(lines)
+    except (OSError, ValueError) as error:
+        raise SpaError("%s: %s" % (path, reason(error)), "it must be a new file") from None
+    say("[+] Wrote Rijndael and HMAC keys to: %s" % path)
+
+
+def find_user(settings: Settings) -> str:
+    """The user name for the packet: the one set, or that of who runs this (fwknop spec 2.1)."""
+    if settings.user is not None:
+        return settings.user
+    name = os.environ.get("SPOOF_USER") or os.environ.get("LOGNAME")
+    if not name:
+        try:
+            name = os.getlogin()
+        except (OSError, AttributeError):
+            name = os.environ.get("USER") or "NO_USER"
+    try:
+        return parse_user(name)
+    except ValueError as problem:
+        raise SpaError("%s, not '%s'" % (problem, name), "-U sets it") from None
+
+
+# ======================================================================================
+# 11. Network
+#
+# Looking up the server, the question under which address it sees us, and sending.
+# ======================================================================================
+
+
+def open_socket(family: int, address: "Tuple[Any, ...]",
+                direct: bool = False) -> "socket.socket":
+    """A UDP socket connected to the address, if there is a way to it (`direct`: without router)."""
+    link = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        if direct:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
+        link.connect(address)
+        return link
+    except BaseException:
+        link.close()
+        raise
+
+
+def own_address(link: "socket.socket") -> "Optional[str]":
+    """The address under which the server must see this link, or None: NAT may be on the way.
+
+    There is none if ours is public, or if the server is on the same network: reached without a
+    router, or for IPv6, where Linux does not obey SO_DONTROUTE, with the same first 64 bits.
+    """
+    names = [str(name[0]).partition("%")[0] for name in (link.getsockname(), link.getpeername())]
+    own, server = (socket.inet_pton(link.family, name) for name in names)
+    if is_public(own):
+        return names[0]
+    if is_public(server) or (link.family == socket.AF_INET6 and own[:8] != server[:8]):
+        return None  # also where SO_DONTROUTE is accepted and nothing done about it
+    try:
+        open_socket(link.family, link.getpeername(), True).close()
+    except OSError:
+        return None
+    return names[0]
+
+
+def encode_host(host: str) -> bytes:
+    """A host name as bytes: for text getaddrinfo() needs the codec idna, which routers lack."""
+    try:
+        return host.encode("ascii" if all(letter < "\x7f" for letter in host) else "idna")
+    except (LookupError, UnicodeError):
+        raise SpaError("%s: not an ASCII name" % host,
+                       "give the form that begins with xn--") from None
+
+
+def open_links(settings: Settings) -> "Iterator[socket.socket]":
+    """Connections to the server's addresses to which there is a route; SpaError after the last."""
+    host = settings.server or ""
+    family = "4" if settings.family == "0" and settings.resolve_ipv4 else settings.family
+    families = {"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}
+    try:
+        found = socket.getaddrinfo(encode_host(host), settings.port, families[family],
+                                   socket.SOCK_DGRAM)
+    except (OSError, ValueError) as error:
+        raise SpaError("%s: %s" % (host, reason(error))) from None
+    problem = "it has no address"
+    for kind, _, _, _, address in found:
+        try:
+            link = open_socket(kind, address)
+        except OSError as error:
+            problem = reason(error)
+            continue
+        try:
+            yield link
+        finally:
+            link.close()
+    raise SpaError("%s: %s" % (host, problem))
+
+
+# ======================================================================================
+# 12. Output
+#
+# What is printed on standard output, in the layout that fwknop's users and scripts know
+# (fwknop spec 2.8). Keys are not among it.
+# ======================================================================================
+
+
+def say(text: str) -> None:
+    """Lines on standard output; flush() finds out whether somebody reads them."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
+        except OSError:
+            pass
+
+
+def flush() -> bool:
+    """Whether all that was said has been written; if not, Python shall not try again at exit."""
+    try:
+        sys.stdout.flush()
+        return True
+    except (OSError, AttributeError):
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return False
+
+
+def format_dump(message: Message, settings: Settings, packet: str, tag_length: int) -> str:
+    """The "SPA Field Values" of fwknop's -T and -v, and for -v "Generating SPA packet"."""
+    text = encode_message(message)
+    hmac_number, hmac_name = 0, "None"
+    if tag_length:
+        hmac_number, hmac_name = DIGESTS[settings.hmac_type].number, settings.hmac_type
+    rows = (  # type: Tuple[Tuple[str, object], ...]
+        ("Random Value", message.random),
+        ("Username", message.user),
+        ("Timestamp", message.timestamp),
+        ("FKO Version", message.version),
+        ("Message Type", "%d (%s)" % (message.number, MESSAGE_TYPES[message.number])),
+        ("Message String", message.text),
+        ("Nat Access", message.nat or "<NULL>"),
+        ("Server Auth", message.server_auth or "<NULL>"),
+        ("Client Timeout", message.timeout or 0),
+        ("Digest Type", "%d (%s)" % (DIGESTS[settings.digest_type].number, settings.digest_type)),
+        ("HMAC Type", "%d (%s)" % (hmac_number, hmac_name)),
+        ("Encryption Type", "1 (Rijndael)"),
+        ("Encryption Mode", "%d (%s)" % (MODES[settings.mode], settings.mode)),
+        ("Encoded Data", text.decode("ascii")),
+        ("SPA Data Digest", message_digest(text, settings.digest_type)),
+        ("HMAC", packet[len(packet) - tag_length:] or "<NULL>"),
+        ("Final SPA Data", packet),
+    )
+    lines = ["SPA Field Values:", "================="] + ["%15s: %s" % row for row in rows] + [""]
+    if settings.verbose:
+        rows = (("protocol", settings.protocol), ("source port", "<OS assigned>"),
+                ("destination port", settings.port), ("IP/host", settings.server or ""))
+        lines += ["Generating SPA packet:"] + ["%20s: %s" % row for row in rows]
+    return "\n".join(lines)
+
+
+def print_version() -> None:
+    """Version, protocol, and the SHA-256 of this very file, to compare with a published one."""
+    with open(__file__, "rb") as file:
+        digest = binascii.hexlify(DIGESTS["SHA256"](file.read())).decode("ascii")
+    say("spa_client.py %s, FKO protocol version %s\nSHA-256 %s"
+        % (VERSION, PROTOCOL_VERSION, digest))
+
+
+def print_stanzas(given: "Dict[str, Given]") -> None:
+    """The names of the stanzas, without [default] (fwknop spec 2.3)."""
+    path = rc_path(given)
+    if path is None:
+        raise UsageError("--stanza-list needs an rc file, and there is none")
+    names = [name for name, _ in parse_stanzas(read_private(path))[1:]]
+    say("\n".join(["The following stanzas are configured in %s :" % path] + [
+        " - " + name for name in names if name.lower() != DEFAULT_STANZA]))
+
+
+# ======================================================================================
+# 13. Run
+#
+# The way of a packet from the docstring, and the exit codes.
+# ======================================================================================
+
+
+def random_digits() -> str:
+    """Sixteen decimal digits, each value as likely as any other (fwknop spec 1.2)."""
+    while True:
+        number = int.from_bytes(os.urandom(7), "big")
+        if number < 7 * 10 ** 16:  # so many are a multiple of 10^16: no digit is favoured
+            return "%016d" % (number % 10 ** 16)
+
+
+def build(settings: Settings, keys: "Tuple[bytes, Optional[bytes]]",
+          allow_ip: str) -> "Tuple[str, str]":
+    """A fresh packet that asks to open for `allow_ip`, and its dump."""
+    timed = settings.timeout > 0
+    message = Message(
+        random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
+        TIMEOUT_ACCESS if timed else ACCESS, "%s,%s" % (allow_ip, settings.access),
+        timeout=settings.timeout if timed else None)
+    packet = seal(encode_message(message), settings.digest_type, keys[0], settings.mode, keys[1],
+                  settings.hmac_type, os.urandom(SALT_LENGTH))
+    tag_length = 0 if keys[1] is None else DIGESTS[settings.hmac_type].text_size
+    check_length(packet, message, settings.digest_type, tag_length)
+    return packet, format_dump(message, settings, packet, tag_length) if (
+        settings.test or settings.verbose) else ""
+
+
+def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
+    """The address to open for: as set, or our own if there can be no NAT on this link."""
+    if settings.allow_ip == RESOLVE or (
+            settings.allow_ip is None and (settings.resolve_http or settings.resolve_https)):
+        raise UsageError("finding the own address (-R) is not supported yet", "use -a or -s")
+    if settings.allow_ip is not None:
+        return settings.allow_ip
+    own = own_address(link) if link is not None else None
+    if own is None:
+        raise UsageError("Must use one of [-s|-R|-a] to specify IP for SPA access.")
+    tell("asking to open for %s, our address on the way to the server" % own)
+    return own
+
+
+def knock(settings: Settings) -> bool:
+    """Make a packet and send it, and tell that it was sent; with -T only print it."""
+    if settings.access is None:
+        raise UsageError("no ports to open given", "-A tcp/22, for example")
+    if settings.server is None and not settings.test:
+        raise UsageError("Must use --destination unless --test mode is used")
+    keys = find_keys(settings)
+    links = open_links(settings)
+    if settings.test:
+        link = next(links) if settings.server and settings.allow_ip is None else None
+        say(build(settings, keys, choose_address(settings, link))[1])
+        say("test mode enabled, SPA packet not actually sent.")
+        return False
+    if settings.allow_ip == SOURCE_ADDRESS:
+        warn("with -s whoever catches the packet can choose the address to open for; use -a")
+    for link in links:
+        packet, dump = build(settings, keys, choose_address(settings, link))
+        if settings.verbose:
+            say(dump)
+        try:
+            sent = link.send(packet.encode("ascii"))
+        except OSError as error:
+            raise SpaError("%s: %s" % (settings.server, reason(error))) from None
+        if settings.verbose:
+            say("send_spa_packet: bytes sent: %d" % sent)
+        break
+    return True
+
+
+def run(words: "List[str]") -> bool:
+    """Do what a command line says, or raise SpaError; tells whether a packet was sent."""
+    given, others = parse_command_line(words)
+    if "help" in given:
+        say(format_help())
+    elif "version" in given:
+        print_version()
+    elif "stanza_list" in given:
+        print_stanzas(given)
+    else:
+        settings = Settings(merge(read_layers(given) + [given]))
+        if others:
+            warn("%d of the words belong to no option and are ignored" % others)
+        if not settings.key_gen and settings.key_gen_file is None:
+            return knock(settings)
+        generate_keys(settings)
+    return False
+
+
+def main(argv: "Optional[List[str]]" = None) -> int:
+    """The exit code of a command line: see the docstring of this file."""
+    try:
+        sent = run(sys.argv[1:] if argv is None else argv)
+        return 0 if flush() or sent else 1
+    except UsageError as error:
+        tell(str(error))
+        return 2
+    except ConfigError as error:
+        tell(str(error))
+        return 3
+    except (SpaError, OSError, ValueError) as error:
+        tell(str(error) if isinstance(error, SpaError) else reason(error))
+        return 1
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
