@@ -45,7 +45,6 @@ From here on the machine is touched.
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
 
-import argparse
 import array
 import binascii
 import errno
@@ -99,6 +98,10 @@ class SpaError(Exception):
 
 class ConfigError(SpaError):
     """A file or a directive that can't be used. Its text begins with file and line."""
+
+
+class UsageError(SpaError):
+    """A command line that can't be understood."""
 
 
 class CommandError(SpaError):
@@ -715,10 +718,10 @@ T = TypeVar("T")
 class Directive(Generic[T]):
     """A row: `settings.attribute` is the parsed value. A default is parsed as a file's."""
 
-    def __init__(self, name: str, parse: Callable[[str], T], default: str, help: str,
-                 aliases: Tuple[str, ...] = (), secret: bool = False) -> None:
-        self.name, self.parse, self.default, self.help = name, parse, default, help
-        self.names = (name,) + aliases
+    def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str,
+                 secret: bool = False) -> None:
+        self.names = names.split()  # the first is the one that is written
+        self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
         self.secret = secret
 
     def __set_name__(self, owner: type, attribute: str) -> None:
@@ -748,14 +751,14 @@ class Ignored(Directive[str]):
     """Directives of fwknopd's that change nothing here; a file that sets one is warned of."""
 
     def __init__(self, names: str, why: str) -> None:
-        super().__init__(names, str, "", why, tuple(names.split()))
+        super().__init__(names, str, "", why)
 
 
 class Refused(Directive[str]):
     """Directives whose silent loss would open more than the file says: they stop the start."""
 
     def __init__(self, names: str, why: str, harmless: str = "") -> None:
-        super().__init__(names, self.parse_harmless, harmless, why, tuple(names.split()))
+        super().__init__(names, self.parse_harmless, harmless, why)
 
     def parse_harmless(self, text: str) -> str:
         """The value that changes nothing, if there is one; ValueError for all others."""
@@ -765,7 +768,7 @@ class Refused(Directive[str]):
 
 
 class Line(NamedTuple):
-    """One directive as it stands in a file."""
+    """One directive as it stands in a file, or (number 0) as an option set it."""
 
     file: str
     number: int
@@ -774,7 +777,8 @@ class Line(NamedTuple):
 
     def error(self, text: object) -> ConfigError:
         """The error that this line is wrong in the way that `text` says."""
-        return ConfigError("%s:%d: %s: %s" % (self.file, self.number, self.name, text))
+        where = "%s:%d" % (self.file, self.number) if self.number else self.file
+        return ConfigError("%s: %s: %s" % (where, self.name, text))
 
 
 class Settings:
@@ -1214,8 +1218,8 @@ class Stanza(Settings):
                         "open to the whole network around an IPv4 address; 24 for carrier NAT")
     prefix6 = Directive("ACCESS_PREFIX6", integer(32, 128, "a prefix length"), "128",
                         "the same for IPv6, for example 56")
-    require_source = Directive("REQUIRE_SOURCE_ADDRESS", parse_flag, "N",
-                               "the packet must name the address to open to", ("REQUIRE_SOURCE",))
+    require_source = Directive("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE", parse_flag, "N",
+                               "the packet must name the address to open to")
     require_username = Directive("REQUIRE_USERNAME", str, "", "user name the packet must carry")
     expire_date = Directive("ACCESS_EXPIRE", optional(parse_date), "",
                             "the stanza is void from this day on, MM/DD/YYYY")
@@ -3038,24 +3042,24 @@ def close_standard_files() -> None:
     os.close(null)
 
 
-def run_server(read: Callable[[], Configuration], options: argparse.Namespace, log: Log) -> int:
+def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log: Log) -> int:
     """Serves until a signal ends it; returns the exit code."""
     configuration = read()
     settings = configuration.settings
     log.level = DEBUG if settings.verbose else INFO
     pid_file = PidFile(settings.pid_file)
     pid_file.lock()
-    ready = go_to_background() if options.daemon else None
+    ready = go_to_background() if daemon else None
     pid_file.write()
     for warning in configuration.warnings:
         log.warning(warning)
     log.info("Starting fwknopd")
-    firewall = choose_firewall(settings, configuration.stanzas, options.test, log)
+    firewall = choose_firewall(settings, configuration.stanzas, test, log)
     server = Server(configuration, firewall, log)
     signals = Signals()
     server.selector.register(signals.reader, selectors.EVENT_READ, signals.drain)
     server.start(settings.flush_at_start)
-    if settings.guard_ports and not options.test:
+    if settings.guard_ports and not test:
         log.info("%s are closed to everybody without a grant" % port_list(settings.guard_ports))
     log.info("Starting fwknopd main event loop.")
     if ready is not None:
@@ -3066,15 +3070,15 @@ def run_server(read: Callable[[], Configuration], options: argparse.Namespace, l
     while server.running:
         server.turn()
         while signals.pending:
-            take_signal(signals.pending.pop(0), server, read, options, log)
+            take_signal(signals.pending.pop(0), server, read, test, log)
     server.stop()
     pid_file.clear()
     log.info("Shutting Down fwknopd.")
     return 0
 
 
-def take_signal(number: int, server: Server, read: Callable[[], Configuration],
-                options: argparse.Namespace, log: Log) -> None:
+def take_signal(number: int, server: Server, read: Callable[[], Configuration], test: bool,
+                log: Log) -> None:
     """SIGHUP reads the files again, and keeps the old settings if they are bad; others end all."""
     if number != signal.SIGHUP:
         log.info("Gracefully leaving the fwknopd event loop.")
@@ -3086,7 +3090,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration],
         configuration = read()
         for warning in configuration.warnings:
             log.warning(warning)
-        firewall = choose_firewall(configuration.settings, configuration.stanzas, options.test, log)
+        firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
         server.reload(configuration, firewall)
         log.level = DEBUG if configuration.settings.verbose else INFO
     except SpaError as error:
@@ -3229,74 +3233,179 @@ def own_address() -> str:
 # Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
 # ======================================================================================
 
+# --- shared: options -- the same text in spa_server.py and spa_client.py --
+
+
+class Option:
+    """A row of an option table: letter, long name, argument, what it sets, help; "-" is nothing."""
+
+    def __init__(self, row: str) -> None:
+        short, long, argument, sets, self.help = (row.split(None, 4) + [""])[:5]
+        self.short, self.long = short.strip("-"), long.strip("-")
+        self.argument = argument.strip("-")
+        self.name, _, self.text = sets.partition("=")
+        self.meaning = self.argument, sets
+
+    def format(self, help: str) -> str:
+        """The option's line of --help."""
+        long = "--" + self.long if self.long else ""
+        names = ", ".join(["-" + self.short] * bool(self.short) + [long] * bool(long))
+        indent = "" if self.short else "    "
+        return "  %-35s %s" % (indent + names + " " + self.argument, help)
+
+
+def find_option(options: "List[Option]", name: str) -> Option:
+    """The option of a letter or long name, or of the beginning of one if only one begins so."""
+    if not name.startswith("--"):
+        for option in options:
+            if option.short == name[1]:
+                return option
+        raise UsageError("invalid option -- '%s'" % name[1], "--help lists them")
+    found = [option for option in options if name[2:] and option.long.startswith(name[2:])]
+    for option in found:
+        if option.long == name[2:] or all(other.meaning == option.meaning for other in found):
+            return option
+    if not found:
+        raise UsageError("unrecognized option '%s'" % name, "--help lists them")
+    raise UsageError("option '%s' is ambiguous: %s"
+                     % (name, " ".join("--" + option.long for option in found)))
+
+
+def parse_options(options: "List[Option]",
+                  words: "List[str]") -> "Tuple[List[Tuple[Option, str, str]], List[str]]":
+    """The options in `words`, each as it was named and with its argument, and the other words.
+
+    As getopt_long does it: options may follow other words, `--name value` or `--name=value`, long
+    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows an argument.
+    """
+    given, others = [], []  # type: Tuple[List[Tuple[Option, str, str]], List[str]]
+    waiting = words[::-1]
+
+    def take(option: Option, name: str, attached: "Optional[str]") -> None:
+        if not option.argument and attached is not None:
+            raise UsageError("option '%s' doesn't allow an argument" % name)
+        if option.argument and attached is None:
+            if not waiting:
+                raise UsageError("option '%s' requires an argument" % name)
+            attached = waiting.pop()
+        given.append((option, name, option.text + (attached or "")))
+
+    while waiting:
+        word = waiting.pop()
+        if word == "--":
+            return given, others + waiting[::-1]
+        if word.startswith("--"):
+            name, equals, attached = word.partition("=")
+            option = find_option(options, name)
+            take(option, "--" + option.long, attached if equals else None)
+        elif word.startswith("-") and word != "-":
+            letters = word[1:]
+            while letters:
+                name, letters = "-" + letters[0], letters[1:]
+                option = find_option(options, name)
+                if option.argument:
+                    take(option, name, letters or None)
+                    break
+                take(option, name, None)
+        else:
+            others.append(word)
+    return given, others
+
+
+# --- end shared: options --
+
+
 CONFIG_FILE = "/etc/fwknop/fwknopd.conf"
 
+# Letter, long name, argument, the directive or word that it sets, help.
+OPTION_TABLE = """
+c config-file       FILE   config_file          fwknopd.conf
+a access-file       FILE   ACCESS_FILE          access.conf
+i interface         NAME   PCAP_INTF            interface to listen on, or any
+P pcap-filter       FILTER PCAP_FILTER          what to look at: udp port N, joined by or
+U udp-server        -      ENABLE_UDP_SERVER=Y  listen on a UDP socket, not a packet socket
+d digest-file       FILE   DIGEST_FILE          where packets are remembered
+p pid-file          FILE   FWKNOP_PID_FILE      pid of the running server
+r run-dir           DIR    FWKNOP_RUN_DIR       where state is kept
+f foreground        -      foreground           stay in the foreground (the default)
+- daemon            -      daemon               go to the background, and log to syslog
+- syslog-enable     -      syslog               log to syslog too
+t test              -      test                 judge and log packets, leave the firewall alone
+v verbose           -      VERBOSE=1            say more in the log
+- init              PORTS  init                 make keys and files to hide PORTS, and serve
+D dump-config       -      dump                 print the configuration, without secrets
+- exit-parse-config -      check                check the configuration
+S status            -      status               is a server running?
+K kill              -      kill                 end the running server
+R restart           -      restart              let the running server read its files again
+- fw-list           -      list                 list what is open
+- fw-flush          -      flush                close all that is open; a guard stays
+- unguard           -      unguard              take the guard away
+V version           -      version              print version and SHA-256 of this file
+h help              -      help                 print this
+"""
+OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
-def make_parser() -> argparse.ArgumentParser:
-    """The options, with fwknopd's names (fwknop spec 3.1)."""
-    parser = argparse.ArgumentParser(
-        prog="spa_server.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Hide ports, and open them for a while to clients that hold a key.",
-        epilog="First steps:  spa_server.py --init tcp/22  makes keys and configuration, prints\n"
-        "what the client needs, hides ssh and serves. SIGHUP reads the files again.")
-    add = parser.add_argument
-    add("-c", "--config-file", metavar="FILE", help="fwknopd.conf (default %s)" % CONFIG_FILE)
-    add("-a", "--access-file", metavar="FILE", help="access.conf")
-    add("-i", "--interface", metavar="NAME", help="interface to listen on, or any")
-    add("-P", "--pcap-filter", metavar="FILTER", help="what to look at: udp port N, joined by or")
-    add("-U", "--udp-server", action="store_true", help="listen on a UDP, not a packet socket")
-    add("-d", "--digest-file", metavar="FILE", help="where packets are remembered")
-    add("-p", "--pid-file", metavar="FILE", help="pid of the running server")
-    add("-r", "--run-dir", metavar="DIR", help="where state is kept")
-    add("-f", "--foreground", action="store_true", help="stay in the foreground (the default)")
-    add("--daemon", action="store_true", help="go to the background, and log to syslog")
-    add("--syslog-enable", action="store_true", help="log to syslog too")
-    add("-t", "--test", action="store_true", help="judge and log packets, leave the firewall alone")
-    add("-v", "--verbose", action="count", default=0, help="say more in the log")
-    add("-V", "--version", action="store_true", help="print version and SHA-256 of this file")
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument("--init", metavar="PORTS", help="make keys and configuration to hide PORTS, "
-                     "as in tcp/22,udp/1194, where there are none, and serve")
-    for flags, text in ((("-D", "--dump-config"), "print the configuration, without secrets"),
-                        (("--exit-parse-config",), "check the configuration"),
-                        (("-S", "--status"), "is a server running?"),
-                        (("-K", "--kill"), "end the running server"),
-                        (("-R", "--restart"), "let the running server read its files again"),
-                        (("--fw-list",), "list what is open"),
-                        (("--fw-flush",), "close all that is open; a guard stays"),
-                        (("--unguard",), "take the guard away")):
-        one.add_argument(*flags, action="store_true", help=text)
-    return parser
+HELP = """Usage: spa_server.py [options]
+
+Hide ports, and open them for a while to clients that hold a key.
+
+%s
+
+First steps: `spa_server.py --init tcp/22` makes keys and files in /etc/fwknop where there are
+none, prints the client's stanza, hides ssh and serves. SIGHUP reads the files again.
+"""
 
 
-def read_configuration(options: argparse.Namespace) -> Configuration:
+def format_help() -> str:
+    """What --help prints."""
+    return HELP % "\n".join(option.format(option.help) for option in OPTIONS)
+
+
+class Arguments:
+    """The command line: directives that it sets, and words that say what to do."""
+
+    def __init__(self, words: List[str]) -> None:
+        self.lines: List[Line] = []
+        self.words: Dict[str, str] = {}
+        given, others = parse_options(OPTIONS, words)
+        if others:
+            raise UsageError("unexpected argument '%s'" % others[0], "--help lists the options")
+        for option, name, text in given:
+            row = ServerSettings.row(option.name)
+            if row is None:
+                self.words[option.name] = text or name
+            else:
+                path = row.parse is parse_path
+                self.lines.append(Line(name, 0, row.name, os.path.abspath(text) if path else text))
+
+    def __contains__(self, word: str) -> bool:
+        """Whether an option said this word."""
+        return word in self.words
+
+    @property
+    def config_file(self) -> str:
+        """The fwknopd.conf to read."""
+        return self.words.get("config_file", CONFIG_FILE)
+
+
+def read_configuration(arguments: Arguments) -> Configuration:
     """Both files and what the command line says instead; ConfigError names file and line."""
-    settings = read_settings(options)
-    warnings = settings[1]
-    stanzas, more = read_stanzas(settings[0].access_file)
-    for path in (options.config_file or CONFIG_FILE, settings[0].access_file):
+    settings, warnings = read_settings(arguments)
+    stanzas, more = read_stanzas(settings.access_file)
+    for path in (arguments.config_file, settings.access_file):
         warnings += permission_warnings(path)
-    return Configuration(settings[0], stanzas, settings[0].warnings() + warnings + more)
+    return Configuration(settings, stanzas, settings.warnings() + warnings + more)
 
 
-def read_settings(options: argparse.Namespace) -> Tuple[ServerSettings, List[str]]:
+def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
     """fwknopd.conf, which need not exist where nobody named it, and the command line."""
     settings = ServerSettings()
     warnings = []
-    if options.config_file or os.path.exists(CONFIG_FILE):
-        warnings = read_server_settings(options.config_file or CONFIG_FILE, settings)
-    for row, value in ((ServerSettings.run_directory, options.run_dir),
-                       (ServerSettings.access_file, options.access_file),
-                       (ServerSettings.interface, options.interface),
-                       (ServerSettings.packet_filter, options.pcap_filter),
-                       (ServerSettings.udp_server, "Y" if options.udp_server else None),
-                       (ServerSettings.digest_file, options.digest_file),
-                       (ServerSettings.pid_file, options.pid_file),
-                       (ServerSettings.verbose, options.verbose and str(min(9, options.verbose)))):
-        if value:
-            if row.parse is parse_path:
-                value = os.path.abspath(value)
-            settings.take(Line("command line", 0, row.name, value))
+    if "config_file" in arguments or os.path.exists(CONFIG_FILE):
+        warnings = read_server_settings(arguments.config_file, settings)
+    for line in arguments.lines:
+        settings.take(line)
     return settings, warnings
 
 
@@ -3340,16 +3449,16 @@ def list_grants(firewall: Firewall) -> str:
     return "\n".join(lines)
 
 
-def signal_server(options: argparse.Namespace) -> int:
+def signal_server(arguments: Arguments) -> int:
     """-S, -K and -R: the words and exit codes of fwknopd (fwknop spec 3.1)."""
-    pid = PidFile(read_settings(options)[0].pid_file).running()
+    pid = PidFile(read_settings(arguments)[0].pid_file).running()
     if pid is None:
         print("No running fwknopd detected.")
         return 1
-    if options.kill:
+    if "kill" in arguments:
         os.kill(pid, signal.SIGTERM)
         print("Killed fwknopd (pid=%d) via SIGTERM" % pid)
-    elif options.restart:
+    elif "restart" in arguments:
         os.kill(pid, signal.SIGHUP)
         print("Sent restart signal to fwknopd (pid=%d)" % pid)
     else:
@@ -3357,14 +3466,14 @@ def signal_server(options: argparse.Namespace) -> int:
     return 0
 
 
-def manage_firewall(options: argparse.Namespace, log: Log) -> int:
+def manage_firewall(arguments: Arguments, log: Log) -> int:
     """--fw-list, --fw-flush and --unguard."""
-    configuration = read_configuration(options)
+    configuration = read_configuration(arguments)
     settings = configuration.settings
     firewall = choose_firewall(settings, configuration.stanzas, False, log)
-    if options.fw_list:
+    if "list" in arguments:
         print(list_grants(firewall))
-    elif options.fw_flush:
+    elif "flush" in arguments:
         print("Deleting any existing firewall rules...")
         firewall.flush()
     else:
@@ -3374,50 +3483,52 @@ def manage_firewall(options: argparse.Namespace, log: Log) -> int:
     return 0
 
 
-def run(options: argparse.Namespace, log: Log) -> int:
+def run(arguments: Arguments, log: Log) -> int:
     """Does what the options say; returns the exit code."""
-    if options.version:
-        print("spa_server.py %s, FKO protocol version 3.0.0, sha256 %s" % (VERSION, own_hash()))
+    if "help" in arguments or "version" in arguments:
+        print(format_help() if "help" in arguments else
+              "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
         return 0
-    if options.status or options.kill or options.restart:
-        return signal_server(options)
-    if options.fw_list or options.fw_flush or options.unguard:
-        return manage_firewall(options, log)
-    if options.dump_config or options.exit_parse_config:
-        configuration = read_configuration(options)
+    if {"status", "kill", "restart"} & set(arguments.words):
+        return signal_server(arguments)
+    if {"list", "flush", "unguard"} & set(arguments.words):
+        return manage_firewall(arguments, log)
+    if "dump" in arguments or "check" in arguments:
+        configuration = read_configuration(arguments)
         for warning in configuration.warnings:
             log.warning(warning)
-        print(dump(configuration) if options.dump_config else "Configs parsed, exiting.")
+        print(dump(configuration) if "dump" in arguments else "Configs parsed, exiting.")
         return 0
-    if options.init:
-        stanza = first_configuration(options.init, options.config_file or CONFIG_FILE,
-                                     read_settings(options)[0])
+    settings = read_settings(arguments)[0]
+    if "init" in arguments:
+        stanza = first_configuration(arguments.words["init"], arguments.config_file, settings)
         if stanza:
             print("# Copy this into ~/.fwknoprc of the client (mode 0600):\n\n" + stanza,
                   flush=True)
         else:
             log.info("There is a configuration already; serving it")
-    settings = read_settings(options)[0]
-    if options.daemon or options.syslog_enable:
+        settings = read_settings(arguments)[0]
+    if "daemon" in arguments or "syslog" in arguments:
         if syslog is None:
             raise SpaError("this Python has no syslog module")
         syslog.openlog(settings.syslog_identity, syslog.LOG_PID,
                        getattr(syslog, settings.syslog_facility))
         log.to_syslog = True
-    return run_server(lambda: read_configuration(options), options, log)
+    return run_server(lambda: read_configuration(arguments), "test" in arguments,
+                      "daemon" in arguments, log)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The program: command line in, exit code out."""
-    options = make_parser().parse_args(argv)
     log = Log(sys.stderr)
     try:
-        return run(options, log)
+        return run(Arguments(sys.argv[1:] if argv is None else argv), log)
     except SpaError as error:
         log.error("spa_server.py: %s" % error)
         if error.hint:
             log.error("hint: " + error.hint)
-        return 3 if isinstance(error, ConfigError) else 1
+        return (2 if isinstance(error, UsageError) else
+                3 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         return 1
 
