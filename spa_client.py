@@ -95,14 +95,15 @@ class NotSupported(ValueError):
 # ======================================================================================
 # 2. Bytes and digests
 #
-# Base64 as fwknop writes it, the seven digests and HMAC. The constructors come from the
-# interpreter's own small modules, whose import is ten times cheaper than that of hashlib;
-# hashlib is the fall-back for interpreters that have been built without them.
+# Base64 as fwknop writes it, the seven digests and HMAC.
 # ======================================================================================
 
 
+# --- shared: digests -- the same text in spa_server.py and spa_client.py --
+
+
 class Digest:
-    """One of the digests of fwknop spec 1.6; `block` is the block size in bytes, for HMAC."""
+    """One of the digests of fwknop spec 1.6; sizes in bytes, `block` for HMAC."""
 
     def __init__(self, name: str, number: int, size: int, block: int, modules: str) -> None:
         self.name, self.number, self.size, self.block = name, number, size, block
@@ -111,8 +112,9 @@ class Digest:
     def constructor(self) -> "Callable[[bytes], Any]":
         """The function that starts this digest over some bytes.
 
-        A hashlib in FIPS mode gives out MD5 only "not for security"; before Python 3.9 it
-        does not know that argument.
+        The interpreter's own small modules are ten times cheaper to import than hashlib with its
+        OpenSSL, which is for interpreters without them. In FIPS mode it gives out MD5 only "not
+        for security"; before Python 3.9 it does not know that argument.
         """
         name = self.name.lower()
         for module in self.modules.split():
@@ -134,14 +136,6 @@ class Digest:
         """The digest of `data`."""
         return self.constructor()(data).digest()  # type: ignore[no-any-return]
 
-    def hmac(self, key: bytes, data: bytes) -> bytes:
-        """The HMAC of `data` (RFC 2104 section 2)."""
-        start = self.constructor()
-        key = start(key).digest() if len(key) > self.block else key
-        key = key.ljust(self.block, b"\0")
-        inner = start(bytes(byte ^ 0x36 for byte in key) + data).digest()
-        return start(bytes(byte ^ 0x5C for byte in key) + inner).digest()  # type: ignore
-
 
 DIGESTS = {digest.name: digest for digest in (
     Digest("MD5", 1, 16, 64, "_md5"),
@@ -152,6 +146,26 @@ DIGESTS = {digest.name: digest for digest in (
     Digest("SHA3_256", 6, 32, 136, "_sha3"),
     Digest("SHA3_512", 7, 64, 72, "_sha3"),
 )}
+
+
+class Hmac:
+    """RFC 2104 with a fixed key and a fixed beginning: a call then costs two copies of a hash."""
+
+    def __init__(self, digest: Digest, key: bytes, beginning: bytes = b"") -> None:
+        start = digest.constructor()
+        key = (start(key).digest() if len(key) > digest.block else key).ljust(digest.block, b"\0")
+        self.inner = start(bytes(byte ^ 0x36 for byte in key) + beginning)
+        self.outer = start(bytes(byte ^ 0x5C for byte in key))
+
+    def __call__(self, data: bytes) -> bytes:
+        """The HMAC of beginning and `data`."""
+        inner, outer = self.inner.copy(), self.outer.copy()
+        inner.update(data)
+        outer.update(inner.digest())
+        return outer.digest()  # type: ignore[no-any-return]
+
+
+# --- end shared: digests --
 
 
 def encode_base64(data: bytes) -> str:
@@ -186,37 +200,34 @@ def encode_text(text: str) -> bytes:
 class AesTables:
     """The S-box of FIPS 197 section 5.1.1, and the columns that SubBytes and MixColumns make of it.
 
-    encrypt_columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0
-    on top: a round is then sixteen look-ups and xors. decrypt_columns is the same of the inverse
-    cipher. How long look-ups take depends on key and caches, as in every AES made of tables.
+    columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0 on top:
+    a round is then sixteen look-ups and xors. How long a look-up takes depends on key and caches,
+    as in every AES made of tables.
     """
 
     def __init__(self) -> None:
         # 3 generates the multiplicative group of GF(2^8): powers[k] is 3^k, and 1/3^k is 3^-k.
-        powers = [1]
+        self.powers = [1]
         for _ in range(254):
-            doubled = powers[-1] << 1 ^ (0x11B if powers[-1] & 0x80 else 0)
-            powers.append(powers[-1] ^ doubled)
-        logs = {power: k for k, power in enumerate(powers)}
-        sbox, inverse_sbox = bytearray(b"\x63" * 256), bytearray(256)
-        for k, power in enumerate(powers):
-            bits = powers[-k % 255] * 0x101  # 1/x twice, side by side: a shift right rotates
+            doubled = self.powers[-1] << 1 ^ (0x11B if self.powers[-1] & 0x80 else 0)
+            self.powers.append(self.powers[-1] ^ doubled)
+        self.logs = {power: k for k, power in enumerate(self.powers)}
+        sbox = bytearray(b"\x63" * 256)
+        for k, power in enumerate(self.powers):
+            bits = self.powers[-k % 255] * 0x101  # 1/x twice, side by side: a shift right rotates
             sbox[power] = (bits ^ bits >> 4 ^ bits >> 5 ^ bits >> 6 ^ bits >> 7) & 0xFF ^ 0x63
-        for position, value in enumerate(sbox):
-            inverse_sbox[value] = position
+        self.box = bytes(sbox)
+        self.columns = self.multiply(self.box, (2, 1, 1, 3))
 
-        def columns(box: bytearray, factors: "Tuple[int, ...]") -> "List[List[int]]":
-            words = [0] * 256
-            for position, value in enumerate(box):
-                for factor in factors if value else ():
-                    product = powers[(logs[value] + logs[factor]) % 255]
-                    words[position] = words[position] << 8 | product
-            return [[(word << 32 | word) >> turn & 0xFFFFFFFF for word in words]
-                    for turn in (0, 8, 16, 24)]
-
-        self.sbox, self.inverse_sbox = bytes(sbox), bytes(inverse_sbox)
-        self.encrypt_columns = columns(sbox, (2, 1, 1, 3))
-        self.decrypt_columns = columns(inverse_sbox, (14, 9, 13, 11))
+    def multiply(self, box: bytes, factors: "Tuple[int, ...]") -> "List[List[int]]":
+        """The words of `factors` times each byte of `box`, in the four rotations."""
+        words = [0] * 256
+        for position, value in enumerate(box):
+            for factor in factors if value else ():
+                product = self.powers[(self.logs[value] + self.logs[factor]) % 255]
+                words[position] = words[position] << 8 | product
+        return [[(word << 32 | word) >> turn & 0xFFFFFFFF for word in words]
+                for turn in (0, 8, 16, 24)]
 
 
 class Aes:
@@ -227,10 +238,8 @@ class Aes:
     def __init__(self, key: bytes) -> None:
         if Aes.tables is None:
             Aes.tables = AesTables()  # half a millisecond, so only when there is something to do
-        self.box, self.columns = Aes.tables.sbox, Aes.tables.encrypt_columns
-        self.inverse_box, self.inverse_columns = Aes.tables.inverse_sbox, Aes.tables.decrypt_columns
+        self.box, self.columns = Aes.tables.box, Aes.tables.columns
         self.words = self.expand(key)
-        self.inverse_words = []  # type: List[int]
 
     def expand(self, key: bytes) -> "List[int]":
         """The round keys of section 5.2, four words each."""
@@ -253,30 +262,6 @@ class Aes:
         """Cipher() of section 5.1 over 16 bytes."""
         a, b, c, d = struct.unpack(">4I", block)
         return struct.pack(">4I", *self.rounds(self.columns, self.box, self.words, a, b, c, d))
-
-    def decrypt_block(self, block: bytes) -> bytes:
-        """EqInvCipher() of section 5.3.5 over 16 bytes.
-
-        Its rows turn to the other side: with the second and the fourth column exchanged, in the
-        round keys as well, it is the same rounds with the inverse tables.
-        """
-        if not self.inverse_words:
-            self.inverse_words = self.inverse_round_keys()
-        a, d, c, b = struct.unpack(">4I", block)
-        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
-                                 a, b, c, d)
-        return struct.pack(">4I", a, d, c, b)
-
-    def inverse_round_keys(self) -> "List[int]":
-        """The round keys last first, those in between through InvMixColumns (section 5.3.5)."""
-        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
-        for i in range(len(self.words) - 4, -1, -4):
-            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
-                if 0 < i < len(self.words) - 4:
-                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
-                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
-                words.append(word)
-        return words
 
     @staticmethod
     def rounds(columns: "List[List[int]]", box: bytes, k: "List[int]",
@@ -443,7 +428,7 @@ def seal(message: bytes, digest_type: str, key: bytes, mode: str, hmac_key: "Opt
     text = encode_base64(encrypt_salted(mode, key, salt, plaintext))
     tag = ""
     if hmac_key is not None:
-        tag = encode_base64(DIGESTS[hmac_type].hmac(hmac_key, text.encode("ascii")))
+        tag = encode_base64(Hmac(DIGESTS[hmac_type], hmac_key)(text.encode("ascii")))
     return text[len(PREFIX):] + tag
 
 
@@ -674,9 +659,9 @@ def optional(name: str, parse: "Callable[[str], T]", help: str) -> "Optional[T]"
     return Directive(name, parse, None, help)  # type: ignore[return-value]
 
 
-def ignored(name: str, reason: str) -> str:
-    """A directive of fwknop without influence on what this program sends."""
-    return Directive(name, parse_text, None, reason, "ignored")  # type: ignore[return-value]
+def ignored(names: str, reason: str) -> str:
+    """Directives of fwknop without influence on what this program sends."""
+    return Directive(names, parse_text, None, reason, "ignored")  # type: ignore[return-value]
 
 
 def refused(name: str, parse: "Callable[[str], T]", what: str) -> "Optional[T]":
@@ -700,14 +685,8 @@ class Settings:
     time_offset = setting("TIME_OFFSET", parse_offset, "0", "add to the time in the packet")
     mode = setting("ENCRYPTION_MODE", parse_mode, "CBC", "mode of AES")
     use_gpg = refused("USE_GPG", parse_yes_no, GPG)
-    gpg_agent = ignored("USE_GPG_AGENT", "it needs USE_GPG")
-    gpg_recipient = ignored("GPG_RECIPIENT", "it needs USE_GPG")
-    gpg_signer = ignored("GPG_SIGNER", "it needs USE_GPG")
-    gpg_homedir = ignored("GPG_HOMEDIR", "it needs USE_GPG")
-    gpg_exe = ignored("GPG_EXE", "it needs USE_GPG")
-    gpg_signing_pw = ignored("GPG_SIGNING_PW", "it needs USE_GPG")
-    gpg_signing_pw_base64 = ignored("GPG_SIGNING_PW_BASE64", "it needs USE_GPG")
-    gpg_no_signing_pw = ignored("GPG_NO_SIGNING_PW", "it needs USE_GPG")
+    gpg = ignored("USE_GPG_AGENT GPG_RECIPIENT GPG_SIGNER GPG_HOMEDIR GPG_EXE GPG_SIGNING_PW "
+                  "GPG_SIGNING_PW_BASE64 GPG_NO_SIGNING_PW", "it needs USE_GPG")
     user = optional("SPOOF_USER", parse_short_user, "user name in the packet")
     spoof_source = refused("SPOOF_SOURCE_IP", parse_text, RAW)
     access = optional("ACCESS", parse_access, "ports to open, such as tcp/22,udp/53")
@@ -719,21 +698,19 @@ class Settings:
     hmac_key_base64 = optional("HMAC_KEY_BASE64", decode_base64, "HMAC key in base64")
     hmac_key = optional("HMAC_KEY", encode_text, "HMAC key")
     use_hmac = setting("USE_HMAC", parse_yes_no, "N", "ask for an HMAC key when none is given")
-    wget_user_agent = ignored("USE_WGET_USER_AGENT", "it is for finding the own address")
     key_file = optional("KEY_FILE", parse_text, "file with lines `server: key`")
     hmac_key_file = optional("HMAC_KEY_FILE", parse_text, "file with lines `server: HMAC key`")
     nat_access = refused("NAT_ACCESS", parse_text, NAT)
     user_agent = ignored("HTTP_USER_AGENT", "it is for HTTP")
-    resolve_url = ignored("RESOLVE_URL", "it is for finding the own address")
     resolve_ipv4 = setting("SERVER_RESOLVE_IPV4", parse_yes_no, "N", "use IPv4 to the server")
     nat_local = refused("NAT_LOCAL", parse_yes_no, NAT)
     nat_rand_port = refused("NAT_RAND_PORT", parse_yes_no, NAT)
     nat_port = refused("NAT_PORT", parse_text, NAT)
     verbose = setting("VERBOSE", parse_yes_no, "N", "print what is sent")
     resolve_http = setting("RESOLVE_IP_HTTP", parse_yes_no, "N", "find our address: not yet")
+    resolve = ignored("USE_WGET_USER_AGENT RESOLVE_URL RESOLVE_HTTP_ONLY WGET_CMD",
+                      "it is for finding the own address")
     resolve_https = setting("RESOLVE_IP_HTTPS", parse_yes_no, "N", "find our address: not yet")
-    resolve_http_only = ignored("RESOLVE_HTTP_ONLY", "it is for finding the own address")
-    wget_cmd = ignored("WGET_CMD", "it is for finding the own address")
     no_save_args = ignored("NO_SAVE_ARGS", "arguments are never saved")
 
     test = setting("test", parse_yes_no, "N", "print the packet, do not send it")
@@ -763,7 +740,8 @@ class Settings:
 
 DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
               if isinstance(row, Directive)}
-DIRECTIVE_NAMES = {row.name for row in DIRECTIVES.values() if row.name.isupper()}
+ROWS = {name: row for row in DIRECTIVES.values() for name in row.name.split()}
+DIRECTIVE_NAMES = {name for name in ROWS if name.isupper()}
 
 # In one layer the first of these counts (fwknop spec 2.5); one layer hides all of those below.
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"))
@@ -867,8 +845,11 @@ l  last-cmd             -         last_command=Y
 """
 
 
+# --- shared: options -- the same text in spa_server.py and spa_client.py --
+
+
 class Option:
-    """A row of the table; "-" in it stands for nothing."""
+    """A row of an option table: letter, long name, argument, what it sets, help; "-" is nothing."""
 
     def __init__(self, row: str) -> None:
         short, long, argument, sets, self.help = (row.split(None, 4) + [""])[:5]
@@ -877,31 +858,39 @@ class Option:
         self.name, _, self.text = sets.partition("=")
         self.meaning = self.argument, sets
 
+    def format(self, help: str) -> str:
+        """The option's line of --help."""
+        long = "--" + self.long if self.long else ""
+        names = ", ".join(["-" + self.short] * bool(self.short) + [long] * bool(long))
+        indent = "" if self.short else "    "
+        return "  %-35s %s" % (indent + names + " " + self.argument, help)
 
-OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
-
-def find_option(name: str) -> Option:
+def find_option(options: "List[Option]", name: str) -> Option:
     """The option of a letter or long name, or of the beginning of one if only one begins so."""
     if not name.startswith("--"):
-        for option in OPTIONS:
+        for option in options:
             if option.short == name[1]:
                 return option
         raise UsageError("invalid option -- '%s'" % name[1], "--help lists them")
-    name = name[2:]
-    found = [option for option in OPTIONS if name and option.long.startswith(name)]
+    found = [option for option in options if name[2:] and option.long.startswith(name[2:])]
     for option in found:
-        if option.long == name or all(other.meaning == option.meaning for other in found):
+        if option.long == name[2:] or all(other.meaning == option.meaning for other in found):
             return option
     if not found:
-        raise UsageError("unrecognized option '--%s'" % name, "--help lists them")
-    raise UsageError("option '--%s' is ambiguous: %s"
+        raise UsageError("unrecognized option '%s'" % name, "--help lists them")
+    raise UsageError("option '%s' is ambiguous: %s"
                      % (name, " ".join("--" + option.long for option in found)))
 
 
-def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
-    """What the options set, and how many words belong to none. No error shows an argument."""
-    given, others = {}, 0  # type: Tuple[Dict[str, Given], int]
+def parse_options(options: "List[Option]",
+                  words: "List[str]") -> "Tuple[List[Tuple[Option, str, str]], List[str]]":
+    """The options in `words`, each as it was named and with its argument, and the other words.
+
+    As getopt_long does it: options may follow other words, `--name value` or `--name=value`, long
+    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows an argument.
+    """
+    given, others = [], []  # type: Tuple[List[Tuple[Option, str, str]], List[str]]
     waiting = words[::-1]
 
     def take(option: Option, name: str, attached: "Optional[str]") -> None:
@@ -911,44 +900,52 @@ def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
             if not waiting:
                 raise UsageError("option '%s' requires an argument" % name)
             attached = waiting.pop()
-        given[option.name] = Given(option.text + (attached or ""), name)
+        given.append((option, name, option.text + (attached or "")))
 
     while waiting:
         word = waiting.pop()
         if word == "--":
-            return given, others + len(waiting)
+            return given, others + waiting[::-1]
         if word.startswith("--"):
-            name, equals, attached = word[2:].partition("=")
-            option = find_option("--" + name)
+            name, equals, attached = word.partition("=")
+            option = find_option(options, name)
             take(option, "--" + option.long, attached if equals else None)
         elif word.startswith("-") and word != "-":
             letters = word[1:]
             while letters:
                 name, letters = "-" + letters[0], letters[1:]
-                option = find_option(name)
+                option = find_option(options, name)
                 if option.argument:
                     take(option, name, letters or None)
                     break
                 take(option, name, None)
         else:
-            others += 1
+            others.append(word)
     return given, others
+
+
+# --- end shared: options --
+
+
+OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
+
+
+def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
+    """What the options set, and how many words belong to none."""
+    given, others = parse_options(OPTIONS, words)
+    return {option.name: Given(text, name) for option, name, text in given}, len(others)
 
 
 def format_help() -> str:
     """What --help prints: the options that can be used, then the names of the others."""
-    rows = {row.name: row for row in DIRECTIVES.values()}
     lines = ["Usage: spa_client.py -A PORTS [-s | -a ADDRESS] -D HOST [options]", ""]
     others = []
     for option in OPTIONS:
-        row = rows.get(option.name)
-        names = ["-" + option.short] * bool(option.short) + ["--" + option.long] * bool(option.long)
+        row = ROWS.get(option.name)
         if row is not None and row.state:
-            others.append(names[0])
-            continue
-        text = ", ".join(names) if option.short else "    " + names[0]
-        lines.append("  %-35s %s" % (text + " " + option.argument,
-                                     option.help or (row.help if row else "")))
+            others.append("-" + option.short if option.short else "--" + option.long)
+        else:
+            lines.append(option.format(option.help or (row.help if row else "")))
     lines += ["", "Options of fwknop that are ignored, or refused as not supported yet:"]
     for position in range(0, len(others), 4):
         names = ["%-23s" % name for name in others[position:position + 4]]

@@ -49,7 +49,6 @@ import array
 import binascii
 import errno
 import fcntl
-import hashlib
 import heapq
 import ipaddress
 import os
@@ -171,37 +170,34 @@ class Grant(NamedTuple):
 class AesTables:
     """The S-box of FIPS 197 section 5.1.1, and the columns that SubBytes and MixColumns make of it.
 
-    encrypt_columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0
-    on top: a round is then sixteen look-ups and xors. decrypt_columns is the same of the inverse
-    cipher. How long look-ups take depends on key and caches, as in every AES made of tables.
+    columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0 on top:
+    a round is then sixteen look-ups and xors. How long a look-up takes depends on key and caches,
+    as in every AES made of tables.
     """
 
     def __init__(self) -> None:
         # 3 generates the multiplicative group of GF(2^8): powers[k] is 3^k, and 1/3^k is 3^-k.
-        powers = [1]
+        self.powers = [1]
         for _ in range(254):
-            doubled = powers[-1] << 1 ^ (0x11B if powers[-1] & 0x80 else 0)
-            powers.append(powers[-1] ^ doubled)
-        logs = {power: k for k, power in enumerate(powers)}
-        sbox, inverse_sbox = bytearray(b"\x63" * 256), bytearray(256)
-        for k, power in enumerate(powers):
-            bits = powers[-k % 255] * 0x101  # 1/x twice, side by side: a shift right rotates
+            doubled = self.powers[-1] << 1 ^ (0x11B if self.powers[-1] & 0x80 else 0)
+            self.powers.append(self.powers[-1] ^ doubled)
+        self.logs = {power: k for k, power in enumerate(self.powers)}
+        sbox = bytearray(b"\x63" * 256)
+        for k, power in enumerate(self.powers):
+            bits = self.powers[-k % 255] * 0x101  # 1/x twice, side by side: a shift right rotates
             sbox[power] = (bits ^ bits >> 4 ^ bits >> 5 ^ bits >> 6 ^ bits >> 7) & 0xFF ^ 0x63
-        for position, value in enumerate(sbox):
-            inverse_sbox[value] = position
+        self.box = bytes(sbox)
+        self.columns = self.multiply(self.box, (2, 1, 1, 3))
 
-        def columns(box: bytearray, factors: "Tuple[int, ...]") -> "List[List[int]]":
-            words = [0] * 256
-            for position, value in enumerate(box):
-                for factor in factors if value else ():
-                    product = powers[(logs[value] + logs[factor]) % 255]
-                    words[position] = words[position] << 8 | product
-            return [[(word << 32 | word) >> turn & 0xFFFFFFFF for word in words]
-                    for turn in (0, 8, 16, 24)]
-
-        self.sbox, self.inverse_sbox = bytes(sbox), bytes(inverse_sbox)
-        self.encrypt_columns = columns(sbox, (2, 1, 1, 3))
-        self.decrypt_columns = columns(inverse_sbox, (14, 9, 13, 11))
+    def multiply(self, box: bytes, factors: "Tuple[int, ...]") -> "List[List[int]]":
+        """The words of `factors` times each byte of `box`, in the four rotations."""
+        words = [0] * 256
+        for position, value in enumerate(box):
+            for factor in factors if value else ():
+                product = self.powers[(self.logs[value] + self.logs[factor]) % 255]
+                words[position] = words[position] << 8 | product
+        return [[(word << 32 | word) >> turn & 0xFFFFFFFF for word in words]
+                for turn in (0, 8, 16, 24)]
 
 
 class Aes:
@@ -212,10 +208,8 @@ class Aes:
     def __init__(self, key: bytes) -> None:
         if Aes.tables is None:
             Aes.tables = AesTables()  # half a millisecond, so only when there is something to do
-        self.box, self.columns = Aes.tables.sbox, Aes.tables.encrypt_columns
-        self.inverse_box, self.inverse_columns = Aes.tables.inverse_sbox, Aes.tables.decrypt_columns
+        self.box, self.columns = Aes.tables.box, Aes.tables.columns
         self.words = self.expand(key)
-        self.inverse_words = []  # type: List[int]
 
     def expand(self, key: bytes) -> "List[int]":
         """The round keys of section 5.2, four words each."""
@@ -238,30 +232,6 @@ class Aes:
         """Cipher() of section 5.1 over 16 bytes."""
         a, b, c, d = struct.unpack(">4I", block)
         return struct.pack(">4I", *self.rounds(self.columns, self.box, self.words, a, b, c, d))
-
-    def decrypt_block(self, block: bytes) -> bytes:
-        """EqInvCipher() of section 5.3.5 over 16 bytes.
-
-        Its rows turn to the other side: with the second and the fourth column exchanged, in the
-        round keys as well, it is the same rounds with the inverse tables.
-        """
-        if not self.inverse_words:
-            self.inverse_words = self.inverse_round_keys()
-        a, d, c, b = struct.unpack(">4I", block)
-        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
-                                 a, b, c, d)
-        return struct.pack(">4I", a, d, c, b)
-
-    def inverse_round_keys(self) -> "List[int]":
-        """The round keys last first, those in between through InvMixColumns (section 5.3.5)."""
-        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
-        for i in range(len(self.words) - 4, -1, -4):
-            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
-                if 0 < i < len(self.words) - 4:
-                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
-                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
-                words.append(word)
-        return words
 
     @staticmethod
     def rounds(columns: "List[List[int]]", box: bytes, k: "List[int]",
@@ -298,6 +268,43 @@ def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
 # --- end shared: aes --
 
 
+class AesInverse(Aes):
+    """Aes that decrypts as well."""
+
+    inverse = None  # type: Optional[Tuple[bytes, List[List[int]]]]
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key)
+        assert Aes.tables is not None
+        if AesInverse.inverse is None:
+            box = bytes(self.box.index(value) for value in range(256))
+            AesInverse.inverse = box, Aes.tables.multiply(box, (14, 9, 13, 11))
+        self.inverse_box, self.inverse_columns = AesInverse.inverse
+        self.inverse_words = self.inverse_round_keys()
+
+    def decrypt_block(self, block: bytes) -> bytes:
+        """EqInvCipher() of section 5.3.5 over 16 bytes.
+
+        Its rows turn to the other side: with the second and the fourth column exchanged, in the
+        round keys as well, it is the same rounds with the inverse tables.
+        """
+        a, d, c, b = struct.unpack(">4I", block)
+        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
+                                 a, b, c, d)
+        return struct.pack(">4I", a, d, c, b)
+
+    def inverse_round_keys(self) -> "List[int]":
+        """The round keys last first, those in between through InvMixColumns (section 5.3.5)."""
+        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
+        for i in range(len(self.words) - 4, -1, -4):
+            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
+                if 0 < i < len(self.words) - 4:
+                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
+                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
+                words.append(word)
+        return words
+
+
 # ======================================================================================
 # 3. Encryption and HMAC of an SPA packet
 #
@@ -322,25 +329,73 @@ class Secret(bytes):
     __str__ = __repr__
 
 
-class HashType(NamedTuple):
-    """One of fwknop's digest and HMAC types: name, and length of its base64 text without '='."""
+# --- shared: digests -- the same text in spa_server.py and spa_client.py --
 
-    name: str
-    text_length: int
 
-    def new(self, data: bytes = b"") -> Any:
-        """A hash object. Where FIPS mode forbids MD5, its use for something else is declared."""
-        make = getattr(hashlib, self.name.lower())
+class Digest:
+    """One of the digests of fwknop spec 1.6; sizes in bytes, `block` for HMAC."""
+
+    def __init__(self, name: str, number: int, size: int, block: int, modules: str) -> None:
+        self.name, self.number, self.size, self.block = name, number, size, block
+        self.modules, self.text_size = modules, (size * 8 + 5) // 6  # as base64
+
+    def constructor(self) -> "Callable[[bytes], Any]":
+        """The function that starts this digest over some bytes.
+
+        The interpreter's own small modules are ten times cheaper to import than hashlib with its
+        OpenSSL, which is for interpreters without them. In FIPS mode it gives out MD5 only "not
+        for security"; before Python 3.9 it does not know that argument.
+        """
+        name = self.name.lower()
+        for module in self.modules.split():
+            try:
+                return getattr(__import__(module), name)  # type: ignore[no-any-return]
+            except (ImportError, AttributeError):
+                continue
         try:
-            return make(data)
-        except ValueError:
-            return make(data, usedforsecurity=False)
+            import hashlib
+            plain = getattr(hashlib, name)
+            plain(b"", usedforsecurity=False)
+        except (ImportError, AttributeError):
+            raise SpaError("this Python has no %s" % self.name) from None
+        except TypeError:
+            return plain  # type: ignore[no-any-return]
+        return lambda data: plain(data, usedforsecurity=False)
+
+    def __call__(self, data: bytes) -> bytes:
+        """The digest of `data`."""
+        return self.constructor()(data).digest()  # type: ignore[no-any-return]
 
 
-# In the order of fwknop's numbers 1 to 7 (spec 1.6), SHA-2 before the SHA-3 of the same length.
-HASH_TYPES = (HashType("MD5", 22), HashType("SHA1", 27), HashType("SHA256", 43),
-              HashType("SHA384", 64), HashType("SHA512", 86), HashType("SHA3_256", 43),
-              HashType("SHA3_512", 86))
+DIGESTS = {digest.name: digest for digest in (
+    Digest("MD5", 1, 16, 64, "_md5"),
+    Digest("SHA1", 2, 20, 64, "_sha1"),
+    Digest("SHA256", 3, 32, 64, "_sha256 _sha2"),
+    Digest("SHA384", 4, 48, 128, "_sha512 _sha2"),
+    Digest("SHA512", 5, 64, 128, "_sha512 _sha2"),
+    Digest("SHA3_256", 6, 32, 136, "_sha3"),
+    Digest("SHA3_512", 7, 64, 72, "_sha3"),
+)}
+
+
+class Hmac:
+    """RFC 2104 with a fixed key and a fixed beginning: a call then costs two copies of a hash."""
+
+    def __init__(self, digest: Digest, key: bytes, beginning: bytes = b"") -> None:
+        start = digest.constructor()
+        key = (start(key).digest() if len(key) > digest.block else key).ljust(digest.block, b"\0")
+        self.inner = start(bytes(byte ^ 0x36 for byte in key) + beginning)
+        self.outer = start(bytes(byte ^ 0x5C for byte in key))
+
+    def __call__(self, data: bytes) -> bytes:
+        """The HMAC of beginning and `data`."""
+        inner, outer = self.inner.copy(), self.outer.copy()
+        inner.update(data)
+        outer.update(inner.digest())
+        return outer.digest()  # type: ignore[no-any-return]
+
+
+# --- end shared: digests --
 
 
 def encode_base64(data: bytes) -> bytes:
@@ -355,28 +410,9 @@ def decode_base64(text: bytes) -> bytes:
     return binascii.a2b_base64(text + b"=" * (-len(text) % 4))
 
 
-class Hmac:
-    """RFC 2104 with a fixed key and a fixed beginning, so that a tag costs two copies of a hash."""
-
-    def __init__(self, hash_type: HashType, key: bytes, beginning: bytes) -> None:
-        inner, outer = hash_type.new(), hash_type.new()
-        block = hash_type.new(key).digest() if len(key) > inner.block_size else key
-        block = block.ljust(inner.block_size, b"\0")
-        inner.update(bytes(byte ^ 0x36 for byte in block) + beginning)
-        outer.update(bytes(byte ^ 0x5C for byte in block))
-        self.inner, self.outer = inner, outer
-
-    def tag(self, data: bytes) -> bytes:
-        """The base64 tag of beginning and `data`, without '='."""
-        inner, outer = self.inner.copy(), self.outer.copy()
-        inner.update(data)
-        outer.update(inner.digest())
-        return encode_base64(outer.digest())
-
-
 def block_cipher(key: bytes, library: Any = None) -> Any:
-    """What encrypts and decrypts single blocks with `key`: an Aes, or `library`'s in its place."""
-    return LibraryAes(key, library) if library else Aes(key)
+    """What encrypts and decrypts single blocks with `key`, by `library` where there is one."""
+    return LibraryAes(key, library) if library else AesInverse(key)
 
 
 class LibraryAes:
@@ -447,13 +483,13 @@ def strip_padding(plain: bytes) -> bytes:
 class PacketKeys:
     """The keys of one stanza, and what is ready made from them to open its packets fast."""
 
-    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: HashType) -> None:
+    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
         self.secret = key
         if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
             self.secret = key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0")
         self.mode = mode
         self.hmac = Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None
-        self.tag_length = hmac_type.text_length if hmac_key else 0
+        self.tag_length = hmac_type.text_size if hmac_key else 0
         self.library = None if hmac_key else import_cryptography()
 
     def authentic(self, payload: bytes) -> bool:
@@ -463,7 +499,8 @@ class PacketKeys:
         """
         if self.hmac is None:
             return True
-        return compare_digest(self.hmac.tag(payload[:-self.tag_length]), payload[-self.tag_length:])
+        return compare_digest(encode_base64(self.hmac(payload[:-self.tag_length])),
+                              payload[-self.tag_length:])
 
     def body(self, payload: bytes) -> bytes:
         """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
@@ -476,8 +513,7 @@ class PacketKeys:
         """
         if len(ciphertext) % 16 or len(ciphertext) < 48:
             raise PacketRejected("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
-        key, iv = bytes_to_key(lambda data: HASH_TYPES[0].new(data).digest(), self.secret,
-                               ciphertext[8:16])
+        key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = block_cipher(key, self.library)
         try:
             if not decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit():
@@ -607,12 +643,12 @@ def decode_packet(plain: bytes) -> Packet:
 
 def check_digest(message: bytes, text: bytes) -> str:
     """The name of the digest that `text` is of `message`; its length tells the type (spec 1.6)."""
-    candidates = [hash_type for hash_type in HASH_TYPES if hash_type.text_length == len(text)]
+    candidates = [digest for digest in DIGESTS.values() if digest.text_size == len(text)]
     if not candidates:
         raise PacketRejected("malformed", "Error creating fko context: Invalid digest type")
-    for hash_type in candidates:
-        if encode_base64(hash_type.new(message).digest()) == text:
-            return hash_type.name
+    for digest in candidates:  # SHA-2 before the SHA-3 of the same length
+        if encode_base64(digest(message)) == text:
+            return digest.name
     raise PacketRejected("malformed", "Error creating fko context: "
                          "The computed digest did not match the digest in the spa data")
 
@@ -1164,12 +1200,11 @@ def check_key(key: bytes, longest: int) -> Secret:
     return Secret(key)
 
 
-def parse_hash_type(text: str) -> HashType:
+def parse_digest(text: str) -> Digest:
     """A digest or HMAC type by its name."""
-    for hash_type in HASH_TYPES:
-        if hash_type.name == text.upper():
-            return hash_type
-    raise ValueError("expected " + ", ".join(hash_type.name for hash_type in HASH_TYPES))
+    if text.upper() not in DIGESTS:
+        raise ValueError("expected " + ", ".join(DIGESTS))
+    return DIGESTS[text.upper()]
 
 
 def parse_mode(text: str) -> str:
@@ -1207,7 +1242,7 @@ class Stanza(Settings):
                          secret=True)
     hmac_key_base64 = Directive("HMAC_KEY_BASE64", parse_hmac_key_base64, "", "HMAC key in base64",
                                 secret=True)
-    hmac_type = Directive("HMAC_DIGEST_TYPE", parse_hash_type, "SHA256",
+    hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC", "CBC, ECB, CFB, OFB, CTR or legacy")
     open_seconds = Directive("FW_ACCESS_TIMEOUT", integer(0, 8388608, "seconds"), "30",
@@ -1612,7 +1647,7 @@ class ReplayMemory:
 
         It is also rejected when the file can't be written: else a crash would forget it.
         """
-        digest = encode_base64(hashlib.sha256(canonical).digest()).decode()
+        digest = encode_base64(DIGESTS["SHA256"](canonical)).decode()
         source = socket_text(datagram.source)
         known = self.seen.get(digest)
         if known is not None:
@@ -3428,7 +3463,7 @@ def permission_warnings(path: str) -> List[str]:
 def own_hash() -> str:
     """The SHA-256 of this file, to compare with the one that was meant to be copied."""
     with open(os.path.abspath(__file__), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return binascii.hexlify(DIGESTS["SHA256"](file.read())).decode()
 
 
 def dump(configuration: Configuration) -> str:

@@ -32,6 +32,10 @@ class Block(NamedTuple):
 BLOCKS: Dict[str, Block] = {
     "aes": Block(("spa_server.py", "spa_client.py"), frozenset((
         "struct", "Callable", "List", "Tuple"))),
+    "digests": Block(("spa_server.py", "spa_client.py"), frozenset((
+        "SpaError", "Any", "Callable"))),
+    "options": Block(("spa_server.py", "spa_client.py"), frozenset((
+        "UsageError", "List", "Optional", "Tuple"))),
     "stanzas": Block(("spa_server.py", "keygen.py"), frozenset((
         "SpaError", "binascii", "os", "Callable", "NamedTuple", "Tuple"))),
 }

@@ -23,6 +23,7 @@ KNOCK = ["-A", "tcp/22", "-a", "192.0.2.7"]
 
 
 client = load_script("spa_client")  # type: Any
+server = load_script("spa_server")  # type: Any
 
 
 def vectors() -> List[Dict[str, Any]]:
@@ -48,7 +49,7 @@ def unseal(packet: str, key: str = KEY, tag_length: int = 43) -> str:
     body = packet[:len(packet) - tag_length] if tag_length else packet
     data = client.decode_base64(client.PREFIX + body)
     secret, iv = client.bytes_to_key(client.DIGESTS["MD5"], key.encode(), data[8:16])
-    aes, out = client.Aes(secret), b""
+    aes, out = server.AesInverse(secret), b""
     for position in range(16, len(data), 16):
         block = data[position:position + 16]
         out += client.exclusive_or(aes.decrypt_block(block), iv)
@@ -162,14 +163,13 @@ class Standards(unittest.TestCase):
     """AES, its modes, the digests and HMAC against the documents that define them."""
 
     def test_fips_197(self) -> None:
-        """Appendix C, all key sizes, both directions."""
+        """Appendix C, all key sizes."""
         plain = bytes.fromhex("00112233445566778899aabbccddeeff")
         for length, cipher in ((16, "69c4e0d86a7b0430d8cdb78070b4c55a"),
                                (24, "dda97ca4864cdfe06eaf70a0ec0d7191"),
                                (32, "8ea2b7ca516745bfeafc49904b496089")):
             aes = client.Aes(bytes(range(length)))
             self.assertEqual(aes.encrypt_block(plain).hex(), cipher)
-            self.assertEqual(aes.decrypt_block(bytes.fromhex(cipher)), plain)
 
     def test_sp_800_38a(self) -> None:
         """Appendix F with the key of 256 bits."""
@@ -208,7 +208,7 @@ class Standards(unittest.TestCase):
             self.assertEqual(digest.block, hashlib.new(name).block_size)
             for length in (0, 1, 63, 64, 65, 71, 72, 73, 127, 128, 129, 135, 136, 137):
                 key = bytes(range(length))
-                self.assertEqual(digest.hmac(key, b"text"),
+                self.assertEqual(client.Hmac(digest, key, b"te")(b"xt"),
                                  hmac.new(key, b"text", name).digest(), (name, length))
 
     def test_base64(self) -> None:
@@ -454,7 +454,7 @@ class Options(Case):
         letters = "a:A:bB:C:D:E:f:gG:hH:kK:lm:M:n:N:p:P:Q:rRsS:Tu:U:vVw:"
         for position, letter in enumerate(letters):
             if letter != ":":
-                option = client.find_option("-" + letter)
+                option = client.find_option(client.OPTIONS, "-" + letter)
                 self.assertEqual(letters[position + 1:position + 2] == ":",
                                  bool(option.argument), letter)
 
@@ -464,12 +464,12 @@ class Options(Case):
         shorts = [option.short for option in client.OPTIONS if option.short]
         self.assertEqual(len(names), len(set(names)))
         self.assertEqual(len(shorts), len(set(shorts)))
-        known = {row.name for row in client.DIRECTIVES.values()} | {
+        known = set(client.ROWS) | {
             "help", "version", "stanza_list", "named_config", "rc_file", "no_rc_file",
             "no_home_dir"}
         self.assertLessEqual({option.name for option in client.OPTIONS}, known)
-        self.assertLessEqual({row.name for row in client.DIRECTIVES.values()
-                              if row.name.islower()}, {option.name for option in client.OPTIONS})
+        self.assertLessEqual({name for name in client.ROWS if name.islower()},
+                             {option.name for option in client.OPTIONS})
 
     def test_help_and_version(self) -> None:
         """--help names every option; -V tells the SHA-256 of the file."""
@@ -556,19 +556,19 @@ class RcFile(Case):
             "HMAC_KEY_FILE NAT_ACCESS HTTP_USER_AGENT RESOLVE_URL SERVER_RESOLVE_IPV4 NAT_LOCAL "
             "NAT_RAND_PORT NAT_PORT VERBOSE RESOLVE_IP_HTTP RESOLVE_IP_HTTPS RESOLVE_HTTP_ONLY "
             "WGET_CMD NO_SAVE_ARGS").split()
-        rows = [row for row in client.DIRECTIVES.values() if row.name.isupper()]
-        self.assertEqual([row.name for row in rows], names)
-        for row in rows:
-            self.assertTrue(row.help, row.name)
+        self.assertEqual(client.DIRECTIVE_NAMES, set(names))
+        for name in names:
+            row = client.ROWS[name]
+            self.assertTrue(row.help, name)
             if row.state == "ignored":
-                self.write("[default]\n%s x\n" % row.name)
+                self.write("[default]\n%s x\n" % name)
                 self.dump(*KNOCK, *KEYS)
             elif row.state == "refused":
-                self.write("[default]\n%s Y\n" % row.name)
+                self.write("[default]\n%s Y\n" % name)
                 line = self.failure(2, "-T", *KNOCK, *KEYS)
-                self.assertRegex(line, r"/\.fwknoprc:2: %s: .* not supported yet$" % row.name)
+                self.assertRegex(line, r"/\.fwknoprc:2: %s: .* not supported yet$" % name)
                 if row.parse is client.parse_yes_no:
-                    self.write("[default]\n%s N\n" % row.name)
+                    self.write("[default]\n%s N\n" % name)
                     self.dump(*KNOCK, *KEYS)
 
     def test_not_supported_values(self) -> None:
