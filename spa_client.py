@@ -59,7 +59,7 @@ else:
     except ImportError:
         import socket
 
-VERSION = "0.1"
+VERSION = "0.1.0"
 PROTOCOL_VERSION = "3.0.0"
 
 # ======================================================================================

@@ -1900,6 +1900,8 @@ class PacketCapture(Capture):
     def receive(self) -> Optional[Datagram]:
         """The next datagram: RFC 791 section 3.1 or RFC 8200 section 3, then RFC 768."""
         packet = self.socket.recv(65536)
+        if len(packet) < 28:
+            return None
         if packet[0] >> 4 == 4:
             start, source, destination = (packet[0] & 15) * 4, packet[12:16], packet[16:20]
         else:
@@ -2000,6 +2002,37 @@ GUARD_TABLE = NftChain("inet", "spa", "guard")
 POLL_SECONDS = 30.0  # how often the firewall is looked at; its changes are announced by netlink
 COMMENT = "spa"  # what marks our rules in the host's chains
 GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
+
+
+class Connection(NamedTuple):
+    """An established TCP connection to this host."""
+
+    peer: Address
+    peer_port: int
+    port: int
+
+
+def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
+    """The TCP connections to guarded ports (/proc/net/tcp and tcp6 of proc(5)), at most 500.
+
+    A kernel that did not track connections before the guard was made takes those that it then sees
+    for new ones, and the guard would cut off the administrator who has just made it.
+    """
+    found = []
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(path) as file:
+                rows = [line.split() for line in file][1:]
+        except OSError:
+            continue
+        for _, local, remote, state, *_ in rows:
+            port, (address, peer_port) = int(local.split(":")[1], 16), remote.split(":")
+            if state == "01" and ("tcp", port) in ports:
+                words = struct.pack("=%dI" % (len(address) // 8), *(
+                    int(address[i:i + 8], 16) for i in range(0, len(address), 8)))
+                peer = parse_address(socket_text(words))
+                found.append(Connection(peer, int(peer_port, 16), port))
+    return [each for each in found if not each.peer.is_loopback][:500]
 
 
 class Shape(NamedTuple):
@@ -2124,6 +2157,10 @@ class NftFirewall:
                    "add rule %s guard ct state established,related accept" % table,
                    "add rule %s guard fib daddr type unicast accept" % table,
                    "add rule %s guard meta l4proto . th dport { %s } goto closed" % (table, ports)]
+                + ["add rule %s closed ip%s saddr %s tcp sport %d tcp dport %d "
+                   "tcp flags & (syn | ack) != syn accept"
+                   % (table, "6" * (each.peer.version == 6), each.peer, each.peer_port, each.port)
+                   for each in established_connections(self.guard_ports)]
                 + ["add rule %s closed %s accept" % (table, shape.match()) for shape in self.shapes]
                 + ["add rule %s closed counter drop" % table])
 
@@ -2421,6 +2458,10 @@ class IptablesFirewall:
                   "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
         changes += ["-A %s %s -j RETURN" % (GUARD_CHAIN, match) for match in (
             "-i lo", "-m conntrack --ctstate RELATED,ESTABLISHED", routed)]
+        changes += ["-A %s -s %s -p tcp -m tcp --sport %d --dport %d ! --syn -j RETURN"
+                    % (GUARD_CHAIN, each.peer, each.peer_port, each.port)
+                    for each in established_connections(self.guard_ports)
+                    if each.peer.version == version]
         changes += ["-A %s -p %s -m %s --dport %d -j %s"
                     % (GUARD_CHAIN, protocol, protocol, port, GUARDED_CHAIN)
                     for protocol, port in sorted(self.guard_ports)]
@@ -2765,6 +2806,8 @@ class Server:
             self.admit(datagram)
         except PacketRejected as rejection:
             self.reject(datagram, rejection)
+        except Exception as error:  # a mistake of ours must not let one packet end the server
+            self.reject(datagram, PacketRejected("error", "internal error: %r" % error))
 
     def admit(self, datagram: Datagram) -> None:
         """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
@@ -3230,7 +3273,9 @@ def first_configuration(ports: str, config_path: str, settings: ServerSettings) 
     access = port_list(parse_ports(ports)).replace(" ", "")
     if os.path.exists(settings.access_file):
         return ""
-    plan = StanzaPlan(socket.gethostname().partition(".")[0] or "server", own_address(), access)
+    # Without an address in the packet, so that it works for a client behind NAT, too.
+    plan = StanzaPlan(socket.gethostname().partition(".")[0] or "server", own_address(), access,
+                      any_source=True)
     keys = make_keys()
     if not os.path.exists(config_path):
         write_new_file(config_path, "GUARD_PORTS                 %s;\n" % access)
