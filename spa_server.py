@@ -486,10 +486,11 @@ class PacketKeys:
     def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
         self.secret = key
         if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
-            self.secret = key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0")
+            self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
         self.mode = mode
         self.hmac = Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None
         self.tag_length = hmac_type.text_size if hmac_key else 0
+        self.malformed = PacketRejected if hmac_key else WrongKey  # perhaps another stanza's tag
         self.library = None if hmac_key else import_cryptography()
 
     def authentic(self, payload: bytes) -> bool:
@@ -512,7 +513,7 @@ class PacketKeys:
         The sixteen digits at the start tell the right key; a wrong one is known after one block.
         """
         if len(ciphertext) % 16 or len(ciphertext) < 48:
-            raise PacketRejected("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
+            raise self.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = block_cipher(key, self.library)
         try:
@@ -534,7 +535,6 @@ class PacketKeys:
 
 MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # fwknop spec 1.10
 GPG_LENGTH = 400  # from here on fwknop takes a packet for GPG (spec 1.9)
-MIN_BODY = 36
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
 NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
@@ -545,7 +545,7 @@ TYPE_NAMES = ("Command msg", "Access msg", "NAT access msg", "Client timeout acc
 
 MAX_TIMEOUT = 65536
 PRINTABLE = bytes(range(0x20, 0x7F))
-USER_EXCLUDED = b'"/\\[]:;|=,+*?<>'
+USER_CHARACTERS = PRINTABLE.translate(None, b'"/\\[]:;|=,+*?<>').decode()
 NAT_EXCLUDED = " /?\"'\\`"
 
 
@@ -603,12 +603,12 @@ def open_packet(payload: bytes, keys: PacketKeys) -> Tuple[Packet, bytes]:
     digest.cache as well. The bit games of spec 1.13 all lead back to it.
     """
     body = keys.body(payload)
-    check_field(len(body) >= MIN_BODY, "ENCRYPT_CIPHERLEN_VALIDFAIL")
     try:
         ciphertext = decode_base64(SALTED_PREFIX + body)
     except ValueError:
-        raise PacketRejected("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
-    check_field(ciphertext.startswith(b"Salted__"), "ENCRYPT_TYPE_UNKNOWN")
+        raise keys.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
+    if not ciphertext.startswith(b"Salted__"):
+        raise keys.malformed("malformed", invalid_data("ENCRYPT_TYPE_UNKNOWN"))
     packet = decode_packet(keys.open(ciphertext))
     return packet, encode_base64(ciphertext)[len(SALTED_PREFIX):] + payload[len(body):].strip(b"=")
 
@@ -665,10 +665,9 @@ def decode_text(field: bytes, longest: int, name: str) -> str:
 
 def decode_user(field: bytes) -> str:
     """The user name: 1 to 48 printable characters without those of spec 1.3."""
-    user = decode_text(field, 64, "DECODE_USERNAME").encode("latin-1")
-    check_field(not user.translate(None, PRINTABLE) and user == user.translate(None, USER_EXCLUDED),
-                "DECODE_USERNAME_VALIDFAIL")
-    return user.decode()
+    user = decode_text(field, 64, "DECODE_USERNAME")
+    check_field(set(user) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")
+    return user
 
 
 def decode_extra(message_type: int,
@@ -803,6 +802,10 @@ class Refused(Directive[str]):
         return text
 
 
+NAME_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
+INCLUDES = ("%include", "%include_folder", "%include_keys")
+
+
 class Line(NamedTuple):
     """One directive as it stands in a file, or (number 0) as an option set it."""
 
@@ -814,11 +817,19 @@ class Line(NamedTuple):
     def error(self, text: object) -> ConfigError:
         """The error that this line is wrong in the way that `text` says."""
         where = "%s:%d" % (self.file, self.number) if self.number else self.file
-        return ConfigError("%s: %s: %s" % (where, self.name, text))
+        return ConfigError("%s: %s%s" % (where, self.name + ": " if self.is_named else "", text))
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the line begins with a name; else it may be a part of a key, and is not shown."""
+        name = self.name.rstrip(":")
+        return (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
 
 
 class Settings:
     """The directives of one file or stanza. Subclasses are tables of rows."""
+
+    expands = False  # whether `$NAME` at the start of a value stands for another directive's value
 
     def __init__(self) -> None:
         self.texts: Dict[str, str] = {}  # what the file set, by the row's name
@@ -842,10 +853,12 @@ class Settings:
         """Sets what `line` says; ConfigError when it can't be. Returns a warning or None."""
         row = self.row(line.name)
         if row is None:
-            raise line.error("unknown directive")
+            near = self.row(line.name.upper())
+            raise line.error("unknown directive" + (", expected %s" % near.name if near else ""))
         value = line.value if row.secret else line.value.rstrip()
         try:
-            row.set(self, self.expand(value))
+            value = self.expand(value)
+            row.set(self, value)
         except ValueError as error:
             shown = "" if row.secret or isinstance(row, Refused) else ", not '%s'" % value
             raise line.error("%s%s" % (error, shown)) from None
@@ -865,7 +878,7 @@ class Settings:
 
     def expand(self, value: str) -> str:
         """`value`, where it begins with a directive as `$FWKNOP_RUN_DIR/x` does, with its value."""
-        if not value.startswith("$"):
+        if not value.startswith("$") or not self.expands:
             return value
         name, slash, rest = value[1:].partition("/")
         row = self.row(name)
@@ -899,15 +912,14 @@ def read_lines(path: str, colon: bool) -> Iterator[Line]:
     except OSError as error:
         raise ConfigError("%s: %s" % (path, error.strerror)) from None
     for number, raw in enumerate(text.split("\n"), 1):
-        line = raw.rstrip("\r").lstrip(" \t")
+        line = raw.partition("\r")[0].replace("\t", " ").lstrip(" ")
         if not line or line[0] in "#;":
             continue
-        parts = line.split(None, 1)
-        name = parts[0].rstrip(":") if colon else parts[0]
-        value = parts[1].split(";", 1)[0] if len(parts) > 1 else ""
-        if not value.strip():
-            name = name.rstrip(";")
-            raise Line(path, number, name, "").error("expected a value")
+        name = line.partition(" ")[0]
+        value = raw.lstrip(" \t")[len(name):].partition("\r")[0].lstrip(" \t").partition(";")[0]
+        name = name.rstrip(":") if colon else name
+        if not value.strip(" \t"):
+            raise Line(path, number, name.rstrip(";:"), "").error("expected a value")
         yield Line(path, number, name, value)
 
 
@@ -962,6 +974,7 @@ class Networks:
         self.everything = text.strip().upper() == "ANY"
         for item in () if self.everything else text.split(","):
             try:
+                parse_address(item.partition("/")[0].strip())
                 network = ipaddress.ip_network(item.strip(), strict=False)
             except ValueError:
                 raise ValueError("expected ANY, or IP addresses and networks with commas "
@@ -1069,6 +1082,8 @@ FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(
 
 class ServerSettings(Settings):
     """fwknopd.conf: how this server listens, remembers and opens."""
+
+    expands = True
 
     verbose = Directive("VERBOSE", integer(0, 9), "0", "1 and more: say more in the log")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
@@ -1188,7 +1203,10 @@ def decode_key(text: str) -> bytes:
     """The bytes of base64 text, with or without its '='."""
     if text.strip() == "__CHANGEME__":
         raise ValueError("expected a key instead of __CHANGEME__")
-    return decode_base64(text.strip().rstrip("=").encode("latin-1"))
+    key = decode_base64(text.strip().rstrip("=").encode("latin-1"))
+    if text and not key:
+        raise ValueError("expected a key of at least one byte")
+    return key
 
 
 def check_key(key: bytes, longest: int) -> Secret:
@@ -1212,6 +1230,13 @@ def parse_mode(text: str) -> str:
     if text.upper() not in MODES:
         raise ValueError("expected %s (Asymmetric is GPG, %s)" % (", ".join(MODES), NOT_YET))
     return text.upper()
+
+
+def parse_user(text: str) -> str:
+    """A user name as a packet can carry it (fwknop spec 1.3)."""
+    if len(text) > 48 or not set(text) <= set(USER_CHARACTERS):
+        raise ValueError("expected up to 48 characters as they are allowed in an SPA packet")
+    return text
 
 
 def parse_date(text: str) -> int:
@@ -1255,7 +1280,8 @@ class Stanza(Settings):
                         "the same for IPv6, for example 56")
     require_source = Directive("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE", parse_flag, "N",
                                "the packet must name the address to open to")
-    require_username = Directive("REQUIRE_USERNAME", str, "", "user name the packet must carry")
+    require_username = Directive("REQUIRE_USERNAME", parse_user, "",
+                                 "user name the packet must carry")
     expire_date = Directive("ACCESS_EXPIRE", optional(parse_date), "",
                             "the stanza is void from this day on, MM/DD/YYYY")
     expire_epoch = Directive("ACCESS_EXPIRE_EPOCH", optional(integer(1, 10 ** 11, "seconds")), "",
@@ -1286,7 +1312,8 @@ class Stanza(Settings):
             raise self.error(Stanza.source, "expected an HMAC key that is not the encryption key")
         self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
         self.for_all = self.source.everything and self.destination.everything
-        self.expires = self.expire_epoch if self.expire_epoch is not None else self.expire_date
+        self.expires = min((end for end in (self.expire_epoch, self.expire_date)
+                            if end is not None), default=None)
         texts = []
         if not hmac_key:
             texts.append("no HMAC_KEY: anybody can make this server decrypt, and fwknop's packets "
@@ -1318,7 +1345,7 @@ def read_stanzas(path: str) -> Tuple[List[Stanza], List[str]]:
     stanzas: List[Stanza] = []
     warnings = []
     for line in read_lines(path, colon=True):
-        if line.name.startswith("%include"):
+        if line.name in INCLUDES:
             raise line.error("including other files is " + NOT_YET)
         if line.name == Stanza.source.name:
             stanzas.append(Stanza(len(stanzas) + 1))
@@ -1468,7 +1495,7 @@ class Log:
         """One line. Control characters, which a packet may have brought, are made visible."""
         if severity > self.level:
             return
-        text = "".join(c if " " <= c != "\x7f" else "\\x%02x" % ord(c) for c in text)
+        text = "".join(c if " " <= c <= "~" else "\\x%02x" % ord(c) for c in text)
         if self.stream is not None:
             try:
                 self.stream.write("<%d>%s\n" % (severity, text) if self.prefixed else text + "\n")
@@ -1597,8 +1624,8 @@ class ReplayMemory:
     def load(self, path: str) -> None:
         """Takes over what a file remembers; SpaError when it can't be read."""
         try:
-            with open(path, encoding="latin-1") as file:
-                lines = file.read().splitlines()
+            with open(path, encoding="ascii", errors="replace") as file:
+                lines = file.read().split("\n")
         except FileNotFoundError:
             return
         except OSError as error:
@@ -1609,7 +1636,8 @@ class ReplayMemory:
             words = line.split()
             if words[:2] == ["#", "began"] and len(words) == 5:
                 self.load_beginning(words)
-            elif len(words) == 7 and words[6].isdigit() and not line.startswith("#"):
+            elif (len(words) == 7 and not words[6].strip("0123456789") and len(words[6]) < 12
+                  and not line.startswith("#")):
                 age = min(max(0.0, wall - int(words[6])), now)
                 self.seen[words[0]] = Remembered(line, int(words[6]), now - age)
             elif words and not line.startswith("#"):
@@ -1624,7 +1652,7 @@ class ReplayMemory:
         except ValueError:
             return
         self.forgotten = forgotten
-        if words[3] == self.boot_id and began <= self.began:
+        if words[3] == self.boot_id and 0 <= began <= self.began:
             self.began = began
 
     def check_fresh(self, timestamp: int) -> None:
@@ -1664,7 +1692,7 @@ class ReplayMemory:
                                         datagram.destination_port, now)
         if self.file is not None:
             try:
-                os.write(self.file, line.encode() + b"\n")
+                self.append(self.file, line.encode() + b"\n")
             except OSError as error:
                 raise NotFresh("replay memory", "%s: %s; nothing is opened that could not be "
                                "remembered" % (self.path, error.strerror)) from None
@@ -1672,13 +1700,23 @@ class ReplayMemory:
         self.seen[digest] = Remembered(line, now, self.monotonic())
         self.prune()
 
+    @staticmethod
+    def append(file: int, line: bytes) -> None:
+        """Writes a line wholly, or raises OSError and leaves no part of it."""
+        end = os.lseek(file, 0, os.SEEK_END)
+        if os.write(file, line) != len(line):
+            os.ftruncate(file, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def prune(self) -> None:
         """Forgets packets that no clock right within MAX_SPA_PACKET_AGE could take for fresh."""
         if self.max_age is None:
             return
-        limit = self.monotonic() - 2 * self.max_age - 1
-        for digest, entry in list(self.seen.items()):
-            if entry.at >= limit:
+        keep = 2 * self.max_age + 1
+        now, wall = self.monotonic() - keep, self.wall() - keep
+        while self.seen:
+            digest, entry = next(iter(self.seen.items()))
+            if entry.at >= now or entry.time >= wall:  # a clock that was set back makes fresh again
                 break
             self.forgotten = max(self.forgotten, entry.time + self.max_age)
             del self.seen[digest]
@@ -1694,14 +1732,17 @@ class ReplayMemory:
         temporary = self.path + ".new"
         began = "# began %.3f %s %d\n" % (self.began, self.boot_id, self.forgotten)
         text = DIGEST_HEADER + began + "".join(entry.line + "\n" for entry in self.seen.values())
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
+        file = None
         try:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
-            file = os.open(temporary, flags, 0o600)
-            os.write(file, text.encode("latin-1"))
+            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            with open(file, "wb", closefd=False) as stream:
+                stream.write(text.encode("latin-1", "replace"))
             os.rename(temporary, self.path)
         except OSError as error:
+            if file is not None:
+                os.close(file)
             raise SpaError("%s: %s" % (temporary, error.strerror)) from None
         self.close()
         self.file, self.lines_in_file = file, len(self.seen)
@@ -1906,7 +1947,7 @@ class PacketCapture(Capture):
             start, source, destination = (packet[0] & 15) * 4, packet[12:16], packet[16:20]
         else:
             start, source, destination = 40, packet[8:24], packet[24:40]
-        if len(packet) < start + 8:
+        if start < 20 or len(packet) < start + 8:
             return None
         source_port, destination_port, length = struct.unpack_from(">HHH", packet, start)
         payload = packet[start + 8:start + length]
@@ -1980,7 +2021,7 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     except PermissionError:
         raise
     except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.ENXIO):
+        if error.errno not in (errno.ENODEV, errno.ENXIO, None):
             raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
         log.warning("Interface %s does not exist; it is waited for" % interface)
         return []
@@ -2101,6 +2142,7 @@ class NftFirewall:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
         self.shapes = shapes
         self.netlink = Netlink()
+        self.netlink_port = self.netlink.port
         self.handles: Dict[NftChain, List[bytes]] = {}
 
     @property
@@ -2126,7 +2168,10 @@ class NftFirewall:
                 lines += ["add set %s %s %s" % (place.family, place.table, shape.declaration()),
                           'insert rule %s %s accept comment "%s"'
                           % (" ".join(place), shape.match(), COMMENT)]
-        self.run(lines)
+        try:
+            self.run(lines)
+        except CommandError as error:
+            raise CommandError("%s (setting up %s)" % (error, self.describe())) from None
         self.handles = self.read_handles()
 
     def run(self, lines: List[str]) -> None:
@@ -2349,11 +2394,14 @@ class Iptables:
 
     def probe_time_match(self) -> None:
         """Finds out whether the kernel has the time match, in a chain that is gone at once."""
-        rule = "-A %s -m time --datestop 2000-01-01T00:00:00 -j RETURN" % PROBE_CHAIN
-        try:
-            self.commit({"filter": [":%s - [0:0]" % PROBE_CHAIN, rule,
+        def probe(match: str) -> None:
+            self.commit({"filter": [":%s - [0:0]" % PROBE_CHAIN,
+                                    "-A %s %s-j RETURN" % (PROBE_CHAIN, match),
                                     "-F " + PROBE_CHAIN, "-X " + PROBE_CHAIN]})
+        try:
+            probe("-m time --datestop 2000-01-01T00:00:00 ")
         except CommandError:
+            probe("")  # fails as well when it is not for the match
             self.dated = False
 
     def rule(self, place: Place, grant: Grant) -> str:
@@ -2376,7 +2424,7 @@ class Iptables:
 def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
     """Door and expiry of a rule that `iptables -S` printed; None when it is no grant there."""
     words = line.split()
-    if words[:2] != ["-A", place.chain]:
+    if words[:2] != ["-A", place.chain] or "!" in words:
         return None
     values = {option: value.strip('"') for option, value in zip(words, words[1:])}
     peer, here, port = ("-d", "-s", "--sport") if place.outgoing else ("-s", "-d", "--dport")
@@ -2396,6 +2444,7 @@ class IptablesFirewall:
     """Grants as rules of iptables and ip6tables."""
 
     name = "iptables"
+    netlink_port = -1  # its programs have ports of their own
 
     def __init__(self, program: str, access: List[IptablesChain], guard_ports: FrozenSet[Port],
                  prepend: bool, log: Log) -> None:
@@ -2584,9 +2633,11 @@ class NoFirewall:
 
     name = "none"
     poll_seconds = POLL_SECONDS
+    netlink_port = -1
 
     def __init__(self, why: str, log: Log) -> None:
         self.why, self.log = why, log
+        self.opened: Dict[Door, Grant] = {}
 
     def describe(self) -> str:
         """Where grants go, for the log."""
@@ -2595,17 +2646,20 @@ class NoFirewall:
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Says that nothing is opened."""
         self.log.info(self.why)
+        self.opened.update({grant.door: grant for grant in grants})
 
     def grants(self) -> List[Grant]:
-        """No grants: there is nothing that could have kept them."""
-        return []
+        """What would be open."""
+        return list(self.opened.values())
 
     def intact(self) -> bool:
         """Nothing can break."""
         return True
 
     def close(self, grants: List[Grant]) -> None:
-        """Nothing is open."""
+        """Forgets what would be open."""
+        for grant in grants:
+            self.opened.pop(grant.door, None)
 
     def prepare(self) -> None:
         """Nothing to make."""
@@ -2772,7 +2826,7 @@ class Grants:
 # ======================================================================================
 
 BATCH = 64  # datagrams taken from one socket before others have their turn
-SETTLE_SECONDS = 0.05  # from the first sign that the firewall was changed until it is looked at
+SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
 
 class Configuration(NamedTuple):
@@ -2807,7 +2861,12 @@ class Server:
         except PacketRejected as rejection:
             self.reject(datagram, rejection)
         except Exception as error:  # a mistake of ours must not let one packet end the server
-            self.reject(datagram, PacketRejected("error", "internal error: %r" % error))
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            where = trace.tb_lineno if trace else 0
+            self.reject(datagram, PacketRejected("error", "internal error: %s in line %d"
+                                                 % (type(error).__name__, where)))
 
     def admit(self, datagram: Datagram) -> None:
         """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
@@ -2832,6 +2891,7 @@ class Server:
                     self.memory.check_fresh(packet.timestamp)
                     self.memory.remember(canonical, datagram)
                     remembered = True
+                self.log.debug("(stanza #%d) %r" % (stanza.number, packet))
                 doors, seconds = judge(packet, stanza, datagram, self.settings.destination_rule,
                                        time.time())
                 self.open(doors, seconds, packet, stanza)
@@ -2855,8 +2915,6 @@ class Server:
         except CommandError as error:
             self.log.error(str(error))
             raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
-        finally:
-            self.forget_firewall_events()
         self.counts["accepted"] = self.counts.get("accepted", 0) + 1
         self.log.info("(stanza #%d) user %s (client %s) opened %s for %d seconds" % (
             stanza.number, packet.user, packet.version, ", ".join(map(str, doors)), seconds))
@@ -2870,13 +2928,14 @@ class Server:
         self.log.info(rejection.form.format(source=socket_text(datagram.source), stanza=number,
                                             text=rejection))
 
-    def listen(self) -> None:
-        """Opens the sockets that the settings ask for, in place of those that are open."""
+    def listen(self, settings: ServerSettings) -> None:
+        """Opens the sockets that the settings ask for; those that are open close when it worked."""
+        captures = open_captures(settings, self.log)
         for capture in self.captures:
             self.selector.unregister(capture)
             capture.close()
-        self.captures = open_captures(self.settings, self.log)
-        for capture in self.captures:
+        self.captures = captures
+        for capture in captures:
             self.selector.register(capture, selectors.EVENT_READ, self.make_drain(capture))
 
     def make_drain(self, capture: Capture) -> Callable[[], None]:
@@ -2904,16 +2963,23 @@ class Server:
         except OSError:
             return
         if [getattr(capture, "index", index) for capture in self.captures] != [index]:
-            self.listen()
+            try:
+                self.listen(self.settings)
+            except SpaError as error:
+                self.log.error(str(error))
 
-    def forget_firewall_events(self) -> None:
-        """Skips the announcements of what this server just changed itself."""
-        drain_socket(self.firewall_events)
-
-    def expect_check(self) -> None:
+    def hear_firewall(self) -> None:
         """Somebody changed the firewall: it is looked at soon, and once for a series of changes."""
-        drain_socket(self.firewall_events)
-        self.check_due = min(self.check_due, time.monotonic() + SETTLE_SECONDS)
+        try:
+            while self.firewall_events is not None:
+                for _, port, _ in netlink_messages(self.firewall_events.recv(65536)):
+                    if port != self.grants.firewall.netlink_port:
+                        due = time.monotonic() + SETTLE_SECONDS
+                        self.check_due = min(self.check_due, due)
+        except BlockingIOError:
+            pass
+        except OSError:  # more was announced than fits
+            self.check_due = 0.0
 
     def check_firewall(self) -> None:
         """Puts back what somebody took from the firewall; what fails is tried again."""
@@ -2921,29 +2987,33 @@ class Server:
             self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
-        self.forget_firewall_events()
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:
-        """Goes on with other settings and stanzas; live grants stay, in a new firewall as well."""
+        """Goes on with other settings and stanzas; live grants stay, in a new firewall as well.
+
+        What can fail comes first: then all goes on with the old ones.
+        """
+        settings, old = configuration.settings, self.settings
+
+        def changed(*rows: Directive[Any]) -> List[str]:
+            return [row.name for row in rows
+                    if getattr(old, row.attribute) != getattr(settings, row.attribute)]
+
         firewall.prepare()
-        old = self.grants.firewall
-        if old.describe() != firewall.describe():
+        if changed(ServerSettings.interface, ServerSettings.packet_filter,
+                   ServerSettings.udp_server, ServerSettings.udp_port):
+            self.listen(settings)
+        if self.grants.firewall.describe() != firewall.describe():
             self.log.warning("Grants go to %s from now on; what this server made in %s stays until "
-                             "--fw-flush" % (firewall.describe(), old.describe()))
+                             "--fw-flush" % (firewall.describe(), self.grants.firewall.describe()))
         self.grants.firewall = firewall
-        self.grants.check()
-        settings, self.settings = self.settings, configuration.settings
-        self.stanzas = configuration.stanzas
-        self.memory.max_age = self.settings.max_packet_age if self.settings.aging else None
-        if any(getattr(settings, row.attribute) != getattr(self.settings, row.attribute)
-               for row in (ServerSettings.interface, ServerSettings.packet_filter,
-                           ServerSettings.udp_server, ServerSettings.udp_port)):
-            self.listen()
-        for row in (ServerSettings.digest_file, ServerSettings.digest_persistence,
-                    ServerSettings.pid_file):
-            if getattr(settings, row.attribute) != getattr(self.settings, row.attribute):
-                self.log.warning("%s takes effect at the next start" % row.name)
+        self.settings, self.stanzas = settings, configuration.stanzas
+        self.memory.max_age = settings.max_packet_age if settings.aging else None
+        self.check_firewall()
+        for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
+                            ServerSettings.pid_file):
+            self.log.warning("%s takes effect at the next start" % name)
 
     def start(self, flush: bool) -> None:
         """Makes the firewall ready, goes on with the grants it has or closes them, and listens."""
@@ -2952,12 +3022,12 @@ class Server:
             self.grants.flush()
         else:
             self.grants.adopt()
-        for events, react in ((self.firewall_events, self.expect_check),
+        for events, react in ((self.firewall_events, self.hear_firewall),
                               (self.link_events, self.check_links)):
             if events is not None:
                 drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
-        self.listen()
+        self.listen(self.settings)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def turn(self) -> None:
@@ -2969,7 +3039,6 @@ class Server:
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         self.grants.expire()
-        self.forget_firewall_events()
         if time.monotonic() >= self.check_due:
             self.check_firewall()
 
@@ -2997,9 +3066,12 @@ def drain_socket(events: Optional[socket.socket]) -> None:
 
 def open_memory(settings: ServerSettings, log: Log) -> ReplayMemory:
     """The replay memory of the settings; its directory is made when it is missing."""
-    path = settings.digest_file if settings.digest_persistence else None
-    if path:
-        make_directory(os.path.dirname(path))
+    path: Optional[str] = settings.digest_file
+    make_directory(os.path.dirname(settings.digest_file))
+    if not settings.digest_persistence:
+        path = None
+        if os.path.exists(settings.digest_file):  # it would not know of the packets seen meanwhile
+            os.rename(settings.digest_file, settings.digest_file + "-old")
     return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log)
 
 
@@ -3033,7 +3105,14 @@ class PidFile:
         except OSError as error:
             raise SpaError("%s: %s" % (self.path, error.strerror)) from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if not wait:
+                        raise
+                    time.sleep(wait)
         except OSError:
             os.close(file)
             raise SpaError("An instance of fwknopd is already running: (PID=%s)."
@@ -3087,7 +3166,7 @@ class Signals:
         for end in (self.reader, writer):
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(number, lambda number, frame: self.pending.append(number))
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
@@ -3157,7 +3236,15 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
 
 def take_signal(number: int, server: Server, read: Callable[[], Configuration], test: bool,
                 log: Log) -> None:
-    """SIGHUP reads the files again, and keeps the old settings if they are bad; others end all."""
+    """SIGHUP reads the files again, and keeps the old settings if they are bad; SIGUSR2 closes all
+    that is open; the others end the server."""
+    if number == signal.SIGUSR2:
+        log.info("Got SIGUSR2. Closing all grants.")
+        try:
+            server.grants.flush()
+        except CommandError as error:
+            log.error("%s; trying again" % error)
+        return
     if number != signal.SIGHUP:
         log.info("Gracefully leaving the fwknopd event loop.")
         log.info("Got %s. Exiting..." % signal.Signals(number).name)
@@ -3482,7 +3569,8 @@ def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
     """fwknopd.conf, which need not exist where nobody named it, and the command line."""
     settings = ServerSettings()
     warnings = []
-    if "config_file" in arguments or os.path.exists(CONFIG_FILE):
+    named = "config_file" in arguments and "init" not in arguments
+    if named or os.path.exists(arguments.config_file):
         warnings = read_server_settings(arguments.config_file, settings)
     for line in arguments.lines:
         settings.take(line)
@@ -3551,11 +3639,17 @@ def manage_firewall(arguments: Arguments, log: Log) -> int:
     configuration = read_configuration(arguments)
     settings = configuration.settings
     firewall = choose_firewall(settings, configuration.stanzas, False, log)
+    server = PidFile(settings.pid_file).running()
     if "list" in arguments:
         print(list_grants(firewall))
     elif "flush" in arguments:
         print("Deleting any existing firewall rules...")
+        if server:
+            os.kill(server, signal.SIGUSR2)  # or it would put them back
         firewall.flush()
+    elif server:
+        raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
+                       "end it first, with -K")
     else:
         firewall.unguard()
         print("The guard is gone. Now the host's own firewall alone decides who reaches %s."

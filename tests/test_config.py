@@ -1,0 +1,838 @@
+"""fwknopd.conf and access.conf: how a line is read, what each directive takes, and what is shown.
+
+Where fwknopd is installed, the tokens are compared with what its own dump shows.
+"""
+
+import base64
+import contextlib
+import io
+import os
+import re
+import tempfile
+import time
+import unittest
+from typing import Any, Dict, List, Tuple
+
+from tests.support import load_script, needs_programs, needs_root, run
+
+server = load_script("spa_server")  # type: Any
+
+KEYED = "SOURCE ANY\nKEY k3y\nHMAC_KEY hm4c\n"  # a stanza to put one more line into
+KEY32 = base64.b64encode(bytes(range(32))).decode()
+HMAC64 = base64.b64encode(bytes(range(64, 128))).decode()
+
+
+class ConfigCase(unittest.TestCase):
+    """A directory to write files into, and the ways of reading them."""
+
+    def setUp(self) -> None:
+        """Make the directory."""
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+
+    def write(self, name: str, text: str, mode: int = 0o600) -> str:
+        """Write a file, characters as bytes, and return its path."""
+        path = os.path.join(self.directory, name)
+        with open(path, "wb") as stream:
+            stream.write(text.encode("latin-1"))
+        os.chmod(path, mode)
+        return path
+
+    def settings(self, text: str) -> Any:
+        """Return the settings of a fwknopd.conf with this text."""
+        settings = server.ServerSettings()
+        server.read_server_settings(self.write("fwknopd.conf", text), settings)
+        return settings
+
+    def warnings(self, text: str) -> List[str]:
+        """Return what a fwknopd.conf with this text is warned of."""
+        return list(server.read_server_settings(self.write("fwknopd.conf", text),
+                                                server.ServerSettings()))
+
+    def stanzas(self, text: str) -> List[Any]:
+        """Return the stanzas of an access.conf with this text."""
+        return list(server.read_stanzas(self.write("access.conf", text))[0])
+
+    def stanza(self, lines: str) -> Any:
+        """Return a stanza with keys and these lines."""
+        return self.stanzas(KEYED + lines + "\n")[0]
+
+    def error_of(self, access: str = KEYED, conf: str = "") -> str:
+        """Return what the administrator is told about these files; fail when they are taken."""
+        try:
+            self.settings(conf)
+            self.stanzas(access)
+        except server.ConfigError as error:
+            return str(error).replace(self.directory + "/", "")
+        raise AssertionError("accepted: %r %r" % (access, conf))
+
+    def settings_of(self, *arguments: str) -> Any:
+        """Return the settings of a command line and the file that it names."""
+        return server.read_settings(server.Arguments(list(arguments)))[0]
+
+    def main(self, *arguments: str) -> Tuple[Any, str, str]:
+        """Run the program; return exit code, standard output and standard error."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = server.main(list(arguments))
+            except SystemExit as end:
+                code = end.code
+        return code, out.getvalue(), err.getvalue()
+
+    def main_with(self, access: str = KEYED, conf: str = "PCAP_INTF lo;\n",
+                  *arguments: str) -> Tuple[Any, str, str]:
+        """Run the program with these two files."""
+        return self.main("-c", self.write("fwknopd.conf", conf),
+                         "-a", self.write("access.conf", access), *arguments)
+
+
+# ------------------------------------------------------------------- lines
+
+# (line of access.conf, name, value); values run to `;` or the line's end and keep their blanks
+TOKENS = (
+    ("KEY abc", "KEY", "abc"), ("KEY: abc", "KEY", "abc"), ("KEY\tabc", "KEY", "abc"),
+    ("KEY:\t  abc", "KEY", "abc"), ("  KEY abc", "KEY", "abc"), ("\tKEY abc", "KEY", "abc"),
+    ("KEY abc  ", "KEY", "abc  "), ("KEY a b\tc", "KEY", "a b\tc"), ("KEY abc;", "KEY", "abc"),
+    ("KEY abc ; rest", "KEY", "abc "), ("KEY a#b", "KEY", "a#b"), ("KEY # x", "KEY", "# x"),
+    ("KEY abc;def", "KEY", "abc"), ("KEY a:b", "KEY", "a:b"), ("KEY : abc", "KEY", ": abc"),
+    ("KEY \"abc\"", "KEY", "\"abc\""), ("KEY abc\r", "KEY", "abc"), ("KEY a=b", "KEY", "a=b"),
+    ("KEY $abc", "KEY", "$abc"), ("KEY \xe9\xff", "KEY", "\xe9\xff"),
+    # str.split() would take the bytes a0 and 85 for blanks; C's isspace() does not.
+    ("KEY \xa0abc", "KEY", "\xa0abc"), ("KEY \x85abc", "KEY", "\x85abc"),
+    ("KEY \x1cabc", "KEY", "\x1cabc"), ("KEY a\rb", "KEY", "a"),
+)
+
+
+class LineTest(ConfigCase):
+    """How a line falls into name and value."""
+
+    def lines(self, text: str, colon: bool = True) -> List[Tuple[int, str, str]]:
+        """Return number, name and value of each line that counts."""
+        return [(line.number, line.name, line.value)
+                for line in server.read_lines(self.write("file", text), colon)]
+
+    def test_tokens(self) -> None:
+        """Each line of the table, with and without the newline."""
+        for text, name, value in TOKENS:
+            for end in ("", "\n"):
+                with self.subTest(line=text + end):
+                    self.assertEqual([(1, name, value)], self.lines(text + end))
+
+    def test_lines_that_do_not_count(self) -> None:
+        """Empty ones, blanks, comments; the others keep their numbers."""
+        self.assertEqual([(2, "A", "1"), (7, "B", "2")],
+                         self.lines("# c\nA 1\n\n  \t\n;x\n  # KEY abc\nB 2\r\n\r\n#"))
+
+    def test_a_colon_belongs_to_the_name_in_fwknopd_conf(self) -> None:
+        """So that `PCAP_INTF: lo` is an unknown directive there, as in fwknopd."""
+        self.assertEqual([(1, "PCAP_INTF:", "lo")], self.lines("PCAP_INTF: lo", colon=False))
+        self.assertEqual("fwknopd.conf:1: PCAP_INTF:: unknown directive",
+                         self.error_of(conf="PCAP_INTF: lo"))
+
+    def test_names_without_a_value(self) -> None:
+        """Are errors in both files, with their line."""
+        for text in ("OPEN_PORTS", "OPEN_PORTS ", "OPEN_PORTS:", "OPEN_PORTS ;", "OPEN_PORTS;"):
+            with self.subTest(text=text):
+                self.assertEqual("access.conf:5: OPEN_PORTS: expected a value",
+                                 self.error_of(KEYED + "\n" + text))
+        self.assertEqual("fwknopd.conf:2: VERBOSE: expected a value",
+                         self.error_of(conf="#\nVERBOSE ;\n"))
+
+    def test_key_bytes(self) -> None:
+        """A KEY is the bytes of its line, blanks at the end and all."""
+        for text, _name, value in TOKENS:
+            if value.strip() and text.startswith(("KEY ", "KEY:")):
+                # also one that begins with `$`: in access.conf nothing is expanded
+                with self.subTest(line=text):
+                    stanza = self.stanzas("SOURCE ANY\n" + text + "\n")[0]
+                    self.assertEqual(value.encode("latin-1"), bytes(stanza.key))
+        self.assertEqual(b"h\th\t", bytes(self.stanzas("SOURCE: ANY\nKEY k\nHMAC_KEY\t h\th\t\n")
+                                          [0].hmac_key))
+
+    def test_variables(self) -> None:
+        """`$NAME` at the start of a value in fwknopd.conf, and only there."""
+        settings = self.settings("FWKNOP_RUN_DIR /a;\nDIGEST_FILE $FWKNOP_RUN_DIR/b;\n"
+                                 "FWKNOP_PID_FILE /x/$FWKNOP_RUN_DIR/c;\n")
+        self.assertEqual(("/a/b", "/x/$FWKNOP_RUN_DIR/c"),
+                         (settings.digest_file, settings.pid_file))
+        self.assertEqual("/a/fwknopd.pid", self.settings("FWKNOP_RUN_DIR /a\n").pid_file)
+        self.assertEqual("/c/access.conf", self.settings("FWKNOP_CONF_DIR /c\n").access_file)
+        self.assertIn("fwknopd.conf:1: DIGEST_FILE: expected",
+                      self.error_of(conf="DIGEST_FILE $NO_SUCH_NAME/x\n"))
+
+
+@needs_programs("fwknopd")
+class PeerTest(ConfigCase):
+    """The same tokens as the real fwknopd, which dumps what it has read."""
+
+    def peer(self, conf: str, access: str) -> Tuple[int, Dict[str, str]]:
+        """Return exit code and dump of the real fwknopd."""
+        answer = run(["fwknopd", "-c", self.write("fwknopd.conf", conf),
+                      "-a", self.write("access.conf", access), "-D"])
+        found = {}
+        for line in answer.stdout.splitlines():
+            pair = (re.match(r" *\d+\. (\w+) += +'(.*)'$", line)
+                    or re.match(r" +(\w+): +(.*)$", line))
+            if pair and pair.group(2) != "<not set>":
+                found[pair.group(1)] = pair.group(2)
+        return answer.returncode, found
+
+    def test_fwknopd_conf(self) -> None:
+        """Values, comments, blanks, variables."""
+        conf = ("# comment\n; another\nPCAP_INTF lo;\nPCAP_FILTER     udp port 1234   ; more\n"
+                "MAX_SPA_PACKET_AGE\t77;\n  VERBOSE 0;;\nSYSLOG_IDENTITY my name  # x  ; y\n"
+                "FWKNOP_RUN_DIR %s\nDIGEST_FILE $FWKNOP_RUN_DIR/d.cache;\nUDPSERV_PORT 5 \n"
+                "ENABLE_UDP_SERVER Yes;\nSYSLOG_FACILITY LOG_LOCAL3;\r\n" % self.directory)
+        code, told = self.peer(conf, KEYED)
+        self.assertEqual(0, code)
+        settings = self.settings(conf)
+        for row in settings.rows():
+            if row.name in settings.texts:
+                with self.subTest(name=row.name):
+                    ours = settings.expand(settings.texts[row.name])
+                    self.assertEqual(told[row.name].rstrip(), ours)
+        self.assertEqual(10, len(settings.texts))
+
+    def test_keys(self) -> None:
+        """The length of a key tells where its value ended."""
+        for text, _name, value in TOKENS:
+            code, told = self.peer("PCAP_INTF lo;\n", "SOURCE ANY\n" + text + "\n")
+            with self.subTest(line=text):
+                self.assertEqual((0, str(len(value))), (code, told.get("KEY_LEN")))
+
+    def test_access_conf(self) -> None:
+        """Names with and without colon, values with blanks."""
+        lines = ("OPEN_PORTS:\ttcp/22, udp/53 ; x", "FW_ACCESS_TIMEOUT: 7;; 8",
+                 "REQUIRE_USERNAME bob smith", "MAX_FW_TIMEOUT 12\r")
+        code, told = self.peer("PCAP_INTF lo;\n", KEYED + "\n".join(lines) + "\n")
+        stanza = self.stanza("\n".join(lines))
+        self.assertEqual(0, code)
+        for name in ("OPEN_PORTS", "FW_ACCESS_TIMEOUT", "REQUIRE_USERNAME", "MAX_FW_TIMEOUT"):
+            self.assertEqual(told[name].rstrip(), stanza.texts[name])
+        self.assertEqual({("tcp", 22), ("udp", 53)}, set(stanza.open_ports))
+
+    def test_defaults(self) -> None:
+        """fwknopd's defaults are as the table below says, so that ours are compared with its."""
+        told = self.peer("PCAP_INTF lo;\n", KEYED)[1]
+        for name, value in SPEC_DEFAULTS.items():
+            if name not in ("PCAP_INTF", "HMAC_DIGEST_TYPE", "ENCRYPTION_MODE", "SOURCE",
+                            "DESTINATION", "REQUIRE_SOURCE_ADDRESS") and value:
+                with self.subTest(name=name):
+                    mine = value.replace("$FWKNOP_RUN_DIR", told["FWKNOP_RUN_DIR"]) \
+                        .replace("$FWKNOP_CONF_DIR", told["FWKNOP_CONF_DIR"])
+                    if name not in ("ACCESS_FILE",):
+                        self.assertEqual(told.get(name), mine)
+
+
+# ------------------------------------------------------------------- the tables of directives
+
+# Every name in the first column of fwknop spec 3.2, and of 3.3.
+SERVER_NAMES = """
+PCAP_INTF PCAP_FILE ENABLE_PCAP_PROMISC PCAP_FILTER PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP
+ENABLE_PCAP_ANY_DIRECTION EXIT_AT_INTF_DOWN MAX_SNIFF_BYTES ENABLE_SPA_PACKET_AGING
+MAX_SPA_PACKET_AGE ENABLE_DIGEST_PERSISTENCE RULES_CHECK_THRESHOLD CMD_EXEC_TIMEOUT
+ENABLE_SPA_OVER_HTTP ALLOW_ANY_USER_AGENT ENABLE_TCP_SERVER TCPSERV_PORT ENABLE_UDP_SERVER
+UDPSERV_PORT UDPSERV_SELECT_TIMEOUT NFQ_INTERFACE NFQ_PORT NFQ_TABLE NFQ_CHAIN NFQ_QUEUE_NUMBER
+LOCALE SYSLOG_IDENTITY SYSLOG_FACILITY ENABLE_X_FORWARDED_FOR ENABLE_DESTINATION_RULE
+ENABLE_RULE_PREPEND ENABLE_NAT_DNS ENABLE_IPT_FORWARDING ENABLE_IPT_LOCAL_NAT ENABLE_IPT_SNAT
+SNAT_TRANSLATE_IP ENABLE_IPT_OUTPUT FLUSH_IPT_AT_INIT FLUSH_IPT_AT_EXIT IPT_INPUT_ACCESS
+IPT_OUTPUT_ACCESS IPT_FORWARD_ACCESS IPT_DNAT_ACCESS IPT_SNAT_ACCESS IPT_MASQUERADE_ACCESS
+ENABLE_IPT_COMMENT_CHECK FWKNOP_RUN_DIR FWKNOP_CONF_DIR ACCESS_FILE ACCESS_FOLDER FWKNOP_PID_FILE
+DIGEST_FILE GPG_HOME_DIR GPG_EXE SUDO_EXE FIREWALL_EXE VERBOSE FAULT_INJECTION_TAG
+FIREWD_INPUT_ACCESS IPFW_START_RULE_NUM PF_ANCHOR_NAME PF_EXPIRE_INTERVAL
+""".split()
+STANZA_NAMES = """
+SOURCE DESTINATION OPEN_PORTS RESTRICT_PORTS KEY KEY_BASE64 HMAC_KEY HMAC_KEY_BASE64
+HMAC_DIGEST_TYPE ENCRYPTION_MODE FW_ACCESS_TIMEOUT MAX_FW_TIMEOUT REQUIRE_SOURCE_ADDRESS
+REQUIRE_SOURCE REQUIRE_USERNAME ENABLE_CMD_EXEC CMD_EXEC_USER CMD_EXEC_GROUP ENABLE_CMD_SUDO_EXEC
+CMD_SUDO_EXEC_USER CMD_SUDO_EXEC_GROUP CMD_CYCLE_OPEN CMD_CYCLE_CLOSE CMD_CYCLE_TIMER FORCE_NAT
+FORCE_SNAT FORCE_MASQUERADE FORWARD_ALL DISABLE_DNAT ACCESS_EXPIRE ACCESS_EXPIRE_EPOCH
+GPG_HOME_DIR GPG_EXE GPG_DECRYPT_ID GPG_DECRYPT_PW GPG_ALLOW_NO_PW GPG_REQUIRE_SIG GPG_DISABLE_SIG
+GPG_IGNORE_SIG_VERIFY_ERROR GPG_REMOTE_ID GPG_FINGERPRINT_ID
+""".split()
+OUR_NAMES = "FIREWALL_TYPE GUARD_PORTS NFT_ACCEPT_CHAINS ACCESS_PREFIX4 ACCESS_PREFIX6".split()
+
+# Defaults of spec 3.2 and 3.3 of the directives that are supported here; "" is unset.
+SPEC_DEFAULTS = {
+    "PCAP_INTF": "eth0", "PCAP_FILTER": "udp port 62201", "ENABLE_SPA_PACKET_AGING": "Y",
+    "MAX_SPA_PACKET_AGE": "120", "ENABLE_DIGEST_PERSISTENCE": "Y", "ENABLE_UDP_SERVER": "N",
+    "UDPSERV_PORT": "62201", "SYSLOG_IDENTITY": "fwknopd", "SYSLOG_FACILITY": "LOG_DAEMON",
+    "ENABLE_DESTINATION_RULE": "N", "ENABLE_RULE_PREPEND": "N", "ENABLE_IPT_OUTPUT": "N",
+    "FLUSH_IPT_AT_INIT": "Y", "FLUSH_IPT_AT_EXIT": "Y",
+    "IPT_INPUT_ACCESS": "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
+    "IPT_OUTPUT_ACCESS": "ACCEPT, filter, OUTPUT, 1, FWKNOP_OUTPUT, 1",
+    "FWKNOP_RUN_DIR": "/run/fwknop", "FWKNOP_CONF_DIR": "/etc/fwknop",
+    "ACCESS_FILE": "$FWKNOP_CONF_DIR/access.conf",
+    "FWKNOP_PID_FILE": "$FWKNOP_RUN_DIR/fwknopd.pid",
+    "DIGEST_FILE": "$FWKNOP_RUN_DIR/digest.cache", "FIREWALL_EXE": "/usr/sbin/iptables",
+    "VERBOSE": "",
+    "SOURCE": "ANY", "DESTINATION": "ANY", "OPEN_PORTS": "", "RESTRICT_PORTS": "", "KEY": "",
+    "KEY_BASE64": "", "HMAC_KEY": "", "HMAC_KEY_BASE64": "", "HMAC_DIGEST_TYPE": "SHA256",
+    "ENCRYPTION_MODE": "CBC", "FW_ACCESS_TIMEOUT": "30", "MAX_FW_TIMEOUT": "300",
+    "REQUIRE_SOURCE_ADDRESS": "N", "REQUIRE_USERNAME": "", "ACCESS_EXPIRE": "",
+    "ACCESS_EXPIRE_EPOCH": "",
+}  # type: Dict[str, str]
+DIFFERENT = {
+    "PCAP_INTF": "any: a box whose interface is not eth0 works without configuration",
+    "FLUSH_IPT_AT_INIT": "N: a restart goes on with the grants it finds",
+    "FIREWALL_EXE": "unset: whichever of nft and iptables is needed, from PATH",
+    "VERBOSE": "0 instead of unset",
+}
+
+# (line, expected) of wrong values; the line's first word is the name in the message
+BAD_SERVER = (
+    ("PCAP_INTF a b", "interface"), ("PCAP_INTF sixteen-letters-x", "interface"),
+    ("PCAP_INTF ../x", "interface"), ("PCAP_FILTER tcp port 62201", "udp port N"),
+    ("PCAP_FILTER udp port 0", "udp port N"), ("PCAP_FILTER udp port 65536", "udp port N"),
+    ("PCAP_FILTER udp port 1 and udp port 2", "udp port N"), ("PCAP_FILTER port 62201", "udp port"),
+    ("PCAP_FILTER udp port 62201 or", "udp port N"), ("PCAP_FILTER udp", "udp port N"),
+    ("PCAP_FILTER udp src port 1", "udp port N"), ("PCAP_FILTER host 1.2.3.4", "udp port N"),
+    ("PCAP_FILTER " + " or ".join("udp port %d" % n for n in range(1, 35)), "32"),
+    ("ENABLE_SPA_PACKET_AGING 1", "Y or N"), ("ENABLE_UDP_SERVER true", "Y or N"),
+    ("MAX_SPA_PACKET_AGE 0", "1 to 100000"), ("MAX_SPA_PACKET_AGE 100001", "1 to 100000"),
+    ("MAX_SPA_PACKET_AGE 30s", "1 to 100000"), ("MAX_SPA_PACKET_AGE -1", "1 to 100000"),
+    ("MAX_SPA_PACKET_AGE 1.5", "1 to 100000"), ("MAX_SPA_PACKET_AGE \xb2", "1 to 100000"),
+    ("UDPSERV_PORT 0", "1 to 65535"), ("UDPSERV_PORT 65536", "1 to 65535"),
+    ("UDPSERV_PORT 0x10", "1 to 65535"), ("VERBOSE x", "0 to 9"), ("FIREWALL_TYPE pf", "auto, nft"),
+    ("GUARD_PORTS 22", "tcp/PORT"), ("GUARD_PORTS tcp/22,", "tcp/PORT"),
+    ("GUARD_PORTS tcp/22-25", "tcp/PORT"), ("GUARD_PORTS icmp/8", "tcp/PORT"),
+    ("NFT_ACCEPT_CHAINS filter input", "TABLE CHAIN"), ("NFT_ACCEPT_CHAINS bridge f i", "TABLE"),
+    ("NFT_ACCEPT_CHAINS inet fw4 a'b", "TABLE"), ("NFT_ACCEPT_CHAINS inet fw4 a{b", "TABLE CHAIN"),
+    ("NFT_ACCEPT_CHAINS inet -f input", "TABLE CHAIN"), ("FIREWALL_EXE iptables", "absolute"),
+    ("IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, FWKNOP_INPUT", "to-chain"),
+    ("IPT_INPUT_ACCESS ACCEPT, filter, INPUT, x, FWKNOP_INPUT, 1", "to-chain"),
+    ("IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, INPUT, 1", "chain of our own"),
+    ("IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, -F INPUT, 1", "to-chain"),
+    ("IPT_OUTPUT_ACCESS ACCEPT, filter, OUTPUT, 1, %s, 1" % ("X" * 29), "28"),
+    ("SYSLOG_FACILITY LOG_AUTH", "LOG_DAEMON"), ("FWKNOP_RUN_DIR run", "absolute"),
+    ("FWKNOP_CONF_DIR etc", "absolute"), ("ACCESS_FILE access.conf", "absolute"),
+    ("FWKNOP_PID_FILE x.pid", "absolute"), ("DIGEST_FILE ./x", "absolute"),
+    ("ENABLE_DESTINATION_RULE -", "Y or N"), ("ENABLE_RULE_PREPEND 0", "Y or N"),
+    ("ENABLE_IPT_OUTPUT off", "Y or N"), ("FLUSH_IPT_AT_INIT -", "Y or N"),
+    ("FLUSH_IPT_AT_EXIT -", "Y or N"), ("ENABLE_DIGEST_PERSISTENCE x", "Y or N"),
+    ("PCAP_FILE /tmp/x.pcap", "not supported yet"), ("ACCESS_FOLDER /etc/x", "not supported yet"),
+    ("NO_SUCH_NAME 1", "unknown directive"),
+    ("pcap_intf lo", "unknown directive, expected PCAP_INTF"),
+    ("KEY abc", "unknown directive"), ("GUARD_PORT tcp/22", "unknown directive"),
+)
+BAD_STANZA = (
+    ("SOURCE 10.0.0.0/33", "ANY, or IP"), ("SOURCE host.example", "ANY, or IP"),
+    ("SOURCE 10.0.0.1,,10.0.0.2", "ANY, or IP"), ("SOURCE 10.0.0", "ANY, or IP"),
+    ("SOURCE 10.0.0.1 10.0.0.2", "ANY, or IP"),
+    ("SOURCE fe80::1%eth0", "ANY, or IP"),  # 3.9 and later drop it
+    ("SOURCE 256.0.0.1", "ANY, or IP"), ("SOURCE 010.0.0.1", "ANY, or IP"),
+    ("DESTINATION any,10.0.0.1", "ANY, or IP"), ("OPEN_PORTS 22", "tcp/PORT"),
+    ("OPEN_PORTS tcp/22,,udp/53", "tcp/PORT"), ("OPEN_PORTS ,", "tcp/PORT"),
+    ("OPEN_PORTS tcp/0", "tcp/PORT"), ("OPEN_PORTS tcp/65536", "tcp/PORT"),
+    ("OPEN_PORTS tcp/22 udp/53", "tcp/PORT"), ("OPEN_PORTS any", "tcp/PORT"),
+    ("RESTRICT_PORTS tcp/x", "tcp/PORT"), ("RESTRICT_PORTS 22", "tcp/PORT"),
+    ("HMAC_DIGEST_TYPE SHA224", "MD5, SHA1"), ("HMAC_DIGEST_TYPE SHA3", "MD5, SHA1"),
+    ("ENCRYPTION_MODE GCM", "CBC, ECB"), ("ENCRYPTION_MODE Asymmetric", "not supported yet"),
+    ("ENCRYPTION_MODE PCBC", "CBC, ECB"), ("FW_ACCESS_TIMEOUT -1", "0 to 8388608"),
+    ("FW_ACCESS_TIMEOUT 8388609", "0 to 8388608"), ("FW_ACCESS_TIMEOUT 30s", "0 to 8388608"),
+    ("FW_ACCESS_TIMEOUT \xb2", "0 to 8388608"), ("MAX_FW_TIMEOUT 0", "1 to 8388608"),
+    ("MAX_FW_TIMEOUT x", "1 to 8388608"), ("ACCESS_PREFIX4 33", "8 to 32"),
+    ("ACCESS_PREFIX4 /24", "8 to 32"), ("ACCESS_PREFIX4 0", "8 to 32"),
+    ("ACCESS_PREFIX6 129", "32 to 128"), ("ACCESS_PREFIX6 0", "32 to 128"),
+    ("REQUIRE_SOURCE_ADDRESS 1", "Y or N"), ("REQUIRE_SOURCE maybe", "Y or N"),
+    ("ACCESS_EXPIRE 2030-01-01", "MM/DD/YYYY"), ("ACCESS_EXPIRE 02/30/2030", "MM/DD/YYYY"),
+    ("ACCESS_EXPIRE 13/01/2030", "MM/DD/YYYY"), ("ACCESS_EXPIRE 1/1", "MM/DD/YYYY"),
+    ("ACCESS_EXPIRE 0/1/2030", "MM/DD/YYYY"), ("ACCESS_EXPIRE never", "MM/DD/YYYY"),
+    ("ACCESS_EXPIRE_EPOCH 0", "1 to"), ("ACCESS_EXPIRE_EPOCH never", "1 to"),
+    ("FORCE_NAT 10.0.0.1 22", "not supported yet"), ("FORCE_SNAT 10.0.0.1", "not supported yet"),
+    ("FORCE_MASQUERADE Y", "not supported yet"), ("FORWARD_ALL Y", "not supported yet"),
+    ("DISABLE_DNAT Y", "not supported yet"), ("CMD_CYCLE_OPEN /bin/true", "not supported yet"),
+    ("CMD_CYCLE_CLOSE NONE", "not supported yet"), ("CMD_CYCLE_TIMER 3", "not supported yet"),
+    ("FORCE_MASQUERADE maybe", ""), ("NO_SUCH_NAME 1", "unknown directive"),
+    ("open_ports tcp/22", "unknown directive, expected OPEN_PORTS"),
+    ("OPEN_PORT tcp/22", "unknown directive"),
+    ("PCAP_INTF lo", "unknown directive"), ("%include /etc/x", "not supported yet"),
+    ("%include_folder /etc/x", "not supported yet"), ("%include_keys /etc/x", "not supported yet"),
+    # No packet can carry these, so the stanza would never open anything.
+    ("REQUIRE_USERNAME a,b", "expected"), ("REQUIRE_USERNAME j\xf6rg", "expected"),
+    ("REQUIRE_USERNAME " + "u" * 49, "expected"),
+)
+
+GOOD_SERVER = (
+    ("PCAP_FILTER udp port 1 or udp dst port 65535", "packet_filter", ((1, True), (65535, False))),
+    ("PCAP_INTF eth0.5", "interface", "eth0.5"), ("MAX_SPA_PACKET_AGE 1", "max_packet_age", 1),
+    ("ENABLE_UDP_SERVER yes", "udp_server", True), ("ENABLE_UDP_SERVER n", "udp_server", False),
+    ("GUARD_PORTS tcp/22, udp/53,tcp/22", "guard_ports", {("tcp", 22), ("udp", 53)}),
+    ("NFT_ACCEPT_CHAINS inet fw4 input_wan, ip6 f i", "nft_accept_chains",
+     (("inet", "fw4", "input_wan"), ("ip6", "f", "i"))),
+    ("IPT_INPUT_ACCESS ACCEPT,filter,INPUT,3,MYSPA,1", "input_access",
+     ("ACCEPT", "filter", "INPUT", 3, "MYSPA")),
+    ("FIREWALL_TYPE NFT", "firewall", "nft"), ("SYSLOG_FACILITY log_local7", "syslog_facility",
+                                               "LOG_LOCAL7"),
+    ("FIREWALL_EXE /usr/sbin/nft", "firewall_program", "/usr/sbin/nft"),
+)
+GOOD_STANZA = (
+    ("OPEN_PORTS tcp/22, UDP/53 ,tcp/22", "open_ports", {("tcp", 22), ("udp", 53)}),
+    ("FW_ACCESS_TIMEOUT 0", "open_seconds", 0), ("FW_ACCESS_TIMEOUT 8388608", "open_seconds",
+                                                 8388608),
+    ("ENCRYPTION_MODE legacy", "mode", "LEGACY"), ("ENCRYPTION_MODE cTr", "mode", "CTR"),
+    ("REQUIRE_SOURCE Y", "require_source", True), ("REQUIRE_USERNAME bob smith ",
+                                                   "require_username", "bob smith"),
+    ("ACCESS_EXPIRE_EPOCH 1795366688", "expires", 1795366688),
+    ("ACCESS_EXPIRE 1/2/2030", "expires", int(time.mktime((2030, 1, 2, 0, 0, 0, 0, 0, -1)))),
+    ("ACCESS_PREFIX4 24", "prefix4", 24), ("ACCESS_PREFIX6 56", "prefix6", 56),
+    ("FORCE_MASQUERADE N", "open_seconds", 30), ("FORWARD_ALL no", "open_seconds", 30),
+    ("DISABLE_DNAT N", "open_seconds", 30),
+)
+IGNORED_SERVER = [name for name in SERVER_NAMES if name not in SPEC_DEFAULTS
+                  and name not in ("PCAP_FILE", "ACCESS_FOLDER")]
+IGNORED_STANZA = [name for name in STANZA_NAMES if name.startswith(("GPG_", "CMD_EXEC", "CMD_SUDO"))
+                  or name in ("ENABLE_CMD_EXEC", "ENABLE_CMD_SUDO_EXEC")]
+
+
+class DirectiveTest(ConfigCase):
+    """Each directive: that there is a row, what it takes, what it does not."""
+
+    def test_every_directive_has_a_row(self) -> None:
+        """All names of the spec and our own, and each in the right file."""
+        for name in SERVER_NAMES + OUR_NAMES[:3]:
+            self.assertIsNotNone(server.ServerSettings.row(name), name)
+        for name in STANZA_NAMES + OUR_NAMES[3:]:
+            self.assertIsNotNone(server.Stanza.row(name), name)
+        known = [name for table in (server.ServerSettings, server.Stanza)
+                 for row in table.rows() for name in row.names]
+        supported = set(SPEC_DEFAULTS) | set(OUR_NAMES)
+        for table in (server.ServerSettings, server.Stanza):
+            for row in table.rows():
+                if not isinstance(row, (server.Ignored, server.Refused)):
+                    self.assertIn(row.name, supported)
+        self.assertLessEqual(supported, set(known))
+
+    def test_no_name_stands_in_two_rows(self) -> None:
+        """Within one file."""
+        for table in (server.ServerSettings, server.Stanza):
+            names = [name for row in table.rows() for name in set(row.names)]
+            self.assertEqual(sorted(set(names)), sorted(names))
+
+    def test_every_row_says_what_it_is(self) -> None:
+        """Help for the README, and a default that its own parser takes."""
+        for table in (server.ServerSettings, server.Stanza):
+            settings = table() if table is server.ServerSettings else table(1)
+            for row in table.rows():
+                self.assertTrue(row.help, row.name)
+                if not isinstance(row, server.Refused):
+                    getattr(settings, row.attribute)
+
+    def test_defaults(self) -> None:
+        """fwknop's, but for the table of reasoned differences."""
+        different = set()
+        for name, value in SPEC_DEFAULTS.items():
+            row = server.ServerSettings.row(name) or server.Stanza.row(name)
+            if row.default != value:
+                different.add(name)
+        self.assertEqual(set(DIFFERENT), different)
+
+    def shown(self, text: str) -> str:
+        """Return the name as an error shows it; what can't be one may be part of a key."""
+        name = text.split(None, 1)[0]
+        return "" if name.islower() and name[0] != "%" else name + ": "
+
+    def test_bad_values(self) -> None:
+        """One line `file:line: NAME: what was expected`."""
+        for text, expected in BAD_SERVER:
+            with self.subTest(line=text):
+                said = self.error_of(conf="#\n" + text + "\n")
+                self.assertTrue(said.startswith("fwknopd.conf:2: " + self.shown(text)), said)
+                self.assertIn(expected, said)
+                self.assertNotIn("\n", said)
+        for text, expected in BAD_STANZA:
+            with self.subTest(line=text):
+                said = self.error_of(KEYED + text + "\n")
+                self.assertTrue(said.startswith("access.conf:4: " + self.shown(text)), said)
+                self.assertIn(expected, said)
+                self.assertNotIn("\n", said)
+
+    def test_every_supported_directive_is_in_the_table_of_bad_values(self) -> None:
+        """Or its parser is not tested; these take everything, or are tested below."""
+        takes_all = {"SYSLOG_IDENTITY", "KEY", "KEY_BASE64", "HMAC_KEY", "HMAC_KEY_BASE64"}
+        tried = {line.split()[0] for line, _ in BAD_SERVER + BAD_STANZA}
+        self.assertEqual(set(), set(SPEC_DEFAULTS) - tried - takes_all)
+        self.assertEqual(set(), set(OUR_NAMES) - tried)
+
+    def test_good_values(self) -> None:
+        """What the table says, at the limits."""
+        for text, attribute, value in GOOD_SERVER:
+            with self.subTest(line=text):
+                self.assertEqual(value, getattr(self.settings(text + ";\n"), attribute))
+        for text, attribute, value in GOOD_STANZA:
+            with self.subTest(line=text):
+                self.assertEqual(value, getattr(self.stanza(text), attribute))
+
+    def test_ignored(self) -> None:
+        """Each ignored directive is warned of once, with file and line, and its value not shown."""
+        self.assertGreater(len(IGNORED_SERVER), 30)
+        for name in IGNORED_SERVER:
+            with self.subTest(name=name):
+                said = self.warnings("#\n%s v4lue;\n" % name)
+                self.assertEqual(1, len(said))
+                self.assertRegex(said[0], r"fwknopd\.conf:2: %s is ignored: \S" % name)
+                self.assertNotIn("v4lue", said[0])
+        for name in IGNORED_STANZA:
+            path = self.write("access.conf", KEYED + name + " v4lue\n")
+            said = [line for line in server.read_stanzas(path)[1] if "ignored" in line]
+            with self.subTest(name=name):
+                self.assertEqual(1, len(said))
+                self.assertRegex(said[0], r"access\.conf:4: %s is ignored: \S" % name)
+                self.assertNotIn("v4lue", said[0])
+
+    def test_the_first_wrong_line_stops_the_start(self) -> None:
+        """Through main(): exit 3, one line, nothing on stdout."""
+        for conf, access in (("BAD 1\n", KEYED), ("", "SOURCE ANY\nKEY k\nFORWARD_ALL Y\n")):
+            code, out, err = self.main_with(access, conf, "--exit-parse-config")
+            self.assertEqual((3, ""), (code, out))
+            self.assertEqual(1, len(err.splitlines()), err)
+
+    def test_later_lines_win(self) -> None:
+        """A directive that stands twice has the later value, as in fwknopd."""
+        self.assertEqual(9, self.stanza("FW_ACCESS_TIMEOUT 8\nFW_ACCESS_TIMEOUT 9").open_seconds)
+        self.assertEqual(9, self.settings("MAX_SPA_PACKET_AGE 8\nMAX_SPA_PACKET_AGE 9")
+                         .max_packet_age)
+
+    def test_warnings_of_settings(self) -> None:
+        """What weakens the protection is said."""
+        for conf, fragment in (("ENABLE_SPA_PACKET_AGING N;", "never pruned"),
+                               ("ENABLE_DIGEST_PERSISTENCE N;", "while this process")):
+            self.assertIn(fragment, " ".join(self.settings(conf).warnings()))
+        self.assertEqual([], self.settings("").warnings())
+        for lines, fragment in (("SOURCE ANY\nKEY k", "no HMAC"),
+                                (KEYED, "no OPEN_PORTS"),
+                                (KEYED, "REQUIRE_SOURCE_ADDRESS not enabled for access stanza "
+                                        "source: 'ANY'"),
+                                ("SOURCE ANY\nKEY %s\nENCRYPTION_MODE legacy" % ("k" * 17), "16")):
+            said = server.read_stanzas(self.write("access.conf", lines))[1]
+            self.assertIn(fragment, " ".join(said))
+            self.assertTrue(all(line.startswith("(stanza #1) ") for line in said), said)
+        quiet = KEYED + "OPEN_PORTS tcp/22\nREQUIRE_SOURCE_ADDRESS Y\n"
+        self.assertEqual([], server.read_stanzas(self.write("access.conf", quiet))[1])
+
+
+class StanzaTest(ConfigCase):
+    """Stanzas as a whole, and their keys."""
+
+    def test_stanzas(self) -> None:
+        """SOURCE begins one; each has its own settings, in the file's order."""
+        first, second = self.stanzas(KEYED + "OPEN_PORTS tcp/1\nSOURCE: 10.0.0.0/8\nKEY other\n")
+        self.assertEqual((1, 2), (first.number, second.number))
+        self.assertEqual((b"k3y", b"other"), (first.key, second.key))
+        self.assertTrue(first.open_ports)
+        self.assertFalse(second.open_ports)
+        self.assertFalse(second.hmac_key)
+
+    def test_files_that_are_not_enough(self) -> None:
+        """Empty, without a stanza, a line before the first SOURCE, a stanza without keys."""
+        for text, expected in (
+                ("", "access.conf: expected a stanza"), ("# x\n\n", "access.conf: expected a st"),
+                ("KEY k\nSOURCE ANY\n", "access.conf:1: KEY: expected a SOURCE line first"),
+                ("SOURCE ANY\nOPEN_PORTS tcp/22\n", "access.conf:1: SOURCE: expected a KEY"),
+                (KEYED + "SOURCE ANY\n", "access.conf:4: SOURCE: expected a KEY or KEY_BASE64"),
+                ("SOURCE ANY\nHMAC_KEY h\n", "access.conf:1: SOURCE: expected a KEY"),
+                ("SOURCE ANY\nGPG_DECRYPT_ID ABCD1234\nGPG_ALLOW_NO_PW Y\n",
+                 "access.conf:1: SOURCE: expected a KEY")):
+            with self.subTest(text=text):
+                self.assertTrue(self.error_of(text).startswith(expected), self.error_of(text))
+
+    def test_keys(self) -> None:
+        """Lengths at their limits, both forms, with and without padding."""
+        for lines, key, hmac_key in (
+                ("KEY " + "k" * 32, b"k" * 32, b""), ("KEY_BASE64 " + KEY32, bytes(range(32)), b""),
+                ("KEY_BASE64 " + KEY32.rstrip("="), bytes(range(32)), b""),
+                ("KEY_BASE64 %s  " % KEY32, bytes(range(32)), b""),
+                ("KEY_BASE64 eA==", b"x", b""), ("KEY x\nHMAC_KEY " + "h" * 128, b"x", b"h" * 128),
+                ("KEY x\nHMAC_KEY_BASE64 " + HMAC64, b"x", bytes(range(64, 128)))):
+            with self.subTest(lines=lines):
+                stanza = self.stanzas("SOURCE ANY\n" + lines + "\n")[0]
+                found = bytes(stanza.one_key(server.Stanza.key, server.Stanza.key_base64)), bytes(
+                    stanza.one_key(server.Stanza.hmac_key, server.Stanza.hmac_key_base64))
+                self.assertEqual((key, hmac_key), found)
+                self.assertEqual(bool(hmac_key), stanza.keys.hmac is not None)
+
+    def test_wrong_keys(self) -> None:
+        """Too long, twice, equal, unchanged, no base64, empty."""
+        b64 = base64.b64encode
+        for lines, line, expected in (
+                ("KEY " + "k" * 33, 2, "32 bytes"), ("KEY __CHANGEME__", 2, "__CHANGEME__"),
+                ("KEY __CHANGEME__  ", 2, "__CHANGEME__"),
+                ("KEY_BASE64 __CHANGEME__", 2, "__CHANGEME__"),
+                ("KEY_BASE64 " + b64(bytes(33)).decode(), 2, "32 bytes"),
+                ("KEY_BASE64 " + b64(b"__CHANGEME__").decode(), 2, "__CHANGEME__"),
+                ("KEY_BASE64 a-b_", 2, "base64"), ("KEY_BASE64 abcde", 2, "base64"),
+                ("KEY_BASE64 ab cd", 2, "base64"), ("KEY_BASE64 ==", 2, "at least one byte"),
+                ("KEY a\nKEY_BASE64 YQ==", 3, "only one of KEY and KEY_BASE64"),
+                ("KEY_BASE64 YQ==\nKEY a", 2, "only one of KEY and KEY_BASE64"),
+                ("KEY a\nHMAC_KEY b\nHMAC_KEY_BASE64 Yg==", 4, "only one of HMAC_KEY and"),
+                ("KEY a\nHMAC_KEY " + "h" * 129, 3, "128 bytes"),
+                ("KEY a\nHMAC_KEY __CHANGEME__", 3, "__CHANGEME__"),
+                ("KEY a\nHMAC_KEY_BASE64 __CHANGEME__", 3, "__CHANGEME__"),
+                ("KEY a\nHMAC_KEY_BASE64 " + b64(bytes(129)).decode(), 3, "128 bytes"),
+                ("KEY a\nHMAC_KEY a", 1, "HMAC key that is not the encryption key"),
+                ("KEY a\nHMAC_KEY_BASE64 YQ==", 1, "HMAC key that is not the encryption key"),
+                # An HMAC key of no bytes must not be taken for none.
+                ("KEY a\nHMAC_KEY_BASE64 ==", 3, "expected"),
+                ("KEY a\nHMAC_KEY_BASE64 =", 3, "expected")):
+            with self.subTest(lines=lines):
+                said = self.error_of("SOURCE ANY\n" + lines + "\n")
+                self.assertTrue(said.startswith("access.conf:%d: " % line), said)
+                self.assertIn(expected, said)
+
+    def test_both_forms_of_expiry(self) -> None:
+        """With ACCESS_EXPIRE and ACCESS_EXPIRE_EPOCH the earlier holds: neither may be dropped."""
+        early = int(time.mktime((2030, 1, 2, 0, 0, 0, 0, 0, -1)))
+        for lines in ("ACCESS_EXPIRE 01/02/2030\nACCESS_EXPIRE_EPOCH 9999999999",
+                      "ACCESS_EXPIRE_EPOCH %d\nACCESS_EXPIRE 01/01/2040" % early):
+            self.assertEqual(early, self.stanza(lines).expires)
+
+    def test_unreadable_files(self) -> None:
+        """Missing, a directory: one line with the path, exit 3."""
+        missing = os.path.join(self.directory, "missing")
+        good = self.write("access.conf", KEYED)
+        for conf, access in ((missing, good), (self.directory, good),
+                             (self.write("fwknopd.conf", ""), missing),
+                             (self.write("fwknopd.conf", ""), self.directory)):
+            code, out, err = self.main("-c", conf, "-a", access, "--exit-parse-config")
+            with self.subTest(conf=conf, access=access):
+                self.assertEqual((3, "", 1), (code, out, len(err.splitlines())))
+                self.assertRegex(err, r"%s: \w" % re.escape(missing if missing in (conf, access)
+                                                           else self.directory))
+
+    def test_binary_files(self) -> None:
+        """Any bytes are read, or are an error; never a traceback."""
+        for text in ("".join(map(chr, range(256))), "SOURCE ANY\nKEY \0\1\2\xff\n",
+                     "\xff\xfeS\0O\0"):
+            try:
+                self.stanzas(text)
+            except server.ConfigError:
+                pass
+
+
+# ------------------------------------------------------------------- what is shown
+
+MARKER = "s3cretMARKERs3cret"
+MARKER64 = base64.b64encode(MARKER.encode()).decode()  # 24 characters
+
+
+class SecretTest(ConfigCase):
+    """No secret in anything that can be printed."""
+
+    def clean(self, text: str) -> None:
+        """Fail when a secret, or a good part of one, is in the text."""
+        for part in (MARKER, MARKER64, MARKER[::-1], MARKER.encode().hex(), MARKER[:9],
+                     MARKER64[:9]):
+            self.assertNotIn(part, text)
+
+    stanza_text = ("SOURCE ANY\nKEY %s\nHMAC_KEY_BASE64 %s\nGPG_DECRYPT_PW %s\n"
+                   "SOURCE ANY\nKEY_BASE64 %s\nHMAC_KEY %s\nENCRYPTION_MODE legacy\n"
+                   % (MARKER, base64.b64encode(MARKER[::-1].encode()).decode(), MARKER, MARKER64,
+                      MARKER[::-1]))
+
+    def test_dump_and_start(self) -> None:
+        """-D, --exit-parse-config and all warnings."""
+        for option in ("-D", "--exit-parse-config"):
+            code, out, err = self.main_with(self.stanza_text, "PCAP_INTF lo;\n", option)
+            self.assertEqual(0, code, err)
+            self.clean(out + err)
+
+    def test_objects(self) -> None:
+        """repr and str of stanzas, keys and their settings."""
+        for stanza in self.stanzas(self.stanza_text):
+            for each in (stanza, stanza.keys, stanza.key, stanza.hmac_key, stanza.key_base64,
+                         stanza.keys.secret, stanza.keys.hmac):
+                with self.subTest(object=type(each).__name__, stanza=stanza.number):
+                    self.clean("%r %s %s" % (each, each, [each]))
+                    self.clean("{} {!r}".format(each, each))
+
+    def test_errors(self) -> None:
+        """Every way of getting a line with a secret wrong."""
+        lines = ["%s %s" % (name, value) for name in ("KEY", "HMAC_KEY", "KEY_BASE64",
+                                                      "HMAC_KEY_BASE64")
+                 for value in (MARKER * 10, MARKER64 + "!", MARKER64 + "A", "$" + MARKER,
+                               "$KEY" + MARKER, "__CHANGEME__" + MARKER * 9, MARKER + "\xff" * 200)]
+        lines += ["KEY %s\nKEY_BASE64 %s" % (MARKER, MARKER64), "KEYX " + MARKER,
+                  "KEY %s\nHMAC_KEY %s" % (MARKER, MARKER), "KEY %s\nNOPE x" % MARKER,
+                  "KEY %s\nOPEN_PORTS x" % MARKER, "GPG_DECRYPT_PW %s" % MARKER]
+        # A line without a blank after its name, or the second half of a key that a mailer broke,
+        # is not the name of a directive.
+        lines += ["KEY:" + MARKER, "KEY=" + MARKER, "KEY_BASE64=" + MARKER64, MARKER,
+                  "KEY %s\n%s" % (MARKER, MARKER64), "HMAC_KEY_BASE64=%s " % MARKER64,
+                  "KEY\xa0" + MARKER, "KEY=%s %s" % (MARKER, MARKER)]
+        for text in lines:
+            with self.subTest(lines=text):
+                try:
+                    self.stanzas("SOURCE ANY\n" + text + "\n")
+                except server.ConfigError as error:
+                    self.clean("%s %r %s" % (error, error, error.hint))
+                self.clean(self.main_with("SOURCE ANY\n" + text + "\n", "", "-D")[1])
+                self.clean(self.main_with("SOURCE ANY\n" + text + "\n", "", "-D")[2])
+
+    def test_errors_carry_no_cause_with_a_secret(self) -> None:
+        """What Python would chain to an error holds no value either."""
+        with self.assertRaises(server.ConfigError) as caught:
+            self.stanzas("SOURCE ANY\nKEY_BASE64 %s!\n" % MARKER64)
+        self.assertIsNone(caught.exception.__cause__)
+        self.assertTrue(caught.exception.__suppress_context__)
+
+    def test_keys_in_the_other_file(self) -> None:
+        """A key in fwknopd.conf is an unknown directive, without its value."""
+        self.clean(self.error_of(conf="KEY %s;\n" % MARKER))
+
+
+def comparable(settings: Any) -> Dict[str, Any]:
+    """Return every value in force by its name, in a form that can be compared."""
+    found = {}
+    for row in settings.rows():
+        if row.secret or isinstance(row, (server.Ignored, server.Refused)):
+            continue
+        value = getattr(settings, row.attribute)
+        found[row.name] = (value.everything, value.masks) if row.name in ("SOURCE", "DESTINATION") \
+            else value
+    return found
+
+
+class DumpTest(ConfigCase):
+    """-D prints the configuration in its own syntax."""
+
+    access = (KEYED + "OPEN_PORTS tcp/22, udp/53\nFW_ACCESS_TIMEOUT 7\nREQUIRE_SOURCE Y\n"
+              "REQUIRE_USERNAME bob smith\nACCESS_EXPIRE 01/02/2030\nACCESS_PREFIX4 24\n"
+              "ENCRYPTION_MODE ctr\nHMAC_DIGEST_TYPE sha3_256\nFORWARD_ALL N\nGPG_HOME_DIR /x\n"
+              "SOURCE 10.0.0.0/8, 192.168.1.1, fd00::/8\nDESTINATION 1.2.3.4\nKEY_BASE64 %s\n"
+              "RESTRICT_PORTS tcp/25\nMAX_FW_TIMEOUT 5\n" % KEY32)
+    confs = (
+        "", "PCAP_INTF lo;\nPCAP_FILTER udp port 1 or udp dst port 2;\nVERBOSE 2;\n"
+        "GUARD_PORTS tcp/22;\nNFT_ACCEPT_CHAINS inet f i;\nNFQ_PORT 1;\nNFQ_TABLE x;\n"
+        "FWKNOP_RUN_DIR /a;\nDIGEST_FILE $FWKNOP_RUN_DIR/d;\nENABLE_PCAP_PROMISC Y;\n"
+        "IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, MYSPA, 1;\nENABLE_SPA_PACKET_AGING N;\n",
+        # The dump has the value, not the variable, which may mean something else there.
+        "DIGEST_FILE $FWKNOP_RUN_DIR/d;\nFWKNOP_RUN_DIR /a;\n")
+
+    def check(self, access: str, conf: str, *options: str) -> None:
+        """Dump, read the dump, compare all values; and dump that again."""
+        code, out, err = self.main_with(access, conf, "-D", *options)
+        self.assertEqual(0, code, err)
+        conf_part, _, access_part = out.partition("# access.conf, stanza #1\n")
+        self.assertTrue(access_part)
+        again = self.settings(conf_part)
+        first = self.settings_of("-c", self.write("fwknopd.conf", conf),
+                                 "-a", self.write("access.conf", access), *options)
+        stanzas = self.stanzas(access)
+        self.assertEqual(comparable(first), comparable(again))
+        access_part = re.sub(r"(?m)^(HMAC_KEY\w*\s+)__CHANGEME__", r"\1eHh4", access_part)
+        read_back = self.stanzas(access_part.replace("__CHANGEME__", "YWJj"))
+        self.assertEqual([comparable(each) for each in stanzas],
+                         [comparable(each) for each in read_back])
+        for old, new in zip(stanzas, read_back):
+            self.assertEqual([row.name for row in old.rows() if row.secret and old.is_set(row)],
+                             [row.name for row in new.rows() if row.secret and new.is_set(row)])
+
+    def test_round_trip(self) -> None:
+        """The dump parses back to the same settings."""
+        for conf in self.confs:
+            with self.subTest(conf=conf):
+                self.check(self.access.replace("HMAC_KEY hm4c\n", "HMAC_KEY_BASE64 eHh4\n"), conf)
+
+    def test_round_trip_of_options(self) -> None:
+        """What the command line says instead is in the dump."""
+        for options in (("-i", "eth7", "-U", "-v", "-v"), ("-P", "udp port 7"), ("-r", "/b"),
+                        ("-d", "/d", "-p", "/p")):
+            with self.subTest(options=options):
+                self.check(KEYED, "FWKNOP_RUN_DIR /a;\n", *options)
+        self.check(KEYED, "FWKNOP_RUN_DIR /a;\nDIGEST_FILE $FWKNOP_RUN_DIR/d;\n", "-r", "/b")
+
+    def test_dump_shows_every_directive(self) -> None:
+        """Set or not, so that the administrator sees what there is."""
+        out = self.main_with(KEYED, "", "-D")[1]
+        for name in sorted(set(SPEC_DEFAULTS) | set(OUR_NAMES)):
+            self.assertRegex(out, r"(?m)^#?%s\s" % name)
+
+
+class CommandLineTest(ConfigCase):
+    """Options, exit codes and warnings of main()."""
+
+    def test_options_override_files(self) -> None:
+        """Each option, against another value in the file."""
+        conf = ("PCAP_INTF a0;\nPCAP_FILTER udp port 1;\nENABLE_UDP_SERVER N;\nDIGEST_FILE /a/d;\n"
+                "FWKNOP_PID_FILE /a/p;\nFWKNOP_RUN_DIR /a;\nACCESS_FILE /a/access.conf;\n")
+        path = self.write("fwknopd.conf", conf)
+        for options, attribute, value in (
+                (["-i", "b0"], "interface", "b0"), (["--interface", "any"], "interface", "any"),
+                (["-P", "udp port 2"], "packet_filter", ((2, True),)),
+                (["-U"], "udp_server", True), (["-d", "/b/d"], "digest_file", "/b/d"),
+                (["-p", "/b/p"], "pid_file", "/b/p"), (["-r", "/b"], "run_directory", "/b"),
+                (["-a", "/b/access.conf"], "access_file", "/b/access.conf"),
+                (["-a", "x.conf"], "access_file", os.path.join(os.getcwd(), "x.conf")),
+                (["-v"], "verbose", 1), ([], "interface", "a0")):
+            with self.subTest(options=options):
+                self.assertEqual(value, getattr(self.settings_of("-c", path, *options), attribute))
+
+    def test_run_dir_moves_what_depends_on_it(self) -> None:
+        """-r without a DIGEST_FILE or FWKNOP_PID_FILE in the file."""
+        settings = self.settings_of("-c", self.write("fwknopd.conf", ""), "-r", "/b")
+        self.assertEqual(("/b/digest.cache", "/b/fwknopd.pid"),
+                         (settings.digest_file, settings.pid_file))
+
+    def test_exit_codes(self) -> None:
+        """0 done, 2 wrong command line, 3 unusable configuration."""
+        for arguments, code in (
+                (["-V"], 0), (["--help"], 0), (["--no-such-option"], 2), (["extra"], 2),
+                (["-c"], 2), (["-Vx"], 2), (["--version=1"], 2)):
+            with self.subTest(arguments=arguments):
+                self.assertEqual(code, self.main(*arguments)[0])
+        for option in (["-D"], ["--exit-parse-config"]):
+            self.assertEqual(0, self.main_with(KEYED, "", *option)[0])
+            self.assertEqual(3, self.main_with("", "", *option)[0])
+            self.assertEqual(3, self.main_with(KEYED, "X 1\n", *option)[0])
+            self.assertEqual(3, self.main_with(KEYED, "", "-P", "tcp", *option)[0])
+
+    def test_exit_parse_config(self) -> None:
+        """fwknopd's words."""
+        self.assertEqual((0, "Configs parsed, exiting.\n"),
+                         self.main_with(KEYED, "", "--exit-parse-config")[:2])
+
+    def test_version(self) -> None:
+        """Version and the SHA-256 of the very file."""
+        code, out, err = self.main("-V")
+        self.assertEqual((0, ""), (code, err))
+        self.assertIn(server.VERSION, out)
+        self.assertRegex(out, r"sha256 [0-9a-f]{64}\n$")
+
+    def test_permission_warnings(self) -> None:
+        """Files that others can read, as fwknopd says it; nothing about a file that is right."""
+        for mode, warned in ((0o600, False), (0o400, False), (0o644, True), (0o640, True),
+                             (0o602, True), (0o610, True)):
+            path = self.write("access.conf", KEYED, mode)
+            conf = self.write("fwknopd.conf", "")
+            _code, _out, err = self.main("-c", conf, "-a", path, "--exit-parse-config")
+            with self.subTest(mode=oct(mode)):
+                self.assertEqual(warned, "file: %s permissions should only be user read/write "
+                                 "(0600, -rw-------)" % path in err)
+
+    @needs_root
+    def test_owner_warnings(self) -> None:
+        """A file that belongs to somebody else."""
+        path = self.write("access.conf", KEYED)
+        os.chown(path, 12345, -1)
+        self.assertIn("owner: 12345", " ".join(server.permission_warnings(path)))
+
+    def test_warnings_are_shown_when_parsing(self) -> None:
+        """Stanza warnings and ignored directives reach standard error."""
+        _code, _out, err = self.main_with("SOURCE ANY\nKEY k\n", "LOCALE C;\n",
+                                          "--exit-parse-config")
+        for fragment in ("no HMAC_KEY", "LOCALE is ignored", "no OPEN_PORTS"):
+            self.assertIn(fragment, err)
+
+    def test_status_without_a_server(self) -> None:
+        """-S, -K and -R find nothing, say so and leave no file behind."""
+        conf = self.write("fwknopd.conf", "FWKNOP_RUN_DIR %s/run;\n" % self.directory)
+        for option in ("-S", "-K", "-R"):
+            code, out, _err = self.main("-c", conf, option)
+            self.assertEqual((1, "No running fwknopd detected.\n"), (code, out))
+        self.assertFalse(os.path.exists(os.path.join(self.directory, "run")))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,117 @@
+"""The README says what the code does: its tables come from the code's tables.
+
+`python3 -m tests.test_readme --write` puts them in.
+"""
+
+import os
+import re
+import sys
+import unittest
+
+from tests.support import TOP, load_script
+
+README = os.path.join(TOP, "README.md")
+
+
+def server_rows(settings):
+    """The supported rows of one of the server's tables: name, default, help."""
+    server = load_script("spa_server")
+    for row in settings.rows():
+        if not isinstance(row, (server.Ignored, server.Refused)):
+            yield " / ".join(row.names), row.default, row.help
+
+
+def client_rows():
+    """The supported rows of the client's table."""
+    client = load_script("spa_client")
+    for row in client.DIRECTIVES.values():
+        if row.name.isupper() and not row.state:
+            yield row.name, row.default or "", row.help
+
+
+def table(rows):
+    """Rows as a table of Markdown."""
+    lines = ["| directive | default | |", "|---|---|---|"]
+    for name, default, help in rows:
+        shown = "`%s`" % default if default else ""
+        lines.append("| `%s` | %s | %s |" % (name, shown, help.replace("|", "\\|")))
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def names(settings, kind):
+    """The names in the rows of one kind, each with its reason."""
+    return "\n" + ";\n".join("%s (%s)" % (", ".join("`%s`" % name for name in row.names), row.help)
+                             for row in settings.rows() if isinstance(row, kind)) + ".\n"
+
+
+def generated(text):
+    """`text` with every marked part replaced by what the code says."""
+    server = load_script("spa_server")
+    parts = {"table: client": table(client_rows())}
+    for name in ("ServerSettings", "Stanza"):
+        settings = getattr(server, name)
+        parts["table: " + name] = table(server_rows(settings))
+        parts["ignored: " + name] = names(settings, server.Ignored)
+        parts["refused: " + name] = names(settings, server.Refused)
+    for mark, part in parts.items():
+        kind = mark.partition(":")[0]
+        pattern = "(<!-- %s -->).*?(<!-- end %s -->)" % (re.escape(mark), kind)
+        text, count = re.subn(pattern, lambda found, part=part: found[1] + part + found[2], text,
+                              flags=re.S)
+        if count != 1:
+            raise AssertionError("README.md has %d parts marked '%s'" % (count, mark))
+    return text
+
+
+def read():
+    """The README as it is."""
+    with open(README, encoding="ascii") as file:
+        return file.read()
+
+
+class ReadmeTest(unittest.TestCase):
+    """The README against the code and the tree."""
+
+    def test_tables_are_those_of_the_code(self):
+        """Every directive, default and help text."""
+        text = read()
+        self.assertEqual(generated(text), text, "run: python3 -m tests.test_readme --write")
+
+    def test_files_that_it_names_exist(self):
+        """Tests, scripts and commands."""
+        found = set(re.findall(r"`(tests/\w+\.py|\.ci/\w+|\w+\.py)`", read()))
+        self.assertIn("tests/test_live.py", found)
+        missing = [name for name in found if not os.path.exists(os.path.join(TOP, name))]
+        self.assertEqual([], missing)
+
+    def test_options_that_it_names_exist(self):
+        """Long options in the text are options of a script."""
+        helps = "".join(load_script(name).format_help() for name in ("spa_server", "spa_client"))
+        with open(os.path.join(TOP, "keygen.py"), encoding="ascii") as file:
+            helps += file.read()
+        foreign = {"--datestop"}  # of iptables
+        wanted = set(re.findall(r"--[a-z][a-z-]+", read())) - foreign
+        self.assertGreater(len(wanted), 8)
+        self.assertEqual([], [option for option in sorted(wanted) if option not in helps])
+
+    def test_log_lines_that_it_explains_exist(self):
+        """Every line of the table stands in the server, as far as it has no variable part."""
+        with open(os.path.join(TOP, "spa_server.py"), encoding="ascii") as file:
+            source = re.sub(r'"\s*\n\s*"', "", file.read())
+        section = read().partition("## Log lines")[2].partition("##")[0]
+        lines = re.findall(r"^\| `(.*?)` \|", section, flags=re.M)
+        self.assertGreater(len(lines), 10)
+        for line in lines:
+            for part in re.split(r"\.\.\.|\d+|joe", line):
+                part = part.strip(" :.()")
+                with self.subTest(part=part):
+                    self.assertIn(re.sub("FKO_ERROR_INVALID_DATA_HMAC", "HMAC", part), source)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        new = generated(read())
+        with open(README, "w", encoding="ascii") as out:
+            out.write(new)
+    else:
+        unittest.main()

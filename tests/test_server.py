@@ -1,0 +1,1425 @@
+"""What a genuine packet may open, and what the server remembers, opens, closes and says.
+
+The firewall is a fake that obeys: it keeps open doors, so the tests say what is open. Clocks are
+fakes too. The live firewalls have tests of their own.
+"""
+
+import fcntl
+import hashlib
+import io
+import ipaddress
+import os
+import random
+import resource
+import socket
+import struct
+import sys
+import tempfile
+import unittest
+from typing import Any, List, Optional
+
+from tests.support import load_script, run
+from tests.test_packet import NOW, Sender, b64
+
+server = load_script("spa_server")  # type: Any
+CLIENT, HOST = "10.55.0.2", "10.55.0.1"
+
+
+class Clock:
+    """Wall time and monotonic time, moved by hand."""
+
+    def __init__(self) -> None:
+        self.wall_time, self.mono_time = float(NOW), 5000.0
+
+    def wall(self) -> float:
+        """Return what time.time() would."""
+        return self.wall_time
+
+    def mono(self) -> float:
+        """Return what time.monotonic() would."""
+        return self.mono_time
+
+    def pass_seconds(self, seconds: float) -> None:
+        """Let time pass."""
+        self.wall_time += seconds
+        self.mono_time += seconds
+
+    def jump(self, seconds: float) -> None:
+        """Set the wall clock, as an administrator or NTP does."""
+        self.wall_time += seconds
+
+
+class FakeFirewall:
+    """A kernel that keeps doors, ends them in time, and says when it is asked for nonsense."""
+
+    name, poll_seconds = "fake", 30.0
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.rules = clock, {}  # type: Tuple[Clock, Dict[Any, Any]]
+        self.failures, self.failing_closes, self.prepared, self.whole = 0, 0, 0, True
+
+    def describe(self) -> str:
+        """Return where grants go."""
+        return "FWKNOP_INPUT"
+
+    def prepare(self) -> None:
+        """Make what prepare() makes."""
+        self.prepared, self.whole = self.prepared + 1, True
+
+    def intact(self) -> bool:
+        """Return whether nobody took our rules away."""
+        return self.whole
+
+    def open(self, grants: List[Any], replaced: List[Any]) -> None:
+        """All or none, as a transaction does it."""
+        if self.failures:
+            self.failures -= 1
+            raise server.CommandError("fake-restore failed: no reason given")
+        if not self.whole:
+            raise server.CommandError("fake-restore failed: no such chain")
+        rules = dict(self.rules)
+        for grant in replaced:
+            if rules.pop(grant.door, None) is None:
+                raise server.CommandError("fake-restore failed: no such rule")
+        for grant in grants:
+            assert grant.door not in rules, "a second rule for the same door"
+            rules[grant.door] = grant
+        self.rules = rules
+
+    def close(self, grants: List[Any]) -> None:
+        """Delete rules; what is gone already is no error."""
+        if self.failing_closes:
+            self.failing_closes -= 1
+            raise server.CommandError("fake failed: Resource temporarily unavailable")
+        for grant in grants:
+            self.rules.pop(grant.door, None)
+
+    def grants(self) -> List[Any]:
+        """Return the rules that are there."""
+        return list(self.rules.values())
+
+    def flush(self) -> None:
+        """Delete all rules."""
+        self.rules = {}
+
+    def remove(self) -> None:
+        """Nothing more to take away."""
+        self.whole = False
+
+    def unguard(self) -> None:
+        """No guard here."""
+
+    def doors(self) -> List[str]:
+        """Return what can be passed right now, in the log's words."""
+        return sorted(str(door) for door, grant in self.rules.items()
+                      if grant.ends > self.clock.mono_time)
+
+
+def datagram(payload: bytes = b"", source: str = CLIENT, destination: str = HOST) -> Any:
+    """Return a datagram from and to these addresses."""
+    return server.Datagram(payload, ipaddress.ip_address(source).packed, 60208,
+                           ipaddress.ip_address(destination).packed, 62201)
+
+
+class ServerCase(unittest.TestCase):
+    """A directory, clocks, a log and a firewall, and the server on top of them."""
+
+    def setUp(self) -> None:
+        """Make all but the server, which needs stanzas."""
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+        self.path = os.path.join(self.directory, "digest.cache")
+        self.clock = Clock()
+        self.firewall = FakeFirewall(self.clock)
+        self.stream = io.StringIO()
+        self.log = server.Log(self.stream, monotonic=self.clock.mono)
+
+    def memory(self, boot: str = "boot-1", path: Optional[str] = "", max_age: Optional[int] = 120
+               ) -> Any:
+        """Return a replay memory on the fake clocks, as a start of the server makes it."""
+        made = server.ReplayMemory(self.path if path == "" else path, max_age, self.log,
+                                   self.clock.wall, self.clock.mono, lambda: boot)
+        self.addCleanup(made.close)
+        return made
+
+    def stanzas(self, text: str) -> List[Any]:
+        """Return the stanzas of an access.conf."""
+        path = os.path.join(self.directory, "access.conf")
+        with open(path, "w") as stream:
+            stream.write(text)
+        return list(server.read_stanzas(path)[0])
+
+    def serve(self, access: str, conf: str = "", boot: str = "boot-1") -> Any:
+        """Return a server for these files."""
+        path = os.path.join(self.directory, "fwknopd.conf")
+        with open(path, "w") as stream:
+            stream.write("FWKNOP_RUN_DIR %s;\n%s" % (self.directory, conf))
+        settings = server.ServerSettings()
+        server.read_server_settings(path, settings)
+        made = server.Server(server.Configuration(settings, self.stanzas(access), []),
+                             self.firewall, self.log)
+        made.memory.close()
+        path_used, age = made.memory.path, made.memory.max_age
+        if path_used and os.path.exists(path_used) and not hasattr(self, "served"):
+            os.unlink(path_used)  # it began on the real clocks
+        self.served = True
+        made.memory = self.memory(boot, path_used, age)
+        made.grants.wall, made.grants.monotonic = self.clock.wall, self.clock.mono
+        made.grants.adopt()
+        for each in (made.selector, made.firewall_events, made.link_events):
+            if each is not None:
+                self.addCleanup(each.close)
+        return made
+
+    def logged(self) -> str:
+        """Return the log since the last call."""
+        text = self.stream.getvalue()
+        self.stream.seek(0)
+        self.stream.truncate()
+        return text
+
+
+KEYS = "KEY s3cretRijndael\nHMAC_KEY hmacKey-for-tests\n"
+DOOR22 = "10.55.0.2 -> 0.0.0.0/0 tcp/22"
+
+
+# ------------------------------------------------------------------- judgement
+
+# (stanza lines, message, type, timeout, user, what is opened for how long, or why not)
+JUDGED = (
+    ("", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("", "10.55.0.2,tcp/22,udp/53", 1, 0, "bob", "10.55.0.2 tcp/22 udp/53 30"),
+    ("", "10.9.9.9,tcp/22", 1, 0, "bob", "10.9.9.9 tcp/22 30"),
+    ("", "0.0.0.0,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("", "::,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("", "2001:db8::7,tcp/22", 1, 0, "bob", "2001:db8::7 tcp/22 30"),
+    # OPEN_PORTS: the request is a subset, whatever stands twice in either
+    ("OPEN_PORTS tcp/22", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("OPEN_PORTS tcp/22", "10.55.0.2,tcp/22,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("OPEN_PORTS tcp/22", "10.55.0.2,udp/22", 1, 0, "bob", "ports"),
+    ("OPEN_PORTS tcp/22", "10.55.0.2,tcp/23", 1, 0, "bob", "ports"),
+    ("OPEN_PORTS tcp/22", "10.55.0.2,tcp/22,tcp/23", 1, 0, "bob", "ports"),
+    ("OPEN_PORTS tcp/22, tcp/22", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("OPEN_PORTS tcp/22, tcp/22", "10.55.0.2,tcp/22,tcp/9999", 1, 0, "bob", "ports"),
+    ("OPEN_PORTS tcp/22, tcp/22", "10.55.0.2,tcp/9999,tcp/22", 1, 0, "bob", "ports"),
+    ("OPEN_PORTS tcp/1,udp/2", "10.55.0.2,udp/2,tcp/1", 1, 0, "bob", "10.55.0.2 udp/2 tcp/1 30"),
+    ("RESTRICT_PORTS tcp/25", "10.55.0.2,tcp/25", 1, 0, "bob", "ports"),
+    ("RESTRICT_PORTS tcp/25", "10.55.0.2,tcp/22,tcp/25", 1, 0, "bob", "ports"),
+    ("RESTRICT_PORTS tcp/25", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("OPEN_PORTS tcp/22,tcp/25\nRESTRICT_PORTS tcp/25", "10.55.0.2,tcp/25", 1, 0, "bob", "ports"),
+    # time
+    ("FW_ACCESS_TIMEOUT 7", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 7"),
+    ("FW_ACCESS_TIMEOUT 7", "10.55.0.2,tcp/22", 3, 60, "bob", "10.55.0.2 tcp/22 60"),
+    ("FW_ACCESS_TIMEOUT 7", "10.55.0.2,tcp/22", 3, 0, "bob", "10.55.0.2 tcp/22 7"),
+    ("FW_ACCESS_TIMEOUT 0", "10.55.0.2,tcp/22", 1, 0, "bob", "no time"),
+    ("FW_ACCESS_TIMEOUT 0", "10.55.0.2,tcp/22", 3, 0, "bob", "no time"),
+    ("FW_ACCESS_TIMEOUT 0", "10.55.0.2,tcp/22", 3, 5, "bob", "10.55.0.2 tcp/22 5"),
+    ("", "10.55.0.2,tcp/22", 3, 65536, "bob", "10.55.0.2 tcp/22 300"),
+    ("MAX_FW_TIMEOUT 10", "10.55.0.2,tcp/22", 3, 11, "bob", "10.55.0.2 tcp/22 10"),
+    ("MAX_FW_TIMEOUT 10", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    # who
+    ("REQUIRE_SOURCE_ADDRESS Y", "0.0.0.0,tcp/22", 1, 0, "bob", "no address"),
+    ("REQUIRE_SOURCE_ADDRESS Y", "::,tcp/22", 1, 0, "bob", "no address"),
+    ("REQUIRE_SOURCE_ADDRESS Y", "::ffff:0.0.0.0,tcp/22", 1, 0, "bob", "no address"),
+    ("REQUIRE_SOURCE_ADDRESS Y", "10.1.1.1,tcp/22", 1, 0, "bob", "10.1.1.1 tcp/22 30"),
+    ("REQUIRE_USERNAME bob", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("REQUIRE_USERNAME bob", "10.55.0.2,tcp/22", 1, 0, "Bob", "user"),
+    ("REQUIRE_USERNAME bob", "10.55.0.2,tcp/22", 1, 0, "bob ", "user"),
+    ("REQUIRE_USERNAME bob smith", "10.55.0.2,tcp/22", 1, 0, "bob smith",
+     "10.55.0.2 tcp/22 30"),
+    ("ACCESS_EXPIRE_EPOCH %d" % NOW, "10.55.0.2,tcp/22", 1, 0, "bob", "expired stanza"),
+    ("ACCESS_EXPIRE_EPOCH %d" % (NOW + 1), "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    ("ACCESS_EXPIRE 11/01/2026", "10.55.0.2,tcp/22", 1, 0, "bob", "expired stanza"),
+    ("ACCESS_EXPIRE 12/31/2026", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    # carrier NAT
+    ("ACCESS_PREFIX4 24", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.0/24 tcp/22 30"),
+    ("ACCESS_PREFIX4 24", "::,tcp/22", 1, 0, "bob", "10.55.0.0/24 tcp/22 30"),
+    ("ACCESS_PREFIX6 56", "2001:db8:1:2ff::7,tcp/22", 1, 0, "bob",
+     "2001:db8:1:200::/56 tcp/22 30"),
+    ("ACCESS_PREFIX6 56", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+)
+
+
+class JudgeTest(ServerCase):
+    """A pure function of packet, stanza, datagram and time."""
+
+    def packet(self, text: str, kind: int = 1, timeout: int = 0, user: str = "bob") -> Any:
+        """Return a packet with these fields, off the wire."""
+        extra = [b"%d" % timeout] if kind == 3 else []
+        sender = Sender()
+        return server.open_packet(sender.packet(text, kind, extra, user), sender.keys())[0]
+
+    def judge(self, lines: str, packet: Any, came: Any, rule: bool = False) -> str:
+        """Return what is opened, or the reason of the rejection."""
+        stanza = self.stanzas("SOURCE ANY\n" + KEYS + lines + "\n")[0]
+        try:
+            doors, seconds = server.judge(packet, stanza, came, rule, NOW)
+        except server.PacketRejected as rejection:
+            return str(rejection.reason)
+        sources = {str(door.source).replace("/32", "").replace("/128", "") for door in doors}
+        self.assertEqual(1, len(sources))
+        there = {str(door.destination) for door in doors if door.destination is not None}
+        return " ".join([sources.pop()] + ["%s/%d" % (door.protocol, door.port) for door in doors]
+                        + ["to " + each for each in there] + [str(seconds)])
+
+    def test_table(self) -> None:
+        """Each row of the table."""
+        for lines, text, kind, timeout, user, expected in JUDGED:
+            with self.subTest(lines=lines, text=text, kind=kind, timeout=timeout, user=user):
+                packet = self.packet(text, kind, timeout, user)
+                self.assertEqual(expected, self.judge(lines, packet, datagram()))
+
+    def test_source_of_the_packet_in_ipv6(self) -> None:
+        """`::` and 0.0.0.0 mean where the packet came from, in its own family."""
+        for text in ("0.0.0.0,tcp/22", "::,tcp/22"):
+            came = datagram(source="2001:db8::9", destination="2001:db8::1")
+            self.assertEqual("2001:db8::9 tcp/22 30", self.judge("", self.packet(text), came))
+            self.assertEqual("2001:db8::/64 tcp/22 30",
+                             self.judge("ACCESS_PREFIX6 64", self.packet(text), came))
+
+    def test_destination_rule(self) -> None:
+        """ENABLE_DESTINATION_RULE opens only where the packet was sent to."""
+        packet = self.packet("10.55.0.2,tcp/22")
+        self.assertEqual("10.55.0.2 tcp/22 to 10.55.0.1 30",
+                         self.judge("", packet, datagram(), True))
+        self.assertEqual("family", self.judge("", self.packet("2001:db8::7,tcp/22"), datagram(),
+                                              True))
+        self.assertEqual("family", self.judge("", packet, datagram(
+            source="2001:db8::9", destination="2001:db8::1"), True))
+
+    def test_source_and_destination_of_stanzas(self) -> None:
+        """admits() for addresses, networks, netmasks, both families and ANY."""
+        for lines, source, destination, expected in (
+                ("SOURCE ANY", "1.2.3.4", HOST, True), ("SOURCE any", "::1", "::2", True),
+                ("SOURCE 10.55.0.2", "10.55.0.2", HOST, True),
+                ("SOURCE 10.55.0.2", "10.55.0.3", HOST, False),
+                ("SOURCE 10.55.0.0/24", "10.55.0.255", HOST, True),
+                ("SOURCE 10.55.0.0/24", "10.55.1.0", HOST, False),
+                ("SOURCE 10.55.0.9/255.255.0.0", "10.55.7.7", HOST, True),
+                ("SOURCE 10.55.0.9/255.255.0.0", "10.56.0.9", HOST, False),
+                ("SOURCE 1.1.1.1, 10.0.0.0/8", "10.9.9.9", HOST, True),
+                ("SOURCE 1.1.1.1,10.0.0.0/8", "1.1.1.2", HOST, False),
+                ("SOURCE 0.0.0.0/0", "9.9.9.9", HOST, True),
+                ("SOURCE 0.0.0.0/0", "2001:db8::1", "2001:db8::2", False),
+                ("SOURCE ::/0", "9.9.9.9", HOST, False),
+                ("SOURCE 2001:db8::/32", "2001:db8:ffff::1", "::1", True),
+                ("SOURCE 2001:db8::/32", "2001:db9::1", "::1", False),
+                ("SOURCE 2001:db8::1, 10.0.0.1", "10.0.0.1", HOST, True),
+                ("SOURCE ANY\nDESTINATION 10.55.0.1", CLIENT, HOST, True),
+                ("SOURCE ANY\nDESTINATION 10.55.0.9", CLIENT, HOST, False),
+                ("SOURCE ANY\nDESTINATION 2001:db8::/32", CLIENT, HOST, False),
+                ("SOURCE ANY\nDESTINATION 2001:db8::/32", "::1", "2001:db8::1", True),
+                ("SOURCE 10.0.0.0/8\nDESTINATION ANY", CLIENT, HOST, True)):
+            with self.subTest(lines=lines, source=source, destination=destination):
+                stanza = self.stanzas(lines + "\n" + KEYS)[0]
+                self.assertIs(expected, stanza.admits(datagram(b"", source, destination)))
+
+
+# ------------------------------------------------------------------- the whole way
+
+class ReceiveTest(ServerCase):
+    """A datagram from its arrival to the open door."""
+
+    sender = Sender()
+
+    def knock(self, made: Any, sender: Optional[Sender] = None, source: str = CLIENT,
+              **fields: Any) -> bytes:
+        """Send a packet of now; return it."""
+        fields.setdefault("timestamp", int(self.clock.wall_time))
+        self.count = getattr(self, "count", 0) + 1
+        payload = (sender or self.sender).packet(rand="%016d" % self.count, **fields)
+        made.receive(datagram(payload, source))
+        return payload
+
+    def test_a_knock_opens_and_the_time_closes(self) -> None:
+        """The main job."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        self.knock(made)
+        self.assertEqual([DOOR22], self.firewall.doors())
+        text = self.logged()
+        self.assertIn("(stanza #1) SPA Packet from IP: 10.55.0.2 received with access source "
+                      "match\n", text)
+        self.assertIn("Added access rule to FWKNOP_INPUT for 10.55.0.2 -> 0.0.0.0/0 tcp/22, "
+                      "expires at %d\n" % (NOW + 30), text)
+        self.clock.pass_seconds(29.9)
+        made.grants.expire()
+        self.assertEqual([DOOR22], self.firewall.doors())
+        self.clock.pass_seconds(0.1)
+        made.grants.expire()
+        self.assertEqual({}, self.firewall.rules)
+        self.assertIn("Removed rule 1 from FWKNOP_INPUT with expire time of %d" % (NOW + 30),
+                      self.logged())
+
+    def test_stanza_order(self) -> None:
+        """The first stanza that opens something ends it; a failure goes on to the next."""
+        other = Sender(b"other", b"other-hmac")
+        access = ("SOURCE 192.0.2.1\n" + KEYS + "FW_ACCESS_TIMEOUT 1\n"
+                  "SOURCE ANY\nKEY other\nHMAC_KEY other-hmac\nFW_ACCESS_TIMEOUT 2\n"
+                  "SOURCE ANY\n" + KEYS + "OPEN_PORTS tcp/25\nFW_ACCESS_TIMEOUT 3\n"
+                  "SOURCE ANY\n" + KEYS + "FW_ACCESS_TIMEOUT 4\n"
+                  "SOURCE ANY\n" + KEYS + "FW_ACCESS_TIMEOUT 5\n")
+        for sender, text, source, number, seconds in (
+                (self.sender, "10.55.0.2,tcp/22", CLIENT, 4, 4),
+                (self.sender, "10.55.0.2,tcp/25", CLIENT, 3, 3),
+                (other, "10.55.0.2,tcp/22", CLIENT, 2, 2),
+                (self.sender, "10.55.0.2,tcp/22", "192.0.2.1", 1, 1)):
+            with self.subTest(number=number):
+                self.firewall.flush()
+                made = self.serve(access)
+                self.knock(made, sender, source, text=text)
+                self.assertEqual([NOW + seconds],
+                                 [grant.expires for grant in self.firewall.grants()])
+                self.assertIn("(stanza #%d) user bob" % number, self.logged())
+
+    def test_nothing_opens_for_strangers(self) -> None:
+        """No stanza for the source; wrong HMAC; wrong key; each with fwknopd's words."""
+        for access, sender, fields, expected in (
+                ("SOURCE 192.0.2.1\n" + KEYS, self.sender, {},
+                 "No access data found for source IP: 10.55.0.2\n"),
+                ("SOURCE ANY\n" + KEYS, Sender(hmac_key=b"wrong"), {},
+                 "[10.55.0.2] (stanza #1) Error creating fko context: Args contain invalid data: "
+                 "FKO_ERROR_INVALID_DATA_HMAC_COMPAREFAIL\n"),
+                ("SOURCE ANY\n" + KEYS, Sender(key=b"wrong"), {},
+                 "[10.55.0.2] (stanza #1) Error creating fko context: Decryption failed or "
+                 "decrypted data is invalid\n"),
+                ("SOURCE ANY\n" + KEYS, self.sender, {"timestamp": NOW - 500},
+                 "[10.55.0.2] (stanza #1) SPA data time difference is too great (500 seconds)."),
+                ("SOURCE ANY\n" + KEYS, self.sender, {"timestamp": NOW + 500},
+                 "[10.55.0.2] (stanza #1) SPA data time difference is too great (500 seconds)."),
+                ("SOURCE ANY\n" + KEYS + "REQUIRE_SOURCE Y", self.sender,
+                 {"text": "0.0.0.0,tcp/22"},
+                 "[10.55.0.2] (stanza #1) Got 0.0.0.0 when valid source IP was required."),
+                ("SOURCE ANY\n" + KEYS + "REQUIRE_USERNAME pyuser", self.sender, {"user": "eve"},
+                 "[10.55.0.2] (stanza #1) Username in SPA data (eve) does not match required "
+                 "username: pyuser\n"),
+                ("SOURCE ANY\n" + KEYS + "OPEN_PORTS tcp/1", self.sender, {},
+                 "[10.55.0.2] (stanza #1) One or more requested protocol/ports was denied per "
+                 "access.conf."),
+                ("SOURCE ANY\n" + KEYS, self.sender, {"kind": 0, "text": "10.55.0.2,id"},
+                 "[10.55.0.2] (stanza #1) SPA Command messages are not allowed in the current "
+                 "configuration."),
+                ("SOURCE ANY\n" + KEYS, self.sender, {"kind": 2, "extra": [b64(b"1.2.3.4,22")]},
+                 "(stanza #1) SPA packet from 10.55.0.2 requested NAT access, but is not "
+                 "enabled/supported")):
+            with self.subTest(expected=expected):
+                self.logged()
+                made = self.serve(access + "\n")
+                made.memory.began -= 1000
+                self.knock(made, sender, **fields)
+                self.assertIn(expected, self.logged())
+                self.assertEqual({}, self.firewall.rules)
+                self.assertEqual(1, sum(made.counts.values()))
+
+    def test_form_and_gpg(self) -> None:
+        """Junk never reaches a key; GPG packets are told by their length."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        for payload, expected in (
+                (b"x" * 20, "[10.55.0.2] preprocess_spa_data() returned error 4097"),
+                (b"!" * 200, "[10.55.0.2] preprocess_spa_data() returned error 4098: 'Data is not "
+                             "an SPA message' for incoming packet."),
+                (b"U2FsdGVkX1" + b"A" * 200, "preprocess_spa_data() returned error 4096"),
+                (b"A" * 600, "No stanza encryption mode match for encryption type: 2.")):
+            made.receive(datagram(payload))
+            self.assertIn(expected, self.logged())
+
+    def test_an_hmac_is_looked_at_before_anything_else(self) -> None:
+        """Without the right tag nothing is decoded or decrypted, in any stanza."""
+        made = self.serve("SOURCE ANY\n" + KEYS + "SOURCE ANY\nKEY k\nHMAC_KEY h\n")
+        for stanza in made.stanzas:
+            stanza.keys.open = lambda ciphertext: self.fail("decrypted")
+        for payload in (Sender(hmac_key=b"x").packet(), Sender(hmac_key=b"").packet(), b"A" * 200,
+                        b"=" * 200, b"A" * 140 + b"="):
+            made.receive(datagram(payload))
+        self.assertEqual({"wrong HMAC": 5}, made.counts)
+
+    def test_braces_in_a_packet(self) -> None:
+        """A user name may have braces, which mean nothing in a log line."""
+        made = self.serve("SOURCE ANY\n" + KEYS + "REQUIRE_USERNAME {pyuser}\n")
+        for user in ("{}", "{0}", "{source}", "{source}{x}", "{text", "}{", "%s%d", "{source!r}",
+                     "{stanza.__class__}"):
+            with self.subTest(user=user):
+                self.knock(made, user=user)
+                self.assertIn("Username in SPA data (%s) does not match required username: "
+                              "{pyuser}\n" % user, self.logged())
+        self.assertEqual({"user": 9}, made.counts)
+        self.knock(made, user="{pyuser}")
+        self.assertEqual([DOOR22], self.firewall.doors())
+        self.assertIn("user {pyuser} ", self.logged())
+
+    def test_control_characters_never_reach_the_log(self) -> None:
+        """A message of a holder of the keys may hold any byte."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        for text in ("10.55.0.2,echo\x1b[31m\n<30>fake line", "10.55.0.2\x1b,tcp/22",
+                     "10.55.0.2,tcp/22\nStarting fwknopd", "\x00,\x00", "\x9b,\x9b", "\xff\xfe,x"):
+            for kind in (0, 1):
+                self.knock(made, text=text, kind=kind)
+                for line in self.logged().split("\n"):
+                    self.assertFalse([c for c in line if not " " <= c <= "~"], line)
+        self.log.info("a\nb\x1b[0m\x7f\t")
+        self.assertEqual("a\\x0ab\\x1b[0m\\x7f\\x09\n", self.logged())
+        # 80 to 9f are control characters as well: 9b begins a terminal sequence.
+        self.log.info("\x85\x9b")
+        self.assertEqual("\\x85\\x9b\n", self.logged())
+
+    def test_a_failing_firewall(self) -> None:
+        """Opens nothing, is an error in the log, and the packet stays remembered."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        self.firewall.failures = 2
+        payload = self.knock(made)
+        self.assertEqual({}, self.firewall.rules)
+        self.assertEqual({}, made.grants.live)
+        self.assertEqual({"firewall": 1}, made.counts)
+        text = self.logged()
+        self.assertIn("fake-restore failed: no reason given", text)
+        self.assertIn("nothing was opened: the firewall failed", text)
+        made.receive(datagram(payload))
+        self.assertIn("Replay detected", self.logged())
+        self.assertEqual({}, self.firewall.rules)
+        self.knock(made)
+        self.assertEqual([DOOR22], self.firewall.doors())
+
+    def test_one_failure_of_the_firewall_is_tried_again(self) -> None:
+        """Once: somebody may have changed our chains since we looked."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        for harm in ("failures", "whole"):
+            setattr(self.firewall, harm, 1 if harm == "failures" else False)
+            self.knock(made)
+            self.assertEqual([DOOR22], self.firewall.doors())
+            made.grants.flush()
+
+    def test_remembered_before_opened(self) -> None:
+        """When the door opens, the digest is in the file: a crash there allows no replay."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        seen = []  # type: List[str]
+        opened = self.firewall.open
+
+        def look(grants: List[Any], replaced: List[Any]) -> None:
+            with open(self.path) as stream:
+                seen.append(stream.read())
+            opened(grants, replaced)
+
+        self.firewall.open = look  # type: ignore[assignment]
+        payload = self.knock(made)
+        digest = b64(hashlib.sha256(payload).digest()).decode()
+        self.assertIn(digest, seen[0])
+
+    def test_what_is_remembered(self) -> None:
+        """Opened and refused packets are; stale ones and those without the keys are not."""
+        access = ("SOURCE ANY\n" + KEYS + "OPEN_PORTS tcp/22\nREQUIRE_USERNAME bob\n")
+        for fields, sender, remembered in (
+                ({}, self.sender, True), ({"user": "eve"}, self.sender, True),
+                ({"text": "1.1.1.1,tcp/1"}, self.sender, True),
+                ({"timestamp": NOW - 121}, self.sender, False),
+                ({"timestamp": NOW + 121}, self.sender, False),
+                ({}, Sender(hmac_key=b"wrong"), False), ({}, Sender(key=b"wrong"), False)):
+            made = self.serve(access)
+            made.memory.began -= 1000
+            before = len(made.memory.seen)
+            self.knock(made, sender, **fields)
+            with self.subTest(fields=fields):
+                self.assertEqual(before + remembered, len(made.memory.seen))
+
+    def test_rejections_are_limited_in_the_log_and_counted(self) -> None:
+        """A burst, then one a second, and how many were left out; the counts miss none."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        self.logged()
+        for _ in range(1000):
+            made.receive(datagram(b"!" * 150))
+        self.assertEqual(server.REJECTION_BURST, len(self.logged().splitlines()))
+        self.clock.pass_seconds(1)
+        for _ in range(1000):
+            made.receive(datagram(b"!" * 150))
+        lines = self.logged().splitlines()
+        self.assertEqual(2, len(lines))
+        self.assertIn("%d more packets were rejected" % (1000 - server.REJECTION_BURST), lines[0])
+        self.assertEqual({"not an SPA packet": 2000}, made.counts)
+        self.knock(made)
+        self.assertIn("opened", self.logged(), "what opens is logged, whatever else comes")
+
+    def test_ipv6(self) -> None:
+        """The same over IPv6, from packet to door."""
+        made = self.serve("SOURCE 2001:db8::/32\n" + KEYS + "ACCESS_PREFIX6 64\n")
+        payload = self.sender.packet("2001:db8::2,tcp/22", timestamp=NOW)
+        made.receive(datagram(payload, "2001:db8::2", "2001:db8::1"))
+        self.assertEqual(["2001:db8::/64 -> ::/0 tcp/22"], self.firewall.doors())
+        made.receive(datagram(payload, "2001:db8::2", "2001:db8::1"))
+        self.assertIn("Replay detected from source IP: 2001:db8::2,", self.logged())
+
+    def test_bit_games_without_hmac(self) -> None:
+        """The four of spec 1.13 are replays."""
+        made = self.serve("SOURCE ANY\nKEY s3cretRijndael\n")
+        packet = self.knock(made, Sender(hmac_key=b""))
+        self.firewall.flush()
+        made.grants.live.clear()
+        alphabet = server.ALPHABET
+        last = alphabet.index(packet[-1:])
+        first = alphabet.index(packet[:1])
+        for variant in ([packet, packet + b"=", packet + b"=="]
+                        + [alphabet[n:n + 1] + packet[1:] for n in range(64) if n & 3 == first & 3]
+                        + [packet[:-1] + alphabet[n:n + 1]
+                           for n in range(last & ~3, (last & ~3) + 4)]):
+            made.receive(datagram(variant))
+            self.assertEqual({}, self.firewall.rules, variant)
+
+    def test_junk_does_not_stop_the_server(self) -> None:
+        """Random datagrams, and whatever a holder of the keys may put into a packet."""
+        draw = random.Random(7)
+        made = self.serve("SOURCE ANY\n" + KEYS + "REQUIRE_USERNAME x{y}\n")
+        for _ in range(300):
+            payload = bytes(draw.randrange(256) for _ in range(draw.randrange(300)))
+            made.receive(datagram(payload))
+            message = b":".join([b"1234567890123456"] + [
+                b64(bytes(draw.randrange(256) for _ in range(draw.randrange(20))))
+                for _ in range(draw.randrange(8))])
+            made.receive(datagram(self.sender.seal(self.sender.plain(message))))
+        self.assertEqual({}, self.firewall.rules)
+        self.assertNotIn("error", made.counts, "no internal error either")
+
+
+# ------------------------------------------------------------------- replay memory
+
+class MemoryTest(ServerCase):
+    """What was seen is not taken twice, and what is fresh is taken."""
+
+    def accept(self, memory: Any, name: str, timestamp: Optional[float] = None) -> str:
+        """Return why a packet is rejected, or nothing."""
+        try:
+            memory.check_fresh(int(self.clock.wall_time if timestamp is None else timestamp))
+            memory.remember(name.encode(), datagram())
+        except server.NotFresh as rejection:
+            return str(rejection.reason)
+        return ""
+
+    def test_replay(self) -> None:
+        """The second time is told, with the words of fwknopd."""
+        memory = self.memory()
+        self.assertEqual("", self.accept(memory, "a"))
+        self.assertEqual("replay", self.accept(memory, "a"))
+        self.assertEqual("", self.accept(memory, "b"))
+        with self.assertRaises(server.NotFresh) as caught:
+            memory.remember(b"a", datagram(source="10.55.0.3"))
+        self.assertRegex(str(caught.exception), (
+            r"^Replay detected from source IP: 10\.55\.0\.3, Destination proto/port: 17/62201, "
+            r"Original source IP: 10\.55\.0\.2, Original dst proto/port: 17/62201, "
+            r"Entry created: \d\d/\d\d/\d\d \d\d:\d\d:\d\d$"))
+
+    def test_file(self) -> None:
+        """fwknopd's format, mode 0600, and our beginning as a comment."""
+        memory = self.memory()
+        self.accept(memory, "a")
+        with open(self.path) as stream:
+            lines = stream.read().splitlines()
+        digest = b64(hashlib.sha256(b"a").digest()).decode()
+        self.assertEqual("# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>",
+                         lines[0])
+        self.assertRegex(lines[1], r"^# began [0-9.]+ boot-1 0$")
+        self.assertEqual(["%s 17 10.55.0.2 60208 10.55.0.1 62201 %d" % (digest, NOW)], lines[2:])
+        self.assertEqual(43, len(digest))
+        self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
+        self.assertEqual("replay", self.accept(self.memory(), "a"))
+
+    def test_file_of_fwknopd(self) -> None:
+        """Is loaded: what it has seen is a replay, and it began to be ours now."""
+        digest = b64(hashlib.sha256(b"a").digest()).decode()
+        with open(self.path, "w") as stream:
+            stream.write("# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
+                         "%s 17 10.55.0.2 60208 0.0.0.0 62201 %d\n" % (digest, NOW - 10))
+        memory = self.memory()
+        self.assertEqual("before memory", self.accept(memory, "b", NOW - 5))
+        self.assertEqual("replay", self.accept(memory, "a"))
+        self.assertEqual("", self.accept(memory, "c"))
+        with open(self.path) as stream:
+            self.assertIn(digest, stream.read())
+
+    def test_broken_files(self) -> None:
+        """Are loaded as far as they can be, and stop neither the start nor a knock."""
+        digest = b64(hashlib.sha256(b"a").digest()).decode()
+        line = digest + " 17 10.55.0.2 60208 10.55.0.1 62201 "
+        for text in (b"", b"\0" * 500, b"\n\n\n", bytes(range(256)) * 9, b"# began\n",
+                     b"# began x y z\n",
+                     b"# began 1 boot-1 x\n", line.encode() + b"x\n", b"a b c d e f 1\n" * 3,
+                     line.encode()[:50], b"# began nan boot-1 0\n",
+                     # str.isdigit() is true of this, and int() is not possible
+                     line.encode() + b"\xb2\n",
+                     # more than time.localtime() or a float can hold
+                     line.encode() + b"9" * 18 + b"\n", line.encode() + b"9" * 400 + b"\n",
+                     b"# began -inf boot-1 0\n"):
+            with self.subTest(text=text[-30:]):
+                with open(self.path, "wb") as stream:
+                    stream.write(text)
+                memory = self.memory()
+                self.assertIn(self.accept(memory, "a"), ("", "replay"))
+                self.assertEqual("", self.accept(memory, "b"))
+                memory.close()
+
+    def test_age(self) -> None:
+        """Differences greater than MAX_SPA_PACKET_AGE on either side, and how many seconds."""
+        for offset, expected in ((0, ""), (-120, ""), (120, ""), (-121, "stale"),
+                                 (121, "from the future"), (2 ** 32, "from the future"),
+                                 (-NOW, "stale")):
+            memory = self.memory(path=None)
+            memory.began = 0.0
+            with self.subTest(offset=offset):
+                self.assertEqual(expected, self.accept(memory, "a", NOW + offset))
+        with self.assertRaises(server.NotFresh) as caught:
+            memory.check_fresh(NOW - 500)
+        self.assertIn("(500 seconds)", str(caught.exception))
+
+    def test_pruning_is_bounded(self) -> None:
+        """Memory and file hold what could be fresh, and not what can't."""
+        memory = self.memory()
+        for number in range(3000):
+            self.assertEqual("", self.accept(memory, str(number)))
+            self.clock.pass_seconds(1)
+        self.assertLessEqual(len(memory.seen), 243)
+        with open(self.path) as stream:
+            self.assertLessEqual(len(stream.readlines()), 2 + 243 + server.REWRITE_AFTER)
+        self.assertEqual("replay", self.accept(memory, "2999"))
+        self.assertEqual("stale", self.accept(memory, "0", NOW))
+
+    def test_aging_off(self) -> None:
+        """ENABLE_SPA_PACKET_AGING N: nothing is pruned, and any age passes, once."""
+        memory = self.memory(max_age=None)
+        for number, age in enumerate((0, 10 ** 6, -10 ** 6)):
+            self.assertEqual("", self.accept(memory, str(number), NOW - age))
+        for number in range(1500):
+            self.accept(memory, "x%d" % number)
+            self.clock.pass_seconds(10)
+        self.assertEqual(1503, len(memory.seen))
+        self.assertEqual("replay", self.accept(memory, "0", NOW))
+        self.assertEqual("replay", self.accept(self.memory("boot-2", max_age=None), "0", NOW))
+
+    def test_persistence_off(self) -> None:
+        """ENABLE_DIGEST_PERSISTENCE N: no file, replays are still told, older ones are rejected."""
+        made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_DIGEST_PERSISTENCE N;\n")
+        self.assertIsNone(made.memory.path)
+        payload = Sender().packet(timestamp=NOW)
+        made.receive(datagram(payload))
+        made.receive(datagram(payload))
+        self.assertEqual({"accepted": 1, "replay": 1}, made.counts)
+        self.assertFalse(os.path.exists(self.path))
+        self.clock.pass_seconds(10)
+        self.assertEqual("before memory", self.accept(self.memory(path=None), "other", NOW))
+
+    # name of scenario: steps. pass and jump move the clocks; restart, reboot (new boot, same file)
+    # and lose (new boot, no file) start anew; new and old knock: a fresh packet is taken, and one
+    # that was seen is not, whatever the clock says.
+    SCENARIOS = {
+        "nothing happens": "new old pass:60 old new pass:200 old new",
+        "restart": "new restart old new pass:50 old restart old new",
+        "reboot keeps the file": "new pass:5 reboot old pass:1 new old",
+        "lost file": "new pass:5 lose old pass:1 new old",
+        "forward": "new jump:3600 old new old pass:300 old new",
+        "forward and back": "new jump:3600 new jump:-3600 old new pass:300 old new",
+        "back": "new jump:-60 old new jump:-30 old pass:10 old new",
+        "far back": "new jump:-3600 old new old",
+        # FORGOTTEN must not be in the future, or honest packets are rejected for an hour.
+        "far back for long": "new jump:-3600 pass:300 new pass:300 new old",
+        "back and there again": "new jump:-600 pass:300 old pass:300 old pass:10 new",
+        "back after it was forgotten": "new pass:300 new jump:-300 old restart old",
+        "forward, restart, back": "new jump:3600 restart old jump:-3600 old",
+        "back and restart": "new jump:-100 restart old pass:10 new old pass:95 old new",
+        "wrong clock at boot": "jump:-99999999 lose pass:20 new jump:99999999 new old",
+        "restart in a jump": "new jump:-200 restart old new jump:200 restart old new",
+    }
+
+    def test_scenarios(self) -> None:
+        """No replay is taken and nobody honest is locked out, whatever the clock does."""
+        for name, steps in self.SCENARIOS.items():
+            with self.subTest(scenario=name):
+                self.clock.__init__()  # type: ignore[misc]
+                if os.path.exists(self.path):
+                    os.unlink(self.path)
+                self.play(steps)
+
+    def play(self, steps: str) -> None:
+        """Do the steps of a scenario."""
+        boot, memory = 1, self.memory("boot-1")
+        sent = []  # type: List[Tuple[str, float]]
+        for place, step in enumerate(steps.split()):
+            word, _, number = step.partition(":")
+            if word == "pass":
+                self.clock.pass_seconds(float(number))
+            elif word == "jump":
+                self.clock.jump(float(number))
+            elif word == "new":
+                sent.append(("packet-%d" % place, self.clock.wall_time))
+                self.assertEqual("", self.accept(memory, *sent[-1]), "step %d" % place)
+            elif word == "old":
+                for packet in sent:
+                    self.assertNotEqual("", self.accept(memory, *packet), "step %d" % place)
+            else:
+                memory.close()
+                if word == "lose":
+                    os.unlink(self.path)
+                if word in ("lose", "reboot"):
+                    boot, self.clock.mono_time = boot + 1, 12.0
+                memory = self.memory("boot-%d" % boot)
+
+    def test_a_time_from_the_future_in_the_file(self) -> None:
+        """One line of a wrong clock does not lock everybody out for ever."""
+        with open(self.path, "w") as stream:
+            stream.write("x 17 10.55.0.2 1 10.55.0.1 62201 %d\n" % (NOW + 10 ** 8))
+        memory = self.memory()
+        for name in ("a", "b"):
+            self.clock.pass_seconds(300)
+            self.assertEqual("", self.accept(memory, name))
+
+    def test_a_file_that_can_not_be_made_stops_the_start(self) -> None:
+        """A directory in its place, or a directory that is not there."""
+        for path in (self.directory, os.path.join(self.directory, "missing", "digest.cache")):
+            with self.assertRaises(server.SpaError):
+                self.memory(path=path)
+
+    def test_a_file_that_can_not_be_written_opens_nothing(self) -> None:
+        """The packet is rejected before the firewall is asked."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        full = os.open("/dev/full", os.O_WRONLY)
+        self.addCleanup(os.close, full)
+        made.memory.file, kept = full, made.memory.file
+        made.receive(datagram(Sender().packet(timestamp=NOW)))
+        made.memory.file = kept
+        self.assertEqual(({}, {"replay memory": 1}), (self.firewall.rules, made.counts))
+        self.assertIn("No space left on device", self.logged())
+
+    def test_half_a_line_opens_nothing(self) -> None:
+        """A disk that is full in the middle of a line: write() is short, and no error."""
+        # What is written next must not continue the half line, or it would be lost as well.
+        memory = self.memory()
+        self.accept(memory, "first")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(self.path).st_size + 20, hard))
+        try:
+            reason = self.accept(memory, "half")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        self.assertEqual("", self.accept(memory, "next"))
+        again = self.memory()
+        self.assertEqual("replay", self.accept(again, "first"))
+        self.assertEqual("replay", self.accept(again, "next"))
+        self.assertEqual("replay memory", reason)
+
+    def test_a_failing_rewrite_leaks_nothing(self) -> None:
+        """Each leaves the old file in use, and no open descriptor behind."""
+        memory = self.memory()
+        self.accept(memory, "a")
+        os.unlink(self.path)
+        os.mkdir(self.path)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            with self.assertRaises(server.SpaError):
+                memory.rewrite()
+        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
+        self.assertEqual("replay", self.accept(memory, "a"))
+
+    def test_a_link_in_place_of_the_new_file_is_not_followed(self) -> None:
+        """Nobody makes root write somewhere else."""
+        target = os.path.join(self.directory, "target")
+        os.symlink(target, self.path + ".new")
+        self.memory()
+        self.assertFalse(os.path.exists(target))
+
+
+# ------------------------------------------------------------------- grants
+
+def door(text: str) -> Any:
+    """Return the door of `SOURCE PROTOCOL/PORT [DESTINATION]`."""
+    source, port, *rest = text.split()
+    protocol, number = port.split("/")
+    there = ipaddress.ip_address(rest[0]) if rest else None
+    return server.Door(ipaddress.ip_network(source), there, protocol, int(number))
+
+
+class GrantsTest(ServerCase):
+    """The register of open doors, on a firewall that obeys."""
+
+    def setUp(self) -> None:
+        """Make the register."""
+        super().setUp()
+        self.ssh, self.dns = door("10.55.0.2/32 tcp/22"), door("10.55.0.2/32 udp/53")
+        self.grants = server.Grants(self.firewall, self.log, self.clock.wall, self.clock.mono)
+
+    def later(self, seconds: float) -> List[str]:
+        """Let time pass and close what is due; return what is in the firewall."""
+        self.clock.pass_seconds(seconds)
+        self.grants.expire()
+        return sorted("%s/%d" % (each.protocol, each.port) for each in self.firewall.rules)
+
+    def test_extension(self) -> None:
+        """A second knock makes the rule last longer; there is never a second one."""
+        self.grants.open([self.ssh], 30)
+        self.clock.pass_seconds(20)
+        self.grants.open([self.ssh], 30)
+        self.assertEqual(NOW + 50, self.firewall.rules[self.ssh].expires)
+        self.assertEqual(["tcp/22"], self.later(29))
+        self.assertEqual([], self.later(1))
+        self.assertIsNone(self.grants.next_end())
+
+    def test_never_shortened(self) -> None:
+        """A knock for less time changes nothing, and the log tells the later time."""
+        self.grants.open([self.ssh], 300)
+        self.grants.open([self.ssh, self.dns], 5)
+        self.assertIn("tcp/22, expires at %d" % (NOW + 300), self.logged())
+        self.assertEqual(["tcp/22"], self.later(6))
+        self.assertEqual([], self.later(294))
+
+    def test_next_end(self) -> None:
+        """Tells the loop when to come back."""
+        self.assertIsNone(self.grants.next_end())
+        self.grants.open([self.ssh], 30)
+        self.grants.open([self.dns], 10)
+        self.assertEqual(5010.0, self.grants.next_end())
+
+    def test_many_end_together(self) -> None:
+        """And all are closed."""
+        doors = [door("10.1.%d.%d/32 tcp/22" % (n >> 8, n & 255)) for n in range(1000)]
+        for each in doors:
+            self.grants.open([each], 10)
+        self.assertEqual(1000, len(self.firewall.rules))
+        self.assertEqual([], self.later(10))
+
+    def test_the_wall_clock_does_not_keep_a_door_open(self) -> None:
+        """Jumps in both directions leave the time as it was."""
+        for seconds in (-3600, 3600):
+            self.grants.open([self.ssh], 30)
+            self.clock.jump(seconds)
+            self.assertEqual(["tcp/22"], self.later(29))
+            self.assertEqual([], self.later(2))
+
+    def test_failing_close(self) -> None:
+        """Is logged, tried again after a second, and never forgotten."""
+        self.grants.open([self.ssh, self.dns], 10)
+        self.firewall.failing_closes = 3
+        self.assertEqual(["tcp/22", "udp/53"], self.later(10))
+        self.assertIn("trying to close 2 grants again", self.logged())
+        self.assertEqual(self.clock.mono_time + server.RETRY_SECONDS, self.grants.next_end())
+        self.assertEqual(2, len(self.later(0.5)))
+        self.assertEqual(2, len(self.later(1)))
+        self.assertEqual(2, len(self.later(1)))
+        self.assertEqual([], self.later(1))
+        self.assertEqual({}, self.grants.live)
+
+    def test_open_while_close_fails(self) -> None:
+        """A knock in between extends the door that could not be closed."""
+        self.grants.open([self.ssh], 10)
+        self.firewall.failing_closes = 1
+        self.later(10)
+        self.grants.open([self.ssh], 30)
+        self.assertEqual(["tcp/22"], self.later(20))
+        self.assertEqual([], self.later(10))
+
+    def test_all_or_none(self) -> None:
+        """A failure opens no door of the packet, and takes none away."""
+        self.grants.open([self.ssh], 30)
+        self.firewall.failures = 2
+        with self.assertRaises(server.CommandError):
+            self.grants.open([self.ssh, self.dns], 60)
+        self.grants.check()
+        self.assertEqual(["tcp/22"], self.later(29))
+        self.assertEqual([], self.later(1))
+
+    def test_check_puts_back(self) -> None:
+        """Rules first, then the grants still due; not those that end anyway."""
+        self.grants.open([self.ssh], 30)
+        self.grants.open([self.dns], 10)
+        self.firewall.flush()
+        self.firewall.whole = False
+        self.clock.pass_seconds(9.8)
+        self.grants.check()
+        self.assertEqual(1, self.firewall.prepared)
+        self.assertEqual([self.ssh], list(self.firewall.rules))
+        self.assertEqual(5030.0, self.firewall.rules[self.ssh].ends)
+        self.assertIn("Put back 1 grants", self.logged())
+        self.grants.check()
+        self.assertEqual("", self.logged())
+        self.assertEqual([], self.later(21))
+
+    def test_adopt(self) -> None:
+        """A restarted server knows what is open, and closes it in time, at once when it is over."""
+        self.grants.open([self.ssh], 30)
+        self.grants.open([self.dns], 10)
+        self.clock.pass_seconds(10)
+        self.grants = server.Grants(self.firewall, self.log, self.clock.wall, self.clock.mono)
+        self.grants.adopt()
+        self.assertEqual(["tcp/22"], self.later(0))
+        self.grants.open([self.ssh], 30)
+        self.assertEqual(["tcp/22"], self.later(29))
+        self.assertEqual([], self.later(1))
+
+    def test_flush(self) -> None:
+        """Closes all, and nothing is put back."""
+        self.grants.open([self.ssh, self.dns], 30)
+        self.grants.flush()
+        self.grants.check()
+        self.assertEqual([], self.later(0))
+        self.assertIsNone(self.grants.next_end())
+
+
+class LifeTest(ServerCase):
+    """Start, reload and stop of the server, on the fake firewall and real UDP sockets."""
+
+    def free_port(self) -> int:
+        """Return a UDP port that nobody has."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    def configuration(self, lines: str) -> Any:
+        """Return a configuration with a UDP server."""
+        settings = server.ServerSettings()
+        path = os.path.join(self.directory, "new.conf")
+        with open(path, "w") as stream:
+            stream.write("FWKNOP_RUN_DIR %s;\nENABLE_UDP_SERVER Y;\n%s" % (self.directory, lines))
+        server.read_server_settings(path, settings)
+        return server.Configuration(settings, self.stanzas("SOURCE ANY\n" + KEYS), [])
+
+    def start(self, port: int) -> Any:
+        """Return a server that listens."""
+        made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n" % port)
+        made.start(False)
+        self.addCleanup(lambda: [capture.close() for capture in made.captures])
+        return made
+
+    def knock(self, made: Any, port: int, text: str = "127.0.0.1,tcp/22") -> None:
+        """Send a packet over the loopback, and let the server take a turn."""
+        payload = Sender(salt=os.urandom(8)).packet(text, timestamp=int(self.clock.wall_time))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.sendto(payload, ("127.0.0.1", port))
+        for capture in made.captures:
+            made.make_drain(capture)()
+
+    def test_udp_socket(self) -> None:
+        """A datagram with its addresses, from the socket to the door."""
+        port = self.free_port()
+        made = self.start(port)
+        self.knock(made, port)
+        self.assertEqual(["127.0.0.1 -> 0.0.0.0/0 tcp/22"], self.firewall.doors())
+        with open(self.path) as stream:
+            self.assertRegex(stream.read(), r" 17 127\.0\.0\.1 \d+ 127\.0\.0\.1 %d %d\n$"
+                             % (port, NOW))
+
+    def test_reload_keeps_grants(self) -> None:
+        """And takes the new stanzas and the new port."""
+        port, other = self.free_port(), self.free_port()
+        made = self.start(port)
+        self.knock(made, port)
+        made.reload(self.configuration("UDPSERV_PORT %d;\n" % other), self.firewall)
+        self.assertEqual(1, len(self.firewall.doors()))
+        self.knock(made, other, "127.0.0.2,tcp/22")
+        self.assertEqual(2, len(self.firewall.doors()))
+
+    def test_reload_that_fails_keeps_listening(self) -> None:
+        """A port that is taken is a bad setting: the old one stays in force."""
+        port, taken = self.free_port(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.addCleanup(taken.close)
+        taken.bind(("0.0.0.0", 0))
+        made = self.start(port)
+        with self.assertRaises(server.SpaError):
+            made.reload(self.configuration("UDPSERV_PORT %d;\n" % taken.getsockname()[1]),
+                        self.firewall)
+        self.knock(made, port)
+        self.assertEqual(1, len(self.firewall.doors()))
+        self.assertEqual(port, made.settings.udp_port)
+
+    def test_stop(self) -> None:
+        """Closes all grants, unless FLUSH_IPT_AT_EXIT is N."""
+        for conf, left in (("", 0), ("FLUSH_IPT_AT_EXIT N;\n", 1)):
+            made = self.serve("SOURCE ANY\n" + KEYS, conf)
+            made.receive(datagram(Sender(salt=os.urandom(8)).packet(timestamp=NOW)))
+            made.stop()
+            self.assertEqual(left, len(self.firewall.rules))
+            self.firewall.whole = True
+
+    def test_start_adopts_or_flushes(self) -> None:
+        """FLUSH_IPT_AT_INIT decides."""
+        for flush, left in ((False, 1), (True, 0)):
+            self.firewall.rules = {door("10.55.0.2/32 tcp/22"): server.Grant(
+                door("10.55.0.2/32 tcp/22"), NOW + 30, 5030.0)}
+            made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n"
+                              % self.free_port())
+            made.start(flush)
+            self.assertEqual((left, left), (len(self.firewall.rules), len(made.grants.live)))
+            for capture in made.captures:
+                capture.close()
+
+
+# ------------------------------------------------------------------- pid file
+
+HOLDER = """
+import fcntl, os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("free")
+except OSError:
+    print("locked")
+"""
+
+
+class PidFileTest(ServerCase):
+    """One server at a time, and a status that changes nothing."""
+
+    def test_lock(self) -> None:
+        """A second server is told the pid of the first."""
+        path = os.path.join(self.directory, "run", "fwknopd.pid")
+        first = server.PidFile(path)
+        self.assertIsNone(first.running())
+        self.assertFalse(os.path.exists(path), "asking makes no file")
+        first.lock()
+        first.write()
+        self.assertEqual(os.getpid(), server.PidFile(path).running())
+        with self.assertRaises(server.SpaError) as caught:
+            server.PidFile(path).lock()
+        self.assertEqual("An instance of fwknopd is already running: (PID=%d)." % os.getpid(),
+                         str(caught.exception))
+        answer = run([sys.executable, "-c", HOLDER, path])
+        self.assertEqual("locked\n", answer.stdout)
+        first.clear()
+        self.assertIsNone(server.PidFile(path).running())
+        server.PidFile(path).lock()
+
+    def test_a_file_left_by_a_dead_server(self) -> None:
+        """Is no running server."""
+        path = os.path.join(self.directory, "fwknopd.pid")
+        for text in ("1\n", "", "garbage", "99999999\n"):
+            with open(path, "w") as stream:
+                stream.write(text)
+            pid_file = server.PidFile(path)
+            self.assertIsNone(pid_file.running())
+            pid_file.lock()
+            pid_file.write()
+            with open(path) as stream:
+                self.assertEqual("%d\n" % os.getpid(), stream.read())
+            pid_file.clear()
+
+    def test_the_lock_is_not_inherited_by_programs(self) -> None:
+        """Programs that the server starts do not hold its lock."""
+        pid_file = server.PidFile(os.path.join(self.directory, "fwknopd.pid"))
+        pid_file.lock()
+        self.addCleanup(pid_file.clear)
+        self.assertTrue(fcntl.fcntl(pid_file.file, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)
+
+
+# ------------------------------------------------------------------- kernel packet filter
+
+def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
+    """Return whether a classic BPF program accepts a packet (linux/bpf_common.h)."""
+    program = list(struct.iter_unpack("=HBBI", code))
+    assert 0 < len(program) <= 4096
+    place, accumulator, index = 0, 0, 0
+    for _ in range(len(program)):
+        opcode, when_true, when_false, k = program[place]
+        place += 1
+        if opcode == 0x06:
+            return k > 0
+        if opcode in (0x20, 0x28, 0x30, 0x48):  # load: word, half, byte; half behind the index
+            size = {0x20: 4, 0x28: 2, 0x30: 1, 0x48: 2}[opcode]
+            if k == 0xFFFFF000 + 4:
+                accumulator = kind
+                continue
+            at = k + (index if opcode == 0x48 else 0)
+            if at + size > len(packet):
+                return False
+            accumulator = int.from_bytes(packet[at:at + size], "big")
+        elif opcode == 0xB1:
+            if k >= len(packet):
+                return False
+            index = (packet[k] & 15) * 4
+        elif opcode == 0x54:
+            accumulator &= k
+        elif opcode in (0x15, 0x45):
+            true = accumulator == k if opcode == 0x15 else bool(accumulator & k)
+            place += when_true if true else when_false
+        else:
+            raise AssertionError("opcode %#x" % opcode)
+    raise AssertionError("the program does not end")
+
+
+def udp(payload: bytes, port: int = 62201, source_port: int = 40000) -> bytes:
+    """Return a UDP header and payload (RFC 768)."""
+    return struct.pack(">HHHH", source_port, port, len(payload) + 8, 0) + payload
+
+
+def ipv4(body: bytes, protocol: int = 17, fragment: int = 0, options: bytes = b"") -> bytes:
+    """Return an IPv4 header and body (RFC 791)."""
+    return struct.pack(">BBHHHBBH4s4s", 0x45 + len(options) // 4, 0, 20 + len(options) + len(body),
+                       7, fragment, 64, protocol, 0, b"\x0a\x37\0\2",
+                       b"\x0a\x37\0\1") + options + body
+
+
+def ipv6(body: bytes, following: int = 17) -> bytes:
+    """Return an IPv6 header and body (RFC 8200)."""
+    return struct.pack(">IHBB16s16s", 6 << 28, len(body), following, 64,
+                       ipaddress.ip_address("fd55::2").packed,
+                       ipaddress.ip_address("fd55::1").packed) + body
+
+
+class FilterTest(unittest.TestCase):
+    """The kernel's program, run by an interpreter of this file."""
+
+    def test_packets(self) -> None:
+        """What arrives, is UDP, is whole or the first fragment, and has the port."""
+        body = udp(b"x" * 150)
+        other, answer = udp(b"x" * 150, 53), udp(b"x" * 150, 53, 62201)
+        packets = (
+            ("IPv4", ipv4(body), 0, True, True), ("broadcast", ipv4(body), 1, True, True),
+            ("outgoing", ipv4(body), 4, False, False), ("IPv6", ipv6(body), 0, True, True),
+            ("outgoing IPv6", ipv6(body), 4, False, False),
+            ("another port", ipv4(other), 0, False, False),
+            ("another port in IPv6", ipv6(other), 0, False, False),
+            ("from the port", ipv4(answer), 0, True, False),
+            ("from the port in IPv6", ipv6(answer), 0, True, False),
+            ("TCP", ipv4(body, 6), 0, False, False),
+            ("TCP in IPv6", ipv6(body, 6), 0, False, False),
+            ("ICMP", ipv4(body, 1), 0, False, False),
+            ("options", ipv4(body, options=b"\1" * 4), 0, True, True),
+            ("all options", ipv4(body, options=b"\1" * 40), 0, True, True),
+            ("port only in the options", ipv4(other, options=body[:4]), 0, False, False),
+            ("do not fragment", ipv4(body, fragment=0x4000), 0, True, True),
+            ("first fragment", ipv4(body, fragment=0x2000), 0, True, True),
+            ("later fragment", ipv4(body, fragment=0x2001), 0, False, False),
+            ("last fragment", ipv4(body, fragment=0x1FFF), 0, False, False),
+            ("fragment in the middle", ipv4(body, fragment=0x3000), 0, False, False),
+            ("fragment header", ipv6(b"\x11\0\0\0\0\0\0\0" + body, 44), 0, False, False),
+            ("hop-by-hop header", ipv6(b"\x11\0\0\0\0\0\0\0" + body, 0), 0, False, False),
+            ("ARP", b"\0\1\x08\0\6\4\0\1" + bytes(20), 0, False, False),
+            ("nothing", b"", 0, False, False), ("one byte", b"\x45", 0, False, False),
+            ("cut header", ipv4(body)[:21], 0, False, False),
+            ("cut header in IPv6", ipv6(body)[:41], 0, False, False))
+        for text, column in (("udp port 62201", 3), ("udp dst port 62201", 4)):
+            code = server.compile_filter(server.parse_packet_filter(text))
+            for row in packets:
+                with self.subTest(filter=text, packet=row[0]):
+                    self.assertIs(row[column], run_filter(code, row[1], row[2]))
+
+    def test_many_ports(self) -> None:
+        """Each of the most ports there may be, in both families, and no other."""
+        ports = list(range(1000, 1032))
+        for form in ("udp port %d", "udp dst port %d"):
+            code = server.compile_filter(server.parse_packet_filter(
+                " or ".join(form % port for port in ports)))
+            for port in [999] + ports + [1032, 0, 65535]:
+                for packet in (ipv4(udp(b"x", port)), ipv6(udp(b"x", port))):
+                    self.assertIs(port in ports, run_filter(code, packet))
+
+    def test_any_bytes(self) -> None:
+        """The program ends for every packet, and takes only IPv4 and IPv6."""
+        draw = random.Random(9)
+        code = server.compile_filter(server.parse_packet_filter("udp port 62201"))
+        for _ in range(2000):
+            packet = bytes(draw.randrange(256) for _ in range(draw.randrange(90)))
+            if run_filter(code, packet):
+                self.assertIn(packet[0] >> 4, (4, 6))
+
+
+class FakeSocket:
+    """A packet socket with one packet in it."""
+
+    def __init__(self, packet: bytes) -> None:
+        self.packet = packet
+
+    def recv(self, size: int) -> bytes:
+        """Return the packet."""
+        return self.packet[:size]
+
+
+class CaptureTest(ServerCase):
+    """What comes out of a packet socket."""
+
+    def receive(self, packet: bytes) -> Any:
+        """Return the datagram in a packet."""
+        capture = server.PacketCapture.__new__(server.PacketCapture)
+        capture.socket = FakeSocket(packet)
+        return capture.receive()
+
+    def test_datagrams(self) -> None:
+        """Addresses, ports and payload, with options and with padding behind them."""
+        body = udp(b"payload")
+        for packet in (ipv4(body), ipv4(body, options=b"\1" * 8), ipv4(body) + bytes(20)):
+            self.assertEqual((b"payload", b"\x0a\x37\0\2", 40000, b"\x0a\x37\0\1", 62201),
+                             tuple(self.receive(packet)))
+        found = self.receive(ipv6(body))
+        self.assertEqual((b"payload", "fd55::2", "fd55::1"),
+                         (found.payload, server.socket_text(found.source),
+                          server.socket_text(found.destination)))
+
+    def test_cut_packets(self) -> None:
+        """A length that is not there, or less than a header, is no datagram."""
+        for packet in (ipv4(udp(b"payload"))[:-1], ipv4(udp(b""))[:27], ipv6(udp(b"x"))[:47],
+                       ipv4(struct.pack(">HHHH", 1, 62201, 7, 0) + b"x"),
+                       ipv4(struct.pack(">HHHH", 1, 62201, 0, 0) + b"x"),
+                       ipv4(struct.pack(">HHHH", 1, 62201, 65535, 0) + b"x")):
+            with self.subTest(packet=packet):
+                self.assertIsNone(self.receive(packet))
+
+    def test_headers_that_lie(self) -> None:
+        """What the filter lets through never ends the server, whatever its header says."""
+        # A header length of less than 20 bytes in a short packet once gave an address of less than
+        # 4, and the log line about it raised ValueError: one packet from the link ended the server.
+        code = server.compile_filter(server.parse_packet_filter("udp port 62201"))
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        draw, passed = random.Random(11), 0
+        for _ in range(3000):
+            packet = bytearray(draw.randrange(256) for _ in range(draw.randrange(10, 60)))
+            packet[0], packet[6:8] = draw.choice((0x40, 0x41, 0x42, 0x43, 0x44, 0x45)), b"\0\0"
+            packet[9] = 17
+            start = (packet[0] & 15) * 4
+            packet[start + 2:start + 4] = struct.pack(">H", 62201)
+            packet[start + 4:start + 6] = struct.pack(">H", max(8, len(packet) - start))
+            if run_filter(code, bytes(packet)):
+                passed += 1
+                found = self.receive(bytes(packet))
+                if found is not None:
+                    made.receive(found)
+                    self.assertEqual((4, 4), (len(found.source), len(found.destination)))
+        self.assertGreater(passed, 500)
+        self.assertNotIn("error", made.counts)
+
+
+# ------------------------------------------------------------------- firewall texts
+
+class IptablesTest(unittest.TestCase):
+    """Rules as text, there and back. What the kernel makes of them is tested live."""
+
+    def program(self, version: int = 4, dated: bool = True) -> Any:
+        """Return the programs of an IP version, which are not started."""
+        made = server.Iptables(version, "iptables")
+        made.dated = dated
+        return made
+
+    def test_rules_are_those_of_fwknopd(self) -> None:
+        """Spec 3.6, to the letter, where the kernel has no time match."""
+        ssh = server.Grant(door("10.55.0.2/32 tcp/22"), 1795370283, 0.0)
+        there = server.Grant(door("10.55.0.2/32 tcp/22 10.55.0.1"), 1795370285, 0.0)
+        into = server.Place("filter", "FWKNOP_INPUT", "ACCEPT")
+        out = server.Place("filter", "FWKNOP_OUTPUT", "ACCEPT", True)
+        for place, grant, expected in (
+                (into, ssh, "-s 10.55.0.2/32 -p tcp -m tcp --dport 22 -m comment --comment "
+                            "_exp_1795370283 -j ACCEPT"),
+                (out, ssh, "-d 10.55.0.2/32 -p tcp -m tcp --sport 22 -m comment --comment "
+                           "_exp_1795370283 -j ACCEPT"),
+                (into, there, "-s 10.55.0.2/32 -d 10.55.0.1/32 -p tcp -m tcp --dport 22 -m comment "
+                              "--comment _exp_1795370285 -j ACCEPT"),
+                (out, there, "-s 10.55.0.1/32 -d 10.55.0.2/32 -p tcp -m tcp --sport 22 -m comment "
+                             "--comment _exp_1795370285 -j ACCEPT")):
+            self.assertEqual(expected, self.program(dated=False).rule(place, grant))
+        self.assertIn("-m time --datestop 2026-11-22T18:38:03 -m comment",
+                      self.program().rule(into, ssh._replace(expires=1795372683)))
+
+    def test_rule_and_parse_rule_are_inverse(self) -> None:
+        """Random doors of both families, with and without destination, in and out."""
+        draw = random.Random(36)
+        for _ in range(500):
+            version = draw.choice((4, 6))
+            bits = 32 if version == 4 else 128
+            address = (ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address)
+            prefix = draw.choice((bits, bits, bits - 8, bits - 72 if version == 6 else 24))
+            source = ipaddress.ip_network("%s/%d" % (address(draw.randrange(1, 2 ** bits)), prefix),
+                                          strict=False)
+            made = server.Door(source, draw.choice((None, address(draw.randrange(2 ** bits)))),
+                               draw.choice(("tcp", "udp")), draw.randint(1, 65535))
+            grant = server.Grant(made, draw.randrange(1, 2 ** 31), 0.0)
+            place = server.Place("filter", "MYSPA", "ACCEPT", draw.choice((True, False)))
+            text = self.program(version, draw.choice((True, False))).rule(place, grant)
+            self.assertEqual((made, grant.expires), server.parse_rule("-A MYSPA " + text, place))
+            self.assertIsNone(server.parse_rule("-A OTHER " + text, place))
+
+    def test_rules_that_are_no_grants(self) -> None:
+        """Of other chains, without our comment, or of shapes that we do not make."""
+        place = server.Place("filter", "FWKNOP_INPUT", "ACCEPT")
+        rest = " -m comment --comment _exp_1795370283 -j ACCEPT"
+        for line in (
+                "", "-N FWKNOP_INPUT", "-P INPUT ACCEPT", "-A INPUT -j FWKNOP_INPUT",
+                "-A FWKNOP_INPUT -s 10.0.0.1/32 -p tcp -m tcp --dport 22 -j ACCEPT",
+                "-A FWKNOP_INPUT -p tcp -m tcp --dport 22" + rest,
+                "-A FWKNOP_INPUT -s 10.0.0.1/32" + rest,
+                "-A FWKNOP_INPUT -s 10.0.0.1/32 -p icmp" + rest,
+                "-A FWKNOP_INPUT -s 10.0.0.1/32 -p tcp -m tcp --dport 1:22" + rest,
+                "-A FWKNOP_INPUT -s 10.0.0.1/32 -p tcp -m tcp --dport 22 -m comment --comment "
+                "_exp_x -j ACCEPT",
+                "-A FWKNOP_INPUT -s 10.0.0.1/32 -p tcp -m tcp --dport 22 -m comment --comment "
+                "\"my rule\" -j ACCEPT",
+                "-A FWKNOP_INPUT -s host -p tcp -m tcp --dport 22" + rest,
+                # the opposite of a grant to this address
+                "-A FWKNOP_INPUT ! -s 10.0.0.1/32 -p tcp -m tcp --dport 22" + rest):
+            with self.subTest(line=line):
+                self.assertIsNone(server.parse_rule(line, place))
+
+
+class NftTest(unittest.TestCase):
+    """Shapes of sets and their elements, and netlink attributes."""
+
+    def test_key_and_door_are_inverse(self) -> None:
+        """Every kind of door comes back from the bytes of its element."""
+        for text in ("10.55.0.2/32 tcp/22", "10.55.0.0/24 udp/53",
+                     "10.55.0.2/32 tcp/65535 10.0.0.1", "2001:db8::7/128 tcp/1",
+                     "2001:db8:1:200::/56 udp/53",
+                     "2001:db8::7/128 tcp/22 2001:db8::1"):
+            with self.subTest(door=text):
+                shape = server.shape_of(door(text))
+                key = shape.key(door(text))
+                self.assertEqual(0, len(key) % 4)
+                self.assertEqual(door(text), shape.door(key))
+
+    def test_key_bytes(self) -> None:
+        """Each field on four bytes, big-endian, as nf_tables concatenates them."""
+        self.assertEqual(b"\x0a\x37\0\2" b"\6\0\0\0" b"\0\x16\0\0",
+                         server.shape_of(door("10.55.0.2/32 tcp/22")).key(
+                             door("10.55.0.2/32 tcp/22")))
+
+    def test_foreign_elements(self) -> None:
+        """Another length or protocol is no door."""
+        shape = server.Shape(4, 32, False)
+        for key in (b"", bytes(11), bytes(13), b"\x0a\x37\0\2" b"\x84\0\0\0" b"\0\x16\0\0"):
+            self.assertIsNone(shape.door(key))
+
+    def test_names_of_sets(self) -> None:
+        """One for each shape."""
+        for shape, name in (((4, 32, False), "spa4"), ((4, 24, True), "spa4_24_to"),
+                            ((6, 128, True), "spa6_to"), ((6, 56, False), "spa6_56")):
+            self.assertEqual(name, server.Shape(*shape).set_name)
+
+    def test_set_language(self) -> None:
+        """Declaration and match have the same fields, and a prefix masks the source."""
+        shape = server.Shape(6, 56, True)
+        self.assertEqual("spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . inet_service; "
+                         "flags timeout; }", shape.declaration())
+        self.assertEqual("ip6 saddr & ffff:ffff:ffff:ff00:: . ip6 daddr . meta l4proto . th dport "
+                         "@spa6_56_to", shape.match())
+        self.assertEqual("ip saddr . meta l4proto . th dport @spa4",
+                         server.Shape(4, 32, False).match())
+
+    def test_attributes(self) -> None:
+        """Any values come back, in order, with their padding gone; the last of several stays."""
+        draw = random.Random(12)
+        for _ in range(200):
+            values = [bytes(draw.randrange(256) for _ in range(draw.randrange(12)))
+                      for _ in range(draw.randrange(6))]
+            data = b"".join(server.attribute(n + 1, value) for n, value in enumerate(values))
+            self.assertEqual(0, len(data) % 4)
+            self.assertEqual(dict(enumerate(values, 1)), server.attributes(data))
+            self.assertEqual(values, server.attribute_list(data))
+        nested = server.attribute(server.NESTED | 3, server.attribute(1, b"x"))
+        self.assertEqual({1: b"x"}, server.attributes(server.attributes(nested)[3]))
+
+    def test_broken_netlink_data(self) -> None:
+        """Ends; nothing is read twice or for ever."""
+        draw = random.Random(13)
+        for _ in range(500):
+            data = bytes(draw.randrange(4) for _ in range(draw.randrange(60)))
+            server.attributes(data)
+            server.attribute_list(data)
+            list(server.netlink_messages(data))
+        self.assertEqual({}, server.attributes(b"\3\0\1\0zzzz"))
+
+    def test_messages(self) -> None:
+        """Several in one answer of the kernel."""
+        one = struct.pack("=IHHII", 20, 5, 0, 1, 77) + b"body"
+        two = struct.pack("=IHHII", 17, 6, 0, 1, 78) + b"x\0\0\0"
+        self.assertEqual([(5, 77, b"body"), (6, 78, b"x")],
+                         list(server.netlink_messages(one + two)))
+
+
+if __name__ == "__main__":
+    unittest.main()
