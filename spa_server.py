@@ -2637,7 +2637,6 @@ class NoFirewall:
 
     def __init__(self, why: str, log: Log) -> None:
         self.why, self.log = why, log
-        self.opened: Dict[Door, Grant] = {}
 
     def describe(self) -> str:
         """Where grants go, for the log."""
@@ -2646,20 +2645,17 @@ class NoFirewall:
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Says that nothing is opened."""
         self.log.info(self.why)
-        self.opened.update({grant.door: grant for grant in grants})
+
+    def close(self, grants: List[Grant]) -> None:
+        """Nothing is open."""
 
     def grants(self) -> List[Grant]:
-        """What would be open."""
-        return list(self.opened.values())
+        """Nothing is kept."""
+        return []
 
     def intact(self) -> bool:
         """Nothing can break."""
         return True
-
-    def close(self, grants: List[Grant]) -> None:
-        """Forgets what would be open."""
-        for grant in grants:
-            self.opened.pop(grant.door, None)
 
     def prepare(self) -> None:
         """Nothing to make."""
@@ -2800,6 +2796,8 @@ class Grants:
 
     def check(self) -> None:
         """Puts back what somebody took from the firewall: first our rules, then what is due."""
+        if isinstance(self.firewall, NoFirewall):
+            return
         if not self.firewall.intact():
             self.log.warning("Somebody changed our rules in the firewall (%s); putting them back"
                              % self.firewall.describe())
@@ -2813,10 +2811,15 @@ class Grants:
             self.log.warning("Put back %d grants that somebody took from the firewall" % len(lost))
 
     def flush(self) -> None:
-        """Closes everything."""
-        self.firewall.flush()
-        self.live.clear()
-        self.ends = []
+        """Closes everything, also what this server does not know of; what fails is tried again."""
+        ended = [grant._replace(ends=self.monotonic()) for grant in self.live.values()]
+        self.live, self.ends = {}, []
+        try:
+            self.firewall.flush()
+        except CommandError as error:
+            self.log.error("%s; trying to close %d grants again" % (error, len(ended)))
+            for grant in ended:
+                self.enter(grant)
 
 
 # ======================================================================================
@@ -2987,7 +2990,9 @@ class Server:
             self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
-        self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+            self.check_due = time.monotonic() + RETRY_SECONDS
+        else:
+            self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:
         """Goes on with other settings and stanzas; live grants stay, in a new firewall as well.
@@ -3240,10 +3245,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     that is open; the others end the server."""
     if number == signal.SIGUSR2:
         log.info("Got SIGUSR2. Closing all grants.")
-        try:
-            server.grants.flush()
-        except CommandError as error:
-            log.error("%s; trying again" % error)
+        server.grants.flush()
         return
     if number != signal.SIGHUP:
         log.info("Gracefully leaving the fwknopd event loop.")
@@ -3634,6 +3636,19 @@ def signal_server(arguments: Arguments) -> int:
     return 0
 
 
+def flush_firewall(firewall: Firewall, server: Optional[int]) -> None:
+    """Closes all grants; where a server runs it does that, or it would put them back."""
+    if server is None:
+        firewall.flush()
+        return
+    os.kill(server, signal.SIGUSR2)
+    for _ in range(100):
+        if not firewall.grants():
+            return
+        time.sleep(0.1)
+    raise SpaError("the server (pid=%d) has not closed all grants" % server, "see its log")
+
+
 def manage_firewall(arguments: Arguments, log: Log) -> int:
     """--fw-list, --fw-flush and --unguard."""
     configuration = read_configuration(arguments)
@@ -3644,9 +3659,7 @@ def manage_firewall(arguments: Arguments, log: Log) -> int:
         print(list_grants(firewall))
     elif "flush" in arguments:
         print("Deleting any existing firewall rules...")
-        if server:
-            os.kill(server, signal.SIGUSR2)  # or it would put them back
-        firewall.flush()
+        flush_firewall(firewall, server)
     elif server:
         raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
                        "end it first, with -K")

@@ -16,7 +16,7 @@ import struct
 import sys
 import tempfile
 import unittest
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 
 from tests.support import load_script, run
 from tests.test_packet import NOW, Sender, b64
@@ -1112,7 +1112,7 @@ def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
         opcode, when_true, when_false, k = program[place]
         place += 1
         if opcode == 0x06:
-            return k > 0
+            return bool(k > 0)
         if opcode in (0x20, 0x28, 0x30, 0x48):  # load: word, half, byte; half behind the index
             size = {0x20: 4, 0x28: 2, 0x30: 1, 0x48: 2}[opcode]
             if k == 0xFFFFF000 + 4:

@@ -1,0 +1,956 @@
+"""Grants in real firewalls: every backend in both modes and families, with real TCP connections.
+
+Each check has two hosts of its own. Most of their time goes by in waiting for grants to end, so
+the checks of a test run at the same time, one for each backend and mode.
+"""
+
+import functools
+import itertools
+import os
+import re
+import shutil
+import signal
+import time
+import unittest
+from typing import Any, Callable, List, NamedTuple, Tuple
+
+from tests.netns import (
+    CLIENT4,
+    CLIENT6,
+    FWKNOP,
+    OTHER4,
+    OTHER6,
+    SERVER4,
+    SERVER6,
+    SPA_CLIENT,
+    STANZA,
+    Cable,
+    Host,
+    Server,
+    in_parallel,
+    wait_for,
+)
+from tests.support import needs_programs, needs_root
+
+NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
+BACKENDS = (NFT, IPTABLES_NFT, IPTABLES_LEGACY)
+GRANTED = [("", SERVER4, 22), ("", SERVER6, 22)]
+NOT_GRANTED = [("", SERVER4, 24), ("", SERVER6, 24), (OTHER4, SERVER4, 22), (OTHER6, SERVER6, 22)]
+TO4 = ["-a", CLIENT4, "-D", SERVER4]
+TO6 = ["-a", CLIENT6, "-D", SERVER6]
+LATENESS = (
+    3.0  # on a slow machine; iptables ends a grant by itself at the next whole second but one
+)
+
+NFT_HOST = """
+table inet filter { chain input { type filter hook input priority 0; policy drop;
+  ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }; }
+"""
+NFT_HOST_OLD = """
+table ip filter { chain input { type filter hook input priority 0; policy drop;
+  ct state established,related accept; iifname lo accept; }; }
+table ip6 filter { chain input { type filter hook input priority 0; policy drop;
+  ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }; }
+"""
+
+
+class Setup(NamedTuple):
+    """A backend in a mode."""
+
+    backend: str
+    mode: str  # "accept" or "guard"
+
+    def __str__(self) -> str:
+        """Its name in a subtest."""
+        return "%s %s" % self
+
+    def config(self) -> str:
+        """The directives that choose it."""
+        lines = ["FIREWALL_TYPE nft;"]
+        if self.backend != NFT:
+            lines = ["FIREWALL_TYPE iptables;", "FIREWALL_EXE %s;" % shutil.which(self.backend)]
+        if self.mode == "guard":
+            lines.append("GUARD_PORTS tcp/22, tcp/24;")
+        elif self.backend == NFT:
+            lines.append("NFT_ACCEPT_CHAINS inet filter input;")
+        return "\n".join(lines) + "\n"
+
+
+SETUPS = [Setup(*pair) for pair in itertools.product(BACKENDS, ("accept", "guard"))]
+ACCEPT_SETUPS = [setup for setup in SETUPS if setup.mode == "accept"]
+GUARD_SETUPS = [setup for setup in SETUPS if setup.mode == "guard"]
+
+
+def close_host(host: Host, backend: str) -> None:
+    """Make the host's own firewall, which drops what comes in and is not established."""
+    if backend == NFT:
+        host.run("nft", "-f", "-", input=NFT_HOST)
+        return
+    rules = (
+        "*filter\n:INPUT DROP\n-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
+        "-A INPUT -i lo -j ACCEPT\n%sCOMMIT\n"
+    )
+    host.run(backend + "-restore", input=rules % "")
+    host.run(six(backend) + "-restore", input=rules % "-A INPUT -p ipv6-icmp -j ACCEPT\n")
+
+
+def six(backend: str) -> str:
+    """Return the name of the IPv6 variant."""
+    return backend.replace("iptables", "ip6tables")
+
+
+class Site:
+    """Two hosts, the server's firewall closed, and our server on it."""
+
+    def __init__(self, setup: Setup, config: str = "", access: str = STANZA) -> None:
+        self.setup = setup
+        self.cable = Cable()
+        try:
+            self.client, self.host = self.cable.client, self.cable.server
+            self.host.listen(22, 24, 25)
+            if setup.mode == "accept":
+                close_host(self.host, setup.backend)
+            self.server = Server(self.host, setup.config() + config, access)
+            self.server.start()
+        except BaseException:
+            self.cable.close()
+            raise
+
+    def __enter__(self) -> "Site":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.cable.close()
+
+    def knock(
+        self, *options: str, program: List[str] = SPA_CLIENT, expect: str = " opened "
+    ) -> str:
+        """Knock for tcp/22 unless the options say otherwise."""
+        return self.server.knock(
+            self.client, "-A", "tcp/22", *options, program=program, expect=expect
+        )
+
+    def knock_both(self) -> None:
+        """Open tcp/22 for both addresses."""
+        self.knock(*TO4)
+        self.knock(*TO6)
+
+    def is_open(self) -> bool:
+        """Return whether what was granted is open, and nothing else is."""
+        return all(self.client.probe(*GRANTED)) and not any(self.client.probe(*NOT_GRANTED))
+
+    def all_closed(self) -> bool:
+        """Return whether nothing is open."""
+        return not any(self.client.probe(*GRANTED, *NOT_GRANTED))
+
+    def wait_closed(self, *targets: Tuple[str, str, int]) -> float:
+        """Wait until none of the targets answers, and return when."""
+        wait_for(lambda: not any(self.client.probe(*targets, seconds=0.2)), "a closed port")
+        return time.monotonic()
+
+    def reload(self) -> None:
+        """Send SIGHUP, and wait until it was done."""
+        mark = self.server.mark()
+        self.server.send_signal(signal.SIGHUP)
+        self.server.wait_for("Got SIGHUP", mark)
+        self.knock("-A", "tcp/9", *TO4)
+
+    def listed(self) -> List[Tuple[str, int]]:
+        """Return each grant in --fw-list: its door, and when it expires."""
+        code, text = self.server.command("--fw-list")
+        assert code == 0, text
+        return [
+            (found.group(1), int(found.group(2)))
+            for found in re.finditer(r"^(\S+ -> \S+ \S+) .*_exp_(\d+)", text, re.M)
+        ]
+
+    def iptables(self, *options: str) -> None:
+        """Run iptables and ip6tables."""
+        for program in (self.setup.backend, six(self.setup.backend)):
+            self.host.run(program, *options)
+
+    def rules(self) -> str:
+        """Return everything that is in the firewall."""
+        if self.setup.backend == NFT:
+            return self.host.run("nft", "list", "ruleset")
+        return "".join(
+            self.host.run(program, "-t", table, "-S")
+            for program in (self.setup.backend, six(self.setup.backend))
+            for table in ("filter", "mangle")
+        )
+
+    def count_grants(self) -> int:
+        """Return how many elements or rules of grants the kernel has."""
+        return len(re.findall(r"expires \d|_exp_\d", self.rules()))
+
+
+class FirewallTest(unittest.TestCase):
+    """Checks that run at the same time."""
+
+    def check_all(self, setups: List[Setup], check: Callable[[Setup], None]) -> None:
+        """Call `check` for each setup."""
+        in_parallel(self, setups, check)
+
+
+def needs_firewalls(target: Any) -> Any:
+    """Decorate a class of tests that use all backends."""
+    return needs_root(
+        needs_programs(
+            "ip", "nft", "iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"
+        )(target)
+    )
+
+
+@needs_firewalls
+class RoundTripTest(FirewallTest):
+    """From closed to open to closed."""
+
+    @needs_programs("fwknop")
+    def test_round_trip(self) -> None:
+        """Closed; a knock opens that door only; it expires; the connection lives on."""
+        seconds = 5
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            access = STANZA.replace("TIMEOUT 60", "TIMEOUT %d" % seconds)
+            with Site(setup, access=access) as site:
+                self.assertTrue(site.all_closed())
+                guard = setup.mode == "guard"
+                self.assertEqual(
+                    [guard] * 2, site.client.probe(("", SERVER4, 25), ("", SERVER6, 25))
+                )
+                mark, began = site.server.mark(), time.monotonic()
+                site.knock(*TO4, program=FWKNOP)
+                site.knock(*TO6)
+                knocked = time.monotonic()
+                connections = [site.client.connect(SERVER4, 22), site.client.connect(SERVER6, 22)]
+                self.assertEqual([False] * 4, site.client.probe(*NOT_GRANTED))
+                closed = site.wait_closed(*GRANTED)
+                self.assertGreater(closed, began + seconds - 0.1)
+                self.assertLess(closed, knocked + seconds + LATENESS)
+                for client in (CLIENT4, CLIENT6):
+                    self.assertRegex(
+                        site.server.wait_for("(%s -> " % client, mark), "^Removed rule "
+                    )
+                self.assertEqual(0, site.count_grants(), site.rules())
+                self.assertEqual([], site.listed())
+                self.assertEqual([True] * 2, [each.answers() for each in connections])
+                self.assertEqual(0, site.server.stop(), site.server.log())
+                self.assertTrue(site.all_closed())
+                self.assertEqual([True] * 2, [each.answers() for each in connections])
+                if not guard:
+                    self.assertNotRegex(site.rules(), r"FWKNOP|\bspa")
+
+        self.check_all(SETUPS, check)
+
+    def test_a_knock_for_what_is_open_extends_it(self) -> None:
+        """One rule or element with the later end, and never an earlier one."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                for where in (TO4, TO6):
+                    site.knock(*where, "-f", "50")
+                first = site.listed()
+                self.assertEqual(2, len(first))
+                for seconds in (150, 5):
+                    for where in (TO4, TO6):
+                        site.knock(*where, "-f", str(seconds))
+                    later = site.listed()
+                    self.assertEqual({door for door, _ in first}, {door for door, _ in later})
+                    self.assertEqual(2, site.count_grants(), site.rules())
+                    for door, expires in later:
+                        self.assertAlmostEqual(dict(first)[door] + 100, expires, delta=15)
+                self.assertTrue(site.is_open())
+
+        self.check_all(SETUPS, check)
+
+
+@needs_firewalls
+class LifeTest(FirewallTest):
+    """What becomes of grants when the server ends or reads its files again."""
+
+    def test_kill_with_open_grants(self) -> None:
+        """The kernel closes on time alone; a new server goes on with the rest."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                site.knock(*TO6, "-A", "tcp/24", "-f", "11")
+                second = time.monotonic() + 11
+                site.knock(*TO4, "-f", "4")
+                first = time.monotonic() + 4
+                site.server.stop(signal.SIGKILL)
+                self.assertEqual(
+                    [True, True], site.client.probe(("", SERVER4, 22), ("", SERVER6, 24))
+                )
+                connection = site.client.connect(SERVER4, 22)
+                self.assertLess(site.wait_closed(("", SERVER4, 22)), first + LATENESS)
+                self.assertTrue(site.client.reaches(SERVER6, 24))
+                self.assertTrue(connection.answers())
+                site.server.start()
+                self.assertRegex(
+                    site.server.wait_for(CLIENT6 + " -> ::/0 tcp/24"), "^Found access rule in "
+                )
+                self.assertTrue(site.client.reaches(SERVER6, 24))
+                self.assertEqual(
+                    [False] * 2, site.client.probe(("", SERVER4, 22), ("", SERVER4, 24))
+                )
+                closed = site.wait_closed(("", SERVER6, 24))
+                self.assertGreater(closed, second - 1.5)
+                self.assertLess(closed, second + LATENESS)
+                site.server.wait_for("(%s -> ::/0 tcp/24)" % CLIENT6)
+                self.assertEqual(0, site.count_grants(), site.rules())
+
+        self.check_all(SETUPS, check)
+
+    def test_reload_stop_and_start(self) -> None:
+        """SIGHUP keeps grants; FLUSH_IPT_AT_EXIT and FLUSH_IPT_AT_INIT do what they say."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                site.knock_both()
+                before = site.listed()
+                site.server.configure(setup.config() + "FLUSH_IPT_AT_EXIT N;\n")
+                site.reload()
+                self.assertTrue(site.is_open())
+                self.assertEqual(
+                    dict(before).keys(),
+                    dict(site.listed()).keys() - {"%s -> 0.0.0.0/0 tcp/9" % CLIENT4},
+                )
+                self.assertNotIn("Put back", site.server.log())
+                self.assertEqual(0, site.server.stop())
+                self.assertTrue(site.is_open(), "FLUSH_IPT_AT_EXIT N")
+                site.server.configure(setup.config() + "FLUSH_IPT_AT_INIT Y;\n")
+                site.server.start()
+                self.assertTrue(site.all_closed(), "FLUSH_IPT_AT_INIT Y")
+                site.knock_both()
+                site.server.configure(setup.config())
+                site.server.stop(signal.SIGKILL)
+                site.server.start()
+                self.assertEqual(2, site.server.log().count("Found access rule in "))
+                self.assertTrue(site.is_open(), "adopted")
+                connection = site.client.connect(SERVER6, 22)
+                self.assertEqual(0, site.server.stop())
+                self.assertTrue(site.all_closed(), "a clean stop")
+                self.assertEqual(0, site.count_grants())
+                self.assertTrue(connection.answers())
+                site.server.configure(setup.config() + "FLUSH_IPT_AT_EXIT N;\n")
+                site.server.start()
+                site.knock(*TO4, "-f", "3")
+                ends = time.monotonic() + 3
+                self.assertEqual(0, site.server.stop())
+                self.assertLess(site.wait_closed(("", SERVER4, 22)), ends + LATENESS)
+
+        self.check_all(SETUPS, check)
+
+
+@needs_firewalls
+class TamperTest(FirewallTest):
+    """Somebody changes the firewall behind the server's back."""
+
+    def attacks(self, site: Site) -> List[Tuple[str, Callable[[], Any]]]:
+        """Return what can be done to our chains, sets and rules, by name."""
+        host, setup = site.host, site.setup
+        if setup == Setup(NFT, "guard"):
+            return [
+                (line, functools.partial(host.run, "nft", line))
+                for line in (
+                    "flush ruleset",
+                    "delete table inet spa",
+                    "flush set inet spa spa4; flush set inet spa spa6",
+                    "flush chain inet spa guard",
+                    "flush chain inet spa closed",
+                )
+            ]
+        if setup == Setup(NFT, "accept"):
+
+            def delete_our_rules() -> None:
+                """Take out the rules with our comment."""
+                listing = host.run("nft", "-a", "list", "chain", "inet", "filter", "input")
+                for handle in re.findall(r'comment "spa" # handle (\d+)', listing):
+                    host.run("nft", "delete rule inet filter input handle " + handle)
+
+            def reload_host() -> None:
+                """Load the host's firewall anew, as its administrator does."""
+                host.run("nft", "-f", "-", input="flush ruleset\n" + NFT_HOST)
+
+            return [
+                (
+                    "flush set",
+                    lambda: host.run(
+                        "nft", "flush set inet filter spa4; flush set inet filter spa6"
+                    ),
+                ),
+                ("delete our rules", delete_our_rules),
+                ("reload", reload_host),
+                (
+                    "flush chain",
+                    lambda: host.run(
+                        "nft",
+                        "flush chain inet filter input; add rule "
+                        "inet filter input ip6 nexthdr icmpv6 accept",
+                    ),
+                ),
+            ]
+        if setup.mode == "guard":
+            commands = [
+                ["-t", "mangle", "-F", "FWKNOP_GUARDED"],
+                ["-t", "mangle", "-F", "FWKNOP_GUARD"],
+                ["-t", "mangle", "-D", "PREROUTING", "-j", "FWKNOP_GUARD"],
+                ["-t", "mangle", "-D", "FWKNOP_GUARDED", "1"],
+            ]
+            everything = ["-t", "mangle"]
+        else:
+            commands = [["-F", "FWKNOP_INPUT"], ["-D", "INPUT", "-j", "FWKNOP_INPUT"]]
+            everything = []
+
+        def flush_everything() -> None:
+            """What a firewall script begins with."""
+            site.iptables(*everything, "-F")
+            site.iptables(*everything, "-X")
+            if setup.mode == "accept":
+                close_host(host, setup.backend)
+
+        return [
+            (" ".join(words), functools.partial(site.iptables, *words)) for words in commands
+        ] + [("-F and -X", flush_everything)]
+
+    def test_what_somebody_took_is_put_back(self) -> None:
+        """It is noticed (by the kernel's events, or legacy iptables' poll), said, and mended."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode, one attack after the other."""
+            with Site(setup, access=STANZA.replace("TIMEOUT 60", "TIMEOUT 200")) as site:
+                site.knock_both()
+                before = dict(site.listed())
+                # Without events it is looked at every 30 seconds, legacy iptables every 5.
+                patience = 20 if setup.backend == IPTABLES_LEGACY else 8
+                for name, attack in self.attacks(site):
+                    mark = site.server.mark()
+                    attack()
+
+                    def mended(mark: int = mark) -> bool:
+                        """Whether all is as before, and was said."""
+                        log = site.server.log(mark)
+                        return site.is_open() and bool(re.search("[Pp]ut(ting)? .*back", log))
+
+                    try:
+                        wait_for(mended, "%s to be mended after %s" % (setup, name), patience)
+                    except AssertionError as error:
+                        raise AssertionError(
+                            "%s; the log:\n%s\n%s" % (error, site.server.log(mark), site.rules())
+                        ) from None
+                    after = dict(site.listed())
+                    self.assertEqual(before.keys(), after.keys(), name)
+                    for door, expires in after.items():
+                        self.assertAlmostEqual(before[door], expires, delta=1, msg=name)
+                    self.assertEqual(2, site.count_grants(), name)
+                self.assertEqual(0, site.server.stop())
+                self.assertTrue(site.all_closed())
+
+        self.check_all(SETUPS, check)
+
+    def test_a_change_while_the_last_one_is_mended(self) -> None:
+        """It is not lost: somebody's changes rarely come alone."""
+
+        def check(setup: Setup) -> None:
+            """One backend that announces changes."""
+            with Site(setup) as site:
+                site.knock_both()
+                command = (
+                    ["nft", "flush set inet spa spa4"]
+                    if setup.backend == NFT
+                    else [setup.backend, "-t", "mangle", "-F", "FWKNOP_GUARDED"]
+                )
+                for milliseconds in range(10, 130, 10):
+                    site.host.run(*command)
+                    time.sleep(milliseconds / 1000)  # time is the thing: during the server's work
+                    site.host.run(*command)
+                    # The announcement comes among those of the server's own changes. Without it
+                    # the change would be seen only 30 seconds later.
+                    wait_for(
+                        site.is_open,
+                        "what was changed %d ms after the first change; the log:\n%s"
+                        % (milliseconds, site.server.log()),
+                        patience=8,
+                    )
+
+        self.check_all([Setup(NFT, "guard"), Setup(IPTABLES_NFT, "guard")], check)
+
+    def test_the_hosts_chain_is_away_for_a_while(self) -> None:
+        """Meanwhile knocks are rejected; sets and rules come back with the chain."""
+        with Site(Setup(NFT, "accept")) as site:
+            site.knock_both()
+            mark = site.server.mark()
+            site.host.run("nft", "delete table inet filter")
+            site.server.wait_for("the firewall is not as it should be, trying again", mark)
+            site.knock(*TO4, "-A", "tcp/25", expect="nothing was opened: the firewall failed")
+            mark = site.server.mark()
+            site.host.run("nft", "-f", "-", input=NFT_HOST)
+            site.server.wait_for("Put back 2 grants", mark)
+            self.assertTrue(site.is_open())
+            self.assertEqual(2, len(site.listed()))
+
+    def test_a_chain_that_is_not_there(self) -> None:
+        """A start without the chain that NFT_ACCEPT_CHAINS names fails and names it."""
+        with Cable() as cable:
+            server = Server(cable.server, Setup(NFT, "accept").config())
+            code, text = server.command()
+            self.assertNotEqual(0, code)
+            # nft says "/dev/stdin:1:14-19: Error: No such file or directory", and some kernels
+            # answer the question for the rules of a missing chain with an empty list, no error.
+            self.assertIn("inet filter input", text)
+
+    def test_our_own_changes_are_not_taken_for_somebodys(self) -> None:
+        """Grants that open, extend and end leave no word about putting back."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                for number in range(5):
+                    site.knock("-A", "tcp/%d,udp/53" % (100 + number), *TO4, "-f", "1")
+                    site.knock(*TO6)
+                wait_for(lambda: "tcp/104)" in site.server.log(), "the last to end")
+                site.knock(*TO4)
+                self.assertNotRegex(site.server.log(), "[Pp]ut(ting)? .*back|Somebody changed")
+
+        self.check_all(SETUPS, check)
+
+
+def write_program(path: str, lines: str) -> None:
+    """Write a shell script."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), "w") as file:
+        file.write("#!/bin/sh\n" + lines)
+
+
+@needs_firewalls
+class FailureTest(FirewallTest):
+    """The firewall's program fails."""
+
+    def make_programs(self, host: Host, backend: str) -> Tuple[str, str]:
+        """Return the path of a program that fails while there is a file, and the file's path."""
+        directory = host.path("programs")
+        os.mkdir(directory)
+        broken = os.path.join(directory, "broken")
+        names = (
+            ["nft"]
+            if backend == NFT
+            else [
+                name + suffix for name in ("iptables", "ip6tables") for suffix in ("", "-restore")
+            ]
+        )
+        for name in names:
+            real = shutil.which(
+                name if backend == NFT else name.replace("tables", "tables-" + backend[9:], 1)
+            )
+            changes = "true" if name == "nft" or "restore" in name else "false"
+            write_program(
+                os.path.join(directory, name),
+                'if %s && [ -e %s ]; then echo "no luck" >&2; exit 4; fi\nexec %s "$@"\n'
+                % (changes, broken, real),
+            )
+        return os.path.join(directory, names[0]), broken
+
+    def test_a_failing_iptables(self) -> None:
+        """Nothing opens, the server lives, and what it can't close closes by itself."""
+
+        def check(setup: Setup) -> None:
+            """One variant in one mode."""
+            with Site(setup) as site:
+                program, broken = self.make_programs(site.host, setup.backend)
+                site.server.stop()
+                config = re.sub("FIREWALL_EXE .*;", "FIREWALL_EXE %s;" % program, setup.config())
+                site.server.configure(config)
+                site.server.start()
+                site.knock(*TO4, "-A", "tcp/24", "-f", "3")
+                ends = time.monotonic() + 3
+                with open(broken, "w"):
+                    mark = site.server.mark()
+                    site.knock(
+                        *TO4,
+                        expect="[%s] (stanza #1) nothing was opened: the firewall failed" % CLIENT4,
+                    )
+                    site.server.wait_for("failed: no luck", mark)
+                    self.assertEqual([False] * 2, site.client.probe(*GRANTED))
+                    self.assertNotRegex(site.rules(), "dport 22 .*_exp_")
+                    self.assertNotIn(" opened ", site.server.log(mark))
+                    site.server.wait_for("trying to close 1 grants again", mark)
+                    self.assertLess(site.wait_closed(("", SERVER4, 24)), ends + LATENESS)
+                    mark = site.server.mark()
+                    site.server.send_signal(signal.SIGHUP)
+                    # Taken for "no time match", the failure would turn self-ending grants off.
+                    site.server.wait_for("going on with the old settings", mark, patience=10)
+                os.unlink(broken)
+                site.server.wait_for("tcp/24)", mark)
+                self.assertEqual(0, site.count_grants(), site.rules())
+                site.knock_both()
+                self.assertTrue(site.is_open())
+                site.server.stop()
+                with open(broken, "w"):
+                    code, text = site.server.command()
+                    self.assertEqual(1, code, text)
+                    self.assertIn("failed: no luck", text)
+
+        self.check_all([setup for setup in SETUPS if setup.backend != NFT], check)
+
+    def test_a_failing_nft(self) -> None:
+        """It is an error, a knock is rejected, and all is well when nft works again."""
+        with Site(Setup(NFT, "guard")) as site:
+            program, broken = self.make_programs(site.host, NFT)
+            site.server.stop()
+            site.server.configure(site.setup.config() + "FIREWALL_EXE %s;\n" % program)
+            site.server.start()
+            site.knock(*TO4)
+            with open(broken, "w"):
+                mark = site.server.mark()
+                site.host.run("nft", "delete table inet spa")
+                site.server.wait_for("failed: no luck", mark)
+                site.knock(*TO6, expect="nothing was opened: the firewall failed")
+            os.unlink(broken)
+            site.knock(*TO6)
+            self.assertTrue(site.is_open())
+
+
+@needs_firewalls
+class ShapeTest(FirewallTest):
+    """What rules and elements look like, and what the directives make of them."""
+
+    TIME = (
+        r"-m time --datestop \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?: --utc)? "  # ours, fwknopd has none
+    )
+    EXPIRES = r"-m comment --comment _exp_\d{10} -j ACCEPT"
+
+    def check_rules(self, config: str, knock: List[str], *lines: str) -> None:
+        """Compare the rules of fwknop's kind after a knock with regular expressions for lines."""
+
+        def check(backend: str) -> None:
+            """One variant."""
+            with Site(Setup(backend, "accept"), config) as site:
+                site.knock(*TO4, *knock)
+                found = [
+                    line
+                    for line in site.host.run(backend, "-S").splitlines()
+                    if re.search("FWKNOP|MYSPA", line) and not line.startswith("-N ")
+                ]
+                self.assertEqual(len(lines), len(found), found)
+                for line, text in zip(lines, found):
+                    line = line.replace("TIME ", self.TIME).replace("EXPIRES", self.EXPIRES)
+                    self.assertRegex(text, "^" + line + "$")
+                self.assertTrue(site.client.connect(SERVER4, 22).answers())
+
+        in_parallel(self, (IPTABLES_NFT, IPTABLES_LEGACY), check)
+
+    def test_output_rules(self) -> None:
+        """ENABLE_IPT_OUTPUT: a second chain for the answers (spec 3.6)."""
+        self.check_rules(
+            "ENABLE_IPT_OUTPUT Y;\n",
+            ["-A", "tcp/22,udp/53"],
+            "-A INPUT -j FWKNOP_INPUT",
+            "-A OUTPUT -j FWKNOP_OUTPUT",
+            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
+            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p udp -m udp --dport 53 TIME EXPIRES",
+            "-A FWKNOP_OUTPUT -d 10.55.0.2/32 -p tcp -m tcp --sport 22 TIME EXPIRES",
+            "-A FWKNOP_OUTPUT -d 10.55.0.2/32 -p udp -m udp --sport 53 TIME EXPIRES",
+        )
+
+    def test_destination_rules(self) -> None:
+        """ENABLE_DESTINATION_RULE: only the address that was knocked at."""
+        self.check_rules(
+            "ENABLE_DESTINATION_RULE Y;\nENABLE_IPT_OUTPUT Y;\n",
+            [],
+            "-A INPUT -j FWKNOP_INPUT",
+            "-A OUTPUT -j FWKNOP_OUTPUT",
+            "-A FWKNOP_INPUT -s 10.55.0.2/32 -d 10.55.0.1/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
+            "-A FWKNOP_OUTPUT -s 10.55.0.1/32 -d 10.55.0.2/32 -p tcp -m tcp --sport 22 TIME "
+            "EXPIRES",
+        )
+
+    def test_prepended_rules(self) -> None:
+        """ENABLE_RULE_PREPEND: the last port is first."""
+        self.check_rules(
+            "ENABLE_RULE_PREPEND Y;\n",
+            ["-A", "tcp/22,udp/53"],
+            "-A INPUT -j FWKNOP_INPUT",
+            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p udp -m udp --dport 53 TIME EXPIRES",
+            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
+        )
+
+    def test_a_chain_of_another_name(self) -> None:
+        """IPT_INPUT_ACCESS: its position and name."""
+        self.check_rules(
+            "IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 2, MYSPA, 1;\n",
+            [],
+            "-A INPUT -j MYSPA",
+            "-A MYSPA -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
+        )
+
+    def test_output_rules_let_answers_out(self) -> None:
+        """Where the host lets nothing out, they do; a grant is one for fwknopd as well."""
+
+        def check(backend: str) -> None:
+            """One variant."""
+            with Site(Setup(backend, "accept"), "ENABLE_IPT_OUTPUT Y;\n") as site:
+                for program in (backend, six(backend)):
+                    site.host.run(program, "-P", "OUTPUT", "DROP")
+                site.host.run(six(backend), "-A", "OUTPUT", "-p", "ipv6-icmp", "-j", "ACCEPT")
+                site.knock_both()
+                self.assertTrue(site.is_open())
+                self.assertEqual(2, len(site.listed()))
+                site.server.stop()
+                self.assertTrue(site.all_closed())
+
+        in_parallel(self, (IPTABLES_NFT, IPTABLES_LEGACY), check)
+
+    def test_prefixes_destination_and_families(self) -> None:
+        """ACCESS_PREFIX4 and 6 open to the network around, a destination rule to one address."""
+        inside = [("10.55.0.2", SERVER4, 22), (OTHER4, SERVER4, 22), ("fd55:0:0:1::2", SERVER6, 22)]
+        outside = [
+            ("10.56.0.2", SERVER4, 22),
+            ("fd55:0:0:100::2", SERVER6, 22),
+            ("", "10.55.0.9", 22),
+            ("", "fd55::9", 22),
+            (OTHER4, SERVER4, 24),
+        ]
+
+        def check(case: Tuple[Setup, str]) -> None:
+            """One backend in one mode, perhaps with tables of one family each."""
+            setup, chains = case
+            with Site(setup) as site:
+                server = site.server
+                server.stop()
+                if chains:
+                    site.host.run("nft", "-f", "-", input="flush ruleset\n" + NFT_HOST_OLD)
+                server.configure(
+                    setup.config() + chains + "ENABLE_DESTINATION_RULE Y;\n",
+                    STANZA + "ACCESS_PREFIX4 24\nACCESS_PREFIX6 56\n",
+                )
+                site.client.run(
+                    "ip",
+                    "-batch",
+                    "-",
+                    input="""
+                    addr add 10.56.0.2/32 dev eth0
+                    addr add fd55:0:0:1::2/128 dev eth0 nodad preferred_lft 0
+                    addr add fd55:0:0:100::2/128 dev eth0 nodad preferred_lft 0""",
+                )
+                site.host.run(
+                    "ip",
+                    "-batch",
+                    "-",
+                    input="""
+                    addr add 10.55.0.9/24 dev eth0
+                    addr add fd55::9/64 dev eth0 nodad preferred_lft 0
+                    route add 10.56.0.0/24 dev eth0
+                    route add fd55:0:0:1::/64 dev eth0
+                    route add fd55:0:0:100::/64 dev eth0""",
+                )
+                server.start()
+                self.assertFalse(any(site.client.probe(*inside, *outside)))
+                line = site.knock(*TO4)
+                self.assertIn("opened 10.55.0.0/24 -> 10.55.0.1 tcp/22", line)
+                self.assertIn("opened fd55::/56 -> fd55::1 tcp/22", site.knock(*TO6))
+                self.assertEqual([True] * 3, site.client.probe(*inside, seconds=5), site.rules())
+                self.assertFalse(any(site.client.probe(*outside)))
+                listed = {"10.55.0.0/24 -> 10.55.0.1 tcp/22", "fd55::/56 -> fd55::1 tcp/22"}
+                self.assertEqual(listed, set(dict(site.listed())))
+                server.stop(signal.SIGKILL)
+                server.start()
+                self.assertEqual(2, server.log().count("Found access rule in "), server.log())
+                server.stop()
+                self.assertFalse(any(site.client.probe(*inside, *outside)))
+
+        cases = [(setup, "") for setup in SETUPS]
+        cases.append(
+            (Setup(NFT, "accept"), "NFT_ACCEPT_CHAINS ip filter input, ip6 filter input;\n")
+        )
+        in_parallel(self, cases, check)
+
+
+@needs_firewalls
+class GuardTest(FirewallTest):
+    """What the guard drops, what it lets be, and how long it stays."""
+
+    def test_the_guard_stays_until_it_is_taken_away(self) -> None:
+        """It outlives the server; --fw-flush closes grants; --unguard says what it opens."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Site(setup) as site:
+                loopback = [
+                    ("", "127.0.0.1", 22),
+                    ("", "::1", 22),
+                    ("", SERVER4, 22),
+                    ("", SERVER6, 22),
+                ]
+                self.assertEqual([True] * 4, site.host.probe(*loopback))
+                site.knock_both()
+                code, text = site.server.command("--fw-list")
+                self.assertEqual(0, code, text)
+                self.assertIn("%s -> 0.0.0.0/0 tcp/22 " % CLIENT4, text)
+                self.assertIn("%s -> ::/0 tcp/22 " % CLIENT6, text)
+                for end in (signal.SIGKILL, signal.SIGTERM):
+                    site.server.stop(end)
+                    self.assertEqual(end == signal.SIGTERM, site.all_closed())
+                    if end == signal.SIGKILL:
+                        self.assertTrue(site.is_open())
+                        code, text = site.server.command("--fw-flush")
+                        self.assertEqual(0, code, text)
+                        self.assertTrue(site.all_closed())
+                        site.server.start()
+                        site.knock_both()
+                self.assertEqual([True] * 4, site.host.probe(*loopback))
+                code, text = site.server.command("--unguard")
+                self.assertEqual(0, code, text)
+                self.assertIn("tcp/22, tcp/24", text)
+                self.assertEqual([True] * 6, site.client.probe(*GRANTED, *NOT_GRANTED))
+                self.assertNotRegex(site.rules(), r"FWKNOP|\bspa")
+
+        self.check_all(GUARD_SETUPS, check)
+
+    def test_flush_while_the_server_runs(self) -> None:
+        """What the administrator closes with --fw-flush stays closed."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Site(setup) as site:
+                site.knock_both()
+                code, text = site.server.command("--fw-flush")
+                self.assertEqual(0, code, text)
+                end = time.monotonic() + (6 if setup.backend == IPTABLES_LEGACY else 2)
+                while time.monotonic() < end:  # time is the thing: they must not be put back
+                    self.assertTrue(site.all_closed(), site.server.log())
+                site.knock_both()
+                self.assertTrue(site.is_open())
+
+        self.check_all(GUARD_SETUPS, check)
+
+    def test_connections_from_before_the_guard(self) -> None:
+        """They live on, also where the kernel tracked none until the guard asked for it.
+
+        Idle ones, of which the client says the next word; and their address opens nothing new.
+        """
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Cable() as cable:
+                cable.server.listen(22)
+                idle = [cable.client.connect(address, 22) for address in (SERVER4, SERVER6)]
+                Server(cable.server, setup.config()).start()
+                for connection in idle:
+                    self.assertTrue(connection.answers())
+                self.assertFalse(cable.client.reaches(SERVER4, 22))
+                self.assertFalse(cable.client.reaches(SERVER6, 22))
+
+        self.check_all(GUARD_SETUPS, check)
+
+    def test_unguard_while_the_server_runs(self) -> None:
+        """It does what it says, or refuses."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Site(setup) as site:
+                code, text = site.server.command("--unguard")
+                end = time.monotonic() + (6 if setup.backend == IPTABLES_LEGACY else 2)
+                while code == 0 and time.monotonic() < end:  # time is the thing
+                    self.assertTrue(site.client.reaches(SERVER4, 22, seconds=1), text)
+
+        self.check_all(GUARD_SETUPS, check)
+
+    def test_translated_and_routed(self) -> None:
+        """The guard comes before destination NAT, and lets be what is only routed through."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            inner = Host("spai%d-%s" % (os.getpid(), setup.backend), "")
+            try:
+                with Site(setup, "GUARD_PORTS tcp/22, tcp/24, tcp/2222, tcp/8080;\n") as site:
+                    inner.directory = site.cable.temporary.name
+                    connect_inner(site, inner)
+                    redirect(site)
+                    inner.listen(22)
+                    translated = [("", SERVER4, 2222), ("", SERVER4, 8080)]
+                    self.assertEqual(
+                        [True] * 2,
+                        site.client.probe(("", "10.66.0.2", 22), ("", "fd66::2", 22), seconds=10),
+                        "routed",
+                    )
+                    self.assertFalse(any(site.client.probe(*translated, ("", SERVER4, 22))))
+                    site.knock("-A", "tcp/2222,tcp/8080", *TO4)
+                    self.assertEqual([True] * 2, site.client.probe(*translated, seconds=10))
+                    for port in (2222, 8080):
+                        self.assertTrue(site.client.connect(SERVER4, port).answers())
+                    self.assertFalse(
+                        any(site.client.probe(("", SERVER4, 22), (OTHER4, SERVER4, 8080)))
+                    )
+            finally:
+                inner.remove()
+
+        self.check_all(GUARD_SETUPS, check)
+
+
+def connect_inner(site: Site, inner: Host) -> None:
+    """Put a third host behind the server, which routes to it."""
+    site.host.run(
+        "ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns", inner.name
+    )
+    site.host.run(
+        "ip",
+        "-batch",
+        "-",
+        input="link set eth1 up\naddr add 10.66.0.1/24 dev eth1\n"
+        "addr add fd66::1/64 dev eth1 nodad\n",
+    )
+    inner.run(
+        "ip",
+        "-batch",
+        "-",
+        input="link set lo up\nlink set eth0 up\naddr add 10.66.0.2/24 dev eth0\n"
+        "addr add fd66::2/64 dev eth0 nodad\nroute add default via 10.66.0.1\n"
+        "route add default via fd66::1\n",
+    )
+    site.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+    site.client.run(
+        "ip",
+        "-batch",
+        "-",
+        input="route add 10.66.0.0/24 via %s\nroute add fd66::/64 via %s\n" % (SERVER4, SERVER6),
+    )
+
+
+def redirect(site: Site) -> None:
+    """Let the host's firewall send port 2222 to 22, and 8080 to the third host, as Docker does."""
+    if site.setup.backend == NFT:
+        site.host.run(
+            "nft",
+            "-f",
+            "-",
+            input="table ip nat { chain prerouting { type nat hook prerouting "
+            "priority dstnat; tcp dport 2222 redirect to :22; tcp dport 8080 dnat to 10.66.0.2:22; "
+            "}; }",
+        )
+        return
+    for port, target in (
+        (2222, ["REDIRECT", "--to-ports", "22"]),
+        (8080, ["DNAT", "--to-destination", "10.66.0.2:22"]),
+    ):
+        site.host.run(
+            site.setup.backend,
+            "-t",
+            "nat",
+            "-A",
+            "PREROUTING",
+            "-d",
+            SERVER4,
+            "-p",
+            "tcp",
+            "--dport",
+            port,
+            "-j",
+            *target,
+        )
+
+
+if __name__ == "__main__":
+    unittest.main()
