@@ -126,7 +126,6 @@ def parse_username(text: str) -> str:
 # Makes the keys and says them in fwknop's two formats. Does not check the options: see 1.
 # ======================================================================================
 
-# --- shared: stanzas -- the same text in spa_server.py and keygen.py --
 # The lengths `fwknop --key-gen` uses. It has none for SHA-3: 64 bytes are as long as the longest
 # digest (more adds no strength, RFC 2104 section 3) and fit into one block of both SHA-3 digests
 # (136 and 72 bytes), so the key is used as it is and not hashed first.
@@ -206,7 +205,6 @@ def server_stanza(plan: StanzaPlan, keys: Keys) -> str:
         ("REQUIRE_USERNAME", plan.username))
 
 
-# --- end shared: stanzas --
 
 
 # ======================================================================================

@@ -811,8 +811,8 @@ h  help                 -         help=Y                print this
 E  save-args-file       FILE      NO_SAVE_ARGS
 -  no-save-args         -         NO_SAVE_ARGS=Y
 S  source-port          PORT      SPA_SOURCE_PORT
-R  resolve-ip-https     -         RESOLVE_IP_HTTPS=Y
--  resolve-ip-http      -         RESOLVE_IP_HTTP=Y
+R  resolve-ip-https     -         ALLOW_IP=resolve      find our address: not supported yet
+-  resolve-ip-http      -         ALLOW_IP=resolve      find our address: not supported yet
 -  resolve-http-only    -         RESOLVE_HTTP_ONLY=Y
 -  resolve-url          URL       RESOLVE_URL
 w  wget-cmd             PATH      WGET_CMD

@@ -5,18 +5,19 @@ This is a server for fwknop's single packet authorization (SPA). It reads fwknop
 access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
 Python's standard library.
 
-The life of a datagram, in the order of Server.receive():
+The life of a datagram, in the order of Server.receive() and Server.admit() in section 19:
 
-  capture    a packet socket with a kernel filter, or a UDP socket               section 13
-  form       length and alphabet, before any key is touched                      section 4
-  unlock     whose is it? HMAC first, then decrypt, then decode                  sections 3, 4
-  fresh      too old? seen before? from before this memory began?                section 11
-  remember   on file before a door opens: a crash must not allow a replay        section 11
-  judge      user, address, ports, expiry: what may this packet open?            section 8
-  open       the grant goes to the firewall, which ends it by itself             sections 14, 15, 12
-  close      by the kernel when its time has come; by this server too            section 16
+  capture    a packet socket with a kernel filter, or a UDP socket          sections 9, 13
+  form       length and alphabet, before any key is touched                 section 4
+  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 7
+  fresh      too old? seen before? from before this memory began?           section 11
+  remember   on file before a door opens: a crash must not allow a replay   section 11
+  judge      user, address, ports, expiry: what may this packet open?       section 8
+  open       the firewall gets the grant, and ends it by itself             sections 18, 14 to 16
+  close      by the kernel when its time has come; by this server too       section 18
 
-Contents. Sections 1 to 9 only compute: bytes, text and time go in, values come out.
+Contents. Sections 1 to 9 compute: bytes, text and time go in, values come out; they read the
+configuration and touch nothing else.
 
   1. Words and errors
   2. AES (FIPS 197)
@@ -34,13 +35,15 @@ From here on the machine is touched.
   11. Replay memory
   12. Netlink
   13. Capture
-  14. nftables
-  15. iptables
-  16. Grants
-  17. Server
-  18. Process
-  19. First configuration
-  20. Command line
+  14. Firewall
+  15. nftables
+  16. iptables
+  17. Choice of a firewall
+  18. Grants
+  19. Server
+  20. Process
+  21. First configuration
+  22. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -104,7 +107,11 @@ class UsageError(SpaError):
 
 
 class CommandError(SpaError):
-    """A program or the kernel did not do what it was told."""
+    """A program or the kernel did not do what it was told; `number` is the kernel's errno."""
+
+    def __init__(self, message: str, hint: str = "", number: int = 0) -> None:
+        super().__init__(message, hint)
+        self.number = number
 
 
 class PacketRejected(Exception):
@@ -317,6 +324,7 @@ ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 MAX_KEY_BYTES = 32
 MAX_HMAC_KEY_BYTES = 128
 LEGACY_KEY_BYTES = 16
+PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
 
 
@@ -814,9 +822,11 @@ class Line(NamedTuple):
     name: str
     value: str
 
-    def error(self, text: object) -> ConfigError:
+    def error(self, text: object) -> SpaError:
         """The error that this line is wrong in the way that `text` says."""
-        where = "%s:%d" % (self.file, self.number) if self.number else self.file
+        if not self.number:
+            return UsageError("%s: %s" % (self.file, text))
+        where = "%s:%d" % (self.file, self.number)
         return ConfigError("%s: %s%s" % (where, self.name + ": " if self.is_named else "", text))
 
     @property
@@ -871,7 +881,7 @@ class Settings:
         """Whether a file or an option set this directive."""
         return row.name in self.texts
 
-    def error(self, row: Directive[Any], text: str) -> ConfigError:
+    def error(self, row: Directive[Any], text: str) -> SpaError:
         """The error that the value of `row` can't stay as it is, at the line that set it."""
         line = self.lines.get(row.name)
         return line.error(text) if line else ConfigError("%s: %s" % (row.name, text))
@@ -894,7 +904,7 @@ class Settings:
                 continue
             value = self.texts.get(row.name, row.default)
             if row.secret and value:
-                value = "__CHANGEME__"
+                value = PLACEHOLDER
             lines.append("%-27s %s;" % (row.name, value) if value else
                          "#%-26s (not set)" % row.name)
         return "\n".join(lines) + "\n"
@@ -1179,43 +1189,24 @@ def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
 # ======================================================================================
 
 
-def parse_key(text: str) -> Secret:
-    """The raw bytes of a KEY, 1 to 32 of them."""
-    return check_key(text.encode("latin-1"), MAX_KEY_BYTES)
+def key_parser(longest: int, encoded: bool) -> Callable[[str], Secret]:
+    """A parser of keys of 1 to `longest` bytes, raw or in base64 with or without its '='.
 
-
-def parse_key_base64(text: str) -> Secret:
-    """The bytes that a KEY_BASE64 stands for, 1 to 32 of them."""
-    return check_key(decode_key(text), MAX_KEY_BYTES)
-
-
-def parse_hmac_key(text: str) -> Secret:
-    """The raw bytes of an HMAC_KEY, 1 to 128 of them."""
-    return check_key(text.encode("latin-1"), MAX_HMAC_KEY_BYTES)
-
-
-def parse_hmac_key_base64(text: str) -> Secret:
-    """The bytes that an HMAC_KEY_BASE64 stands for, 1 to 128 of them."""
-    return check_key(decode_key(text), MAX_HMAC_KEY_BYTES)
-
-
-def decode_key(text: str) -> bytes:
-    """The bytes of base64 text, with or without its '='."""
-    if text.strip() == "__CHANGEME__":
-        raise ValueError("expected a key instead of __CHANGEME__")
-    key = decode_base64(text.strip().rstrip("=").encode("latin-1"))
-    if text and not key:
-        raise ValueError("expected a key of at least one byte")
-    return key
-
-
-def check_key(key: bytes, longest: int) -> Secret:
-    """`key` as a Secret, if its length is right. An empty one: the directive is not set."""
-    if key.strip() == b"__CHANGEME__":
-        raise ValueError("expected a key instead of __CHANGEME__")
-    if len(key) > longest:
-        raise ValueError("expected a key of at most %d bytes, not %d" % (longest, len(key)))
-    return Secret(key)
+    The empty default stands for a directive that is not set.
+    """
+    def parse(text: str) -> Secret:
+        """The key, or ValueError."""
+        raw = text.encode("latin-1")
+        placeholder = PLACEHOLDER.encode()
+        if raw.strip() == placeholder:
+            raise ValueError("expected a key instead of " + PLACEHOLDER)
+        key = decode_base64(raw.strip().rstrip(b"=")) if encoded else raw
+        if key.strip() == placeholder:
+            raise ValueError("expected a key instead of " + PLACEHOLDER)
+        if text and not 0 < len(key) <= longest:
+            raise ValueError("expected a key of 1 to %d bytes, not %d" % (longest, len(key)))
+        return Secret(key)
+    return parse
 
 
 def parse_digest(text: str) -> Digest:
@@ -1260,13 +1251,14 @@ class Stanza(Settings):
     open_ports = Directive("OPEN_PORTS", parse_ports, "",
                            "ports that may be opened: tcp/22, udp/53; without it every port")
     restrict_ports = Directive("RESTRICT_PORTS", parse_ports, "", "ports that may not be opened")
-    key = Directive("KEY", parse_key, "", "encryption key, raw, up to 32 bytes", secret=True)
-    key_base64 = Directive("KEY_BASE64", parse_key_base64, "", "encryption key in base64",
-                           secret=True)
-    hmac_key = Directive("HMAC_KEY", parse_hmac_key, "", "HMAC key, raw, up to 128 bytes",
-                         secret=True)
-    hmac_key_base64 = Directive("HMAC_KEY_BASE64", parse_hmac_key_base64, "", "HMAC key in base64",
-                                secret=True)
+    key = Directive("KEY", key_parser(MAX_KEY_BYTES, False), "",
+                    "encryption key, raw, up to 32 bytes", secret=True)
+    key_base64 = Directive("KEY_BASE64", key_parser(MAX_KEY_BYTES, True), "",
+                           "encryption key in base64", secret=True)
+    hmac_key = Directive("HMAC_KEY", key_parser(MAX_HMAC_KEY_BYTES, False), "",
+                         "HMAC key, raw, up to 128 bytes", secret=True)
+    hmac_key_base64 = Directive("HMAC_KEY_BASE64", key_parser(MAX_HMAC_KEY_BYTES, True), "",
+                                "HMAC key in base64", secret=True)
     hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC", "CBC, ECB, CFB, OFB, CTR or legacy")
@@ -1357,6 +1349,12 @@ def read_stanzas(path: str) -> Tuple[List[Stanza], List[str]]:
         raise ConfigError("%s: expected a stanza, which begins with a SOURCE line" % path)
     for stanza in stanzas:
         warnings += stanza.finish()
+    protected = {stanza.keys.secret for stanza in stanzas if stanza.keys.hmac}
+    for stanza in stanzas:
+        if not stanza.keys.hmac and stanza.keys.secret in protected:
+            # A packet for the other stanza, sent again without its tag, would pass as a new one.
+            raise stanza.error(Stanza.source, "expected a key of its own, or an HMAC key: another "
+                               "stanza has this key with an HMAC")
     return stanzas, warnings
 
 
@@ -1393,6 +1391,8 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: 
     seconds = min(packet.timeout, stanza.max_seconds) or stanza.open_seconds
     if not seconds:
         raise PacketRejected("no time", "FW_ACCESS_TIMEOUT is 0 and the client asked for no time.")
+    if stanza.expires is not None:
+        seconds = max(1, min(seconds, int(stanza.expires - now)))
     address = packet.address or parse_address(socket_text(datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
     network = ipaddress.ip_network("%s/%d" % (address, prefix), strict=False)
@@ -1422,16 +1422,25 @@ PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
 PACKET_OUTGOING = 4
 ACCEPT_ALL = 0x40000
 
-Instruction = Tuple[int, int, str, str]  # code, k, where to go when true, when false; "" goes on
+
+class Instruction(NamedTuple):
+    """One instruction; where it goes when its test is true and when false, "" for the next one."""
+
+    code: int
+    k: int = 0
+    when_true: str = ""
+    when_false: str = ""
+    label: str = ""
 
 
-def assemble(program: List[Tuple[str, Instruction]]) -> bytes:
-    """A program of labelled instructions as an array of struct sock_filter {u16, u8, u8, u32}."""
-    places = {label: place for place, (label, _) in enumerate(program) if label}
+def assemble(program: List[Instruction]) -> bytes:
+    """The program as an array of struct sock_filter {u16 code, u8 jt, u8 jf, u32 k}."""
+    places = {each.label: place for place, each in enumerate(program) if each.label}
     code = b""
-    for place, (_, (opcode, k, when_true, when_false)) in enumerate(program):
-        jumps = [places[label] - place - 1 if label else 0 for label in (when_true, when_false)]
-        code += struct.pack("=HBBI", opcode, jumps[0], jumps[1], k)
+    for place, each in enumerate(program):
+        jumps = [places[label] - place - 1 if label else 0
+                 for label in (each.when_true, each.when_false)]
+        code += struct.pack("=HBBI", each.code, jumps[0], jumps[1], each.k)
     return code
 
 
@@ -1440,33 +1449,32 @@ def compile_filter(terms: Tuple[FilterTerm, ...]) -> bytes:
 
     IPv6 extension headers are not searched: no client sends them before an SPA packet.
     """
-    def ports(load: int, base: int) -> List[Tuple[str, Instruction]]:
+    def ports(load: int, base: int) -> List[Instruction]:
         """Compares the ports of the UDP header at `base` with the terms."""
-        tests: List[Tuple[str, Instruction]] = [("", (load, base + 2, "", ""))]
-        tests += [("", (JUMP_IF_EQUAL, term.port, "accept", "")) for term in terms]
-        tests += [("", (load, base, "", ""))]
-        tests += [("", (JUMP_IF_EQUAL, term.port, "accept", ""))
+        destination = [Instruction(JUMP_IF_EQUAL, term.port, "accept") for term in terms]
+        source = [Instruction(JUMP_IF_EQUAL, term.port, "accept")
                   for term in terms if term.source_too]
-        return tests + [("", (JUMP_IF_EQUAL, 0, "reject", "reject"))]
+        return ([Instruction(load, base + 2)] + destination + [Instruction(load, base)] + source
+                + [Instruction(JUMP_IF_EQUAL, 0, "reject", "reject")])
 
-    program: List[Tuple[str, Instruction]] = [
-        ("", (LOAD_WORD, PACKET_TYPE_OFFSET, "", "")),
-        ("", (JUMP_IF_EQUAL, PACKET_OUTGOING, "reject", "")),
-        ("", (LOAD_BYTE, 0, "", "")),
-        ("", (AND, 0xF0, "", "")),
-        ("", (JUMP_IF_EQUAL, 0x60, "ipv6", "")),
-        ("", (JUMP_IF_EQUAL, 0x40, "", "reject")),
-        ("", (LOAD_BYTE, 9, "", "")),
-        ("", (JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject")),
-        ("", (LOAD_HALF, 6, "", "")),
-        ("", (JUMP_IF_SET, 0x1FFF, "reject", "")),
-        ("", (LOAD_IP_HEADER_LENGTH, 0, "", "")),
-    ]
+    program = [
+        Instruction(LOAD_WORD, PACKET_TYPE_OFFSET),
+        Instruction(JUMP_IF_EQUAL, PACKET_OUTGOING, "reject"),
+        Instruction(LOAD_BYTE, 0),
+        Instruction(AND, 0xF0),
+        Instruction(JUMP_IF_EQUAL, 0x60, "ipv6"),
+        Instruction(JUMP_IF_EQUAL, 0x40, "", "reject"),
+        Instruction(LOAD_BYTE, 9),
+        Instruction(JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject"),
+        Instruction(LOAD_HALF, 6),
+        Instruction(JUMP_IF_SET, 0x1FFF, "reject"),
+        Instruction(LOAD_IP_HEADER_LENGTH, 0)]
     program += ports(LOAD_HALF_INDEXED, 0)
-    program += [("ipv6", (LOAD_BYTE, 6, "", "")),
-                ("", (JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject"))]
+    program += [Instruction(LOAD_BYTE, 6, label="ipv6"),
+                Instruction(JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject")]
     program += ports(LOAD_HALF, 40)
-    program += [("reject", (RETURN, 0, "", "")), ("accept", (RETURN, ACCEPT_ALL, "", ""))]
+    program += [Instruction(RETURN, 0, label="reject"),
+                Instruction(RETURN, ACCEPT_ALL, label="accept")]
     return assemble(program)
 
 
@@ -1550,7 +1558,7 @@ def find_program(name: str) -> Optional[str]:
     places = [""] if "/" in name else os.environ.get("PATH", "").split(":") + ["/usr/sbin", "/sbin"]
     for place in places:
         path = os.path.join(place, name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+        if path.startswith("/") and os.path.isfile(path) and os.access(path, os.X_OK):
             return path
     return None
 
@@ -1564,7 +1572,8 @@ def run_program(arguments: List[str], text: str = "") -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise CommandError("%s: %s" % (arguments[0], error)) from None
     if done.returncode:
-        words = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+        said = done.stderr.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
+        words = said.strip().splitlines() or ["no reason given"]
         raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]))
     return done.stdout.decode("utf-8", "replace")
 
@@ -1578,6 +1587,7 @@ def run_program(arguments: List[str], text: str = "") -> str:
 # ======================================================================================
 
 DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
+STALE_KNOWN = 1000  # packets found too old that are known by their digest
 REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
 
 
@@ -1588,6 +1598,11 @@ def read_boot_id() -> str:
             return file.read().strip()
     except OSError:
         return "unknown-%d" % os.getppid()
+
+
+def digest_of(text: bytes) -> str:
+    """The digest by which a packet is remembered."""
+    return encode_base64(DIGESTS["SHA256"](text)).decode()
 
 
 class Remembered(NamedTuple):
@@ -1614,6 +1629,7 @@ class ReplayMemory:
         self.wall, self.monotonic = wall, monotonic
         self.boot_id = boot_id()
         self.seen: Dict[str, Remembered] = {}  # by digest, oldest first
+        self.stale: Dict[str, None] = {}  # digests of some that were too old, oldest first
         self.began, self.forgotten = monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -1655,7 +1671,15 @@ class ReplayMemory:
         if words[3] == self.boot_id and 0 <= began <= self.began:
             self.began = began
 
-    def check_fresh(self, timestamp: int) -> None:
+    def check_unseen(self, datagram: Datagram) -> None:
+        """Rejects what was seen, or found stale, in the same words: it spares the decryption."""
+        digest = digest_of(datagram.payload.rstrip(b"="))
+        if digest in self.stale:
+            raise NotFresh("stale", "SPA data time difference is too great (sent again).")
+        if digest in self.seen:
+            raise self.replayed(self.seen[digest], datagram)
+
+    def check_fresh(self, timestamp: int, payload: bytes = b"") -> None:
         """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
         if self.max_age is None:
             return
@@ -1663,6 +1687,10 @@ class ReplayMemory:
         if abs(age) > self.max_age:
             reason, why = (("stale", "The packet is old, or the client's clock is behind.")
                            if age > 0 else ("from the future", "The client's clock is ahead."))
+            if age > 0:
+                self.stale[digest_of(payload.rstrip(b"="))] = None
+                while len(self.stale) > STALE_KNOWN:
+                    del self.stale[next(iter(self.stale))]
             raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
                            % (abs(age), why))
         began = self.wall() - (self.monotonic() - self.began)
@@ -1675,17 +1703,9 @@ class ReplayMemory:
 
         It is also rejected when the file can't be written: else a crash would forget it.
         """
-        digest = encode_base64(DIGESTS["SHA256"](canonical)).decode()
-        source = socket_text(datagram.source)
-        known = self.seen.get(digest)
-        if known is not None:
-            words = known.line.split()
-            raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
-                           "17/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
-                           "Entry created: %s"
-                           % (source, datagram.destination_port, words[2], words[1], words[5],
-                              time.strftime("%m/%d/%y %H:%M:%S", time.localtime(known.time))),
-                           "{text}")
+        digest, source = digest_of(canonical), socket_text(datagram.source)
+        if digest in self.seen:
+            raise self.replayed(self.seen[digest], datagram)
         now = int(self.wall())
         line = "%s 17 %s %d %s %d %d" % (digest, source, datagram.source_port,
                                         socket_text(datagram.destination),
@@ -1699,6 +1719,17 @@ class ReplayMemory:
             self.lines_in_file += 1
         self.seen[digest] = Remembered(line, now, self.monotonic())
         self.prune()
+
+    @staticmethod
+    def replayed(known: Remembered, datagram: Datagram) -> NotFresh:
+        """The rejection of a packet that is known."""
+        words = known.line.split()
+        created = time.strftime("%m/%d/%y %H:%M:%S", time.localtime(known.time))
+        return NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
+                        "17/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
+                        "Entry created: %s"
+                        % (socket_text(datagram.source), datagram.destination_port, words[2],
+                           words[1], words[5], created), "{text}")
 
     @staticmethod
     def append(file: int, line: bytes) -> None:
@@ -1780,28 +1811,19 @@ def attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
 
 
-def attributes(data: bytes) -> Dict[int, bytes]:
-    """The attributes in `data` by their type; of several alike the last."""
-    found = {}
+def attribute_list(data: bytes) -> Iterator[Tuple[int, bytes]]:
+    """Type and value of each attribute in `data`."""
     while len(data) >= 4:
         length, kind = struct.unpack_from("=HH", data)
         if length < 4:
             break
-        found[kind & 0x3FFF] = data[4:length]
+        yield kind & 0x3FFF, data[4:length]
         data = data[(length + 3) & ~3:]
-    return found
 
 
-def attribute_list(data: bytes) -> List[bytes]:
-    """The values of attributes that stand in a row, all of one type."""
-    values = []
-    while len(data) >= 4:
-        length, _ = struct.unpack_from("=HH", data)
-        if length < 4:
-            break
-        values.append(data[4:length])
-        data = data[(length + 3) & ~3:]
-    return values
+def attributes(data: bytes) -> Dict[int, bytes]:
+    """The attributes in `data` by their type; of several alike the last."""
+    return dict(attribute_list(data))
 
 
 def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
@@ -1815,11 +1837,14 @@ def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
 
 
 class Netlink:
-    """A socket to nf_tables. Errors are OSError with the kernel's number."""
+    """A socket to nf_tables. Errors are CommandErrors with the kernel's number."""
 
     def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        self.socket.bind((0, 0))
+        try:
+            self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+            self.socket.bind((0, 0))
+        except OSError as error:
+            raise CommandError("netlink: %s" % error.strerror) from None
         self.port = self.socket.getsockname()[0]
 
     def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
@@ -1846,7 +1871,12 @@ class Netlink:
                     answered = True
                     failed = failed or -struct.unpack_from("=i", body)[0]
         if failed or not answered:
-            raise OSError(failed or errno.EIO, os.strerror(failed or errno.EIO))
+            raise self.error(failed or errno.EIO)
+
+    @staticmethod
+    def error(number: int) -> CommandError:
+        """The error of the kernel's number."""
+        return CommandError("nftables: " + os.strerror(number), number=number)
 
     def dump(self, kind: int, family: int, body: bytes) -> List[Dict[int, bytes]]:
         """The attributes of each message that the kernel answers a question for a list with."""
@@ -1857,8 +1887,7 @@ class Netlink:
                 if answer == NLMSG_DONE:
                     return found
                 if answer == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", data)[0]
-                    raise OSError(code, os.strerror(code))
+                    raise self.error(-struct.unpack_from("=i", data)[0])
                 found.append(attributes(data[4:]))
 
     def close(self) -> None:
@@ -2032,17 +2061,78 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
 
 
 # ======================================================================================
-# 14. nftables
+# 14. Firewall
 #
-# A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
-# tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode in a table of
-# our own. nft sets that up once; elements go in and out by netlink.
+# What every backend can do, and what its guard needs to know of the host.
 # ======================================================================================
 
-GUARD_TABLE = NftChain("inet", "spa", "guard")
-POLL_SECONDS = 30.0  # how often the firewall is looked at; its changes are announced by netlink
-COMMENT = "spa"  # what marks our rules in the host's chains
-GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
+POLL_SECONDS = 30.0  # how often a firewall is looked at whose changes netlink announces
+
+
+class Firewall:
+    """A backend. This one keeps nothing and opens nothing: it says why, for --test and type none.
+
+    Every method but describe() may raise CommandError. The kernel is the register of grants.
+    """
+
+    keeps = False  # whether grants() tells what is open
+    poll_seconds = POLL_SECONDS
+    netlink_port = -1  # from which it changes nf_tables itself
+    guard_ports: FrozenSet[Port] = frozenset()
+
+    def __init__(self, why: str, log: Log) -> None:
+        self.why, self.log = why, log
+
+    def describe(self) -> str:
+        """Where grants go, for the log."""
+        return "nowhere"
+
+    def holds(self, door: Door) -> bool:
+        """Whether there is a place for this door."""
+        return True
+
+    def prepare(self) -> None:
+        """Makes what is missing of chains, sets and rules; grants stay as they are."""
+
+    def intact(self) -> bool:
+        """Whether all that prepare() made is still there."""
+        return True
+
+    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
+        """Opens `grants`, all or none, in place of `replaced`."""
+        self.log.info(self.why)
+
+    def close(self, grants: List[Grant]) -> None:
+        """Closes `grants`, also those that are gone already."""
+
+    def grants(self) -> List[Grant]:
+        """The grants that the kernel has."""
+        return []
+
+    def flush(self) -> None:
+        """Closes all grants, those of another fwknopd as well; the guard stays."""
+
+    def remove(self) -> None:
+        """Takes our part out of the host's own chains; the guard stays."""
+
+    def guarded(self) -> bool:
+        """Whether a guard stands, whoever made it."""
+        return False
+
+    def unguard(self) -> None:
+        """Takes the guard away."""
+
+
+def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
+    """Calls `do` with each item, also after one that failed; then raises the first CommandError."""
+    failed: Optional[CommandError] = None
+    for item in items:
+        try:
+            do(*item)
+        except CommandError as error:
+            failed = failed or error
+    if failed:
+        raise failed
 
 
 class Connection(NamedTuple):
@@ -2074,6 +2164,19 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
                 peer = parse_address(socket_text(words))
                 found.append(Connection(peer, int(peer_port, 16), port))
     return [each for each in found if not each.peer.is_loopback][:500]
+
+
+# ======================================================================================
+# 15. nftables
+#
+# A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
+# tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode in a table of
+# our own. nft sets that up once; elements go in and out by netlink.
+# ======================================================================================
+
+GUARD_TABLE = NftChain("inet", "spa", "guard")
+COMMENT = "spa_server.py"  # what marks our rules in the host's chains
+GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
 
 
 class Shape(NamedTuple):
@@ -2131,11 +2234,10 @@ def shape_of(door: Door) -> Shape:
     return Shape(door.source.version, door.source.prefixlen, door.destination is not None)
 
 
-class NftFirewall:
+class NftFirewall(Firewall):
     """Grants as elements of nftables sets."""
 
-    name = "nftables"
-    poll_seconds = POLL_SECONDS
+    keeps = True
 
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
                  shapes: List[Shape], log: Log) -> None:
@@ -2160,19 +2262,25 @@ class NftFirewall:
         return [shape for shape in self.shapes if version in (None, shape.version)]
 
     def prepare(self) -> None:
-        """Makes sets and rules anew, in one transaction; grants stay as they are."""
-        lines = self.guard_lines() if self.guard_ports else []
-        for place in self.accept:
-            lines += self.rule_removal(place)
-            for shape in self.shapes_at(place):
-                lines += ["add set %s %s %s" % (place.family, place.table, shape.declaration()),
-                          'insert rule %s %s accept comment "%s"'
-                          % (" ".join(place), shape.match(), COMMENT)]
+        """Makes sets and rules anew. The guard comes first, in a transaction of its own: a chain of
+        the host's that is missing must not keep it away."""
+        do_all(self.prepare_place, [(place,) for place in self.places])
+        self.handles = self.read_handles()
+
+    def prepare_place(self, place: NftChain) -> None:
+        """Makes the guard's table, or sets and rules in a chain of the host's."""
+        if place == GUARD_TABLE:
+            self.run(self.guard_lines())
+            return
+        lines = self.rule_removal(place)
+        for shape in self.shapes_at(place):
+            lines += ["add set %s %s %s" % (place.family, place.table, shape.declaration()),
+                      'insert rule %s %s accept comment "%s"'
+                      % (" ".join(place), shape.match(), COMMENT)]
         try:
             self.run(lines)
         except CommandError as error:
-            raise CommandError("%s (setting up %s)" % (error, self.describe())) from None
-        self.handles = self.read_handles()
+            raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
@@ -2199,7 +2307,7 @@ class NftFirewall:
                    % (table, GUARD_PRIORITY),
                    "flush chain %s guard" % table, "flush chain %s closed" % table,
                    'add rule %s guard iifname "lo" accept' % table,
-                   "add rule %s guard ct state established,related accept" % table,
+                   "add rule %s guard ct state established accept" % table,
                    "add rule %s guard fib daddr type unicast accept" % table,
                    "add rule %s guard meta l4proto . th dport { %s } goto closed" % (table, ports)]
                 + ["add rule %s closed ip%s saddr %s tcp sport %d tcp dport %d "
@@ -2210,14 +2318,10 @@ class NftFirewall:
                 + ["add rule %s closed counter drop" % table])
 
     def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
-        """The rules of a chain; CommandError when it is not there."""
+        """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
         body = (attribute(RULE_TABLE, place.table.encode() + b"\0")
                 + attribute(RULE_CHAIN, place.chain.encode() + b"\0"))
-        try:
-            rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], body)
-        except OSError as error:
-            raise CommandError("nftables chain %s: %s"
-                               % (" ".join(place), error.strerror)) from None
+        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], body)
         wanted = place.table.encode() + b"\0", place.chain.encode() + b"\0"
         return [rule for rule in rules  # old kernels list all chains
                 if (rule.get(RULE_TABLE), rule.get(RULE_CHAIN)) == wanted]
@@ -2243,6 +2347,10 @@ class NftFirewall:
             return self.handles == self.read_handles()
         except CommandError:
             return False
+
+    def holds(self, door: Door) -> bool:
+        """Whether there is a place for this door."""
+        return bool(self.places_of(door))
 
     def places_of(self, door: Door) -> List[NftChain]:
         """The places that have a set for this door."""
@@ -2275,25 +2383,22 @@ class NftFirewall:
                               self.element(place, grant.door, timeout))]
         if not messages:
             raise CommandError("no nftables chain for IPv%d" % grants[0].door.source.version)
-        self.commit(messages)
-
-    def commit(self, messages: List[Tuple[int, int, int, bytes]]) -> None:
-        """Netlink's commit(), with a CommandError."""
-        try:
-            self.netlink.commit(messages)
-        except OSError as error:
-            raise CommandError("nftables: %s" % error.strerror) from None
+        self.netlink.commit(messages)
 
     def close(self, grants: List[Grant]) -> None:
         """Takes elements out that the kernel has not ended yet."""
         for grant in grants:
             for place in self.places_of(grant.door):
-                body = self.element(place, grant.door)
-                try:
-                    self.netlink.commit([(DELETE_ELEMENT, 0, NFT_FAMILIES[place.family], body)])
-                except OSError as error:
-                    if error.errno != errno.ENOENT:
-                        raise CommandError("nftables: %s" % error.strerror) from None
+                self.delete(place, grant.door)
+
+    def delete(self, place: NftChain, door: Door) -> None:
+        """Takes an element out of a set, if it is there."""
+        try:
+            self.netlink.commit([(DELETE_ELEMENT, 0, NFT_FAMILIES[place.family],
+                                  self.element(place, door))])
+        except CommandError as error:
+            if error.number != errno.ENOENT:
+                raise
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has in every place."""
@@ -2313,13 +2418,13 @@ class NftFirewall:
         try:
             answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[place.family],
                                         set_name(place, shape))
-        except OSError as error:
-            if error.errno == errno.ENOENT:
+        except CommandError as error:
+            if error.number == errno.ENOENT:
                 return []
-            raise CommandError("nftables set %s: %s" % (shape.set_name, error.strerror)) from None
+            raise
         doors = []
         for answer in answers:
-            for item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
+            for _, item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
                 element = attributes(item)
                 door = shape.door(attributes(element.get(ELEMENT_KEY, b"")).get(DATA_VALUE, b""))
                 left = struct.unpack(">Q", element.get(ELEMENT_EXPIRATION, bytes(8)))[0] / 1000
@@ -2329,15 +2434,31 @@ class NftFirewall:
 
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
-        self.run(["flush set %s %s %s" % (place.family, place.table, shape.set_name)
-                  for place in self.places for shape in self.shapes_at(place)])
+        do_all(self.flush_set, [(place, shape) for place in self.places
+                                for shape in self.shapes_at(place)])
+
+    def flush_set(self, place: NftChain, shape: Shape) -> None:
+        """Takes every element out of a set, if there is one."""
+        for door, _ in self.read_set(place, shape):
+            self.delete(place, door)
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
-        for place in self.accept:
-            self.run(self.rule_removal(place)
-                     + ["delete set %s %s %s" % (place.family, place.table, shape.set_name)
-                        for shape in self.shapes_at(place)])
+        do_all(self.remove_from, [(place,) for place in self.accept])
+
+    def remove_from(self, place: NftChain) -> None:
+        """Takes our rules and sets out of one chain, if it is there."""
+        rules = self.rule_removal(place)
+        if rules:
+            self.run(rules + ["delete set %s %s %s" % (place.family, place.table, shape.set_name)
+                              for shape in self.shapes_at(place)])
+
+    def guarded(self) -> bool:
+        """Whether the guard's table stands, whoever made it."""
+        try:
+            return bool(self.read_rules(GUARD_TABLE))
+        except CommandError:
+            return False
 
     def unguard(self) -> None:
         """Takes the guard away."""
@@ -2351,7 +2472,7 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 
 
 # ======================================================================================
-# 15. iptables
+# 16. iptables
 #
 # A grant is a rule of fwknop's shape, chain and comment (fwknop spec 3.6), so that
 # `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In
@@ -2392,12 +2513,12 @@ class Iptables:
         if text:
             run_program([self.restore, "-n", "-w"], text)
 
-    def probe_time_match(self) -> None:
+    def probe_time_match(self, table: str) -> None:
         """Finds out whether the kernel has the time match, in a chain that is gone at once."""
         def probe(match: str) -> None:
-            self.commit({"filter": [":%s - [0:0]" % PROBE_CHAIN,
-                                    "-A %s %s-j RETURN" % (PROBE_CHAIN, match),
-                                    "-F " + PROBE_CHAIN, "-X " + PROBE_CHAIN]})
+            self.commit({table: [":%s - [0:0]" % PROBE_CHAIN,
+                                 "-A %s %s-j RETURN" % (PROBE_CHAIN, match),
+                                 "-F " + PROBE_CHAIN, "-X " + PROBE_CHAIN]})
         try:
             probe("-m time --datestop 2000-01-01T00:00:00 ")
         except CommandError:
@@ -2440,11 +2561,10 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
         return None
 
 
-class IptablesFirewall:
+class IptablesFirewall(Firewall):
     """Grants as rules of iptables and ip6tables."""
 
-    name = "iptables"
-    netlink_port = -1  # its programs have ports of their own
+    keeps = True
 
     def __init__(self, program: str, access: List[IptablesChain], guard_ports: FrozenSet[Port],
                  prepend: bool, log: Log) -> None:
@@ -2458,8 +2578,10 @@ class IptablesFirewall:
         if six and os.path.exists("/proc/net/if_inet6"):
             self.programs[6] = Iptables(6, six)
         elif os.path.exists("/proc/net/if_inet6"):
-            log.warning("No ip6tables: nothing is opened" + (" or guarded" if guard_ports else "")
-                        + " for IPv6")
+            if guard_ports:
+                raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
+                                  "install it, or nftables")
+            log.warning("No ip6tables: nothing is opened for IPv6")
         self.structure: Dict[int, Set[str]] = {}
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
@@ -2470,26 +2592,35 @@ class IptablesFirewall:
 
     @property
     def tables(self) -> List[str]:
-        """The tables with places of ours."""
-        return sorted({place.table for place in self.places})
+        """The tables with places of ours, the guard's first."""
+        return sorted({place.table for place in self.places}, key=lambda name: name != "mangle")
 
     def prepare(self) -> None:
-        """Makes chains and jumps where they are missing; grants stay as they are."""
+        """Makes chains and jumps where they are missing, the guard first; grants stay."""
+        do_all(self.prepare_table, [(program, table) for table in self.tables
+                                    for program in self.programs.values()])
         for program in self.programs.values():
-            program.probe_time_match()
+            program.probe_time_match(self.tables[0])
             if not program.dated:
                 self.log.warning("%s has no time match: grants end only while this server runs"
                                  % program.program)
-            for table in self.tables:
-                lines = program.list(table)
-                changes = []
-                if table == "mangle" and self.guard_ports:
-                    changes += self.guard_changes(lines, program.version)
-                for chain in self.access:
-                    if chain.table == table:
-                        changes += missing_chain(lines, chain)
-                program.commit({table: changes})
         self.structure = self.read_structure()
+
+    def prepare_table(self, program: Iptables, table: str) -> None:
+        """Makes what is missing in one table."""
+        lines = program.list(table)
+        changes = []
+        if table == "mangle" and self.guard_ports:
+            changes += self.guard_changes(lines, program.version)
+        for chain in self.access:
+            if chain.table == table:
+                changes += missing_chain(lines, chain)
+                if "-P %s ACCEPT" % chain.from_chain in lines and not any(
+                        line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
+                        for line in lines):
+                    self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
+                                     % (chain.from_chain, program.program))
+        program.commit({table: changes})
 
     def guard_changes(self, lines: List[str], version: int) -> List[str]:
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
@@ -2506,7 +2637,7 @@ class IptablesFirewall:
         routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
                   "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
         changes += ["-A %s %s -j RETURN" % (GUARD_CHAIN, match) for match in (
-            "-i lo", "-m conntrack --ctstate RELATED,ESTABLISHED", routed)]
+            "-i lo", "-m conntrack --ctstate ESTABLISHED", routed)]
         changes += ["-A %s -s %s -p tcp -m tcp --sport %d --dport %d ! --syn -j RETURN"
                     % (GUARD_CHAIN, each.peer, each.peer_port, each.port)
                     for each in established_connections(self.guard_ports)
@@ -2532,82 +2663,117 @@ class IptablesFirewall:
         except CommandError:
             return False
 
-    def program_for(self, door: Door) -> Iptables:
-        """The programs of the door's IP version."""
-        if door.source.version not in self.programs:
-            raise CommandError("no ip6tables to open IPv6 with")
-        return self.programs[door.source.version]
+    def holds(self, door: Door) -> bool:
+        """Whether there are programs for the door's IP version."""
+        return door.source.version in self.programs
 
     def changes(self, action: Callable[[Place], str],
                 grants: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
         """A change for each grant in each place, by program and table."""
         found: Dict[Iptables, Dict[str, List[str]]] = {}
-        for grant in grants:
-            program = self.program_for(grant.door)
+        for grant in filter(lambda grant: self.holds(grant.door), grants):
+            program = self.programs[grant.door.source.version]
             for place in self.places:
                 lines = found.setdefault(program, {}).setdefault(place.table, [])
                 lines.append("%s %s" % (action(place), program.rule(place, grant)))
         return found
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Adds the rules of `grants` and deletes those of `replaced`, each table in one go."""
+        """Adds the rules of `grants` and deletes those of `replaced`, each table in one go.
+
+        When a later table fails, what the first ones got is taken back.
+        """
         added = self.changes(lambda place: ("-I %s 1" if place.first else "-A %s") % place.chain,
                              grants)
         deleted = self.changes(lambda place: "-D " + place.chain, replaced)
-        for program, tables in added.items():
-            for table, lines in tables.items():
-                lines += deleted.get(program, {}).get(table, [])
-            program.commit(tables)
+        if not added:
+            raise CommandError("no ip6tables to open IPv6 with")
+        try:
+            for program, tables in added.items():
+                for table, lines in tables.items():
+                    lines += deleted.get(program, {}).get(table, [])
+                program.commit(tables)
+        except CommandError:
+            self.delete_rules({(grant.door, grant.expires) for grant in grants})
+            raise
 
     def close(self, grants: List[Grant]) -> None:
         """Deletes the rules of `grants`, also where they are gone or of another shape."""
-        for program, tables in self.changes(lambda place: "-D " + place.chain, grants).items():
+        doors = {grant.door for grant in grants}
+
+        def close_in(program: Iptables, tables: Dict[str, List[str]]) -> None:
             try:
                 program.commit(tables)
             except CommandError:
-                doors = {grant.door for grant in grants}
-                program.commit({table: ["-D" + line[2:] for line in program.list(table)
-                                        if self.door_of(line, table) in doors] for table in tables})
+                program.commit(self.deletions(program, lambda door, _: door in doors))
 
-    def door_of(self, line: str, table: str) -> Optional[Door]:
-        """The door that a line of `iptables -S` is the grant of, None when it is none of ours."""
-        for place in self.places:
-            parsed = parse_rule(line, place) if place.table == table else None
-            if parsed:
-                return parsed[0]
-        return None
+        changes = self.changes(lambda place: "-D " + place.chain, grants)
+        do_all(close_in, changes.items())
+
+    def rules(self, program: Iptables) -> Iterator[Tuple[Place, str, Door, int]]:
+        """Place, line of `iptables -S`, door and expiry of every grant in the kernel."""
+        for table in self.tables:
+            for line in program.list(table):
+                for place in self.places:
+                    parsed = parse_rule(line, place) if place.table == table else None
+                    if parsed:
+                        yield (place, line) + parsed
+
+    def deletions(self, program: Iptables,
+                  wanted: Callable[[Door, int], bool]) -> Dict[str, List[str]]:
+        """The changes by table that delete the grants that are wanted."""
+        changes: Dict[str, List[str]] = {}
+        for place, line, door, expires in self.rules(program):
+            if wanted(door, expires):
+                changes.setdefault(place.table, []).append("-D" + line[2:])
+        return changes
+
+    def delete_rules(self, wanted: Optional[Set[Tuple[Door, int]]] = None) -> None:
+        """Deletes the grants of these doors and expiries, or all of them."""
+        def delete(program: Iptables) -> None:
+            program.commit(self.deletions(program, lambda door, expires: (
+                wanted is None or (door, expires) in wanted)))
+
+        do_all(delete, [(program,) for program in self.programs.values()])
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
         wall, now = time.time(), time.monotonic()
         found: Dict[Door, int] = {}
         for program in self.programs.values():
-            for table in self.tables:
-                for line in program.list(table):
-                    for place in self.places:
-                        parsed = parse_rule(line, place) if place.table == table else None
-                        if parsed and not place.outgoing:
-                            found[parsed[0]] = min(parsed[1], found.get(*parsed))
+            for place, _, door, expires in self.rules(program):
+                if not place.outgoing:
+                    found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
     def flush(self) -> None:
         """Closes all grants, those of another fwknopd as well; the guard stays."""
-        for program in self.programs.values():
-            program.commit({table: ["-D" + line[2:] for line in program.list(table)
-                                    if self.door_of(line, table)] for table in self.tables})
+        self.delete_rules()
 
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
-        for program in self.programs.values():
-            for chain in self.access:
-                lines = program.list(chain.table)
-                program.commit({chain.table: chain_removal(lines, chain.from_chain, [chain.chain])})
+        do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.chain])
+                                    for program in self.programs.values() for chain in self.access])
+
+    @staticmethod
+    def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
+        """Takes chains and the jump to the first of them away."""
+        lines = program.list(table)
+        jump = "-A %s -j %s" % (from_chain, chains[0])
+        present = [chain for chain in chains if "-N " + chain in lines]
+        program.commit({table: ["-D" + jump[2:]] * lines.count(jump)
+                        + ["-F " + chain for chain in present]
+                        + ["-X " + chain for chain in present]})
+
+    def guarded(self) -> bool:
+        """Whether the guard's chain stands, whoever made it."""
+        return any("-N " + GUARD_CHAIN in program.list("mangle")
+                   for program in self.programs.values())
 
     def unguard(self) -> None:
         """Takes the guard away."""
-        for program in self.programs.values():
-            program.commit({"mangle": chain_removal(program.list("mangle"), "PREROUTING",
-                                                    [GUARD_CHAIN, GUARDED_CHAIN])})
+        do_all(self.remove_chains, [(program, "mangle", "PREROUTING", [GUARD_CHAIN, GUARDED_CHAIN])
+                                    for program in self.programs.values()])
 
 
 def missing_chain(lines: List[str], access: IptablesChain) -> List[str]:
@@ -2620,61 +2786,27 @@ def missing_chain(lines: List[str], access: IptablesChain) -> List[str]:
     return changes
 
 
-def chain_removal(lines: List[str], from_chain: str, chains: List[str]) -> List[str]:
-    """The changes that take the jump to the first of `chains` away, and then the chains."""
-    jump = "-A %s -j %s" % (from_chain, chains[0])
-    present = [chain for chain in chains if "-N " + chain in lines]
-    return (["-D" + jump[2:]] * lines.count(jump) + ["-F " + chain for chain in present]
-            + ["-X " + chain for chain in present])
-
-
-class NoFirewall:
-    """FIREWALL_TYPE none and --test: knocks are judged and logged, nothing is opened."""
-
-    name = "none"
-    poll_seconds = POLL_SECONDS
-    netlink_port = -1
-
-    def __init__(self, why: str, log: Log) -> None:
-        self.why, self.log = why, log
-
-    def describe(self) -> str:
-        """Where grants go, for the log."""
-        return "nowhere"
-
-    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Says that nothing is opened."""
-        self.log.info(self.why)
-
-    def close(self, grants: List[Grant]) -> None:
-        """Nothing is open."""
-
-    def grants(self) -> List[Grant]:
-        """Nothing is kept."""
-        return []
-
-    def intact(self) -> bool:
-        """Nothing can break."""
-        return True
-
-    def prepare(self) -> None:
-        """Nothing to make."""
-
-    flush = remove = unguard = prepare
-
-
-Firewall = Union[NftFirewall, IptablesFirewall, NoFirewall]
+# ======================================================================================
+# 17. Choice of a firewall
+#
+# Which backend the settings mean, and the guards that an earlier choice left.
+# ======================================================================================
 
 
 def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
                     log: Log) -> Firewall:
-    """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one."""
+    """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
+
+    auto is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS ask for it and nft is there, unless
+    IPT_INPUT_ACCESS is set; and iptables otherwise.
+    """
+    if settings.firewall == "none" and settings.guard_ports:
+        raise settings.error(ServerSettings.guard_ports,
+                             "nothing guards them with FIREWALL_TYPE none")
     if test or settings.firewall == "none":
-        return NoFirewall("--test mode enabled, skipping firewall manipulation." if test else
-                          "FIREWALL_TYPE none: nothing is opened", log)
-    own = settings.firewall_program
-    nft = own if own and os.path.basename(own) == "nft" else find_program("nft")
-    iptables = own if own and "iptables" in os.path.basename(own) else find_program("iptables")
+        return Firewall("--test mode enabled, skipping firewall manipulation." if test else
+                        "FIREWALL_TYPE none: nothing is opened", log)
+    nft, iptables = firewall_programs(settings)
     kind = settings.firewall
     if kind == "auto":
         wants_nft = settings.nft_accept_chains or (settings.guard_ports and nft)
@@ -2696,6 +2828,27 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log)
 
 
+def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional[str]]:
+    """The nft and the iptables to use; FIREWALL_EXE is one of them."""
+    own = settings.firewall_program or ""
+    kind = os.path.basename(own)
+    if own and ((kind != "nft" and "iptables" not in kind) or not find_program(own)):
+        raise settings.error(ServerSettings.firewall_program, "expected an nft or iptables program")
+    return (own if kind == "nft" else find_program("nft"),
+            own if "iptables" in kind else find_program("iptables"))
+
+
+def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
+    """The backends whose guard stands, with these settings or from earlier ones."""
+    nft, iptables = firewall_programs(settings)
+    backends: List[Firewall] = []
+    if nft:
+        backends.append(NftFirewall(nft, (), frozenset(), [], log))
+    if iptables and find_program(iptables + "-restore"):
+        backends.append(IptablesFirewall(iptables, [], frozenset(), False, log))
+    return [backend for backend in backends if backend.guarded()]
+
+
 def iptables_firewall(settings: ServerSettings, program: Optional[str],
                       log: Log) -> IptablesFirewall:
     """The iptables firewall of the settings."""
@@ -2711,13 +2864,14 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 
 
 # ======================================================================================
-# 16. Grants
+# 18. Grants
 #
 # The register of open doors. The kernel has it too, and ends each grant by itself; this one
 # closes in time where the kernel can't, extends, and puts back what somebody flushed.
 # ======================================================================================
 
 RETRY_SECONDS = 1.0
+OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 
 
 class Grants:
@@ -2796,39 +2950,66 @@ class Grants:
 
     def check(self) -> None:
         """Puts back what somebody took from the firewall: first our rules, then what is due."""
-        if isinstance(self.firewall, NoFirewall):
+        if not self.firewall.keeps:
             return
         if not self.firewall.intact():
             self.log.warning("Somebody changed our rules in the firewall (%s); putting them back"
                              % self.firewall.describe())
             self.firewall.prepare()
-        present = {grant.door for grant in self.firewall.grants()}
+        present = {grant.door: grant for grant in self.firewall.grants()}
+        for door in set(present) - set(self.live):
+            self.enter(present[door])  # whoever opened it, it is closed in time
         due = self.monotonic() + 0.5  # what ends now may be gone from the kernel already
         lost = [grant for grant in self.live.values()
                 if grant.door not in present and grant.ends > due]
+        for start in range(0, len(lost), OPEN_AT_ONCE):
+            self.firewall.open(lost[start:start + OPEN_AT_ONCE], [])
         if lost:
-            self.firewall.open(lost, [])
             self.log.warning("Put back %d grants that somebody took from the firewall" % len(lost))
 
     def flush(self) -> None:
-        """Closes everything, also what this server does not know of; what fails is tried again."""
-        ended = [grant._replace(ends=self.monotonic()) for grant in self.live.values()]
-        self.live, self.ends = {}, []
+        """Closes everything, also what this server does not know of.
+
+        A CommandError says that something may be open still; expire() tries it again.
+        """
+        now = self.monotonic()
+        ended, self.live, self.ends = list(self.live.values()), {}, []
         try:
             self.firewall.flush()
-        except CommandError as error:
-            self.log.error("%s; trying to close %d grants again" % (error, len(ended)))
+        except CommandError:
+            try:
+                ended += self.firewall.grants()
+            except CommandError:
+                pass
             for grant in ended:
-                self.enter(grant)
+                self.enter(grant._replace(ends=now))
+            raise
+
+    def move(self, firewall: Firewall) -> None:
+        """Goes on in another firewall, which is prepared; what it has no place for is closed."""
+        old, self.firewall = self.firewall, firewall
+        homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
+        if old.describe() != firewall.describe():
+            try:
+                old.close(list(self.live.values()))
+                old.remove()
+            except CommandError as error:
+                self.log.error("%s; something of the old settings is left" % error)
+            firewall.prepare()
+        else:
+            old.close(homeless)
+        for grant in homeless:
+            del self.live[grant.door]
+            self.log.warning("Closed %s: the new settings have no place for it" % (grant.door,))
 
 
 # ======================================================================================
-# 17. Server
+# 19. Server
 #
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
 
-BATCH = 64  # datagrams taken from one socket before others have their turn
+BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
 
@@ -2854,6 +3035,7 @@ class Server:
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = 0.0
+        self.check_wait = RETRY_SECONDS
         self.running = True
 
     def receive(self, datagram: Datagram) -> None:
@@ -2887,14 +3069,17 @@ class Server:
             if not stanza.keys.authentic(datagram.payload):  # before anything else is looked at
                 continue
             try:
+                if not remembered:
+                    self.memory.check_unseen(datagram)  # spares the decryption
                 packet, canonical = open_packet(datagram.payload, stanza.keys)
                 if not remembered:
-                    self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
-                                  "match" % (stanza.number, socket_text(datagram.source)))
-                    self.memory.check_fresh(packet.timestamp)
+                    self.memory.check_fresh(packet.timestamp, datagram.payload)
                     self.memory.remember(canonical, datagram)
                     remembered = True
-                self.log.debug("(stanza #%d) %r" % (stanza.number, packet))
+                    self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
+                                  "match" % (stanza.number, socket_text(datagram.source)))
+                self.log.debug("(stanza #%d) %r" % (stanza.number,
+                                                    packet._replace(server_auth=None)))
                 doors, seconds = judge(packet, stanza, datagram, self.settings.destination_rule,
                                        time.time())
                 self.open(doors, seconds, packet, stanza)
@@ -2944,8 +3129,10 @@ class Server:
     def make_drain(self, capture: Capture) -> Callable[[], None]:
         """What is called when `capture` has something to read."""
         def drain() -> None:
+            """Reads until nothing is there, or others have waited long enough."""
+            end = time.monotonic() + BATCH_SECONDS
             try:
-                for _ in range(BATCH):
+                while time.monotonic() < end:
                     datagram = capture.receive()
                     if datagram is not None:
                         self.receive(datagram)
@@ -2956,10 +3143,15 @@ class Server:
                                  % (capture.name, error.strerror))
         return drain
 
+    @property
+    def on_udp(self) -> bool:
+        """Whether it listens on UDP sockets, as it was told or for want of CAP_NET_RAW."""
+        return any(isinstance(capture, UdpCapture) for capture in self.captures)
+
     def check_links(self) -> None:
         """Listens anew when the interface that was named is there again, or is another one."""
         drain_socket(self.link_events)
-        if self.settings.udp_server or self.settings.interface == "any":
+        if self.on_udp or self.settings.interface == "any":
             return
         try:
             index = socket.if_nametoindex(self.settings.interface)
@@ -2990,9 +3182,11 @@ class Server:
             self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
-            self.check_due = time.monotonic() + RETRY_SECONDS
+            self.check_due = time.monotonic() + self.check_wait
+            self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
         else:
             self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+            self.check_wait = RETRY_SECONDS
 
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:
         """Goes on with other settings and stanzas; live grants stay, in a new firewall as well.
@@ -3005,14 +3199,14 @@ class Server:
             return [row.name for row in rows
                     if getattr(old, row.attribute) != getattr(settings, row.attribute)]
 
-        firewall.prepare()
-        if changed(ServerSettings.interface, ServerSettings.packet_filter,
-                   ServerSettings.udp_server, ServerSettings.udp_port):
+        rows: List[Directive[Any]] = [ServerSettings.udp_port]  # all that counts on UDP sockets
+        if not self.on_udp or (old.udp_server and not settings.udp_server):
+            rows += [ServerSettings.interface, ServerSettings.packet_filter,
+                     ServerSettings.udp_server]
+        if changed(*rows):
             self.listen(settings)
-        if self.grants.firewall.describe() != firewall.describe():
-            self.log.warning("Grants go to %s from now on; what this server made in %s stays until "
-                             "--fw-flush" % (firewall.describe(), self.grants.firewall.describe()))
-        self.grants.firewall = firewall
+        firewall.prepare()
+        self.grants.move(firewall)
         self.settings, self.stanzas = settings, configuration.stanzas
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
@@ -3051,13 +3245,15 @@ class Server:
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays."""
         self.log.info("Packets seen: %s" % (", ".join("%d %s" % (count, what) for what, count
                                                      in sorted(self.counts.items())) or "none"))
-        if self.settings.flush_at_stop:
-            self.grants.flush()
-            self.grants.firewall.remove()
-        if self.settings.guard_ports and not isinstance(self.grants.firewall, NoFirewall):
-            self.log.info("%s stay closed to everybody; --unguard opens them"
-                          % port_list(self.settings.guard_ports))
         self.memory.close()
+        if self.grants.firewall.guard_ports:
+            self.log.info("%s stay closed to everybody; --unguard opens them"
+                          % port_list(self.grants.firewall.guard_ports))
+        if self.settings.flush_at_stop:
+            try:
+                self.grants.flush()
+            finally:
+                self.grants.firewall.remove()
 
 
 def drain_socket(events: Optional[socket.socket]) -> None:
@@ -3089,7 +3285,7 @@ def make_directory(path: str) -> None:
 
 
 # ======================================================================================
-# 18. Process
+# 20. Process
 #
 # Pid file, signals, background and reload.
 # ======================================================================================
@@ -3149,8 +3345,10 @@ class PidFile:
         """The pid of the server that holds the lock, None when there is none. Changes nothing."""
         try:
             file = os.open(self.path, os.O_RDONLY)
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise SpaError("%s: %s" % (self.path, error.strerror)) from None
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
@@ -3209,20 +3407,20 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     configuration = read()
     settings = configuration.settings
     log.level = DEBUG if settings.verbose else INFO
+    firewall = choose_firewall(settings, configuration.stanzas, test, log)
     pid_file = PidFile(settings.pid_file)
     pid_file.lock()
     ready = go_to_background() if daemon else None
     pid_file.write()
-    for warning in configuration.warnings:
+    for warning in configuration.warnings + guard_warnings(settings, firewall, log):
         log.warning(warning)
     log.info("Starting fwknopd")
-    firewall = choose_firewall(settings, configuration.stanzas, test, log)
     server = Server(configuration, firewall, log)
     signals = Signals()
     server.selector.register(signals.reader, selectors.EVENT_READ, signals.drain)
     server.start(settings.flush_at_start)
-    if settings.guard_ports and not test:
-        log.info("%s are closed to everybody without a grant" % port_list(settings.guard_ports))
+    if firewall.guard_ports:
+        log.info("%s are closed to everybody without a grant" % port_list(firewall.guard_ports))
     log.info("Starting fwknopd main event loop.")
     if ready is not None:
         os.write(ready, b"1")
@@ -3233,10 +3431,20 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         server.turn()
         while signals.pending:
             take_signal(signals.pending.pop(0), server, read, test, log)
-    server.stop()
-    pid_file.clear()
-    log.info("Shutting Down fwknopd.")
+    try:
+        server.stop()
+    finally:
+        pid_file.clear()
+        log.info("Shutting Down fwknopd.")
     return 0
+
+
+def guard_warnings(settings: ServerSettings, firewall: Firewall, log: Log) -> List[str]:
+    """What there is to say of guards that these settings do not make: no knock opens them."""
+    if not firewall.keeps or firewall.guard_ports:
+        return []
+    return ["A guard from earlier settings still closes ports, and no knock opens them; --unguard "
+            "takes it away"] * bool(standing_guards(settings, log))
 
 
 def take_signal(number: int, server: Server, read: Callable[[], Configuration], test: bool,
@@ -3245,7 +3453,10 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     that is open; the others end the server."""
     if number == signal.SIGUSR2:
         log.info("Got SIGUSR2. Closing all grants.")
-        server.grants.flush()
+        try:
+            server.grants.flush()
+        except CommandError as error:
+            log.error("%s; trying again" % error)
         return
     if number != signal.SIGHUP:
         log.info("Gracefully leaving the fwknopd event loop.")
@@ -3259,117 +3470,54 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
             log.warning(warning)
         firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
         server.reload(configuration, firewall)
+        for warning in guard_warnings(configuration.settings, firewall, log):
+            log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
-    except SpaError as error:
+    except (SpaError, OSError) as error:
         log.error("%s; going on with the old settings" % error)
 
 
 # ======================================================================================
-# 19. First configuration
+# 21. First configuration
 #
-# `--init tcp/22`: keys and both files where there are none, and the client's stanza. The
-# shared block also writes keygen.py's stanzas.
+# `--init tcp/22`: keys and both files where there are none, and the client's stanza. More
+# stanzas are keygen.py's work.
 # ======================================================================================
 
-# --- shared: stanzas -- the same text in spa_server.py and keygen.py --
-# The lengths `fwknop --key-gen` uses. It has none for SHA-3: 64 bytes are as long as the longest
-# digest (more adds no strength, RFC 2104 section 3) and fit into one block of both SHA-3 digests
-# (136 and 72 bytes), so the key is used as it is and not hashed first.
-KEY_BYTES = 32
-HMAC_KEY_BYTES = {
-    "md5": 16, "sha1": 20, "sha256": 64, "sha384": 128, "sha512": 128,
-    "sha3_256": 64, "sha3_512": 64,
-}
-DEFAULT_SPA_PORT = 62201
+CLIENT_STANZA = """# Copy this into ~/.fwknoprc of the client (mode 0600):
+
+[%(name)s]
+ALLOW_IP                    source
+ACCESS                      %(access)s
+SPA_SERVER                  %(address)s
+KEY_BASE64                  %(key)s
+HMAC_DIGEST_TYPE            SHA256
+HMAC_KEY_BASE64             %(hmac_key)s
+USE_HMAC                    Y
+"""
+
+# Without an address in the packet, so that it works for a client behind NAT, too.
+SERVER_STANZA = """# %(name)s
+SOURCE                      ANY
+OPEN_PORTS                  %(access)s
+KEY_BASE64                  %(key)s
+HMAC_DIGEST_TYPE            SHA256
+HMAC_KEY_BASE64             %(hmac_key)s
+FW_ACCESS_TIMEOUT           30
+REQUIRE_SOURCE_ADDRESS      N
+"""
 
 
-class Keys(NamedTuple):
-    """The two secrets that a client and a server share, in base64, and the HMAC's digest."""
-
-    key: str
-    hmac_key: str
-    digest: str
-
-
-class StanzaPlan(NamedTuple):
-    """What the two stanzas of one user say, besides the keys; every value already checked."""
-
-    name: str
-    server: str
-    access: str
-    port: int = DEFAULT_SPA_PORT
-    source: str = "ANY"
-    open_seconds: int = 30
-    username: str = ""
-    any_source: bool = False
-
-
-def make_keys(digest: str = "sha256", key_bytes: int = KEY_BYTES, hmac_key_bytes: int = 0,
-              random: Callable[[int], bytes] = os.urandom) -> Keys:
-    """Return fresh keys; an hmac_key_bytes of 0 means the length that suits the digest."""
-    key = random(key_bytes)
-    hmac_key = random(hmac_key_bytes or HMAC_KEY_BYTES[digest])
-    if key == hmac_key:  # fwknop refuses such a pair; two honest draws are never equal
-        raise SpaError("the random source gave the same bytes twice")
-    text, hmac_text = (binascii.b2a_base64(raw, newline=False).decode("ascii")
-                       for raw in (key, hmac_key))
-    return Keys(text, hmac_text, digest)
-
-
-def stanza_text(first_line: str, *rows: Tuple[str, object]) -> str:
-    """Return a stanza without its empty values, in the columns of `fwknop --save-rc-stanza`."""
-    lines = [f"{name:<24}    {value}\n" for name, value in rows if value]
-    return first_line + "\n" + "".join(lines)
-
-
-def client_stanza(plan: StanzaPlan, keys: Keys) -> str:
-    """Return the stanza for ~/.fwknoprc, its directives in the order in which fwknop saves them."""
-    return stanza_text(
-        f"[{plan.name}]",
-        ("SPA_SERVER_PORT", plan.port if plan.port != DEFAULT_SPA_PORT else ""),
-        ("ALLOW_IP", "source" if plan.any_source else ""),
-        ("SPOOF_USER", plan.username),
-        ("ACCESS", plan.access),
-        ("SPA_SERVER", plan.server),
-        ("KEY_BASE64", keys.key),
-        ("HMAC_DIGEST_TYPE", keys.digest.upper()),
-        ("HMAC_KEY_BASE64", keys.hmac_key),
-        ("USE_HMAC", "Y"))
-
-
-def server_stanza(plan: StanzaPlan, keys: Keys) -> str:
-    """Return the stanza for access.conf, with the name as a comment in its first line."""
-    return stanza_text(
-        f"# {plan.name}",
-        ("SOURCE", plan.source),
-        ("OPEN_PORTS", plan.access),
-        ("KEY_BASE64", keys.key),
-        ("HMAC_KEY_BASE64", keys.hmac_key),
-        ("HMAC_DIGEST_TYPE", keys.digest.upper()),
-        ("FW_ACCESS_TIMEOUT", plan.open_seconds),
-        ("REQUIRE_SOURCE_ADDRESS", "N" if plan.any_source else "Y"),
-        ("REQUIRE_USERNAME", plan.username))
-
-
-# --- end shared: stanzas --
-
-
-def first_configuration(ports: str, config_path: str, settings: ServerSettings) -> str:
-    """Makes both files for guarding `ports`, and returns the client's stanza.
-
-    Where there is an access.conf already, nothing is changed and nothing returned.
-    """
-    access = port_list(parse_ports(ports)).replace(" ", "")
-    if os.path.exists(settings.access_file):
-        return ""
-    # Without an address in the packet, so that it works for a client behind NAT, too.
-    plan = StanzaPlan(socket.gethostname().partition(".")[0] or "server", own_address(), access,
-                      any_source=True)
-    keys = make_keys()
+def first_configuration(ports: FrozenSet[Port], config_path: str, access_path: str) -> str:
+    """Makes both files for guarding `ports`; returns the client's stanza."""
+    key, hmac_key = (binascii.b2a_base64(os.urandom(size), newline=False).decode()
+                     for size in (32, 64))
+    values = {"name": socket.gethostname().partition(".")[0] or "server", "address": own_address(),
+              "access": port_list(ports).replace(" ", ""), "key": key, "hmac_key": hmac_key}
     if not os.path.exists(config_path):
-        write_new_file(config_path, "GUARD_PORTS                 %s;\n" % access)
-    write_new_file(settings.access_file, server_stanza(plan, keys))
-    return client_stanza(plan, keys)
+        write_new_file(config_path, "GUARD_PORTS                 %(access)s;\n" % values)
+    write_new_file(access_path, SERVER_STANZA % values)
+    return CLIENT_STANZA % values
 
 
 def write_new_file(path: str, text: str) -> None:
@@ -3393,11 +3541,11 @@ def own_address() -> str:
                 return str(probe.getsockname()[0])
         except OSError:
             continue
-    return "127.0.0.1"
+    return "127.0.0.1    # put this host's address here"
 
 
 # ======================================================================================
-# 20. Command line
+# 22. Command line
 #
 # Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
 # ======================================================================================
@@ -3491,7 +3639,7 @@ OPTION_TABLE = """
 c config-file       FILE   config_file          fwknopd.conf
 a access-file       FILE   ACCESS_FILE          access.conf
 i interface         NAME   PCAP_INTF            interface to listen on, or any
-P pcap-filter       FILTER PCAP_FILTER          what to look at: udp port N, joined by or
+P pcap-filter       FILTER PCAP_FILTER          `udp port N`, `udp dst port N`, joined by `or`
 U udp-server        -      ENABLE_UDP_SERVER=Y  listen on a UDP socket, not a packet socket
 d digest-file       FILE   DIGEST_FILE          where packets are remembered
 p pid-file          FILE   FWKNOP_PID_FILE      pid of the running server
@@ -3514,6 +3662,7 @@ V version           -      version              print version and SHA-256 of thi
 h help              -      help                 print this
 """
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
+ACTIONS = {"init", "dump", "check", "status", "kill", "restart", "list", "flush", "unguard"}
 
 HELP = """Usage: spa_server.py [options]
 
@@ -3544,6 +3693,8 @@ class Arguments:
             row = ServerSettings.row(option.name)
             if row is None:
                 self.words[option.name] = text or name
+                if len(ACTIONS & set(self.words)) > 1:
+                    raise UsageError("option '%s' does not go with the one before" % name)
             else:
                 path = row.parse is parse_path
                 self.lines.append(Line(name, 0, row.name, os.path.abspath(text) if path else text))
@@ -3555,7 +3706,7 @@ class Arguments:
     @property
     def config_file(self) -> str:
         """The fwknopd.conf to read."""
-        return self.words.get("config_file", CONFIG_FILE)
+        return os.path.abspath(self.words.get("config_file", CONFIG_FILE))
 
 
 def read_configuration(arguments: Arguments) -> Configuration:
@@ -3612,7 +3763,7 @@ def dump(configuration: Configuration) -> str:
 def list_grants(firewall: Firewall) -> str:
     """A line for each grant that the firewall has."""
     now = time.monotonic()
-    lines = ["Listing rules in fwknopd %s (%s)..." % (firewall.name, firewall.describe())]
+    lines = ["Listing rules in fwknopd (%s)..." % firewall.describe()]
     lines += ["%s  %d seconds left  /* %s%d */"
               % (grant.door, max(0, grant.ends - now), MARK, grant.expires)
               for grant in sorted(firewall.grants(), key=lambda grant: grant.ends)]
@@ -3649,25 +3800,48 @@ def flush_firewall(firewall: Firewall, server: Optional[int]) -> None:
     raise SpaError("the server (pid=%d) has not closed all grants" % server, "see its log")
 
 
-def manage_firewall(arguments: Arguments, log: Log) -> int:
+def run_on_firewall(arguments: Arguments, log: Log) -> None:
     """--fw-list, --fw-flush and --unguard."""
-    configuration = read_configuration(arguments)
-    settings = configuration.settings
-    firewall = choose_firewall(settings, configuration.stanzas, False, log)
+    settings = read_settings(arguments)[0]
     server = PidFile(settings.pid_file).running()
+    if "unguard" in arguments:
+        if server:
+            raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
+                           "end it first, with -K")
+        guards = standing_guards(settings, log)
+        for guard in guards:
+            guard.unguard()
+        print("The guard is gone. Now the host's own firewall alone decides who reaches %s."
+              % (port_list(settings.guard_ports) or "the ports it closed") if guards else
+              "There is no guard.")
+        return
+    configuration = read_configuration(arguments)
+    firewall = choose_firewall(configuration.settings, configuration.stanzas, False, log)
     if "list" in arguments:
         print(list_grants(firewall))
-    elif "flush" in arguments:
+    else:
         print("Deleting any existing firewall rules...")
         flush_firewall(firewall, server)
-    elif server:
-        raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
-                       "end it first, with -K")
+
+
+def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
+    """--init: makes the files where there are none, and returns the settings to serve with."""
+    try:
+        ports = parse_ports(arguments.words["init"])
+    except ValueError as error:
+        raise UsageError("--init: %s" % error) from None
+    if not ports or is_journal(sys.stdout):
+        raise UsageError("--init: expected ports, and a terminal or file to print the keys to")
+    there = [path for path in (arguments.config_file, settings.access_file) if os.path.exists(path)]
+    if there and not ports <= settings.guard_ports:
+        raise ConfigError("--init: %s is there, and GUARD_PORTS does not hide %s"
+                          % (" and ".join(there), port_list(ports)), "add it, or move them away")
+    if settings.access_file in there:
+        print("There is a configuration already; serving it", flush=True)
     else:
-        firewall.unguard()
-        print("The guard is gone. Now the host's own firewall alone decides who reaches %s."
-              % (port_list(settings.guard_ports) or "the ports"))
-    return 0
+        print(first_configuration(ports, arguments.config_file, settings.access_file))
+        sys.stdout.flush()
+    return read_settings(arguments)[0]
 
 
 def run(arguments: Arguments, log: Log) -> int:
@@ -3679,7 +3853,8 @@ def run(arguments: Arguments, log: Log) -> int:
     if {"status", "kill", "restart"} & set(arguments.words):
         return signal_server(arguments)
     if {"list", "flush", "unguard"} & set(arguments.words):
-        return manage_firewall(arguments, log)
+        run_on_firewall(arguments, log)
+        return 0
     if "dump" in arguments or "check" in arguments:
         configuration = read_configuration(arguments)
         for warning in configuration.warnings:
@@ -3688,13 +3863,7 @@ def run(arguments: Arguments, log: Log) -> int:
         return 0
     settings = read_settings(arguments)[0]
     if "init" in arguments:
-        stanza = first_configuration(arguments.words["init"], arguments.config_file, settings)
-        if stanza:
-            print("# Copy this into ~/.fwknoprc of the client (mode 0600):\n\n" + stanza,
-                  flush=True)
-        else:
-            log.info("There is a configuration already; serving it")
-        settings = read_settings(arguments)[0]
+        settings = run_init(arguments, settings)
     if "daemon" in arguments or "syslog" in arguments:
         if syslog is None:
             raise SpaError("this Python has no syslog module")
@@ -3716,6 +3885,9 @@ def main(argv: Optional[List[str]] = None) -> int:
             log.error("hint: " + error.hint)
         return (2 if isinstance(error, UsageError) else
                 3 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        log.error("spa_server.py: %s" % error)
+        return 1
     except KeyboardInterrupt:
         return 1
 

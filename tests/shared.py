@@ -36,8 +36,6 @@ BLOCKS: Dict[str, Block] = {
         "SpaError", "Any", "Callable"))),
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
         "UsageError", "List", "Optional", "Tuple"))),
-    "stanzas": Block(("spa_server.py", "keygen.py"), frozenset((
-        "SpaError", "binascii", "os", "Callable", "NamedTuple", "Tuple"))),
 }
 
 BEGIN = re.compile(r"# --- shared: (\S+) -- the same text in (.+) --\n")

@@ -563,7 +563,7 @@ class StanzaTest(ConfigCase):
                 ("KEY_BASE64 " + b64(bytes(33)).decode(), 2, "32 bytes"),
                 ("KEY_BASE64 " + b64(b"__CHANGEME__").decode(), 2, "__CHANGEME__"),
                 ("KEY_BASE64 a-b_", 2, "base64"), ("KEY_BASE64 abcde", 2, "base64"),
-                ("KEY_BASE64 ab cd", 2, "base64"), ("KEY_BASE64 ==", 2, "at least one byte"),
+                ("KEY_BASE64 ab cd", 2, "base64"), ("KEY_BASE64 ==", 2, "1 to 32 bytes, not 0"),
                 ("KEY a\nKEY_BASE64 YQ==", 3, "only one of KEY and KEY_BASE64"),
                 ("KEY_BASE64 YQ==\nKEY a", 2, "only one of KEY and KEY_BASE64"),
                 ("KEY a\nHMAC_KEY b\nHMAC_KEY_BASE64 Yg==", 4, "only one of HMAC_KEY and"),
@@ -580,6 +580,16 @@ class StanzaTest(ConfigCase):
                 said = self.error_of("SOURCE ANY\n" + lines + "\n")
                 self.assertTrue(said.startswith("access.conf:%d: " % line), said)
                 self.assertIn(expected, said)
+
+    def test_a_key_without_hmac_beside_one_with(self) -> None:
+        """Is refused: a captured packet without its tag would pass the one without."""
+        for first, second in (("KEY k\nHMAC_KEY h", "KEY_BASE64 aw=="), ("KEY k", "KEY k\nHMAC_KEY h")):
+            text = "SOURCE ANY\n%s\nSOURCE 10.0.0.0/8\n%s\n" % (first, second)
+            with self.subTest(text=text):
+                self.assertRegex(self.error_of(text), r"^access.conf:\d: SOURCE: .* another stanza")
+        both = "SOURCE ANY\nKEY k\nHMAC_KEY h\n"
+        self.assertEqual(2, len(self.stanzas(both + both)))
+        self.assertEqual(2, len(self.stanzas("SOURCE ANY\nKEY k\nSOURCE ANY\nKEY k\n")))
 
     def test_both_forms_of_expiry(self) -> None:
         """With ACCESS_EXPIRE and ACCESS_EXPIRE_EPOCH the earlier holds: neither may be dropped."""
@@ -786,7 +796,47 @@ class CommandLineTest(ConfigCase):
             self.assertEqual(0, self.main_with(KEYED, "", *option)[0])
             self.assertEqual(3, self.main_with("", "", *option)[0])
             self.assertEqual(3, self.main_with(KEYED, "X 1\n", *option)[0])
-            self.assertEqual(3, self.main_with(KEYED, "", "-P", "tcp", *option)[0])
+            self.assertEqual(2, self.main_with(KEYED, "", "-P", "tcp", *option)[0])
+
+    def test_options_that_do_not_go_together(self) -> None:
+        """Two things to do are an error, whichever comes first."""
+        for words in (["-S", "-K"], ["--fw-list", "-D"], ["--init", "tcp/22", "--unguard"]):
+            code, out, err = self.main(*words)
+            self.assertEqual((2, ""), (code, out))
+            self.assertIn("does not go with", err)
+
+    def test_init_with_bad_ports(self) -> None:
+        """Is a wrong command line, and makes nothing."""
+        conf, access = (os.path.join(self.directory, "new", name) for name in ("f.conf", "a.conf"))
+        for ports in ("ssh", "tcp/99999", "", "tcp/22,"):
+            with self.subTest(ports=ports):
+                code, out, err = self.main("--init", ports, "-c", conf, "-a", access)
+                self.assertEqual((2, ""), (code, out))
+                self.assertIn("--init: expected", err)
+        self.assertFalse(os.path.exists(os.path.join(self.directory, "new")))
+
+    def test_init_beside_files_that_do_not_hide_the_port(self) -> None:
+        """Says so instead of serving with the port open, and makes nothing."""
+        missing = os.path.join(self.directory, "missing.conf")
+        for conf, access in ((self.write("f.conf", "GUARD_PORTS tcp/80;\n"), missing),
+                             (missing, self.write("a.conf", KEYED))):
+            code, out, err = self.main("--init", "tcp/22", "-c", conf, "-a", access)
+            self.assertEqual((3, ""), (code, out))
+            self.assertIn("GUARD_PORTS does not hide tcp/22", err)
+            self.assertFalse(os.path.exists(missing))
+
+    def test_a_firewall_that_can_not_be(self) -> None:
+        """A guard without a firewall, and a program that is none."""
+        for conf, expected in (("FIREWALL_TYPE none;\nGUARD_PORTS tcp/22;\n", ":2: GUARD_PORTS: "),
+                               ("FIREWALL_EXE /bin/false;\n", ":1: FIREWALL_EXE: "),
+                               ("FIREWALL_EXE /no/such/nft;\n", ":1: FIREWALL_EXE: "),
+                               ("FIREWALL_TYPE nft;\n", "GUARD_PORTS: expected it, or NFT_ACCEPT")):
+            with self.subTest(conf=conf):
+                run = os.path.join(self.directory, "run")
+                code, out, err = self.main_with(KEYED, conf, "-r", run)
+                self.assertEqual((3, ""), (code, out))
+                self.assertIn(expected, err)
+                self.assertFalse(os.path.exists(run))
 
     def test_exit_parse_config(self) -> None:
         """fwknopd's words."""

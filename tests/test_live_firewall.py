@@ -369,7 +369,7 @@ class TamperTest(FirewallTest):
             def delete_our_rules() -> None:
                 """Take out the rules with our comment."""
                 listing = host.run("nft", "-a", "list", "chain", "inet", "filter", "input")
-                for handle in re.findall(r'comment "spa" # handle (\d+)', listing):
+                for handle in re.findall(r'comment "spa_server.py" # handle (\d+)', listing):
                     host.run("nft", "delete rule inet filter input handle " + handle)
 
             def reload_host() -> None:
@@ -842,6 +842,78 @@ class GuardTest(FirewallTest):
                     self.assertTrue(connection.answers())
                 self.assertFalse(cable.client.reaches(SERVER4, 22))
                 self.assertFalse(cable.client.reaches(SERVER6, 22))
+
+        self.check_all(GUARD_SETUPS, check)
+
+    def test_the_guard_needs_nothing_of_the_host(self) -> None:
+        """It stands, and comes back, while the host's chain that grants go to as well is away."""
+        config = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\nNFT_ACCEPT_CHAINS inet filter input;\n"
+        with Cable() as cable:
+            cable.server.listen(22)
+            server = Server(cable.server, config)
+            code, text = server.command()
+            self.assertEqual(1, code, text)
+            self.assertIn("inet filter input", text)
+            self.assertFalse(cable.client.reaches(SERVER4, 22))
+            cable.server.run("nft", "-f", "-", input=NFT_HOST)
+            server.start()
+            cable.server.run("nft", "delete table inet filter")
+            cable.server.run("nft", "delete table inet spa")
+            wait_for(lambda: not cable.client.reaches(SERVER4, 22), "the guard")
+            server.wait_for("the firewall is not as it should be")
+            cable.server.run("nft", "-f", "-", input=NFT_HOST)
+            wait_for(lambda: "@spa4" in cable.server.run("nft", "list table inet filter"), "the rule")
+            self.assertEqual(0, server.stop())
+
+    def test_all_tables_or_none(self) -> None:
+        """What the guard got is taken back when the host's table fails."""
+
+        def check(setup: Setup) -> None:
+            """One backend; its accept rules have a target that there is not."""
+            access = "IPT_INPUT_ACCESS NOSUCHTARGET, filter, INPUT, 1, FWKNOP_INPUT, 1;\n"
+            with Site(setup, access) as site:
+                site.knock(*TO4, expect="nothing was opened: the firewall failed")
+                self.assertEqual(0, site.count_grants(), site.rules())
+                self.assertTrue(site.all_closed())
+
+        self.check_all([setup for setup in GUARD_SETUPS if setup.backend != NFT], check)
+
+    def test_a_reload_without_a_place_for_a_grant(self) -> None:
+        """Closes it, says so, and goes on."""
+        with Site(Setup(NFT, "guard")) as site:
+            site.knock_both()
+            mark = site.server.mark()
+            site.server.configure(access=STANZA + "ACCESS_PREFIX4 24\n")
+            site.server.send_signal(signal.SIGHUP)
+            site.server.wait_for("the new settings have no place for it", mark)
+            wait_for(lambda: not site.client.reaches(SERVER4, 22), "a closed port")
+            self.assertTrue(site.client.reaches(SERVER6, 22))
+            site.knock(*TO4)
+            self.assertTrue(site.client.reaches(SERVER4, 22))
+            self.assertNotIn("not as it should be", site.server.log(mark))
+
+    def test_a_guard_from_earlier_settings(self) -> None:
+        """Is warned of, and --unguard takes it away whatever the settings are now."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Site(setup) as site:
+                site.server.stop()
+                program = "/usr/sbin/" + setup.backend if setup.backend != NFT else "/usr/sbin/nft"
+                other = "FIREWALL_TYPE iptables;\n"
+                if setup.backend != NFT:
+                    other += "FIREWALL_EXE %s;\n" % program
+                site.server.configure(config=other)
+                site.server.start()
+                site.server.wait_for("A guard from earlier settings still closes ports")
+                self.assertFalse(site.client.reaches(SERVER4, 22))
+                site.server.stop()
+                code, text = site.server.command("--unguard")
+                self.assertEqual(0, code, text)
+                self.assertIn("The guard is gone", text)
+                self.assertTrue(site.client.reaches(SERVER4, 22))
+                self.assertTrue(site.client.reaches(SERVER6, 22))
+                self.assertIn("There is no guard.", site.server.command("--unguard")[1])
 
         self.check_all(GUARD_SETUPS, check)
 

@@ -49,10 +49,10 @@ class Clock:
         self.wall_time += seconds
 
 
-class FakeFirewall:
+class FakeFirewall(server.Firewall):  # type: ignore[misc]
     """A kernel that keeps doors, ends them in time, and says when it is asked for nonsense."""
 
-    name, poll_seconds = "fake", 30.0
+    keeps = True
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.rules = clock, {}  # type: Tuple[Clock, Dict[Any, Any]]
@@ -229,7 +229,11 @@ JUDGED = (
     ("REQUIRE_USERNAME bob smith", "10.55.0.2,tcp/22", 1, 0, "bob smith",
      "10.55.0.2 tcp/22 30"),
     ("ACCESS_EXPIRE_EPOCH %d" % NOW, "10.55.0.2,tcp/22", 1, 0, "bob", "expired stanza"),
-    ("ACCESS_EXPIRE_EPOCH %d" % (NOW + 1), "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
+    # a grant does not outlive its stanza
+    ("ACCESS_EXPIRE_EPOCH %d" % (NOW + 1), "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 1"),
+    ("ACCESS_EXPIRE_EPOCH %d" % (NOW + 9), "10.55.0.2,tcp/22", 3, 60, "bob", "10.55.0.2 tcp/22 9"),
+    ("ACCESS_EXPIRE_EPOCH %d" % (NOW + 31), "10.55.0.2,tcp/22", 1, 0, "bob",
+     "10.55.0.2 tcp/22 30"),
     ("ACCESS_EXPIRE 11/01/2026", "10.55.0.2,tcp/22", 1, 0, "bob", "expired stanza"),
     ("ACCESS_EXPIRE 12/31/2026", "10.55.0.2,tcp/22", 1, 0, "bob", "10.55.0.2 tcp/22 30"),
     # carrier NAT
@@ -461,6 +465,30 @@ class ReceiveTest(ServerCase):
         # 80 to 9f are control characters as well: 9b begins a terminal sequence.
         self.log.info("\x85\x9b")
         self.assertEqual("\\x85\\x9b\n", self.logged())
+
+    def test_a_replay_costs_no_decryption_and_no_line_of_its_own(self) -> None:
+        """A captured packet that is sent thousands of times is less work than junk with a key."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        payload = self.knock(made)
+        stale = Sender().packet(timestamp=NOW - 500)
+        made.receive(datagram(stale))
+        made.stanzas[0].keys.open = None  # what decrypts
+        self.logged()
+        for _ in range(3000):
+            made.receive(datagram(payload))
+            made.receive(datagram(stale))
+        self.assertEqual(3000, made.counts["replay"])
+        self.assertEqual(3001, made.counts["stale"])
+        self.assertNotIn("error", made.counts)
+        self.assertLess(len(self.logged().splitlines()), 30)
+
+    def test_stale_packets_are_known_within_bounds(self) -> None:
+        """The memory of them does not grow."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        for number in range(server.STALE_KNOWN + 50):
+            made.memory.stale["%d" % number] = None
+        made.receive(datagram(Sender().packet(timestamp=NOW - 500)))
+        self.assertEqual(server.STALE_KNOWN, len(made.memory.stale))
 
     def test_a_failing_firewall(self) -> None:
         """Opens nothing, is an error in the log, and the packet stays remembered."""
@@ -935,6 +963,40 @@ class GrantsTest(ServerCase):
         self.assertEqual("", self.logged())
         self.assertEqual([], self.later(21))
 
+    def test_check_puts_back_many(self) -> None:
+        """In transactions that the kernel takes."""
+        doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(950)]
+        self.grants.open(doors, 30)
+        self.firewall.flush()
+        sizes = []  # type: List[int]
+        opening = self.firewall.open
+        self.firewall.open = lambda grants, old: (sizes.append(len(grants)), opening(grants, old))
+        self.grants.check()
+        self.assertEqual(set(doors), set(self.firewall.rules))
+        self.assertLessEqual(max(sizes), server.OPEN_AT_ONCE)
+
+    def test_check_adopts_what_is_too_much(self) -> None:
+        """A grant that nobody here knows of is closed in time, too."""
+        stranger = server.Grant(self.ssh, 0, self.clock.mono() + 5)
+        self.firewall.rules[self.ssh] = stranger
+        self.grants.check()
+        self.assertEqual([self.ssh], list(self.grants.live))
+        self.assertEqual([], self.later(6))
+
+    def test_a_flush_that_fails_is_tried_again(self) -> None:
+        """Also for what only the firewall knows of; and the caller is told."""
+        self.grants.open([self.ssh], 30)
+        self.firewall.rules[self.dns] = server.Grant(self.dns, 0, self.clock.mono() + 30)
+        flush, self.firewall.flush = self.firewall.flush, self.fail_flush
+        with self.assertRaises(server.CommandError):
+            self.grants.flush()
+        self.firewall.flush = flush
+        self.assertEqual([], self.later(2))
+
+    def fail_flush(self) -> None:
+        """Fail."""
+        raise server.CommandError("no luck")
+
     def test_adopt(self) -> None:
         """A restarted server knows what is open, and closes it in time, at once when it is over."""
         self.grants.open([self.ssh], 30)
@@ -1399,7 +1461,7 @@ class NftTest(unittest.TestCase):
             data = b"".join(server.attribute(n + 1, value) for n, value in enumerate(values))
             self.assertEqual(0, len(data) % 4)
             self.assertEqual(dict(enumerate(values, 1)), server.attributes(data))
-            self.assertEqual(values, server.attribute_list(data))
+            self.assertEqual(values, [each for _, each in server.attribute_list(data)])
         nested = server.attribute(server.NESTED | 3, server.attribute(1, b"x"))
         self.assertEqual({1: b"x"}, server.attributes(server.attributes(nested)[3]))
 
@@ -1409,7 +1471,7 @@ class NftTest(unittest.TestCase):
         for _ in range(500):
             data = bytes(draw.randrange(4) for _ in range(draw.randrange(60)))
             server.attributes(data)
-            server.attribute_list(data)
+            list(server.attribute_list(data))
             list(server.netlink_messages(data))
         self.assertEqual({}, server.attributes(b"\3\0\1\0zzzz"))
 

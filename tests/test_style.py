@@ -261,6 +261,32 @@ class TreeTest(unittest.TestCase):
             self.assertEqual([], found, name)
 
 
+# Every packet that the client can make, opened by the server; and both files read.
+PROBE = """
+import importlib.util, sys
+def load(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+server, client = load(sys.argv[1], "spa_server"), load(sys.argv[2], "spa_client")
+assert server.main(["--exit-parse-config", "-c", sys.argv[3], "-a", sys.argv[4]]) == 0
+count = 0
+for mode in server.MODES:
+    for name, digest in server.DIGESTS.items():
+        for hmac_key in (b"", b"secret")[:1 if mode == "LEGACY" else 2]:
+            message = client.Message("1234567890123456", "bob", 1700000000, 1, "10.0.0.1,tcp/22")
+            packet = client.seal(client.encode_message(message), name, b"key",
+                                 "legacy" if mode == "LEGACY" else mode, hmac_key or None, name,
+                                 bytes(8)).encode()
+            keys = server.PacketKeys(b"key", mode, hmac_key, digest)
+            assert keys.authentic(packet)
+            assert server.open_packet(packet, keys)[0].digest_type == name
+            count += 1
+print(count, "packets")
+"""
+
+
 class AloneTest(unittest.TestCase):
     """Each script alone in a directory, with nothing but a Python."""
 
@@ -311,6 +337,25 @@ class AloneTest(unittest.TestCase):
                      facts["missing"])
                     for release, facts in releases.items() for name in SCRIPTS
                     for option in ("-V", "--help")], self.start_blocked)
+
+    def test_packets_on_every_openwrt_release(self) -> None:
+        """Every mode, digest and HMAC from client to server, and a configuration, there as well."""
+        place = os.path.dirname(self.places["keygen.py"])
+        probe, conf, access = (os.path.join(place, name) for name in ("probe.py", "f", "a"))
+        for path, text in ((probe, PROBE), (conf, "GUARD_PORTS tcp/22;\n"),
+                           (access, "SOURCE 10.0.0.0/8\nKEY k\nHMAC_KEY h\n")):
+            with open(path, "w") as stream:
+                stream.write(text)
+            os.chmod(path, 0o600)
+        with open(os.path.join(TOP, "tests", "vectors", "openwrt_light_missing.json")) as stream:
+            releases = json.load(stream)
+        for release, facts in releases.items():
+            with self.subTest(release=release):
+                python = nearest_python(facts["python"])
+                answer = run_blocked(probe, [os.path.join(TOP, "spa_server.py"),
+                                             os.path.join(TOP, "spa_client.py"), conf, access],
+                                     facts["missing"], python.path)
+                self.assertEqual("Configs parsed, exiting.\n77 packets\n", answer.stdout, answer.stderr)
 
     def test_debian_minimal(self) -> None:
         """-V and --help without what Debian's python3-minimal does not have."""
