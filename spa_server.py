@@ -50,6 +50,7 @@ Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unu
 
 import array
 import binascii
+import collections
 import errno
 import fcntl
 import heapq
@@ -321,6 +322,7 @@ class AesInverse(Aes):
 
 SALTED_PREFIX = b"U2FsdGVkX1"  # what base64 makes of "Salted__": never sent, but authenticated
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+ALPHABET_AND_FILLING = ALPHABET + b"="
 MAX_KEY_BYTES = 32
 MAX_HMAC_KEY_BYTES = 128
 LEGACY_KEY_BYTES = 16
@@ -591,11 +593,11 @@ def check_form(payload: bytes) -> None:
     if not MIN_PAYLOAD <= len(payload) <= MAX_PAYLOAD:
         raise PacketRejected("length", "preprocess_spa_data() returned error 4097: "
                              "'Not enough data to be an SPA message' for incoming packet.")
-    if payload.translate(None, ALPHABET).strip(b"="):
+    if payload.translate(None, ALPHABET_AND_FILLING):
         raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4098: "
                              "'Data is not an SPA message' for incoming packet.")
-    if payload.startswith(SALTED_PREFIX) or (payload.startswith(b"hQ")
-                                             and len(payload) > GPG_LENGTH):
+    if payload.startswith(SALTED_PREFIX) or (len(payload) > GPG_LENGTH
+                                             and payload.startswith(b"hQ")):
         raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4096: "
                              "'Data is not a valid SPA message format' for incoming packet.")
     if len(payload) >= GPG_LENGTH:
@@ -1292,7 +1294,9 @@ class Stanza(Settings):
         self.number = number
         self.keys: PacketKeys  # finish() makes them
         self.expires: Optional[int] = None
-        self.for_all = False
+        self.for_all = False  # whether SOURCE and DESTINATION are ANY
+        self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
+        self.wrong_hmac.stanza = number
 
     def finish(self) -> List[str]:
         """Checks the stanza as a whole and makes its keys ready; returns warnings."""
@@ -1328,8 +1332,7 @@ class Stanza(Settings):
 
     def admits(self, datagram: Datagram) -> bool:
         """Whether SOURCE and DESTINATION let this datagram try the stanza's keys."""
-        return self.for_all or (datagram.source in self.source
-                                and datagram.destination in self.destination)
+        return datagram.source in self.source and datagram.destination in self.destination
 
 
 def read_stanzas(path: str) -> Tuple[List[Stanza], List[str]]:
@@ -1496,8 +1499,7 @@ class Log:
         self.stream, self.to_syslog, self.level = stream, to_syslog, level
         self.monotonic = monotonic
         self.prefixed = stream is not None and is_journal(stream)
-        self.allowance, self.allowance_time = float(REJECTION_BURST), monotonic()
-        self.suppressed = 0
+        self.quiet_until, self.suppressed = monotonic() - REJECTION_BURST, 0
 
     def write(self, severity: int, text: str) -> None:
         """One line. Control characters, which a packet may have brought, are made visible."""
@@ -1532,12 +1534,11 @@ class Log:
     def rejection(self) -> bool:
         """Whether a line about a rejected packet may be written: junk must not fill the disk."""
         now = self.monotonic()
-        self.allowance = min(REJECTION_BURST, self.allowance + now - self.allowance_time)
-        self.allowance_time = now
-        if self.allowance < 1:
+        if now < self.quiet_until:
             self.suppressed += 1
             return False
-        self.allowance -= 1
+        # As if the burst had been saved up, a line a second, since quiet_until.
+        self.quiet_until = max(self.quiet_until, now - REJECTION_BURST + 1) + 1
         if self.suppressed:
             self.info("%d more packets were rejected without a line in the log" % self.suppressed)
             self.suppressed = 0
@@ -1918,6 +1919,8 @@ SO_ATTACH_FILTER = 26
 SO_RCVBUFFORCE = 33
 IP_PKTINFO = 8
 RECEIVE_BUFFER = 4 << 20
+MAX_PACKET = 4096  # what is longer is cut, and then no datagram
+UDP_HEADER = struct.Struct(">HHH")  # source port, destination port, length (RFC 768)
 
 
 class Capture:
@@ -1969,7 +1972,7 @@ class PacketCapture(Capture):
 
     def receive(self) -> Optional[Datagram]:
         """The next datagram: RFC 791 section 3.1 or RFC 8200 section 3, then RFC 768."""
-        packet = self.socket.recv(65536)
+        packet = self.socket.recv(MAX_PACKET)
         if len(packet) < 28:
             return None
         if packet[0] >> 4 == 4:
@@ -1978,7 +1981,7 @@ class PacketCapture(Capture):
             start, source, destination = 40, packet[8:24], packet[24:40]
         if start < 20 or len(packet) < start + 8:
             return None
-        source_port, destination_port, length = struct.unpack_from(">HHH", packet, start)
+        source_port, destination_port, length = UDP_HEADER.unpack_from(packet, start)
         payload = packet[start + 8:start + length]
         if len(payload) != length - 8:
             return None
@@ -3031,7 +3034,7 @@ class Server:
         self.memory = open_memory(self.settings, log)
         self.captures: List[Capture] = []
         self.selector = selectors.DefaultSelector()
-        self.counts: Dict[str, int] = {}
+        self.counts: Dict[str, int] = collections.defaultdict(int)
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = 0.0
@@ -3042,9 +3045,11 @@ class Server:
         """One datagram on its way: form, then whose it is and what it may open."""
         try:
             check_form(datagram.payload)
-            self.admit(datagram)
-        except PacketRejected as rejection:
-            self.reject(datagram, rejection)
+            rejection = self.admit(datagram)
+            if rejection is not None:
+                self.reject(datagram, rejection)
+        except PacketRejected as rejected:
+            self.reject(datagram, rejected)
         except Exception as error:  # a mistake of ours must not let one packet end the server
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None:
@@ -3053,17 +3058,17 @@ class Server:
             self.reject(datagram, PacketRejected("error", "internal error: %s in line %d"
                                                  % (type(error).__name__, where)))
 
-    def admit(self, datagram: Datagram) -> None:
+    def admit(self, datagram: Datagram) -> Optional[PacketRejected]:
         """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
 
         The first that opens something ends it. When none does, the reason of the first whose keys
-        were right is raised, or else that of the first whose keys were wrong.
+        were right is returned, or else that of the first whose keys were wrong.
         """
         rejection: Optional[PacketRejected] = None
         remembered = False
         tried: Optional[Stanza] = None
         for stanza in self.stanzas:
-            if not stanza.admits(datagram):
+            if not (stanza.for_all or stanza.admits(datagram)):
                 continue
             tried = tried or stanza
             if not stanza.keys.authentic(datagram.payload):  # before anything else is looked at
@@ -3083,18 +3088,16 @@ class Server:
                 doors, seconds = judge(packet, stanza, datagram, self.settings.destination_rule,
                                        time.time())
                 self.open(doors, seconds, packet, stanza)
-                return
+                return None
             except PacketRejected as reason:
                 reason.stanza = stanza.number
                 if isinstance(reason, NotFresh):
                     raise
                 if rejection is None or isinstance(rejection, WrongKey):
                     rejection = reason
-        if rejection is None and tried:
-            rejection = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
-            rejection.stanza = tried.number
-        raise rejection or PacketRejected("source", "No access data found for source IP: %s"
-                                          % socket_text(datagram.source), "{text}")
+        return rejection or (tried and tried.wrong_hmac) or PacketRejected(
+            "source", "No access data found for source IP: %s" % socket_text(datagram.source),
+            "{text}")
 
     def open(self, doors: List[Door], seconds: int, packet: Packet, stanza: Stanza) -> None:
         """Opens the doors; rejects the packet when the firewall can't."""
@@ -3103,13 +3106,13 @@ class Server:
         except CommandError as error:
             self.log.error(str(error))
             raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
-        self.counts["accepted"] = self.counts.get("accepted", 0) + 1
+        self.counts["accepted"] += 1
         self.log.info("(stanza #%d) user %s (client %s) opened %s for %d seconds" % (
             stanza.number, packet.user, packet.version, ", ".join(map(str, doors)), seconds))
 
     def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
         """Counts a rejection and, unless there are too many, logs it."""
-        self.counts[rejection.reason] = self.counts.get(rejection.reason, 0) + 1
+        self.counts[rejection.reason] += 1
         if not self.log.rejection():
             return
         number = "(stanza #%d) " % rejection.stanza if rejection.stanza else ""

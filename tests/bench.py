@@ -15,8 +15,8 @@ import sys
 import time
 from typing import Callable, Dict, List, Optional
 
-from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT, Cable, Host,
-                         Process, Server, wait_for)
+from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT, SPA_SERVER,
+                         Cable, Host, Process, Server, wait_for)
 from tests.support import load_script
 
 ROUNDS = 21
@@ -276,16 +276,23 @@ def memory_kilobytes(pid: int) -> float:
 
 def bench_start() -> None:
     """From start until it listens, and memory then."""
-    times: Dict[str, List[float]] = {"spa_server.py": [], "fwknopd": []}
-    memory: Dict[str, Optional[float]] = {"spa_server.py": None, "fwknopd": None}
+    names = ("python3 spa_server.py", "python3 -m spa_server, compiled before", "fwknopd")
+    times: Dict[str, List[float]] = {name: [] for name in names}
+    memory: Dict[str, Optional[float]] = {name: None for name in names}
     for _ in range(5):
         with Cable() as cable:
-            begin = time.perf_counter()
-            config = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n"
-            server = Server(cable.server, config, STANZA).start()
-            times["spa_server.py"].append((time.perf_counter() - begin) * 1000)
-            memory["spa_server.py"] = memory_kilobytes(server.running().popen.pid) / 1024
-            server.stop()
+            server = Server(cable.server, "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n", STANZA)
+            shutil.copy(SPA_SERVER[1], server.directory)
+            compiled = ["env", "-u", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH=" + server.directory,
+                        sys.executable, "-m", "spa_server"]
+            cable.server.run(*compiled, "-V")
+            for name, argv in zip(names, (SPA_SERVER, compiled)):
+                begin = time.perf_counter()
+                process = cable.server.start(*argv, *server.files)
+                process.wait_for(server.READY)
+                times[name].append((time.perf_counter() - begin) * 1000)
+                memory[name] = memory_kilobytes(process.popen.pid) / 1024
+                process.end()
             if shutil.which("fwknopd"):
                 begin = time.perf_counter()
                 process = start_fwknopd(cable.server, False)

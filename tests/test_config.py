@@ -583,7 +583,8 @@ class StanzaTest(ConfigCase):
 
     def test_a_key_without_hmac_beside_one_with(self) -> None:
         """Is refused: a captured packet without its tag would pass the one without."""
-        for first, second in (("KEY k\nHMAC_KEY h", "KEY_BASE64 aw=="), ("KEY k", "KEY k\nHMAC_KEY h")):
+        for first, second in (("KEY k\nHMAC_KEY h", "KEY_BASE64 aw=="),
+                              ("KEY k", "KEY k\nHMAC_KEY h")):
             text = "SOURCE ANY\n%s\nSOURCE 10.0.0.0/8\n%s\n" % (first, second)
             with self.subTest(text=text):
                 self.assertRegex(self.error_of(text), r"^access.conf:\d: SOURCE: .* another stanza")

@@ -862,7 +862,8 @@ class GuardTest(FirewallTest):
             wait_for(lambda: not cable.client.reaches(SERVER4, 22), "the guard")
             server.wait_for("the firewall is not as it should be")
             cable.server.run("nft", "-f", "-", input=NFT_HOST)
-            wait_for(lambda: "@spa4" in cable.server.run("nft", "list table inet filter"), "the rule")
+            listing = ("nft", "list table inet filter")
+            wait_for(lambda: "@spa4" in cable.server.run(*listing), "the rule")
             self.assertEqual(0, server.stop())
 
     def test_all_tables_or_none(self) -> None:

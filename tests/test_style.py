@@ -355,7 +355,8 @@ class AloneTest(unittest.TestCase):
                 answer = run_blocked(probe, [os.path.join(TOP, "spa_server.py"),
                                              os.path.join(TOP, "spa_client.py"), conf, access],
                                      facts["missing"], python.path)
-                self.assertEqual("Configs parsed, exiting.\n77 packets\n", answer.stdout, answer.stderr)
+                self.assertEqual("Configs parsed, exiting.\n77 packets\n", answer.stdout,
+                                 answer.stderr)
 
     def test_debian_minimal(self) -> None:
         """-V and --help without what Debian's python3-minimal does not have."""
