@@ -1973,12 +1973,13 @@ class PacketCapture(Capture):
     def receive(self) -> Optional[Datagram]:
         """The next datagram: RFC 791 section 3.1 or RFC 8200 section 3, then RFC 768."""
         packet = self.socket.recv(MAX_PACKET)
-        if len(packet) < 28:
-            return None
-        if packet[0] >> 4 == 4:
-            start, source, destination = (packet[0] & 15) * 4, packet[12:16], packet[16:20]
-        else:
+        first = packet[0] if packet else 0
+        if first == 0x45:  # IPv4 without options
+            start, source, destination = 20, packet[12:16], packet[16:20]
+        elif first >> 4 == 6:
             start, source, destination = 40, packet[8:24], packet[24:40]
+        else:
+            start, source, destination = (first & 15) * 4, packet[12:16], packet[16:20]
         if start < 20 or len(packet) < start + 8:
             return None
         source_port, destination_port, length = UDP_HEADER.unpack_from(packet, start)

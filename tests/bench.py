@@ -278,7 +278,7 @@ def bench_start() -> None:
     """From start until it listens, and memory then."""
     names = ("python3 spa_server.py", "python3 -m spa_server, compiled before", "fwknopd")
     times: Dict[str, List[float]] = {name: [] for name in names}
-    memory: Dict[str, Optional[float]] = {name: None for name in names}
+    memory: Dict[str, Optional[float]] = dict.fromkeys(names)
     for _ in range(5):
         with Cable() as cable:
             server = Server(cable.server, "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n", STANZA)
