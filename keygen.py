@@ -463,6 +463,7 @@ def give_stanzas(plan: StanzaPlan, keys: Keys, rc_file: str, access_file: str) -
             write_out("\n".join(printed))
         for target in targets:
             target.commit()
+            print(f"[+] Wrote the stanza of {plan.name} to: {target.path}", file=sys.stderr)
             warn_of_readers(target.path, target.mode)
 
 

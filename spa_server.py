@@ -899,7 +899,7 @@ class Settings:
         return str(getattr(self, row.attribute)) + slash + rest
 
     def dump(self) -> str:
-        """The table in the file's own syntax, with the values in force. Secrets are not shown."""
+        """The table in the file's own syntax; what no file set is a comment. No secrets."""
         lines = []
         for row in self.rows():
             if isinstance(row, (Ignored, Refused)):
@@ -907,8 +907,8 @@ class Settings:
             value = self.texts.get(row.name, row.default)
             if row.secret and value:
                 value = PLACEHOLDER
-            lines.append("%-27s %s;" % (row.name, value) if value else
-                         "#%-26s (not set)" % row.name)
+            lines.append("%-27s %s;" % (row.name, value) if row.name in self.texts else
+                         "#%-26s %s" % (row.name, value + ";" if value else "(not set)"))
         return "\n".join(lines) + "\n"
 
 

@@ -30,6 +30,15 @@ def counted(start: int = 65) -> Any:
 
 
 def call(*arguments: str, random: Any = None) -> Tuple[int, str, str]:
+    """Return exit code, standard output and standard error of main().
+
+    What it says of files that it wrote is left out; test_what_was_written_is_said looks at that.
+    """
+    code, out, err = call_all(*arguments, random=random)
+    return code, out, re.sub(r"(?m)^\[\+\] Wrote the stanza .*\n", "", err)
+
+
+def call_all(*arguments: str, random: Any = None) -> Tuple[int, str, str]:
     """Return exit code, standard output and standard error of main()."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -311,6 +320,15 @@ class AppendTest(FileTestCase):
         os.chown(rc, 12345, 23456)
         self.assertEqual((0, ""), call(*WORK, "--rc-file", rc)[::2])
         self.assertEqual((12345, 23456), (os.stat(rc).st_uid, os.stat(rc).st_gid))
+
+    def test_what_was_written_is_said(self) -> None:
+        """On standard error, a line for each file; not for one that refused."""
+        rc, access = self.path("rc"), self.path("access")
+        code, out, err = call_all(*WORK, "--rc-file", rc, "--access-file", access)
+        self.assertEqual((0, ""), (code, out))
+        self.assertEqual("".join("[+] Wrote the stanza of work to: %s\n" % os.path.realpath(path)
+                                 for path in (rc, access)), err)
+        self.assertNotIn("Wrote", call_all(*WORK, "--rc-file", rc)[2])
 
     def test_links_are_followed_and_stay(self) -> None:
         """Also to a file that does not exist yet."""

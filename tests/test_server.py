@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import tempfile
+import types
 import unittest
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 
@@ -610,6 +611,62 @@ class ReceiveTest(ServerCase):
 
 
 # ------------------------------------------------------------------- replay memory
+
+class LogTest(ServerCase):
+    """Where a line goes, and with what severity."""
+
+    def test_journal(self) -> None:
+        """Lines to the stream that systemd names begin with the severity (sd-daemon(3))."""
+        with tempfile.NamedTemporaryFile("w+") as stream:
+            status = os.fstat(stream.fileno())
+            for value, prefixed in (("%d:%d" % (status.st_dev, status.st_ino), True),
+                                    ("%d:%d" % (status.st_dev, status.st_ino + 1), False),
+                                    (None, False)):
+                os.environ.pop("JOURNAL_STREAM", None)
+                if value is not None:
+                    os.environ["JOURNAL_STREAM"] = value
+                self.addCleanup(os.environ.pop, "JOURNAL_STREAM", None)
+                stream.truncate(0)
+                stream.seek(0)
+                log = server.Log(stream)
+                log.error("e")
+                log.warning("w")
+                log.info("i")
+                log.debug("d")
+                stream.seek(0)
+                self.assertEqual("<3>e\n<4>w\n<6>i\n" if prefixed else "e\nw\ni\n", stream.read())
+
+    def test_syslog(self) -> None:
+        """Severities are syslog's own; without a stream only syslog gets the line."""
+        said = []  # type: List[Tuple[int, str]]
+        kept, server.syslog = server.syslog, types.SimpleNamespace(
+            syslog=lambda severity, text: said.append((severity, text)))
+        try:
+            log = server.Log(None, to_syslog=True)
+            log.error("e")
+            log.warning("w\n")
+            log.info("i")
+            log.debug("d")
+        finally:
+            server.syslog = kept
+        self.assertEqual([(3, "e"), (4, "w\\x0a"), (6, "i")], said)
+
+    def test_verbose(self) -> None:
+        """VERBOSE shows the packet, without what may be a password in it."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        self.log.level = server.DEBUG
+        made.receive(datagram(Sender().packet(timestamp=NOW, extra=(b64(b"s3cret"),))))
+        text = self.logged()
+        self.assertIn("message='10.55.0.2,tcp/22'", text)
+        self.assertNotIn("s3cret", text)
+
+    def test_nobody_reads(self) -> None:
+        """A closed stream does not end the server."""
+        stream = io.StringIO()
+        log = server.Log(stream)
+        stream.close()
+        log.error("e")
+
 
 class MemoryTest(ServerCase):
     """What was seen is not taken twice, and what is fresh is taken."""
