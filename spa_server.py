@@ -1844,6 +1844,7 @@ class Netlink:
         try:
             self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
             self.socket.bind((0, 0))
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
         except OSError as error:
             raise CommandError("netlink: %s" % error.strerror) from None
         self.port = self.socket.getsockname()[0]
@@ -1859,20 +1860,33 @@ class Netlink:
         batch = [self.message(kind, flags | (NLM_ACK if place == last else 0), family, body)
                  for place, (kind, flags, family, body) in enumerate(messages)]
         begin = self.message(BATCH_BEGIN, 0, 0, b"", NFT >> 8)
-        end = self.message(BATCH_END, 0, 0, b"", NFT >> 8)
-        self.socket.sendto(begin + b"".join(batch) + end, (0, 0))
+        self.send(begin + b"".join(batch) + self.message(BATCH_END, 0, 0, b"", NFT >> 8))
         failed, answered = 0, False
         while True:  # the kernel has answered when sendto() returns
             try:
                 data = self.socket.recv(65536, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
+            except OSError as error:
+                raise self.error(error.errno or errno.EIO) from None
             for kind, _, body in netlink_messages(data):
                 if kind == NLMSG_ERROR:
                     answered = True
                     failed = failed or -struct.unpack_from("=i", body)[0]
         if failed or not answered:
             raise self.error(failed or errno.EIO)
+
+    def send(self, messages: bytes) -> None:
+        """Sends messages, after throwing away what is left of earlier answers."""
+        try:
+            while self.socket.recv(65536, socket.MSG_DONTWAIT):
+                pass
+        except OSError:
+            pass
+        try:
+            self.socket.sendto(messages, (0, 0))
+        except OSError as error:
+            raise self.error(error.errno or errno.EIO) from None
 
     @staticmethod
     def error(number: int) -> CommandError:
@@ -1881,15 +1895,19 @@ class Netlink:
 
     def dump(self, kind: int, family: int, body: bytes) -> List[Dict[int, bytes]]:
         """The attributes of each message that the kernel answers a question for a list with."""
-        self.socket.sendto(self.message(kind, NLM_DUMP, family, body), (0, 0))
+        self.send(self.message(kind, NLM_DUMP, family, body))
         found: List[Dict[int, bytes]] = []
         while True:
-            for answer, _, data in netlink_messages(self.socket.recv(65536)):
+            try:
+                data = self.socket.recv(65536)
+            except OSError as error:
+                raise self.error(error.errno or errno.EIO) from None
+            for answer, _, body in netlink_messages(data):
                 if answer == NLMSG_DONE:
                     return found
                 if answer == NLMSG_ERROR:
-                    raise self.error(-struct.unpack_from("=i", data)[0])
-                found.append(attributes(data[4:]))
+                    raise self.error(-struct.unpack_from("=i", body)[0])
+                found.append(attributes(body[4:]))
 
     def close(self) -> None:
         """Closes the socket."""
@@ -2091,6 +2109,10 @@ class Firewall:
         """Where grants go, for the log."""
         return "nowhere"
 
+    def identity(self) -> Tuple[Any, ...]:
+        """All that tells where its rules are: two with the same one share them."""
+        return ()
+
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
         return True
@@ -2180,6 +2202,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
 
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
+FOR_EVER = float("inf")
 GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
 
 
@@ -2259,6 +2282,10 @@ class NftFirewall(Firewall):
     def describe(self) -> str:
         """Where grants go, for the log."""
         return ", ".join(" ".join(place) for place in self.places)
+
+    def identity(self) -> Tuple[Any, ...]:
+        """Its tables and chains."""
+        return ("nft", self.program, self.places)
 
     def shapes_at(self, place: NftChain) -> List[Shape]:
         """The shapes that a table of this family can hold."""
@@ -2415,10 +2442,11 @@ class NftFirewall(Firewall):
                     counts[door] = counts.get(door, 0) + 1
         now, wall = time.monotonic(), time.time()
         return [Grant(door, int(wall + seconds + 0.999), now + seconds)
-                for door, seconds in found.items() if counts[door] == len(self.places_of(door))]
+                for door, seconds in found.items()
+                if counts[door] == len(self.places_of(door)) and seconds != FOR_EVER]
 
     def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
-        """The doors in a set with the seconds they have left."""
+        """The doors in a set with the seconds they have left, FOR_EVER if somebody said so."""
         try:
             answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[place.family],
                                         set_name(place, shape))
@@ -2431,9 +2459,10 @@ class NftFirewall(Firewall):
             for _, item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
                 element = attributes(item)
                 door = shape.door(attributes(element.get(ELEMENT_KEY, b"")).get(DATA_VALUE, b""))
-                left = struct.unpack(">Q", element.get(ELEMENT_EXPIRATION, bytes(8)))[0] / 1000
-                if door is not None and left > 0:
-                    doors.append((door, left))
+                left = element.get(ELEMENT_EXPIRATION)
+                seconds = struct.unpack(">Q", left)[0] / 1000 if left else FOR_EVER
+                if door is not None and seconds > 0:
+                    doors.append((door, seconds))
         return doors
 
     def flush(self) -> None:
@@ -2448,14 +2477,13 @@ class NftFirewall(Firewall):
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
-        do_all(self.remove_from, [(place,) for place in self.accept])
-
-    def remove_from(self, place: NftChain) -> None:
-        """Takes our rules and sets out of one chain, if it is there."""
-        rules = self.rule_removal(place)
-        if rules:
-            self.run(rules + ["delete set %s %s %s" % (place.family, place.table, shape.set_name)
-                              for shape in self.shapes_at(place)])
+        rules = {place: self.rule_removal(place) for place in self.accept}
+        tables = {(place.family, place.table): self.shapes_at(place)
+                  for place in self.accept if rules[place]}
+        # Chains of one table share the sets, so these go when no rule needs them any more.
+        do_all(self.run, [(lines,) for lines in rules.values()])
+        do_all(self.run, [(["delete set %s %s %s" % (table + (shape.set_name,))
+                            for shape in shapes],) for table, shapes in tables.items()])
 
     def guarded(self) -> bool:
         """Whether the guard's table stands, whoever made it."""
@@ -2593,6 +2621,10 @@ class IptablesFirewall(Firewall):
     def describe(self) -> str:
         """Where grants go, for the log."""
         return ", ".join(place.chain for place in self.places if not place.outgoing)
+
+    def identity(self) -> Tuple[Any, ...]:
+        """Its programs, chains and jumps."""
+        return ("iptables", self.programs[4].program, self.places, self.access)
 
     @property
     def tables(self) -> List[str]:
@@ -2770,9 +2802,12 @@ class IptablesFirewall(Firewall):
                         + ["-X " + chain for chain in present]})
 
     def guarded(self) -> bool:
-        """Whether the guard's chain stands, whoever made it."""
-        return any("-N " + GUARD_CHAIN in program.list("mangle")
-                   for program in self.programs.values())
+        """Whether the guard's chain stands, whoever made it; no, where it can't be told."""
+        try:
+            return any("-N " + GUARD_CHAIN in program.list("mangle")
+                       for program in self.programs.values())
+        except CommandError:
+            return False
 
     def unguard(self) -> None:
         """Takes the guard away."""
@@ -2845,12 +2880,18 @@ def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional
 def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
     """The backends whose guard stands, with these settings or from earlier ones."""
     nft, iptables = firewall_programs(settings)
-    backends: List[Firewall] = []
+    makers: List[Callable[[], Firewall]] = []
     if nft:
-        backends.append(NftFirewall(nft, (), frozenset(), [], log))
+        makers.append(lambda: NftFirewall(str(nft), (), frozenset(), [], log))
     if iptables and find_program(iptables + "-restore"):
-        backends.append(IptablesFirewall(iptables, [], frozenset(), False, log))
-    return [backend for backend in backends if backend.guarded()]
+        makers.append(lambda: IptablesFirewall(str(iptables), [], frozenset(), False, log))
+    guards = []
+    for make in makers:
+        try:
+            guards.append(make())
+        except SpaError:  # a backend that does not work has no guard to speak of
+            continue
+    return [guard for guard in guards if guard.guarded()]
 
 
 def iptables_firewall(settings: ServerSettings, program: Optional[str],
@@ -2965,7 +3006,8 @@ class Grants:
             self.enter(present[door])  # whoever opened it, it is closed in time
         due = self.monotonic() + 0.5  # what ends now may be gone from the kernel already
         lost = [grant for grant in self.live.values()
-                if grant.door not in present and grant.ends > due]
+                if grant.door not in present and grant.ends > due
+                and self.firewall.holds(grant.door)]
         for start in range(0, len(lost), OPEN_AT_ONCE):
             self.firewall.open(lost[start:start + OPEN_AT_ONCE], [])
         if lost:
@@ -2993,15 +3035,17 @@ class Grants:
         """Goes on in another firewall, which is prepared; what it has no place for is closed."""
         old, self.firewall = self.firewall, firewall
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
-        if old.describe() != firewall.describe():
-            try:
-                old.close(list(self.live.values()))
+        moved = old.identity() != firewall.identity()
+        try:
+            old.close(list(self.live.values()) if moved else homeless)
+            if moved:
                 old.remove()
-            except CommandError as error:
-                self.log.error("%s; something of the old settings is left" % error)
-            firewall.prepare()
-        else:
-            old.close(homeless)
+            if old.guard_ports and firewall.guard_ports and type(old) is not type(firewall):
+                old.unguard()
+            if moved:
+                firewall.prepare()  # what they shared
+        except CommandError as error:
+            self.log.error("%s; something of the old settings is left" % error)
         for grant in homeless:
             del self.live[grant.door]
             self.log.warning("Closed %s: the new settings have no place for it" % (grant.door,))
@@ -3120,9 +3164,8 @@ class Server:
         self.log.info(rejection.form.format(source=socket_text(datagram.source), stanza=number,
                                             text=rejection))
 
-    def listen(self, settings: ServerSettings) -> None:
-        """Opens the sockets that the settings ask for; those that are open close when it worked."""
-        captures = open_captures(settings, self.log)
+    def listen(self, captures: List[Capture]) -> None:
+        """Reads from `captures` from now on; those before them are closed."""
         for capture in self.captures:
             self.selector.unregister(capture)
             capture.close()
@@ -3163,7 +3206,7 @@ class Server:
             return
         if [getattr(capture, "index", index) for capture in self.captures] != [index]:
             try:
-                self.listen(self.settings)
+                self.listen(open_captures(self.settings, self.log))
             except SpaError as error:
                 self.log.error(str(error))
 
@@ -3186,6 +3229,7 @@ class Server:
             self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
+            drain_socket(self.firewall_events)  # what the attempt itself announced
             self.check_due = time.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
         else:
@@ -3207,9 +3251,18 @@ class Server:
         if not self.on_udp or (old.udp_server and not settings.udp_server):
             rows += [ServerSettings.interface, ServerSettings.packet_filter,
                      ServerSettings.udp_server]
-        if changed(*rows):
-            self.listen(settings)
-        firewall.prepare()
+        captures = open_captures(settings, self.log) if changed(*rows) else None
+        stood = firewall.guarded()
+        try:
+            firewall.prepare()
+        except CommandError:
+            for capture in captures or []:
+                capture.close()
+            if firewall.guard_ports and not stood:
+                firewall.unguard()
+            raise
+        if captures is not None:
+            self.listen(captures)
         self.grants.move(firewall)
         self.settings, self.stanzas = settings, configuration.stanzas
         self.memory.max_age = settings.max_packet_age if settings.aging else None
@@ -3230,7 +3283,7 @@ class Server:
             if events is not None:
                 drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
-        self.listen(self.settings)
+        self.listen(open_captures(self.settings, self.log))
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def turn(self) -> None:
@@ -3416,7 +3469,7 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     pid_file.lock()
     ready = go_to_background() if daemon else None
     pid_file.write()
-    for warning in configuration.warnings + guard_warnings(settings, firewall, log):
+    for warning in configuration.warnings + guard_warnings(settings, firewall, test, log):
         log.warning(warning)
     log.info("Starting fwknopd")
     server = Server(configuration, firewall, log)
@@ -3443,12 +3496,12 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     return 0
 
 
-def guard_warnings(settings: ServerSettings, firewall: Firewall, log: Log) -> List[str]:
-    """What there is to say of guards that these settings do not make: no knock opens them."""
-    if not firewall.keeps or firewall.guard_ports:
-        return []
+def guard_warnings(settings: ServerSettings, firewall: Firewall, test: bool, log: Log) -> List[str]:
+    """What there is to say of guards that this firewall does not make: no knock opens them."""
+    others = [guard for guard in ([] if test else standing_guards(settings, log))
+              if not firewall.guard_ports or type(guard) is not type(firewall)]
     return ["A guard from earlier settings still closes ports, and no knock opens them; --unguard "
-            "takes it away"] * bool(standing_guards(settings, log))
+            "takes it away"] * bool(others)
 
 
 def take_signal(number: int, server: Server, read: Callable[[], Configuration], test: bool,
@@ -3474,7 +3527,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
             log.warning(warning)
         firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
         server.reload(configuration, firewall)
-        for warning in guard_warnings(configuration.settings, firewall, log):
+        for warning in guard_warnings(configuration.settings, firewall, test, log):
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
     except (SpaError, OSError) as error:

@@ -19,7 +19,7 @@ import types
 import unittest
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 
-from tests.support import load_script, run
+from tests.support import load_script, run, skip
 from tests.test_packet import NOW, Sender, b64
 
 server = load_script("spa_server")  # type: Any
@@ -1461,6 +1461,33 @@ class IptablesTest(unittest.TestCase):
                 "-A FWKNOP_INPUT ! -s 10.0.0.1/32 -p tcp -m tcp --dport 22" + rest):
             with self.subTest(line=line):
                 self.assertIsNone(server.parse_rule(line, place))
+
+
+class BrokenSocket:
+    """A socket that the kernel has no buffers for."""
+
+    def recv(self, *_: Any) -> bytes:
+        """Fail."""
+        raise OSError(105, "No buffer space available")
+
+    sendto = recv
+
+
+class NetlinkTest(unittest.TestCase):
+    """What the kernel refuses before it answers."""
+
+    def test_errors_are_command_errors(self) -> None:
+        """So that they are tried again, and do not end the server."""
+        if not hasattr(socket, "AF_NETLINK"):
+            skip("no netlink on this system")
+        netlink = server.Netlink()
+        netlink.socket.close()
+        netlink.socket = BrokenSocket()
+        for call in (lambda: netlink.commit([(server.DELETE_ELEMENT, 0, 1, b"")]),
+                     lambda: netlink.dump(server.GET_RULE, 1, b"")):
+            with self.assertRaises(server.CommandError) as caught:
+                call()
+            self.assertEqual(105, caught.exception.number)
 
 
 class NftTest(unittest.TestCase):
