@@ -772,7 +772,7 @@ def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
 OPTION_TABLE = """
 A  access               PORTS     ACCESS
 a  allow-ip             ADDRESS   ALLOW_IP
-s  source-ip            -         ALLOW_IP=source       open for whatever address the packet has
+s  source-ip            -         ALLOW_IP=source       for where the packet comes from; -a is safer
 D  destination          HOST      SPA_SERVER
 p  server-port          PORT      SPA_SERVER_PORT
 P  server-proto         CARRIER   SPA_SERVER_PROTO
@@ -1438,8 +1438,6 @@ def knock(settings: Settings) -> bool:
         say(build(settings, keys, choose_address(settings, link))[1])
         say("test mode enabled, SPA packet not actually sent.")
         return False
-    if settings.allow_ip == SOURCE_ADDRESS:
-        warn("with -s whoever catches the packet can choose the address to open for; use -a")
     for link in links:
         packet, dump = build(settings, keys, choose_address(settings, link))
         if settings.verbose:
