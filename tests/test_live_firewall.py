@@ -23,6 +23,7 @@ from tests.netns import (
     SERVER4,
     SERVER6,
     SPA_CLIENT,
+    SPA_SERVER,
     STANZA,
     Cable,
     Host,
@@ -922,6 +923,45 @@ class GuardTest(FirewallTest):
                 site.knock(*TO4, "-A", "tcp/24", "-f", "2")
                 self.assertTrue(site.client.reaches(SERVER4, 24))
                 site.wait_closed(("", SERVER4, 24))
+
+    def test_a_reload_to_another_chain(self) -> None:
+        """Takes the grants along, and leaves nothing in the old place."""
+        chain = "IPT_INPUT_ACCESS ACCEPT, %s, 1, FWKNOP_INPUT, 1;\n"
+
+        def check(setup: Setup) -> None:
+            """One backend; the new chain has the same name in another table."""
+            with Site(setup, chain % "filter, INPUT") as site:
+                site.knock_both()
+                site.server.configure(config=setup.config() + chain % "mangle, PREROUTING")
+                site.reload()
+                for program in (setup.backend, six(setup.backend)):
+                    self.assertNotIn("FWKNOP", site.host.run(program, "-S"))
+                    self.assertIn("_exp_", site.host.run(program, "-t", "mangle", "-S"))
+                self.assertEqual(0, site.server.stop())
+                self.assertNotIn("FWKNOP", site.rules())
+
+        self.check_all([setup for setup in ACCEPT_SETUPS if setup.backend != NFT], check)
+
+    def test_a_broken_iptables_beside_nft(self) -> None:
+        """Neither keeps the server from its start nor --unguard from its work."""
+        with Cable() as cable:
+            cable.server.listen(22)
+            directory = cable.server.path("programs")
+            os.mkdir(directory)
+            for name in ("iptables", "iptables-restore", "ip6tables", "ip6tables-restore"):
+                path = os.path.join(directory, name)
+                with open(path, "w") as file:
+                    file.write("#!/bin/sh\necho no luck >&2\nexit 1\n")
+                os.chmod(path, 0o755)
+            path = "PATH=%s:%s" % (directory, os.environ["PATH"])
+            server = Server(cable.server, "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n",
+                            launcher=["env", path]).start()
+            self.assertFalse(cable.client.reaches(SERVER4, 22))
+            server.stop()
+            code, text = cable.server.run_code("env", path, *SPA_SERVER, *server.files, "--unguard")
+            self.assertEqual(0, code, text)
+            self.assertIn("The guard is gone", text)
+            self.assertTrue(cable.client.reaches(SERVER4, 22))
 
     def test_two_chains_of_one_table(self) -> None:
         """Share their sets; a clean stop takes rules and sets away."""
