@@ -729,17 +729,9 @@ class LifeTest(LiveTest):
         host.listen(22)
         directory = host.path("fresh")
         files = [os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf")]
-        process = host.start(
-            *SPA_SERVER,
-            "--init",
-            "tcp/22",
-            "-c",
-            files[0],
-            "-a",
-            files[1],
-            "-r",
-            os.path.join(directory, "run"),
-        )
+        state = os.path.join(directory, "run")
+        init = [*SPA_SERVER, "--init", "tcp/22", "-c", files[0], "-a", files[1], "-r", state]
+        process = host.start(*init)
         process.wait_for(Server.READY)
         self.assertEqual([0o600, 0o600], [stat.S_IMODE(os.stat(path).st_mode) for path in files])
         wait_for(lambda: not self.client.reaches(SERVER4, 22), "the guard")
@@ -754,17 +746,7 @@ class LifeTest(LiveTest):
         self.assertTrue(self.client.connect(SERVER4, 22).answers())
         self.assertFalse(self.client.reaches(SERVER6, 22))
         self.assertEqual(0, end_process(process.popen, signal.SIGTERM))
-        again = host.start(
-            *SPA_SERVER,
-            "--init",
-            "tcp/22",
-            "-c",
-            files[0],
-            "-a",
-            files[1],
-            "-r",
-            os.path.join(directory, "run"),
-        )
+        again = host.start(*init)
         again.wait_for(Server.READY)
         self.assertNotIn("KEY", again.output())
         self.assertIn("There is a configuration already; serving it", again.output())
