@@ -1369,16 +1369,17 @@ def read_stanzas(path: str) -> Tuple[List[Stanza], List[str]]:
 # ======================================================================================
 
 
+class Verdict(NamedTuple):
+    """What a packet may do: doors to open, and for how many seconds."""
+
+    doors: List[Door]
+    seconds: int
+
+
 def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: bool,
-          now: float) -> Tuple[List[Door], int]:
-    """The doors to open and for how many seconds; PacketRejected when it is none."""
-    if stanza.expires is not None and now >= stanza.expires:
-        raise PacketRejected("expired stanza", "Access stanza has expired.")
-    if packet.address is None and stanza.require_source:
-        raise PacketRejected("no address", "Got 0.0.0.0 when valid source IP was required.")
-    if stanza.require_username and packet.user != stanza.require_username:
-        raise PacketRejected("user", "Username in SPA data (%s) does not match required "
-                             "username: %s" % (packet.user, stanza.require_username))
+          now: float) -> Verdict:
+    """What the packet may do by this stanza; PacketRejected when that is nothing."""
+    check_policy(packet, stanza, now)
     if packet.type in NAT_TYPES:
         raise PacketRejected("unsupported", "SPA packet from %s requested NAT access, but is not "
                              "enabled/supported (%s is not supported yet)"
@@ -1387,15 +1388,8 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: 
     if packet.type == COMMAND:
         raise PacketRejected("unsupported", "SPA Command messages are not allowed in the current "
                              "configuration. (not supported yet)")
-    wanted = set(packet.ports)
-    if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
-        raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
-                             "access.conf. (%s)" % port_list(packet.ports))
-    seconds = min(packet.timeout, stanza.max_seconds) or stanza.open_seconds
-    if not seconds:
-        raise PacketRejected("no time", "FW_ACCESS_TIMEOUT is 0 and the client asked for no time.")
-    if stanza.expires is not None:
-        seconds = max(1, min(seconds, int(stanza.expires - now)))
+    check_ports(packet, stanza)
+    seconds = open_seconds(packet, stanza, now)
     address = packet.address or parse_address(socket_text(datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
     network = ipaddress.ip_network("%s/%d" % (address, prefix), strict=False)
@@ -1403,7 +1397,37 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: 
     if destination is not None and destination.version != address.version:
         raise PacketRejected("family", "The packet was sent to %s, which %s can't connect to."
                              % (destination, address))
-    return [Door(network, destination, protocol, port) for protocol, port in packet.ports], seconds
+    return Verdict([Door(network, destination, protocol, port) for protocol, port in packet.ports],
+                   seconds)
+
+
+def check_policy(packet: Packet, stanza: Stanza, now: float) -> None:
+    """Rejects by what holds for every message type: expiry, the address named, the user."""
+    if stanza.expires is not None and now >= stanza.expires:
+        raise PacketRejected("expired stanza", "Access stanza has expired.")
+    if packet.address is None and stanza.require_source:
+        raise PacketRejected("no address", "Got 0.0.0.0 when valid source IP was required.")
+    if stanza.require_username and packet.user != stanza.require_username:
+        raise PacketRejected("user", "Username in SPA data (%s) does not match required "
+                             "username: %s" % (packet.user, stanza.require_username))
+
+
+def check_ports(packet: Packet, stanza: Stanza) -> None:
+    """Rejects ports that OPEN_PORTS lacks or RESTRICT_PORTS has."""
+    wanted = set(packet.ports)
+    if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
+        raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
+                             "access.conf. (%s)" % port_list(packet.ports))
+
+
+def open_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
+    """For how long to open: what the client asks for or the stanza says, within its limits."""
+    seconds = min(packet.timeout, stanza.max_seconds) or stanza.open_seconds
+    if not seconds:
+        raise PacketRejected("no time", "FW_ACCESS_TIMEOUT is 0 and the client asked for no time.")
+    if stanza.expires is not None:
+        seconds = max(1, min(seconds, int(stanza.expires - now)))
+    return seconds
 
 
 def socket_text(packed: bytes) -> str:
@@ -3130,9 +3154,9 @@ class Server:
                                   "match" % (stanza.number, socket_text(datagram.source)))
                 self.log.debug("(stanza #%d) %r" % (stanza.number,
                                                     packet._replace(server_auth=None)))
-                doors, seconds = judge(packet, stanza, datagram, self.settings.destination_rule,
-                                       time.time())
-                self.open(doors, seconds, packet, stanza)
+                verdict = judge(packet, stanza, datagram, self.settings.destination_rule,
+                                time.time())
+                self.open(verdict, packet, stanza)
                 return None
             except PacketRejected as reason:
                 reason.stanza = stanza.number
@@ -3144,16 +3168,17 @@ class Server:
             "source", "No access data found for source IP: %s" % socket_text(datagram.source),
             "{text}")
 
-    def open(self, doors: List[Door], seconds: int, packet: Packet, stanza: Stanza) -> None:
+    def open(self, verdict: Verdict, packet: Packet, stanza: Stanza) -> None:
         """Opens the doors; rejects the packet when the firewall can't."""
         try:
-            self.grants.open(doors, seconds)
+            self.grants.open(verdict.doors, verdict.seconds)
         except CommandError as error:
             self.log.error(str(error))
             raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
         self.counts["accepted"] += 1
         self.log.info("(stanza #%d) user %s (client %s) opened %s for %d seconds" % (
-            stanza.number, packet.user, packet.version, ", ".join(map(str, doors)), seconds))
+            stanza.number, packet.user, packet.version, ", ".join(map(str, verdict.doors)),
+            verdict.seconds))
 
     def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
         """Counts a rejection and, unless there are too many, logs it."""
