@@ -935,6 +935,31 @@ def read_lines(path: str, colon: bool) -> Iterator[Line]:
         yield Line(path, number, name, value)
 
 
+def permission_warnings(path: str) -> List[str]:
+    """What fwknopd says of a file that others can read, or that belongs to somebody else."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    texts = []
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        texts.append("[-] file: %s permissions should only be user read/write (0600, -rw-------)"
+                     % path)
+    if status.st_uid not in (0, os.geteuid()):
+        texts.append("[-] file: %s (owner: %d) not owned by current effective user id: %d"
+                     % (path, status.st_uid, os.geteuid()))
+    return texts
+
+
+def folder_files(folder: str) -> List[str]:
+    """The *.conf of a folder, sorted by name; ValueError when there is no such folder."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ValueError("%s: %s" % (folder, error.strerror)) from None
+    return [os.path.join(folder, name) for name in names if name.endswith(".conf")]
+
+
 def parse_flag(text: str) -> bool:
     """Y or N, by its first letter as in fwknopd."""
     if text[:1].upper() not in ("Y", "N"):
@@ -1138,13 +1163,14 @@ class ServerSettings(Settings):
     conf_directory = Directive("FWKNOP_CONF_DIR", parse_path, "/etc/fwknop", "where files are read")
     access_file = Directive("ACCESS_FILE", parse_path, "$FWKNOP_CONF_DIR/access.conf",
                             "the stanzas")
+    access_folder = Directive("ACCESS_FOLDER", optional(parse_path), "",
+                              "its *.conf, sorted by name, are read instead of ACCESS_FILE")
     pid_file = Directive("FWKNOP_PID_FILE", parse_path, "$FWKNOP_RUN_DIR/fwknopd.pid",
                          "pid of the running server, which holds a lock on it")
     digest_file = Directive("DIGEST_FILE", parse_path, "$FWKNOP_RUN_DIR/digest.cache",
                             "packets that were seen")
 
     capture_file = Refused("PCAP_FILE", "reading a capture file is " + NOT_YET)
-    access_folder = Refused("ACCESS_FOLDER", NOT_YET)
     http = Ignored("ENABLE_SPA_OVER_HTTP ALLOW_ANY_USER_AGENT ENABLE_X_FORWARDED_FOR", NO_HTTP)
     tcp = Ignored("ENABLE_TCP_SERVER TCPSERV_PORT", "SPA over TCP is " + NOT_YET)
     nat = Ignored("ENABLE_IPT_FORWARDING ENABLE_IPT_LOCAL_NAT ENABLE_IPT_SNAT SNAT_TRANSLATE_IP "
@@ -1160,6 +1186,7 @@ class ServerSettings(Settings):
     sniff_bytes = Ignored("MAX_SNIFF_BYTES", "the longest packet is 1500 bytes")
     comment_check = Ignored("ENABLE_IPT_COMMENT_CHECK", "the match is always needed")
     locale = Ignored("LOCALE FAULT_INJECTION_TAG", "nothing here depends on it")
+    legacy = Ignored("ALLOW_LEGACY_ACCESS_REQUESTS", "fwknopd 2.6 has none: ports must be named")
     other_builds = Ignored("DIGEST_DB_FILE ENABLE_EXTERNAL_CMDS ENABLE_EXT_CMD_PREFIX "
                            "EXTERNAL_CMD_* EXT_CMD_PREFIX ENABLE_NFQ_CAPTURE NFQ_* FIREWD_* "
                            "ENABLE_FIREWD_* FLUSH_FIREWD_* IPFW_* FLUSH_IPFW_* PF_*",
@@ -1175,13 +1202,15 @@ class ServerSettings(Settings):
             texts.append("ENABLE_DIGEST_PERSISTENCE N: packets are remembered only while this "
                          "process lives; older ones are rejected" if self.aging else
                          "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen")
+        if self.access_folder and self.is_set(ServerSettings.access_file):
+            texts.append("ACCESS_FILE %s is not read: there is an ACCESS_FOLDER" % self.access_file)
         return texts
 
 
 def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
     """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to."""
-    return [warning for line in read_lines(path, colon=False)
-            for warning in [settings.take(line)] if warning]
+    return permission_warnings(path) + [warning for line in read_lines(path, colon=False)
+                                        for warning in [settings.take(line)] if warning]
 
 
 # ======================================================================================
@@ -1335,21 +1364,90 @@ class Stanza(Settings):
         return datagram.source in self.source and datagram.destination in self.destination
 
 
-def read_stanzas(path: str) -> Tuple[List[Stanza], List[str]]:
-    """The stanzas of an access.conf in the file's order, and the warnings it gave rise to."""
-    stanzas: List[Stanza] = []
-    warnings = []
-    for line in read_lines(path, colon=True):
-        if line.name in INCLUDES:
-            raise line.error("including other files is " + NOT_YET)
-        if line.name == Stanza.source.name:
-            stanzas.append(Stanza(len(stanzas) + 1))
-        if not stanzas:
-            raise line.error("expected a SOURCE line first: it begins a stanza")
-        warning = stanzas[-1].take(line)
-        warnings += [warning] if warning else []
+MOST_FILES_DEEP = 3  # access.conf, what it includes, and what that includes, as in fwknopd
+# A key file may belong to the user: it can't widen its stanza, nor name what root would run.
+KEY_FILE_NAMES = frozenset((
+    "KEY KEY_BASE64 HMAC_KEY HMAC_KEY_BASE64 HMAC_DIGEST_TYPE GPG_DECRYPT_ID GPG_DECRYPT_PW "
+    "GPG_ALLOW_NO_PW GPG_REQUIRE_SIG GPG_DISABLE_SIG GPG_IGNORE_SIG_VERIFY_ERROR GPG_REMOTE_ID "
+    "GPG_FINGERPRINT_ID").split())
+
+
+class AccessFiles:
+    """The stanzas of access.conf and of all that it includes, in the order of their SOURCE lines.
+
+    A relative path begins at `directory`, or else where this process is, as in fwknopd.
+    """
+
+    def __init__(self, directory: str = "") -> None:
+        self.directory = directory
+        self.stanzas: List[Stanza] = []
+        self.warnings: List[str] = []
+
+    def read(self, path: str, depth: int = 1) -> None:
+        """Reads one file, the `depth`th inside another. A stanza goes on after an %include."""
+        self.warnings += permission_warnings(path)
+        stanza: Optional[Stanza] = None
+        for line in read_lines(path, colon=True):
+            if line.name in ("%include", "%include_folder"):
+                self.include(line, depth)
+                continue
+            if line.name == Stanza.source.name:
+                stanza = Stanza(len(self.stanzas) + 1)
+                self.stanzas.append(stanza)
+            if stanza is None:
+                raise line.error("expected a SOURCE line first: it begins a stanza")
+            if line.name == "%include_keys":
+                self.include_keys(line, stanza)
+            else:
+                self.take(stanza, line)
+
+    def take(self, stanza: Stanza, line: Line) -> None:
+        """Sets what the line says in the stanza."""
+        warning = stanza.take(line)
+        self.warnings += [warning] if warning else []
+
+    def include(self, line: Line, depth: int) -> None:
+        """Reads the file that an %include line names, or the *.conf of a folder."""
+        if depth == MOST_FILES_DEEP:
+            raise line.error("Refusing to go deeper than %d levels. Lost in Limbo: '%s'"
+                             % (depth, line.file))
+        path = os.path.join(self.directory, line.value.rstrip())
+        try:
+            paths = [path] if line.name == "%include" else folder_files(path)
+        except ValueError as error:
+            raise line.error(error) from None
+        for each in paths:
+            self.read(self.checked(each, line), depth + 1)
+
+    def include_keys(self, line: Line, stanza: Stanza) -> None:
+        """Takes the keys of the stanza from the file that an %include_keys line names."""
+        path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
+        self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
+        for each in read_lines(path, colon=True):
+            if each.name not in KEY_FILE_NAMES:
+                raise each.error("expected only keys here, and the rest beside %include_keys")
+            self.take(stanza, each)
+
+    @staticmethod
+    def checked(path: str, line: Line) -> str:
+        """The path of a file to include, once it is there and no pipe that could block us."""
+        if not os.path.isfile(path):
+            raise line.error("Access file: '%s' was not found." % path)
+        return path
+
+
+def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[str]]:
+    """The stanzas of these files and of what they include, and the warnings they gave rise to.
+
+    Relative paths in them begin at `directory`.
+    """
+    files = AccessFiles(directory)
+    for path in paths:
+        files.read(path)
+    stanzas, warnings = files.stanzas, files.warnings
     if not stanzas:
-        raise ConfigError("%s: expected a stanza, which begins with a SOURCE line" % path)
+        raise ConfigError("%s: expected a stanza, which begins with a SOURCE line"
+                          % ", ".join(paths))
     for stanza in stanzas:
         warnings += stanza.finish()
     protected = {stanza.keys.secret for stanza in stanzas if stanza.keys.hmac}
@@ -3719,7 +3817,9 @@ CONFIG_FILE = "/etc/fwknop/fwknopd.conf"
 # Letter, long name, argument, the directive or word that it sets, help.
 OPTION_TABLE = """
 c config-file       FILE   config_file          fwknopd.conf
+O override-config   FILES  override             files like it with commas between; the last wins
 a access-file       FILE   ACCESS_FILE          access.conf
+- access-folder     DIR    ACCESS_FOLDER        all *.conf in it instead of access.conf
 i interface         NAME   PCAP_INTF            interface to listen on, or any
 P pcap-filter       FILTER PCAP_FILTER          `udp port N`, `udp dst port N`, joined by `or`
 U udp-server        -      ENABLE_UDP_SERVER=Y  listen on a UDP socket, not a packet socket
@@ -3772,14 +3872,16 @@ class Arguments:
         if others:
             raise UsageError("unexpected argument '%s'" % others[0], "--help lists the options")
         for option, name, text in given:
+            if option.argument in ("FILE", "FILES", "DIR"):  # which the background is not beside
+                paths = text.split(",") if option.argument == "FILES" else [text]
+                text = ",".join(map(os.path.abspath, paths))
             row = ServerSettings.row(option.name)
             if row is None:
                 self.words[option.name] = text or name
                 if len(ACTIONS & set(self.words)) > 1:
                     raise UsageError("option '%s' does not go with the one before" % name)
             else:
-                path = row.parse is parse_path
-                self.lines.append(Line(name, 0, row.name, os.path.abspath(text) if path else text))
+                self.lines.append(Line(name, 0, row.name, text))
 
     def __contains__(self, word: str) -> bool:
         """Whether an option said this word."""
@@ -3788,44 +3890,42 @@ class Arguments:
     @property
     def config_file(self) -> str:
         """The fwknopd.conf to read."""
-        return os.path.abspath(self.words.get("config_file", CONFIG_FILE))
+        return self.words.get("config_file", CONFIG_FILE)
+
+    @property
+    def override_files(self) -> List[str]:
+        """The files whose directives go before those of fwknopd.conf, the last before all."""
+        return self.words["override"].split(",") if "override" in self.words else []
 
 
-def read_configuration(arguments: Arguments) -> Configuration:
-    """Both files and what the command line says instead; ConfigError names file and line."""
+def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
+    """All files and what the command line says instead; ConfigError names file and line.
+
+    Relative paths in them begin at `directory`.
+    """
     settings, warnings = read_settings(arguments)
-    stanzas, more = read_stanzas(settings.access_file)
-    for path in (arguments.config_file, settings.access_file):
-        warnings += permission_warnings(path)
+    paths = [settings.access_file]
+    if settings.access_folder:
+        try:
+            paths = folder_files(settings.access_folder)
+        except ValueError as error:
+            raise settings.error(ServerSettings.access_folder, str(error)) from None
+    stanzas, more = read_stanzas(*paths, directory=directory)
     return Configuration(settings, stanzas, settings.warnings() + warnings + more)
 
 
 def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
-    """fwknopd.conf, which need not exist where nobody named it, and the command line."""
+    """fwknopd.conf, which need not exist where nobody named it, what overrides it, and the command
+    line, in this order: the last word counts."""
     settings = ServerSettings()
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
-    if named or os.path.exists(arguments.config_file):
-        warnings = read_server_settings(arguments.config_file, settings)
+    files = [arguments.config_file] * (named or os.path.exists(arguments.config_file))
+    for path in files + arguments.override_files:
+        warnings += read_server_settings(path, settings)
     for line in arguments.lines:
         settings.take(line)
     return settings, warnings
-
-
-def permission_warnings(path: str) -> List[str]:
-    """What fwknopd says of a file that others can read, or that belongs to somebody else."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return []
-    texts = []
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        texts.append("[-] file: %s permissions should only be user read/write (0600, -rw-------)"
-                     % path)
-    if status.st_uid not in (0, os.geteuid()):
-        texts.append("[-] file: %s (owner: %d) not owned by current effective user id: %d"
-                     % (path, status.st_uid, os.geteuid()))
-    return texts
 
 
 def own_hash() -> str:
@@ -3918,7 +4018,7 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
     if there and not ports <= settings.guard_ports:
         raise ConfigError("--init: %s is there, and GUARD_PORTS does not hide %s"
                           % (" and ".join(there), port_list(ports)), "add it, or move them away")
-    if settings.access_file in there:
+    if settings.access_file in there or settings.access_folder:
         print("There is a configuration already; serving it", flush=True)
     else:
         print(first_configuration(ports, arguments.config_file, settings.access_file))

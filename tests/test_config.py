@@ -264,7 +264,7 @@ SPEC_DEFAULTS = {
     "IPT_INPUT_ACCESS": "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
     "IPT_OUTPUT_ACCESS": "ACCEPT, filter, OUTPUT, 1, FWKNOP_OUTPUT, 1",
     "FWKNOP_RUN_DIR": "/run/fwknop", "FWKNOP_CONF_DIR": "/etc/fwknop",
-    "ACCESS_FILE": "$FWKNOP_CONF_DIR/access.conf",
+    "ACCESS_FILE": "$FWKNOP_CONF_DIR/access.conf", "ACCESS_FOLDER": "",
     "FWKNOP_PID_FILE": "$FWKNOP_RUN_DIR/fwknopd.pid",
     "DIGEST_FILE": "$FWKNOP_RUN_DIR/digest.cache", "FIREWALL_EXE": "/usr/sbin/iptables",
     "VERBOSE": "",
@@ -312,7 +312,7 @@ BAD_SERVER = (
     ("ENABLE_DESTINATION_RULE -", "Y or N"), ("ENABLE_RULE_PREPEND 0", "Y or N"),
     ("ENABLE_IPT_OUTPUT off", "Y or N"), ("FLUSH_IPT_AT_INIT -", "Y or N"),
     ("FLUSH_IPT_AT_EXIT -", "Y or N"), ("ENABLE_DIGEST_PERSISTENCE x", "Y or N"),
-    ("PCAP_FILE /tmp/x.pcap", "not supported yet"), ("ACCESS_FOLDER /etc/x", "not supported yet"),
+    ("PCAP_FILE /tmp/x.pcap", "not supported yet"), ("ACCESS_FOLDER folder", "absolute"),
     ("NO_SUCH_NAME 1", "unknown directive"),
     ("pcap_intf lo", "unknown directive, expected PCAP_INTF"),
     ("KEY abc", "unknown directive"), ("GUARD_PORT tcp/22", "unknown directive"),
@@ -348,8 +348,8 @@ BAD_STANZA = (
     ("FORCE_MASQUERADE maybe", ""), ("NO_SUCH_NAME 1", "unknown directive"),
     ("open_ports tcp/22", "unknown directive, expected OPEN_PORTS"),
     ("OPEN_PORT tcp/22", "unknown directive"),
-    ("PCAP_INTF lo", "unknown directive"), ("%include /etc/x", "not supported yet"),
-    ("%include_folder /etc/x", "not supported yet"), ("%include_keys /etc/x", "not supported yet"),
+    ("PCAP_INTF lo", "unknown directive"), ("%include /no/x", "Access file: '/no/x' was not found"),
+    ("%include_folder /no/x", "/no/x: No such file"), ("%include_keys /no/x", "was not found"),
     # No packet can carry these, so the stanza would never open anything.
     ("REQUIRE_USERNAME a,b", "expected"), ("REQUIRE_USERNAME j\xf6rg", "expected"),
     ("REQUIRE_USERNAME " + "u" * 49, "expected"),
@@ -382,7 +382,7 @@ GOOD_STANZA = (
     ("DISABLE_DNAT N", "open_seconds", 30),
 )
 IGNORED_SERVER = [name for name in SERVER_NAMES if name not in SPEC_DEFAULTS
-                  and name not in ("PCAP_FILE", "ACCESS_FOLDER")]
+                  and name not in ("PCAP_FILE",)]
 IGNORED_STANZA = [name for name in STANZA_NAMES if name.startswith(("GPG_", "CMD_EXEC", "CMD_SUDO"))
                   or name in ("ENABLE_CMD_EXEC", "ENABLE_CMD_SUDO_EXEC")]
 
