@@ -592,7 +592,7 @@ def check_form(payload: bytes) -> None:
     """Rejects what can't be an SPA packet, by length and alphabet alone (spec 1.9, 1.10)."""
     if not MIN_PAYLOAD <= len(payload) <= MAX_PAYLOAD:
         raise PacketRejected("length", "preprocess_spa_data() returned error 4097: "
-                             "'Not enough data to be an SPA message' for incoming packet.")
+                             "'Not enough data to be a valid SPA message' for incoming packet.")
     if payload.translate(None, ALPHABET_AND_FILLING):
         raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4098: "
                              "'Data is not an SPA message' for incoming packet.")
@@ -2904,6 +2904,12 @@ class IptablesFirewall(Firewall):
                     found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
+    def listing(self) -> str:
+        """The tables that our chains are in."""
+        return "\n".join(run_program([program.program, "-w", "-t", table, "-L", "-n", "-v",
+                                      "--line-numbers"])
+                         for program in self.programs.values() for table in self.tables)
+
     def flush(self) -> None:
         """Closes all grants, those of another fwknopd as well; the guard stays."""
         self.delete_rules()
@@ -3653,6 +3659,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
         for warning in guard_warnings(configuration.settings, firewall, test, log):
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
+        log.info("Re-starting fwknopd")
     except (SpaError, OSError) as error:
         log.error("%s; going on with the old settings" % error)
 

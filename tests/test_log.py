@@ -1,0 +1,184 @@
+"""The log in fwknopd's words: patterns of fail2ban, logwatch and logcheck for it match here, too.
+
+Each line is fwknop spec 3.10's, whole, or with words of ours after it where a row says so. That the
+real fwknopd writes the same is shown by tests/test_live_control.py.
+"""
+
+import re
+import signal
+import unittest
+from typing import Any, Callable, Dict, List, Tuple
+from unittest import mock
+
+from tests.support import load_script
+from tests.test_packet import NOW, Sender, b64
+from tests.test_server import KEYS, ServerCase, datagram
+
+server = load_script("spa_server")  # type: Any
+
+STANZA = "SOURCE ANY\n" + KEYS
+FROM = r"\[10\.55\.0\.2\] \(stanza #1\) "
+CONTEXT = FROM + "Error creating fko context: "
+DOOR = r"10\.55\.0\.2 -> 0\.0\.0\.0/0 tcp/22"
+
+# (event, access.conf, what is other in the packet, fwknopd's line, what ours says after it)
+PACKETS: Tuple[Tuple[str, str, Dict[str, Any], str, str], ...] = (
+    ("opened", STANZA, {}, r"Added access rule to FWKNOP_INPUT for %s, expires at \d+" % DOOR, ""),
+    ("received", STANZA, {},
+     r"\(stanza #1\) SPA Packet from IP: 10\.55\.0\.2 received with access source match", ""),
+    ("no stanza", "SOURCE 192.0.2.1\n" + KEYS, {},
+     r"No access data found for source IP: 10\.55\.0\.2", ""),
+    ("wrong HMAC", STANZA, {"sender": Sender(hmac_key=b"wrong")},
+     CONTEXT + "Args contain invalid data: FKO_ERROR_INVALID_DATA_HMAC_COMPAREFAIL", ""),
+    ("wrong key", STANZA, {"sender": Sender(key=b"wrong")},
+     CONTEXT + "Decryption failed or decrypted data is invalid", ""),
+    ("old", STANZA, {"timestamp": NOW - 500},
+     FROM + r"SPA data time difference is too great \(500 seconds\)\.",
+     r" The packet is old, or the client's clock is behind\."),
+    ("from the future", STANZA, {"timestamp": NOW + 500},
+     FROM + r"SPA data time difference is too great \(500 seconds\)\.",
+     r" The client's clock is ahead\."),
+    ("no address", STANZA + "REQUIRE_SOURCE_ADDRESS Y\n", {"text": "0.0.0.0,tcp/22"},
+     FROM + r"Got 0\.0\.0\.0 when valid source IP was required\.", ""),
+    ("user", STANZA + "REQUIRE_USERNAME pyuser\n", {"user": "eve"},
+     FROM + r"Username in SPA data \(eve\) does not match required username: pyuser", ""),
+    ("port", STANZA + "OPEN_PORTS tcp/1\n", {},
+     FROM + r"One or more requested protocol/ports was denied per access\.conf\.",
+     r" \(tcp/22\)"),
+    ("command", STANZA, {"kind": 0, "text": "10.55.0.2,id"},
+     FROM + r"SPA Command messages are not allowed in the current configuration\.", r"( \(.*\))?"),
+    ("NAT", STANZA, {"kind": 2, "extra": [b64(b"1.2.3.4,22")]},
+     r"\(stanza #1\) SPA packet from 10\.55\.0\.2 requested NAT access, but is not "
+     r"enabled/supported", r"( \(.*\))?"),
+    ("short", STANZA, {"payload": b"x" * 20},
+     r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4097: 'Not enough data to be a "
+     r"valid SPA message' for incoming packet\.", ""),
+    ("alphabet", STANZA, {"payload": b"!" * 200},
+     r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4098: 'Data is not an SPA message' "
+     r"for incoming packet\.", ""),
+    ("prefix", STANZA, {"payload": b"U2FsdGVkX1" + b"A" * 200},
+     r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4096: 'Data is not a valid SPA "
+     r"message format' for incoming packet\.", ""),
+)
+
+# What public filters for fwknopd look for: fail2ban's <HOST> is a group here; logcheck's lines
+# are those of Debian's package.
+FILTERS = (
+    ("wrong HMAC", r"\[(?P<host>\S+)\] \(stanza #\d+\) Error creating fko context: .*HMAC_COMPARE"),
+    ("wrong key", r"\[(?P<host>\S+)\] \(stanza #\d+\) Error creating fko context: Decryption"),
+    ("old", r"\[(?P<host>\S+)\] \(stanza #\d+\) SPA data time difference is too great"),
+    ("port", r"\[(?P<host>\S+)\] \(stanza #\d+\) One or more requested protocol/ports was denied"),
+    ("no stanza", r"No access data found for source IP: (?P<host>\S+)$"),
+    ("opened", r"Added access rule to \S+ for (?P<host>\S+) -> \S+ \S+, expires at \d+$"),
+    ("replay", r"Replay detected from source IP: (?P<host>[^ ,]+), Destination proto/port: "),
+)
+
+
+class LogCase(ServerCase):
+    """Lines that events make."""
+
+    def lines(self) -> List[str]:
+        """Return the log since the last call."""
+        return self.logged().splitlines()
+
+    def assert_line(self, pattern: str, lines: List[str]) -> None:
+        """Fail unless a whole line is as the pattern says."""
+        self.assertTrue([line for line in lines if re.match("(?:%s)$" % pattern, line)],
+                        "no line is %s in\n%s" % (pattern, "\n".join(lines)))
+
+    def packet(self, made: Any, payload: bytes = b"", sender: Any = None, **fields: Any) -> bytes:
+        """Let a packet come; return it."""
+        self.count = getattr(self, "count", 0) + 1
+        fields.setdefault("timestamp", NOW)
+        fields.setdefault("rand", "%016d" % self.count)
+        payload = payload or (sender or Sender()).packet(**fields)
+        with mock.patch("time.time", self.clock.wall):
+            made.receive(datagram(payload))
+        return payload
+
+    def after(self, event: str) -> List[str]:
+        """Return the lines of an event of the table."""
+        if event == "replay":
+            made = self.serve(STANZA)
+            payload = self.packet(made)
+            self.lines()
+            self.packet(made, payload)
+            return self.lines()
+        self.firewall.flush()
+        access, fields = next((row[1], dict(row[2])) for row in PACKETS if row[0] == event)
+        made = self.serve(access)
+        made.memory.began -= 1000
+        self.packet(made, **fields)
+        return self.lines()
+
+
+class PacketLineTest(LogCase):
+    """Lines about packets."""
+
+    def test_lines(self) -> None:
+        """Each of the table; without words of ours after it, the line ends as fwknopd's does."""
+        for event, _access, _fields, pattern, more in PACKETS:
+            with self.subTest(event=event):
+                self.assert_line(pattern + more, self.after(event))
+
+    def test_filters(self) -> None:
+        """Find the address in them."""
+        for event, pattern in FILTERS:
+            found = [match.group("host") for line in self.after(event)
+                     for match in [re.search(pattern, line)] if match]
+            with self.subTest(event=event):
+                self.assertEqual(["10.55.0.2"], found)
+
+    def test_replay(self) -> None:
+        """When the packet came first, and where from."""
+        self.assert_line(
+            r"Replay detected from source IP: 10\.55\.0\.2, Destination proto/port: 17/62201, "
+            r"Original source IP: 10\.55\.0\.2, Original dst proto/port: 17/62201, Entry created: "
+            r"\d\d/\d\d/\d\d \d\d:\d\d:\d\d", self.after("replay"))
+
+    def test_end_of_a_grant(self) -> None:
+        """fwknopd's line, and the door, which it does not tell."""
+        made = self.serve(STANZA)
+        self.packet(made)
+        self.clock.pass_seconds(31)
+        made.grants.expire()
+        self.assert_line(r"Removed rule 1 from FWKNOP_INPUT with expire time of \d+ \(%s\)" % DOOR,
+                         self.lines())
+
+    def test_who_opened(self) -> None:
+        """A line of ours: the stanza, the user and his client."""
+        self.assert_line(r"\(stanza #1\) user bob \(client \S+\) opened %s for 30 seconds" % DOOR,
+                         self.after("opened"))
+
+
+class LifeLineTest(LogCase):
+    """Lines about the server itself."""
+
+    def after_signal(self, number: int, made: Any, read: Callable[[], Any]) -> List[str]:
+        """Return the lines of a signal."""
+        self.lines()
+        server.take_signal(number, made, read, True, self.log)
+        return self.lines()
+
+    def test_signals(self) -> None:
+        """The end, a reload, and one that fails."""
+        made = self.serve(STANZA, "ENABLE_UDP_SERVER Y;\n")
+
+        def fail() -> Any:
+            raise server.ConfigError("a:1: X: unknown directive")
+
+        def again() -> Any:
+            return server.Configuration(made.settings, made.stanzas, [])
+
+        self.assertEqual(["Got SIGHUP. Re-reading configs.", "Re-starting fwknopd"],
+                         self.after_signal(signal.SIGHUP, made, again))
+        self.assertEqual(["Got SIGHUP. Re-reading configs.", "a:1: X: unknown directive; going on "
+                          "with the old settings"], self.after_signal(signal.SIGHUP, made, fail))
+        self.assertTrue(made.running)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.assertEqual(["Gracefully leaving the fwknopd event loop.", "Got %s. Exiting..."
+                              % number.name], self.after_signal(number, made, again))
+            self.assertFalse(made.running)
+
+if __name__ == "__main__":
+    unittest.main()
