@@ -2257,6 +2257,10 @@ class Firewall:
         """The grants that the kernel has."""
         return []
 
+    def listing(self) -> str:
+        """Our part of the firewall and what stands around it, as the firewall prints it."""
+        return ""
+
     def flush(self) -> None:
         """Closes all grants, those of another fwknopd as well; the guard stays."""
 
@@ -2587,6 +2591,12 @@ class NftFirewall(Firewall):
                     doors.append((door, seconds))
         return doors
 
+    def listing(self) -> str:
+        """The tables that our sets are in."""
+        tables = dict.fromkeys((place.family, place.table) for place in self.places)
+        return "\n".join(run_program([self.program, "list", "table"] + list(table))
+                         for table in tables)
+
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
         do_all(self.flush_set, [(place, shape) for place in self.places
@@ -2779,6 +2789,11 @@ class IptablesFirewall(Firewall):
                     self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
                                      % (chain.from_chain, program.program))
         program.commit({table: changes})
+        for chain in self.access if program.version == 4 else []:
+            if any(change.endswith(" %d -j %s" % (chain.position, chain.chain))
+                   for change in changes):
+                self.log.info("Added jump rule from chain: %s to chain: %s"
+                              % (chain.from_chain, chain.chain))
 
     def guard_changes(self, lines: List[str], version: int) -> List[str]:
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
@@ -3208,6 +3223,7 @@ class Server:
         self.captures: List[Capture] = []
         self.selector = selectors.DefaultSelector()
         self.counts: Dict[str, int] = collections.defaultdict(int)
+        self.since = time.time()
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = 0.0
@@ -3283,6 +3299,28 @@ class Server:
         self.log.info("(stanza #%d) user %s (client %s) opened %s for %d seconds" % (
             stanza.number, packet.user, packet.version, ", ".join(map(str, verdict.doors)),
             verdict.seconds))
+        self.note_opener("stanza #%d, user %s" % (stanza.number, packet.user), verdict.doors)
+
+    def note_opener(self, opener: str, doors: List[Door]) -> None:
+        """Writes for --fw-list who opened doors: all else of a grant the kernel itself knows.
+
+        What is over goes when the file has grown. That it can't be written keeps nobody out.
+        """
+        grants = self.grants
+        if not grants.firewall.keeps:
+            return
+        lines = ["%s\t%s\n" % (grant_words(grants.live[door]), opener)
+                 for door in doors if door in grants.live]
+        path = openers_file(self.settings)
+        try:
+            with open(os.open(path, OPENERS_FLAGS, 0o600), "r+") as file:
+                if os.fstat(file.fileno()).st_size > OPENERS_BYTES:
+                    live = set(map(grant_words, grants.live.values()))
+                    lines[:0] = [line for line in file if line.partition("\t")[0] in live]
+                    file.truncate(0)
+                file.writelines(lines)
+        except OSError as error:
+            self.log.debug("%s: %s" % (path, error.strerror))
 
     def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
         """Counts a rejection and, unless there are too many, logs it."""
@@ -3427,10 +3465,16 @@ class Server:
         if time.monotonic() >= self.check_due:
             self.check_firewall()
 
+    def report(self) -> str:
+        """What came of the packets so far, by reason, and what is open."""
+        return "Packets seen: %s; %d grants are open; since %s" % (
+            ", ".join("%d %s" % (count, what)
+                      for what, count in sorted(self.counts.items())) or "none",
+            len(self.grants.live), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
+
     def stop(self) -> None:
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays."""
-        self.log.info("Packets seen: %s" % (", ".join("%d %s" % (count, what) for what, count
-                                                     in sorted(self.counts.items())) or "none"))
+        self.log.info(self.report())
         self.memory.close()
         if self.grants.firewall.guard_ports:
             self.log.info("%s stay closed to everybody; --unguard opens them"
@@ -3449,6 +3493,30 @@ def drain_socket(events: Optional[socket.socket]) -> None:
             events.recv(65536)
     except OSError:  # nothing more, or more was lost than fits
         pass
+
+
+OPENERS_BYTES = 65536  # size of a file from which on it is tidied up
+OPENERS_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+
+
+def openers_file(settings: ServerSettings) -> str:
+    """The file that says who opened what."""
+    return os.path.join(settings.run_directory, "grants")
+
+
+def grant_words(grant: Grant) -> str:
+    """A grant in words that no other one has."""
+    return "%s %s%d" % (grant.door, MARK, grant.expires)
+
+
+def read_openers(path: str) -> Dict[str, str]:
+    """Who opened grants, by their words; nothing where no server has written it."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            pairs = [line.rstrip("\n").partition("\t")[::2] for line in file]
+    except OSError:
+        return {}
+    return dict(reversed(pairs))  # who asks for the same again does not become its opener
 
 
 def open_memory(settings: ServerSettings, log: Log) -> ReplayMemory:
@@ -3555,7 +3623,8 @@ class Signals:
         for end in (self.reader, writer):
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
+                       signal.SIGUSR2):
             signal.signal(number, lambda number, frame: self.pending.append(number))
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
@@ -3635,8 +3704,11 @@ def guard_warnings(settings: ServerSettings, firewall: Firewall, test: bool, log
 
 def take_signal(number: int, server: Server, read: Callable[[], Configuration], test: bool,
                 log: Log) -> None:
-    """SIGHUP reads the files again, and keeps the old settings if they are bad; SIGUSR2 closes all
-    that is open; the others end the server."""
+    """SIGHUP reads the files again, and keeps the old settings if they are bad; SIGUSR1 logs the
+    counters; SIGUSR2 closes all that is open; the others end the server."""
+    if number == signal.SIGUSR1:
+        log.info(server.report())
+        return
     if number == signal.SIGUSR2:
         log.info("Got SIGUSR2. Closing all grants.")
         try:
@@ -3949,13 +4021,17 @@ def dump(configuration: Configuration) -> str:
     return "\n".join(parts)
 
 
-def list_grants(firewall: Firewall) -> str:
-    """A line for each grant that the firewall has."""
+def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
+    """A line for each grant that the firewall has, in the columns of `iptables -L -n`."""
     now = time.monotonic()
-    lines = ["Listing rules in fwknopd (%s)..." % firewall.describe()]
-    lines += ["%s  %d seconds left  /* %s%d */"
-              % (grant.door, max(0, grant.ends - now), MARK, grant.expires)
-              for grant in sorted(firewall.grants(), key=lambda grant: grant.ends)]
+    lines = ["Listing rules in fwknopd (%s)..." % firewall.describe(), "",
+             "num  target     prot opt source               destination"]
+    for number, grant in enumerate(sorted(firewall.grants(), key=lambda grant: grant.ends), 1):
+        source, _, destination, port = str(grant.door).split(" ", 3)
+        protocol, _, rest = port.partition("/")
+        lines.append("%-4d ACCEPT     %-4s --  %-20s %-20s %s dpt:%s /* %s%d */ %d seconds left, %s"
+                     % (number, protocol, source, destination, protocol, rest, MARK, grant.expires,
+                        max(0, grant.ends - now), openers.get(grant_words(grant), "-")))
     return "\n".join(lines)
 
 
@@ -3990,7 +4066,7 @@ def flush_firewall(firewall: Firewall, server: Optional[int]) -> None:
 
 
 def run_on_firewall(arguments: Arguments, log: Log) -> None:
-    """--fw-list, --fw-flush and --unguard."""
+    """--fw-list, --fw-list-all, --fw-flush and --unguard."""
     settings = read_settings(arguments)[0]
     server = PidFile(settings.pid_file).running()
     if "unguard" in arguments:
@@ -4006,8 +4082,10 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
         return
     configuration = read_configuration(arguments)
     firewall = choose_firewall(configuration.settings, configuration.stanzas, False, log)
-    if "list" in arguments:
-        print(list_grants(firewall))
+    if "flush" not in arguments:
+        print(list_grants(firewall, read_openers(openers_file(settings))))
+        if "list_all" in arguments:
+            print("\nListing all rules in our tables...\n" + firewall.listing())
     else:
         print("Deleting any existing firewall rules...")
         flush_firewall(firewall, server)

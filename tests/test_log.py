@@ -4,6 +4,7 @@ Each line is fwknop spec 3.10's, whole, or with words of ours after it where a r
 real fwknopd writes the same is shown by tests/test_live_control.py.
 """
 
+import os
 import re
 import signal
 import unittest
@@ -179,6 +180,78 @@ class LifeLineTest(LogCase):
             self.assertEqual(["Gracefully leaving the fwknopd event loop.", "Got %s. Exiting..."
                               % number.name], self.after_signal(number, made, again))
             self.assertFalse(made.running)
+
+    def test_counters(self) -> None:
+        """SIGUSR1: packets by reason, what is open, since when; and nothing else happens."""
+        made = self.serve(STANZA)
+
+        def read() -> Any:
+            raise AssertionError("read")
+
+        def told() -> str:
+            lines = self.after_signal(signal.SIGUSR1, made, read)
+            self.assertEqual(1, len(lines), lines)
+            return lines[0]
+
+        self.assertRegex(told(), r"^Packets seen: none; 0 grants are open; since "
+                         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
+        payload = self.packet(made)
+        for _ in range(30):  # more than have a line of their own
+            self.packet(made, payload)
+        self.assertRegex(told(), "^Packets seen: 1 accepted, 30 replay; 1 grants are open; since ")
+        self.assertTrue(made.running)
+        made.grants.flush()
+        self.assertRegex(told(), "; 0 grants are open; ")
+
+class OpenersTest(LogCase):
+    """The file from which --fw-list knows who opened what."""
+
+    def knock(self, made: Any, count: int, user: str) -> None:
+        """Open a port for as many addresses, one after the other."""
+        for number in range(count):
+            self.packet(made, user=user, text="10.1.0.%d,tcp/22" % number)
+
+    def openers(self, made: Any) -> List[Tuple[str, str]]:
+        """Return source and opener of each grant in the listing."""
+        text = server.list_grants(made.grants.firewall,
+                                  server.read_openers(server.openers_file(made.settings)))
+        return [(line.split()[4], line.rpartition("left, ")[2]) for line in text.splitlines()[3:]]
+
+    def test_it_stays_small(self) -> None:
+        """However often it is written, and without a word of what is open being lost."""
+        made = self.serve(STANZA)
+        path = server.openers_file(made.settings)
+        with mock.patch.object(server, "OPENERS_BYTES", 500):
+            self.knock(made, 3, "alice")
+            size = os.stat(path).st_size
+            self.clock.pass_seconds(10)
+            for _ in range(20):
+                self.clock.pass_seconds(1)
+                self.knock(made, 2, "bob")
+        self.assertLess(os.stat(path).st_size, 500 + 2 * size)
+        self.assertEqual([("10.1.0.0", "stanza #1, user bob"), ("10.1.0.1", "stanza #1, user bob"),
+                          ("10.1.0.2", "stanza #1, user alice")], sorted(self.openers(made)))
+        self.assertEqual(0o600, os.stat(path).st_mode & 0o777)
+
+    def test_without_the_file(self) -> None:
+        """A grant is listed without a name; one that can't be written down opens all the same."""
+        made = self.serve(STANZA)
+        path = server.openers_file(made.settings)
+        os.mkdir(path)
+        self.knock(made, 1, "alice")
+        self.assertEqual([("10.1.0.0", "-")], self.openers(made))
+        os.rmdir(path)
+        with open(path, "wb") as file:
+            file.write(b"\xff\n\t\nno tab\n10.1.0.0 -> 0.0.0.0/0 tcp/22 _exp_1\teve\n")
+        self.assertEqual([("10.1.0.0", "-")], self.openers(made))
+
+    def test_who_asks_for_less_is_not_the_opener(self) -> None:
+        """Of a door that is open for longer already."""
+        made = self.serve(STANZA)
+        self.knock(made, 1, "alice")
+        self.packet(made, user="bob", kind=3, extra=[b"5"], text="10.1.0.0,tcp/22")
+        self.assertEqual([("10.1.0.0", "stanza #1, user alice")], self.openers(made))
+
 
 if __name__ == "__main__":
     unittest.main()
