@@ -1620,6 +1620,7 @@ class Log:
                  monotonic: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.to_syslog, self.level = stream, to_syslog, level
         self.monotonic = monotonic
+        self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.quiet_until, self.suppressed = monotonic() - REJECTION_BURST, 0
 
@@ -1628,7 +1629,7 @@ class Log:
         if severity > self.level:
             return
         text = "".join(c if " " <= c <= "~" else "\\x%02x" % ord(c) for c in text)
-        if self.stream is not None:
+        if self.stream is not None and severity <= self.stream_level:
             try:
                 self.stream.write("<%d>%s\n" % (severity, text) if self.prefixed else text + "\n")
                 self.stream.flush()
@@ -3525,9 +3526,14 @@ def open_memory(settings: ServerSettings, log: Log) -> ReplayMemory:
     make_directory(os.path.dirname(settings.digest_file))
     if not settings.digest_persistence:
         path = None
-        if os.path.exists(settings.digest_file):  # it would not know of the packets seen meanwhile
-            os.rename(settings.digest_file, settings.digest_file + "-old")
+        rotate_digest_cache(settings.digest_file)  # it would not know of the packets seen meanwhile
     return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log)
+
+
+def rotate_digest_cache(path: str) -> None:
+    """Puts `-old` behind the name of the file, if it is there."""
+    if os.path.exists(path):
+        os.rename(path, path + "-old")
 
 
 def make_directory(path: str) -> None:
@@ -3657,7 +3663,8 @@ def close_standard_files() -> None:
     os.close(null)
 
 
-def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log: Log) -> int:
+def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log: Log,
+               rotate: bool = False) -> int:
     """Serves until a signal ends it; returns the exit code."""
     configuration = read()
     settings = configuration.settings
@@ -3665,6 +3672,8 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     firewall = choose_firewall(settings, configuration.stanzas, test, log)
     pid_file = PidFile(settings.pid_file)
     pid_file.lock()
+    if rotate:
+        rotate_digest_cache(settings.digest_file)
     ready = go_to_background() if daemon else None
     pid_file.write()
     for warning in configuration.warnings + guard_warnings(settings, firewall, test, log):
@@ -3769,14 +3778,18 @@ REQUIRE_SOURCE_ADDRESS      N
 
 def first_configuration(ports: FrozenSet[Port], config_path: str, access_path: str) -> str:
     """Makes both files for guarding `ports`; returns the client's stanza."""
-    key, hmac_key = (binascii.b2a_base64(os.urandom(size), newline=False).decode()
-                     for size in (32, 64))
+    key, hmac_key = random_key(32), random_key(64)
     values = {"name": socket.gethostname().partition(".")[0] or "server", "address": own_address(),
               "access": port_list(ports).replace(" ", ""), "key": key, "hmac_key": hmac_key}
     if not os.path.exists(config_path):
         write_new_file(config_path, "GUARD_PORTS                 %(access)s;\n" % values)
     write_new_file(access_path, SERVER_STANZA % values)
     return CLIENT_STANZA % values
+
+
+def random_key(size: int) -> str:
+    """A new key of `size` bytes in base64."""
+    return binascii.b2a_base64(os.urandom(size), newline=False).decode()
 
 
 def write_new_file(path: str, text: str) -> None:
@@ -3903,9 +3916,13 @@ i interface         NAME   PCAP_INTF            interface to listen on, or any
 P pcap-filter       FILTER PCAP_FILTER          `udp port N`, `udp dst port N`, joined by `or`
 U udp-server        -      ENABLE_UDP_SERVER=Y  listen on a UDP socket, not a packet socket
 d digest-file       FILE   DIGEST_FILE          where packets are remembered
+- rotate-digest-cache -    rotate               begin a new one; the old gets `-old` to its name
 p pid-file          FILE   FWKNOP_PID_FILE      pid of the running server
 r run-dir           DIR    FWKNOP_RUN_DIR       where state is kept
-f foreground        -      foreground           stay in the foreground (the default)
+- gpg-home-dir      DIR    GPG_HOME_DIR         keys of gpg
+- gpg-exe           FILE   GPG_EXE              gpg
+- sudo-exe          FILE   SUDO_EXE             sudo
+f foreground        -      foreground           stay in the foreground (the default, but as fwknopd)
 - daemon            -      daemon               go to the background, and log to syslog
 - syslog-enable     -      syslog               log to syslog too
 t test              -      test                 judge and log packets, leave the firewall alone
@@ -3913,17 +3930,35 @@ v verbose           -      VERBOSE=1            say more in the log
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
 D dump-config       -      dump                 print the configuration, without secrets
 - exit-parse-config -      check                check the configuration
+- exit-parse-digest-cache - check_digests       check the file of remembered packets
+- dump-serv-err-codes -    codes                print the error numbers that the log may name
 S status            -      status               is a server running?
-K kill              -      kill                 end the running server
+K kill              -      kill                 end the running server, and wait for its end
 R restart           -      restart              let the running server read its files again
-- fw-list           -      list                 list what is open
+- fw-list           -      list                 list what is open, for how long, and by whom
+- fw-list-all       -      list_all             and what the firewall prints of our tables
 - fw-flush          -      flush                close all that is open; a guard stays
 - unguard           -      unguard              take the guard away
+- key-gen           -      key_gen              print new keys; keygen.py prints whole stanzas
+- key-gen-file      FILE   key_gen_file         or write them to a new file
+- key-len           BYTES  key_len              length of the encryption key, 1 to 32
+- hmac-key-len      BYTES  hmac_key_len         length of the HMAC key, 1 to 128
+- hmac-digest-type  DIGEST hmac_type            digest that the HMAC key is for
+l locale            NAME   LOCALE               of fwknopd, ignored
+- fault-injection-tag TAG  FAULT_INJECTION_TAG  of fwknopd, ignored
+- no-ipt-check-support -   nothing              of fwknopd, ignored
+- no-firewd-check-support - nothing             of fwknopd, ignored
 V version           -      version              print version and SHA-256 of this file
 h help              -      help                 print this
 """
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
-ACTIONS = {"init", "dump", "check", "status", "kill", "restart", "list", "flush", "unguard"}
+KILL_SECONDS = 30  # a server may have to wait for a firewall program
+ERROR_CODES = ((4096, "Data is not a valid SPA message format"),
+               (4097, "Not enough data to be a valid SPA message"),
+               (4098, "Data is not an SPA message"),
+               (4099, "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set"))
+ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
+           "list_all", "flush", "unguard", "key_gen"}
 
 HELP = """Usage: spa_server.py [options]
 
@@ -4036,13 +4071,24 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
 
 
 def signal_server(arguments: Arguments) -> int:
-    """-S, -K and -R: the words and exit codes of fwknopd (fwknop spec 3.1)."""
-    pid = PidFile(read_settings(arguments)[0].pid_file).running()
+    """-S, -K and -R: the words and exit codes of fwknopd (fwknop spec 3.1).
+
+    What fwknopd does after five seconds, SIGKILL, is left to the administrator: it would keep the
+    server from closing what it has to close.
+    """
+    pid_file = PidFile(read_settings(arguments)[0].pid_file)
+    pid = pid_file.running()
     if pid is None:
         print("No running fwknopd detected.")
         return 1
     if "kill" in arguments:
         os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + KILL_SECONDS
+        while pid_file.running() == pid:
+            if time.monotonic() > end:
+                raise SpaError("fwknopd (pid=%d) has not ended yet, after SIGTERM and %d seconds"
+                               % (pid, KILL_SECONDS), "see its log")
+            time.sleep(0.05)
         print("Killed fwknopd (pid=%d) via SIGTERM" % pid)
     elif "restart" in arguments:
         os.kill(pid, signal.SIGHUP)
@@ -4111,34 +4157,78 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
     return read_settings(arguments)[0]
 
 
-def run(arguments: Arguments, log: Log) -> int:
-    """Does what the options say; returns the exit code."""
-    if "help" in arguments or "version" in arguments:
-        print(format_help() if "help" in arguments else
-              "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
-        return 0
-    if {"status", "kill", "restart"} & set(arguments.words):
-        return signal_server(arguments)
-    if {"list", "flush", "unguard"} & set(arguments.words):
-        run_on_firewall(arguments, log)
-        return 0
-    if "dump" in arguments or "check" in arguments:
-        configuration = read_configuration(arguments)
-        for warning in configuration.warnings:
-            log.warning(warning)
+def generate_keys(arguments: Arguments) -> None:
+    """--key-gen: both keys in fwknopd's lines, printed or written to a file that was not there."""
+    words = arguments.words
+    try:
+        digest = parse_digest(words.get("hmac_type", "SHA256"))
+        size = integer(1, MAX_KEY_BYTES)(words.get("key_len", "32"))
+        hmac_size = integer(1, MAX_HMAC_KEY_BYTES)(
+            words.get("hmac_key_len", str(min(digest.block, MAX_HMAC_KEY_BYTES))))
+    except ValueError as error:
+        raise UsageError("--key-gen: %s" % error) from None
+    text = "KEY_BASE64: %s\nHMAC_KEY_BASE64: %s\n" % (random_key(size), random_key(hmac_size))
+    path = words.get("key_gen_file")
+    if path:
+        write_new_file(path, text)
+        text = "[+] Wrote Rijndael and HMAC keys to: %s\n" % path
+    sys.stdout.write(text)
+
+
+def check_configuration(arguments: Arguments, log: Log) -> None:
+    """-D, --exit-parse-config and --exit-parse-digest-cache."""
+    configuration = read_configuration(arguments)
+    for warning in configuration.warnings:
+        log.warning(warning)
+    if "check_digests" in arguments:
+        ReplayMemory(None, None, log).load(configuration.settings.digest_file)
+        print("Digest cache parsed, exiting.")
+    else:
         print(dump(configuration) if "dump" in arguments else "Configs parsed, exiting.")
-        return 0
+
+
+def serve(arguments: Arguments, log: Log) -> int:
+    """Serves, in the background where it was told to or its name is fwknopd."""
     settings = read_settings(arguments)[0]
     if "init" in arguments:
         settings = run_init(arguments, settings)
-    if "daemon" in arguments or "syslog" in arguments:
+    named = os.path.basename(sys.argv[0]) == "fwknopd" and "foreground" not in arguments
+    daemon = named or "daemon" in arguments
+    if daemon or "syslog" in arguments:
         if syslog is None:
             raise SpaError("this Python has no syslog module")
         syslog.openlog(settings.syslog_identity, syslog.LOG_PID,
                        getattr(syslog, settings.syslog_facility))
         log.to_syslog = True
-    return run_server(lambda: read_configuration(arguments), "test" in arguments,
-                      "daemon" in arguments, log)
+    log.stream_level = ERROR if daemon else DEBUG
+    pid = PidFile(settings.pid_file).running() if named else None
+    if pid is not None:  # for scripts that start it again and again, as with fwknopd
+        log.error("[*] An instance of fwknopd is already running: (PID=%d)." % pid)
+        return 0
+    directory = os.getcwd()
+    return run_server(lambda: read_configuration(arguments, directory), "test" in arguments,
+                      daemon, log, "rotate" in arguments)
+
+
+def run(arguments: Arguments, log: Log) -> int:
+    """Does what the options say; returns the exit code."""
+    asked = set(arguments.words)
+    if "help" in arguments or "version" in arguments:
+        print(format_help() if "help" in arguments else
+              "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
+    elif "codes" in arguments:
+        print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES))
+    elif {"key_gen", "key_gen_file"} & asked:
+        generate_keys(arguments)
+    elif {"status", "kill", "restart"} & asked:
+        return signal_server(arguments)
+    elif {"list", "list_all", "flush", "unguard"} & asked:
+        run_on_firewall(arguments, log)
+    elif {"dump", "check", "check_digests"} & asked:
+        check_configuration(arguments, log)
+    else:
+        return serve(arguments, log)
+    return 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:

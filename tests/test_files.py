@@ -6,6 +6,7 @@ Where fwknopd is installed, it reads the same files, and both find the same stan
 import io
 import os
 import re
+import stat
 import unittest
 from typing import Any, List
 from unittest import mock
@@ -335,6 +336,13 @@ class ManualTest(FilesCase):
                     self.assertIsNotNone(table.row(name))
                     self.assertGreater(len(table.row(name).help), 3)
 
+    def test_every_option(self) -> None:
+        """By its long name and its letter."""
+        self.assertEqual(set(), set(MAN_OPTIONS) - {each.long for each in server.OPTIONS})
+        self.assertEqual(set(), set(MAN_LETTERS) - {each.short for each in server.OPTIONS})
+        for option in server.OPTIONS:
+            self.assertTrue(option.help, option.long)
+
     @needs_programs("fwknopd", "man")
     def test_the_manual_names_no_other(self) -> None:
         """The lists above are complete: manual page and shipped files, where they are here."""
@@ -347,6 +355,15 @@ class ManualTest(FilesCase):
         found = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", text))
         self.assertGreater(len(found), 60)
         self.assertEqual(set(), found - set(MAN_SERVER) - set(MAN_ACCESS) - NO_DIRECTIVES)
+
+    @needs_programs("fwknopd")
+    def test_help_names_no_other(self) -> None:
+        """The options above are all of fwknopd's, but for those of capture."""
+        found = set(re.findall(r"--([a-z][a-z-]+)", run(["fwknopd", "-h"]).stdout))
+        self.assertGreater(len(found), 25)
+        self.assertEqual({"packet-limit", "pcap-file", "pcap-any-direction", "afl-fuzzing"},
+                         found - set(MAN_OPTIONS))
+
 
 @needs_programs("fwknopd")
 class PeerTest(FilesCase):
@@ -394,6 +411,88 @@ class PeerTest(FilesCase):
             self.assertIn(words.group(1).replace(self.directory + "/", ""), self.refusal())
 
 
+# ------------------------------------------------------------------- small options
+
+
+class OptionTest(FilesCase):
+    """Options that do one thing, or nothing."""
+
+    def test_keys(self) -> None:
+        """fwknopd's two lines, of the lengths that were asked for, other ones each time."""
+        lengths = []
+        for options in ([], ["--key-len", "16", "--hmac-key-len", "33"],
+                        ["--hmac-digest-type", "sha512"], []):
+            code, out, err = self.main("--key-gen", *options)
+            self.assertEqual((0, ""), (code, err))
+            found = re.match(r"KEY_BASE64: (\S+)\nHMAC_KEY_BASE64: (\S+)\n\Z", out)
+            assert found, out
+            lengths.append([len(server.decode_base64(each.rstrip("=").encode()))
+                            for each in found.groups()])
+            stanza_of_it = "SOURCE ANY\n" + out
+            self.put(a_conf=stanza_of_it, f_conf="")
+            self.assertEqual(["ANY"], self.sources())
+        self.assertEqual([[32, 64], [16, 33], [32, 128], [32, 64]], lengths)
+        self.assertNotEqual(self.main("--key-gen")[1], self.main("--key-gen")[1])
+
+    def test_keys_in_a_file(self) -> None:
+        """A new one for its owner alone; fwknopd's is for all, and replaces one that is there."""
+        path = self.place("keys")
+        code, out, _err = self.main("--key-gen", "--key-gen-file", path)
+        self.assertEqual((0, "[+] Wrote Rijndael and HMAC keys to: %s\n" % path), (code, out))
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(path).st_mode))
+        with open(path) as file:
+            before = file.read()
+        self.assertRegex(before, r"^KEY_BASE64: \S+\nHMAC_KEY_BASE64: \S+\n$")
+        code, out, err = self.main("--key-gen", "--key-gen-file", path)
+        self.assertEqual((1, ""), (code, out))
+        self.assertIn("File exists", err)
+        with open(path) as file:
+            self.assertEqual(before, file.read())
+
+    def test_wrong_lengths(self) -> None:
+        """Are a wrong command line, and print no key."""
+        for options in (["--key-len", "0"], ["--key-len", "33"], ["--hmac-key-len", "129"],
+                        ["--hmac-digest-type", "crc"], ["--key-len", "x"]):
+            code, out, err = self.main("--key-gen", *options)
+            self.assertEqual((2, ""), (code, out))
+            self.assertIn("--key-gen: expected", err)
+
+    def test_ignored_options(self) -> None:
+        """Are taken, and change nothing."""
+        plain = self.main_with(QUIET, "", "-D")
+        for options in (["-l", "C"], ["--locale=nowhere"], ["--no-ipt-check-support"],
+                        ["--no-firewd-check-support"], ["--fault-injection-tag", "x"]):
+            self.assertEqual(plain, self.main_with(QUIET, "", "-D", *options))
+
+    def test_error_codes(self) -> None:
+        """Those that the log can name, with its words."""
+        code, out, _err = self.main("--dump-serv-err-codes")
+        self.assertEqual(0, code)
+        for payload in (b"x", b"!" * 200, b"U2FsdGVkX1" + b"A" * 200):
+            with self.assertRaises(server.PacketRejected) as caught:
+                server.check_form(payload)
+            found = re.search(r"error (\d+: '.*') for", str(caught.exception))
+            assert found, str(caught.exception)
+            self.assertIn("err code: " + found.group(1).replace(": '", ", err string: '"), out)
+
+    def test_digest_cache(self) -> None:
+        """Is read and said to be good, and not touched; lines that are none are counted."""
+        path = self.place("run/digest.cache")
+        for text, said in (("", ""), ("# c\nabc 17 1.1.1.1 1 1.1.1.1 1 5\n", ""),
+                           ("bad line\nabc 17 1.1.1.1 1 1.1.1.1 1 5\n", "1 lines are not packets")):
+            self.put(run__digest=text)
+            os.replace(self.place("run/digest"), path)
+            code, out, err = self.main_with(QUIET, "", "--exit-parse-digest-cache", "-r",
+                                            self.place("run"))
+            self.assertEqual((0, "Digest cache parsed, exiting.\n"), (code, out))
+            self.assertIn(said, err)
+            with open(path) as file:
+                self.assertEqual(text, file.read())
+        os.unlink(path)
+        self.assertEqual(0, self.main_with(QUIET, "", "--exit-parse-digest-cache", "-r",
+                                           self.place("run"))[0])
+        self.assertEqual([], os.listdir(self.place("run")))
+        self.assertEqual(3, self.main_with("", "", "--exit-parse-digest-cache")[0])
 
 
 if __name__ == "__main__":

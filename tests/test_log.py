@@ -203,6 +203,19 @@ class LifeLineTest(LogCase):
         made.grants.flush()
         self.assertRegex(told(), "; 0 grants are open; ")
 
+    def test_background(self) -> None:
+        """On the way there, stderr gets what went wrong and syslog gets all."""
+        self.log.stream_level = server.ERROR
+        self.log.to_syslog = True
+        with mock.patch.object(server, "syslog") as syslog:
+            self.log.info("Starting fwknopd")
+            self.log.warning("careful")
+            self.log.error("broken")
+        self.assertEqual(["broken"], self.lines())
+        self.assertEqual([(6, "Starting fwknopd"), (4, "careful"), (3, "broken")],
+                         [call[0] for call in syslog.syslog.call_args_list])
+
+
 class OpenersTest(LogCase):
     """The file from which --fw-list knows who opened what."""
 
@@ -251,6 +264,26 @@ class OpenersTest(LogCase):
         self.knock(made, 1, "alice")
         self.packet(made, user="bob", kind=3, extra=[b"5"], text="10.1.0.0,tcp/22")
         self.assertEqual([("10.1.0.0", "stanza #1, user alice")], self.openers(made))
+
+
+class KillTest(LogCase):
+    """-K, with a server that takes its time."""
+
+    def test_patience_has_an_end(self) -> None:
+        """It says that the server has not ended, and does not say that it has."""
+        path = os.path.join(self.directory, "fwknopd.pid")
+        lock = server.PidFile(path)
+        lock.lock()
+        lock.write()
+        self.addCleanup(lock.clear)
+        arguments = server.Arguments(["-K", "-p", path, "-c", os.devnull])
+        with mock.patch("os.kill") as kill, mock.patch.object(server, "KILL_SECONDS", 0.2), \
+                mock.patch("builtins.print") as said, \
+                self.assertRaisesRegex(server.SpaError, r"\(pid=%d\) has not ended yet"
+                                       % os.getpid()):
+            server.signal_server(arguments)
+        kill.assert_called_once_with(os.getpid(), signal.SIGTERM)
+        said.assert_not_called()
 
 
 if __name__ == "__main__":
