@@ -84,6 +84,17 @@ class ReadmeTest(unittest.TestCase):
         missing = [name for name in found if not os.path.exists(os.path.join(TOP, name))]
         self.assertEqual([], missing)
 
+    def test_tests_that_it_names_exist(self):
+        """In some file of tests."""
+        source = ""
+        for name in os.listdir(os.path.join(TOP, "tests")):
+            if name.endswith(".py"):
+                with open(os.path.join(TOP, "tests", name), encoding="utf-8") as file:
+                    source += file.read()
+        names = set(re.findall(r"`(test_\w+)`", read()))
+        self.assertGreater(len(names), 10)
+        self.assertEqual([], [name for name in names if "def %s(" % name not in source])
+
     def test_options_that_it_names_exist(self):
         """Long options in the text are options of a script."""
         known = {"--datestop"}  # of iptables
