@@ -5,16 +5,16 @@ This is a server for fwknop's single packet authorization (SPA). It reads fwknop
 access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
 Python's standard library.
 
-The life of a datagram, in the order of Server.receive() and Server.admit() in section 19:
+The life of a datagram, in the order of Server.receive() and Server.admit() in section 20:
 
-  capture    a packet socket with a kernel filter, or a UDP socket          sections 9, 13
+  capture    a packet socket with a kernel filter, or a UDP socket          sections 9, 14
   form       length and alphabet, before any key is touched                 section 4
-  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 7
-  fresh      too old? seen before? from before this memory began?           section 11
-  remember   on file before a door opens: a crash must not allow a replay   section 11
+  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 7, 11
+  fresh      too old? seen before? from before this memory began?           section 12
+  remember   on file before a door opens: a crash must not allow a replay   section 12
   judge      user, address, ports, expiry: what may this packet open?       section 8
-  open       the firewall gets the grant, and ends it by itself             sections 18, 14 to 16
-  close      by the kernel when its time has come; by this server too       section 18
+  open       the firewall gets the grant, and ends it by itself             sections 19, 15 to 17
+  close      by the kernel when its time has come; by this server too       section 19
 
 Contents. Sections 1 to 9 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else.
@@ -32,18 +32,19 @@ configuration and touch nothing else.
 From here on the machine is touched.
 
   10. Log and programs
-  11. Replay memory
-  12. Netlink
-  13. Capture
-  14. Firewall
-  15. nftables
-  16. iptables
-  17. Choice of a firewall
-  18. Grants
-  19. Server
-  20. Process
-  21. First configuration
-  22. Command line
+  11. GPG
+  12. Replay memory
+  13. Netlink
+  14. Capture
+  15. Firewall
+  16. nftables
+  17. iptables
+  18. Choice of a firewall
+  19. Grants
+  20. Server
+  21. Process
+  22. First configuration
+  23. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -325,9 +326,11 @@ ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 ALPHABET_AND_FILLING = ALPHABET + b"="
 MAX_KEY_BYTES = 32
 MAX_HMAC_KEY_BYTES = 128
+MAX_PASSPHRASE_BYTES = 255  # gpg's
 LEGACY_KEY_BYTES = 16
 PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
+ASYMMETRIC = "ASYMMETRIC"  # the mode that is GPG
 
 
 class Secret(bytes):
@@ -503,6 +506,11 @@ class PacketKeys:
         self.malformed = PacketRejected if hmac_key else WrongKey  # perhaps another stanza's tag
         self.library = None if hmac_key else import_cryptography()
 
+    @staticmethod
+    def prefix(body: bytes) -> bytes:
+        """What the sender left off the base64 text."""
+        return SALTED_PREFIX
+
     def authentic(self, payload: bytes) -> bool:
         """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell.
 
@@ -522,6 +530,8 @@ class PacketKeys:
 
         The sixteen digits at the start tell the right key; a wrong one is known after one block.
         """
+        if not ciphertext.startswith(b"Salted__"):
+            raise self.malformed("malformed", invalid_data("ENCRYPT_TYPE_UNKNOWN"))
         if len(ciphertext) % 16 or len(ciphertext) < 48:
             raise self.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
@@ -544,7 +554,8 @@ class PacketKeys:
 # ======================================================================================
 
 MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # fwknop spec 1.10
-GPG_LENGTH = 400  # from here on fwknop takes a packet for GPG (spec 1.9)
+GPG_LENGTH = 400  # from here on a packet is GPG's (spec 1.9)
+GPG_PREFIX = b"hQ"  # what fwknop strips of a GPG packet, and authenticates
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
 NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
@@ -600,27 +611,53 @@ def check_form(payload: bytes) -> None:
                                              and payload.startswith(b"hQ")):
         raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4096: "
                              "'Data is not a valid SPA message format' for incoming packet.")
-    if len(payload) >= GPG_LENGTH:
-        raise PacketRejected("too long", "No stanza encryption mode match for encryption type: 2. "
-                             "(%d characters: from %d on it is a GPG packet, not supported yet)"
-                             % (len(payload), GPG_LENGTH))
 
 
-def open_packet(payload: bytes, keys: PacketKeys) -> Tuple[Packet, bytes]:
-    """The packet, and the canonical text by which it is remembered, of an authentic payload.
+def gpg_prefix(payload: bytes) -> bytes:
+    """What the sender of a GPG packet left off its base64 text: `hQ`, or nothing.
 
-    The canonical text is what a real client sends, so that its digest is the one in fwknopd's
-    digest.cache as well. The bit games of spec 1.13 all lead back to it.
+    An OpenPGP message begins with the packet of a session key: tag octet, length, version 3 (RFC
+    4880 sections 4.2 and 5.1). For RSA keys of 2048 bits and more gpg writes the old format with a
+    length of two octets, 85 0x xx 03; its first two characters, `hQ`, are never sent. All else is
+    sent whole and begins with `h` or `w`: `hF4D` is 84 5E 03, Curve25519's with a length of one
+    octet; `w` is the new format, C1. No text without its `hQ` begins so: there stands the rest of
+    the length, and `h` would mean 2,112 octets or more, where 1,500 characters hold 1,125.
+    """
+    return b"" if payload[:1] in (b"h", b"w") else GPG_PREFIX
+
+
+def is_gpg(payload: bytes) -> bool:
+    """Whether it is a GPG packet: by its length, as in fwknop, or else by its first character.
+
+    Curve25519's can be shorter; one of AES begins with 8, 9, + or / (spec 1.1).
+    """
+    return len(payload) >= GPG_LENGTH or not gpg_prefix(payload)
+
+
+def wrong_type(payload: bytes) -> WrongKey:
+    """The rejection of a packet when no stanza has keys for its kind of encryption."""
+    return WrongKey("encryption type", "No stanza encryption mode match for encryption type: "
+                    "%d. (%d characters; from %d on it is a GPG packet)"
+                    % (2 if is_gpg(payload) else 1, len(payload), GPG_LENGTH))
+
+
+def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, List[bytes]]:
+    """The packet, and the texts by which it is remembered, of an authentic payload.
+
+    The last is what a real client sends, so that its digest is the one in fwknopd's digest.cache as
+    well. The bit games of spec 1.13 all lead back to it. Those of OpenPGP do not: who captured a
+    message can write its lengths in other ways, or put packets before it that mean nothing. So the
+    plaintext, which nobody else can make, is remembered as well, as if it were a packet.
     """
     body = keys.body(payload)
+    prefix = keys.prefix(body)
     try:
-        ciphertext = decode_base64(SALTED_PREFIX + body)
+        ciphertext = decode_base64(prefix + body)
     except ValueError:
         raise keys.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
-    if not ciphertext.startswith(b"Salted__"):
-        raise keys.malformed("malformed", invalid_data("ENCRYPT_TYPE_UNKNOWN"))
-    packet = decode_packet(keys.open(ciphertext))
-    return packet, encode_base64(ciphertext)[len(SALTED_PREFIX):] + payload[len(body):].strip(b"=")
+    plain = keys.open(ciphertext)
+    canonical = encode_base64(ciphertext)[len(prefix):] + payload[len(body):].strip(b"=")
+    return decode_packet(plain), ([] if prefix == SALTED_PREFIX else [plain]) + [canonical]
 
 
 def decode_packet(plain: bytes) -> Packet:
@@ -993,6 +1030,11 @@ def parse_path(text: str) -> str:
     return text
 
 
+def parse_home(text: str) -> str:
+    """An absolute path, or one below the home of this user (~/)."""
+    return parse_path(os.path.expanduser(text))
+
+
 def optional(parse: Callable[[str], T]) -> Callable[[str], Optional[T]]:
     """A parser like `parse` that takes the empty default for None."""
     return lambda text: parse(text) if text else None
@@ -1112,7 +1154,6 @@ NOT_YET = "not supported yet"
 NO_NAT = "NAT is %s, such packets are rejected" % NOT_YET
 NO_HTTP = "SPA over HTTP is " + NOT_YET
 NO_COMMANDS = "commands are %s, such packets are rejected" % NOT_YET
-NO_GPG = "GPG is %s, such packets are rejected" % NOT_YET
 OWN_PORTS = "%s is " + NOT_YET + ", and without it this host's own ports would open"
 FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(8))
 
@@ -1169,6 +1210,10 @@ class ServerSettings(Settings):
                          "pid of the running server, which holds a lock on it")
     digest_file = Directive("DIGEST_FILE", parse_path, "$FWKNOP_RUN_DIR/digest.cache",
                             "packets that were seen")
+    gpg_home = Directive("GPG_HOME_DIR", parse_home, "~/.gnupg",
+                         "keys of gpg, where a stanza names no others")
+    gpg_program = Directive("GPG_EXE", optional(parse_path), "",
+                            "gpg to run; without it the one in PATH")
 
     capture_file = Refused("PCAP_FILE", "reading a capture file is " + NOT_YET)
     http = Ignored("ENABLE_SPA_OVER_HTTP ALLOW_ANY_USER_AGENT ENABLE_X_FORWARDED_FOR", NO_HTTP)
@@ -1177,7 +1222,6 @@ class ServerSettings(Settings):
                   "ENABLE_NAT_DNS IPT_FORWARD_ACCESS IPT_DNAT_ACCESS IPT_SNAT_ACCESS "
                   "IPT_MASQUERADE_ACCESS", NO_NAT)
     commands = Ignored("CMD_EXEC_TIMEOUT SUDO_EXE", NO_COMMANDS)
-    gpg = Ignored("GPG_HOME_DIR GPG_EXE", NO_GPG)
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
     promiscuous = Ignored("ENABLE_PCAP_PROMISC", "what is sent to this host arrives without it")
@@ -1249,8 +1293,8 @@ def parse_digest(text: str) -> Digest:
 
 def parse_mode(text: str) -> str:
     """An encryption mode by its name; `Asymmetric` is GPG."""
-    if text.upper() not in MODES:
-        raise ValueError("expected %s (Asymmetric is GPG, %s)" % (", ".join(MODES), NOT_YET))
+    if text.upper() not in MODES + (ASYMMETRIC,):
+        raise ValueError("expected %s, or Asymmetric, which is GPG" % ", ".join(MODES))
     return text.upper()
 
 
@@ -1259,6 +1303,17 @@ def parse_user(text: str) -> str:
     if len(text) > 48 or not set(text) <= set(USER_CHARACTERS):
         raise ValueError("expected up to 48 characters as they are allowed in an SPA packet")
     return text
+
+
+def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
+    """A parser of comma lists of key ids with as many hex digits as one of `lengths`."""
+    def parse(text: str) -> FrozenSet[str]:
+        ids = [item.replace(" ", "").upper() for item in text.split(",") if text]
+        if any(len(each) not in lengths or each.strip("0123456789ABCDEF") for each in ids):
+            raise ValueError("expected %s hex digits, with commas between the keys"
+                             % " or ".join(map(str, lengths)))
+        return frozenset(ids)
+    return parse
 
 
 def parse_date(text: str) -> int:
@@ -1292,7 +1347,8 @@ class Stanza(Settings):
                                 "HMAC key in base64", secret=True)
     hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
-    mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC", "CBC, ECB, CFB, OFB, CTR or legacy")
+    mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC",
+                     "CBC, ECB, CFB, OFB, CTR or legacy; Asymmetric: GPG only")
     open_seconds = Directive("FW_ACCESS_TIMEOUT", integer(0, 8388608, "seconds"), "30",
                              "how long to open; 0: only for as long as the client asks")
     max_seconds = Directive("MAX_FW_TIMEOUT", integer(1, 8388608, "seconds"), "300",
@@ -1309,6 +1365,23 @@ class Stanza(Settings):
                             "the stanza is void from this day on, MM/DD/YYYY")
     expire_epoch = Directive("ACCESS_EXPIRE_EPOCH", optional(integer(1, 10 ** 11, "seconds")), "",
                              "the same as epoch seconds")
+    gpg_home = Directive("GPG_HOME_DIR", optional(parse_home), "",
+                         "keys of gpg; without it those that fwknopd.conf names")
+    gpg_program = Directive("GPG_EXE", optional(parse_path), "", "the same for the program gpg")
+    gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "",
+                               "secret key of gpg's that packets are encrypted to")
+    gpg_passphrase = Directive("GPG_DECRYPT_PW", key_parser(MAX_PASSPHRASE_BYTES, False), "",
+                               "its passphrase", secret=True)
+    gpg_no_passphrase = Directive("GPG_ALLOW_NO_PW", parse_flag, "N", "it has no passphrase")
+    gpg_remote_ids = Directive("GPG_REMOTE_ID", key_ids(8, 16, 40), "",
+                               "keys that may sign: ids of 8, 16 or 40 hex digits, with commas")
+    gpg_fingerprints = Directive("GPG_FINGERPRINT_ID", key_ids(40), "",
+                                 "the same by whole fingerprints; with both, both must fit")
+    gpg_require_sig = Directive("GPG_REQUIRE_SIG", parse_flag, "Y",
+                                "N has no effect, as in fwknopd; see GPG_DISABLE_SIG")
+    gpg_disable_sig = Directive("GPG_DISABLE_SIG", parse_flag, "N", "do not ask who signed")
+    gpg_any_trust = Directive("GPG_IGNORE_SIG_VERIFY_ERROR", parse_flag, "N",
+                              "signers may be untrusted in gpg's eyes, or expired")
 
     nat = Refused("FORCE_NAT FORCE_SNAT", OWN_PORTS % "NAT")
     nat_flags = Refused("FORCE_MASQUERADE DISABLE_DNAT", OWN_PORTS % "NAT", "N")
@@ -1316,12 +1389,12 @@ class Stanza(Settings):
     cycle = Refused("CMD_CYCLE_OPEN CMD_CYCLE_CLOSE CMD_CYCLE_TIMER", OWN_PORTS % "a command cycle")
     commands = Ignored("ENABLE_CMD_EXEC CMD_EXEC_USER CMD_EXEC_GROUP ENABLE_CMD_SUDO_EXEC "
                        "CMD_SUDO_EXEC_USER CMD_SUDO_EXEC_GROUP", NO_COMMANDS)
-    gpg = Ignored("GPG_*", NO_GPG)
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
-        self.keys: PacketKeys  # finish() makes them
+        self.keys: Optional[PacketKeys] = None  # finish() makes them
+        self.gpg: Optional[GpgKeys] = None  # open_gpg() does, when the server starts
         self.expires: Optional[int] = None
         self.for_all = False  # whether SOURCE and DESTINATION are ANY
         self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
@@ -1331,16 +1404,20 @@ class Stanza(Settings):
         """Checks the stanza as a whole and makes its keys ready; returns warnings."""
         key = self.one_key(Stanza.key, Stanza.key_base64)
         hmac_key = self.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
-        if not key:
-            raise self.error(Stanza.source, "expected a KEY or KEY_BASE64 in this stanza")
+        if not key and not self.gpg_decrypt_id:
+            raise self.error(Stanza.source, "expected a KEY or KEY_BASE64 in this stanza, or "
+                             "GPG_DECRYPT_ID")
         if hmac_key and compare_digest(key, hmac_key):
             raise self.error(Stanza.source, "expected an HMAC key that is not the encryption key")
-        self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
+        texts = self.finish_gpg(bool(hmac_key)) if self.gpg_decrypt_id else []
+        if key and self.mode != ASYMMETRIC:
+            self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
+        elif not self.gpg_decrypt_id:
+            raise self.error(Stanza.mode, "expected GPG_DECRYPT_ID, or the mode of KEY")
         self.for_all = self.source.everything and self.destination.everything
         self.expires = min((end for end in (self.expire_epoch, self.expire_date)
                             if end is not None), default=None)
-        texts = []
-        if not hmac_key:
+        if self.keys and not hmac_key:
             texts.append("no HMAC_KEY: anybody can make this server decrypt, and fwknop's packets "
                          "without HMAC can be forged in part; keygen.py makes both keys")
         if self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES:
@@ -1351,6 +1428,28 @@ class Stanza(Settings):
             texts.append("Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
                          "'%s'" % self.texts.get("SOURCE", "ANY"))
         return ["(stanza #%d) %s" % (self.number, text) for text in texts]
+
+    def finish_gpg(self, hmac: bool) -> List[str]:
+        """Checks what there is of GPG; returns warnings."""
+        if not self.gpg_passphrase and not self.gpg_no_passphrase:
+            raise self.error(Stanza.gpg_decrypt_id, "expected GPG_DECRYPT_PW as well, or "
+                             "GPG_ALLOW_NO_PW Y")
+        if not self.gpg_disable_sig and not self.gpg_remote_ids and not self.gpg_fingerprints:
+            raise self.error(Stanza.gpg_decrypt_id, "expected GPG_REMOTE_ID or GPG_FINGERPRINT_ID "
+                             "as well: who may sign; or GPG_DISABLE_SIG Y")
+        texts = []
+        if not hmac:
+            texts.append("no HMAC_KEY: anybody can make this server start gpg, and while somebody "
+                         "does, knocks are rejected; keygen.py makes a key")
+        if self.gpg_disable_sig:
+            texts.append("GPG_DISABLE_SIG Y: " + (
+                "only the HMAC tells who made a packet" if hmac else "without HMAC_KEY, everybody "
+                "who has the public key of GPG_DECRYPT_ID can open what this stanza lets open"))
+        if not self.gpg_require_sig:
+            texts.append("GPG_REQUIRE_SIG N has no effect, as in fwknopd: GPG_DISABLE_SIG has")
+        if self.mode == ASYMMETRIC and (self.key or self.key_base64):
+            texts.append("ENCRYPTION_MODE Asymmetric: the KEY of this stanza opens nothing")
+        return texts
 
     def one_key(self, raw: Directive[Secret], base64: Directive[Secret]) -> Secret:
         """The key of two directives that exclude each other, empty when neither is set."""
@@ -1450,9 +1549,10 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
                           % ", ".join(paths))
     for stanza in stanzas:
         warnings += stanza.finish()
-    protected = {stanza.keys.secret for stanza in stanzas if stanza.keys.hmac}
-    for stanza in stanzas:
-        if not stanza.keys.hmac and stanza.keys.secret in protected:
+    keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
+    protected = {keys.secret for _, keys in keyed if keys.hmac}
+    for stanza, keys in keyed:
+        if not keys.hmac and keys.secret in protected:
             # A packet for the other stanza, sent again without its tag, would pass as a new one.
             raise stanza.error(Stanza.source, "expected a key of its own, or an HMAC key: another "
                                "stanza has this key with an HMAC")
@@ -1463,7 +1563,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
 # 8. Judgement
 #
 # What a genuine packet may open: pure functions of packet, stanza, datagram and time, in the
-# order of fwknop spec 3.4. Freshness and replay are in section 11.
+# order of fwknop spec 3.4. Freshness and replay are in section 12.
 # ======================================================================================
 
 
@@ -1610,6 +1710,7 @@ def compile_filter(terms: Tuple[FilterTerm, ...]) -> bytes:
 # ======================================================================================
 
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
+PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 REJECTION_BURST = 20  # lines about rejected packets at once; then one a second
 
 
@@ -1691,8 +1792,7 @@ def run_program(arguments: List[str], text: str = "") -> str:
     """What a program prints when it is given `text`; CommandError with its words when it fails."""
     try:
         done = subprocess.run(arguments, input=text.encode(), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=30,
-                              env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"})
+                              stderr=subprocess.PIPE, timeout=30, env=PROGRAM_ENVIRONMENT)
     except (OSError, subprocess.SubprocessError) as error:
         raise CommandError("%s: %s" % (arguments[0], error)) from None
     if done.returncode:
@@ -1703,7 +1803,250 @@ def run_program(arguments: List[str], text: str = "") -> str:
 
 
 # ======================================================================================
-# 11. Replay memory
+# 11. GPG
+#
+# Packets that gpg decrypts and whose signature it checks (fwknop spec 1.11). What it says is
+# read from its status lines (GnuPG's doc/DETAILS), never from words. Its home's gpg.conf is not
+# read, so that this section alone says what counts: integrity, the key, one signature, its signer.
+# ======================================================================================
+
+GPG_OPTIONS = ["--no-options", "--batch", "--no-tty", "--pinentry-mode", "loopback",
+               "--disable-dirmngr", "--skip-hidden-recipients", "--max-output", "4096"]
+GPG_SECONDS = 5  # that a packet may take; the server waits for it
+GPG_BURST = 5  # runs for packets without HMAC at once; then one a second, or as they take longer
+GPG_KNOWN = 16  # answers that are kept, since many stanzas may ask for the same packet
+GPG_OUTPUT = 65536  # what a pipe holds: gpg stops there, and its time ends
+
+EXPIRED = ("EXPSIG", "EXPKEYSIG")
+SIGNATURES = ("GOODSIG", "REVKEYSIG", "BADSIG", "ERRSIG") + EXPIRED
+TRUSTED = ("TRUST_MARGINAL", "TRUST_FULLY", "TRUST_ULTIMATE")
+
+GpgStatus = Dict[str, List[List[str]]]  # for each keyword the arguments of its lines
+
+
+class GpgAnswer(NamedTuple):
+    """What gpg made of a message: plaintext, status, and whether it ended without an error."""
+
+    plain: bytes
+    status: GpgStatus
+    succeeded: bool
+
+
+def parse_gpg_status(text: bytes) -> GpgStatus:
+    """The lines `[GNUPG:] KEYWORD ARGUMENT...`; all others mean nothing."""
+    status: GpgStatus = {}
+    for line in text.decode("latin-1").split("\n"):
+        words = line.split(" ")
+        if words[0] == "[GNUPG:]" and len(words) > 1:
+            status.setdefault(words[1], []).append(words[2:])
+    return status
+
+
+def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
+    """Rejects unless one whole text was decrypted with one of these keys, its integrity proven.
+
+    A message that a passphrase opens (gpg would try ours) has no DECRYPTION_KEY; text beside what
+    was encrypted would be a second PLAINTEXT.
+    """
+    status = answer.status
+    used = {words[0] for words in status.get("DECRYPTION_KEY", []) if words}
+    for right, problem in (
+            ("NODATA" not in status, "No data"),
+            ("NO_SECKEY" not in status or used, "No secret key"),
+            (used, "the key can't be used (is GPG_DECRYPT_PW right?)"),
+            (used <= fingerprints, "decrypted with a key that is not GPG_DECRYPT_ID"),
+            ("GOODMDC" in status and "DECRYPTION_OKAY" in status
+             and not {"BADMDC", "DECRYPTION_FAILED", "ERROR", "FAILURE"} & set(status), "Bad data"),
+            (len(status.get("PLAINTEXT", [])) == 1, "expected one text")):
+        if not right:
+            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
+                           "failed - GPG ERROR: " + problem)
+
+
+def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
+    """The fingerprint of the one key that signed, which this stanza names; else rejects."""
+    status = answer.status
+    kinds = [kind for kind in SIGNATURES for _ in status.get(kind, [])]
+    if not kinds and "NEWSIG" not in status:
+        raise PacketRejected("gpg signature", "Error creating fko context: Missing GPG signature")
+    valid = [words for words in status.get("VALIDSIG", []) if len(words) > 9]
+    trust = [word for word in status if word.startswith("TRUST_")] or ["TRUST_UNDEFINED"]
+    kind = kinds[0] if len(kinds) == len(status.get("NEWSIG", [])) == 1 else ""
+    for right, problem in (
+            (kind, "expected one signature"),
+            (kind == "GOODSIG" or (stanza.gpg_any_trust and kind in EXPIRED), kind),
+            (len(valid) == 1 and valid[0][8] in ("00", "01"),
+             "expected the signature of a document"),
+            (stanza.gpg_any_trust or (len(trust) == 1 and trust[0] in TRUSTED), " ".join(trust))):
+        if not right:
+            raise PacketRejected("gpg signature", "Error creating fko context: Bad GPG signature - "
+                                 "GPG ERROR: " + problem)
+    signers = [valid[0][0], valid[0][9]]  # the key that signed, and the one that it belongs to
+    for wanted, text in (
+            (stanza.gpg_fingerprints, "signed by: %s, but that fingerprint is not in the "
+             "GPG_FINGERPRINT_ID list." % signers[0]),
+            (stanza.gpg_remote_ids, "signed by ID: %s, but that ID is not in the GPG_REMOTE_ID "
+             "list." % signers[0][-16:])):
+        if wanted and not any(signer.endswith(each) for signer in signers for each in wanted):
+            raise PacketRejected("gpg signer", "Incoming SPA packet " + text)
+    return signers[0]
+
+
+def pipe_with(data: bytes) -> int:
+    """The reading end of a pipe that holds `data`, which must fit into it (4096 bytes)."""
+    reader, writer = os.pipe()
+    os.write(writer, data)
+    os.close(writer)
+    return reader
+
+
+class Gpg:
+    """Starts gpg for all stanzas: bounded in time and output, and without HMAC in number."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.monotonic = monotonic
+        self.answers: Dict[Tuple[Any, ...], GpgAnswer] = {}  # oldest first
+        self.busy_until = monotonic() - GPG_BURST
+
+    def ask(self, command: List[str], passphrase: bytes, message: bytes,
+            limited: bool) -> GpgAnswer:
+        """gpg's answer to a message; PacketRejected when it gives none, or is `limited` and junk
+        comes too fast: it must not be able to keep this machine busy."""
+        question = (tuple(command), passphrase, message)
+        if question not in self.answers:
+            start = self.monotonic()
+            if limited and start < self.busy_until:
+                raise PacketRejected("gpg too fast", "GPG packets without HMAC come too fast; "
+                                     "this one is not decrypted")
+            try:
+                answer = self.run(command, passphrase, message)
+            finally:
+                if limited:  # as if the burst had been saved up, one a second, since busy_until
+                    cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
+                    self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
+            while len(self.answers) >= GPG_KNOWN:
+                del self.answers[next(iter(self.answers))]
+            self.answers[question] = answer
+        return self.answers[question]
+
+    @staticmethod
+    def run(command: List[str], passphrase: bytes, message: bytes) -> GpgAnswer:
+        """Decrypts with `command`. The passphrase goes through a pipe, so nobody else sees it.
+
+        Pipes that are filled before and read after need no loop, and bound what gpg can say. One
+        that an agent of gpg's holds open must not make us wait: they do not block.
+        """
+        ends: List[int] = []
+        try:
+            for data in (message, passphrase + b"\n"):
+                ends.append(pipe_with(data))
+            for _ in range(2):
+                ends += os.pipe()
+                os.set_blocking(ends[-2], False)
+            text, secret, plain, plain_end, status, status_end = ends
+            process = subprocess.Popen(
+                command + ["--passphrase-fd", str(secret), "--status-fd", str(status_end),
+                           "--decrypt"], stdin=text, stdout=plain_end, stderr=subprocess.DEVNULL,
+                pass_fds=(secret, status_end), env=PROGRAM_ENVIRONMENT)
+            try:
+                process.wait(GPG_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise PacketRejected("gpg failed", "gpg took more than %d seconds"
+                                     % GPG_SECONDS) from None
+            return GpgAnswer(read_pipe(plain), parse_gpg_status(read_pipe(status)),
+                             process.returncode == 0)
+        except OSError as error:
+            raise PacketRejected("gpg failed", "%s: %s" % (command[0], error.strerror)) from None
+        finally:
+            for end in ends:
+                os.close(end)
+
+
+def read_pipe(end: int) -> bytes:
+    """What is in a pipe that does not block."""
+    try:
+        return os.read(end, GPG_OUTPUT)
+    except BlockingIOError:
+        return b""
+
+
+class GpgKeys:
+    """What opens the GPG packets of one stanza, with the methods of PacketKeys."""
+
+    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg, log: Log) -> None:
+        self.stanza, self.gpg, self.log = stanza, gpg, log
+        named = stanza.gpg_program or settings.gpg_program or "gpg"
+        program = find_program(named)
+        if program is None:
+            raise stanza.error(Stanza.gpg_decrypt_id, "there is no program %s to decrypt" % named)
+        self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home] + GPG_OPTIONS
+        self.command += ["--skip-verify"] if stanza.gpg_disable_sig else []
+        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
+        self.hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix)
+                      for prefix in (GPG_PREFIX, b"") if hmac_key}
+        self.tag_length = stanza.hmac_type.text_size if hmac_key else 0
+        self.malformed = PacketRejected if hmac_key else WrongKey
+        self.prefix = gpg_prefix
+        self.fingerprints = self.find_key()
+        self.key_ids = [binascii.unhexlify(each[-16:]) for each in self.fingerprints]
+
+    def find_key(self) -> FrozenSet[str]:
+        """The fingerprints of GPG_DECRYPT_ID and its subkeys; ConfigError unless gpg has it."""
+        row, stanza = Stanza.gpg_decrypt_id, self.stanza
+        try:
+            listing = run_program(self.command + ["--with-colons", "--list-secret-keys", "--",
+                                                  stanza.gpg_decrypt_id])
+        except CommandError as error:
+            raise stanza.error(row, "expected a secret key: %s" % error) from None
+        lines = [line.split(":") for line in listing.split("\n")]
+        count = sum(words[0] == "sec" for words in lines)
+        if count != 1:
+            raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
+        return frozenset(words[9] for words in lines if words[0] == "fpr")
+
+    def authentic(self, payload: bytes) -> bool:
+        """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell."""
+        if not self.hmacs:
+            return True
+        text, tag = payload[:-self.tag_length], payload[-self.tag_length:]
+        return compare_digest(encode_base64(self.hmacs[gpg_prefix(text)](text)), tag)
+
+    def body(self, payload: bytes) -> bytes:
+        """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
+        return payload[:-self.tag_length] if self.hmacs else payload.rstrip(b"=")
+
+    def open(self, message: bytes) -> bytes:
+        """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
+
+        A message names the key that it is encrypted to, in eight octets (RFC 4880 section 5.1):
+        junk does not, and what is for other keys need not cost a run of gpg.
+        """
+        if not any(key_id in message for key_id in self.key_ids):
+            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
+                           "failed - GPG ERROR: No secret key")
+        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmacs)
+        check_decrypted(answer, self.fingerprints)
+        if not self.stanza.gpg_disable_sig:
+            signer = check_signature(answer, self.stanza)
+            self.log.info("(stanza #%d) Incoming SPA data signed by '%s' (fingerprint '%s')."
+                          % (self.stanza.number, signer[-8:], signer))
+        if not answer.succeeded:
+            raise PacketRejected("gpg failed", "gpg ended with an error")
+        return answer.plain
+
+
+def open_gpg(settings: ServerSettings, stanzas: List[Stanza], log: Log) -> None:
+    """Makes the GPG stanzas ready; ConfigError where gpg or a secret key is missing."""
+    gpg = Gpg()
+    for stanza in stanzas:
+        if stanza.gpg_decrypt_id:
+            stanza.gpg = GpgKeys(stanza, settings, gpg, log)
+
+
+# ======================================================================================
+# 12. Replay memory
 #
 # A packet is remembered as long as it could be fresh. Instead of paying for fsync, a packet
 # that was made before this memory began (a new boot, a lost file) is rejected as well. Times
@@ -1910,7 +2253,7 @@ class ReplayMemory:
 
 
 # ======================================================================================
-# 12. Netlink
+# 13. Netlink
 #
 # Messages to the kernel's nf_tables (linux/netlink.h, linux/netfilter/nfnetlink.h and
 # nf_tables.h): a set element in and out in 15 us, where starting nft takes 3 ms. Attributes
@@ -2049,7 +2392,7 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 
 
 # ======================================================================================
-# 13. Capture
+# 14. Capture
 #
 # Where datagrams come from. With CAP_NET_RAW a packet socket: nothing listens, no firewall
 # rule is needed, and the host's firewall may drop the packet. Else UDP sockets.
@@ -2206,7 +2549,7 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
 
 
 # ======================================================================================
-# 14. Firewall
+# 15. Firewall
 #
 # What every backend can do, and what its guard needs to know of the host.
 # ======================================================================================
@@ -2320,7 +2663,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
 
 
 # ======================================================================================
-# 15. nftables
+# 16. nftables
 #
 # A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
 # tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode in a table of
@@ -2637,7 +2980,7 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 
 
 # ======================================================================================
-# 16. iptables
+# 17. iptables
 #
 # A grant is a rule of fwknop's shape, chain and comment (fwknop spec 3.6), so that
 # `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In
@@ -2970,7 +3313,7 @@ def missing_chain(lines: List[str], access: IptablesChain) -> List[str]:
 
 
 # ======================================================================================
-# 17. Choice of a firewall
+# 18. Choice of a firewall
 #
 # Which backend the settings mean, and the guards that an earlier choice left.
 # ======================================================================================
@@ -3053,7 +3396,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 
 
 # ======================================================================================
-# 18. Grants
+# 19. Grants
 #
 # The register of open doors. The kernel has it too, and ends each grant by itself; this one
 # closes in time where the kernel can't, extends, and puts back what somebody flushed.
@@ -3196,7 +3539,7 @@ class Grants:
 
 
 # ======================================================================================
-# 19. Server
+# 20. Server
 #
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
@@ -3255,21 +3598,27 @@ class Server:
         were right is returned, or else that of the first whose keys were wrong.
         """
         rejection: Optional[PacketRejected] = None
-        remembered = False
+        found = remembered = False
         tried: Optional[Stanza] = None
+        gpg = is_gpg(datagram.payload)
         for stanza in self.stanzas:
             if not (stanza.for_all or stanza.admits(datagram)):
                 continue
+            found = True
+            keys = stanza.gpg if gpg else stanza.keys
+            if keys is None:
+                continue
             tried = tried or stanza
-            if not stanza.keys.authentic(datagram.payload):  # before anything else is looked at
+            if not keys.authentic(datagram.payload):  # before anything else is looked at
                 continue
             try:
                 if not remembered:
                     self.memory.check_unseen(datagram)  # spares the decryption
-                packet, canonical = open_packet(datagram.payload, stanza.keys)
+                packet, texts = open_packet(datagram.payload, keys)
                 if not remembered:
                     self.memory.check_fresh(packet.timestamp, datagram.payload)
-                    self.memory.remember(canonical, datagram)
+                    for text in texts:
+                        self.memory.remember(text, datagram)
                     remembered = True
                     self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
                                   "match" % (stanza.number, socket_text(datagram.source)))
@@ -3285,6 +3634,8 @@ class Server:
                     raise
                 if rejection is None or isinstance(rejection, WrongKey):
                     rejection = reason
+        if tried is None and found:
+            return wrong_type(datagram.payload)
         return rejection or (tried and tried.wrong_hmac) or PacketRejected(
             "source", "No access data found for source IP: %s" % socket_text(datagram.source),
             "{text}")
@@ -3545,7 +3896,7 @@ def make_directory(path: str) -> None:
 
 
 # ======================================================================================
-# 20. Process
+# 21. Process
 #
 # Pid file, signals, background and reload.
 # ======================================================================================
@@ -3746,7 +4097,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
 
 
 # ======================================================================================
-# 21. First configuration
+# 22. First configuration
 #
 # `--init tcp/22`: keys and both files where there are none, and the client's stanza. More
 # stanzas are keygen.py's work.
@@ -3817,7 +4168,7 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 22. Command line
+# 23. Command line
 #
 # Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
 # ======================================================================================
@@ -3920,7 +4271,7 @@ d digest-file       FILE   DIGEST_FILE          where packets are remembered
 p pid-file          FILE   FWKNOP_PID_FILE      pid of the running server
 r run-dir           DIR    FWKNOP_RUN_DIR       where state is kept
 - gpg-home-dir      DIR    GPG_HOME_DIR         keys of gpg
-- gpg-exe           FILE   GPG_EXE              gpg
+- gpg-exe           FILE   GPG_EXE              gpg to run
 - sudo-exe          FILE   SUDO_EXE             sudo
 f foreground        -      foreground           stay in the foreground (the default, but as fwknopd)
 - daemon            -      daemon               go to the background, and log to syslog
@@ -4178,6 +4529,8 @@ def generate_keys(arguments: Arguments) -> None:
 def check_configuration(arguments: Arguments, log: Log) -> None:
     """-D, --exit-parse-config and --exit-parse-digest-cache."""
     configuration = read_configuration(arguments)
+    if "check" in arguments:
+        open_gpg(configuration.settings, configuration.stanzas, log)
     for warning in configuration.warnings:
         log.warning(warning)
     if "check_digests" in arguments:
@@ -4206,8 +4559,13 @@ def serve(arguments: Arguments, log: Log) -> int:
         log.error("[*] An instance of fwknopd is already running: (PID=%d)." % pid)
         return 0
     directory = os.getcwd()
-    return run_server(lambda: read_configuration(arguments, directory), "test" in arguments,
-                      daemon, log, "rotate" in arguments)
+
+    def read() -> Configuration:
+        configuration = read_configuration(arguments, directory)
+        open_gpg(configuration.settings, configuration.stanzas, log)
+        return configuration
+
+    return run_server(read, "test" in arguments, daemon, log, "rotate" in arguments)
 
 
 def run(arguments: Arguments, log: Log) -> int:

@@ -218,9 +218,12 @@ class PeerTest(ConfigCase):
         told = self.peer("PCAP_INTF lo;\n", KEYED)[1]
         for name, value in SPEC_DEFAULTS.items():
             if name not in ("PCAP_INTF", "HMAC_DIGEST_TYPE", "ENCRYPTION_MODE", "SOURCE",
-                            "DESTINATION", "REQUIRE_SOURCE_ADDRESS") and value:
+                            "DESTINATION", "REQUIRE_SOURCE_ADDRESS", "GPG_ALLOW_NO_PW",
+                            "GPG_REQUIRE_SIG", "GPG_DISABLE_SIG",
+                            "GPG_IGNORE_SIG_VERIFY_ERROR") and value:
                 with self.subTest(name=name):
-                    mine = value.replace("$FWKNOP_RUN_DIR", told["FWKNOP_RUN_DIR"]) \
+                    mine = os.path.expanduser(value) \
+                        .replace("$FWKNOP_RUN_DIR", told["FWKNOP_RUN_DIR"]) \
                         .replace("$FWKNOP_CONF_DIR", told["FWKNOP_CONF_DIR"])
                     if name not in ("ACCESS_FILE",):
                         self.assertEqual(told.get(name), mine)
@@ -272,13 +275,17 @@ SPEC_DEFAULTS = {
     "KEY_BASE64": "", "HMAC_KEY": "", "HMAC_KEY_BASE64": "", "HMAC_DIGEST_TYPE": "SHA256",
     "ENCRYPTION_MODE": "CBC", "FW_ACCESS_TIMEOUT": "30", "MAX_FW_TIMEOUT": "300",
     "REQUIRE_SOURCE_ADDRESS": "N", "REQUIRE_USERNAME": "", "ACCESS_EXPIRE": "",
-    "ACCESS_EXPIRE_EPOCH": "",
+    "ACCESS_EXPIRE_EPOCH": "", "GPG_HOME_DIR": "~/.gnupg", "GPG_EXE": "/usr/bin/gpg",
+    "GPG_DECRYPT_ID": "", "GPG_DECRYPT_PW": "", "GPG_ALLOW_NO_PW": "N", "GPG_REQUIRE_SIG": "Y",
+    "GPG_DISABLE_SIG": "N", "GPG_IGNORE_SIG_VERIFY_ERROR": "N", "GPG_REMOTE_ID": "",
+    "GPG_FINGERPRINT_ID": "",
 }  # type: Dict[str, str]
 DIFFERENT = {
     "PCAP_INTF": "any: a box whose interface is not eth0 works without configuration",
     "FLUSH_IPT_AT_INIT": "N: a restart goes on with the grants it finds",
     "FIREWALL_EXE": "unset: whichever of nft and iptables is needed, from PATH",
     "VERBOSE": "0 instead of unset",
+    "GPG_EXE": "unset: gpg from PATH",
 }
 
 # (line, expected) of wrong values; the line's first word is the name in the message
@@ -313,6 +320,7 @@ BAD_SERVER = (
     ("ENABLE_IPT_OUTPUT off", "Y or N"), ("FLUSH_IPT_AT_INIT -", "Y or N"),
     ("FLUSH_IPT_AT_EXIT -", "Y or N"), ("ENABLE_DIGEST_PERSISTENCE x", "Y or N"),
     ("PCAP_FILE /tmp/x.pcap", "not supported yet"), ("ACCESS_FOLDER folder", "absolute"),
+    ("GPG_HOME_DIR gnupg", "absolute"), ("GPG_EXE gpg", "absolute"),
     ("NO_SUCH_NAME 1", "unknown directive"),
     ("pcap_intf lo", "unknown directive, expected PCAP_INTF"),
     ("KEY abc", "unknown directive"), ("GUARD_PORT tcp/22", "unknown directive"),
@@ -327,9 +335,18 @@ BAD_STANZA = (
     ("OPEN_PORTS tcp/22,,udp/53", "tcp/PORT"), ("OPEN_PORTS ,", "tcp/PORT"),
     ("OPEN_PORTS tcp/0", "tcp/PORT"), ("OPEN_PORTS tcp/65536", "tcp/PORT"),
     ("OPEN_PORTS tcp/22 udp/53", "tcp/PORT"), ("OPEN_PORTS any", "tcp/PORT"),
+    ("GPG_HOME_DIR gnupg", "absolute"), ("GPG_EXE gpg", "absolute"),
+    ("GPG_DECRYPT_PW __CHANGEME__", "__CHANGEME__"), ("GPG_DECRYPT_PW " + "x" * 256, "255"),
+    ("GPG_ALLOW_NO_PW 1", "Y or N"), ("GPG_REQUIRE_SIG 0", "Y or N"),
+    ("GPG_DISABLE_SIG -", "Y or N"), ("GPG_IGNORE_SIG_VERIFY_ERROR 1", "Y or N"),
+    ("GPG_REMOTE_ID 1234567", "8 or 16 or 40"), ("GPG_REMOTE_ID 1234567G", "8 or 16 or 40"),
+    ("GPG_REMOTE_ID 12345678,", "8 or 16 or 40"), ("GPG_REMOTE_ID 0x12345678", "8 or 16 or 40"),
+    ("GPG_REMOTE_ID 12345678 12345678 1", "8 or 16 or 40"), ("GPG_REMOTE_ID bob@x", "hex digits"),
+    ("GPG_FINGERPRINT_ID 12345678", "40 hex"), ("GPG_FINGERPRINT_ID " + "A" * 39, "40 hex"),
+    ("GPG_NO_SUCH_NAME 1", "unknown directive"),
     ("RESTRICT_PORTS tcp/x", "tcp/PORT"), ("RESTRICT_PORTS 22", "tcp/PORT"),
     ("HMAC_DIGEST_TYPE SHA224", "MD5, SHA1"), ("HMAC_DIGEST_TYPE SHA3", "MD5, SHA1"),
-    ("ENCRYPTION_MODE GCM", "CBC, ECB"), ("ENCRYPTION_MODE Asymmetric", "not supported yet"),
+    ("ENCRYPTION_MODE GCM", "CBC, ECB"), ("ENCRYPTION_MODE Asymmetric", "GPG_DECRYPT_ID"),
     ("ENCRYPTION_MODE PCBC", "CBC, ECB"), ("FW_ACCESS_TIMEOUT -1", "0 to 8388608"),
     ("FW_ACCESS_TIMEOUT 8388609", "0 to 8388608"), ("FW_ACCESS_TIMEOUT 30s", "0 to 8388608"),
     ("FW_ACCESS_TIMEOUT \xb2", "0 to 8388608"), ("MAX_FW_TIMEOUT 0", "1 to 8388608"),
@@ -383,7 +400,7 @@ GOOD_STANZA = (
 )
 IGNORED_SERVER = [name for name in SERVER_NAMES if name not in SPEC_DEFAULTS
                   and name not in ("PCAP_FILE",)]
-IGNORED_STANZA = [name for name in STANZA_NAMES if name.startswith(("GPG_", "CMD_EXEC", "CMD_SUDO"))
+IGNORED_STANZA = [name for name in STANZA_NAMES if name.startswith(("CMD_EXEC", "CMD_SUDO"))
                   or name in ("ENABLE_CMD_EXEC", "ENABLE_CMD_SUDO_EXEC")]
 
 
@@ -451,7 +468,8 @@ class DirectiveTest(ConfigCase):
 
     def test_every_supported_directive_is_in_the_table_of_bad_values(self) -> None:
         """Or its parser is not tested; these take everything, or are tested below."""
-        takes_all = {"SYSLOG_IDENTITY", "KEY", "KEY_BASE64", "HMAC_KEY", "HMAC_KEY_BASE64"}
+        takes_all = {"SYSLOG_IDENTITY", "KEY", "KEY_BASE64", "HMAC_KEY", "HMAC_KEY_BASE64",
+                     "GPG_DECRYPT_ID"}
         tried = {line.split()[0] for line, _ in BAD_SERVER + BAD_STANZA}
         self.assertEqual(set(), set(SPEC_DEFAULTS) - tried - takes_all)
         self.assertEqual(set(), set(OUR_NAMES) - tried)
@@ -533,8 +551,8 @@ class StanzaTest(ConfigCase):
                 ("SOURCE ANY\nOPEN_PORTS tcp/22\n", "access.conf:1: SOURCE: expected a KEY"),
                 (KEYED + "SOURCE ANY\n", "access.conf:4: SOURCE: expected a KEY or KEY_BASE64"),
                 ("SOURCE ANY\nHMAC_KEY h\n", "access.conf:1: SOURCE: expected a KEY"),
-                ("SOURCE ANY\nGPG_DECRYPT_ID ABCD1234\nGPG_ALLOW_NO_PW Y\n",
-                 "access.conf:1: SOURCE: expected a KEY")):
+                ("SOURCE ANY\nGPG_ALLOW_NO_PW Y\nGPG_REMOTE_ID ABCD1234\n",
+                 "access.conf:1: SOURCE: expected a KEY or KEY_BASE64 in this stanza, or GPG_D")):
             with self.subTest(text=text):
                 self.assertTrue(self.error_of(text).startswith(expected), self.error_of(text))
 

@@ -1,0 +1,254 @@
+"""GPG packets of the real fwknop client: what they open, and what nobody can open with them."""
+
+import base64
+import os
+import subprocess
+import unittest
+from typing import Dict, List, Tuple
+
+from tests.gnupg import Keyring
+from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, Cable, Server,
+                         wait_for)
+from tests.support import needs_programs, needs_root
+from tests.test_gpg import other_words, strip
+
+KNOCK = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
+HMAC = "HMAC_KEY %s\n" % HMAC_KEY
+GUARD = "GUARD_PORTS tcp/22;\nFIREWALL_TYPE nft;\n"
+
+
+@needs_root
+@needs_programs("ip", "fwknop", "gpg", "gpgconf")
+class LiveGpgTest(unittest.TestCase):
+    """One cable, one home of the server's, one of the clients', a server for each test."""
+
+    server_ring: Keyring
+    client_ring: Keyring
+    recipients: Dict[str, str]
+    signers: Dict[str, str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Make the keys: the client's and the server's know each other, as fwknop wants it."""
+        cls.server_ring, cls.client_ring = Keyring(), Keyring()
+        cls.recipients = {kind: cls.server_ring.generate("server" + kind, kind)
+                          for kind in ("rsa2048", "rsa3072")}
+        cls.recipients["other"] = cls.client_ring.generate("elsewhere", "rsa2048")
+        for kind in ("rsa2048", "rsa3072"):
+            cls.client_ring.take(cls.server_ring, cls.recipients[kind])
+        for fingerprint in cls.recipients.values():
+            cls.client_ring.trust(fingerprint)
+        cls.signers = {name: cls.client_ring.generate(name, kind)
+                       for name, kind in (("good", "rsa3072"), ("second", "curve25519"),
+                                          ("wrong", "rsa2048"), ("untrusted", "rsa2048"),
+                                          ("revoked", "rsa2048"), ("unknown", "rsa2048"))}
+        for name, fingerprint in cls.signers.items():
+            if name != "unknown":
+                cls.server_ring.take(cls.client_ring, fingerprint)
+            if name not in ("unknown", "untrusted"):
+                cls.server_ring.trust(fingerprint)
+        cls.server_ring.revoke(cls.client_ring, cls.signers["revoked"])
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        """End the agents."""
+        cls.server_ring.close()
+        cls.client_ring.close()
+
+    def setUp(self) -> None:
+        """Plug a cable in."""
+        self.cable = Cable()
+        self.addCleanup(self.cable.close)
+        self.client = self.cable.client
+
+    def stanza(self, *signers: str, lines: str = "", recipient: str = "rsa2048") -> str:
+        """Return a stanza for one recipient that these may sign for; none: nobody is asked."""
+        names = ",".join(self.signers[each] for each in signers)
+        return ("SOURCE ANY\nGPG_HOME_DIR %s\nGPG_DECRYPT_ID %s\nGPG_ALLOW_NO_PW Y\n%s\n"
+                "FW_ACCESS_TIMEOUT 300\n%s"
+                % (self.server_ring.home, self.recipients[recipient],
+                   "GPG_FINGERPRINT_ID " + names if signers else "GPG_DISABLE_SIG Y", lines))
+
+    def serve(self, access: str, config: str = "", *options: str) -> Server:
+        """Start a server."""
+        return Server(self.cable.server, config, access, *options).start()
+
+    def options(self, signer: str = "", recipient: str = "rsa2048",
+                hmac_key: str = HMAC_KEY) -> List[str]:
+        """Return the client's options."""
+        words = ["--gpg-encryption", "--gpg-home-dir", self.client_ring.home,
+                 "--gpg-no-signing-pw", "--gpg-recipient-key", self.recipients[recipient]]
+        words += ["--gpg-signer-key", self.signers[signer]] if signer else []
+        return words + (["--key-hmac", hmac_key] if hmac_key else []) + KNOCK
+
+    def knock(self, server: Server, *arguments: str, expect: str = " opened ",
+              **more: str) -> str:
+        """Send a packet of the real client; return the line with `expect`."""
+        return server.knock(self.client, *self.options(*arguments, **more), program=FWKNOP,
+                            keys=[], expect=expect)
+
+    @needs_programs("nft")
+    def test_a_knock_opens_the_port(self) -> None:
+        """Signed, with HMAC: the port was closed, and is open."""
+        self.cable.server.listen(22)
+        server = self.serve(self.stanza("good", lines=HMAC), GUARD)
+        self.assertFalse(self.client.reaches(SERVER4, 22))
+        line = self.knock(server, "good")
+        self.assertIn("opened %s -> 0.0.0.0/0 tcp/22 for 300 seconds" % CLIENT4, line)
+        wait_for(lambda: self.client.reaches(SERVER4, 22, seconds=2), "the open port")
+        self.assertIn("Incoming SPA data signed by '%s' (fingerprint '%s')."
+                      % (self.signers["good"][-8:], self.signers["good"]), server.log())
+        self.assertEqual(0, server.stop())
+
+    def test_kinds(self) -> None:
+        """Recipients and signers of several kinds, with and without signature and HMAC."""
+        for recipient, signer, hmac_key in (
+                ("rsa2048", "good", ""), ("rsa2048", "second", ""), ("rsa2048", "", HMAC_KEY),
+                ("rsa2048", "", ""), ("rsa3072", "second", HMAC_KEY), ("rsa3072", "good", ""),
+                ("rsa3072", "", HMAC_KEY)):
+            with self.subTest(recipient=recipient, signer=signer, hmac=bool(hmac_key)):
+                access = self.stanza(*[signer] * bool(signer), lines=HMAC if hmac_key else "",
+                                     recipient=recipient)
+                server = self.serve(access, "", "-t")
+                self.knock(server, signer, recipient, hmac_key=hmac_key)
+                self.assertEqual(0, server.stop())
+
+    @needs_programs("nft")
+    def test_what_opens_nothing(self) -> None:
+        """Wrong signer, none, one we do not know, trust or that was revoked; wrong recipient."""
+        self.cable.server.listen(22)
+        server = self.serve(self.stanza("good", "untrusted", "revoked", "unknown", lines=HMAC),
+                            GUARD)
+        for arguments, hmac_key, expected in (
+                (("wrong",), HMAC_KEY, "Incoming SPA packet signed by: %s, but that fingerprint is "
+                 "not in the GPG_FINGERPRINT_ID list." % self.signers["wrong"]),
+                (("",), HMAC_KEY, "Error creating fko context: Missing GPG signature"),
+                (("unknown",), HMAC_KEY, "Bad GPG signature - GPG ERROR: ERRSIG"),
+                (("untrusted",), HMAC_KEY, "Bad GPG signature - GPG ERROR: TRUST_UNDEFINED"),
+                (("revoked",), HMAC_KEY, "Bad GPG signature - GPG ERROR: REVKEYSIG"),
+                (("good", "other"), HMAC_KEY, "Decryption operation failed - GPG ERROR: No secret"),
+                (("good",), "wrong", "FKO_ERROR_INVALID_DATA_HMAC_COMPAREFAIL"),
+                (("good",), "", "FKO_ERROR_INVALID_DATA_HMAC_COMPAREFAIL")):
+            with self.subTest(arguments=arguments, hmac_key=hmac_key):
+                line = self.knock(server, *arguments, hmac_key=hmac_key, expect=expected)
+                self.assertTrue(line.startswith("[%s] (stanza #1) " % CLIENT4), line)
+        self.assertNotIn(" opened ", server.log())
+        self.assertFalse(self.client.reaches(SERVER4, 22))
+        self.knock(server, "good")
+
+    def test_a_stanza_with_both(self) -> None:
+        """KEY and GPG in one stanza: each packet is opened by its own, from either client."""
+        server = self.serve(self.stanza("good", lines=HMAC + "KEY testkey\n"), "", "-t")
+        self.knock(server, "good")
+        for program in (FWKNOP, SPA_CLIENT):
+            server.knock(self.client, *KNOCK, program=program, keys=KEYS)
+
+    def packet(self, *arguments: str, **more: str) -> str:
+        """Return a packet of the real client, which was sent where nobody listens."""
+        path = self.client.path("packet")
+        self.client.run(*FWKNOP, *self.options(*arguments, **more), "-p", "9", "-B", path)
+        with open(path) as file:
+            return file.read().strip()
+
+    def test_a_captured_packet(self) -> None:
+        """Sent again, as it was and in other words, without HMAC, and after a restart."""
+        access = self.stanza("good")
+        server = self.serve(access, "", "-t")
+        payload = self.packet("good", hmac_key="")
+        message = base64.b64decode("hQ" + payload + "=" * (-len(payload) - 2 & 3))
+        others = [strip(each).decode() for _, each in sorted(other_words(message).items())]
+        self.assertGreater(len(others), 3)
+        self.client.send(SERVER4, 62201, payload)
+        server.wait_for(" opened ")
+        for restarted in range(2):
+            for again in [payload, payload + "="] + others[:4]:
+                mark = server.mark()
+                self.client.send(SERVER4, 62201, again)
+                server.wait_for("Replay detected from source IP: " + CLIENT4, mark)
+            if not restarted:
+                server.stop()
+                server.start()
+        self.assertNotIn(" opened ", server.log())
+
+    def counting(self) -> Tuple[str, str]:
+        """Return a gpg that counts its runs, and the file it counts in."""
+        directory = self.cable.server.path("gpg")
+        os.mkdir(directory)
+        program, runs = os.path.join(directory, "gpg"), os.path.join(directory, "runs")
+        with open(program, "w") as file:
+            file.write("#!/bin/sh\ncase \"$*\" in *--decrypt*) echo >>%s;; esac\n"
+                       "exec gpg \"$@\"\n" % runs)
+        os.chmod(program, 0o700)
+        with open(runs, "w"):
+            return program, runs
+
+    def test_a_flood_without_hmac(self) -> None:
+        """Junk that names the right key starts gpg a few times; a knock later gets through."""
+        program, runs = self.counting()
+        server = self.serve(self.stanza("good"), "GPG_EXE %s;\n" % program, "-t")
+        payload = self.packet("good", hmac_key="")
+        junk = [payload[:300] + "%04d" % number + "0" * 200 for number in range(300)]
+        self.client.send(SERVER4, 62201, *junk)
+        self.client.send(SERVER4, 62201, *["A" * 1000] * 50)
+        server.wait_for("GPG packets without HMAC come too fast")
+
+        def opened() -> bool:
+            self.client.run(*FWKNOP, *self.options("good", hmac_key=""))
+            return " opened " in server.log()
+
+        wait_for(opened, "a knock after the flood")
+        server.stop()
+        with open(runs) as file:
+            self.assertLessEqual(len(file.read().splitlines()), 30)
+        self.assertRegex(server.log(), r"Packets seen: .*\b[1-9]\d\d gpg too fast")
+
+    def test_starts_and_reloads(self) -> None:
+        """A missing key or gpg: exit code 3 with file and line; a reload keeps the old settings."""
+        good = self.stanza("good", lines=HMAC)
+        bad = good.replace(self.recipients["rsa2048"], self.signers["good"])
+        for access, config, expected in (
+                (bad, "", ":3: GPG_DECRYPT_ID: expected a secret key: "),
+                (good, "GPG_EXE /no/such/gpg;\n", ":3: GPG_DECRYPT_ID: there is no program /no/s"),
+                (good.replace(self.server_ring.home, "/no/such/home"), "",
+                 ":3: GPG_DECRYPT_ID: expected a secret key: ")):
+            server = Server(self.cable.server, config, access)
+            for option in ("-t", "--exit-parse-config"):
+                code, text = server.command(option)
+                self.assertEqual(3, code, text)
+                self.assertIn(expected, text)
+            code, text = server.command("-D")
+            self.assertEqual(0, code, text)
+        server = self.serve(good, "", "-t")
+        server.configure(access=bad)
+        server.send_signal(1)
+        server.wait_for("going on with the old settings")
+        self.knock(server, "good")
+        server.configure(access=self.stanza("wrong", lines=HMAC))
+        mark = server.mark()
+        server.send_signal(1)
+        server.wait_for("Got SIGHUP", mark)
+        self.knock(server, "wrong")
+
+    @needs_programs("fwknopd", "iptables")
+    def test_fwknopd_reads_the_same_stanza(self) -> None:
+        """The real server opens to the same packets by the same access.conf."""
+        server = Server(self.cable.server, "ENABLE_UDP_SERVER Y;\n", self.stanza("good"))
+        daemon = self.cable.server.start("fwknopd", "-f", "-t", *server.files)
+        daemon.wait_for("Kicking off UDP server")
+        self.client.run(*FWKNOP, *self.options("good", hmac_key=""))
+        daemon.wait_for("--test mode enabled, skipping firewall manipulation.")
+        self.assertIn("fingerprint '%s'" % self.signers["good"], daemon.output())
+
+    def test_the_agent_holds_nothing(self) -> None:
+        """After a kill the next server starts: gpg-agent lives on, and has no lock or socket."""
+        server = self.serve(self.stanza("good", lines=HMAC), "", "-t", "-U")
+        self.knock(server, "good")
+        server.stop(9)
+        subprocess.check_call(["gpg-connect-agent", "--homedir", self.server_ring.home,
+                               "--no-autostart", "/bye"])
+        server.start()
+        self.knock(server, "good")
+
+
+if __name__ == "__main__":
+    unittest.main()
