@@ -1281,8 +1281,8 @@ def parse_group(text: str) -> int:
 
 
 def parse_template(text: str) -> Tuple[str, ...]:
-    """The words of a CMD_CYCLE command, split before anything is put in; `NONE` has none."""
-    words = [] if text == "NONE" else text.encode("latin-1").split()
+    """The words of a CMD_CYCLE command, split before anything is put in for a variable."""
+    words = text.encode("latin-1").split()
     if len(words) > MAX_WORDS:
         raise ValueError("expected at most %d words" % MAX_WORDS)
     if words and not find_program(os.fsdecode(words[0])):
@@ -1355,7 +1355,8 @@ class Stanza(Settings):
     sudo_group = Directive("CMD_SUDO_EXEC_GROUP", optional(parse_group), "", "sudo's -g")
     cycle_open = Directive("CMD_CYCLE_OPEN", parse_template, "",
                            "command that opens, in place of the firewall")
-    cycle_close = Directive("CMD_CYCLE_CLOSE", parse_template, "",
+    cycle_close = Directive("CMD_CYCLE_CLOSE",
+                            lambda text: () if text == "NONE" else parse_template(text), "",
                             "command that closes again, or NONE")
     cycle_seconds = Directive("CMD_CYCLE_TIMER", optional(integer(1, 8388608, "seconds")), "",
                               "how long until then, unless the client asks for a time")
@@ -3556,8 +3557,9 @@ class Server:
                 self.grants.open(verdict.doors, verdict.seconds)
         except CommandError as error:
             self.log.error(str(error))
-            what = "command" if by_commands else "firewall"
-            raise PacketRejected(what, "nothing was opened: the %s failed" % what) from None
+            why = (("command", "a command could not be started") if by_commands else
+                   ("firewall", "nothing was opened: the firewall failed"))
+            raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
         doors = ", ".join(map(str, verdict.doors))
         self.log.info("(stanza #%d) user %s (client %s) %s" % (

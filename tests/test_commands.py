@@ -133,7 +133,8 @@ COMMANDS = (
     (ALLOWED + "REQUIRE_SOURCE Y", "0.0.0.0,id", "no address"),
     (ALLOWED + "REQUIRE_USERNAME joe", "10.55.0.2,id", "user"),
     # sudo: nothing of the client's is an option or a variable of it
-    (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y", "10.55.0.2,-u root id", ["SUDO", "--", "-u", "root", "id"]),
+    (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y", "10.55.0.2,-u root id",
+     ["SUDO", "--", "-u", "root", "id"]),
     (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y\nCMD_SUDO_EXEC_USER nobody", "10.55.0.2,LD_PRELOAD=x id",
      ["SUDO", "-u", "nobody", "--", "LD_PRELOAD=x", "id"]),
     (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y\nCMD_SUDO_EXEC_USER nobody\nCMD_SUDO_EXEC_GROUP root",
@@ -254,7 +255,8 @@ class WordsTest(CommandCase):
 
     def test_warnings(self) -> None:
         """Commands as root are said; with a user or sudo they are not."""
-        for lines, said in ((ALLOWED, True), (ALLOWED + "CMD_EXEC_USER nobody\n", False), ("", False),
+        for lines, said in (("", False), (ALLOWED, True),
+                            (ALLOWED + "CMD_EXEC_USER nobody\n", False),
                             (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y\n", False)):
             path = os.path.join(self.directory, "access.conf")
             with open(path, "w") as stream:
@@ -298,7 +300,8 @@ class RunTest(CommandCase):
         path = self.script('echo "out: $*"; echo err >&2; exit 3')
         text = self.run_command(path + " a 'b c'")
         label = "[10.55.0.2] (stanza #1) "
-        self.assertIn(label + "Processing SPA Command message: command='%s a 'b c''.\n" % path, text)
+        self.assertIn(label + "Processing SPA Command message: command='%s a 'b c''.\n" % path,
+                      text)
         self.assertIn(label + "Running command '%s a 'b c''\n" % path, text)
         self.assertIn("(stanza #1) user bob (client 3.0.0) ran a command\n", text)
         self.assertTrue(text.endswith("CMD_EXEC: out: a 'b c'\nCMD_EXEC: err\n"
@@ -345,7 +348,7 @@ class RunTest(CommandCase):
             with self.subTest(words=words):
                 text = self.run_command(words)
                 self.assertIn("%s: %s\n" % (words, why), text)
-                self.assertIn("nothing was opened: the command failed", text)
+                self.assertIn("a command could not be started", text)
                 self.assertEqual({"command": 1}, dict(self.made.counts))
                 self.assertEqual([], self.made.commands.running)
 
@@ -398,7 +401,7 @@ class RunTest(CommandCase):
             self.assertIn("CMD_EXEC: uid=%d(nobody) gid=%d(tty) groups=%d(tty)\n"
                           % (nobody, tty, tty), text)
         else:
-            self.assertIn("nothing was opened: the command failed", text)
+            self.assertIn("a command could not be started", text)
             self.assertNotIn("uid=", text)
 
     def test_too_many(self) -> None:
@@ -408,7 +411,7 @@ class RunTest(CommandCase):
         text = self.knock("10.55.0.2,touch %s/got" % self.directory, 0)
         made.commands.running = running
         self.assertIn("too many commands: %d run" % server.MAX_RUNNING, text)
-        self.assertIn("nothing was opened: the command failed", text)
+        self.assertIn("a command could not be started", text)
         self.knock("10.55.0.2,id", 0)
         self.assertIn("CMD_EXEC: command returned 0", self.wait_until_ended())
         self.assertFalse(os.path.exists(os.path.join(self.directory, "got")))
@@ -456,7 +459,8 @@ class CycleTest(CommandCase):
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
         label, path = "[10.55.0.2] (stanza #1) ", self.directory
         lines = [label + "Running CMD_CYCLE_OPEN command: %s/open 10.55.0.2 22" % path,
-                 label + "Running CMD_CYCLE_CLOSE command in 1 seconds: %s/close 10.55.0.2 22" % path,
+                 label + "Running CMD_CYCLE_CLOSE command in 1 seconds: %s/close 10.55.0.2 22"
+                 % path,
                  "(stanza #1) user bob (client 3.0.0) opened 10.55.0.2 -> 0.0.0.0/0 tcp/22 for 1 "
                  "seconds", "CMD_CYCLE_OPEN: command returned 0, pid_status: 0",
                  label + "Timer expired, running CMD_CYCLE_CLOSE command: %s/close 10.55.0.2 22"
@@ -478,7 +482,8 @@ class CycleTest(CommandCase):
         """It closes once and later, and what opened is not run again."""
         made = self.serve(self.cycle(seconds=60))
         self.knock()
-        switch = list(made.commands.cycles.values())[0].switch
+        (cycle,) = made.commands.cycles.values()
+        switch = cycle.switch
         self.wait_until_ended()
         text = self.knock(kind=3, timeout=200)
         self.assertIn("Running CMD_CYCLE_CLOSE command in 200 seconds", text)
@@ -529,7 +534,7 @@ class CycleTest(CommandCase):
         os.unlink(os.path.join(self.directory, "open"))
         text = self.knock()
         self.assertIn("/open 10.55.0.2 22: No such file or directory\n", text)
-        self.assertIn("nothing was opened: the command failed", text)
+        self.assertIn("a command could not be started", text)
         self.assertEqual({}, made.commands.cycles)
         self.wait_for(lambda: not made.commands.switches, "the end of the switch")
         self.assertEqual([], self.got())
@@ -558,7 +563,8 @@ class CycleTest(CommandCase):
         """It closes two seconds late; told to end, it closes at once; the server sees that."""
         made = self.serve(self.cycle(seconds=1))
         self.knock()
-        switch = list(made.commands.cycles.values())[0].switch
+        (cycle,) = made.commands.cycles.values()
+        switch = cycle.switch
         end = time.monotonic() + PATIENCE
         while len(self.got()) < 2 and time.monotonic() < end:
             time.sleep(0.05)  # the server does not look
@@ -569,7 +575,8 @@ class CycleTest(CommandCase):
         self.serve(self.cycle(seconds=60)).commands.check_due = 0
         self.knock()
         self.wait_until_ended()
-        switch = list(self.made.commands.cycles.values())[0].switch
+        (cycle,) = self.made.commands.cycles.values()
+        switch = cycle.switch
         self.wait_for(lambda: len(group_of(switch.pid)) == 2, "the switch's sleep")
         os.killpg(switch.pid, signal.SIGTERM)
         self.wait_for(lambda: len(self.got()) == 4, "the close")
@@ -581,7 +588,7 @@ class CycleTest(CommandCase):
     def test_too_many_cycles(self) -> None:
         """One more than the limit is rejected, all ports of it."""
         made = self.serve(self.cycle(seconds=60))
-        made.commands.cycles = {number: None for number in range(server.MAX_CYCLES - 1)}
+        made.commands.cycles = dict.fromkeys(range(server.MAX_CYCLES - 1))
         text = self.knock("10.55.0.2,tcp/22,tcp/23")
         self.assertIn("%d wait to close" % (server.MAX_CYCLES - 1), text)
         self.assertEqual(server.MAX_CYCLES - 1, len(made.commands.cycles))

@@ -365,6 +365,8 @@ BAD_STANZA = (
     ("CMD_CYCLE_OPEN /no/such/program", "program that can be run"),
     ("CMD_CYCLE_CLOSE no-such-program-anywhere $IP", "program that can be run"),
     ("CMD_CYCLE_CLOSE /etc/passwd", "program that can be run"),
+    ("CMD_CYCLE_OPEN NONE", "program that can be run"),
+    ("CMD_CYCLE_CLOSE none", "program that can be run"),
     ("CMD_CYCLE_OPEN /bin/sh" + " x" * 30, "at most 30 words"),
     ("FORCE_MASQUERADE maybe", ""), ("NO_SUCH_NAME 1", "unknown directive"),
     ("open_ports tcp/22", "unknown directive, expected OPEN_PORTS"),

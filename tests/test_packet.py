@@ -610,7 +610,7 @@ class FieldTest(unittest.TestCase):
                     self.assertEqual(kind == 0, not packet.ports)
 
     def test_types_without_a_server_yet(self) -> None:
-        """What types 2, 4, 5 and 6 ask for is rejected with `not supported yet`; 0 is not allowed."""
+        """Types 2, 4, 5 and 6 are rejected with `not supported yet`, and 0 is not allowed."""
         stanza = server.Stanza(1)
         datagram = server.Datagram(b"", b"\x0a\x37\0\2", 1, b"\x0a\x37\0\1", 62201)
         seen = set()
