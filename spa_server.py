@@ -5,7 +5,7 @@ This is a server for fwknop's single packet authorization (SPA). It reads fwknop
 access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
 Python's standard library.
 
-The life of a datagram, in the order of Server.receive() and Server.admit() in section 20:
+The life of a datagram, in the order of Server.receive() and Server.admit() in section 21:
 
   capture    a packet socket with a kernel filter, or a UDP socket          sections 9, 14
   form       length and alphabet, before any key is touched                 section 4
@@ -15,6 +15,7 @@ The life of a datagram, in the order of Server.receive() and Server.admit() in s
   judge      user, address, ports, expiry: what may this packet open?       section 8
   open       the firewall gets the grant, and ends it by itself             sections 19, 15 to 17
   close      by the kernel when its time has come; by this server too       section 19
+  run        instead of opening, where a stanza says so: commands           section 20
 
 Contents. Sections 1 to 9 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else.
@@ -41,10 +42,11 @@ From here on the machine is touched.
   17. iptables
   18. Choice of a firewall
   19. Grants
-  20. Server
-  21. Process
-  22. First configuration
-  23. Command line
+  20. Commands
+  21. Server
+  22. Process
+  23. First configuration
+  24. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -1153,7 +1155,6 @@ WORD_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345678
 NOT_YET = "not supported yet"
 NO_NAT = "NAT is %s, such packets are rejected" % NOT_YET
 NO_HTTP = "SPA over HTTP is " + NOT_YET
-NO_COMMANDS = "commands are %s, such packets are rejected" % NOT_YET
 OWN_PORTS = "%s is " + NOT_YET + ", and without it this host's own ports would open"
 FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(8))
 
@@ -1197,6 +1198,10 @@ class ServerSettings(Settings):
                                "close all grants at start instead of going on with them")
     flush_at_stop = Directive("FLUSH_IPT_AT_EXIT", parse_flag, "Y",
                               "close all grants at a clean stop; N: the kernel ends them")
+    command_seconds = Directive("CMD_EXEC_TIMEOUT", integer(1, 86400, "seconds"), "60",
+                                "how long a command may run until it is ended")
+    sudo_program = Directive("SUDO_EXE", parse_path, "/usr/bin/sudo",
+                             "what ENABLE_CMD_SUDO_EXEC runs commands through")
     syslog_identity = Directive("SYSLOG_IDENTITY", str, "fwknopd", "name in syslog")
     syslog_facility = Directive("SYSLOG_FACILITY", choice(*FACILITIES), "LOG_DAEMON",
                                 "LOG_DAEMON, LOG_LOCAL0 to LOG_LOCAL7")
@@ -1221,7 +1226,6 @@ class ServerSettings(Settings):
     nat = Ignored("ENABLE_IPT_FORWARDING ENABLE_IPT_LOCAL_NAT ENABLE_IPT_SNAT SNAT_TRANSLATE_IP "
                   "ENABLE_NAT_DNS IPT_FORWARD_ACCESS IPT_DNAT_ACCESS IPT_SNAT_ACCESS "
                   "IPT_MASQUERADE_ACCESS", NO_NAT)
-    commands = Ignored("CMD_EXEC_TIMEOUT SUDO_EXE", NO_COMMANDS)
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
     promiscuous = Ignored("ENABLE_PCAP_PROMISC", "what is sent to this host arrives without it")
@@ -1329,6 +1333,65 @@ def parse_date(text: str) -> int:
     return seconds
 
 
+class Account(NamedTuple):
+    """Who runs a command."""
+
+    user: str
+    group: str
+    uid: int
+    gid: int
+    groups: Tuple[int, ...]
+
+
+def parse_account(text: str) -> Account:
+    """A user of this host with the user's own group and all others."""
+    import grp
+    import pwd
+    try:
+        _, _, uid, gid, *_ = pwd.getpwnam(text)
+        group = grp.getgrgid(gid).gr_name
+    except KeyError:
+        raise ValueError("expected a user of this host") from None
+    return Account(text, group, uid, gid, tuple(os.getgrouplist(text, gid)))
+
+
+def parse_group(text: str) -> int:
+    """The number of a group of this host."""
+    import grp
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise ValueError("expected a group of this host") from None
+
+
+def parse_template(text: str) -> Tuple[str, ...]:
+    """The words of a CMD_CYCLE command, split before anything is put in for a variable."""
+    words = text.encode("latin-1").split()
+    if len(words) > MAX_WORDS:
+        raise ValueError("expected at most %d words" % MAX_WORDS)
+    if words and not find_program(os.fsdecode(words[0])):
+        raise ValueError("expected a program that can be run")
+    template = tuple(word.decode("latin-1") for word in words)
+    for word in template:
+        fill_in(word, dict.fromkeys(CYCLE_VARIABLES, ""))
+    return template
+
+
+def fill_in(word: str, values: Dict[str, Any]) -> str:
+    """`word` with a value for each variable, $IP; of two names that fit the longer one (fwknop)."""
+    filled, *parts = word.split("$")
+    for part in parts:
+        name = max((name for name in CYCLE_VARIABLES if part.startswith(name)), key=len, default="")
+        if not name:
+            raise ValueError("expected only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
+        filled += str(values[name]) + part[len(name):]
+    return filled
+
+
+MAX_WORDS = 30  # of a command (fwknop spec 3.8)
+CYCLE_VARIABLES = ("IP", "SRC", "PKT_SRC", "DST", "PORT", "PROTO", "TIMEOUT", "CLIENT_TIMEOUT")
+
+
 class Stanza(Settings):
     """A stanza of access.conf: whose packets these are, and what they may open."""
 
@@ -1382,13 +1445,27 @@ class Stanza(Settings):
     gpg_disable_sig = Directive("GPG_DISABLE_SIG", parse_flag, "N", "do not ask who signed")
     gpg_any_trust = Directive("GPG_IGNORE_SIG_VERIFY_ERROR", parse_flag, "N",
                               "signers may be untrusted in gpg's eyes, or expired")
+    enable_commands = Directive("ENABLE_CMD_EXEC", parse_flag, "N",
+                                "run the commands of command messages")
+    command_user = Directive("CMD_EXEC_USER", optional(parse_account), "",
+                             "user that this stanza's commands run as; without it the server's")
+    command_group = Directive("CMD_EXEC_GROUP", optional(parse_group), "",
+                              "their only group; without it all of that user's")
+    enable_sudo = Directive("ENABLE_CMD_SUDO_EXEC", parse_flag, "N",
+                            "run the commands of command messages through sudo")
+    sudo_user = Directive("CMD_SUDO_EXEC_USER", optional(parse_account), "", "sudo's -u")
+    sudo_group = Directive("CMD_SUDO_EXEC_GROUP", optional(parse_group), "", "sudo's -g")
+    cycle_open = Directive("CMD_CYCLE_OPEN", parse_template, "",
+                           "command that opens, in place of the firewall")
+    cycle_close = Directive("CMD_CYCLE_CLOSE",
+                            lambda text: () if text == "NONE" else parse_template(text), "",
+                            "command that closes again, or NONE")
+    cycle_seconds = Directive("CMD_CYCLE_TIMER", optional(integer(1, 8388608, "seconds")), "",
+                              "how long until then, unless the client asks for a time")
 
     nat = Refused("FORCE_NAT FORCE_SNAT", OWN_PORTS % "NAT")
     nat_flags = Refused("FORCE_MASQUERADE DISABLE_DNAT", OWN_PORTS % "NAT", "N")
     forward_all = Refused("FORWARD_ALL", OWN_PORTS % "forwarding", "N")
-    cycle = Refused("CMD_CYCLE_OPEN CMD_CYCLE_CLOSE CMD_CYCLE_TIMER", OWN_PORTS % "a command cycle")
-    commands = Ignored("ENABLE_CMD_EXEC CMD_EXEC_USER CMD_EXEC_GROUP ENABLE_CMD_SUDO_EXEC "
-                       "CMD_SUDO_EXEC_USER CMD_SUDO_EXEC_GROUP", NO_COMMANDS)
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -1417,6 +1494,7 @@ class Stanza(Settings):
         self.for_all = self.source.everything and self.destination.everything
         self.expires = min((end for end in (self.expire_epoch, self.expire_date)
                             if end is not None), default=None)
+        texts += self.check_commands()
         if self.keys and not hmac_key:
             texts.append("no HMAC_KEY: anybody can make this server decrypt, and fwknop's packets "
                          "without HMAC can be forged in part; keygen.py makes both keys")
@@ -1457,6 +1535,28 @@ class Stanza(Settings):
             raise self.error(base64, "expected only one of %s and %s" % (raw.name, base64.name))
         key: Secret = getattr(self, (raw if self.is_set(raw) else base64).attribute)
         return key
+
+    def check_commands(self) -> List[str]:
+        """Checks that what belongs together among the directives of commands is there; warnings."""
+        needs: List[Tuple[Directive[Any], Directive[Any]]] = [
+            (Stanza.command_group, Stanza.command_user),
+            (Stanza.sudo_user, Stanza.enable_sudo), (Stanza.sudo_group, Stanza.enable_sudo),
+            (Stanza.cycle_close, Stanza.cycle_open), (Stanza.cycle_seconds, Stanza.cycle_open),
+            (Stanza.cycle_open, Stanza.cycle_close)]
+        needs += [(Stanza.cycle_open, Stanza.cycle_seconds)] * bool(self.cycle_close)
+        for row, needed in needs:
+            if self.is_set(row) and not self.is_set(needed):
+                raise self.error(row, "expected %s with it" % needed.name)
+        return ["ENABLE_CMD_EXEC Y without CMD_EXEC_USER: who holds its keys runs commands as root"
+                ] * (self.enable_commands and not (self.command_user or self.enable_sudo))
+
+    @property
+    def account(self) -> Optional[Account]:
+        """Who runs this stanza's commands; None is who runs this server."""
+        user, gid = self.command_user, self.command_group
+        if user is None or gid is None:
+            return user
+        return user._replace(group=self.texts["CMD_EXEC_GROUP"], gid=gid, groups=(gid,))
 
     def admits(self, datagram: Datagram) -> bool:
         """Whether SOURCE and DESTINATION let this datagram try the stanza's keys."""
@@ -1568,7 +1668,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
 
 
 class Verdict(NamedTuple):
-    """What a packet may do: doors to open, and for how many seconds."""
+    """What a packet may do: doors to open, and for how many seconds; none for a command."""
 
     doors: List[Door]
     seconds: int
@@ -1584,8 +1684,10 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: 
                              % (socket_text(datagram.source), TYPE_NAMES[packet.type]),
                              "{stanza}{text}")
     if packet.type == COMMAND:
-        raise PacketRejected("unsupported", "SPA Command messages are not allowed in the current "
-                             "configuration. (not supported yet)")
+        if not stanza.enable_commands or stanza.cycle_open:
+            raise PacketRejected("command", "SPA Command messages are not allowed in the current "
+                                 "configuration.")
+        return Verdict([], 0)
     check_ports(packet, stanza)
     seconds = open_seconds(packet, stanza, now)
     address = packet.address or parse_address(socket_text(datagram.source))
@@ -1620,7 +1722,8 @@ def check_ports(packet: Packet, stanza: Stanza) -> None:
 
 def open_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
     """For how long to open: what the client asks for or the stanza says, within its limits."""
-    seconds = min(packet.timeout, stanza.max_seconds) or stanza.open_seconds
+    usual = stanza.cycle_seconds or stanza.open_seconds
+    seconds = min(packet.timeout, stanza.max_seconds) or usual
     if not seconds:
         raise PacketRejected("no time", "FW_ACCESS_TIMEOUT is 0 and the client asked for no time.")
     if stanza.expires is not None:
@@ -1631,6 +1734,55 @@ def open_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
 def socket_text(packed: bytes) -> str:
     """A packed address of 4 or 16 bytes as text."""
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+class Command(NamedTuple):
+    """A program with its arguments, and who runs it; None is who runs this server."""
+
+    words: Tuple[bytes, ...]
+    account: Optional[Account]
+
+    def __str__(self) -> str:
+        """The words as fwknopd's log shows them."""
+        return b" ".join(self.words).decode("latin-1")
+
+    @property
+    def runner(self) -> str:
+        """Who runs it, for the log."""
+        return "" if self.account is None else (
+            " setuid/setgid user/group to %s/%s (UID=%d,GID=%d)" % self.account[:4])
+
+
+def client_command(packet: Packet, stanza: Stanza, sudo: str) -> Command:
+    """What a command message runs: words between blanks, no shell, no quotes (fwknop spec 3.8).
+
+    Behind `--`, sudo takes none of them for an option or a variable.
+    """
+    words, prefix = packet.command.encode("latin-1").split(), [sudo]
+    if not 0 < len(words) <= MAX_WORDS or "\0" in packet.command:
+        raise PacketRejected("command", "A command has 1 to %d words without zero bytes."
+                             % MAX_WORDS)
+    for option, row in (("-u", Stanza.sudo_user), ("-g", Stanza.sudo_group)):
+        prefix += [option, stanza.texts[row.name]] if stanza.is_set(row) else []
+    if stanza.enable_sudo:
+        words = [os.fsencode(word) for word in prefix + ["--"]] + words
+    return Command(tuple(words), stanza.account)
+
+
+def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
+                   now: float) -> List[Command]:
+    """The commands that open a door and close it again; without words for NONE.
+
+    A packet gets into them only as parsed addresses and numbers.
+    """
+    source = door.source if door.source.num_addresses > 1 else door.source.network_address
+    values = {"IP": source, "SRC": source, "PKT_SRC": socket_text(datagram.source),
+              "DST": socket_text(datagram.destination), "PORT": door.port,
+              "PROTO": PROTOCOL_NUMBERS[door.protocol], "TIMEOUT": int(now) + seconds,
+              "CLIENT_TIMEOUT": seconds}
+    return [Command(tuple(fill_in(word, values).encode("latin-1") for word in words),
+                    stanza.account)
+            for words in (stanza.cycle_open, stanza.cycle_close)]
 
 
 # ======================================================================================
@@ -3332,6 +3484,8 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
     if test or settings.firewall == "none":
         return Firewall("--test mode enabled, skipping firewall manipulation." if test else
                         "FIREWALL_TYPE none: nothing is opened", log)
+    if not settings.guard_ports and all(stanza.cycle_open for stanza in stanzas):
+        return Firewall("every stanza opens by CMD_CYCLE_OPEN", log)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
     if kind == "auto":
@@ -3539,7 +3693,231 @@ class Grants:
 
 
 # ======================================================================================
-# 20. Server
+# 20. Commands
+#
+# Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
+# open and close in place of the firewall (CMD_CYCLE). The server never waits for one. No kernel
+# ends what a command opened, so a dead man's switch is set first: a process that closes it,
+# should this server not live to do so.
+# ======================================================================================
+
+COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+MAX_RUNNING, MAX_CYCLES = 32, 100  # a packet can ask for 30 ports
+MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
+GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
+STOP_SECONDS = 5.0  # how long a clean stop waits for commands
+SWITCH_SECONDS = 2  # how much later than the server its switch closes
+
+# SIGTERM ends only the sleep: whoever ends all processes of the service closes at once.
+SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
+
+
+def launch(command: Command, output: int) -> "subprocess.Popen[bytes]":
+    """Starts a program in a session of its own; it gets nothing of this process but `output`.
+
+    CommandError when it can't be started.
+    """
+    def become() -> None:
+        """In the child: signals and umask as usual, and then who it is, the user last."""
+        for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.umask(0o022)
+        if command.account is not None:
+            os.setgroups(command.account.groups)
+            os.setgid(command.account.gid)
+            os.setuid(command.account.uid)
+
+    try:
+        return subprocess.Popen(
+            command.words, bufsize=0, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
+            preexec_fn=become)  # noqa: PLW1509 -- there are no threads
+    except OSError as error:
+        raise CommandError("%s: %s" % (command, os.strerror(error.errno or 0))) from None
+    except (ValueError, subprocess.SubprocessError) as error:
+        raise CommandError("%s: %s" % (command, error)) from None
+
+
+def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
+    """Sends a signal to a program that has not ended, and to what it has started."""
+    try:
+        if popen.poll() is None:
+            os.killpg(popen.pid, number)
+    except OSError:  # sudo's is root's, and this server need not be
+        pass
+
+
+class Child:
+    """A command that runs, until `due` on the monotonic clock, and what it has printed."""
+
+    def __init__(self, kind: str, command: Command, due: float) -> None:
+        self.kind, self.command, self.due = kind, command, due
+        self.popen = launch(command, subprocess.PIPE)
+        assert self.popen.stdout is not None
+        self.output, self.printed = self.popen.stdout, b""
+        os.set_blocking(self.output.fileno(), False)
+        self.signal = signal.SIGTERM  # that ends it when it is due
+
+
+class Cycle:
+    """A command that opens, and one that closes in `seconds`; without words where nothing has to.
+
+    `limit` is how many seconds each may run, `label` says whose they are.
+    """
+
+    def __init__(self, kind: str, label: str, limit: int, seconds: int, opening: Command,
+                 closing: Command) -> None:
+        self.kind, self.label, self.limit = kind, label, limit
+        self.opening, self.closing = opening, closing
+        self.ends = time.monotonic() + seconds
+        self.opened: Child
+        self.switch: "subprocess.Popen[bytes]"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its command has opened or is about to, and its switch has not closed."""
+        return self.opened.popen.poll() in (None, 0) and self.switch.poll() is None
+
+
+class Commands:
+    """The commands that run, and those that will have to close."""
+
+    def __init__(self, selector: selectors.BaseSelector, log: Log, test: bool) -> None:
+        self.selector, self.log, self.test = selector, log, test
+        self.running: List[Child] = []
+        self.cycles: Dict[Command, Cycle] = {}  # what is open, by what closes it
+        self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
+
+    def run(self, cycles: List[Cycle]) -> None:
+        """Opens all; CommandError when they are too many, or one can't be started."""
+        if (len(self.running) + len(cycles) > MAX_RUNNING
+                or len(self.cycles) + len(cycles) > MAX_CYCLES):
+            raise CommandError("too many commands: %d run, and %d wait to close"
+                               % (len(self.running), len(self.cycles)))
+        for cycle in cycles:
+            if self.test:
+                self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
+            else:
+                self.open(cycle)
+
+    def start(self, kind: str, command: Command, limit: int) -> Child:
+        """Starts a command whose output and end come to the log; it has `limit` seconds."""
+        child = Child(kind, command, time.monotonic() + limit)
+        self.running.append(child)
+        self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
+        return child
+
+    def read(self, child: Child, last: bool = False) -> None:
+        """Takes what a command has printed, and throws away what is too much of it."""
+        if child.output.closed:
+            return
+        text = child.output.read(65536)
+        child.printed += (text or b"")[:MAX_OUTPUT + 1 - len(child.printed)]
+        if text == b"" or last:
+            self.selector.unregister(child.output)
+            child.output.close()
+
+    def finish(self, child: Child) -> None:
+        """Logs the output and the end of a command that has ended, in fwknop's words."""
+        self.running.remove(child)
+        self.read(child, last=True)
+        lines = child.printed[:MAX_OUTPUT].decode("latin-1").splitlines()
+        more = len(child.printed) > MAX_OUTPUT or len(lines) > MAX_OUTPUT_LINES
+        for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
+            self.log.info("%s: %s" % (child.kind, line))
+        code = child.popen.returncode
+        self.log.write(WARNING if code else INFO, "%s: command returned %d, pid_status: %d"
+                       % (child.kind, code, code))
+
+    def look(self) -> None:
+        """Takes leave of what has ended, ends what runs too long, and closes what is due."""
+        now = time.monotonic()
+        for child in self.running[:]:
+            if child.popen.poll() is not None:
+                self.finish(child)
+            elif now >= child.due:
+                self.log.warning("%s: %s: command runs for too long (CMD_EXEC_TIMEOUT)"
+                                 % (child.kind, child.command))
+                end_group(child.popen, child.signal)
+                child.signal, child.due = signal.SIGKILL, now + GRACE_SECONDS
+        for cycle in [cycle for cycle in self.cycles.values() if now >= cycle.ends]:
+            self.close(cycle, "Timer expired")
+        self.switches = [switch for switch in self.switches if switch.poll() is None]
+
+    def open(self, cycle: Cycle) -> None:
+        """Opens, and closes when it is time; CommandError when the command can't be started.
+
+        Asked for again while it is open, it closes later. The same command is not run twice then:
+        of two rules that it adds, the one that closes would delete one.
+        """
+        known = self.cycles.get(cycle.closing)
+        if known:
+            cycle.ends = max(cycle.ends, known.ends)
+        seconds = int(cycle.ends - time.monotonic() + 0.999)
+        if cycle.closing.words:
+            words = SWITCH + (b"%d" % (seconds + SWITCH_SECONDS),) + cycle.closing.words
+            cycle.switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
+        if known and known.opening == cycle.opening and known.is_open:
+            cycle.opened = known.opened
+        else:
+            self.log.info(("%sRunning command '%s'%s" if cycle.kind == "CMD_EXEC" else
+                           "%sRunning CMD_CYCLE_OPEN command: %s%s")
+                          % (cycle.label, cycle.opening, cycle.opening.runner))
+            try:
+                cycle.opened = self.start(cycle.kind, cycle.opening, cycle.limit)
+            except CommandError:
+                self.end_switch(cycle)
+                raise
+        if known:
+            self.end_switch(known)
+        if cycle.closing.words:
+            self.cycles[cycle.closing] = cycle
+            self.log.info("%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s"
+                          % (cycle.label, seconds, cycle.closing))
+
+    def end_switch(self, cycle: Cycle) -> None:
+        """Takes the switch of a cycle away, if it has one; look() takes note of its end."""
+        if cycle.closing.words:
+            end_group(cycle.switch, signal.SIGKILL)
+            self.switches.append(cycle.switch)
+
+    def close(self, cycle: Cycle, why: str) -> None:
+        """Starts what closes, also if what opens has failed: that may have done half its work."""
+        del self.cycles[cycle.closing]
+        end_group(cycle.opened.popen, signal.SIGKILL)  # or it might open after this
+        self.log.info("%s%s, running CMD_CYCLE_CLOSE command: %s%s"
+                      % (cycle.label, why, cycle.closing, cycle.closing.runner))
+        code = cycle.switch.poll()
+        if code is not None and code >= 0:  # this server was late, or somebody told the switch to
+            self.log.warning("CMD_CYCLE_CLOSE: its switch has run it, which returned %d" % code)
+            return
+        try:
+            self.start("CMD_CYCLE_CLOSE", cycle.closing, cycle.limit)
+            self.end_switch(cycle)  # not before: a crash in between may close twice, never not
+        except CommandError as error:
+            self.log.error("%s; its switch tries it again" % error)
+            self.switches.append(cycle.switch)
+
+    def next_due(self) -> float:
+        """When look() is due, on the monotonic clock."""
+        return min([child.due for child in self.running]
+                   + [cycle.ends for cycle in self.cycles.values()], default=FOR_EVER)
+
+    def stop(self) -> None:
+        """Closes everything at once, and waits a while for the commands that run."""
+        end = time.monotonic() + STOP_SECONDS
+        for cycle in list(self.cycles.values()):
+            self.close(cycle, "Shutting down")
+        while self.running and time.monotonic() < end:
+            time.sleep(0.01)
+            for child in self.running:
+                self.read(child)
+            self.look()
+
+
+# ======================================================================================
+# 21. Server
 #
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
@@ -3559,13 +3937,15 @@ class Configuration(NamedTuple):
 class Server:
     """What receives, judges, opens and closes."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
+                 test: bool = False) -> None:
         self.settings, self.stanzas = configuration.settings, configuration.stanzas
         self.log = log
         self.grants = Grants(firewall, log)
         self.memory = open_memory(self.settings, log)
         self.captures: List[Capture] = []
         self.selector = selectors.DefaultSelector()
+        self.commands = Commands(self.selector, log, test)
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.since = time.time()
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
@@ -3626,7 +4006,7 @@ class Server:
                                                     packet._replace(server_auth=None)))
                 verdict = judge(packet, stanza, datagram, self.settings.destination_rule,
                                 time.time())
-                self.open(verdict, packet, stanza)
+                self.open(verdict, packet, stanza, datagram)
                 return None
             except PacketRejected as reason:
                 reason.stanza = stanza.number
@@ -3640,18 +4020,40 @@ class Server:
             "source", "No access data found for source IP: %s" % socket_text(datagram.source),
             "{text}")
 
-    def open(self, verdict: Verdict, packet: Packet, stanza: Stanza) -> None:
-        """Opens the doors; rejects the packet when the firewall can't."""
+    def open(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
+        """Opens the doors, or runs commands instead; rejects the packet when that can't be done."""
+        by_commands = packet.type == COMMAND or bool(stanza.cycle_open)
         try:
-            self.grants.open(verdict.doors, verdict.seconds)
+            if by_commands:
+                self.commands.run(self.cycles(verdict, packet, stanza, datagram))
+            else:
+                self.grants.open(verdict.doors, verdict.seconds)
         except CommandError as error:
             self.log.error(str(error))
-            raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
+            why = (("command", "a command could not be started") if by_commands else
+                   ("firewall", "nothing was opened: the firewall failed"))
+            raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
-        self.log.info("(stanza #%d) user %s (client %s) opened %s for %d seconds" % (
-            stanza.number, packet.user, packet.version, ", ".join(map(str, verdict.doors)),
-            verdict.seconds))
-        self.note_opener("stanza #%d, user %s" % (stanza.number, packet.user), verdict.doors)
+        doors = ", ".join(map(str, verdict.doors))
+        self.log.info("(stanza #%d) user %s (client %s) %s" % (
+            stanza.number, packet.user, packet.version,
+            "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
+        if not by_commands:
+            self.note_opener("stanza #%d, user %s" % (stanza.number, packet.user), verdict.doors)
+
+    def cycles(self, verdict: Verdict, packet: Packet, stanza: Stanza,
+               datagram: Datagram) -> List[Cycle]:
+        """What a command message runs, or what opens the doors and closes them again."""
+        label = "[%s] (stanza #%d) " % (socket_text(datagram.source), stanza.number)
+        limit = self.settings.command_seconds
+        if packet.type == COMMAND:
+            command = client_command(packet, stanza, self.settings.sudo_program)
+            self.log.info("%sProcessing SPA Command message: command='%s'."
+                          % (label, packet.command))
+            return [Cycle("CMD_EXEC", label, limit, 0, command, Command((), None))]
+        return [Cycle("CMD_CYCLE_OPEN", label, limit, verdict.seconds,
+                      *cycle_commands(stanza, door, datagram, verdict.seconds, time.time()))
+                for door in verdict.doors]
 
     def note_opener(self, opener: str, doors: List[Door]) -> None:
         """Writes for --fw-list who opened doors: all else of a grant the kernel itself knows.
@@ -3811,9 +4213,11 @@ class Server:
         next_end = self.grants.next_end()
         if next_end is not None:
             due = min(due, next_end)
+        due = min(due, self.commands.next_due())
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         self.grants.expire()
+        self.commands.look()
         if time.monotonic() >= self.check_due:
             self.check_firewall()
 
@@ -3825,12 +4229,16 @@ class Server:
             len(self.grants.live), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
 
     def stop(self) -> None:
-        """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays."""
+        """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
+
+        What commands opened is closed in any case: nobody would remember to close it.
+        """
         self.log.info(self.report())
         self.memory.close()
         if self.grants.firewall.guard_ports:
             self.log.info("%s stay closed to everybody; --unguard opens them"
                           % port_list(self.grants.firewall.guard_ports))
+        self.commands.stop()
         if self.settings.flush_at_stop:
             try:
                 self.grants.flush()
@@ -3896,7 +4304,7 @@ def make_directory(path: str) -> None:
 
 
 # ======================================================================================
-# 21. Process
+# 22. Process
 #
 # Pid file, signals, background and reload.
 # ======================================================================================
@@ -3983,6 +4391,7 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
                        signal.SIGUSR2):
             signal.signal(number, lambda number, frame: self.pending.append(number))
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     def drain(self) -> None:
@@ -4030,7 +4439,7 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     for warning in configuration.warnings + guard_warnings(settings, firewall, test, log):
         log.warning(warning)
     log.info("Starting fwknopd")
-    server = Server(configuration, firewall, log)
+    server = Server(configuration, firewall, log, test)
     signals = Signals()
     server.selector.register(signals.reader, selectors.EVENT_READ, signals.drain)
     server.start(settings.flush_at_start)
@@ -4097,7 +4506,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
 
 
 # ======================================================================================
-# 22. First configuration
+# 23. First configuration
 #
 # `--init tcp/22`: keys and both files where there are none, and the client's stanza. More
 # stanzas are keygen.py's work.
@@ -4168,7 +4577,7 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 23. Command line
+# 24. Command line
 #
 # Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
 # ======================================================================================

@@ -270,7 +270,7 @@ SPEC_DEFAULTS = {
     "ACCESS_FILE": "$FWKNOP_CONF_DIR/access.conf", "ACCESS_FOLDER": "",
     "FWKNOP_PID_FILE": "$FWKNOP_RUN_DIR/fwknopd.pid",
     "DIGEST_FILE": "$FWKNOP_RUN_DIR/digest.cache", "FIREWALL_EXE": "/usr/sbin/iptables",
-    "VERBOSE": "",
+    "VERBOSE": "", "CMD_EXEC_TIMEOUT": "", "SUDO_EXE": "/usr/bin/sudo",
     "SOURCE": "ANY", "DESTINATION": "ANY", "OPEN_PORTS": "", "RESTRICT_PORTS": "", "KEY": "",
     "KEY_BASE64": "", "HMAC_KEY": "", "HMAC_KEY_BASE64": "", "HMAC_DIGEST_TYPE": "SHA256",
     "ENCRYPTION_MODE": "CBC", "FW_ACCESS_TIMEOUT": "30", "MAX_FW_TIMEOUT": "300",
@@ -278,7 +278,9 @@ SPEC_DEFAULTS = {
     "ACCESS_EXPIRE_EPOCH": "", "GPG_HOME_DIR": "~/.gnupg", "GPG_EXE": "/usr/bin/gpg",
     "GPG_DECRYPT_ID": "", "GPG_DECRYPT_PW": "", "GPG_ALLOW_NO_PW": "N", "GPG_REQUIRE_SIG": "Y",
     "GPG_DISABLE_SIG": "N", "GPG_IGNORE_SIG_VERIFY_ERROR": "N", "GPG_REMOTE_ID": "",
-    "GPG_FINGERPRINT_ID": "",
+    "GPG_FINGERPRINT_ID": "", "ENABLE_CMD_EXEC": "N", "CMD_EXEC_USER": "", "CMD_EXEC_GROUP": "",
+    "ENABLE_CMD_SUDO_EXEC": "N", "CMD_SUDO_EXEC_USER": "", "CMD_SUDO_EXEC_GROUP": "",
+    "CMD_CYCLE_OPEN": "", "CMD_CYCLE_CLOSE": "", "CMD_CYCLE_TIMER": "",
 }  # type: Dict[str, str]
 DIFFERENT = {
     "PCAP_INTF": "any: a box whose interface is not eth0 works without configuration",
@@ -286,6 +288,7 @@ DIFFERENT = {
     "FIREWALL_EXE": "unset: whichever of nft and iptables is needed, from PATH",
     "VERBOSE": "0 instead of unset",
     "GPG_EXE": "unset: gpg from PATH",
+    "CMD_EXEC_TIMEOUT": "60: fwknopd reads it and never uses it",
 }
 
 # (line, expected) of wrong values; the line's first word is the name in the message
@@ -321,7 +324,8 @@ BAD_SERVER = (
     ("FLUSH_IPT_AT_EXIT -", "Y or N"), ("ENABLE_DIGEST_PERSISTENCE x", "Y or N"),
     ("PCAP_FILE /tmp/x.pcap", "not supported yet"), ("ACCESS_FOLDER folder", "absolute"),
     ("GPG_HOME_DIR gnupg", "absolute"), ("GPG_EXE gpg", "absolute"),
-    ("NO_SUCH_NAME 1", "unknown directive"),
+    ("CMD_EXEC_TIMEOUT 0", "1 to 86400"), ("CMD_EXEC_TIMEOUT 1m", "1 to 86400"),
+    ("SUDO_EXE sudo", "absolute"), ("NO_SUCH_NAME 1", "unknown directive"),
     ("pcap_intf lo", "unknown directive, expected PCAP_INTF"),
     ("KEY abc", "unknown directive"), ("GUARD_PORT tcp/22", "unknown directive"),
 )
@@ -360,8 +364,27 @@ BAD_STANZA = (
     ("ACCESS_EXPIRE_EPOCH 0", "1 to"), ("ACCESS_EXPIRE_EPOCH never", "1 to"),
     ("FORCE_NAT 10.0.0.1 22", "not supported yet"), ("FORCE_SNAT 10.0.0.1", "not supported yet"),
     ("FORCE_MASQUERADE Y", "not supported yet"), ("FORWARD_ALL Y", "not supported yet"),
-    ("DISABLE_DNAT Y", "not supported yet"), ("CMD_CYCLE_OPEN /bin/true", "not supported yet"),
-    ("CMD_CYCLE_CLOSE NONE", "not supported yet"), ("CMD_CYCLE_TIMER 3", "not supported yet"),
+    ("DISABLE_DNAT Y", "not supported yet"), ("ENABLE_CMD_EXEC 1", "Y or N"),
+    ("CMD_EXEC_USER no-such-user", "user of this host"), ("CMD_EXEC_USER 0", "user of this host"),
+    ("CMD_EXEC_USER a\0b", ""), ("CMD_EXEC_GROUP no-such-group", "group of this host"),
+    ("ENABLE_CMD_SUDO_EXEC x", "Y or N"), ("CMD_SUDO_EXEC_USER -i", "user of this host"),
+    ("CMD_SUDO_EXEC_GROUP -h", "group of this host"),
+    ("CMD_EXEC_GROUP root", "expected CMD_EXEC_USER with it"),
+    ("CMD_SUDO_EXEC_USER root", "expected ENABLE_CMD_SUDO_EXEC with it"),
+    ("CMD_SUDO_EXEC_GROUP root", "expected ENABLE_CMD_SUDO_EXEC with it"),
+    ("CMD_CYCLE_OPEN /bin/sh", "expected CMD_CYCLE_CLOSE with it"),
+    ("CMD_CYCLE_CLOSE NONE", "expected CMD_CYCLE_OPEN with it"),
+    ("CMD_CYCLE_TIMER 3", "expected CMD_CYCLE_OPEN with it"),
+    ("CMD_CYCLE_TIMER 0", "1 to 8388608"), ("CMD_CYCLE_TIMER 3s", "1 to 8388608"),
+    ("CMD_CYCLE_OPEN /bin/sh $PORTS $X", "only $IP, $SRC"),
+    ("CMD_CYCLE_OPEN /bin/sh ${IP}", "only $IP, $SRC"), ("CMD_CYCLE_OPEN /bin/sh $ip", "only $IP"),
+    ("CMD_CYCLE_CLOSE /bin/sh $", "only $IP, $SRC"), ("CMD_CYCLE_CLOSE /bin/sh $$IP", "only $IP"),
+    ("CMD_CYCLE_OPEN /no/such/program", "program that can be run"),
+    ("CMD_CYCLE_CLOSE no-such-program-anywhere $IP", "program that can be run"),
+    ("CMD_CYCLE_CLOSE /etc/passwd", "program that can be run"),
+    ("CMD_CYCLE_OPEN NONE", "program that can be run"),
+    ("CMD_CYCLE_CLOSE none", "program that can be run"),
+    ("CMD_CYCLE_OPEN /bin/sh" + " x" * 30, "at most 30 words"),
     ("FORCE_MASQUERADE maybe", ""), ("NO_SUCH_NAME 1", "unknown directive"),
     ("open_ports tcp/22", "unknown directive, expected OPEN_PORTS"),
     ("OPEN_PORT tcp/22", "unknown directive"),
@@ -400,8 +423,7 @@ GOOD_STANZA = (
 )
 IGNORED_SERVER = [name for name in SERVER_NAMES if name not in SPEC_DEFAULTS
                   and name not in ("PCAP_FILE",)]
-IGNORED_STANZA = [name for name in STANZA_NAMES if name.startswith(("CMD_EXEC", "CMD_SUDO"))
-                  or name in ("ENABLE_CMD_EXEC", "ENABLE_CMD_SUDO_EXEC")]
+IGNORED_STANZA = []  # type: List[str]
 
 
 class DirectiveTest(ConfigCase):

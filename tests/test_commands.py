@@ -1,0 +1,632 @@
+"""What commands a packet may start, with which words, and how they run and end.
+
+The programs are real ones, small scripts in a directory of the test's own; the firewall is a fake.
+"""
+
+import os
+import pwd
+import shlex
+import signal
+import time
+import unittest
+from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
+
+from tests.support import load_script
+from tests.test_packet import NOW, Sender
+from tests.test_server import CLIENT, KEYS, ServerCase, datagram
+
+server = load_script("spa_server")  # type: Any
+SH = "/bin/sh"
+PATIENCE = 30.0
+ROOT = os.geteuid() == 0
+
+
+def group_of(leader: int) -> List[int]:
+    """Return the processes of a group that have not ended."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/stat" % name) as stream:
+                words = stream.read().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if words[0] not in "ZX" and int(words[2]) == leader:
+            found.append(int(name))
+    return found
+
+
+class CommandCase(ServerCase):
+    """A server, scripts to run, and packets of every type."""
+
+    sender = Sender()
+    count = 0
+
+    def setUp(self) -> None:
+        """Make a directory that everybody may look into."""
+        super().setUp()
+        os.chmod(self.directory, 0o755)
+        self.made = None  # type: Any
+
+    def end_all(self, made: Any) -> None:
+        """End what a server still runs, and take leave of it."""
+        self.made, commands = made, made.commands
+        commands.cycles, cycles = {}, commands.cycles
+        for cycle in cycles.values():
+            commands.end_switch(cycle)
+        for child in commands.running:
+            server.end_group(child.popen, signal.SIGKILL)
+        self.wait_for(lambda: not commands.running and not commands.switches, "an end of all")
+
+    def script(self, text: str, name: str = "script") -> str:
+        """Return the path of a program that /bin/sh runs."""
+        path = os.path.join(self.directory, name)
+        with open(path, "w") as stream:
+            stream.write("#!/bin/sh\ncd %s\n%s\n" % (shlex.quote(self.directory), text))
+        os.chmod(path, 0o755)
+        return path
+
+    def read(self, name: str) -> str:
+        """Return what a script has written into a file of this name; "" when there is none."""
+        try:
+            with open(os.path.join(self.directory, name)) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return ""
+
+    def serve(self, access: str, conf: str = "", boot: str = "boot-1") -> Any:
+        """Return a server with one stanza of these lines."""
+        self.made = super().serve("SOURCE ANY\n" + KEYS + access + "\n", conf, boot)
+        self.made.memory.began -= 1000
+        self.addCleanup(self.end_all, self.made)
+        return self.made
+
+    def knock(self, text: str = "10.55.0.2,tcp/22", kind: int = 1, timeout: Optional[int] = None,
+              user: str = "bob", source: str = CLIENT) -> str:
+        """Send a packet of now, and return what it made the server log."""
+        CommandCase.count += 1
+        extra = [] if timeout is None else [b"%d" % timeout]
+        self.made.receive(datagram(self.sender.packet(
+            text, kind, extra, user, int(self.clock.wall_time), "%016d" % self.count), source))
+        return self.logged()
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
+        """Go on as the server's loop does until something is true."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), end, "waited for %s; log:\n%s" % (
+                what, self.stream.getvalue()))
+            for key, _ in self.made.selector.select(0.01):
+                key.data()
+            self.made.commands.look()
+
+    def wait_until_ended(self) -> str:
+        """Wait until no command runs, and return the log since the last look at it."""
+        self.wait_for(lambda: not self.made.commands.running, "the end of the commands")
+        return self.logged()
+
+
+# ------------------------------------------------------------------- what may be run
+
+ALLOWED = "ENABLE_CMD_EXEC Y\n"
+# (stanza lines, message, words or why not)
+COMMANDS = (
+    (ALLOWED, "10.55.0.2,id", ["id"]),
+    (ALLOWED, "0.0.0.0,id", ["id"]),
+    (ALLOWED, "10.55.0.2,/bin/echo a 'b c' \"d\"", ["/bin/echo", "a", "'b", "c'", '"d"']),
+    (ALLOWED, "10.55.0.2,a;b | c & d > e $(f) `g` $IP ~ *",
+     ["a;b", "|", "c", "&", "d", ">", "e", "$(f)", "`g`", "$IP", "~", "*"]),
+    (ALLOWED, "10.55.0.2,  a\t\tb\n c,d ", ["a", "b", "c,d"]),
+    (ALLOWED, "10.55.0.2,a\xa0b\x85c\x1cd", ["a\xa0b\x85c\x1cd"]),  # no blanks but ASCII's
+    (ALLOWED, "10.55.0.2," + " ".join("abcdefghijklmnopqrstuvwxyzABCD"),
+     list("abcdefghijklmnopqrstuvwxyzABCD")),
+    (ALLOWED, "10.55.0.2," + " ".join("abcdefghijklmnopqrstuvwxyzABCDE"), "command"),
+    (ALLOWED, "10.55.0.2, \t ", "command"),
+    (ALLOWED, "10.55.0.2,id\0", "command"),
+    ("", "10.55.0.2,id", "command"),
+    ("ENABLE_CMD_EXEC N", "10.55.0.2,id", "command"),
+    ("ENABLE_CMD_SUDO_EXEC Y", "10.55.0.2,id", "command"),
+    (ALLOWED + "CMD_CYCLE_OPEN /bin/sh\nCMD_CYCLE_CLOSE NONE", "10.55.0.2,id", "command"),
+    # ports have nothing to do with it, the rest of the policy has
+    (ALLOWED + "OPEN_PORTS tcp/22", "10.55.0.2,id", ["id"]),
+    (ALLOWED + "FW_ACCESS_TIMEOUT 0", "10.55.0.2,id", ["id"]),
+    (ALLOWED + "ACCESS_EXPIRE_EPOCH %d" % NOW, "10.55.0.2,id", "expired stanza"),
+    (ALLOWED + "REQUIRE_SOURCE Y", "0.0.0.0,id", "no address"),
+    (ALLOWED + "REQUIRE_USERNAME joe", "10.55.0.2,id", "user"),
+    # sudo: nothing of the client's is an option or a variable of it
+    (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y", "10.55.0.2,-u root id",
+     ["SUDO", "--", "-u", "root", "id"]),
+    (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y\nCMD_SUDO_EXEC_USER nobody", "10.55.0.2,LD_PRELOAD=x id",
+     ["SUDO", "-u", "nobody", "--", "LD_PRELOAD=x", "id"]),
+    (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y\nCMD_SUDO_EXEC_USER nobody\nCMD_SUDO_EXEC_GROUP root",
+     "10.55.0.2,id -u", ["SUDO", "-u", "nobody", "-g", "root", "--", "id", "-u"]),
+    (ALLOWED + "ENABLE_CMD_SUDO_EXEC N\nCMD_SUDO_EXEC_USER nobody", "10.55.0.2,id", ["id"]),
+)
+
+CYCLE = "CMD_CYCLE_OPEN %s open\nCMD_CYCLE_CLOSE %s close\nCMD_CYCLE_TIMER 7\n" % (SH, SH)
+# (stanza lines, message, type, the client's timeout, seconds or why not)
+CYCLES = (
+    (CYCLE, "10.55.0.2,tcp/22", 1, None, 7),
+    (CYCLE, "10.55.0.2,tcp/22", 3, 20, 20),
+    (CYCLE, "10.55.0.2,tcp/22", 3, 0, 7),
+    (CYCLE, "10.55.0.2,tcp/22", 3, 9999, 300),
+    (CYCLE + "MAX_FW_TIMEOUT 10", "10.55.0.2,tcp/22", 3, 9999, 10),
+    (CYCLE + "MAX_FW_TIMEOUT 5", "10.55.0.2,tcp/22", 1, None, 7),
+    (CYCLE + "FW_ACCESS_TIMEOUT 0", "10.55.0.2,tcp/22", 1, None, 7),
+    (CYCLE + "ACCESS_EXPIRE_EPOCH %d" % (NOW + 3), "10.55.0.2,tcp/22", 1, None, 3),
+    (CYCLE + "OPEN_PORTS tcp/22", "10.55.0.2,tcp/22", 1, None, 7),
+    (CYCLE + "OPEN_PORTS tcp/22", "10.55.0.2,tcp/22,tcp/23", 1, None, "ports"),
+    (CYCLE + "RESTRICT_PORTS tcp/22", "10.55.0.2,tcp/22", 1, None, "ports"),
+    (CYCLE + "REQUIRE_SOURCE Y", "0.0.0.0,tcp/22", 1, None, "no address"),
+    (CYCLE + "REQUIRE_USERNAME joe", "10.55.0.2,tcp/22", 1, None, "user"),
+    (CYCLE + "ACCESS_EXPIRE_EPOCH %d" % NOW, "10.55.0.2,tcp/22", 1, None, "expired stanza"),
+    ("CMD_CYCLE_OPEN /bin/sh\nCMD_CYCLE_CLOSE NONE", "10.55.0.2,tcp/22", 1, None, 30),
+)
+
+# (stanza lines, template, message, source of the packet, what becomes of it)
+VARIABLES = (
+    ("", "$IP $SRC $PKT_SRC $DST $PORT $PROTO $CLIENT_TIMEOUT $TIMEOUT", "10.9.9.9,tcp/22", CLIENT,
+     "10.9.9.9 10.9.9.9 10.55.0.2 10.55.0.1 22 6 7 %d" % (NOW + 7)),
+    ("", "$IP $PKT_SRC $PORT/$PROTO", "0.0.0.0,udp/53", CLIENT, "10.55.0.2 10.55.0.2 53/17"),
+    ("", "-s$IP,$PORT x$IPy $IP_$PORT $PORT$PROTO", "10.55.0.2,tcp/22", CLIENT,
+     "-s10.55.0.2,22 x10.55.0.2y 10.55.0.2_22 226"),  # as fwknopd does it
+    ("", "$IP $PKT_SRC $DST", "2001:db8::7,tcp/22", "2001:db8::9", "2001:db8::7 2001:db8::9 ::1"),
+    ("", "$IP", "::ffff:10.1.2.3,tcp/22", CLIENT, "10.1.2.3"),
+    ("ACCESS_PREFIX4 24", "$IP $PKT_SRC", "10.9.9.9,tcp/22", CLIENT, "10.9.9.0/24 10.55.0.2"),
+    ("ACCESS_PREFIX6 56", "$SRC", "2001:db8:1:2ff::7,tcp/22", CLIENT, "2001:db8:1:200::/56"),
+    ("", "'$IP' \"a b\" ; | $(x)".replace("$(x)", "`x`"), "10.9.9.9,tcp/22", CLIENT,
+     "'10.9.9.9' \"a b\""),  # what follows a semicolon is a comment of the file's
+)
+
+
+class WordsTest(CommandCase):
+    """Packet, stanza and datagram in; words out; nothing is run."""
+
+    def packet(self, text: str, kind: int, timeout: Optional[int] = None) -> Any:
+        """Return a packet off the wire."""
+        extra = [] if timeout is None else [b"%d" % timeout]
+        return server.open_packet(self.sender.packet(text, kind, extra), self.sender.keys())[0]
+
+    def stanza(self, lines: str) -> Any:
+        """Return the stanza of these lines."""
+        return self.stanzas("SOURCE ANY\n" + KEYS + lines + "\n")[0]
+
+    def test_command_messages(self) -> None:
+        """Words between blanks; no shell, no quotes; and who is refused."""
+        for lines, text, expected in COMMANDS:
+            with self.subTest(lines=lines, text=text):
+                packet, stanza = self.packet(text, 0), self.stanza(lines)
+                try:
+                    self.assertEqual(([], 0), server.judge(packet, stanza, datagram(), False, NOW))
+                    words = [word.decode("latin-1") for word in
+                             server.client_command(packet, stanza, "SUDO").words]
+                except server.PacketRejected as rejection:
+                    words = rejection.reason
+                self.assertEqual(expected, words)
+
+    def test_cycles(self) -> None:
+        """Ports, times and the rest of the policy hold for cycles as for the firewall."""
+        for lines, text, kind, timeout, expected in CYCLES:
+            with self.subTest(lines=lines, text=text, timeout=timeout):
+                try:
+                    seconds = server.judge(self.packet(text, kind, timeout), self.stanza(lines),
+                                           datagram(), False, NOW).seconds
+                except server.PacketRejected as rejection:
+                    seconds = rejection.reason
+                self.assertEqual(expected, seconds)
+
+    def test_variables(self) -> None:
+        """Each variable, in the words that were there before it got a value."""
+        for lines, template, text, source, expected in VARIABLES:
+            with self.subTest(template=template, text=text):
+                stanza = self.stanza("CMD_CYCLE_OPEN %s %s\nCMD_CYCLE_CLOSE %s x %s\n"
+                                     "CMD_CYCLE_TIMER 7\n%s" % (SH, template, SH, template, lines))
+                came = datagram(b"", source, "10.55.0.1" if "." in source else "::1")
+                doors, seconds = server.judge(self.packet(text, 1), stanza, came, False, NOW)
+                made = server.cycle_commands(stanza, doors[0], came, seconds, NOW)
+                self.assertEqual([SH + " " + expected, SH + " x " + expected],
+                                 [str(command) for command in made])
+                self.assertEqual(1 + len(template.partition(";")[0].split()), len(made[0].words))
+
+    def test_bytes_of_the_file_are_those_of_the_command(self) -> None:
+        """A name in UTF-8 stays one word, also with bytes that Latin-1 takes for blanks."""
+        path = self.script("", "voil\xe0")
+        with open(os.path.join(self.directory, "a"), "wb") as stream:
+            stream.write(("SOURCE ANY\n" + KEYS + "CMD_CYCLE_OPEN " + path + "\tb\n"
+                          "CMD_CYCLE_CLOSE NONE\n").encode("utf-8"))
+        stanza = server.read_stanzas(os.path.join(self.directory, "a"))[0][0]
+        door = server.Door(server.ipaddress.ip_network("10.0.0.1"), None, "tcp", 22)
+        opening, closing = server.cycle_commands(stanza, door, datagram(), 7, NOW)
+        self.assertEqual((path.encode("utf-8"), b"b"), opening.words)
+        self.assertEqual((), closing.words)
+
+    def test_accounts(self) -> None:
+        """Users and groups by name, each from its own database."""
+        nobody = pwd.getpwnam("nobody")
+        self.assertIsNone(self.stanza("").account)
+        account = self.stanza("CMD_EXEC_USER nobody").account
+        self.assertEqual(("nobody", nobody.pw_uid, nobody.pw_gid),
+                         (account.user, account.uid, account.gid))
+        self.assertEqual(sorted(os.getgrouplist("nobody", nobody.pw_gid)), sorted(account.groups))
+        account = self.stanza("CMD_EXEC_USER nobody\nCMD_EXEC_GROUP tty").account
+        gid = server.parse_group("tty")
+        self.assertEqual(("nobody", "tty", nobody.pw_uid, gid, (gid,)), tuple(account))
+        with self.assertRaises(KeyError, msg="or the test shows nothing"):
+            pwd.getpwnam("tty")
+
+    def test_warnings(self) -> None:
+        """Commands as root are said; with a user or sudo they are not."""
+        for lines, said in (("", False), (ALLOWED, True),
+                            (ALLOWED + "CMD_EXEC_USER nobody\n", False),
+                            (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y\n", False)):
+            path = os.path.join(self.directory, "access.conf")
+            with open(path, "w") as stream:
+                stream.write("SOURCE ANY\n" + KEYS + lines)
+            self.assertIs(said, "runs commands as root" in " ".join(server.read_stanzas(path)[1]))
+
+    def test_only_cycles_need_no_firewall(self) -> None:
+        """None is made ready unless a stanza opens by it, or ports are guarded."""
+        plain, cycle = "SOURCE ANY\n" + KEYS, "SOURCE ANY\n" + KEYS + CYCLE
+        for access, conf, type_needed in (
+                (cycle, "", False), (cycle + cycle, "", False), (cycle + plain, "", True),
+                (cycle, "GUARD_PORTS tcp/22;", True)):
+            with self.subTest(access=access, conf=conf):
+                settings = server.ServerSettings()
+                path = os.path.join(self.directory, "fwknopd.conf")
+                with open(path, "w") as stream:
+                    stream.write("FIREWALL_TYPE nft;\nFIREWALL_EXE /no/such/nft;\n" + conf)
+                server.read_server_settings(path, settings)
+                if type_needed:
+                    with self.assertRaises(server.ConfigError):
+                        server.choose_firewall(settings, self.stanzas(access), False, self.log)
+                else:
+                    firewall = server.choose_firewall(settings, self.stanzas(access), False,
+                                                      self.log)
+                    self.assertIs(server.Firewall, type(firewall))
+
+
+# ------------------------------------------------------------------- how they run
+
+class RunTest(CommandCase):
+    """Programs that really run."""
+
+    def run_command(self, words: str, conf: str = "", access: str = "") -> str:
+        """Return the log of a command message's command from the packet to the command's end."""
+        self.serve(ALLOWED + access, conf)
+        text = self.knock("10.55.0.2," + words, 0)
+        return text + self.wait_until_ended()
+
+    def test_log_lines(self) -> None:
+        """fwknopd's, what it printed, and who asked for it."""
+        path = self.script('echo "out: $*"; echo err >&2; exit 3')
+        text = self.run_command(path + " a 'b c'")
+        label = "[10.55.0.2] (stanza #1) "
+        self.assertIn(label + "Processing SPA Command message: command='%s a 'b c''.\n" % path,
+                      text)
+        self.assertIn(label + "Running command '%s a 'b c''\n" % path, text)
+        self.assertIn("(stanza #1) user bob (client 3.0.0) ran a command\n", text)
+        self.assertTrue(text.endswith("CMD_EXEC: out: a 'b c'\nCMD_EXEC: err\n"
+                                      "CMD_EXEC: command returned 3, pid_status: 3\n"), text)
+        self.assertEqual(1, self.made.counts["accepted"])
+        self.assertEqual({}, self.firewall.rules)
+
+    def test_what_a_command_gets(self) -> None:
+        """Directory, environment, umask, descriptors, session and signals."""
+        path = self.script("""
+            exec > got 2>&1
+            umask; env; readlink /proc/$$/fd/0; ls /proc/$$/fd | grep -c .
+            exec cat /proc/self/status""")
+        os.environ["SPA_TEST_SECRET"] = "1"
+        self.addCleanup(os.environ.pop, "SPA_TEST_SECRET")
+        old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGHUP, old)
+        self.addCleanup(os.umask, os.umask(0o077))
+        reader, writer = os.pipe()
+        os.set_inheritable(writer, True)
+        self.run_command(path)
+        os.close(reader)
+        os.close(writer)
+        got = self.read("got")
+        self.assertIn("0022\n", got)
+        self.assertIn("\n/dev/null\n", got)
+        self.assertNotIn("SPA_TEST_SECRET", got)
+        names = {line.partition("=")[0] for line in got.splitlines() if "=" in line}
+        self.assertEqual({"PATH"}, names - {"PWD", "OLDPWD", "SHLVL", "_"})  # the shell's own
+        status = dict(line.split(":\t") for line in got.splitlines() if ":\t" in line)
+        self.assertEqual((status["Pid"], status["Pid"]), (status["NSpgid"], status["NSsid"]))
+        self.assertLessEqual(int(got.split("/dev/null\n")[1].split()[0]), 4)  # 0, 1, 2 and sh's own
+        self.assertEqual((0, 0), (int(status["SigBlk"], 16), int(status["SigIgn"], 16)))
+
+    def test_directory(self) -> None:
+        """A command starts in /."""
+        self.assertIn("CMD_EXEC: /\n", self.run_command("pwd"))
+
+    def test_programs_that_are_not_there(self) -> None:
+        """The packet is rejected, with the reason."""
+        for words, why in (("/no/such a", "No such file or directory"),
+                           ("no-such-program", "No such file or directory"),
+                           ("/etc/passwd", "Permission denied"), ("/", "Permission denied")):
+            with self.subTest(words=words):
+                text = self.run_command(words)
+                self.assertIn("%s: %s\n" % (words, why), text)
+                self.assertIn("a command could not be started", text)
+                self.assertEqual({"command": 1}, dict(self.made.counts))
+                self.assertEqual([], self.made.commands.running)
+
+    def test_output_is_bounded(self) -> None:
+        """In lines, in length, and without a pipe that fills up."""
+        limit, most = server.MAX_OUTPUT, server.MAX_OUTPUT_LINES
+        for text, lines, last in (
+                ("i=0; while [ $i -lt 100 ]; do echo $i; i=$((i+1)); done", most + 1, "(and more)"),
+                ("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' x", 2, "(and more)"),
+                ("printf 'a\\nb'", 2, "b"), ("printf 'a\\033[2Jb\\377'", 1, "a\\x1b[2Jb\\xff"),
+                ("exec >&- 2>&-; exit 0", 0, ""), (":", 0, "")):
+            with self.subTest(text=text):
+                said = self.run_command(self.script(text))
+                shown = [line[10:] for line in said.splitlines() if line.startswith("CMD_EXEC: ")]
+                self.assertEqual("command returned 0, pid_status: 0", shown.pop())
+                self.assertEqual(lines, len(shown))
+                self.assertEqual(last, shown[-1] if shown else "")
+                self.assertLessEqual(sum(map(len, shown)), limit + 100)
+
+    def test_what_it_leaves_behind_is_not_waited_for(self) -> None:
+        """A command has ended when its process has, whoever else has its output open."""
+        begin = time.monotonic()
+        text = self.run_command(self.script("sleep 60 & echo $! > pid; echo done"))
+        os.kill(int(self.read("pid")), signal.SIGKILL)
+        self.assertIn("CMD_EXEC: done\nCMD_EXEC: command returned 0", text)
+        self.assertLess(time.monotonic() - begin, 30)
+
+    def test_timeout(self) -> None:
+        """First SIGTERM, then SIGKILL, for all its processes."""
+        self.run_command(self.script("""
+            (trap '' TERM; echo $$ > leader; sleep 60) &
+            trap 'echo term >> got' TERM
+            while :; do sleep 60; done"""), "CMD_EXEC_TIMEOUT 1;")
+        self.assertEqual("term\n", self.read("got"))
+        self.wait_for(lambda: not group_of(int(self.read("leader"))), "the end of the group")
+
+    def test_timeout_is_said(self) -> None:
+        """What obeys SIGTERM is gone at once."""
+        text = self.run_command("sleep 60", "CMD_EXEC_TIMEOUT 1;")
+        self.assertIn("CMD_EXEC: sleep 60: command runs for too long (CMD_EXEC_TIMEOUT)\n", text)
+        self.assertIn("CMD_EXEC: command returned -15, pid_status: -15\n", text)
+
+    def test_user(self) -> None:
+        """As root a command is nobody's; else it does not run at all."""
+        text = self.run_command("id", access="CMD_EXEC_USER nobody\nCMD_EXEC_GROUP tty")
+        nobody, tty = pwd.getpwnam("nobody").pw_uid, server.parse_group("tty")
+        self.assertIn("Running command 'id' setuid/setgid user/group to nobody/tty (UID=%d,GID=%d)"
+                      % (nobody, tty), text)
+        if ROOT:
+            self.assertIn("CMD_EXEC: uid=%d(nobody) gid=%d(tty) groups=%d(tty)\n"
+                          % (nobody, tty, tty), text)
+        else:
+            self.assertIn("a command could not be started", text)
+            self.assertNotIn("uid=", text)
+
+    def test_too_many(self) -> None:
+        """A packet that would start too many is rejected, before it starts any."""
+        made = self.serve(ALLOWED)
+        made.commands.running, running = [None] * server.MAX_RUNNING, made.commands.running
+        text = self.knock("10.55.0.2,touch %s/got" % self.directory, 0)
+        made.commands.running = running
+        self.assertIn("too many commands: %d run" % server.MAX_RUNNING, text)
+        self.assertIn("a command could not be started", text)
+        self.knock("10.55.0.2,id", 0)
+        self.assertIn("CMD_EXEC: command returned 0", self.wait_until_ended())
+        self.assertFalse(os.path.exists(os.path.join(self.directory, "got")))
+
+    def test_test_mode(self) -> None:
+        """Nothing is run, and the log says what would be."""
+        path = self.script("touch got")
+        for access, kind, text in ((ALLOWED, 0, "10.55.0.2," + path),
+                                   ("CMD_CYCLE_OPEN %s $IP\nCMD_CYCLE_CLOSE %s\nCMD_CYCLE_TIMER 1"
+                                    % (path, path), 1, "10.55.0.2,tcp/22")):
+            made = self.serve(access)
+            made.commands.test = True
+            said = self.knock(text, kind)
+            self.assertIn("--test mode enabled, not running: " + path, said)
+            self.assertEqual(([], {}), (made.commands.running, made.commands.cycles))
+        self.assertEqual("", self.read("got"))
+
+
+class CycleTest(CommandCase):
+    """Commands that open and close in place of the firewall."""
+
+    def cycle(self, lines: str = "", opening: str = "", seconds: int = 1, words: str = "$IP $PORT",
+              closing: str = "") -> str:
+        """Return the stanza of a cycle that notes in the file `got` what it does."""
+        path = self.script('%s\necho "open $*" >> got' % opening, "open")
+        self.closer = self.script('%s\necho "close $*" >> got' % closing, "close")
+        return "CMD_CYCLE_OPEN %s %s\nCMD_CYCLE_CLOSE %s %s\nCMD_CYCLE_TIMER %d\n%s" % (
+            path, words, self.closer, words, seconds, lines)
+
+    def got(self) -> List[str]:
+        """Return what was done so far, in its order."""
+        return self.read("got").splitlines()
+
+    def wait_until_closed(self) -> str:
+        """Wait until all cycles have closed, and return the log."""
+        self.wait_for(lambda: not self.made.commands.cycles, "the end of the cycles")
+        self.wait_for(lambda: not self.made.commands.running and not self.made.commands.switches,
+                      "the end of commands and switches")
+        return self.logged()
+
+    def test_opens_and_closes(self) -> None:
+        """With fwknopd's log lines; the firewall has nothing to do with it."""
+        self.serve(self.cycle())
+        text = self.knock() + self.wait_until_closed()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+        label, path = "[10.55.0.2] (stanza #1) ", self.directory
+        lines = [label + "Running CMD_CYCLE_OPEN command: %s/open 10.55.0.2 22" % path,
+                 label + "Running CMD_CYCLE_CLOSE command in 1 seconds: %s/close 10.55.0.2 22"
+                 % path,
+                 "(stanza #1) user bob (client 3.0.0) opened 10.55.0.2 -> 0.0.0.0/0 tcp/22 for 1 "
+                 "seconds", "CMD_CYCLE_OPEN: command returned 0, pid_status: 0",
+                 label + "Timer expired, running CMD_CYCLE_CLOSE command: %s/close 10.55.0.2 22"
+                 % path, "CMD_CYCLE_CLOSE: command returned 0, pid_status: 0"]
+        self.assertEqual(lines, text.splitlines()[-len(lines):])
+        self.assertEqual(0, self.firewall.prepared)
+
+    def test_every_port(self) -> None:
+        """Not only the first of the request."""
+        self.serve(self.cycle(words="$IP $PORT $PROTO"))
+        self.knock("2001:db8::7,tcp/22,udp/53")
+        self.wait_until_closed()
+        self.assertEqual(["2001:db8::7 22 6", "2001:db8::7 53 17"],
+                         sorted(line[5:] for line in self.got() if line.startswith("open ")))
+        self.assertEqual(["2001:db8::7 22 6", "2001:db8::7 53 17"],
+                         sorted(line[6:] for line in self.got() if line.startswith("close ")))
+
+    def test_again_while_open(self) -> None:
+        """It closes once and later, and what opened is not run again."""
+        made = self.serve(self.cycle(seconds=60))
+        self.knock()
+        (cycle,) = made.commands.cycles.values()
+        switch = cycle.switch
+        self.wait_until_ended()
+        text = self.knock(kind=3, timeout=200)
+        self.assertIn("Running CMD_CYCLE_CLOSE command in 200 seconds", text)
+        self.assertNotIn("Running CMD_CYCLE_OPEN", text)
+        self.assertIn("Running CMD_CYCLE_CLOSE command in 200 seconds",
+                      self.knock(kind=3, timeout=5))  # never less than was granted
+        self.wait_for(lambda: switch.poll() is not None, "the end of the first switch")
+        self.assertEqual(1, len(made.commands.cycles))
+        made.commands.stop()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
+    def test_others_are_others(self) -> None:
+        """Other clients and ports have cycles of their own."""
+        made = self.serve(self.cycle(seconds=60))
+        for text in ("10.55.0.2,tcp/22", "10.55.0.3,tcp/22", "10.55.0.2,tcp/23"):
+            self.knock(text)
+        self.assertEqual(3, len(made.commands.cycles))
+        self.wait_until_ended()
+        made.commands.stop()
+        self.assertEqual(3, sum(line.startswith("close ") for line in self.got()))
+
+    def test_an_open_command_with_other_words_is_another_one(self) -> None:
+        """One with the time in its words is run again, and the close is still one."""
+        path = self.cycle(seconds=60)
+        made = self.serve(path.replace("open $IP $PORT", "open $IP $CLIENT_TIMEOUT"))
+        self.knock()
+        self.wait_until_ended()
+        self.knock(kind=3, timeout=200)
+        self.wait_until_ended()
+        made.commands.stop()
+        self.assertEqual(["open 10.55.0.2 60", "open 10.55.0.2 200", "close 10.55.0.2 22"],
+                         self.got())
+
+    def test_what_fails_to_open_is_closed_and_may_be_tried_again(self) -> None:
+        """It may have done half its work; and a client may knock again before."""
+        made = self.serve(self.cycle(opening="echo try >> got; exit 4", seconds=60))
+        self.knock()
+        self.assertIn("CMD_CYCLE_OPEN: command returned 4", self.wait_until_ended())
+        self.knock()
+        self.wait_until_ended()
+        self.assertEqual(1, len(made.commands.cycles))
+        made.commands.stop()
+        self.assertEqual(["try", "try", "close 10.55.0.2 22"], self.got())
+
+    def test_what_can_not_be_started_leaves_nothing(self) -> None:
+        """The packet is rejected, and no switch is left to close what was not opened."""
+        made = self.serve(self.cycle(seconds=60))
+        os.unlink(os.path.join(self.directory, "open"))
+        text = self.knock()
+        self.assertIn("/open 10.55.0.2 22: No such file or directory\n", text)
+        self.assertIn("a command could not be started", text)
+        self.assertEqual({}, made.commands.cycles)
+        self.wait_for(lambda: not made.commands.switches, "the end of the switch")
+        self.assertEqual([], self.got())
+
+    def test_a_close_that_can_not_be_started_is_left_to_the_switch(self) -> None:
+        """It tries again when it is due, two seconds later than the server."""
+        self.serve(self.cycle())
+        self.knock()
+        self.wait_until_ended()
+        os.rename(self.closer, self.closer + "-away")
+        self.wait_for(lambda: not self.made.commands.cycles, "the close")
+        self.assertIn("No such file or directory; its switch tries it again\n", self.logged())
+        os.rename(self.closer + "-away", self.closer)
+        self.wait_for(lambda: len(self.got()) == 2, "the switch's close")
+        self.assertEqual("close 10.55.0.2 22", self.got()[1])
+
+    def test_a_slow_open_is_ended_by_the_close(self) -> None:
+        """Or it would open after it, for ever."""
+        self.serve(self.cycle(opening="sleep 60"))
+        self.knock()
+        text = self.wait_until_closed()
+        self.assertIn("CMD_CYCLE_OPEN: command returned -9", text)
+        self.assertEqual(["close 10.55.0.2 22"], self.got())
+
+    def test_the_switch_alone(self) -> None:
+        """It closes two seconds late; told to end, it closes at once; the server sees that."""
+        made = self.serve(self.cycle(seconds=1))
+        self.knock()
+        (cycle,) = made.commands.cycles.values()
+        switch = cycle.switch
+        end = time.monotonic() + PATIENCE
+        while len(self.got()) < 2 and time.monotonic() < end:
+            time.sleep(0.05)  # the server does not look
+        switch.wait(PATIENCE)
+        self.assertIn("CMD_CYCLE_CLOSE: its switch has run it, which returned 0",
+                      self.wait_until_closed())
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+        self.serve(self.cycle(seconds=60)).commands.check_due = 0
+        self.knock()
+        self.wait_until_ended()
+        (cycle,) = self.made.commands.cycles.values()
+        switch = cycle.switch
+        self.wait_for(lambda: len(group_of(switch.pid)) == 2, "the switch's sleep")
+        os.killpg(switch.pid, signal.SIGTERM)
+        self.wait_for(lambda: len(self.got()) == 4, "the close")
+        switch.wait(PATIENCE)
+        self.knock()  # what the switch has closed is opened again
+        self.wait_until_ended()
+        self.assertEqual("open 10.55.0.2 22", self.got()[4])
+
+    def test_too_many_cycles(self) -> None:
+        """One more than the limit is rejected, all ports of it."""
+        made = self.serve(self.cycle(seconds=60))
+        made.commands.cycles = dict.fromkeys(range(server.MAX_CYCLES - 1))
+        text = self.knock("10.55.0.2,tcp/22,tcp/23")
+        self.assertIn("%d wait to close" % (server.MAX_CYCLES - 1), text)
+        self.assertEqual(server.MAX_CYCLES - 1, len(made.commands.cycles))
+        made.commands.cycles = {}
+        self.assertEqual([], self.got())
+
+    def test_no_close(self) -> None:
+        """NONE: nothing waits, no switch is set, and each knock opens."""
+        path = self.script('echo "open $*" >> got', "open")
+        made = self.serve("CMD_CYCLE_OPEN %s $CLIENT_TIMEOUT\nCMD_CYCLE_CLOSE NONE" % path)
+        for _ in range(2):
+            text = self.knock()
+            self.assertNotIn("CMD_CYCLE_CLOSE", text)
+            self.wait_until_ended()
+        self.assertEqual((["open 30"] * 2, {}, []),
+                         (self.got(), made.commands.cycles, made.commands.switches))
+
+    def test_reload_keeps_what_waits(self) -> None:
+        """With the old words and at the old time, whatever the new files say."""
+        made = self.serve(self.cycle(seconds=2))
+        self.knock()
+        made.reload(server.Configuration(made.settings, self.stanzas("SOURCE ANY\n" + KEYS), []),
+                    self.firewall)
+        self.assertEqual(1, len(made.commands.cycles))
+        self.wait_until_closed()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
+    def test_stop_waits_only_a_while(self) -> None:
+        """A close that hangs does not keep the server, and is not ended."""
+        made = self.serve(self.cycle(seconds=60, closing="echo $$ > pid; sleep 60"))
+        self.knock()
+        self.wait_until_ended()
+        begin = time.monotonic()
+        made.commands.stop()
+        self.assertTrue(group_of(int(self.read("pid"))))
+        self.assertGreater(time.monotonic() - begin, server.STOP_SECONDS - 0.5)
+        self.assertLess(time.monotonic() - begin, server.STOP_SECONDS + 10)
+
+
+if __name__ == "__main__":
+    unittest.main()
