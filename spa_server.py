@@ -7,7 +7,7 @@ Python's standard library.
 
 The life of a datagram, in the order of Server.receive() and Server.admit() in section 19:
 
-  capture    packet socket with a kernel filter, UDP socket, or file        sections 6, 13
+  capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 13
   form       length and alphabet, before any key is touched                 section 4
   unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 8
   fresh      too old? seen before? from before this memory began?           section 11
@@ -66,7 +66,7 @@ import sys
 import time
 from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
-                    Optional, Set, Tuple, TypeVar, Union, overload)
+                    Optional, Set, Tuple, Type, TypeVar, Union, overload)
 
 try:
     import syslog
@@ -610,6 +610,30 @@ def check_form(payload: bytes) -> None:
         raise PacketRejected("too long", "No stanza encryption mode match for encryption type: 2. "
                              "(%d characters: from %d on it is a GPG packet, not supported yet)"
                              % (len(payload), GPG_LENGTH))
+
+
+def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
+    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if it is there.
+
+    `GET /PACKET ...`, or as to a proxy `GET http://HOST/PACKET ...`, with `-` for `+` and `_` for
+    `/` (fwknop spec 1.14). In a list of addresses only the last is what the proxy that sent this
+    saw; the others are what it was told, by the client in the end.
+    """
+    line, _, rest = request.partition(b"\n")
+    target = (line.split(None, 2) + [b""])[1]
+    if target[:7].lower() == b"http://":
+        target = b"/" + target[7:].partition(b"/")[2]
+    fields = {}
+    for header in rest.split(b"\n"):
+        name, _, value = header.partition(b":")
+        if not name.strip():  # the end of the header
+            break
+        fields[name.lower()] = value.strip()
+    agent, forwarded = fields.get(b"user-agent", b""), fields.get(b"x-forwarded-for")
+    if not target.startswith(b"/") or not (any_agent or agent.startswith(b"Fwknop")):
+        raise NotSpa("not an SPA packet", 4098, "Data is not an SPA message")
+    return (target[1:].replace(b"-", b"+").replace(b"_", b"/"),
+            None if forwarded is None else forwarded.rpartition(b",")[2].strip().decode("latin-1"))
 
 
 def open_packet(payload: bytes, keys: PacketKeys) -> Tuple[Packet, bytes]:
@@ -1408,7 +1432,6 @@ NFT_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # NFPROTO_ of linux/netfilter.h
 WORD_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
 NOT_YET = "not supported yet"
 NO_NAT = "NAT is %s, such packets are rejected" % NOT_YET
-NO_HTTP = "SPA over HTTP is " + NOT_YET
 NO_COMMANDS = "commands are %s, such packets are rejected" % NOT_YET
 NO_GPG = "GPG is %s, such packets are rejected" % NOT_YET
 OWN_PORTS = "%s is " + NOT_YET + ", and without it this host's own ports would open"
@@ -1423,7 +1446,7 @@ class ServerSettings(Settings):
     verbose = Directive("VERBOSE", integer(0, 9), "0", "1 and more: say more in the log")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
-                              "what to look at, in tcpdump's language")
+                              "what to look at, in tcpdump's language; see Carriers")
     any_direction = Directive("ENABLE_PCAP_ANY_DIRECTION", parse_flag, "N",
                               "look at what this host sends, too")
     promiscuous = Directive("ENABLE_PCAP_PROMISC", parse_flag, "N",
@@ -1434,6 +1457,14 @@ class ServerSettings(Settings):
                              "end after so many packets that look like SPA; 0: go on")
     udp_server = Directive("ENABLE_UDP_SERVER", parse_flag, "N", "listen on a UDP socket instead")
     udp_port = Directive("UDPSERV_PORT", integer(1, 65535), "62201", "port of that socket")
+    tcp_server = Directive("ENABLE_TCP_SERVER", parse_flag, "N", "listen on a TCP socket as well")
+    tcp_port = Directive("TCPSERV_PORT", integer(1, 65535), "62201", "port of that one")
+    http = Directive("ENABLE_SPA_OVER_HTTP", parse_flag, "N",
+                     "take packets in HTTP requests, where TCP is looked at")
+    any_agent = Directive("ALLOW_ANY_USER_AGENT", parse_flag, "N",
+                          "from every User-Agent, not only from Fwknop")
+    forwarded_for = Directive("ENABLE_X_FORWARDED_FOR", parse_flag, "N",
+                              "the source is the last address in X-Forwarded-For")
     aging = Directive("ENABLE_SPA_PACKET_AGING", parse_flag, "Y", "reject packets by their age")
     max_packet_age = Directive("MAX_SPA_PACKET_AGE", integer(1, 100000, "seconds"), "120",
                                "by how many seconds a client's clock may differ")
@@ -1483,8 +1514,6 @@ class ServerSettings(Settings):
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
     exit_at_down = Ignored("EXIT_AT_INTF_DOWN", "an interface that is gone is waited for")
-    http = Ignored("ENABLE_SPA_OVER_HTTP ALLOW_ANY_USER_AGENT ENABLE_X_FORWARDED_FOR", NO_HTTP)
-    tcp = Ignored("ENABLE_TCP_SERVER TCPSERV_PORT", "SPA over TCP is " + NOT_YET)
     sniff_bytes = Ignored("MAX_SNIFF_BYTES", "the longest packet is 1500 bytes")
     comment_check = Ignored("ENABLE_IPT_COMMENT_CHECK", "the match is always needed")
     locale = Ignored("LOCALE FAULT_INJECTION_TAG", "nothing here depends on it")
@@ -1503,6 +1532,9 @@ class ServerSettings(Settings):
             texts.append("ENABLE_DIGEST_PERSISTENCE N: packets are remembered only while this "
                          "process lives; older ones are rejected" if self.aging else
                          "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen")
+        if self.http and self.forwarded_for:
+            texts.append("ENABLE_X_FORWARDED_FOR Y: who reaches the port past your proxy can give "
+                         "any address as the source")
         if self.promiscuous and self.interface == "any":
             texts.append("ENABLE_PCAP_PROMISC Y needs one interface as PCAP_INTF")
         return texts
@@ -2214,8 +2246,8 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 # 13. Capture
 #
 # Where datagrams come from. With CAP_NET_RAW a packet socket: nothing listens, no firewall
-# rule is needed, and the host's firewall may drop the packet. Else UDP sockets; or a file
-# instead of both.
+# rule is needed, and the host's firewall may drop the packet. Else UDP sockets. TCP sockets
+# besides either, or a file instead of all.
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
@@ -2230,17 +2262,22 @@ MAX_PACKET = 4096  # what is longer is cut, and then no datagram
 class Capture:
     """A socket and how to read a Datagram from it."""
 
-    def __init__(self, opened: socket.socket, name: str) -> None:
+    def __init__(self, opened: socket.socket, name: str, buffer: int = RECEIVE_BUFFER) -> None:
         self.socket, self.name = opened, name
         opened.setblocking(False)
         try:
-            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
         except OSError:  # it needs CAP_NET_ADMIN
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
 
     def fileno(self) -> int:
         """The socket's, for a selector."""
         return self.socket.fileno()
+
+    @property
+    def due(self) -> float:
+        """When to call receive() even if there is nothing to read, on the monotonic clock."""
+        return float("inf")
 
     def receive(self) -> Optional[Datagram]:
         """The next datagram, None for what is none; BlockingIOError when nothing is there."""
@@ -2285,6 +2322,8 @@ class PacketCapture(Capture):
 class UdpCapture(Capture):
     """A UDP socket of one family. The destination address comes with the packet info option."""
 
+    protocol = "UDP"
+
     def __init__(self, family: int, port: int) -> None:
         opened = socket.socket(family, socket.SOCK_DGRAM)
         try:
@@ -2309,6 +2348,128 @@ class UdpCapture(Capture):
         destination = information[8:12] if self.family == socket.AF_INET else information[:16]
         source = socket.inet_pton(self.family, peer[0].partition("%")[0])
         return Datagram(payload, source, peer[1], destination, self.port)
+
+
+MAX_REQUEST = MAX_PAYLOAD + 4096  # bytes of an HTTP request
+MAX_CONNECTIONS, MAX_PER_NETWORK = 32, 4  # of one family; of one IPv4 address or IPv6 /64
+FIRST_SECONDS, REST_SECONDS = 5.0, 2.0  # for the first byte, and from then on for all others
+
+
+class Incoming(NamedTuple):
+    """A TCP connection of which a packet is expected, and until when."""
+
+    socket: socket.socket
+    datagram: Datagram  # with what has come so far
+    network: bytes
+    end: float
+
+
+class TcpCapture(Capture):
+    """A TCP socket of one family. A connection brings one packet, and is closed without an answer.
+
+    The packet ends with the connection, with the header of an HTTP request, or with its time. Too
+    many connections push out the oldest one of their network, else the oldest of all: a client
+    sends at once, so that those who wait make room for it.
+    """
+
+    protocol = "TCP"
+
+    def __init__(self, family: int, port: int) -> None:
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            opened.bind(("", port))
+            opened.listen(2 * MAX_CONNECTIONS)
+        except OSError:
+            opened.close()
+            raise
+        self.family, self.port = family, port
+        super().__init__(opened, "TCP port %d" % port, 2 * MAX_REQUEST)
+        self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
+        self.selector = selectors.EpollSelector()
+        self.selector.register(opened, selectors.EVENT_READ)
+
+    def fileno(self) -> int:
+        """One that is readable when the socket or a connection is."""
+        return self.selector.fileno()
+
+    @property
+    def due(self) -> float:
+        """When the first connection has had its time."""
+        return min((each.end for each in self.connections.values()), default=float("inf"))
+
+    def receive(self) -> Optional[Datagram]:
+        """What the next connection brought that is at its end; reading goes before accepting."""
+        now = time.monotonic()
+        for number, connection in self.connections.items():
+            if now >= connection.end:
+                return self.finish(number)
+        ready = [key.fd for key, _ in self.selector.select(0)]
+        for number in ready:
+            if number in self.connections:
+                return self.read(number, now)
+        if not ready:
+            raise BlockingIOError
+        return self.accept(now)
+
+    def accept(self, now: float) -> Optional[Datagram]:
+        """Takes a new connection, in place of another one when there are too many."""
+        try:
+            opened, peer = self.socket.accept()
+            here = opened.getsockname()
+        except OSError:  # it has gone already
+            return None
+        opened.setblocking(False)
+        source, destination = (socket.inet_pton(self.family, name[0].partition("%")[0])
+                               for name in (peer, here))
+        number = opened.fileno()
+        self.connections[number] = Incoming(
+            opened, Datagram(b"", source, peer[1], destination, self.port, TCP), source[:8],
+            now + FIRST_SECONDS)
+        self.selector.register(opened, selectors.EVENT_READ)
+        neighbours = [each for each, connection in self.connections.items()
+                      if connection.network == source[:8]]
+        if len(neighbours) > MAX_PER_NETWORK:
+            return self.finish(neighbours[0])
+        if len(self.connections) > MAX_CONNECTIONS:
+            return self.finish(next(iter(self.connections)))
+        return self.read(number, now)
+
+    def read(self, number: int, now: float) -> Optional[Datagram]:
+        """Takes what has come by a connection; returns what that makes when it is all."""
+        connection = self.connections[number]
+        so_far = connection.datagram.payload
+        try:
+            new = connection.socket.recv(MAX_REQUEST + 1 - len(so_far))
+        except BlockingIOError:
+            return None
+        except OSError:  # reset
+            new = b""
+        text = so_far + new
+        self.connections[number] = connection._replace(
+            datagram=connection.datagram._replace(payload=text),
+            end=min(connection.end, now + REST_SECONDS))
+        if text[:4].upper() == b"GET ":
+            whole = b"\n\r\n" in text or b"\n\n" in text or len(text) > MAX_REQUEST
+        else:
+            whole = len(text) > MAX_PAYLOAD
+        return self.finish(number) if whole or not new else None
+
+    def finish(self, number: int) -> Optional[Datagram]:
+        """Ends a connection, and returns what it brought, if anything."""
+        connection = self.connections.pop(number)
+        self.selector.unregister(connection.socket)
+        connection.socket.close()
+        return connection.datagram if connection.datagram.payload else None
+
+    def close(self) -> None:
+        """Closes the socket and all connections."""
+        for number in list(self.connections):
+            self.finish(number)
+        self.selector.close()
+        self.socket.close()
 
 
 PCAP_ORDERS = {b"\xa1\xb2\xc3\xd4": ">", b"\xd4\xc3\xb2\xa1": "<",  # times in microseconds
@@ -2404,8 +2565,11 @@ def open_captures(settings: ServerSettings, log: Log,
                             "instead" % settings.udp_port)
                 on_udp = True
         if on_udp:
-            open_sockets(settings.udp_port, captures, current)
+            open_sockets(UdpCapture, settings.udp_port, captures, current)
             log.info("Kicking off UDP server to listen on port %d." % settings.udp_port)
+        if settings.tcp_server:
+            open_sockets(TcpCapture, settings.tcp_port, captures, current)
+            log.info("Kicking off TCP server to listen on port %d." % settings.tcp_port)
     except SpaError:
         close_captures(captures, current)
         raise
@@ -2419,21 +2583,31 @@ def close_captures(captures: Iterable[Capture], current: Iterable[Capture]) -> N
             capture.close()
 
 
-def open_sockets(port: int, captures: List[Capture], current: Iterable[Capture]) -> None:
-    """Adds the UDP sockets of both families to `captures`; a host may lack one of them."""
-    kept = {(each.family, each.port): each for each in current if isinstance(each, UdpCapture)}
+def open_sockets(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int, captures: List[Capture],
+                 current: Iterable[Capture]) -> None:
+    """Adds the sockets of both families to `captures`; a host may lack one of them."""
+    kept = {(type(each), each.family, each.port): each for each in current
+            if isinstance(each, (UdpCapture, TcpCapture))}
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
-            captures.append(kept.get((family, port)) or UdpCapture(family, port))
+            captures.append(kept.get((kind, family, port)) or kind(family, port))
         except OSError as error:
             missing = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-            if not missing or (family == socket.AF_INET6 and not captures):
-                raise SpaError("UDP port %d: %s" % (port, error.strerror)) from None
+            served = any(isinstance(each, kind) for each in captures)
+            if not missing or (family == socket.AF_INET6 and not served):
+                raise SpaError("%s port %d: %s" % (kind.protocol, port, error.strerror)) from None
 
 
 def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
-    """The packet sockets of PCAP_INTF; none while it does not exist."""
-    code = compile_filter(settings.packet_filter, settings.any_direction)
+    """The packet sockets of PCAP_INTF; none while it does not exist.
+
+    What comes to the TCP server is not looked at: it would come twice.
+    """
+    tree = settings.packet_filter
+    if settings.tcp_server:
+        served = parse_packet_filter("tcp dst port %d" % settings.tcp_port)
+        tree = Junction("and", (tree, Junction("not", (served,))))
+    code = compile_filter(tree, settings.any_direction)
     interface = "" if settings.interface == "any" else settings.interface
     # Only a socket for all protocols sees what goes out.
     protocols = (ETH_P_ALL,) if interface or settings.any_direction else (ETH_P_IP, ETH_P_IPV6)
@@ -3459,6 +3633,8 @@ class Server:
     def receive(self, datagram: Datagram) -> None:
         """One datagram on its way: form, then whose it is and what it may open."""
         try:
+            if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
+                datagram = self.unwrap(datagram)
             check_form(datagram.payload)
             self.candidates += 1
             rejection = self.admit(datagram)
@@ -3473,6 +3649,19 @@ class Server:
             where = trace.tb_lineno if trace else 0
             self.reject(datagram, PacketRejected("error", "internal error: %s in line %d"
                                                  % (type(error).__name__, where)))
+
+    def unwrap(self, datagram: Datagram) -> Datagram:
+        """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
+        if not self.settings.http:
+            raise NotSpa("HTTP", 4099, "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set")
+        payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
+        if forwarded is None or not self.settings.forwarded_for:
+            return datagram._replace(payload=payload)
+        try:
+            return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
+        except ValueError:
+            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
+                                 "'%s' is not an IP address" % forwarded[:60]) from None
 
     def admit(self, datagram: Datagram) -> Optional[PacketRejected]:
         """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
@@ -3642,7 +3831,8 @@ class Server:
 
         if changed(ServerSettings.capture_file):  # it has its own idea of age and of an end
             raise settings.error(ServerSettings.capture_file, "expected no change without a start")
-        rows: List[Directive[Any]] = [ServerSettings.udp_port]  # all that counts on UDP sockets
+        rows: List[Directive[Any]] = [ServerSettings.udp_port, ServerSettings.tcp_server,
+                                      ServerSettings.tcp_port]  # all that counts on UDP sockets
         if not self.on_udp or (old.udp_server and not settings.udp_server):
             rows += [ServerSettings.interface, ServerSettings.packet_filter,
                      ServerSettings.any_direction, ServerSettings.promiscuous,
@@ -3690,8 +3880,12 @@ class Server:
         next_end = self.grants.next_end()
         if next_end is not None:
             due = min(due, next_end)
+        due = min([due] + [capture.due for capture in self.captures])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
+        for capture in self.captures:
+            if time.monotonic() >= capture.due:
+                self.make_drain(capture)()
         self.grants.expire()
         if time.monotonic() >= self.check_due:
             self.check_firewall()

@@ -1,4 +1,4 @@
-"""What is captured: IP packets, frames of capture files, and the filter before them.
+"""What is captured: IP packets, frames of capture files, HTTP requests, and the filter before them.
 
 The filter speaks tcpdump's language, and tcpdump's verdicts are the measure: they are recorded in
 vectors/filters.json, and made anew and compared where tcpdump is installed.
@@ -13,8 +13,9 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import unittest
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from tests.support import TOP, load_script, needs_programs
 from tests.test_packet import NOW, Sender
@@ -630,6 +631,239 @@ class FileTest(ServerCase):
             made = self.read(bytes(text))
             self.assertFalse(made.running)
             self.assertNotIn("error", made.counts)
+
+
+# ------------------------------------------------------------------- HTTP and TCP
+
+
+def request(target: str = "/abc-_", *headers: str, end: str = "\r\n") -> bytes:
+    """Return an HTTP request."""
+    return end.join(["GET %s HTTP/1.0" % target, *headers, "", "body: x", ""]).encode("latin-1")
+
+
+AGENT = "User-Agent: Fwknop/2.6.10"
+
+
+class RequestTest(ServerCase):
+    """SPA over HTTP (fwknop spec 1.14)."""
+
+    def test_packets(self) -> None:
+        """Path or absolute form, any case and line end, - and _ for + and /."""
+        for text in (
+            request("/abc-_", AGENT),
+            request("/abc+/", AGENT, end="\n"),
+            request("http://h.example/abc-_", AGENT),
+            request("HTTP://[::1]:80/abc-_", AGENT),
+            request("/abc-_", "user-agent:Fwknop"),
+            request("/abc-_", "X: y", "USER-AGENT:  Fwknop"),
+            b"get /abc-_\r\n" + AGENT.encode(),
+            b"GET /abc-_\t\nUser-Agent: Fwknop",
+        ):
+            self.assertEqual((b"abc+/", None), server.decode_request(text, False), text)
+        self.assertEqual(b"abc+/", server.decode_request(request(), True)[0])
+
+    def test_no_packets(self) -> None:
+        """Another agent, or no path."""
+        for text in (
+            request(),
+            request("/abc", "User-Agent: curl"),
+            request("/abc", "X-Agent: Fwknop"),
+            request("/abc", "User-Agent: fwknop"),
+            request("abc", AGENT),
+            request("*", AGENT),
+            request("https://h/abc", AGENT),
+            b"GET ",
+            b"GET \n",
+            b"GET  \r\n" + AGENT.encode(),
+            request("/abc", "", AGENT),
+        ):
+            with self.assertRaises(server.NotSpa):
+                server.decode_request(text, False)
+
+    def test_forwarded_for(self) -> None:
+        """The last address of the last such header."""
+        for headers, last in (
+            (["X-Forwarded-For: 1.2.3.4"], "1.2.3.4"),
+            (["x-forwarded-for:1.1.1.1,1.2.3.4"], "1.2.3.4"),
+            (["X-Forwarded-For: 1.1.1.1", "X-Forwarded-For: ::1 , 2::2 "], "2::2"),
+            (["X-Forwarded-For:"], ""),
+            (["X-Forwarded-For: 1.1.1.1,"], ""),
+        ):
+            found = server.decode_request(request("/abc", AGENT, *headers), False)
+            self.assertEqual((b"abc", last), found)
+
+    def receive(self, made: Any, payload: bytes, protocol: int = 6) -> str:
+        """Let a server receive a payload, and return what it says then."""
+        made.receive(server.Datagram(payload, b"\x0a\x37\0\2", 9, b"\x0a\x37\0\1", 80, protocol))
+        return self.logged()
+
+    def test_server(self) -> None:
+        """Off by default; on; and whose address it is."""
+        packet = Sender(salt=os.urandom(8)).packet("0.0.0.0,tcp/22", timestamp=NOW).decode()
+        packet = packet.replace("+", "-").replace("/", "_")
+        text = request("/" + packet, AGENT, "X-Forwarded-For: 203.0.113.9")
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        self.assertNotIn("opened", self.receive(made, text))
+        self.assertEqual({"HTTP": 1}, dict(made.counts))
+        made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_SPA_OVER_HTTP Y;\n")
+        self.assertNotIn("opened", self.receive(made, text, 17), "nobody sends HTTP over UDP")
+        self.assertIn("opened 10.55.0.2 ->", self.receive(made, text))
+        made = self.serve(
+            "SOURCE ANY\n" + KEYS, "ENABLE_SPA_OVER_HTTP Y;\nENABLE_X_FORWARDED_FOR Y;\n", "boot-2"
+        )
+        self.assertIn(
+            "Replay detected from source IP: 203.0.113.9, Destination proto/port: 6/80, "
+            "Original source IP: 10.55.0.2",
+            self.receive(made, text),
+        )
+        said = self.receive(made, request("/" + packet, AGENT, "X-Forwarded-For: {0}\x1b"))
+        self.assertIn("Error parsing X-Forwarded-For header: value '{0}\\x1b' is not", said)
+
+    def test_other_traffic_is_no_news(self) -> None:
+        """On TCP and ICMP it is counted, and in the log with VERBOSE only, within the limit."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        for payload in (b"x!" * 99, b"\0" * 200, b"", b"GET / HTTP/1.1\r\n\r\n", b"A" * 2000):
+            for protocol in (6, 1, 58):
+                self.assertEqual("", self.receive(made, payload, protocol))
+        self.assertEqual(15, sum(made.counts.values()))
+        self.log.level = server.DEBUG
+        self.assertIn("error 4098", self.receive(made, b"\0" * 200))
+        for _ in range(99):
+            self.receive(made, b"\0" * 200)
+        self.assertEqual("", self.receive(made, b"\0" * 200))
+
+    def test_any_bytes(self) -> None:
+        """No request ends the server."""
+        draw = random.Random(8)
+        made = self.serve(
+            "SOURCE ANY\n" + KEYS, "ENABLE_SPA_OVER_HTTP Y;\nENABLE_X_FORWARDED_FOR Y;\n"
+        )
+        seed = request("http://h/" + "A" * 200, AGENT, "X-Forwarded-For: 1.2.3.4, 2001:db8::1")
+        for _ in range(3000):
+            text = bytearray(seed)
+            for _ in range(draw.randrange(6)):
+                text[draw.randrange(4, len(text))] = draw.choice(b"\0\n\r :/,{}%A\xff")
+            made.receive(server.Datagram(bytes(text), b"\x0a\x37\0\2", 9, b"\x0a\x37\0\1", 80, 6))
+        self.assertNotIn("error", made.counts)
+
+
+class TcpTest(unittest.TestCase):
+    """Connections that bring packets, on the loopback."""
+
+    def setUp(self) -> None:
+        """Listen on a port that nobody has."""
+        self.capture = server.TcpCapture(socket.AF_INET, 0)
+        self.addCleanup(self.capture.close)
+        self.address = self.capture.socket.getsockname()
+        self.kept = []  # type: List[socket.socket]
+
+    def tearDown(self) -> None:
+        """Close the clients' ends."""
+        for each in self.kept:
+            each.close()
+
+    def connect(self, text: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
+        """Return a connection on which this was sent."""
+        made = socket.socket()
+        self.kept.append(made)
+        made.settimeout(20)
+        made.bind((source, 0))
+        made.connect(("127.0.0.1", self.address[1]))
+        made.sendall(text)
+        return made
+
+    def drain(self, count: Optional[int] = None) -> List[bytes]:
+        """Return the payloads that come, `count` of them or what there is."""
+        found = []  # type: List[bytes]
+        end = time.monotonic() + (20 if count else 0)
+        while True:
+            try:
+                datagram = self.capture.receive()
+                found += [datagram.payload] if datagram else []
+            except BlockingIOError:
+                if len(found) >= (count or 0) or time.monotonic() > end:
+                    return found
+                time.sleep(0.01)
+
+    def test_ends(self) -> None:
+        """The end of the connection, of a header, or of what there is room for."""
+        for text, end, found in (
+            (b"A" * 200, True, b"A" * 200),
+            (b"A" * 1501, False, b"A" * 1501),
+            (b"GET /x\r\nA: b\r\n\r\n", False, b"GET /x\r\nA: b\r\n\r\n"),
+            (b"get /x\n\n", False, b"get /x\n\n"),
+            (b"GET /x\r\n", True, b"GET /x\r\n"),
+        ):
+            made = self.connect(text)
+            if end:
+                made.shutdown(socket.SHUT_WR)
+            self.assertEqual([found], self.drain(1))
+            self.assertEqual(b"", made.recv(9), "no answer")
+        self.connect(b"A" * 5000)
+        (text,) = self.drain(1)
+        self.assertTrue(server.MAX_PAYLOAD < len(text) <= server.MAX_REQUEST + 1)
+
+    def test_parts(self) -> None:
+        """Text that comes in parts, and a connection without any."""
+        made = self.connect(b"A" * 100)
+        self.assertEqual([], self.drain())
+        made.sendall(b"B" * 100)
+        made.close()
+        self.assertEqual([b"A" * 100 + b"B" * 100], self.drain(1))
+        self.connect().close()
+        self.assertEqual([], self.drain())
+
+    def test_time(self) -> None:
+        """What has come when the time is over is the packet; who says nothing is sent away."""
+        self.assertEqual(float("inf"), self.capture.due)
+        for text, least, most, found in ((b"", 4, 5, []), (b"A" * 200, 1, 2, [b"A" * 200])):
+            self.connect(text)
+            self.assertEqual([], self.drain())
+            left = self.capture.due - time.monotonic()
+            self.assertTrue(least < left <= most, left)
+            for number, each in self.capture.connections.items():
+                self.capture.connections[number] = each._replace(end=each.end - most)
+            self.assertEqual(found, self.drain())
+            self.assertEqual({}, self.capture.connections)
+
+    def test_slow_bytes_win_no_time(self) -> None:
+        """The end stays where the first byte put it."""
+        made = self.connect(b"A")
+        self.drain()
+        end = self.capture.due
+        made.sendall(b"A")
+        time.sleep(0.05)
+        self.assertEqual([], self.drain())
+        self.assertEqual(end, self.capture.due)
+
+    def test_too_many(self) -> None:
+        """The oldest of a network makes room for its next; what it brought is not lost."""
+        first = self.connect(b"A" * 200)
+        for _ in range(3):
+            self.connect()
+        self.assertEqual([], self.drain())
+        self.connect()
+        self.assertEqual([b"A" * 200], self.drain())
+        self.assertEqual(b"", first.recv(9))
+        for number in range(2, 40):
+            for _ in range(3):
+                self.connect(source="127.0.0.%d" % number)
+            self.drain()
+            self.assertLessEqual(len(self.capture.connections), server.MAX_CONNECTIONS)
+        self.connect(b"GET /x\n\n", "127.0.0.99")
+        self.assertEqual([b"GET /x\n\n"], self.drain(1))
+
+    def test_addresses(self) -> None:
+        """Both ends of the connection, as a packet socket would have them."""
+        peer = self.connect(b"GET /\n\n").getsockname()
+        while True:
+            datagram = self.capture.receive()
+            if datagram:
+                break
+        self.assertEqual(
+            (b"\x7f\0\0\1", peer[1], b"\x7f\0\0\1", 6),
+            (datagram.source, datagram.source_port, datagram.destination, datagram.protocol),
+        )
 
 
 if __name__ == "__main__":
