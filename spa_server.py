@@ -7,12 +7,12 @@ Python's standard library.
 
 The life of a datagram, in the order of Server.receive() and Server.admit() in section 21:
 
-  capture    a packet socket with a kernel filter, or a UDP socket          sections 9, 14
+  capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 14
   form       length and alphabet, before any key is touched                 section 4
-  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 7, 11
+  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 8, 11
   fresh      too old? seen before? from before this memory began?           section 12
   remember   on file before a door opens: a crash must not allow a replay   section 12
-  judge      user, address, ports, expiry: what may this packet open?       section 8
+  judge      user, address, ports, expiry: what may this packet open?       section 9
   open       the firewall gets the grant, and ends it by itself             sections 19, 15 to 17
   close      by the kernel when its time has come; by this server too       section 19
   run        instead of opening, where a stanza says so: commands           section 20
@@ -25,10 +25,10 @@ configuration and touch nothing else.
   3. Encryption and HMAC of an SPA packet
   4. The SPA packet
   5. Directives
-  6. fwknopd.conf
-  7. access.conf
-  8. Judgement
-  9. Kernel packet filter
+  6. Captured packets
+  7. fwknopd.conf
+  8. access.conf
+  9. Judgement
 
 From here on the machine is touched.
 
@@ -69,7 +69,7 @@ import sys
 import time
 from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
-                    Optional, Set, Tuple, TypeVar, Union, overload)
+                    Optional, Set, Tuple, Type, TypeVar, Union, overload)
 
 try:
     import syslog
@@ -143,6 +143,7 @@ class Datagram(NamedTuple):
     source_port: int
     destination: bytes
     destination_port: int
+    protocol: int = 17  # of IP: UDP, or what carried it instead; ICMP has no ports
 
 
 class Door(NamedTuple):
@@ -601,18 +602,53 @@ def check_field(right: bool, name: str) -> None:
         raise PacketRejected("malformed", invalid_data(name))
 
 
+ERROR_CODES = {4096: "Data is not a valid SPA message format",
+               4097: "Not enough data to be a valid SPA message",
+               4098: "Data is not an SPA message",
+               4099: "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set"}
+
+
+class NotSpa(PacketRejected):
+    """What came is something else than an SPA packet; fwknopd has numbers and words for it."""
+
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason, "preprocess_spa_data() returned error %d: '%s' for incoming "
+                         "packet." % (number, ERROR_CODES[number]))
+
+
 def check_form(payload: bytes) -> None:
     """Rejects what can't be an SPA packet, by length and alphabet alone (spec 1.9, 1.10)."""
     if not MIN_PAYLOAD <= len(payload) <= MAX_PAYLOAD:
-        raise PacketRejected("length", "preprocess_spa_data() returned error 4097: "
-                             "'Not enough data to be a valid SPA message' for incoming packet.")
+        raise NotSpa("length", 4097)
     if payload.translate(None, ALPHABET_AND_FILLING):
-        raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4098: "
-                             "'Data is not an SPA message' for incoming packet.")
+        raise NotSpa("not an SPA packet", 4098)
     if payload.startswith(SALTED_PREFIX) or (len(payload) > GPG_LENGTH
                                              and payload.startswith(b"hQ")):
-        raise PacketRejected("not an SPA packet", "preprocess_spa_data() returned error 4096: "
-                             "'Data is not a valid SPA message format' for incoming packet.")
+        raise NotSpa("not an SPA packet", 4096)
+
+
+def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
+    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if it is there.
+
+    `GET /PACKET ...`, or as to a proxy `GET http://HOST/PACKET ...`, with `-` for `+` and `_` for
+    `/` (fwknop spec 1.14). In a list of addresses only the last is what the proxy that sent this
+    saw; the others are what it was told, by the client in the end.
+    """
+    line, _, rest = request.partition(b"\n")
+    target = (line.split(None, 2) + [b""])[1]
+    if target[:7].lower() == b"http://":
+        target = b"/" + target[7:].partition(b"/")[2]
+    fields = {}
+    for header in rest.split(b"\n"):
+        name, _, value = header.partition(b":")
+        if not name.strip():  # the end of the header
+            break
+        fields[name.lower()] = value.strip()
+    agent, forwarded = fields.get(b"user-agent", b""), fields.get(b"x-forwarded-for")
+    if not target.startswith(b"/") or not (any_agent or agent.startswith(b"Fwknop")):
+        raise NotSpa("not an SPA packet", 4098)
+    return (target[1:].replace(b"-", b"+").replace(b"_", b"/"),
+            None if forwarded is None else forwarded.rpartition(b",")[2].strip().decode("latin-1"))
 
 
 def gpg_prefix(payload: bytes) -> bytes:
@@ -1072,31 +1108,348 @@ class Networks:
 
 
 # ======================================================================================
-# 6. fwknopd.conf
+# 6. Captured packets
 #
-# How this server listens, remembers and drives the firewall (fwknop spec 3.2). What access
-# it grants is in section 7.
+# What packet sockets and capture files bring: the datagram in an IP packet, and PCAP_FILTER,
+# which is the part of pcap-filter(7) that tells whose packets to look at. It becomes a tree of
+# comparisons, which is evaluated here or compiled to classic BPF for the kernel.
 # ======================================================================================
 
+TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58  # protocol numbers of IP, https://www.iana.org/protocols
+SCTP, IPV6_FRAGMENT = 132, 44
+IPV4_UDP = struct.Struct(">BxHxxHxBxx4s4sHHH")  # RFC 791 section 3.1 without options, RFC 768
+IPV6_EXTENSIONS = (0, 43, 60)  # hop-by-hop and destination options, routing
+MAX_EXTENSIONS = 8
 
-class FilterTerm(NamedTuple):
-    """`udp port N` or `udp dst port N` of a PCAP_FILTER."""
 
-    port: int
-    source_too: bool
+def decode_ip(packet: bytes) -> Optional[Datagram]:
+    """The datagram in an IP packet; None for fragments, cut packets and what can't carry SPA.
+
+    RFC 791 section 3.1 and RFC 8200 section 4; then RFC 768, RFC 9293 section 3.1, or the 8 bytes
+    of RFC 792 and RFC 4443. Checksums are not looked at: fwknop's raw packets have none.
+    """
+    if len(packet) < 28:
+        return None
+    (first, end, fragment, protocol, source, destination, source_port, destination_port,
+     length) = IPV4_UDP.unpack_from(packet)
+    if first == 0x45 and protocol == UDP and not fragment & 0x3FFF:  # nearly all there is
+        payload = packet[28:20 + length]
+        if len(payload) != length - 8:
+            return None
+        return Datagram(payload, source, source_port, destination, destination_port)
+    start = (first & 15) * 4
+    if first >> 4 == 6:
+        source, destination = packet[8:24], packet[24:40]
+        protocol, start = skip_extensions(packet)
+        end = 40 + int.from_bytes(packet[4:6], "big")
+    elif first >> 4 != 4 or start < 20 or fragment & 0x3FFF:
+        return None
+    body = packet[start:end]
+    if len(body) < 8 or len(body) != end - start:
+        return None
+    if protocol == (ICMP6 if first >> 4 == 6 else ICMP):  # fwknopd logs port 0, too
+        return Datagram(body[8:], source, 0, destination, 0, protocol)
+    source_port, destination_port, length = struct.unpack_from(">HHH", body)
+    if protocol == UDP and 8 <= length <= len(body):
+        return Datagram(body[8:length], source, source_port, destination, destination_port)
+    start = (body[12] >> 4) * 4 if len(body) >= 20 else 0
+    if protocol == TCP and 20 <= start < len(body):  # with payload, a SYN as well
+        return Datagram(body[start:], source, source_port, destination, destination_port, TCP)
+    return None
 
 
-def parse_packet_filter(text: str) -> Tuple[FilterTerm, ...]:
-    """The terms of a PCAP_FILTER."""
-    terms = []
-    for term in text.split(" or "):
-        words = term.split()
-        if words[:-1] not in (["udp", "port"], ["udp", "dst", "port"]) or not is_port(words[-1]):
-            raise ValueError("expected `udp port N` or `udp dst port N`, joined by `or`")
-        terms.append(FilterTerm(int(words[-1]), len(words) == 3))
-    if len(terms) > 32:
-        raise ValueError("expected at most 32 ports")
-    return tuple(terms)
+def skip_extensions(packet: bytes) -> Tuple[int, int]:
+    """Number and place of the protocol behind the IPv6 headers (RFC 8200 section 4)."""
+    protocol, start = packet[6], 40
+    for _ in range(MAX_EXTENSIONS):
+        if protocol not in IPV6_EXTENSIONS or len(packet) < start + 8:
+            break
+        protocol, start = packet[start], start + 8 * (packet[start + 1] + 1)
+    return protocol, start
+
+
+class LinkType(NamedTuple):
+    """The header of a frame: its length, and where EtherType and direction stand, if they do."""
+
+    length: int
+    ethertype: Optional[int] = None
+    direction: Optional[int] = None
+
+
+# By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, raw IP, Linux cooked.
+LINK_TYPES = {0: LinkType(4), 108: LinkType(4), 1: LinkType(14, 12), 113: LinkType(16, 14, 1),
+              276: LinkType(20, 0, 10), 12: LinkType(0), 14: LinkType(0), 101: LinkType(0),
+              228: LinkType(0), 229: LinkType(0)}
+PACKET_OUTGOING = 4  # of linux/if_packet.h
+VLAN_TAGS = (b"\x81\x00", b"\x88\xa8", b"\x91\x00")  # IEEE 802.1Q, 802.1ad and what was before
+MAX_TAGS = 4
+
+
+def decode_frame(frame: bytes, link: LinkType, any_direction: bool) -> bytes:
+    """The IP packet in a frame; nothing for other frames, and for what the host itself sent."""
+    start, place, direction = link
+    if (direction is not None and not any_direction
+            and frame[direction:direction + 1] == bytes([PACKET_OUTGOING])):
+        return b""
+    if place is not None:
+        for _ in range(MAX_TAGS):
+            if frame[place:place + 2] not in VLAN_TAGS:
+                break
+            place, start = start + 2, start + 4
+        if frame[place:place + 2] not in (b"\x08\x00", b"\x86\xdd"):
+            return b""
+    return frame[start:]
+
+
+class Comparison(NamedTuple):
+    """Whether `size` bytes at `offset`, under `mask`, are a number from `least` to `most`.
+
+    `behind` says that the offset counts from the end of the IPv4 header.
+    """
+
+    offset: int
+    size: int
+    least: int
+    most: int
+    mask: int = 0xFFFFFFFF
+    behind: bool = False
+
+
+class Junction(NamedTuple):
+    """Comparisons and junctions under `and`, `or` or `not`."""
+
+    word: str
+    parts: Tuple[Any, ...]
+
+
+Filter = Union[Comparison, Junction]
+
+IS_IPV4, IS_IPV6 = (Comparison(0, 1, version, version, 0xF0) for version in (0x40, 0x60))
+FILTER_PROTOCOLS = {"udp": UDP, "tcp": TCP, "icmp": ICMP, "icmp6": ICMP6, "ip": 4, "ip6": 6}
+FILTER_SYMBOLS = {"(": "(", ")": ")", "!": "not", "&&": "and", "||": "or"}
+MAX_FILTER_WORDS = 400
+FILTER_LANGUAGE = ("expected udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange "
+                   "M-N, [ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
+
+
+def both(test: Callable[[int], Filter], direction: str, source: int, destination: int) -> Filter:
+    """A test of a field in its two places: `src`, `dst`, `and`, or, by default, `or`."""
+    if direction in ("src", "dst"):
+        return test(source if direction == "src" else destination)
+    return Junction(direction or "or", (test(source), test(destination)))
+
+
+def protocol_filter(name: str) -> Filter:
+    """What tells a protocol, in IPv6 also that of a fragment, as tcpdump has it."""
+    number = FILTER_PROTOCOLS[name]
+    if name in ("ip", "ip6"):
+        return IS_IPV4 if name == "ip" else IS_IPV6
+    four = Junction("and", (IS_IPV4, Comparison(9, 1, number, number)))
+    six = Junction("and", (IS_IPV6, Junction("or", (
+        Comparison(6, 1, number, number),
+        Junction("and", (Comparison(6, 1, IPV6_FRAGMENT, IPV6_FRAGMENT),
+                         Comparison(40, 1, number, number)))))))
+    if name in ("icmp", "icmp6"):
+        return four if name == "icmp" else six
+    return Junction("or", (four, six))
+
+
+def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
+    """What tells ports, in IPv4 not of later fragments, in IPv6 not behind extension headers."""
+    numbers = (FILTER_PROTOCOLS[protocol],) if protocol else (TCP, UDP, SCTP)
+
+    def test(next_header: int, base: int, behind: bool, *more: Filter) -> Filter:
+        known = Junction("or", tuple(Comparison(next_header, 1, n, n) for n in numbers))
+        return Junction("and", (known, *more, both(
+            lambda place: Comparison(place, 2, low, high, behind=behind),
+            direction, base, base + 2)))
+
+    first_fragment = Comparison(6, 2, 0, 0, 0x1FFF)
+    return Junction("or", (Junction("and", (IS_IPV4, test(9, 0, True, first_fragment))),
+                           Junction("and", (IS_IPV6, test(6, 40, False)))))
+
+
+def network_filter(direction: str, network: Network) -> Filter:
+    """What tells addresses of a network, in words of four bytes."""
+    form = ">%dI" % (network.max_prefixlen // 32)
+    masks = struct.unpack(form, network.netmask.packed)
+    values = struct.unpack(form, network.network_address.packed)
+
+    def test(place: int) -> Filter:
+        return Junction("and", tuple(
+            Comparison(place + 4 * at, 4, value, value, mask)
+            for at, (value, mask) in enumerate(zip(values, masks)) if mask))
+
+    if network.version == 4:
+        return Junction("and", (IS_IPV4, both(test, direction, 12, 16)))
+    return Junction("and", (IS_IPV6, both(test, direction, 8, 24)))
+
+
+class FilterParser:
+    """The tree of a PCAP_FILTER; any error is a ValueError. `and` and `or` bind alike."""
+
+    def __init__(self, text: str) -> None:
+        for symbol, word in FILTER_SYMBOLS.items():
+            text = text.replace(symbol, " %s " % word)
+        self.words = text.split()[::-1]  # those to come, the next one last
+        self.last: Optional[Tuple[str, str, str]] = None  # of a primitive: `port 1 or 2` repeats it
+
+    def take(self, *words: str) -> str:
+        """The next word if it is one of these, else nothing."""
+        return self.words.pop() if self.words and self.words[-1] in words else ""
+
+    def expression(self) -> Filter:
+        """Terms, joined from left to right."""
+        tree = self.term()
+        while True:
+            word = self.take("and", "or")
+            if not word:
+                return tree
+            parts = (tree,) if not isinstance(tree, Junction) or tree.word != word else tree.parts
+            tree = Junction(word, (*parts, self.term()))
+
+    def term(self) -> Filter:
+        """A primitive, an expression in parentheses, or `not` of either."""
+        if self.take("not"):
+            return Junction("not", (self.term(),))
+        if self.take("("):
+            tree = self.expression()
+            if not self.take(")"):
+                raise ValueError(FILTER_LANGUAGE)
+            return tree
+        protocol = self.take(*FILTER_PROTOCOLS)
+        direction = self.take("src", "dst")
+        other = "dst" if direction == "src" else "src"
+        if direction and self.words[-2:] in ([other, "and"], [other, "or"]):
+            direction, _ = self.words.pop(), self.words.pop()
+        kind = self.take("port", "portrange", "host", "net")
+        if protocol and not direction and not kind:
+            self.last = None
+            return protocol_filter(protocol)
+        if direction or kind:
+            self.last = protocol, direction, kind or "host"
+        if not self.last or not self.words:
+            raise ValueError(FILTER_LANGUAGE)
+        return self.primitive(*self.last, self.words.pop())
+
+    @staticmethod
+    def primitive(protocol: str, direction: str, kind: str, value: str) -> Filter:
+        """The test of one port, range, host or network."""
+        low, dash, high = value.partition("-")
+        if kind.startswith("port"):
+            if (protocol not in ("", "udp", "tcp") or bool(dash) != (kind == "portrange")
+                    or not is_port(low) or not is_port(high if dash else low)):
+                raise ValueError(FILTER_LANGUAGE)
+            return port_filter(protocol, direction, *sorted((int(low), int(high or low))))
+        try:
+            parse_address(value.partition("/")[0])
+            network = ipaddress.ip_network(value)
+        except ValueError:
+            raise ValueError(FILTER_LANGUAGE) from None
+        family = "ip" if network.version == 4 else "ip6"
+        if (kind == "host" and "/" in value) or protocol not in ("", family):
+            raise ValueError(FILTER_LANGUAGE)
+        return network_filter(direction, network)
+
+
+def parse_packet_filter(text: str) -> Filter:
+    """The tree of a PCAP_FILTER."""
+    parser = FilterParser(text)
+    if len(parser.words) > MAX_FILTER_WORDS:
+        raise ValueError("expected at most %d words" % MAX_FILTER_WORDS)
+    tree = parser.expression()
+    if parser.words:
+        raise ValueError(FILTER_LANGUAGE)
+    if len(compile_filter(tree)) > MAX_INSTRUCTIONS * SOCK_FILTER.size:
+        raise ValueError("expected a shorter filter")
+    return tree
+
+
+def matches(tree: Filter, packet: bytes) -> bool:
+    """Whether a filter lets an IP packet pass; IndexError when it looks behind the packet's end."""
+    if isinstance(tree, Junction):
+        if tree.word == "not":
+            return not matches(tree.parts[0], packet)
+        return (all if tree.word == "and" else any)(matches(part, packet) for part in tree.parts)
+    start = tree.offset + ((packet[0] & 15) * 4 if tree.behind else 0)
+    if start + tree.size > len(packet):
+        raise IndexError("expected a longer packet")
+    value = int.from_bytes(packet[start:start + tree.size], "big") & tree.mask
+    return tree.least <= value <= tree.most
+
+
+SOCK_FILTER = struct.Struct("=HBBI")  # struct sock_filter {u16 code, u8 jt, u8 jf, u32 k}
+MAX_INSTRUCTIONS = 4000  # the kernel takes 4096; open_packet_captures() adds some
+LONGEST_JUMP = 250
+LOAD = {1: 0x30, 2: 0x28, 4: 0x20}  # byte, half and word (linux/bpf_common.h)
+LOAD_HALF_BEHIND, LOAD_IPV4_LENGTH, MASK = 0x48, 0xB1, 0x54
+JUMP, JUMP_IF_EQUAL, JUMP_IF_GREATER, JUMP_IF_NOT_LESS, RETURN = 0x05, 0x15, 0x25, 0x35, 0x06
+PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
+NOT_OUTGOING = Junction("not", (Comparison(PACKET_TYPE_OFFSET, 4, PACKET_OUTGOING,
+                                           PACKET_OUTGOING),))
+ACCEPT_ALL = 0x40000
+
+
+class FilterProgram:
+    """A filter for a packet socket of type SOCK_DGRAM, which sees IP headers on every link.
+
+    It is made from its end, since all jumps go forward: a place is the number of instructions from
+    it to the end, and where a test leads is known when the test is made.
+    """
+
+    def __init__(self, tree: Filter) -> None:
+        self.code: List[bytes] = []  # last one first
+        reject = self.add(RETURN, 0)
+        self.test(tree, self.add(RETURN, ACCEPT_ALL), reject)
+
+    def add(self, code: int, k: int) -> int:
+        """An instruction that goes on with the one after it; returns its place."""
+        self.code.append(SOCK_FILTER.pack(code, 0, 0, k))
+        return len(self.code)
+
+    def branch(self, code: int, k: int, when_true: int, when_false: int) -> None:
+        """A conditional jump; what is too far for its 8 bits is reached by way of a plain jump."""
+        ways = [when_true, when_false]
+        for way in (0, 1):
+            if len(self.code) - ways[way] > LONGEST_JUMP:
+                ways[way] = self.add(JUMP, len(self.code) - ways[way])
+        jumps = [len(self.code) - way for way in ways]
+        self.code.append(SOCK_FILTER.pack(code, jumps[0], jumps[1], k))
+
+    def test(self, tree: Filter, when_true: int, when_false: int) -> int:
+        """The test of `tree`, and where to go then; returns where it begins."""
+        if isinstance(tree, Junction):
+            if tree.word == "not":
+                return self.test(tree.parts[0], when_false, when_true)
+            for part in reversed(tree.parts):
+                if tree.word == "and":
+                    when_true = self.test(part, when_true, when_false)
+                else:
+                    when_false = self.test(part, when_true, when_false)
+            return when_true if tree.word == "and" else when_false
+        if tree.least == tree.most:
+            self.branch(JUMP_IF_EQUAL, tree.least, when_true, when_false)
+        else:
+            self.branch(JUMP_IF_GREATER, tree.most, when_false, when_true)
+            self.branch(JUMP_IF_NOT_LESS, tree.least, len(self.code), when_false)
+        if tree.mask != 0xFFFFFFFF:
+            self.add(MASK, tree.mask)
+        self.add(LOAD_HALF_BEHIND if tree.behind else LOAD[tree.size], tree.offset)
+        return self.add(LOAD_IPV4_LENGTH, 0) if tree.behind else len(self.code)
+
+
+def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
+    """The program of a filter, which rejects what this host sends unless `any_direction`."""
+    program = FilterProgram(tree if any_direction else Junction("and", (NOT_OUTGOING, tree)))
+    return b"".join(reversed(program.code))
+
+
+# ======================================================================================
+# 7. fwknopd.conf
+#
+# How this server listens, remembers and drives the firewall (fwknop spec 3.2). What access
+# it grants is in section 8.
+# ======================================================================================
 
 
 def parse_interface(text: str) -> str:
@@ -1154,7 +1507,6 @@ NFT_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # NFPROTO_ of linux/netfilter.h
 WORD_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
 NOT_YET = "not supported yet"
 NO_NAT = "NAT is %s, such packets are rejected" % NOT_YET
-NO_HTTP = "SPA over HTTP is " + NOT_YET
 OWN_PORTS = "%s is " + NOT_YET + ", and without it this host's own ports would open"
 FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(8))
 
@@ -1167,9 +1519,25 @@ class ServerSettings(Settings):
     verbose = Directive("VERBOSE", integer(0, 9), "0", "1 and more: say more in the log")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
-                              "`udp port N` or `udp dst port N`, joined by `or`: what to look at")
+                              "what to look at, in tcpdump's language; see Carriers")
+    any_direction = Directive("ENABLE_PCAP_ANY_DIRECTION", parse_flag, "N",
+                              "look at what this host sends, too")
+    promiscuous = Directive("ENABLE_PCAP_PROMISC", parse_flag, "N",
+                            "look at what PCAP_INTF hears for other hosts, too")
+    capture_file = Directive("PCAP_FILE", optional(parse_path), "",
+                             "judge the packets of this file of `tcpdump -w` instead, and end")
+    packet_limit = Directive("PACKET_LIMIT", integer(0, 10 ** 9), "0",
+                             "end after so many packets that look like SPA; 0: go on")
     udp_server = Directive("ENABLE_UDP_SERVER", parse_flag, "N", "listen on a UDP socket instead")
     udp_port = Directive("UDPSERV_PORT", integer(1, 65535), "62201", "port of that socket")
+    tcp_server = Directive("ENABLE_TCP_SERVER", parse_flag, "N", "listen on a TCP socket as well")
+    tcp_port = Directive("TCPSERV_PORT", integer(1, 65535), "62201", "port of that one")
+    http = Directive("ENABLE_SPA_OVER_HTTP", parse_flag, "N",
+                     "take packets in HTTP requests, where TCP is looked at")
+    any_agent = Directive("ALLOW_ANY_USER_AGENT", parse_flag, "N",
+                          "from every User-Agent, not only from Fwknop")
+    forwarded_for = Directive("ENABLE_X_FORWARDED_FOR", parse_flag, "N",
+                              "the source is the last address in X-Forwarded-For")
     aging = Directive("ENABLE_SPA_PACKET_AGING", parse_flag, "Y", "reject packets by their age")
     max_packet_age = Directive("MAX_SPA_PACKET_AGE", integer(1, 100000, "seconds"), "120",
                                "by how many seconds a client's clock may differ")
@@ -1220,16 +1588,11 @@ class ServerSettings(Settings):
     gpg_program = Directive("GPG_EXE", optional(parse_path), "",
                             "gpg to run; without it the one in PATH")
 
-    capture_file = Refused("PCAP_FILE", "reading a capture file is " + NOT_YET)
-    http = Ignored("ENABLE_SPA_OVER_HTTP ALLOW_ANY_USER_AGENT ENABLE_X_FORWARDED_FOR", NO_HTTP)
-    tcp = Ignored("ENABLE_TCP_SERVER TCPSERV_PORT", "SPA over TCP is " + NOT_YET)
     nat = Ignored("ENABLE_IPT_FORWARDING ENABLE_IPT_LOCAL_NAT ENABLE_IPT_SNAT SNAT_TRANSLATE_IP "
                   "ENABLE_NAT_DNS IPT_FORWARD_ACCESS IPT_DNAT_ACCESS IPT_SNAT_ACCESS "
                   "IPT_MASQUERADE_ACCESS", NO_NAT)
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
-    promiscuous = Ignored("ENABLE_PCAP_PROMISC", "what is sent to this host arrives without it")
-    any_direction = Ignored("ENABLE_PCAP_ANY_DIRECTION", "what this host sends is never a knock")
     exit_at_down = Ignored("EXIT_AT_INTF_DOWN", "an interface that is gone is waited for")
     sniff_bytes = Ignored("MAX_SNIFF_BYTES", "the longest packet is 1500 bytes")
     comment_check = Ignored("ENABLE_IPT_COMMENT_CHECK", "the match is always needed")
@@ -1252,6 +1615,11 @@ class ServerSettings(Settings):
                          "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen")
         if self.access_folder and self.is_set(ServerSettings.access_file):
             texts.append("ACCESS_FILE %s is not read: there is an ACCESS_FOLDER" % self.access_file)
+        if self.http and self.forwarded_for:
+            texts.append("ENABLE_X_FORWARDED_FOR Y: who reaches the port past your proxy can give "
+                         "any address as the source")
+        if self.promiscuous and self.interface == "any":
+            texts.append("ENABLE_PCAP_PROMISC Y needs one interface as PCAP_INTF")
         return texts
 
 
@@ -1262,7 +1630,7 @@ def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
 
 
 # ======================================================================================
-# 7. access.conf
+# 8. access.conf
 #
 # Who may open what, for how long (fwknop spec 3.3). A stanza is the one place of policy.
 # ======================================================================================
@@ -1660,7 +2028,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
 
 
 # ======================================================================================
-# 8. Judgement
+# 9. Judgement
 #
 # What a genuine packet may open: pure functions of packet, stanza, datagram and time, in the
 # order of fwknop spec 3.4. Freshness and replay are in section 12.
@@ -1783,76 +2151,6 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
     return [Command(tuple(fill_in(word, values).encode("latin-1") for word in words),
                     stanza.account)
             for words in (stanza.cycle_open, stanza.cycle_close)]
-
-
-# ======================================================================================
-# 9. Kernel packet filter
-#
-# A PCAP_FILTER as a classic BPF program (linux/filter.h, linux/bpf_common.h) for a packet
-# socket of type SOCK_DGRAM: it sees IPv4 and IPv6 headers on every kind of link.
-# ======================================================================================
-
-LOAD_BYTE, LOAD_HALF, LOAD_WORD = 0x30, 0x28, 0x20  # absolute
-LOAD_HALF_INDEXED, LOAD_IP_HEADER_LENGTH = 0x48, 0xB1
-AND, JUMP_IF_EQUAL, JUMP_IF_SET, RETURN = 0x54, 0x15, 0x45, 0x06
-PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
-PACKET_OUTGOING = 4
-ACCEPT_ALL = 0x40000
-
-
-class Instruction(NamedTuple):
-    """One instruction; where it goes when its test is true and when false, "" for the next one."""
-
-    code: int
-    k: int = 0
-    when_true: str = ""
-    when_false: str = ""
-    label: str = ""
-
-
-def assemble(program: List[Instruction]) -> bytes:
-    """The program as an array of struct sock_filter {u16 code, u8 jt, u8 jf, u32 k}."""
-    places = {each.label: place for place, each in enumerate(program) if each.label}
-    code = b""
-    for place, each in enumerate(program):
-        jumps = [places[label] - place - 1 if label else 0
-                 for label in (each.when_true, each.when_false)]
-        code += struct.pack("=HBBI", each.code, jumps[0], jumps[1], each.k)
-    return code
-
-
-def compile_filter(terms: Tuple[FilterTerm, ...]) -> bytes:
-    """The program that accepts what arrives, is UDP, not a later fragment, and matches a term.
-
-    IPv6 extension headers are not searched: no client sends them before an SPA packet.
-    """
-    def ports(load: int, base: int) -> List[Instruction]:
-        """Compares the ports of the UDP header at `base` with the terms."""
-        destination = [Instruction(JUMP_IF_EQUAL, term.port, "accept") for term in terms]
-        source = [Instruction(JUMP_IF_EQUAL, term.port, "accept")
-                  for term in terms if term.source_too]
-        return ([Instruction(load, base + 2)] + destination + [Instruction(load, base)] + source
-                + [Instruction(JUMP_IF_EQUAL, 0, "reject", "reject")])
-
-    program = [
-        Instruction(LOAD_WORD, PACKET_TYPE_OFFSET),
-        Instruction(JUMP_IF_EQUAL, PACKET_OUTGOING, "reject"),
-        Instruction(LOAD_BYTE, 0),
-        Instruction(AND, 0xF0),
-        Instruction(JUMP_IF_EQUAL, 0x60, "ipv6"),
-        Instruction(JUMP_IF_EQUAL, 0x40, "", "reject"),
-        Instruction(LOAD_BYTE, 9),
-        Instruction(JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject"),
-        Instruction(LOAD_HALF, 6),
-        Instruction(JUMP_IF_SET, 0x1FFF, "reject"),
-        Instruction(LOAD_IP_HEADER_LENGTH, 0)]
-    program += ports(LOAD_HALF_INDEXED, 0)
-    program += [Instruction(LOAD_BYTE, 6, label="ipv6"),
-                Instruction(JUMP_IF_EQUAL, socket.IPPROTO_UDP, "", "reject")]
-    program += ports(LOAD_HALF, 40)
-    program += [Instruction(RETURN, 0, label="reject"),
-                Instruction(RETURN, ACCEPT_ALL, label="accept")]
-    return assemble(program)
 
 
 # ======================================================================================
@@ -2326,9 +2624,9 @@ class ReplayMemory:
         if digest in self.seen:
             raise self.replayed(self.seen[digest], datagram)
         now = int(self.wall())
-        line = "%s 17 %s %d %s %d %d" % (digest, source, datagram.source_port,
-                                        socket_text(datagram.destination),
-                                        datagram.destination_port, now)
+        line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
+                                         socket_text(datagram.destination),
+                                         datagram.destination_port, now)
         if self.file is not None:
             try:
                 self.append(self.file, line.encode() + b"\n")
@@ -2345,10 +2643,11 @@ class ReplayMemory:
         words = known.line.split()
         created = time.strftime("%m/%d/%y %H:%M:%S", time.localtime(known.time))
         return NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
-                        "17/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
+                        "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
                         "Entry created: %s"
-                        % (socket_text(datagram.source), datagram.destination_port, words[2],
-                           words[1], words[5], created), "{text}")
+                        % (socket_text(datagram.source), datagram.protocol,
+                           datagram.destination_port, words[2], words[1], words[5], created),
+                        "{text}")
 
     @staticmethod
     def append(file: int, line: bytes) -> None:
@@ -2547,32 +2846,38 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 # 14. Capture
 #
 # Where datagrams come from. With CAP_NET_RAW a packet socket: nothing listens, no firewall
-# rule is needed, and the host's firewall may drop the packet. Else UDP sockets.
+# rule is needed, and the host's firewall may drop the packet. Else UDP sockets. TCP sockets
+# besides either, or a file instead of all.
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
 SO_ATTACH_FILTER = 26
 SO_RCVBUFFORCE = 33
+SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 263, 1, 1
 IP_PKTINFO = 8
 RECEIVE_BUFFER = 4 << 20
 MAX_PACKET = 4096  # what is longer is cut, and then no datagram
-UDP_HEADER = struct.Struct(">HHH")  # source port, destination port, length (RFC 768)
 
 
 class Capture:
     """A socket and how to read a Datagram from it."""
 
-    def __init__(self, opened: socket.socket, name: str) -> None:
+    def __init__(self, opened: socket.socket, name: str, buffer: int = RECEIVE_BUFFER) -> None:
         self.socket, self.name = opened, name
         opened.setblocking(False)
         try:
-            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
         except OSError:  # it needs CAP_NET_ADMIN
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
 
     def fileno(self) -> int:
         """The socket's, for a selector."""
         return self.socket.fileno()
+
+    @property
+    def due(self) -> float:
+        """When to call receive() even if there is nothing to read, on the monotonic clock."""
+        return float("inf")
 
     def receive(self) -> Optional[Datagram]:
         """The next datagram, None for what is none; BlockingIOError when nothing is there."""
@@ -2588,10 +2893,10 @@ class PacketCapture(Capture):
 
     On all interfaces it asks for IPv4 and IPv6 by their own sockets: those see a packet once, after
     bridges, bonds and VLANs, and never what this host sends. A named interface is seen as it is, so
-    that one inside a bridge works as well.
+    that one inside a bridge works as well. The kernel has taken a VLAN tag off.
     """
 
-    def __init__(self, interface: str, protocol: int, code: bytes) -> None:
+    def __init__(self, interface: str, protocol: int, code: bytes, promiscuous: bool) -> None:
         opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
         try:
             instructions = array.array("B", code)
@@ -2600,6 +2905,9 @@ class PacketCapture(Capture):
             self.index = socket.if_nametoindex(interface) if interface else 0
             if interface:
                 opened.bind((interface, protocol))
+            if interface and promiscuous:  # struct packet_mreq
+                request = struct.pack("iHH8s", self.index, PACKET_MR_PROMISC, 0, b"")
+                opened.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
         except OSError:
             opened.close()
             raise
@@ -2607,26 +2915,14 @@ class PacketCapture(Capture):
         drain_socket(opened)  # what came before the filter was there
 
     def receive(self) -> Optional[Datagram]:
-        """The next datagram: RFC 791 section 3.1 or RFC 8200 section 3, then RFC 768."""
-        packet = self.socket.recv(MAX_PACKET)
-        first = packet[0] if packet else 0
-        if first == 0x45:  # IPv4 without options
-            start, source, destination = 20, packet[12:16], packet[16:20]
-        elif first >> 4 == 6:
-            start, source, destination = 40, packet[8:24], packet[24:40]
-        else:
-            start, source, destination = (first & 15) * 4, packet[12:16], packet[16:20]
-        if start < 20 or len(packet) < start + 8:
-            return None
-        source_port, destination_port, length = UDP_HEADER.unpack_from(packet, start)
-        payload = packet[start + 8:start + length]
-        if len(payload) != length - 8:
-            return None
-        return Datagram(payload, source, source_port, destination, destination_port)
+        """The next datagram."""
+        return decode_ip(self.socket.recv(MAX_PACKET))
 
 
 class UdpCapture(Capture):
     """A UDP socket of one family. The destination address comes with the packet info option."""
+
+    protocol = "UDP"
 
     def __init__(self, family: int, port: int) -> None:
         opened = socket.socket(family, socket.SOCK_DGRAM)
@@ -2654,39 +2950,271 @@ class UdpCapture(Capture):
         return Datagram(payload, source, peer[1], destination, self.port)
 
 
-def open_captures(settings: ServerSettings, log: Log) -> List[Capture]:
-    """The sockets that the settings ask for.
+MAX_REQUEST = MAX_PAYLOAD + 4096  # bytes of an HTTP request
+MAX_CONNECTIONS, MAX_PER_NETWORK = 32, 4  # of one family; of one IPv4 address or IPv6 /64
+FIRST_SECONDS, REST_SECONDS = 5.0, 2.0  # for the first byte, and from then on for all others
 
-    None while the interface is missing; SpaError when there is no way to listen.
+
+class Incoming(NamedTuple):
+    """A TCP connection of which a packet is expected, and until when."""
+
+    socket: socket.socket
+    datagram: Datagram  # with what has come so far
+    network: bytes
+    end: float
+
+
+class TcpCapture(Capture):
+    """A TCP socket of one family. A connection brings one packet, and is closed without an answer.
+
+    The packet ends with the connection, with the header of an HTTP request, or with its time. Too
+    many connections push out the oldest one of their network, else the oldest of all: a client
+    sends at once, so that those who wait make room for it.
     """
-    if not settings.udp_server:
+
+    protocol = "TCP"
+
+    def __init__(self, family: int, port: int) -> None:
+        opened = socket.socket(family, socket.SOCK_STREAM)
         try:
-            return open_packet_captures(settings, log)
-        except (PermissionError, AttributeError):
-            log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d instead"
-                        % settings.udp_port)
-    captures: List[Capture] = []
-    for family in (socket.AF_INET, socket.AF_INET6):
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            opened.bind(("", port))
+            opened.listen(2 * MAX_CONNECTIONS)
+        except OSError:
+            opened.close()
+            raise
+        self.family, self.port = family, port
+        super().__init__(opened, "TCP port %d" % port, 2 * MAX_REQUEST)
+        self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
+        self.selector = selectors.EpollSelector()
+        self.selector.register(opened, selectors.EVENT_READ)
+
+    def fileno(self) -> int:
+        """One that is readable when the socket or a connection is."""
+        return self.selector.fileno()
+
+    @property
+    def due(self) -> float:
+        """When the first connection has had its time."""
+        return min((each.end for each in self.connections.values()), default=float("inf"))
+
+    def receive(self) -> Optional[Datagram]:
+        """What the next connection brought that is at its end; reading goes before accepting."""
+        now = time.monotonic()
+        for number, connection in self.connections.items():
+            if now >= connection.end:
+                return self.finish(number)
+        ready = [key.fd for key, _ in self.selector.select(0)]
+        for number in ready:
+            if number in self.connections:
+                return self.read(number, now)
+        if not ready:
+            raise BlockingIOError
+        return self.accept(now)
+
+    def accept(self, now: float) -> Optional[Datagram]:
+        """Takes a new connection, in place of another one when there are too many."""
         try:
-            captures.append(UdpCapture(family, settings.udp_port))
+            opened, peer = self.socket.accept()
+            here = opened.getsockname()
+        except OSError:  # it has gone already
+            return None
+        opened.setblocking(False)
+        source, destination = (socket.inet_pton(self.family, name[0].partition("%")[0])
+                               for name in (peer, here))
+        number = opened.fileno()
+        self.connections[number] = Incoming(
+            opened, Datagram(b"", source, peer[1], destination, self.port, TCP), source[:8],
+            now + FIRST_SECONDS)
+        self.selector.register(opened, selectors.EVENT_READ)
+        neighbours = [each for each, connection in self.connections.items()
+                      if connection.network == source[:8]]
+        if len(neighbours) > MAX_PER_NETWORK:
+            return self.finish(neighbours[0])
+        if len(self.connections) > MAX_CONNECTIONS:
+            return self.finish(next(iter(self.connections)))
+        return self.read(number, now)
+
+    def read(self, number: int, now: float) -> Optional[Datagram]:
+        """Takes what has come by a connection; returns what that makes when it is all."""
+        connection = self.connections[number]
+        so_far = connection.datagram.payload
+        try:
+            new = connection.socket.recv(MAX_REQUEST + 1 - len(so_far))
+        except BlockingIOError:
+            return None
+        except OSError:  # reset
+            new = b""
+        text = so_far + new
+        self.connections[number] = connection._replace(
+            datagram=connection.datagram._replace(payload=text),
+            end=min(connection.end, now + REST_SECONDS))
+        if text[:4].upper() == b"GET ":
+            whole = b"\n\r\n" in text or b"\n\n" in text or len(text) > MAX_REQUEST
+        else:
+            whole = len(text) > MAX_PAYLOAD
+        return self.finish(number) if whole or not new else None
+
+    def finish(self, number: int) -> Optional[Datagram]:
+        """Ends a connection, and returns what it brought, if anything."""
+        connection = self.connections.pop(number)
+        self.selector.unregister(connection.socket)
+        connection.socket.close()
+        return connection.datagram if connection.datagram.payload else None
+
+    def close(self) -> None:
+        """Closes the socket and all connections."""
+        for number in list(self.connections):
+            self.finish(number)
+        self.selector.close()
+        self.socket.close()
+
+
+PCAP_ORDERS = {b"\xa1\xb2\xc3\xd4": ">", b"\xd4\xc3\xb2\xa1": "<",  # times in microseconds
+               b"\xa1\xb2\x3c\x4d": ">", b"\x4d\x3c\xb2\xa1": "<"}  # or in nanoseconds
+PCAPNG = b"\x0a\x0d\x0d\x0a"
+MAX_FRAME = 1 << 18  # the longest that tcpdump writes
+
+
+class FileCapture(Capture):
+    """A file of `tcpdump -w` (draft-ietf-opsawg-pcap), read once; EOFError at its end."""
+
+    def __init__(self, path: str, tree: Filter, any_direction: bool) -> None:
+        self.name, self.tree, self.any_direction = path, tree, any_direction
+        self.packets, self.passed, self.cut = 0, 0, 0
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise SpaError("%s: expected a regular file" % path)
+        try:
+            self.file = open(path, "rb")
         except OSError as error:
-            if error.errno != errno.EAFNOSUPPORT and (family == socket.AF_INET or not captures
-                                                      or error.errno != errno.EADDRNOTAVAIL):
-                for capture in captures:
-                    capture.close()
-                raise SpaError("UDP port %d: %s" % (settings.udp_port, error.strerror)) from None
-    log.info("Kicking off UDP server to listen on port %d." % settings.udp_port)
+            raise SpaError("%s: %s" % (path, error.strerror)) from None
+        head = self.file.read(24)
+        self.order = PCAP_ORDERS.get(head[:4], "")
+        if not self.order or len(head) < 24:
+            self.file.close()
+            raise SpaError("%s: expected a capture file in the pcap format" % path,
+                           "tcpdump -r FILE -w NEW or editcap -F pcap FILE NEW make one of pcapng"
+                           if head[:4] == PCAPNG else "")
+        number = struct.unpack(self.order + "20xI", head)[0] & 0xFFFF  # above are other things
+        if number not in LINK_TYPES:
+            self.file.close()
+            raise SpaError("%s: frames of link type %d; expected one of %s"
+                           % (path, number, ", ".join(map(str, sorted(LINK_TYPES)))))
+        self.link = LINK_TYPES[number]
+        # Nobody can write to this pipe, so that it always counts as readable, as a file does not.
+        self.always, writer = os.pipe()
+        os.close(writer)
+
+    def fileno(self) -> int:
+        """One that is always readable."""
+        return self.always
+
+    def receive(self) -> Optional[Datagram]:
+        """The datagram of the next record: {seconds, fraction, length, original length}, frame."""
+        if not self.file.peek(1):
+            raise EOFError("End of %s: %d packets, %d of them pass PCAP_FILTER, %d are cut short"
+                           % (self.name, self.packets, self.passed, self.cut))
+        header = self.file.read(16)
+        length, whole = (struct.unpack(self.order + "8xII", header) if len(header) == 16
+                         else (1, 1))
+        frame = self.file.read(min(length, MAX_FRAME))
+        if len(frame) != length:
+            raise SpaError("%s: broken after %d packets" % (self.name, self.packets))
+        self.packets += 1
+        self.cut += length < whole
+        packet = decode_frame(frame, self.link, self.any_direction)
+        try:
+            if length < whole or not matches(self.tree, packet):
+                return None
+        except IndexError:
+            return None
+        self.passed += 1
+        return decode_ip(packet)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+        os.close(self.always)
+
+
+def open_captures(settings: ServerSettings, log: Log,
+                  current: Iterable[Capture] = ()) -> List[Capture]:
+    """What the settings say to listen on or to read; sockets of `current` that still fit are kept.
+
+    No packet socket while the interface is missing; SpaError when there is no way to listen.
+    """
+    row = ServerSettings.packet_filter
+    filter_line = "PCAP filter is: '%s'" % settings.texts.get(row.name, row.default)
+    if settings.capture_file:
+        log.info("Reading pcap file: " + settings.capture_file)
+        log.info(filter_line)
+        return [FileCapture(settings.capture_file, settings.packet_filter, settings.any_direction)]
+    captures: List[Capture] = []
+    try:
+        on_udp = settings.udp_server
+        if not on_udp:
+            try:
+                captures += open_packet_captures(settings, log)
+                if captures:
+                    log.info("Sniffing interface: %s" % settings.interface)
+                    log.info(filter_line)
+            except (PermissionError, AttributeError):
+                log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d "
+                            "instead" % settings.udp_port)
+                on_udp = True
+        if on_udp:
+            open_sockets(UdpCapture, settings.udp_port, captures, current)
+            log.info("Kicking off UDP server to listen on port %d." % settings.udp_port)
+        if settings.tcp_server:
+            open_sockets(TcpCapture, settings.tcp_port, captures, current)
+            log.info("Kicking off TCP server to listen on port %d." % settings.tcp_port)
+    except SpaError:
+        close_captures(captures, current)
+        raise
     return captures
 
 
+def close_captures(captures: Iterable[Capture], current: Iterable[Capture]) -> None:
+    """Closes those that are not among `current`."""
+    for capture in captures:
+        if capture not in current:
+            capture.close()
+
+
+def open_sockets(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int, captures: List[Capture],
+                 current: Iterable[Capture]) -> None:
+    """Adds the sockets of both families to `captures`; a host may lack one of them."""
+    kept = {(type(each), each.family, each.port): each for each in current
+            if isinstance(each, (UdpCapture, TcpCapture))}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            captures.append(kept.get((kind, family, port)) or kind(family, port))
+        except OSError as error:
+            missing = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+            served = any(isinstance(each, kind) for each in captures)
+            if not missing or (family == socket.AF_INET6 and not served):
+                raise SpaError("%s port %d: %s" % (kind.protocol, port, error.strerror)) from None
+
+
 def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
-    """The packet sockets of PCAP_INTF; none while it does not exist."""
-    code = compile_filter(settings.packet_filter)
+    """The packet sockets of PCAP_INTF; none while it does not exist.
+
+    What comes to the TCP server is not looked at: it would come twice.
+    """
+    tree = settings.packet_filter
+    if settings.tcp_server:
+        served = parse_packet_filter("tcp dst port %d" % settings.tcp_port)
+        tree = Junction("and", (tree, Junction("not", (served,))))
+    code = compile_filter(tree, settings.any_direction)
     interface = "" if settings.interface == "any" else settings.interface
+    # Only a socket for all protocols sees what goes out.
+    protocols = (ETH_P_ALL,) if interface or settings.any_direction else (ETH_P_IP, ETH_P_IPV6)
     captures: List[Capture] = []
     try:
-        for protocol in (ETH_P_ALL,) if interface else (ETH_P_IP, ETH_P_IPV6):
-            captures.append(PacketCapture(interface, protocol, code))
+        for protocol in protocols:
+            captures.append(PacketCapture(interface, protocol, code, settings.promiscuous))
     except PermissionError:
         raise
     except OSError as error:
@@ -2694,9 +3222,6 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
             raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
         log.warning("Interface %s does not exist; it is waited for" % interface)
         return []
-    log.info("Sniffing interface: %s" % settings.interface)
-    row = ServerSettings.packet_filter
-    log.info("PCAP filter is: '%s'" % settings.texts.get(row.name, row.default))
     return captures
 
 
@@ -3952,12 +4477,16 @@ class Server:
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = 0.0
         self.check_wait = RETRY_SECONDS
-        self.running = True
+        self.candidates = 0  # packets of the right form so far
+        self.running, self.exit_code = True, 0
 
     def receive(self, datagram: Datagram) -> None:
         """One datagram on its way: form, then whose it is and what it may open."""
         try:
+            if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
+                datagram = self.unwrap(datagram)
             check_form(datagram.payload)
+            self.candidates += 1
             rejection = self.admit(datagram)
             if rejection is not None:
                 self.reject(datagram, rejection)
@@ -3970,6 +4499,19 @@ class Server:
             where = trace.tb_lineno if trace else 0
             self.reject(datagram, PacketRejected("error", "internal error: %s in line %d"
                                                  % (type(error).__name__, where)))
+
+    def unwrap(self, datagram: Datagram) -> Datagram:
+        """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
+        if not self.settings.http:
+            raise NotSpa("HTTP", 4099)
+        payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
+        if forwarded is None or not self.settings.forwarded_for:
+            return datagram._replace(payload=payload)
+        try:
+            return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
+        except ValueError:
+            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
+                                 "'%s' is not an IP address" % forwarded[:60]) from None
 
     def admit(self, datagram: Datagram) -> Optional[PacketRejected]:
         """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
@@ -4077,22 +4619,28 @@ class Server:
             self.log.debug("%s: %s" % (path, error.strerror))
 
     def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
-        """Counts a rejection and, unless there are too many, logs it."""
+        """Counts a rejection and, unless there are too many, logs it.
+
+        Other traffic on TCP and ICMP is no news; where UDP is looked at, only packets should come.
+        """
         self.counts[rejection.reason] += 1
-        if not self.log.rejection():
+        level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
+        if level > self.log.level or not self.log.rejection():
             return
         number = "(stanza #%d) " % rejection.stanza if rejection.stanza else ""
-        self.log.info(rejection.form.format(source=socket_text(datagram.source), stanza=number,
-                                            text=rejection))
+        self.log.write(level, rejection.form.format(source=socket_text(datagram.source),
+                                                    stanza=number, text=rejection))
 
     def listen(self, captures: List[Capture]) -> None:
-        """Reads from `captures` from now on; those before them are closed."""
-        for capture in self.captures:
-            self.selector.unregister(capture)
-            capture.close()
-        self.captures = captures
+        """Reads from `captures` from now on; those before that are not among them are closed."""
+        old, self.captures = self.captures, captures
+        for capture in old:
+            if capture not in captures:
+                self.selector.unregister(capture)
+                capture.close()
         for capture in captures:
-            self.selector.register(capture, selectors.EVENT_READ, self.make_drain(capture))
+            if capture not in old:
+                self.selector.register(capture, selectors.EVENT_READ, self.make_drain(capture))
 
     def make_drain(self, capture: Capture) -> Callable[[], None]:
         """What is called when `capture` has something to read."""
@@ -4100,16 +4648,30 @@ class Server:
             """Reads until nothing is there, or others have waited long enough."""
             end = time.monotonic() + BATCH_SECONDS
             try:
-                while time.monotonic() < end:
+                while self.running and time.monotonic() < end:
                     datagram = capture.receive()
                     if datagram is not None:
                         self.receive(datagram)
+                        if 0 < self.settings.packet_limit <= self.candidates:
+                            self.finish("Packet count limit (%d) reached. Exiting..."
+                                        % self.settings.packet_limit)
             except BlockingIOError:
                 pass
+            except EOFError as error:
+                self.finish(str(error))
+            except SpaError as error:
+                self.exit_code = 1
+                self.finish(str(error))
             except OSError as error:  # the interface went away; link events tell when it is back
                 self.log.warning("%s: %s; going on when it is back"
                                  % (capture.name, error.strerror))
         return drain
+
+    def finish(self, why: str) -> None:
+        """Lets the server's loop end."""
+        self.log.info("Gracefully leaving the fwknopd event loop.")
+        self.log.write(ERROR if self.exit_code else INFO, why)
+        self.running = False
 
     @property
     def on_udp(self) -> bool:
@@ -4119,15 +4681,16 @@ class Server:
     def check_links(self) -> None:
         """Listens anew when the interface that was named is there again, or is another one."""
         drain_socket(self.link_events)
-        if self.on_udp or self.settings.interface == "any":
+        if self.on_udp or self.settings.capture_file or self.settings.interface == "any":
             return
         try:
             index = socket.if_nametoindex(self.settings.interface)
         except OSError:
             return
-        if [getattr(capture, "index", index) for capture in self.captures] != [index]:
+        if [capture.index for capture in self.captures
+                if isinstance(capture, PacketCapture)] != [index]:
             try:
-                self.listen(open_captures(self.settings, self.log))
+                self.listen(open_captures(self.settings, self.log, self.captures))
             except SpaError as error:
                 self.log.error(str(error))
 
@@ -4168,17 +4731,22 @@ class Server:
             return [row.name for row in rows
                     if getattr(old, row.attribute) != getattr(settings, row.attribute)]
 
-        rows: List[Directive[Any]] = [ServerSettings.udp_port]  # all that counts on UDP sockets
+        if changed(ServerSettings.capture_file):  # it has its own idea of age and of an end
+            raise settings.error(ServerSettings.capture_file, "expected no change without a start")
+        rows: List[Directive[Any]] = [ServerSettings.udp_port, ServerSettings.tcp_server,
+                                      ServerSettings.tcp_port]  # all that counts on UDP sockets
         if not self.on_udp or (old.udp_server and not settings.udp_server):
             rows += [ServerSettings.interface, ServerSettings.packet_filter,
+                     ServerSettings.any_direction, ServerSettings.promiscuous,
                      ServerSettings.udp_server]
-        captures = open_captures(settings, self.log) if changed(*rows) else None
+        captures = None
+        if changed(*rows) and not settings.capture_file:
+            captures = open_captures(settings, self.log, self.captures)
         stood = firewall.guarded()
         try:
             firewall.prepare()
         except CommandError:
-            for capture in captures or []:
-                capture.close()
+            close_captures(captures or [], self.captures)
             if firewall.guard_ports and not stood:
                 firewall.unguard()
             raise
@@ -4194,6 +4762,7 @@ class Server:
 
     def start(self, flush: bool) -> None:
         """Makes the firewall ready, goes on with the grants it has or closes them, and listens."""
+        captures = open_captures(self.settings, self.log)  # fails before anything is changed
         self.grants.firewall.prepare()
         if flush:
             self.grants.flush()
@@ -4204,7 +4773,7 @@ class Server:
             if events is not None:
                 drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
-        self.listen(open_captures(self.settings, self.log))
+        self.listen(captures)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def turn(self) -> None:
@@ -4213,9 +4782,12 @@ class Server:
         next_end = self.grants.next_end()
         if next_end is not None:
             due = min(due, next_end)
-        due = min(due, self.commands.next_due())
+        due = min([due, self.commands.next_due()] + [capture.due for capture in self.captures])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
+        for capture in self.captures:
+            if time.monotonic() >= capture.due:
+                self.make_drain(capture)()
         self.grants.expire()
         self.commands.look()
         if time.monotonic() >= self.check_due:
@@ -4460,7 +5032,7 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     finally:
         pid_file.clear()
         log.info("Shutting Down fwknopd.")
-    return 0
+    return server.exit_code
 
 
 def guard_warnings(settings: ServerSettings, firewall: Firewall, test: bool, log: Log) -> List[str]:
@@ -4673,7 +5245,10 @@ O override-config   FILES  override             files like it with commas betwee
 a access-file       FILE   ACCESS_FILE          access.conf
 - access-folder     DIR    ACCESS_FOLDER        all *.conf in it instead of access.conf
 i interface         NAME   PCAP_INTF            interface to listen on, or any
-P pcap-filter       FILTER PCAP_FILTER          `udp port N`, `udp dst port N`, joined by `or`
+P pcap-filter       FILTER PCAP_FILTER          what to look at, in tcpdump's language
+- pcap-any-direction -     ENABLE_PCAP_ANY_DIRECTION=Y look at what this host sends, too
+- pcap-file         FILE   PCAP_FILE            judge the packets of a capture file, and end
+C packet-limit      N      PACKET_LIMIT         end after N packets that look like SPA
 U udp-server        -      ENABLE_UDP_SERVER=Y  listen on a UDP socket, not a packet socket
 d digest-file       FILE   DIGEST_FILE          where packets are remembered
 - rotate-digest-cache -    rotate               begin a new one; the old gets `-old` to its name
@@ -4713,10 +5288,6 @@ h help              -      help                 print this
 """
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 KILL_SECONDS = 30  # a server may have to wait for a firewall program
-ERROR_CODES = ((4096, "Data is not a valid SPA message format"),
-               (4097, "Not enough data to be a valid SPA message"),
-               (4098, "Data is not an SPA message"),
-               (4099, "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set"))
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
            "list_all", "flush", "unguard", "key_gen"}
 
@@ -4799,6 +5370,8 @@ def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
         warnings += read_server_settings(path, settings)
     for line in arguments.lines:
         settings.take(line)
+    if settings.capture_file and not settings.is_set(ServerSettings.aging):
+        settings.take(Line("PCAP_FILE", 0, ServerSettings.aging.name, "N"))  # fwknop spec 3.2
     return settings, warnings
 
 
@@ -4984,7 +5557,7 @@ def run(arguments: Arguments, log: Log) -> int:
         print(format_help() if "help" in arguments else
               "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
     elif "codes" in arguments:
-        print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES))
+        print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
     elif {"key_gen", "key_gen_file"} & asked:
         generate_keys(arguments)
     elif {"status", "kill", "restart"} & asked:

@@ -219,8 +219,8 @@ class PeerTest(ConfigCase):
         for name, value in SPEC_DEFAULTS.items():
             if name not in ("PCAP_INTF", "HMAC_DIGEST_TYPE", "ENCRYPTION_MODE", "SOURCE",
                             "DESTINATION", "REQUIRE_SOURCE_ADDRESS", "GPG_ALLOW_NO_PW",
-                            "GPG_REQUIRE_SIG", "GPG_DISABLE_SIG",
-                            "GPG_IGNORE_SIG_VERIFY_ERROR") and value:
+                            "GPG_REQUIRE_SIG", "GPG_DISABLE_SIG", "GPG_IGNORE_SIG_VERIFY_ERROR",
+                            "ALLOW_ANY_USER_AGENT") and value:  # this one came with 2.6.11
                 with self.subTest(name=name):
                     mine = os.path.expanduser(value) \
                         .replace("$FWKNOP_RUN_DIR", told["FWKNOP_RUN_DIR"]) \
@@ -255,13 +255,17 @@ FORCE_SNAT FORCE_MASQUERADE FORWARD_ALL DISABLE_DNAT ACCESS_EXPIRE ACCESS_EXPIRE
 GPG_HOME_DIR GPG_EXE GPG_DECRYPT_ID GPG_DECRYPT_PW GPG_ALLOW_NO_PW GPG_REQUIRE_SIG GPG_DISABLE_SIG
 GPG_IGNORE_SIG_VERIFY_ERROR GPG_REMOTE_ID GPG_FINGERPRINT_ID
 """.split()
-OUR_NAMES = "FIREWALL_TYPE GUARD_PORTS NFT_ACCEPT_CHAINS ACCESS_PREFIX4 ACCESS_PREFIX6".split()
+OUR_NAMES = ("FIREWALL_TYPE GUARD_PORTS NFT_ACCEPT_CHAINS PACKET_LIMIT "
+             "ACCESS_PREFIX4 ACCESS_PREFIX6").split()
 
 # Defaults of spec 3.2 and 3.3 of the directives that are supported here; "" is unset.
 SPEC_DEFAULTS = {
     "PCAP_INTF": "eth0", "PCAP_FILTER": "udp port 62201", "ENABLE_SPA_PACKET_AGING": "Y",
     "MAX_SPA_PACKET_AGE": "120", "ENABLE_DIGEST_PERSISTENCE": "Y", "ENABLE_UDP_SERVER": "N",
-    "UDPSERV_PORT": "62201", "SYSLOG_IDENTITY": "fwknopd", "SYSLOG_FACILITY": "LOG_DAEMON",
+    "UDPSERV_PORT": "62201", "ENABLE_TCP_SERVER": "N", "TCPSERV_PORT": "62201",
+    "ENABLE_SPA_OVER_HTTP": "N", "ALLOW_ANY_USER_AGENT": "N", "ENABLE_X_FORWARDED_FOR": "N",
+    "ENABLE_PCAP_ANY_DIRECTION": "", "ENABLE_PCAP_PROMISC": "N", "PCAP_FILE": "",
+    "SYSLOG_IDENTITY": "fwknopd", "SYSLOG_FACILITY": "LOG_DAEMON",
     "ENABLE_DESTINATION_RULE": "N", "ENABLE_RULE_PREPEND": "N", "ENABLE_IPT_OUTPUT": "N",
     "FLUSH_IPT_AT_INIT": "Y", "FLUSH_IPT_AT_EXIT": "Y",
     "IPT_INPUT_ACCESS": "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
@@ -289,17 +293,21 @@ DIFFERENT = {
     "VERBOSE": "0 instead of unset",
     "GPG_EXE": "unset: gpg from PATH",
     "CMD_EXEC_TIMEOUT": "60: fwknopd reads it and never uses it",
+    "ENABLE_PCAP_ANY_DIRECTION": "N instead of unset",
 }
 
 # (line, expected) of wrong values; the line's first word is the name in the message
 BAD_SERVER = (
     ("PCAP_INTF a b", "interface"), ("PCAP_INTF sixteen-letters-x", "interface"),
-    ("PCAP_INTF ../x", "interface"), ("PCAP_FILTER tcp port 62201", "udp port N"),
-    ("PCAP_FILTER udp port 0", "udp port N"), ("PCAP_FILTER udp port 65536", "udp port N"),
-    ("PCAP_FILTER udp port 1 and udp port 2", "udp port N"), ("PCAP_FILTER port 62201", "udp port"),
-    ("PCAP_FILTER udp port 62201 or", "udp port N"), ("PCAP_FILTER udp", "udp port N"),
-    ("PCAP_FILTER udp src port 1", "udp port N"), ("PCAP_FILTER host 1.2.3.4", "udp port N"),
-    ("PCAP_FILTER " + " or ".join("udp port %d" % n for n in range(1, 35)), "32"),
+    ("PCAP_INTF ../x", "interface"), ("PCAP_FILTER ether proto 1", "[udp|tcp] [src|dst] port N"),
+    ("PCAP_FILTER udp port 0", "port N"), ("PCAP_FILTER udp port 65536", "port N"),
+    ("PCAP_FILTER udp port 62201 or", "port N"), ("PCAP_FILTER host x.example", "host ADDRESS"),
+    ("PCAP_FILTER " + " or ".join("udp port %d" % n for n in range(1, 150)), "400 words"),
+    ("ENABLE_PCAP_ANY_DIRECTION 1", "Y or N"), ("ENABLE_PCAP_PROMISC 1", "Y or N"),
+    ("PCAP_FILE x.pcap", "absolute"), ("PACKET_LIMIT -1", "0 to 1000000000"),
+    ("ENABLE_TCP_SERVER on", "Y or N"), ("TCPSERV_PORT 0", "1 to 65535"),
+    ("TCPSERV_PORT 65536", "1 to 65535"), ("ENABLE_SPA_OVER_HTTP 1", "Y or N"),
+    ("ALLOW_ANY_USER_AGENT 1", "Y or N"), ("ENABLE_X_FORWARDED_FOR 1", "Y or N"),
     ("ENABLE_SPA_PACKET_AGING 1", "Y or N"), ("ENABLE_UDP_SERVER true", "Y or N"),
     ("MAX_SPA_PACKET_AGE 0", "1 to 100000"), ("MAX_SPA_PACKET_AGE 100001", "1 to 100000"),
     ("MAX_SPA_PACKET_AGE 30s", "1 to 100000"), ("MAX_SPA_PACKET_AGE -1", "1 to 100000"),
@@ -322,7 +330,7 @@ BAD_SERVER = (
     ("ENABLE_DESTINATION_RULE -", "Y or N"), ("ENABLE_RULE_PREPEND 0", "Y or N"),
     ("ENABLE_IPT_OUTPUT off", "Y or N"), ("FLUSH_IPT_AT_INIT -", "Y or N"),
     ("FLUSH_IPT_AT_EXIT -", "Y or N"), ("ENABLE_DIGEST_PERSISTENCE x", "Y or N"),
-    ("PCAP_FILE /tmp/x.pcap", "not supported yet"), ("ACCESS_FOLDER folder", "absolute"),
+    ("ACCESS_FOLDER folder", "absolute"),
     ("GPG_HOME_DIR gnupg", "absolute"), ("GPG_EXE gpg", "absolute"),
     ("CMD_EXEC_TIMEOUT 0", "1 to 86400"), ("CMD_EXEC_TIMEOUT 1m", "1 to 86400"),
     ("SUDO_EXE sudo", "absolute"), ("NO_SUCH_NAME 1", "unknown directive"),
@@ -396,7 +404,10 @@ BAD_STANZA = (
 )
 
 GOOD_SERVER = (
-    ("PCAP_FILTER udp port 1 or udp dst port 65535", "packet_filter", ((1, True), (65535, False))),
+    ("PCAP_FILTER tcp", "packet_filter", server.protocol_filter("tcp")),
+    ("PCAP_FILTER udp dst port 9", "packet_filter", server.port_filter("udp", "dst", 9, 9)),
+    ("PCAP_FILE /x.pcap", "capture_file", "/x.pcap"), ("PACKET_LIMIT 7", "packet_limit", 7),
+    ("TCPSERV_PORT 65535", "tcp_port", 65535), ("ENABLE_TCP_SERVER y", "tcp_server", True),
     ("PCAP_INTF eth0.5", "interface", "eth0.5"), ("MAX_SPA_PACKET_AGE 1", "max_packet_age", 1),
     ("ENABLE_UDP_SERVER yes", "udp_server", True), ("ENABLE_UDP_SERVER n", "udp_server", False),
     ("GUARD_PORTS tcp/22, udp/53,tcp/22", "guard_ports", {("tcp", 22), ("udp", 53)}),
@@ -421,8 +432,7 @@ GOOD_STANZA = (
     ("FORCE_MASQUERADE N", "open_seconds", 30), ("FORWARD_ALL no", "open_seconds", 30),
     ("DISABLE_DNAT N", "open_seconds", 30),
 )
-IGNORED_SERVER = [name for name in SERVER_NAMES if name not in SPEC_DEFAULTS
-                  and name not in ("PCAP_FILE",)]
+IGNORED_SERVER = [name for name in SERVER_NAMES if name not in SPEC_DEFAULTS]
 IGNORED_STANZA = []  # type: List[str]
 
 
@@ -431,9 +441,9 @@ class DirectiveTest(ConfigCase):
 
     def test_every_directive_has_a_row(self) -> None:
         """All names of the spec and our own, and each in the right file."""
-        for name in SERVER_NAMES + OUR_NAMES[:3]:
+        for name in SERVER_NAMES + OUR_NAMES[:4]:
             self.assertIsNotNone(server.ServerSettings.row(name), name)
-        for name in STANZA_NAMES + OUR_NAMES[3:]:
+        for name in STANZA_NAMES + OUR_NAMES[4:]:
             self.assertIsNotNone(server.Stanza.row(name), name)
         known = [name for table in (server.ServerSettings, server.Stanza)
                  for row in table.rows() for name in row.names]
@@ -507,7 +517,7 @@ class DirectiveTest(ConfigCase):
 
     def test_ignored(self) -> None:
         """Each ignored directive is warned of once, with file and line, and its value not shown."""
-        self.assertGreater(len(IGNORED_SERVER), 30)
+        self.assertGreater(len(IGNORED_SERVER), 20)
         for name in IGNORED_SERVER:
             with self.subTest(name=name):
                 said = self.warnings("#\n%s v4lue;\n" % name)
@@ -754,7 +764,7 @@ class DumpTest(ConfigCase):
               "SOURCE 10.0.0.0/8, 192.168.1.1, fd00::/8\nDESTINATION 1.2.3.4\nKEY_BASE64 %s\n"
               "RESTRICT_PORTS tcp/25\nMAX_FW_TIMEOUT 5\n" % KEY32)
     confs = (
-        "", "PCAP_INTF lo;\nPCAP_FILTER udp port 1 or udp dst port 2;\nVERBOSE 2;\n"
+        "", "PCAP_INTF lo;\nPCAP_FILTER udp port 1 or (dst port 2 && ! ip6);\nVERBOSE 2;\n"
         "GUARD_PORTS tcp/22;\nNFT_ACCEPT_CHAINS inet f i;\nNFQ_PORT 1;\nNFQ_TABLE x;\n"
         "FWKNOP_RUN_DIR /a;\nDIGEST_FILE $FWKNOP_RUN_DIR/d;\nENABLE_PCAP_PROMISC Y;\n"
         "IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, MYSPA, 1;\nENABLE_SPA_PACKET_AGING N;\n",
@@ -814,7 +824,10 @@ class CommandLineTest(ConfigCase):
         path = self.write("fwknopd.conf", conf)
         for options, attribute, value in (
                 (["-i", "b0"], "interface", "b0"), (["--interface", "any"], "interface", "any"),
-                (["-P", "udp port 2"], "packet_filter", ((2, True),)),
+                (["-P", "ip6"], "packet_filter", server.protocol_filter("ip6")),
+                (["-C", "5"], "packet_limit", 5), (["--pcap-file", "/x"], "capture_file", "/x"),
+                (["--pcap-file", "/x"], "aging", False),
+                (["--pcap-any-direction"], "any_direction", True),
                 (["-U"], "udp_server", True), (["-d", "/b/d"], "digest_file", "/b/d"),
                 (["-p", "/b/p"], "pid_file", "/b/p"), (["-r", "/b"], "run_directory", "/b"),
                 (["-a", "/b/access.conf"], "access_file", "/b/access.conf"),
@@ -840,7 +853,7 @@ class CommandLineTest(ConfigCase):
             self.assertEqual(0, self.main_with(KEYED, "", *option)[0])
             self.assertEqual(3, self.main_with("", "", *option)[0])
             self.assertEqual(3, self.main_with(KEYED, "X 1\n", *option)[0])
-            self.assertEqual(2, self.main_with(KEYED, "", "-P", "tcp", *option)[0])
+            self.assertEqual(2, self.main_with(KEYED, "", "-P", "tcp 9", *option)[0])
 
     def test_options_that_do_not_go_together(self) -> None:
         """Two things to do are an error, whichever comes first."""

@@ -594,7 +594,7 @@ class LifeTest(LiveTest):
                     server.access_file, server.wait_for("going on with the old settings", mark)
                 )
                 server.knock(self.client, *KNOCK4)
-        server.configure(config="PCAP_FILTER tcp port 80;\n", access=STANZA)
+        server.configure(config="PCAP_FILTER ether proto 80;\n", access=STANZA)
         mark = server.mark()
         server.send_signal(signal.SIGHUP)
         self.assertIn(

@@ -1244,8 +1244,10 @@ def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
             index = (packet[k] & 15) * 4
         elif opcode == 0x54:
             accumulator &= k
-        elif opcode in (0x15, 0x45):
-            true = accumulator == k if opcode == 0x15 else bool(accumulator & k)
+        elif opcode == 0x05:
+            place += k
+        elif opcode in (0x15, 0x25, 0x35):
+            true = accumulator == k if opcode == 0x15 else accumulator >= k + (opcode == 0x25)
             place += when_true if true else when_false
         else:
             raise AssertionError("opcode %#x" % opcode)
@@ -1311,11 +1313,11 @@ class FilterTest(unittest.TestCase):
 
     def test_many_ports(self) -> None:
         """Each of the most ports there may be, in both families, and no other."""
-        ports = list(range(1000, 1032))
-        for form in ("udp port %d", "udp dst port %d"):
+        ports = list(range(1000, 1080))
+        for form, between in (("udp port %d", " or "), ("udp dst port %d", " || ")):
             code = server.compile_filter(server.parse_packet_filter(
-                " or ".join(form % port for port in ports)))
-            for port in [999] + ports + [1032, 0, 65535]:
+                between.join(form % port for port in ports)))
+            for port in [999] + ports + [1080, 0, 65535]:
                 for packet in (ipv4(udp(b"x", port)), ipv6(udp(b"x", port))):
                     self.assertIs(port in ports, run_filter(code, packet))
 
@@ -1353,7 +1355,7 @@ class CaptureTest(ServerCase):
         """Addresses, ports and payload, with options and with padding behind them."""
         body = udp(b"payload")
         for packet in (ipv4(body), ipv4(body, options=b"\1" * 8), ipv4(body) + bytes(20)):
-            self.assertEqual((b"payload", b"\x0a\x37\0\2", 40000, b"\x0a\x37\0\1", 62201),
+            self.assertEqual((b"payload", b"\x0a\x37\0\2", 40000, b"\x0a\x37\0\1", 62201, 17),
                              tuple(self.receive(packet)))
         found = self.receive(ipv6(body))
         self.assertEqual((b"payload", "fd55::2", "fd55::1"),
