@@ -5,7 +5,7 @@ This is a server for fwknop's single packet authorization (SPA). It reads fwknop
 access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
 Python's standard library.
 
-The life of a datagram, in the order of Server.receive() and Server.admit() in section 21:
+The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 21:
 
   capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 14
   form       length and alphabet, before any key is touched                 section 4
@@ -146,19 +146,54 @@ class Datagram(NamedTuple):
     protocol: int = 17  # of IP: UDP, or what carried it instead; ICMP has no ports
 
 
+# The kinds of doors: to this host; through it; translating where to; and where from (two).
+INPUT, FORWARD, DNAT, SNAT, MASQUERADE = "access", "FORWARD", "DNAT", "SNAT", "MASQUERADE"
+
+
 class Door(NamedTuple):
-    """What can be opened: from a network to an address of this host (None: to any) and a port."""
+    """What can be opened: from a network to an address (None: to any) and a port.
+
+    Protocol "*" with port 0 is everything. A DNAT door leads on to `target` and `target_port`, and
+    behind an SNAT door the source is `target`.
+    """
 
     source: Network
     destination: Optional[Address]
     protocol: str
     port: int
+    kind: str = INPUT
+    target: Optional[Address] = None
+    target_port: int = 0
 
     def __str__(self) -> str:
         """The door in the words of fwknopd's log."""
         source = self.source.network_address if self.source.num_addresses == 1 else self.source
         anywhere = "0.0.0.0/0" if self.source.version == 4 else "::/0"
-        return "%s -> %s %s/%d" % (source, self.destination or anywhere, self.protocol, self.port)
+        return "%s -> %s %s/%s" % (source, self.destination or anywhere, self.protocol,
+                                   self.port or "*")
+
+    @property
+    def entrance(self) -> "Door":
+        """The door without where it leads: of two with the same entrance only one can be open."""
+        return self._replace(target=None, target_port=0)
+
+    @property
+    def word(self) -> str:
+        """What fwknopd's log calls its rule: `access`, `FORWARD ALL`, `SNAT`."""
+        kind = SNAT if self.kind == MASQUERADE else self.kind
+        return kind + " ALL" * (not self.port)
+
+    def describe(self) -> str:
+        """The door with its kind, unless that is access, and where it leads."""
+        text = str(self) if self.kind == INPUT else "%s %s" % (self.kind, self)
+        return text + (" to " + self.target_text() if self.target else "")
+
+    def target_text(self) -> str:
+        """The target as iptables writes it: `10.66.0.2:22`, `[fd66::2]:22` or an address."""
+        if not self.target_port:
+            return str(self.target)
+        host = "[%s]" if self.source.version == 6 else "%s"
+        return host % self.target + ":%d" % self.target_port
 
 
 class Grant(NamedTuple):
@@ -562,10 +597,8 @@ GPG_PREFIX = b"hQ"  # what fwknop strips of a GPG packet, and authenticates
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
 NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
+LOCAL_NAT_TYPES = (LOCAL_NAT, LOCAL_NAT_TIMEOUT)
 TIMEOUT_TYPES = (ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT_TIMEOUT)
-TYPE_NAMES = ("Command msg", "Access msg", "NAT access msg", "Client timeout access msg",
-              "Client timeout NAT access msg", "Local NAT access msg",
-              "Client timeout local NAT access msg")
 
 MAX_TIMEOUT = 65536
 PRINTABLE = bytes(range(0x20, 0x7F))
@@ -828,8 +861,8 @@ def parse_address(text: str) -> Address:
 # 5. Directives
 #
 # One row per directive of a file: a typed attribute that knows its name, parser, default and
-# help. Reading, the dump, --help and the README's tables all walk the rows. Two more states
-# are rows too: Ignored (can't widen access) and Refused (dropping it would widen access).
+# help. Reading, the dump, --help and the README's tables all walk the rows. What is ignored,
+# because it can't widen access, has its row, too.
 # ======================================================================================
 
 T = TypeVar("T")
@@ -872,19 +905,6 @@ class Ignored(Directive[str]):
 
     def __init__(self, names: str, why: str) -> None:
         super().__init__(names, str, "", why)
-
-
-class Refused(Directive[str]):
-    """Directives whose silent loss would open more than the file says: they stop the start."""
-
-    def __init__(self, names: str, why: str, harmless: str = "") -> None:
-        super().__init__(names, self.parse_harmless, harmless, why)
-
-    def parse_harmless(self, text: str) -> str:
-        """The value that changes nothing, if there is one; ValueError for all others."""
-        if not self.default or parse_flag(text) != parse_flag(self.default):
-            raise ValueError(self.help)
-        return text
 
 
 NAME_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
@@ -947,7 +967,7 @@ class Settings:
             value = self.expand(value)
             row.set(self, value)
         except ValueError as error:
-            shown = "" if row.secret or isinstance(row, Refused) else ", not '%s'" % value
+            shown = "" if row.secret else ", not '%s'" % value
             raise line.error("%s%s" % (error, shown)) from None
         self.texts[row.name], self.lines[row.name] = value, line
         if isinstance(row, Ignored):
@@ -977,7 +997,7 @@ class Settings:
         """The table in the file's own syntax; what no file set is a comment. No secrets."""
         lines = []
         for row in self.rows():
-            if isinstance(row, (Ignored, Refused)):
+            if isinstance(row, Ignored):
                 continue
             value = self.texts.get(row.name, row.default)
             if row.secret and value:
@@ -1498,6 +1518,25 @@ def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
     return tuple(chains)
 
 
+def parse_nat_address(text: str) -> Address:
+    """An address that NAT can lead to, or let come from."""
+    try:
+        address = parse_address(text)
+        if address.is_unspecified or address.is_multicast:
+            raise ValueError
+    except ValueError:
+        raise ValueError("expected the IP address of a host") from None
+    return address
+
+
+def parse_nat_target(text: str) -> Tuple[Address, int]:
+    """`IP PORT` of a FORCE_NAT directive."""
+    words = text.split()
+    if len(words) != 2 or not is_port(words[1]):
+        raise ValueError("expected `IP PORT`")
+    return parse_nat_address(words[0]), int(words[1])
+
+
 def is_word(text: str) -> bool:
     """Whether `text` can be a name in a firewall's language: letters, digits, `_`, `-`, `.`."""
     return bool(text) and text[0] != "-" and not text.strip(WORD_CHARACTERS)
@@ -1505,9 +1544,6 @@ def is_word(text: str) -> bool:
 
 NFT_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # NFPROTO_ of linux/netfilter.h
 WORD_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
-NOT_YET = "not supported yet"
-NO_NAT = "NAT is %s, such packets are rejected" % NOT_YET
-OWN_PORTS = "%s is " + NOT_YET + ", and without it this host's own ports would open"
 FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(8))
 
 
@@ -1556,6 +1592,31 @@ class ServerSettings(Settings):
                              "target, table, from-chain, position, chain, position")
     output_access = Directive("IPT_OUTPUT_ACCESS", parse_iptables_chain,
                               "ACCEPT, filter, OUTPUT, 1, FWKNOP_OUTPUT, 1", "the same for answers")
+    forward_access = Directive("IPT_FORWARD_ACCESS", parse_iptables_chain,
+                               "ACCEPT, filter, FORWARD, 1, FWKNOP_FORWARD, 1",
+                               "the same for what NAT forwards")
+    dnat_access = Directive("IPT_DNAT_ACCESS", parse_iptables_chain,
+                            "DNAT, nat, PREROUTING, 1, FWKNOP_PREROUTING, 1",
+                            "the same for where NAT leads to")
+    snat_access = Directive("IPT_SNAT_ACCESS", parse_iptables_chain,
+                            "SNAT, nat, POSTROUTING, 1, FWKNOP_POSTROUTING, 1",
+                            "the same for an address that NAT lets it come from")
+    masquerade_access = Directive("IPT_MASQUERADE_ACCESS", parse_iptables_chain,
+                                  "MASQUERADE, nat, POSTROUTING, 1, FWKNOP_MASQUERADE, 1",
+                                  "the same for the address of the way out")
+    nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
+                                   "chains of the host's nftables for what NAT forwards: "
+                                   "inet filter forward")
+    forwarding = Directive("ENABLE_IPT_FORWARDING", parse_flag, "N",
+                           "NAT to hosts behind this one (message types 2 and 4)")
+    local_nat = Directive("ENABLE_IPT_LOCAL_NAT", parse_flag, "N",
+                          "NAT to another port of this host (message types 5 and 6)")
+    snat = Directive("ENABLE_IPT_SNAT", parse_flag, "N",
+                     "let what NAT forwards come from this host, so that answers find back")
+    snat_address = Directive("SNAT_TRANSLATE_IP", optional(parse_nat_address), "",
+                             "from this address; without it from that of the way out")
+    nat_dns = Directive("ENABLE_NAT_DNS", parse_flag, "Y",
+                        "look up the host that a client wants NAT to by its name")
     enable_output = Directive("ENABLE_IPT_OUTPUT", parse_flag, "N",
                               "let answers out with rules of their own (iptables)")
     destination_rule = Directive("ENABLE_DESTINATION_RULE", parse_flag, "N",
@@ -1588,9 +1649,6 @@ class ServerSettings(Settings):
     gpg_program = Directive("GPG_EXE", optional(parse_path), "",
                             "gpg to run; without it the one in PATH")
 
-    nat = Ignored("ENABLE_IPT_FORWARDING ENABLE_IPT_LOCAL_NAT ENABLE_IPT_SNAT SNAT_TRANSLATE_IP "
-                  "ENABLE_NAT_DNS IPT_FORWARD_ACCESS IPT_DNAT_ACCESS IPT_SNAT_ACCESS "
-                  "IPT_MASQUERADE_ACCESS", NO_NAT)
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
     exit_at_down = Ignored("EXIT_AT_INTF_DOWN", "an interface that is gone is waited for")
@@ -1602,6 +1660,11 @@ class ServerSettings(Settings):
                            "EXTERNAL_CMD_* EXT_CMD_PREFIX ENABLE_NFQ_CAPTURE NFQ_* FIREWD_* "
                            "ENABLE_FIREWD_* FLUSH_FIREWD_* IPFW_* FLUSH_IPFW_* PF_*",
                            "it belongs to another build of fwknopd")
+
+    @property
+    def nat(self) -> bool:
+        """Whether there is NAT of any kind."""
+        return self.forwarding or self.local_nat
 
     def warnings(self) -> List[str]:
         """What these settings do that the administrator may not expect."""
@@ -1831,9 +1894,16 @@ class Stanza(Settings):
     cycle_seconds = Directive("CMD_CYCLE_TIMER", optional(integer(1, 8388608, "seconds")), "",
                               "how long until then, unless the client asks for a time")
 
-    nat = Refused("FORCE_NAT FORCE_SNAT", OWN_PORTS % "NAT")
-    nat_flags = Refused("FORCE_MASQUERADE DISABLE_DNAT", OWN_PORTS % "NAT", "N")
-    forward_all = Refused("FORWARD_ALL", OWN_PORTS % "forwarding", "N")
+    force_nat = Directive("FORCE_NAT", optional(parse_nat_target), "",
+                          "NAT to this `IP PORT`, whatever the packet asks for")
+    force_snat = Directive("FORCE_SNAT", optional(parse_nat_address), "",
+                           "let what NAT forwards come from this address")
+    force_masquerade = Directive("FORCE_MASQUERADE", parse_flag, "N",
+                                 "let it come from the address of the way out")
+    forward_all = Directive("FORWARD_ALL", parse_flag, "N",
+                            "with NAT, forward every protocol and port")
+    disable_dnat = Directive("DISABLE_DNAT", parse_flag, "N",
+                             "with NAT, forward only what is sent to the inner host itself")
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -2027,11 +2097,30 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
     return stanzas, warnings
 
 
+def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
+    """ConfigError for NAT in a stanza that can't be without another directive (fwknop spec 3.3)."""
+    either = "requires either FORCE_NAT or FORWARD_ALL"
+    for stanza in stanzas:
+        forced = bool(stanza.force_nat) or stanza.forward_all
+        for row, possible, text in (
+                (Stanza.force_nat, settings.forwarding or settings.local_nat,
+                 "requires either ENABLE_IPT_FORWARDING or ENABLE_IPT_LOCAL_NAT in fwknopd.conf"),
+                (Stanza.forward_all, settings.forwarding,
+                 "requires ENABLE_IPT_FORWARDING in fwknopd.conf"),
+                (Stanza.force_snat, forced, either), (Stanza.force_masquerade, forced, either),
+                (Stanza.force_snat, settings.snat, "requires ENABLE_IPT_SNAT in fwknopd.conf"),
+                (Stanza.force_masquerade, settings.snat,
+                 "requires ENABLE_IPT_SNAT in fwknopd.conf")):
+            if getattr(stanza, row.attribute) and not possible:
+                raise stanza.error(row, text)
+
+
 # ======================================================================================
 # 9. Judgement
 #
 # What a genuine packet may open: pure functions of packet, stanza, datagram and time, in the
-# order of fwknop spec 3.4. Freshness and replay are in section 12.
+# order of fwknop spec 3.4. Freshness and replay are in section 12. For NAT, which is at the
+# section's end, the settings count as well, and which addresses are this host's.
 # ======================================================================================
 
 
@@ -2042,15 +2131,21 @@ class Verdict(NamedTuple):
     seconds: int
 
 
+class NatRules(NamedTuple):
+    """What judgement needs for NAT: fwknopd.conf, and what tells the addresses of this host."""
+
+    settings: ServerSettings
+    is_own: Callable[[Address], bool]
+
+
 def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: bool,
-          now: float) -> Verdict:
-    """What the packet may do by this stanza; PacketRejected when that is nothing."""
+          now: float, nat: Optional[NatRules] = None) -> Verdict:
+    """What the packet may do by this stanza; PacketRejected when that is nothing.
+
+    NameToResolve when that depends on the address of the host that it wants NAT to.
+    """
     check_policy(packet, stanza, now)
-    if packet.type in NAT_TYPES:
-        raise PacketRejected("unsupported", "SPA packet from %s requested NAT access, but is not "
-                             "enabled/supported (%s is not supported yet)"
-                             % (socket_text(datagram.source), TYPE_NAMES[packet.type]),
-                             "{stanza}{text}")
+    rules = nat_rules(packet, stanza, datagram, nat)
     if packet.type == COMMAND:
         if not stanza.enable_commands or stanza.cycle_open:
             raise PacketRejected("command", "SPA Command messages are not allowed in the current "
@@ -2065,8 +2160,10 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: 
     if destination is not None and destination.version != address.version:
         raise PacketRejected("family", "The packet was sent to %s, which %s can't connect to."
                              % (destination, address))
-    return Verdict([Door(network, destination, protocol, port) for protocol, port in packet.ports],
-                   seconds)
+    doors = [Door(network, destination, protocol, port) for protocol, port in packet.ports]
+    if rules is not None and not stanza.cycle_open:
+        doors = nat_doors(packet, stanza, datagram, doors, rules)
+    return Verdict(doors, seconds)
 
 
 def check_policy(packet: Packet, stanza: Stanza, now: float) -> None:
@@ -2097,6 +2194,112 @@ def open_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
     if stanza.expires is not None:
         seconds = max(1, min(seconds, int(stanza.expires - now)))
     return seconds
+
+
+class NameToResolve(Exception):
+    """Name and IP version of a NAT host; judgement goes on when the packet has its address."""
+
+
+def no_nat(datagram: Datagram, why: str = "") -> PacketRejected:
+    """The rejection of a packet whose NAT can't be, in fwknopd's words."""
+    return PacketRejected("NAT", "SPA packet from %s requested NAT access, but is not "
+                          "enabled/supported%s" % (socket_text(datagram.source),
+                                                   why and " (%s)" % why), "{stanza}{text}")
+
+
+def nat_rules(packet: Packet, stanza: Stanza, datagram: Datagram,
+              nat: Optional[NatRules]) -> Optional[NatRules]:
+    """`nat` when packet or stanza want NAT, else None; rejects what fwknopd.conf does not enable.
+
+    FORWARD_ALL alone does not want it: such a stanza opens ports of this host, too.
+    """
+    forced = stanza.force_nat or (stanza.forward_all
+                                  and (stanza.force_snat or stanza.force_masquerade))
+    if packet.type not in NAT_TYPES and not forced:
+        return None
+    if nat is None or (packet.type in NAT_TYPES and not (
+            nat.settings.local_nat if packet.type in LOCAL_NAT_TYPES else nat.settings.forwarding)):
+        raise no_nat(datagram)
+    return nat
+
+
+def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[Door],
+              nat: NatRules) -> List[Door]:
+    """The doors of a packet with NAT, in place of the `access` doors it asks for (fwknop spec 3.6).
+
+    Every port leads to the same target. What lets through comes first, then where it leads, then
+    where it comes from.
+    """
+    settings, version = nat.settings, access[0].source.version
+    address, port = nat_target(packet, stanza, datagram, version, nat)
+    own = address is not None and nat.is_own(address)
+    if own and any((door.protocol, port) in stanza.restrict_ports for door in access):
+        raise no_nat(datagram, "port %d is in RESTRICT_PORTS" % port)
+    new = stanza.force_snat or (None if stanza.force_masquerade else settings.snat_address)
+    if new is not None and new.version != version:
+        new = None  # no address for this client, who is masqueraded then
+    everything = stanza.forward_all and not own
+    if everything:
+        access, port = [access[0]._replace(protocol="*", port=0)], 0
+    through, onward, back = [], [], []
+    for door in access:
+        inner = door._replace(destination=None if everything else address, port=port)
+        if own:
+            through.append(inner if door.destination else inner._replace(destination=None))
+        else:
+            through.append(inner._replace(kind=FORWARD))
+        if settings.snat and not own:
+            back.append(inner._replace(kind=SNAT if new else MASQUERADE, target=new))
+        if address is not None and not stanza.disable_dnat:
+            onward.append(door._replace(kind=DNAT, target=address, target_port=port))
+    return list(dict.fromkeys(through + onward + back))
+
+
+def nat_target(packet: Packet, stanza: Stanza, datagram: Datagram, version: int,
+               nat: NatRules) -> Tuple[Optional[Address], int]:
+    """Where NAT leads: FORCE_NAT, or what the packet names; (None, 0) when neither says it."""
+    if stanza.force_nat:
+        address, port = stanza.force_nat
+    elif packet.nat:
+        address, port = nat_host(packet.nat[0], packet, datagram, version, nat), packet.nat[1]
+    else:
+        return None, 0
+    if address.version != version:
+        raise no_nat(datagram, "%s is not IPv%d" % (address, version))
+    return address, port
+
+
+def nat_host(host: str, packet: Packet, datagram: Datagram, version: int,
+             nat: NatRules) -> Address:
+    """The address that a client may be led to by the `host` of its packet.
+
+    Forwarding leads to other hosts only: else it would lead around this host's firewall. Local NAT
+    leads to this host only: to the address named if it is one of ours, and else to the one that was
+    knocked at, since a client may know this host by a name or by the address of a router before it.
+    """
+    local = packet.type in LOCAL_NAT_TYPES
+    address: Optional[Address] = None
+    try:
+        address = parse_address(host)
+    except ValueError:
+        if host and not is_word(host):
+            raise no_nat(datagram, "expected a host name") from None
+        if host and not nat.settings.nat_dns:
+            raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
+                                 "disabled.", "{stanza}{text}") from None
+    if address is not None and (
+            address.is_loopback or address.is_multicast or address.is_unspecified
+            or address.is_link_local or address == ipaddress.IPv4Address(0xFFFFFFFF)):
+        raise no_nat(datagram, "%s is not the address of one host" % address)
+    if local and (address is None or not nat.is_own(address)):
+        address = parse_address(socket_text(datagram.destination))
+    if address is None:
+        if not host:
+            raise no_nat(datagram, "it names no host")
+        raise NameToResolve(host, version)
+    if nat.is_own(address) != local:
+        raise no_nat(datagram, "%s is %s address of this host" % (address, "no" if local else "an"))
+    return address
 
 
 def socket_text(packed: bytes) -> str:
@@ -2719,9 +2922,10 @@ GET_RULE, NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 7, NFT | 12, NFT | 13
 NESTED = 0x8000
 RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_USERDATA = 1, 2, 3, 7
 LIST_TABLE, LIST_SET, LIST_ELEMENTS, LIST_ITEM = 1, 2, 3, 1
-ELEMENT_KEY, ELEMENT_TIMEOUT, ELEMENT_EXPIRATION, DATA_VALUE = 1, 4, 5, 1
+ELEMENT_KEY, ELEMENT_DATA, ELEMENT_TIMEOUT, ELEMENT_EXPIRATION, DATA_VALUE = 1, 2, 4, 5, 1
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 GROUP_LINK, GROUP_NFTABLES = 1, 7
+NEW_ROUTE, GET_ROUTE, ROUTE_DESTINATION, ROUTE_TO_OTHERS = 24, 26, 1, 1  # linux/rtnetlink.h
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -2829,6 +3033,23 @@ class Netlink:
     def close(self) -> None:
         """Closes the socket."""
         self.socket.close()
+
+
+def is_own_address(address: Address) -> bool:
+    """Whether packets to `address` would end at this host, or be a broadcast; the kernel knows.
+
+    Its answer is a struct rtmsg: eight bytes, of which the last is the type of the route. What has
+    no route is somebody else's.
+    """
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    question = (struct.pack("=8BI", family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+                + attribute(ROUTE_DESTINATION, address.packed))
+    header = struct.pack("=IHHII", len(question) + 16, GET_ROUTE, NLM_REQUEST, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE) as asked:
+        asked.sendto(header + question, (0, 0))
+        answer = asked.recv(65536, socket.MSG_DONTWAIT)  # it is there when sendto() returns
+    return any(kind == NEW_ROUTE and body[7] != ROUTE_TO_OTHERS
+               for kind, _, body in netlink_messages(answer))
 
 
 def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
@@ -3260,6 +3481,17 @@ class Firewall:
         """Whether there is a place for this door."""
         return True
 
+    def form(self, door: Door) -> Optional[Door]:
+        """The door in the form that this firewall keeps; None when the host's firewall sees to it.
+
+        An address that its rules do not tell apart is any.
+        """
+        return door
+
+    def where(self, door: Door) -> str:
+        """Where this door goes, for the log."""
+        return self.describe()
+
     def prepare(self) -> None:
         """Makes what is missing of chains, sets and rules; grants stay as they are."""
 
@@ -3344,68 +3576,118 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
 #
 # A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
 # tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode in a table of
-# our own. nft sets that up once; elements go in and out by netlink.
+# our own. nft sets that up once; elements go in and out by netlink. NAT has another table of
+# our own, with maps that tell where each client's connections lead.
 # ======================================================================================
 
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
 GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
+NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
+NAT_HOOKS = (("prerouting", -101), ("postrouting", 99))  # before the host's own NAT
+NAT_KINDS = (DNAT, SNAT, MASQUERADE)
 
 
 class Shape(NamedTuple):
-    """What the elements of a set look like: IP version, prefix length, with destination or not."""
+    """What the elements of a set or map look like, and what kind of doors they are.
+
+    IP version, prefix length, with destination or not, with protocol and port or without.
+    """
 
     version: int
     prefix: int
     destination: bool
+    kind: str = INPUT
+    ports: bool = True
 
     @property
     def set_name(self) -> str:
-        """`spa4`, `spa6_56`, `spa4_to`, `spa4_24_to`."""
+        """`spa4`, `spa6_56`, `spa4_to`, `spa4_24_to`, `spa4_dnat`, `spa4_forward_all`."""
         whole = 32 if self.version == 4 else 128
-        return "spa%d%s%s" % (self.version, "" if self.prefix == whole else "_%d" % self.prefix,
-                              "_to" if self.destination else "")
+        return "spa%d%s%s%s%s" % (self.version, "" if self.prefix == whole else "_%d" % self.prefix,
+                                  "_to" if self.destination else "",
+                                  "" if self.kind == INPUT else "_" + self.kind.lower(),
+                                  "" if self.ports else "_all")
 
-    def declaration(self) -> str:
-        """The set in nft's language."""
+    def declaration(self, value: str = "") -> str:
+        """The set, or the map with values of this type, in nft's language."""
         address = "ipv%d_addr" % self.version
-        fields = [address] + [address] * self.destination + ["inet_proto", "inet_service"]
-        return "%s { type %s; flags timeout; }" % (self.set_name, " . ".join(fields))
+        fields = [address] + [address] * self.destination
+        fields += ["inet_proto", "inet_service"] * self.ports
+        return "%s { type %s%s; flags timeout; }" % (self.set_name, " . ".join(fields), value)
 
-    def match(self) -> str:
-        """What a rule compares with the set."""
+    def creation(self, place: NftChain) -> str:
+        """The line that adds the set, or in the table for NAT the map, if it is not there."""
+        value = ""
+        if place == NAT_TABLE and self.kind != MASQUERADE:
+            port = " . inet_service" if self.kind == DNAT and self.ports else ""
+            value = " : ipv%d_addr%s" % (self.version, port)
+        return "add %s %s %s %s" % ("map" if value else "set", place.family, place.table,
+                                    self.declaration(value))
+
+    def match(self, word: str = "") -> str:
+        """What a rule compares with the set, or with `word` (`map`) looks up in it."""
         header = "ip" if self.version == 4 else "ip6"
         anywhere = "0.0.0.0/%d" if self.version == 4 else "::/%d"
         mask = ipaddress.ip_network(anywhere % self.prefix).netmask
         source = "%s saddr" % header + (" & %s" % mask if self.prefix != mask.max_prefixlen else "")
-        fields = [source] + ["%s daddr" % header] * self.destination + ["meta l4proto", "th dport"]
-        return "%s @%s" % (" . ".join(fields), self.set_name)
+        fields = [source] + ["%s daddr" % header] * self.destination
+        fields += ["meta l4proto", "th dport"] * self.ports
+        return "%s %s@%s" % (" . ".join(fields), word, self.set_name)
+
+    def nat_rule(self) -> str:
+        """Chain and rule in the table for NAT."""
+        if self.kind == MASQUERADE:
+            return "postrouting %s masquerade" % self.match()
+        return "%s %s ip%s to %s" % ("prerouting" if self.kind == DNAT else "postrouting",
+                                     self.kind.lower(), "6" * (self.version == 6),
+                                     self.match("map "))
 
     def key(self, door: Door) -> bytes:
         """The door as bytes of the set: each field filled up to 4 bytes."""
-        destination = door.destination.packed if door.destination else b""
-        return (door.source.network_address.packed + destination
-                + struct.pack(">B3xH2x", PROTOCOL_NUMBERS[door.protocol], door.port))
+        key = door.source.network_address.packed
+        if door.destination:
+            key += door.destination.packed
+        if self.ports:
+            key += struct.pack(">B3xH2x", PROTOCOL_NUMBERS[door.protocol], door.port)
+        return key
 
-    def door(self, key: bytes) -> Optional[Door]:
-        """The door that a key means, None when it is none of ours."""
+    def value(self, door: Door) -> bytes:
+        """What a map has for the door: its target, with the port where the key has one."""
+        if door.target is None:
+            return b""
+        port = struct.pack(">H2x", door.target_port) if self.kind == DNAT and self.ports else b""
+        return door.target.packed + port
+
+    def door(self, key: bytes, value: bytes = b"") -> Optional[Door]:
+        """The door that a key and its value in a map mean, None when it is none of ours."""
         size = 4 if self.version == 4 else 16
         addresses = size * (1 + self.destination)
-        if len(key) != addresses + 8:
+        if len(key) != addresses + 8 * self.ports:
             return None
-        number, port = struct.unpack(">B3xH2x", key[addresses:])
-        names = [name for name, value in PROTOCOL_NUMBERS.items() if value == number]
-        if not names:
-            return None
+        protocol, port = "*", 0
+        if self.ports:
+            number, port = struct.unpack(">B3xH2x", key[addresses:])
+            names = [name for name, code in PROTOCOL_NUMBERS.items() if code == number]
+            if not names:
+                return None
+            protocol = names[0]
         source = ipaddress.ip_network((key[:size], self.prefix), strict=False)
         destination = ipaddress.ip_address(key[size:addresses]) if self.destination else None
-        return Door(source, destination, names[0], port)
+        door = Door(source, destination, protocol, port, self.kind)
+        if not value:
+            return door
+        if len(value) != size + 4 * (self.kind == DNAT and self.ports):
+            return None
+        return door._replace(target=ipaddress.ip_address(value[:size]),
+                             target_port=int.from_bytes(value[size:size + 2], "big"))
 
 
 def shape_of(door: Door) -> Shape:
     """The shape of the set that a door belongs to."""
-    return Shape(door.source.version, door.source.prefixlen, door.destination is not None)
+    return Shape(door.source.version, door.source.prefixlen, door.destination is not None,
+                 door.kind, bool(door.port))
 
 
 class NftFirewall(Firewall):
@@ -3414,30 +3696,49 @@ class NftFirewall(Firewall):
     keeps = True
 
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
-                 shapes: List[Shape], log: Log) -> None:
+                 shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = ()) -> None:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
-        self.shapes = shapes
+        self.shapes, self.forward = shapes, forward
+        self.translates = any(shape.kind in NAT_KINDS for shape in shapes)
         self.netlink = Netlink()
         self.netlink_port = self.netlink.port
         self.handles: Dict[NftChain, List[bytes]] = {}
 
     @property
     def places(self) -> List[NftChain]:
-        """Where our sets are: the guard's table first, then the host's chains."""
-        return [GUARD_TABLE] * bool(self.guard_ports) + list(self.accept)
+        """Where our sets are: the guard's table first, then NAT's, then the host's chains."""
+        return ([GUARD_TABLE] * bool(self.guard_ports) + [NAT_TABLE] * self.translates
+                + self.chains)
+
+    @property
+    def chains(self) -> List[NftChain]:
+        """The chains of the host's that our rules go to."""
+        return list(self.accept) + [chain for chain in self.forward if chain not in self.accept]
 
     def describe(self) -> str:
         """Where grants go, for the log."""
-        return ", ".join(" ".join(place) for place in self.places)
+        return ", ".join(" ".join(place) for place in self.places
+                         if place == GUARD_TABLE or place in self.accept)
+
+    def where(self, door: Door) -> str:
+        """Where this door goes, for the log."""
+        return ", ".join(" ".join(place) for place in self.places_of(door))
+
+    def form(self, door: Door) -> Optional[Door]:
+        """The door; None for what is forwarded, where the settings name no chain for it."""
+        return door if door.kind != FORWARD or self.forward else None
 
     def identity(self) -> Tuple[Any, ...]:
         """Its tables and chains."""
         return ("nft", self.program, self.places)
 
     def shapes_at(self, place: NftChain) -> List[Shape]:
-        """The shapes that a table of this family can hold."""
+        """The shapes of doors that go there, if a table of this family can hold them."""
         version = {"ip": 4, "ip6": 6}.get(place.family)
-        return [shape for shape in self.shapes if version in (None, shape.version)]
+        kinds = {GUARD_TABLE: [INPUT, DNAT], NAT_TABLE: list(NAT_KINDS)}.get(
+            place, [INPUT] * (place in self.accept) + [FORWARD] * (place in self.forward))
+        return [shape for shape in self.shapes
+                if shape.kind in kinds and version in (None, shape.version)]
 
     def prepare(self) -> None:
         """Makes sets and rules anew. The guard comes first, in a transaction of its own: a chain of
@@ -3446,14 +3747,13 @@ class NftFirewall(Firewall):
         self.handles = self.read_handles()
 
     def prepare_place(self, place: NftChain) -> None:
-        """Makes the guard's table, or sets and rules in a chain of the host's."""
-        if place == GUARD_TABLE:
-            self.run(self.guard_lines())
+        """Makes a table of our own, or sets and rules in a chain of the host's."""
+        if place in (GUARD_TABLE, NAT_TABLE):
+            self.run(self.guard_lines() if place == GUARD_TABLE else self.nat_lines())
             return
         lines = self.rule_removal(place)
         for shape in self.shapes_at(place):
-            lines += ["add set %s %s %s" % (place.family, place.table, shape.declaration()),
-                      'insert rule %s %s accept comment "%s"'
+            lines += [shape.creation(place), 'insert rule %s %s accept comment "%s"'
                       % (" ".join(place), shape.match(), COMMENT)]
         try:
             self.run(lines)
@@ -3474,12 +3774,13 @@ class NftFirewall(Firewall):
         """The guard: what is guarded and not granted is dropped, before destination NAT.
 
         Only what is addressed to this host: the rest is routed, and not ours to guard. Established
-        connections and loopback are let be.
+        connections and loopback are let be. It lets through what NAT leads on, port for port: so
+        that none of them is open here for a moment longer than it leads elsewhere.
         """
         ports = ", ".join("%s . %d" % port for port in sorted(self.guard_ports))
-        table = "%s %s" % GUARD_TABLE[:2]
+        table, shapes = "%s %s" % GUARD_TABLE[:2], self.shapes_at(GUARD_TABLE)
         return (["add table " + table]
-                + ["add set %s %s" % (table, shape.declaration()) for shape in self.shapes]
+                + [shape.creation(GUARD_TABLE) for shape in shapes]
                 + ["add chain %s closed" % table,
                    "add chain %s guard { type filter hook prerouting priority %d; policy accept; }"
                    % (table, GUARD_PRIORITY),
@@ -3492,8 +3793,17 @@ class NftFirewall(Firewall):
                    "tcp flags & (syn | ack) != syn accept"
                    % (table, "6" * (each.peer.version == 6), each.peer, each.peer_port, each.port)
                    for each in established_connections(self.guard_ports)]
-                + ["add rule %s closed %s accept" % (table, shape.match()) for shape in self.shapes]
+                + ["add rule %s closed %s accept" % (table, shape.match()) for shape in shapes]
                 + ["add rule %s closed counter drop" % table])
+
+    def nat_lines(self) -> List[str]:
+        """The table for NAT: a rule for each map, which leads only whom it knows."""
+        table, shapes = "%s %s" % NAT_TABLE[:2], self.shapes_at(NAT_TABLE)
+        lines = ["add table " + table] + [shape.creation(NAT_TABLE) for shape in shapes]
+        for chain, priority in NAT_HOOKS:
+            lines += ["add chain %s %s { type nat hook %s priority %d; policy accept; }"
+                      % (table, chain, chain, priority), "flush chain %s %s" % (table, chain)]
+        return lines + ["add rule %s %s" % (table, shape.nat_rule()) for shape in shapes]
 
     def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
         """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
@@ -3512,11 +3822,12 @@ class NftFirewall(Firewall):
 
     def read_handles(self) -> Dict[NftChain, List[bytes]]:
         """The handles of all rules of ours: a flushed or rebuilt chain has others."""
-        handles = {place: self.our_rules(place) for place in self.accept}
-        if self.guard_ports:
-            for chain in ("guard", "closed"):
-                place = GUARD_TABLE._replace(chain=chain)
-                handles[place] = [rule[RULE_HANDLE] for rule in self.read_rules(place)]
+        handles = {place: self.our_rules(place) for place in self.chains}
+        own = [GUARD_TABLE._replace(chain=chain)
+               for chain in ("guard", "closed") if self.guard_ports]
+        own += [NAT_TABLE._replace(chain=chain) for chain, _ in NAT_HOOKS if self.translates]
+        for place in own:
+            handles[place] = [rule[RULE_HANDLE] for rule in self.read_rules(place)]
         return handles
 
     def intact(self) -> bool:
@@ -3535,32 +3846,37 @@ class NftFirewall(Firewall):
         return [place for place in self.places if shape_of(door) in self.shapes_at(place)]
 
     def element(self, place: NftChain, door: Door, timeout: bytes = b"") -> bytes:
-        """The attributes of a message about a door's element of a set."""
+        """The attributes of a message about a door's element of a set or map."""
         shape = shape_of(door)
-        key = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, shape.key(door)))
-        item = attribute(NESTED | LIST_ITEM, key + timeout)
+        element = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, shape.key(door)))
+        if door.target and place == NAT_TABLE:
+            element += attribute(NESTED | ELEMENT_DATA, attribute(DATA_VALUE, shape.value(door)))
+        item = attribute(NESTED | LIST_ITEM, element + timeout)
         return set_name(place, shape) + attribute(NESTED | LIST_ELEMENTS, item)
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants` in one transaction.
 
         Added, deleted and added again: that sets the time that an element has left on every kernel,
-        whether or not it was there. So `replaced` needs nothing more.
+        whether or not it was there. So `replaced` needs nothing more than that an element of a map
+        is first added with the target that it has had.
         """
         now = time.monotonic()
+        before = {grant.door.entrance: grant.door for grant in replaced}
         messages = []
         for grant in grants:
             milliseconds = max(1, int((grant.ends - now) * 1000))
             timeout = attribute(ELEMENT_TIMEOUT, struct.pack(">Q", milliseconds))
-            for place in self.places_of(grant.door):
+            places = self.places_of(grant.door)
+            if not places:
+                raise CommandError("no nftables chain for IPv%d" % grant.door.source.version)
+            for place in places:
                 family = NFT_FAMILIES[place.family]
-                plain = self.element(place, grant.door)
+                plain = self.element(place, before.get(grant.door.entrance, grant.door))
                 messages += [(NEW_ELEMENT, NLM_CREATE, family, plain),
                              (DELETE_ELEMENT, 0, family, plain),
                              (NEW_ELEMENT, NLM_CREATE, family,
                               self.element(place, grant.door, timeout))]
-        if not messages:
-            raise CommandError("no nftables chain for IPv%d" % grants[0].door.source.version)
         self.netlink.commit(messages)
 
     def close(self, grants: List[Grant]) -> None:
@@ -3579,18 +3895,19 @@ class NftFirewall(Firewall):
                 raise
 
     def grants(self) -> List[Grant]:
-        """The grants that the kernel has in every place."""
+        """The grants that the kernel has in every place. Only NAT's maps tell where doors lead."""
         found: Dict[Door, float] = {}
-        counts: Dict[Door, int] = {}
+        doors: Dict[Door, List[Door]] = {}
         for place in self.places:
             for shape in self.shapes_at(place):
                 for door, seconds in self.read_set(place, shape):
-                    found[door] = min(seconds, found.get(door, seconds))
-                    counts[door] = counts.get(door, 0) + 1
+                    key = door.entrance
+                    found[key] = min(seconds, found.get(key, seconds))
+                    doors.setdefault(key, []).append(door)
         now, wall = time.monotonic(), time.time()
-        return [Grant(door, int(wall + seconds + 0.999), now + seconds)
-                for door, seconds in found.items()
-                if counts[door] == len(self.places_of(door)) and seconds != FOR_EVER]
+        return [Grant(doors[key][-1], int(wall + seconds + 0.999), now + seconds)
+                for key, seconds in found.items()
+                if len(doors[key]) == len(self.places_of(key)) and seconds != FOR_EVER]
 
     def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
         """The doors in a set with the seconds they have left, FOR_EVER if somebody said so."""
@@ -3605,7 +3922,8 @@ class NftFirewall(Firewall):
         for answer in answers:
             for _, item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
                 element = attributes(item)
-                door = shape.door(attributes(element.get(ELEMENT_KEY, b"")).get(DATA_VALUE, b""))
+                door = shape.door(*[attributes(element.get(part, b"")).get(DATA_VALUE, b"")
+                                    for part in (ELEMENT_KEY, ELEMENT_DATA)])
                 left = element.get(ELEMENT_EXPIRATION)
                 seconds = struct.unpack(">Q", left)[0] / 1000 if left else FOR_EVER
                 if door is not None and seconds > 0:
@@ -3630,13 +3948,18 @@ class NftFirewall(Firewall):
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
-        rules = {place: self.rule_removal(place) for place in self.accept}
-        tables = {(place.family, place.table): self.shapes_at(place)
-                  for place in self.accept if rules[place]}
+        rules = {place: self.rule_removal(place) for place in self.chains}
+        sets: Dict[Tuple[str, str], Set[str]] = {}
+        for place in self.chains:
+            if rules[place]:
+                names = sets.setdefault((place.family, place.table), set())
+                names.update(shape.set_name for shape in self.shapes_at(place))
+        table = "table %s %s" % NAT_TABLE[:2]
+        do_all(self.run, [(["add " + table, "delete " + table],)] * self.translates)
         # Chains of one table share the sets, so these go when no rule needs them any more.
         do_all(self.run, [(lines,) for lines in rules.values()])
-        do_all(self.run, [(["delete set %s %s %s" % (table + (shape.set_name,))
-                            for shape in shapes],) for table, shapes in tables.items()])
+        do_all(self.run, [(["delete set %s %s %s" % (table + (name,)) for name in sorted(names)],)
+                          for table, names in sets.items()])
 
     def guarded(self) -> bool:
         """Whether the guard's table stands, whoever made it."""
@@ -3661,12 +3984,15 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 #
 # A grant is a rule of fwknop's shape, chain and comment (fwknop spec 3.6), so that
 # `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In
-# guard mode the chains are in the mangle table, which comes before destination NAT.
+# guard mode the chains are in the mangle table, which comes before destination NAT. Each kind of
+# door has its chain; forwarding does not look at the inner address, source NAT not at the client.
 # ======================================================================================
 
 MARK = "_exp_"  # and epoch seconds: fwknop's comment of a rule
 GUARD_CHAIN, GUARDED_CHAIN, PROBE_CHAIN = "FWKNOP_GUARD", "FWKNOP_GUARDED", "FWKNOP_PROBE"
 LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
+GUARD_PASS = "-m conntrack --ctstate NEW"  # in the guard's rules for what NAT leads on
+TARGET_OPTIONS = {DNAT: "--to-destination", SNAT: "--to-source"}
 LEGACY_POLL_SECONDS = 5.0  # its changes are not announced
 
 
@@ -3678,6 +4004,13 @@ class Place(NamedTuple):
     target: str
     outgoing: bool = False
     first: bool = False
+    kind: str = INPUT
+    match: str = ""  # what its rules match as well
+
+    @property
+    def tells(self) -> bool:
+        """Whether its rules are grants by themselves, and not a part of those in another place."""
+        return not (self.outgoing or self.match)
 
 
 class Iptables:
@@ -3714,36 +4047,57 @@ class Iptables:
         """The rule of a grant, as `iptables -S` prints it, without `-A CHAIN`."""
         door = grant.door
         peer, here = ("-d", "-s") if place.outgoing else ("-s", "-d")
-        sides = {peer: str(door.source)}
+        sides = {peer: str(door.source)} if door.source.prefixlen else {}
         if door.destination is not None:
             sides[here] = "%s/%d" % (door.destination, door.destination.max_prefixlen)
         words = ["%s %s" % (side, sides[side]) for side in ("-s", "-d") if side in sides]
-        words.append("-p %s -m %s --%s %d" % (door.protocol, door.protocol,
-                                             "sport" if place.outgoing else "dport", door.port))
+        if door.port:
+            words.append("-p %s -m %s --%s %d" % (door.protocol, door.protocol,
+                                                 "sport" if place.outgoing else "dport", door.port))
+        if place.match:
+            words.append(place.match)
         if self.dated:
             date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(min(grant.expires, LAST_DATE)))
             words.append("-m time --datestop " + date)
         words.append("-m comment --comment %s%d -j %s" % (MARK, grant.expires, place.target))
+        if door.target and place.tells:
+            words.append(TARGET_OPTIONS[door.kind] + " " + door.target_text())
         return " ".join(words)
 
 
 def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
     """Door and expiry of a rule that `iptables -S` printed; None when it is no grant there."""
     words = line.split()
-    if words[:2] != ["-A", place.chain] or "!" in words:
+    if (words[:2] != ["-A", place.chain] or "!" in words
+            or ("--ctstate" in words) != bool(place.match)):
         return None
     values = {option: value.strip('"') for option, value in zip(words, words[1:])}
     peer, here, port = ("-d", "-s", "--sport") if place.outgoing else ("-s", "-d", "--dport")
     expires = values.get("--comment", "")
-    if not expires.startswith(MARK) or not expires[len(MARK):].isdigit() or peer not in values:
+    if not expires.startswith(MARK) or not expires[len(MARK):].isdigit():
         return None
     try:
         destination = ipaddress.ip_network(values[here]).network_address if here in values else None
-        protocol, number = parse_port("%s/%s" % (values.get("-p"), values.get(port)))
-        return (Door(ipaddress.ip_network(values[peer]), destination, protocol, number),
-                int(expires[len(MARK):]))
-    except ValueError:
+        if peer not in values and place.kind in (SNAT, MASQUERADE) and destination:
+            values[peer] = str(any_source(destination.version))
+        protocol, number = "*", 0
+        if place.kind == INPUT or "-p" in values:
+            protocol, number = parse_port("%s/%s" % (values.get("-p"), values.get(port)))
+        door = Door(ipaddress.ip_network(values[peer]), destination, protocol, number, place.kind)
+        if place.kind in TARGET_OPTIONS and place.tells:
+            host, port = values[TARGET_OPTIONS[place.kind]], "0"
+            if place.kind == DNAT and number:
+                host, _, port = host.rpartition(":")
+            door = door._replace(target=ipaddress.ip_address(host.strip("[]")),
+                                 target_port=int(port))
+        return door, int(expires[len(MARK):])
+    except (ValueError, KeyError):
         return None
+
+
+def any_source(version: int) -> Network:
+    """All addresses of an IP version."""
+    return ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0")
 
 
 class IptablesFirewall(Firewall):
@@ -3751,12 +4105,16 @@ class IptablesFirewall(Firewall):
 
     keeps = True
 
-    def __init__(self, program: str, access: List[IptablesChain], guard_ports: FrozenSet[Port],
-                 prepend: bool, log: Log) -> None:
+    def __init__(self, program: str, access: List[Tuple[str, IptablesChain]],
+                 guard_ports: FrozenSet[Port], prepend: bool, log: Log) -> None:
         self.access, self.guard_ports, self.log = access, guard_ports, log
-        self.places = [Place("mangle", GUARDED_CHAIN, "RETURN", first=True)] * bool(guard_ports)
+        guarded = Place("mangle", GUARDED_CHAIN, "RETURN", first=True)
+        self.places = [guarded] * bool(guard_ports)
+        if guard_ports and any(kind == DNAT for kind, _ in access):
+            self.places.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
         self.places += [Place(chain.table, chain.chain, chain.target,
-                              chain.from_chain == "OUTPUT", prepend) for chain in access]
+                              kind == INPUT and chain.from_chain == "OUTPUT", prepend, kind)
+                        for kind, chain in access]
         directory, name = os.path.split(program)
         six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
         self.programs = {4: Iptables(4, program)}
@@ -3773,7 +4131,16 @@ class IptablesFirewall(Firewall):
 
     def describe(self) -> str:
         """Where grants go, for the log."""
-        return ", ".join(place.chain for place in self.places if not place.outgoing)
+        return self.chains_for(INPUT)
+
+    def where(self, door: Door) -> str:
+        """Where this door goes, for the log."""
+        return self.chains_for(door.kind)
+
+    def chains_for(self, kind: str) -> str:
+        """The chains for doors of a kind."""
+        return ", ".join(place.chain for place in self.places
+                         if place.kind == kind and place.tells)
 
     def identity(self) -> Tuple[Any, ...]:
         """Its programs, chains and jumps."""
@@ -3782,7 +4149,8 @@ class IptablesFirewall(Firewall):
     @property
     def tables(self) -> List[str]:
         """The tables with places of ours, the guard's first."""
-        return sorted({place.table for place in self.places}, key=lambda name: name != "mangle")
+        return sorted({place.table for place in self.places},
+                      key=lambda name: (name != "mangle", name))
 
     def prepare(self) -> None:
         """Makes chains and jumps where they are missing, the guard first; grants stay."""
@@ -3801,16 +4169,16 @@ class IptablesFirewall(Firewall):
         changes = []
         if table == "mangle" and self.guard_ports:
             changes += self.guard_changes(lines, program.version)
-        for chain in self.access:
+        for kind, chain in self.access:
             if chain.table == table:
                 changes += missing_chain(lines, chain)
-                if "-P %s ACCEPT" % chain.from_chain in lines and not any(
+                if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not any(
                         line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
                         for line in lines):
                     self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
                                      % (chain.from_chain, program.program))
         program.commit({table: changes})
-        for chain in self.access if program.version == 4 else []:
+        for _, chain in self.access if program.version == 4 else []:
             if any(change.endswith(" %d -j %s" % (chain.position, chain.chain))
                    for change in changes):
                 self.log.info("Added jump rule from chain: %s to chain: %s"
@@ -3820,7 +4188,7 @@ class IptablesFirewall(Firewall):
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
 
         Only what is addressed to this host: the rest is routed, and not ours to guard. Established
-        connections and loopback are let be.
+        connections and loopback are let be. It lets through what NAT leads on.
         """
         changes = [":%s - [0:0]" % GUARD_CHAIN]
         if "-N " + GUARDED_CHAIN not in lines:
@@ -3858,8 +4226,17 @@ class IptablesFirewall(Firewall):
             return False
 
     def holds(self, door: Door) -> bool:
-        """Whether there are programs for the door's IP version."""
-        return door.source.version in self.programs
+        """Whether there are programs for the door's IP version, and a chain for its kind."""
+        return (door.source.version in self.programs and self.form(door) == door
+                and any(place.kind == door.kind for place in self.places))
+
+    def form(self, door: Door) -> Optional[Door]:
+        """The door with the addresses that its rule has in fwknopd (fwknop spec 3.6)."""
+        if door.kind == FORWARD:
+            return door._replace(destination=None)
+        if door.kind in (SNAT, MASQUERADE) and door.port:
+            return door._replace(source=any_source(door.source.version))
+        return door
 
     def changes(self, action: Callable[[Place], str],
                 grants: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
@@ -3867,7 +4244,7 @@ class IptablesFirewall(Firewall):
         found: Dict[Iptables, Dict[str, List[str]]] = {}
         for grant in filter(lambda grant: self.holds(grant.door), grants):
             program = self.programs[grant.door.source.version]
-            for place in self.places:
+            for place in [place for place in self.places if place.kind == grant.door.kind]:
                 lines = found.setdefault(program, {}).setdefault(place.table, [])
                 lines.append("%s %s" % (action(place), program.rule(place, grant)))
         return found
@@ -3880,26 +4257,26 @@ class IptablesFirewall(Firewall):
         added = self.changes(lambda place: ("-I %s 1" if place.first else "-A %s") % place.chain,
                              grants)
         deleted = self.changes(lambda place: "-D " + place.chain, replaced)
-        if not added:
-            raise CommandError("no ip6tables to open IPv6 with")
+        if not all(self.holds(grant.door) for grant in grants):
+            raise CommandError("no program or chain to open it with")
         try:
             for program, tables in added.items():
                 for table, lines in tables.items():
                     lines += deleted.get(program, {}).get(table, [])
                 program.commit(tables)
         except CommandError:
-            self.delete_rules({(grant.door, grant.expires) for grant in grants})
+            self.delete_rules({(grant.door.entrance, grant.expires) for grant in grants})
             raise
 
     def close(self, grants: List[Grant]) -> None:
         """Deletes the rules of `grants`, also where they are gone or of another shape."""
-        doors = {grant.door for grant in grants}
+        doors = {grant.door.entrance for grant in grants}
 
         def close_in(program: Iptables, tables: Dict[str, List[str]]) -> None:
             try:
                 program.commit(tables)
             except CommandError:
-                program.commit(self.deletions(program, lambda door, _: door in doors))
+                program.commit(self.deletions(program, lambda door, _: door.entrance in doors))
 
         changes = self.changes(lambda place: "-D " + place.chain, grants)
         do_all(close_in, changes.items())
@@ -3923,10 +4300,10 @@ class IptablesFirewall(Firewall):
         return changes
 
     def delete_rules(self, wanted: Optional[Set[Tuple[Door, int]]] = None) -> None:
-        """Deletes the grants of these doors and expiries, or all of them."""
+        """Deletes the grants of these entrances and expiries, or all of them."""
         def delete(program: Iptables) -> None:
             program.commit(self.deletions(program, lambda door, expires: (
-                wanted is None or (door, expires) in wanted)))
+                wanted is None or (door.entrance, expires) in wanted)))
 
         do_all(delete, [(program,) for program in self.programs.values()])
 
@@ -3936,7 +4313,7 @@ class IptablesFirewall(Firewall):
         found: Dict[Door, int] = {}
         for program in self.programs.values():
             for place, _, door, expires in self.rules(program):
-                if not place.outgoing:
+                if place.tells:
                     found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
@@ -3953,7 +4330,8 @@ class IptablesFirewall(Firewall):
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
         do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.chain])
-                                    for program in self.programs.values() for chain in self.access])
+                                    for program in self.programs.values()
+                                    for _, chain in self.access])
 
     @staticmethod
     def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
@@ -4026,11 +4404,23 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
                           "opens what yours drops")
     if not nft:
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
-    shapes = {Shape(version, prefix, settings.destination_rule) for stanza in stanzas
-              for version, prefix in ((4, stanza.prefix4), (6, stanza.prefix6))}
+    shapes = {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)}
     if settings.enable_output:
         log.warning("ENABLE_IPT_OUTPUT has no effect with nftables")
-    return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log)
+    return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log,
+                       settings.nft_forward_chains if settings.nat else ())
+
+
+def nft_shapes(settings: ServerSettings, stanza: Stanza) -> Iterator[Shape]:
+    """The shapes of all doors that a stanza may open."""
+    to = settings.destination_rule
+    for version, prefix in ((4, stanza.prefix4), (6, stanza.prefix6)):
+        yield Shape(version, prefix, to)
+        for ports in (True, False)[:1 + stanza.forward_all] if settings.nat else ():
+            yield Shape(version, prefix, to, DNAT, ports)
+            yield Shape(version, prefix, ports, FORWARD, ports)
+            for kind in (SNAT, MASQUERADE) if settings.snat else ():
+                yield Shape(version, prefix, ports, kind, ports)
 
 
 def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional[str]]:
@@ -4068,9 +4458,13 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
                           "on nftables, set GUARD_PORTS or NFT_ACCEPT_CHAINS")
     access = []
     if not settings.guard_ports or settings.is_set(ServerSettings.input_access):
-        access.append(settings.input_access)
+        access.append((INPUT, settings.input_access))
         if settings.enable_output:
-            access.append(settings.output_access)
+            access.append((INPUT, settings.output_access))
+    if settings.nat:
+        access += [(FORWARD, settings.forward_access), (DNAT, settings.dnat_access)]
+        if settings.snat:
+            access += [(SNAT, settings.snat_access), (MASQUERADE, settings.masquerade_access)]
     return IptablesFirewall(program, access, settings.guard_ports, settings.rule_prepend, log)
 
 
@@ -4106,16 +4500,23 @@ class Grants:
         """Goes on with the grants that the firewall has from before."""
         for grant in self.firewall.grants():
             self.enter(grant)
-            self.log.info("Found access rule in %s for %s, expires at %d"
-                          % (self.firewall.describe(), grant.door, grant.expires))
+            self.log.info("Found %s rule in %s for %s, expires at %d" % (
+                grant.door.word, self.firewall.where(grant.door), grant.door, grant.expires))
 
     def open(self, doors: List[Door], seconds: int) -> None:
-        """Opens doors, all or none. What is open already stays so for longer, never for less."""
+        """Opens doors, all or none. What is open already stays so for longer, never for less.
+
+        A door with the same entrance as one that leads elsewhere takes its place.
+        """
         now = self.monotonic()
         ends, expires = now + seconds, int(self.wall() + seconds + 0.999)
+        doors = [door for door in map(self.firewall.form, doors) if door is not None]
+        if not doors:
+            raise CommandError("the settings name no chain to open anything in")
         opened = [Grant(door, expires, ends) for door in doors
                   if door not in self.live or self.live[door].ends < ends]
-        replaced = [self.live[grant.door] for grant in opened if grant.door in self.live]
+        rivals = self.rivals([grant.door for grant in opened if grant.door.target])
+        replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
         if opened:
             try:
                 self.firewall.open(opened, replaced)
@@ -4124,11 +4525,20 @@ class Grants:
                 self.check()
                 self.firewall.close(replaced)
                 self.firewall.open(opened, [])
+        for grant in rivals:
+            self.live.pop(grant.door, None)
         for grant in opened:
             self.enter(grant)
         for door in doors:
-            self.log.info("Added access rule to %s for %s, expires at %d"
-                          % (self.firewall.describe(), door, self.live[door].expires))
+            self.log.info("Added %s rule to %s for %s, expires at %d" % (
+                door.word, self.firewall.where(door), door, self.live[door].expires))
+
+    def rivals(self, doors: List[Door]) -> List[Grant]:
+        """The live grants that `doors` take the place of: from the same entrance to elsewhere."""
+        entrances = {door.entrance for door in doors}
+        return [grant for grant in self.live.values()
+                if grant.door.target and grant.door not in doors
+                and grant.door.entrance in entrances] if doors else []
 
     def next_end(self) -> Optional[float]:
         """When expire() is due, on the monotonic clock."""
@@ -4157,7 +4567,7 @@ class Grants:
         for grant in ended:
             del self.live[grant.door]
             self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
-                          % (self.firewall.describe(), grant.expires, grant.door))
+                          % (self.firewall.where(grant.door), grant.expires, grant.door))
 
     def check(self) -> None:
         """Puts back what somebody took from the firewall: first our rules, then what is due."""
@@ -4257,7 +4667,7 @@ def launch(command: Command, output: int) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             command.words, bufsize=0, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
-            preexec_fn=become)  # noqa: PLW1509 -- there are no threads
+            preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
     except OSError as error:
         raise CommandError("%s: %s" % (command, os.strerror(error.errno or 0))) from None
     except (ValueError, subprocess.SubprocessError) as error:
@@ -4447,6 +4857,7 @@ class Commands:
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
 
+MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time, and how long one may take
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
@@ -4459,8 +4870,61 @@ class Configuration(NamedTuple):
     warnings: List[str]
 
 
-class Server:
-    """What receives, judges, opens and closes."""
+def resolve_name(name: str, version: int,
+                 monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
+    """The address of a host; None without one, or when it took so long that nobody waits any more.
+
+    The name goes as bytes: for a str, Python would need the codec `idna`, which routers lack.
+    """
+    family, began = socket.AF_INET if version == 4 else socket.AF_INET6, monotonic()
+    try:
+        found = socket.getaddrinfo(name.encode(), None, family, socket.SOCK_STREAM)
+        address = parse_address(str(found[0][4][0]))
+    except (OSError, ValueError):
+        return None
+    return address if monotonic() - began < LOOKUP_SECONDS else None
+
+
+class Resolver:
+    """Looks names up in threads of their own, a few at a time, so that no packet stops the server.
+
+    The answer is a call, in the selector's loop, with the address or with None.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector,
+                 resolve: Callable[[str, int], Optional[Address]] = resolve_name) -> None:
+        self.selector, self.resolve = selector, resolve
+        self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
+        self.answers: List[Callable[[], None]] = []
+        self.busy = 0
+
+    def look_up(self, name: str, version: int, then: Callable[[Optional[Address]], None]) -> bool:
+        """Starts to look `name` up for an IP version; False when too many are looked up already."""
+        def work() -> None:
+            address = self.resolve(name, version)
+            self.answers.append(lambda: then(address))
+            self.sockets[1].send(b"\0")
+
+        if self.busy >= MAX_LOOKUPS:
+            return False
+        if not self.sockets:
+            self.sockets = socket.socketpair()
+            self.selector.register(self.sockets[0], selectors.EVENT_READ, self.deliver)
+        import threading
+        threading.Thread(target=work, daemon=True).start()
+        self.busy += 1
+        return True
+
+    def deliver(self) -> None:
+        """Gives the answers that are there."""
+        self.sockets[0].recv(MAX_LOOKUPS)
+        while self.answers:
+            self.busy -= 1
+            self.answers.pop(0)()
+
+
+class Gate:
+    """What becomes of a datagram: it is unlocked, judged, remembered, and opens or is rejected."""
 
     def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
                  test: bool = False) -> None:
@@ -4468,17 +4932,11 @@ class Server:
         self.log = log
         self.grants = Grants(firewall, log)
         self.memory = open_memory(self.settings, log)
-        self.captures: List[Capture] = []
         self.selector = selectors.DefaultSelector()
         self.commands = Commands(self.selector, log, test)
+        self.resolver = Resolver(self.selector)
         self.counts: Dict[str, int] = collections.defaultdict(int)
-        self.since = time.time()
-        self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
-        self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
-        self.check_due = 0.0
-        self.check_wait = RETRY_SECONDS
         self.candidates = 0  # packets of the right form so far
-        self.running, self.exit_code = True, 0
 
     def receive(self, datagram: Datagram) -> None:
         """One datagram on its way: form, then whose it is and what it may open."""
@@ -4493,12 +4951,7 @@ class Server:
         except PacketRejected as rejected:
             self.reject(datagram, rejected)
         except Exception as error:  # a mistake of ours must not let one packet end the server
-            trace = error.__traceback__
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            where = trace.tb_lineno if trace else 0
-            self.reject(datagram, PacketRejected("error", "internal error: %s in line %d"
-                                                 % (type(error).__name__, where)))
+            self.reject(datagram, internal_error(error))
 
     def unwrap(self, datagram: Datagram) -> Datagram:
         """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
@@ -4546,9 +4999,7 @@ class Server:
                                   "match" % (stanza.number, socket_text(datagram.source)))
                 self.log.debug("(stanza #%d) %r" % (stanza.number,
                                                     packet._replace(server_auth=None)))
-                verdict = judge(packet, stanza, datagram, self.settings.destination_rule,
-                                time.time())
-                self.open(verdict, packet, stanza, datagram)
+                self.allow(packet, stanza, datagram)
                 return None
             except PacketRejected as reason:
                 reason.stanza = stanza.number
@@ -4561,6 +5012,32 @@ class Server:
         return rejection or (tried and tried.wrong_hmac) or PacketRejected(
             "source", "No access data found for source IP: %s" % socket_text(datagram.source),
             "{text}")
+
+    def allow(self, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
+        """Opens what the packet may open, perhaps later: when the name of its NAT host is known."""
+        try:
+            verdict = judge(packet, stanza, datagram, self.settings.destination_rule, time.time(),
+                            NatRules(self.settings, is_own_address))
+            self.open(verdict, packet, stanza, datagram)
+        except NameToResolve as asked:
+            name, version = asked.args
+            if not self.resolver.look_up(name, version, lambda address: self.go_on(
+                    packet, stanza, datagram, address)):
+                raise PacketRejected("NAT", "too many NAT hosts are looked up") from None
+
+    def go_on(self, packet: Packet, stanza: Stanza, datagram: Datagram,
+              address: Optional[Address]) -> None:
+        """Goes on with a packet whose NAT host has been looked up, unless a reload came between."""
+        try:
+            if packet.nat is None or address is None or stanza not in self.stanzas:
+                raise PacketRejected("NAT", "Unable to resolve Hostname in NAT SPA message")
+            self.log.info("Resolved NAT IP in SPA message")
+            self.allow(packet._replace(nat=(str(address), packet.nat[1])), stanza, datagram)
+        except PacketRejected as rejected:
+            rejected.stanza = stanza.number
+            self.reject(datagram, rejected)
+        except Exception as error:  # as in receive()
+            self.reject(datagram, internal_error(error))
 
     def open(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens the doors, or runs commands instead; rejects the packet when that can't be done."""
@@ -4576,7 +5053,7 @@ class Server:
                    ("firewall", "nothing was opened: the firewall failed"))
             raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
-        doors = ", ".join(map(str, verdict.doors))
+        doors = ", ".join(door.describe() for door in verdict.doors)
         self.log.info("(stanza #%d) user %s (client %s) %s" % (
             stanza.number, packet.user, packet.version,
             "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
@@ -4630,6 +5107,21 @@ class Server:
         number = "(stanza #%d) " % rejection.stanza if rejection.stanza else ""
         self.log.write(level, rejection.form.format(source=socket_text(datagram.source),
                                                     stanza=number, text=rejection))
+
+
+class Server(Gate):
+    """The loop around the gate: captures, the firewall's state, reload, start and stop."""
+
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
+                 test: bool = False) -> None:
+        super().__init__(configuration, firewall, log, test)
+        self.captures: List[Capture] = []
+        self.since = time.time()
+        self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
+        self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
+        self.check_due = 0.0
+        self.check_wait = RETRY_SECONDS
+        self.running, self.exit_code = True, 0
 
     def listen(self, captures: List[Capture]) -> None:
         """Reads from `captures` from now on; those before that are not among them are closed."""
@@ -4818,6 +5310,15 @@ class Server:
                 self.grants.firewall.remove()
 
 
+def internal_error(error: Exception) -> PacketRejected:
+    """The rejection of a packet by a mistake of ours, with the line that it happened in."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_lineno if trace else 0
+    return PacketRejected("error", "internal error: %s in line %d" % (type(error).__name__, where))
+
+
 def drain_socket(events: Optional[socket.socket]) -> None:
     """Reads all that is waiting; nobody wants to know what it says."""
     try:
@@ -4838,7 +5339,7 @@ def openers_file(settings: ServerSettings) -> str:
 
 def grant_words(grant: Grant) -> str:
     """A grant in words that no other one has."""
-    return "%s %s%d" % (grant.door, MARK, grant.expires)
+    return "%s %s%d" % (grant.door.describe(), MARK, grant.expires)
 
 
 def read_openers(path: str) -> Dict[str, str]:
@@ -5008,7 +5509,8 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         rotate_digest_cache(settings.digest_file)
     ready = go_to_background() if daemon else None
     pid_file.write()
-    for warning in configuration.warnings + guard_warnings(settings, firewall, test, log):
+    for warning in (configuration.warnings + forwarding_warnings(settings)
+                    + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
     log.info("Starting fwknopd")
     server = Server(configuration, firewall, log, test)
@@ -5041,6 +5543,20 @@ def guard_warnings(settings: ServerSettings, firewall: Firewall, test: bool, log
               if not firewall.guard_ports or type(guard) is not type(firewall)]
     return ["A guard from earlier settings still closes ports, and no knock opens them; --unguard "
             "takes it away"] * bool(others)
+
+
+def forwarding_warnings(settings: ServerSettings) -> List[str]:
+    """What there is to say of a kernel that does not forward what NAT leads on."""
+    texts = []
+    for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
+        try:
+            with open("/proc/sys/" + name) as file:
+                if settings.forwarding and file.read().strip() == "0":
+                    texts.append("ENABLE_IPT_FORWARDING: nothing is forwarded while %s is 0"
+                                 % name.replace("/", "."))
+        except OSError:  # a kernel without IPv6
+            continue
+    return texts
 
 
 def take_signal(number: int, server: Server, read: Callable[[], Configuration], test: bool,
@@ -5356,6 +5872,7 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
     stanzas, more = read_stanzas(*paths, directory=directory)
+    check_nat(settings, stanzas)
     return Configuration(settings, stanzas, settings.warnings() + warnings + more)
 
 
@@ -5395,11 +5912,15 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
     lines = ["Listing rules in fwknopd (%s)..." % firewall.describe(), "",
              "num  target     prot opt source               destination"]
     for number, grant in enumerate(sorted(firewall.grants(), key=lambda grant: grant.ends), 1):
-        source, _, destination, port = str(grant.door).split(" ", 3)
-        protocol, _, rest = port.partition("/")
-        lines.append("%-4d ACCEPT     %-4s --  %-20s %-20s %s dpt:%s /* %s%d */ %d seconds left, %s"
-                     % (number, protocol, source, destination, protocol, rest, MARK, grant.expires,
-                        max(0, grant.ends - now), openers.get(grant_words(grant), "-")))
+        door = grant.door
+        source, _, destination, port = str(door).split(" ", 3)
+        protocol, _, port = port.partition("/")
+        target = "ACCEPT" if door.kind in (INPUT, FORWARD) else door.kind
+        extra = " to:" + door.target_text() if door.target else ""
+        lines.append("%-4d %-10s %-4s --  %-20s %-20s %s dpt:%s /* %s%d */%s %d seconds left, %s"
+                     % (number, target, protocol, source, destination, protocol, port, MARK,
+                        grant.expires, extra, max(0, grant.ends - now),
+                        openers.get(grant_words(grant), "-")))
     return "\n".join(lines)
 
 

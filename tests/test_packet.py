@@ -613,7 +613,7 @@ class FieldTest(unittest.TestCase):
                     self.assertEqual(kind == 0, not packet.ports)
 
     def test_types_without_a_server_yet(self) -> None:
-        """Types 2, 4, 5 and 6 are rejected with `not supported yet`, and 0 is not allowed."""
+        """What types 0, 2, 4, 5 and 6 ask for is rejected where nothing enables it."""
         stanza = server.Stanza(1)
         datagram = server.Datagram(b"", b"\x0a\x37\0\2", 1, b"\x0a\x37\0\1", 62201)
         seen = set()
@@ -624,7 +624,8 @@ class FieldTest(unittest.TestCase):
                 continue
             with self.subTest(kind=kind), self.assertRaises(server.PacketRejected) as caught:
                 server.judge(packet, stanza, datagram, False, NOW)
-            self.assertIn("not supported yet" if kind else "not allowed", str(caught.exception))
+            self.assertIn("requested NAT access, but is not enabled/supported" if kind else
+                          "not allowed", str(caught.exception))
             seen.add(kind)
         self.assertEqual({0, 2, 4, 5, 6}, seen)
 

@@ -17,7 +17,7 @@ def server_rows(settings):
     """The supported rows of one of the server's tables: name, default, help."""
     server = load_script("spa_server")
     for row in settings.rows():
-        if not isinstance(row, (server.Ignored, server.Refused)):
+        if not isinstance(row, server.Ignored):
             yield " / ".join(row.names), row.default, row.help
 
 
@@ -51,8 +51,7 @@ def generated(text):
     for name in ("ServerSettings", "Stanza"):
         settings = getattr(server, name)
         parts["table: " + name] = table(server_rows(settings))
-        parts["ignored: " + name] = names(settings, server.Ignored)
-        parts["refused: " + name] = names(settings, server.Refused)
+    parts["ignored: ServerSettings"] = names(server.ServerSettings, server.Ignored)
     for mark, part in parts.items():
         kind = mark.partition(":")[0]
         pattern = "(<!-- %s -->).*?(<!-- end %s -->)" % (re.escape(mark), kind)

@@ -1,0 +1,733 @@
+"""NAT in real firewalls: a client, a gateway with our server on it, and a host behind the gateway.
+
+The inner host says where its connections come from. The gateway forwards nothing by itself, and
+listens on the ports that are translated as well: a connection that ends there went astray.
+"""
+
+import functools
+import itertools
+import re
+import shutil
+import signal
+import sys
+import time
+import unittest
+from typing import Any, Callable, List, NamedTuple, Tuple
+
+from tests.netns import (
+    CLIENT4,
+    CLIENT6,
+    FWKNOP,
+    HMAC_KEY,
+    KEY,
+    KEYS,
+    OTHER4,
+    OTHER6,
+    SERVER4,
+    SERVER6,
+    STANZA,
+    Cable,
+    Host,
+    Server,
+    in_parallel,
+    wait_for,
+)
+from tests.support import needs_programs, needs_root
+from tests.test_packet import Sender, b64
+
+NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
+GATE4, GATE6 = "10.66.0.1", "fd66::1"
+SECOND4 = "10.66.0.9"  # of the gateway, too
+INNER4, INNER6 = "10.66.0.2", "fd66::2"
+OUTER_PORTS = (22, 24, 2222)  # of the gateway
+INNER_PORTS = (22, 8080, 8081)
+LATENESS = 3.0  # as in test_live_firewall
+
+NFT_HOST = """
+table inet filter {
+  chain input { type filter hook input priority 0; policy %s;
+    ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }
+  chain forward { type filter hook forward priority 0; policy drop;
+    ct state established,related accept; }
+}
+"""
+IPTABLES_HOST = """*filter
+:INPUT %s
+:FORWARD DROP
+-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A INPUT -i lo -j ACCEPT
+%s-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+COMMIT
+"""
+
+# Tells of each connection, and sends back what comes.
+INNER = r"""
+import socket, sys, threading
+
+def echo(peer):
+    try:
+        while True:
+            text = peer.recv(65536)
+            if not text:
+                break
+            peer.sendall(text)
+    except OSError:
+        pass
+    peer.close()
+
+def serve(listener, port):
+    while True:
+        peer, address = listener.accept()
+        print("%s from %s." % (port, address[0].replace("::ffff:", "")), flush=True)
+        threading.Thread(target=echo, args=(peer,), daemon=True).start()
+
+for port in sys.argv[1:]:
+    listener = socket.socket(socket.AF_INET6)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("::", int(port)))
+    listener.listen(50)
+    threading.Thread(target=serve, args=(listener, port)).start()
+print("listening", flush=True)
+"""
+
+
+class Setup(NamedTuple):
+    """A backend in a mode."""
+
+    backend: str
+    mode: str  # "accept" or "guard"
+
+    def __str__(self) -> str:
+        """Its name in a subtest."""
+        return "%s %s" % self
+
+    def config(self) -> str:
+        """The directives that choose it."""
+        lines = ["FIREWALL_TYPE nft;", "NFT_FORWARD_CHAINS inet filter forward;"]
+        if self.backend != NFT:
+            lines = ["FIREWALL_TYPE iptables;", "FIREWALL_EXE %s;" % shutil.which(self.backend)]
+        if self.mode == "guard":
+            lines.append("GUARD_PORTS tcp/22, tcp/24, tcp/2222;")
+        elif self.backend == NFT:
+            lines.append("NFT_ACCEPT_CHAINS inet filter input;")
+        return "\n".join(lines + ["ENABLE_IPT_FORWARDING Y;", "ENABLE_IPT_LOCAL_NAT Y;"]) + "\n"
+
+
+SETUPS = [
+    Setup(*pair)
+    for pair in itertools.product((NFT, IPTABLES_NFT, IPTABLES_LEGACY), ("accept", "guard"))
+]
+BACKENDS = [setup for setup in SETUPS if setup.mode == "accept"]
+
+
+class Gateway(Cable):
+    """A third host behind the server of a cable, which routes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Host(self.server.name.replace("spas", "spai"), self.temporary.name)
+        link = ["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0"]
+        self.server.run(*link, "netns", self.inner.name)
+        self.batch(
+            self.server,
+            "link set eth1 up",
+            "addr add %s/24 dev eth1" % GATE4,
+            "addr add %s/24 dev eth1" % SECOND4,
+            "addr add %s/64 dev eth1 nodad" % GATE6,
+        )
+        self.batch(
+            self.inner,
+            "link set lo up",
+            "link set eth0 up",
+            "addr add %s/24 dev eth0" % INNER4,
+            "addr add %s/64 dev eth0 nodad" % INNER6,
+            "route add default via %s" % GATE4,
+            "route add default via %s" % GATE6,
+        )
+        self.batch(
+            self.client,
+            "route add 10.66.0.0/24 via " + SERVER4,
+            "route add fd66::/64 via " + SERVER6,
+        )
+        self.forward(1)
+
+    @staticmethod
+    def batch(host: Host, *lines: str) -> None:
+        """Let `ip` do these lines on a host."""
+        host.run("ip", "-batch", "-", input="\n".join(lines) + "\n")
+
+    def forward(self, flag: int) -> None:
+        """Let the gateway's kernel forward, or not."""
+        names = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
+        self.server.run("sysctl", "-qw", *["%s=%d" % (name, flag) for name in names])
+
+    def close(self) -> None:
+        """Take all three hosts away."""
+        self.inner.remove()
+        super().close()
+
+
+def close_host(host: Host, setup: Setup) -> None:
+    """Make the host's own firewall: it forwards nothing, and in accept mode lets nothing in."""
+    drop = setup.mode == "accept"
+    if setup.backend == NFT:
+        host.run("nft", "-f", "-", input=NFT_HOST % ("drop" if drop else "accept"))
+        return
+    for program, more in (
+        (setup.backend, ""),
+        (six(setup.backend), "-A INPUT -p ipv6-icmp -j ACCEPT\n"),
+    ):
+        rules = IPTABLES_HOST % ("DROP" if drop else "ACCEPT", more)
+        host.run(program + "-restore", input=rules)
+
+
+def six(backend: str) -> str:
+    """Return the name of the IPv6 variant."""
+    return backend.replace("iptables", "ip6tables")
+
+
+class Site:
+    """Three hosts, the gateway's firewall closed, and our server on it."""
+
+    def __init__(
+        self, setup: Setup, config: str = "", access: str = "", launcher: Tuple[str, ...] = ()
+    ) -> None:
+        self.setup, self.config = setup, setup.config() + config
+        self.count = 0
+        self.gateway = Gateway()
+        try:
+            self.client, self.host = self.gateway.client, self.gateway.server
+            self.host.listen(*OUTER_PORTS)
+            inner = self.gateway.inner
+            self.inner = inner.start(sys.executable, "-I", "-S", "-c", INNER, *INNER_PORTS)
+            self.inner.wait_for("listening")
+            close_host(self.host, setup)
+            self.server = Server(self.host, self.config, STANZA + access, launcher=launcher).start()
+        except BaseException:
+            self.gateway.close()
+            raise
+
+    def __enter__(self) -> "Site":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.gateway.close()
+
+    def knock(self, *options: str, expect: str = " opened ") -> str:
+        """Knock with the real client for its first address; return the line with `expect`."""
+        mark = self.server.mark()
+        text = self.client.run(*FWKNOP, *KEYS, "-a", CLIENT4, "-D", SERVER4, *options)
+        self.said = text
+        return self.server.wait_for(expect, mark)
+
+    def knock6(
+        self, kind: int, access: str, nat: str = "", seconds: int = 0, expect: str = " opened "
+    ) -> str:
+        """Knock for the IPv6 address, which the real client can't."""
+        self.count += 1
+        mark, extra = self.server.mark(), [b64(nat.encode())] if nat else []
+        extra += [b"%d" % seconds] if kind in (3, 4, 6) else []
+        packet = Sender(KEY.encode(), HMAC_KEY.encode()).packet(
+            "%s,%s" % (CLIENT6, access),
+            kind,
+            extra,
+            timestamp=int(time.time()),
+            rand="%016d" % self.count,
+        )
+        self.client.send(SERVER6, 62201, packet.decode())
+        return self.server.wait_for(expect, mark)
+
+    def seen(self, port: int, address: str, start: int = 0) -> None:
+        """Wait until the inner host has had a connection to this port from this address."""
+        self.inner.wait_for("%d from %s." % (port, address), start)
+
+    def leads_in(
+        self, outer: int, inner: int, source4: str = CLIENT4, source6: str = CLIENT6
+    ) -> None:
+        """Check that a port of the gateway leads to the inner host, in each family with a source.
+
+        The inner host is to see the connection come from this source.
+        """
+        for address, source in ((SERVER4, source4), (SERVER6, source6)):
+            if not source:
+                continue
+            mark = self.inner.mark()
+            assert self.client.connect(address, outer).answers()
+            self.seen(inner, source, mark)
+
+    def wait_closed(self, *targets: Tuple[str, str, int]) -> float:
+        """Wait until none of the targets answers, and return when."""
+        wait_for(
+            lambda: not any(self.client.probe(*targets, seconds=0.2)),
+            "%s: a closed port in\n%s" % (self.setup, self.rules()),
+        )
+        return time.monotonic()
+
+    def listed(self) -> List[str]:
+        """Return the doors of --fw-list."""
+        code, text = self.server.command("--fw-list")
+        assert code == 0, text
+        return sorted(re.findall(r"^(.*?)  \d+ seconds left .*_exp_\d+", text, re.M))
+
+    def rules(self) -> str:
+        """Return everything that is in the firewall."""
+        if self.setup.backend == NFT:
+            return self.host.run("nft", "list", "ruleset")
+        return "".join(
+            "".join("%s %s\n" % (table, line) for line in text.splitlines())
+            for program in (self.setup.backend, six(self.setup.backend))
+            for table in ("filter", "nat", "mangle")
+            for text in [self.host.run(program, "-t", table, "-S")]
+        )
+
+    def count_grants(self) -> int:
+        """Return how many elements or rules of grants the kernel has."""
+        return len(re.findall(r"expires \d|_exp_\d", self.rules()))
+
+
+def both(*ports: int) -> List[Tuple[str, str, int]]:
+    """Return ports of the gateway's outer addresses as targets of a probe."""
+    return [("", address, port) for port in ports for address in (SERVER4, SERVER6)]
+
+
+class NatTest(unittest.TestCase):
+    """Checks that run at the same time."""
+
+    def check_all(self, setups: List[Setup], check: Callable[[Setup], None]) -> None:
+        """Call `check` for each setup."""
+        in_parallel(self, setups, check)
+
+
+def needs_firewalls(target: Any) -> Any:
+    """Decorate a class of tests that use all backends and the real client."""
+    return needs_root(
+        needs_programs(
+            "ip",
+            "nft",
+            "iptables-nft",
+            "iptables-legacy",
+            "ip6tables-nft",
+            "ip6tables-legacy",
+            "fwknop",
+        )(target)
+    )
+
+
+@needs_firewalls
+class ForwardTest(NatTest):
+    """To the inner host."""
+
+    def test_round_trip(self) -> None:
+        """Closed; every port of a knock leads to the inner host; it ends; connections live on."""
+        seconds = 6
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                self.assertFalse(any(site.client.probe(*both(22, 24))))
+                began = time.monotonic()
+                site.knock("-A", "tcp/22,tcp/24", "-N", INNER4 + ",8080", "-f", str(seconds))
+                site.knock6(4, "tcp/22,tcp/24", INNER6 + ",8080", seconds)
+                knocked = time.monotonic()
+                connections = [
+                    site.client.connect(address, port)
+                    for address, port in ((SERVER4, 22), (SERVER4, 24), (SERVER6, 24))
+                ]
+                site.leads_in(22, 8080)
+                elsewhere = [
+                    (OTHER4, SERVER4, 22),
+                    (OTHER6, SERVER6, 22),
+                    ("", SERVER4, 8080),
+                    ("", INNER4, 8081),
+                    ("", INNER6, 8081),
+                    (OTHER4, INNER4, 8080),
+                ]
+                if setup.backend == NFT:  # its rule knows the inner address, fwknop's does not
+                    elsewhere.append(("", SECOND4, 8080))
+                self.assertFalse(any(site.client.probe(*elsewhere)), site.rules())
+                closed = site.wait_closed(*both(22, 24))
+                self.assertGreater(closed, began + seconds - 0.1)
+                self.assertLess(closed, knocked + seconds + LATENESS)
+                wait_for(lambda: not site.count_grants(), "the end of all grants")
+                self.assertEqual([True] * 3, [each.answers() for each in connections])
+                self.assertEqual(0, site.server.stop(), site.server.log())
+                self.assertNotRegex(site.rules(), r"FWKNOP_[^G]|spa_nat|forward.*spa")
+                self.assertNotRegex(site.server.log(), "internal|failed|not as it should|Somebody")
+
+        self.check_all(SETUPS, check)
+
+    def test_log_and_listing(self) -> None:
+        """fwknop's words for each kind, and what --fw-list says."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Site(setup, "ENABLE_IPT_SNAT Y;\n") as site:
+                said = site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
+                self.assertIn("DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080", said)
+                nft = setup.backend == NFT
+                places = {
+                    "FORWARD": "inet filter forward" if nft else "FWKNOP_FORWARD",
+                    "DNAT": "inet spa_nat prerouting" if nft else "FWKNOP_PREROUTING",
+                    "SNAT": "inet spa_nat prerouting" if nft else "FWKNOP_MASQUERADE",
+                }
+                for kind, place in places.items():
+                    self.assertRegex(
+                        site.server.log(),
+                        r"(?m)^Added %s rule to %s for \S+ -> \S+ tcp/\d+, expires at \d{10}$"
+                        % (kind, place),
+                    )
+                inner = INNER4 if nft else "0.0.0.0/0"
+                self.assertEqual(
+                    [
+                        "DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080",
+                        "FORWARD 10.55.0.2 -> %s tcp/8080" % inner,
+                        "MASQUERADE %s -> 10.66.0.2 tcp/8080" % (CLIENT4 if nft else "0.0.0.0/0"),
+                    ],
+                    site.listed(),
+                )
+
+        self.check_all(BACKENDS, check)
+
+    def test_the_newest_target_wins(self) -> None:
+        """A second knock for the same port leads elsewhere at once, and ends when it should."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                for port, seconds in ((8080, 100), (8081, 60), (8080, 5)):
+                    nat = ",%d" % port
+                    site.knock("-A", "tcp/22", "-N", INNER4 + nat, "-f", str(seconds))
+                    site.knock6(4, "tcp/22", INNER6 + nat, seconds)
+                    site.leads_in(22, port)
+                site.wait_closed(*both(22))
+                self.assertNotIn("looking whether", site.server.log())
+
+        self.check_all(SETUPS, check)
+
+    def test_force_nat(self) -> None:
+        """Leads to where the stanza says, whatever the packet asks for."""
+        access = "FORCE_NAT %s 8080\n"
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup, access=access % INNER4) as site:
+                site.knock("-A", "tcp/22,tcp/24")
+                site.knock("-A", "tcp/2222", "-N", INNER4 + ",8081")
+                for port in (22, 24, 2222):
+                    site.leads_in(port, 8080, source6="")
+                site.knock6(1, "tcp/22", expect="fd55::2 requested NAT access, but is not enabled")
+                # An address of the gateway's own: its own port.
+                site.server.stop()
+                site.server.configure(access=STANZA + "FORCE_NAT %s 24\n" % SERVER4)
+                site.server.start()
+                site.knock("-A", "tcp/2222")
+                mark = site.inner.mark()
+                self.assertTrue(site.client.connect(SERVER4, 2222).answers())
+                self.assertEqual("", site.inner.output(mark))
+
+        self.check_all(SETUPS, check)
+
+    def test_forward_all(self) -> None:
+        """Every port, to one host or to those that the client routes to, with its directives."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup, "ENABLE_IPT_SNAT Y;\n", "FORWARD_ALL Y\n") as site:
+                inside = [("", INNER4, 8081), ("", INNER6, 22)]
+                self.assertFalse(any(site.client.probe(*inside)))
+                site.knock("-A", "tcp/9", "-N", INNER4 + ",9", "-f", "100")
+                site.knock6(4, "tcp/9", INNER6 + ",9", 100)
+                for port in (22, 8080):  # one is guarded
+                    site.leads_in(port, port, GATE4, GATE6)
+                self.assertEqual(
+                    [
+                        "%s %s -> %s */*%s" % (kind, client, anywhere, " to " + to if to else "")
+                        for client, anywhere, inner in (
+                            (CLIENT4, "0.0.0.0/0", INNER4),
+                            (CLIENT6, "::/0", INNER6),
+                        )
+                        for kind, to in (("DNAT", inner), ("FORWARD", ""), ("MASQUERADE", ""))
+                    ],
+                    sorted((each for each in site.listed() if "*/*" in each),
+                           key=lambda each: each.split()[1:2] + each.split()[:1]),
+                )
+                self.assertFalse(site.client.reaches(SERVER4, 8080, source=OTHER4))
+                code, text = site.server.command("--fw-flush")
+                self.assertEqual(0, code, text)
+                wait_for(lambda: not site.count_grants(), "the end of all grants")
+                site.server.stop()
+                site.server.configure(
+                    access=STANZA + "FORWARD_ALL Y\nDISABLE_DNAT Y\nFORCE_SNAT %s\n" % SECOND4
+                )
+                site.server.start()
+                self.assertFalse(any(site.client.probe(*inside)))
+                site.knock("-A", "tcp/9", "-f", "6")
+                site.knock6(3, "tcp/9", seconds=6)
+                for address, port, source in ((INNER4, 8081, SECOND4), (INNER6, 22, GATE6)):
+                    mark = site.inner.mark()
+                    self.assertTrue(site.client.connect(address, port).answers())
+                    site.seen(port, source, mark)
+                site.wait_closed(*inside)
+
+        self.check_all(SETUPS, check)
+
+    def test_ports_that_are_only_forwarded(self) -> None:
+        """DISABLE_DNAT: what the client itself sends to the inner host passes, on its port."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup, access="DISABLE_DNAT Y\n") as site:
+                site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
+                self.assertTrue(site.client.connect(INNER4, 8080).answers())
+                self.assertFalse(
+                    any(site.client.probe(("", INNER4, 8081), ("", SERVER4, 22), ("", INNER4, 22)))
+                )
+
+        self.check_all(SETUPS, check)
+
+
+@needs_firewalls
+class SourceTest(NatTest):
+    """Where connections come from, for an inner host without a way back."""
+
+    def test_translated_sources(self) -> None:
+        """Masquerade, an address of the settings, and what the stanza says go before them."""
+        forced = "FORCE_NAT %s 8080\n" % INNER4
+        cases = (
+            ("", "", GATE4, GATE6),
+            ("SNAT_TRANSLATE_IP %s;\n" % SECOND4, "", SECOND4, GATE6),
+            ("", forced + "FORCE_SNAT %s\n" % SECOND4, SECOND4, ""),
+            ("SNAT_TRANSLATE_IP %s;\n" % SECOND4, forced + "FORCE_MASQUERADE Y\n", GATE4, ""),
+        )
+
+        def check(setup: Setup) -> None:
+            """One backend, each case after the other."""
+            with Site(setup) as site:
+                for line in ("-4", "-6"):
+                    site.gateway.inner.run("ip", line, "route", "del", "default")
+                for config, access, source4, source6 in cases:
+                    site.server.stop()
+                    site.server.configure(
+                        site.config + "ENABLE_IPT_SNAT Y;\n" + config, STANZA + access
+                    )
+                    site.server.start()
+                    mark = site.inner.mark()
+                    site.knock("-A", "tcp/22", "-N", INNER4 + ",8080", "-f", "60")
+                    # Two at the same time: with fwknop's `--to-ports 22` the second one hangs.
+                    held = [site.client.connect(SERVER4, 22) for _ in range(2)]
+                    self.assertEqual([True] * 2, [each.answers() for each in held])
+                    site.seen(8080, source4, mark)
+                    if source6:
+                        site.knock6(4, "tcp/22", INNER6 + ",8080", 60)
+                        self.assertTrue(site.client.connect(SERVER6, 22).answers())
+                        site.seen(8080, source6, mark)
+                self.assertEqual(0, site.server.stop())
+                self.assertNotRegex(site.rules(), "FWKNOP|spa_nat")
+
+        self.check_all(BACKENDS, check)
+
+
+@needs_firewalls
+class LocalTest(NatTest):
+    """To another port of the gateway."""
+
+    def test_local_nat(self) -> None:
+        """The port that the client chose, or drew, leads to the one behind it, for its time."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                site.knock("-A", "tcp/22", "--nat-local", "--nat-port", "2200", "-f", "6")
+                site.knock6(6, "tcp/2200", SERVER6 + ",22", 6)
+                for address in (SERVER4, SERVER6):
+                    self.assertTrue(site.client.connect(address, 2200).answers())
+                self.assertFalse(any(site.client.probe((OTHER4, SERVER4, 2200))))
+                site.knock("-A", "tcp/24", "--nat-local", "--nat-rand-port", "-f", "6")
+                drawn = int(re.findall(r"assigned port '(\d+)'", site.said)[0])
+                self.assertTrue(site.client.connect(SERVER4, drawn).answers())
+                # To a port that is guarded by itself, and by a name of this host's.
+                name = "gate.example"
+                site.knock("-A", "tcp/24", "--nat-local", "-N", name + ",24", "--nat-port", "2222")
+                self.assertTrue(site.client.connect(SERVER4, 2222).answers())
+                site.wait_closed(("", SERVER4, 2200), ("", SERVER6, 2200), ("", SERVER4, drawn))
+                self.assertEqual("listening\n", site.inner.output())
+
+        self.check_all(SETUPS, check)
+
+    def test_what_is_not_enabled(self) -> None:
+        """Each kind of NAT has its directive, and forwarding leads to no port of the gateway."""
+        setup = Setup(NFT, "guard")
+        refused = "requested NAT access, but is not enabled/supported"
+        with Site(setup) as site:
+            for address in (SERVER4, GATE4, SECOND4, "10.66.0.255", "127.0.0.1", "224.0.0.1"):
+                site.knock("-A", "tcp/22", "-N", address + ",24", expect=refused)
+            site.knock("-A", "tcp/22", "--nat-local", "-N", "127.0.0.1,24", expect=refused)
+            site.server.stop()
+            for enabled, rejected in (("FORWARDING", "--nat-local"), ("LOCAL_NAT", "-N")):
+                config = setup.config().replace("ENABLE", "#ENABLE")
+                config += "ENABLE_IPT_%s Y;\n" % enabled
+                site.server.configure(config)
+                site.server.start()
+                site.knock("-A", "tcp/22", rejected, *[INNER4] * (rejected == "-N"), expect=refused)
+                site.server.stop()
+            self.assertEqual("listening\n", site.inner.output())
+
+
+@needs_firewalls
+class LifeTest(NatTest):
+    """What becomes of NAT grants when the server ends or somebody changes the firewall."""
+
+    def test_kill_and_restart(self) -> None:
+        """A killed server's grants end by themselves; a new server goes on with the rest."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup, "ENABLE_IPT_SNAT Y;\n") as site:
+                site.knock("-A", "tcp/22", "-N", INNER4 + ",8080", "-f", "5")
+                first = time.monotonic() + 5
+                site.knock6(4, "tcp/24", INNER6 + ",8081", 18)
+                second = time.monotonic() + 18
+                before = site.listed()
+                site.server.stop(signal.SIGKILL)
+                connection = site.client.connect(SERVER4, 22)
+                self.assertLess(site.wait_closed(("", SERVER4, 22)), first + LATENESS)
+                self.assertTrue(connection.answers())
+                self.assertTrue(site.client.reaches(SERVER6, 24))
+                site.server.start()
+                found = site.server.log().count("Found ")
+                left = [each for each in before if "fd5" in each or "fd6" in each]
+                self.assertGreaterEqual(found, len(left))
+                self.assertTrue(site.client.reaches(SERVER6, 24))
+                self.assertEqual(left, [each for each in site.listed() if each in left])
+                closed = site.wait_closed(("", SERVER6, 24))
+                self.assertGreater(closed, second - 1.5)
+                self.assertLess(closed, second + LATENESS)
+                wait_for(lambda: not site.count_grants(), "the end of all grants")
+
+        self.check_all(SETUPS, check)
+
+    def test_what_somebody_took_is_put_back(self) -> None:
+        """NAT chains, jumps, maps and rules."""
+
+        def check(setup: Setup) -> None:
+            """One backend, one attack after the other."""
+            with Site(setup, "ENABLE_IPT_SNAT Y;\n", "FW_ACCESS_TIMEOUT 200\n") as site:
+                site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
+                before = site.listed()
+                run = functools.partial(site.host.run, "nft")
+                attacks = [
+                    "delete table inet spa_nat",
+                    "flush map inet spa_nat spa4_dnat",
+                    "flush chain inet spa_nat prerouting",
+                ]
+                if setup.backend != NFT:
+                    run = functools.partial(site.host.run, setup.backend, "-t", "nat")
+                    attacks = [
+                        "-F FWKNOP_PREROUTING",
+                        "-D PREROUTING -j FWKNOP_PREROUTING",
+                        "-F FWKNOP_MASQUERADE",
+                    ]
+                for attack in attacks:
+                    mark = site.server.mark()
+                    run(*([attack] if setup.backend == NFT else attack.split()))
+                    site.server.wait_for("back", mark)
+                    wait_for(lambda: site.listed() == before, "%s to be mended" % attack)
+                    site.leads_in(22, 8080, GATE4, "")
+                self.assertEqual(0, site.server.stop())
+                self.assertNotRegex(site.rules(), r"FWKNOP_[^G]|spa_nat")
+
+        self.check_all(BACKENDS, check)
+
+    def test_reload(self) -> None:
+        """Grants stay; without NAT in the new settings they are closed, and nothing is left."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
+            with Site(setup) as site:
+                site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
+                mark = site.server.mark()
+                site.server.send_signal(signal.SIGHUP)
+                site.server.wait_for("Got SIGHUP", mark)
+                site.knock("-A", "tcp/24", "-N", INNER4 + ",8080")
+                led = [("", SERVER4, 22), ("", SERVER4, 24)]
+                self.assertEqual([True] * 2, site.client.probe(*led))
+                mark = site.server.mark()
+                site.server.configure(re.sub("ENABLE_IPT_.*", "", setup.config()))
+                site.server.send_signal(signal.SIGHUP)
+                site.server.wait_for("the new settings have no place for it", mark)
+                site.wait_closed(*led)
+                site.knock("-A", "tcp/9", expect="Added access rule")
+                self.assertNotRegex(site.rules(), "FWKNOP_(FORW|PRE)|spa_nat|forward.*spa")
+
+        self.check_all(SETUPS, check)
+
+    def test_a_kernel_that_forwards_nothing(self) -> None:
+        """Is warned of at the start, as soon as NAT is enabled."""
+        with Site(Setup(NFT, "guard")) as site:
+            self.assertNotIn("nothing is forwarded", site.server.log())
+            site.server.stop()
+            site.gateway.forward(0)
+            site.server.start()
+            for name in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
+                self.assertIn("nothing is forwarded while %s is 0" % name, site.server.log())
+
+
+@needs_firewalls
+class NameTest(NatTest):
+    """A host that the client names."""
+
+    def launcher(self, hosts: str, resolver: str) -> Tuple[str, ...]:
+        """Return what starts a program with these files in /etc."""
+        return (
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            "mount --bind %s /etc/hosts && mount --bind %s /etc/resolv.conf && "
+            'exec "$@"' % (hosts, resolver),
+            "sh",
+        )
+
+    def test_names(self) -> None:
+        """Are looked up, in the client's family, while the server goes on; or refused."""
+        cable = Cable()  # only for a directory that outlives the site
+        try:
+            hosts, resolver = cable.server.path("hosts"), cable.server.path("resolv.conf")
+            with open(hosts, "w") as file:
+                file.write("%s inner.example\n%s inner.example\n" % (INNER6, INNER4))
+                file.write("%s gate.example\n127.0.0.1 loop.example\n" % GATE4)
+            with open(resolver, "w") as file:  # nobody is there
+                file.write("nameserver 10.66.0.77\noptions timeout:4 attempts:1\n")
+            with Site(Setup(NFT, "accept"), launcher=self.launcher(hosts, resolver)) as site:
+                mark = site.server.mark()
+                site.knock("-A", "tcp/22", "-N", "inner.example,8080")
+                site.server.wait_for("Resolved NAT IP in SPA message", mark)
+                site.knock6(2, "tcp/22", "inner.example,8080")
+                site.leads_in(22, 8080)
+                refused = "requested NAT access, but is not enabled/supported"
+                for name in ("gate.example", "loop.example"):
+                    site.knock("-A", "tcp/24", "-N", name + ",24", expect=refused)
+                began, mark = time.monotonic(), site.server.mark()
+                for _ in range(4):
+                    site.knock("-A", "tcp/24", "-N", "x.example,24", expect="received with access")
+                site.knock("-A", "tcp/24", "-N", "x.example,24", expect="too many NAT hosts")
+                site.knock("-A", "tcp/24")
+                self.assertTrue(site.client.reaches(SERVER4, 24))
+                self.assertLess(time.monotonic(), began + 4, "it did not wait for the names")
+                wait_for(
+                    lambda: site.server.log(mark).count("Unable to resolve Hostname") == 4,
+                    "the end of four look-ups",
+                )
+                site.knock("-A", "tcp/24", "-N", "inner.example,8080")
+                site.server.stop()
+                site.server.configure(site.config + "ENABLE_NAT_DNS N;\n")
+                site.server.start()
+                disabled = "Received Hostname in NAT SPA message, but hostname is disabled."
+                for more in ([], ["--nat-local"]):
+                    site.knock("-A", "tcp/24", "-N", "inner.example,22", *more, expect=disabled)
+        finally:
+            cable.close()
+
+
+if __name__ == "__main__":
+    unittest.main()
