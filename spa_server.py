@@ -3366,11 +3366,7 @@ def open_captures(settings: ServerSettings, log: Log,
 
     No packet socket while the interface is missing; SpaError when there is no way to listen.
     """
-    row = ServerSettings.packet_filter
-    filter_line = "PCAP filter is: '%s'" % settings.texts.get(row.name, row.default)
     if settings.capture_file:
-        log.info("Reading pcap file: " + settings.capture_file)
-        log.info(filter_line)
         return [FileCapture(settings.capture_file, settings.packet_filter, settings.any_direction)]
     captures: List[Capture] = []
     try:
@@ -3378,23 +3374,33 @@ def open_captures(settings: ServerSettings, log: Log,
         if not on_udp:
             try:
                 captures += open_packet_captures(settings, log)
-                if captures:
-                    log.info("Sniffing interface: %s" % settings.interface)
-                    log.info(filter_line)
             except (PermissionError, AttributeError):
                 log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d "
                             "instead" % settings.udp_port)
                 on_udp = True
         if on_udp:
             open_sockets(UdpCapture, settings.udp_port, captures, current)
-            log.info("Kicking off UDP server to listen on port %d." % settings.udp_port)
         if settings.tcp_server:
             open_sockets(TcpCapture, settings.tcp_port, captures, current)
-            log.info("Kicking off TCP server to listen on port %d." % settings.tcp_port)
     except SpaError:
         close_captures(captures, current)
         raise
     return captures
+
+
+def capture_lines(settings: ServerSettings, captures: Iterable[Capture]) -> List[str]:
+    """What fwknopd logs of what it listens on."""
+    row, lines = ServerSettings.packet_filter, []
+    kinds = {type(each) for each in captures}
+    if FileCapture in kinds:
+        lines.append("Reading pcap file: " + str(settings.capture_file))
+    if PacketCapture in kinds:
+        lines.append("Sniffing interface: " + settings.interface)
+    if lines:
+        lines.append("PCAP filter is: '%s'" % settings.texts.get(row.name, row.default))
+    return lines + ["Kicking off %s server to listen on port %d." % (kind.protocol, port)
+                    for kind, port in ((UdpCapture, settings.udp_port),
+                                       (TcpCapture, settings.tcp_port)) if kind in kinds]
 
 
 def close_captures(captures: Iterable[Capture], current: Iterable[Capture]) -> None:
@@ -5123,9 +5129,11 @@ class Server(Gate):
         self.check_wait = RETRY_SECONDS
         self.running, self.exit_code = True, 0
 
-    def listen(self, captures: List[Capture]) -> None:
+    def listen(self, captures: List[Capture], settings: ServerSettings) -> None:
         """Reads from `captures` from now on; those before that are not among them are closed."""
         old, self.captures = self.captures, captures
+        for line in capture_lines(settings, captures):
+            self.log.info(line)
         for capture in old:
             if capture not in captures:
                 self.selector.unregister(capture)
@@ -5182,7 +5190,7 @@ class Server(Gate):
         if [capture.index for capture in self.captures
                 if isinstance(capture, PacketCapture)] != [index]:
             try:
-                self.listen(open_captures(self.settings, self.log, self.captures))
+                self.listen(open_captures(self.settings, self.log, self.captures), self.settings)
             except SpaError as error:
                 self.log.error(str(error))
 
@@ -5243,7 +5251,7 @@ class Server(Gate):
                 firewall.unguard()
             raise
         if captures is not None:
-            self.listen(captures)
+            self.listen(captures, settings)
         self.grants.move(firewall)
         self.settings, self.stanzas = settings, configuration.stanzas
         self.memory.max_age = settings.max_packet_age if settings.aging else None
@@ -5265,7 +5273,7 @@ class Server(Gate):
             if events is not None:
                 drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
-        self.listen(captures)
+        self.listen(captures, self.settings)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def turn(self) -> None:
@@ -5907,7 +5915,10 @@ def dump(configuration: Configuration) -> str:
 
 
 def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
-    """A line for each grant that the firewall has, in the columns of `iptables -L -n`."""
+    """A line for each grant that the firewall has, in the columns of `iptables -L -n`.
+
+    The target of what is forwarded says so, since all chains are in one list here.
+    """
     now = time.monotonic()
     lines = ["Listing rules in fwknopd (%s)..." % firewall.describe(), "",
              "num  target     prot opt source               destination"]
@@ -5915,7 +5926,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
         door = grant.door
         source, _, destination, port = str(door).split(" ", 3)
         protocol, _, port = port.partition("/")
-        target = "ACCEPT" if door.kind in (INPUT, FORWARD) else door.kind
+        target = "ACCEPT" if door.kind == INPUT else door.kind
         extra = " to:" + door.target_text() if door.target else ""
         lines.append("%-4d %-10s %-4s --  %-20s %-20s %s dpt:%s /* %s%d */%s %d seconds left, %s"
                      % (number, target, protocol, source, destination, protocol, port, MARK,

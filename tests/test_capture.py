@@ -553,7 +553,7 @@ class FileTest(ServerCase):
             if not made.running:
                 break
             made.turn()
-        made.listen([])
+        made.listen([], made.settings)
         return made
 
     def packet(self) -> bytes:

@@ -267,7 +267,14 @@ class Site:
         """Return the doors of --fw-list."""
         code, text = self.server.command("--fw-list")
         assert code == 0, text
-        return sorted(re.findall(r"^(.*?)  \d+ seconds left .*_exp_\d+", text, re.M))
+        found = []
+        for line in text.splitlines()[3:]:
+            _, kind, _, _, source, destination, protocol, port, rest = line.split(None, 8)
+            leads = re.search(r"\*/ to:(\S+) \d+ seconds left", rest)
+            found.append("%s%s -> %s %s/%s%s" % (
+                "" if kind == "ACCEPT" else kind + " ", source, destination, protocol,
+                port[len("dpt:"):], " to " + leads.group(1) if leads else ""))
+        return sorted(found)
 
     def rules(self) -> str:
         """Return everything that is in the firewall."""
