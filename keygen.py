@@ -6,18 +6,19 @@
   keygen.py work --server gate.example --access tcp/22
       the stanza [work] for ~/.fwknoprc and the one for access.conf, to be pasted
   keygen.py work ... --rc-file ~/.fwknoprc --access-file /etc/fwknop/access.conf
-      the same, appended to these files
+      the same, appended to these files; with --qr, also as a QR code for a phone
 
 The way of a key: os.urandom makes it, base64 makes it text, and a stanza carries it to standard
 output, or into a file that only its owner can read. No key is ever taken from a command line,
 and none appears in an error.
 
-Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
+Contents. Sections 1 to 4 only compute; 5 and 6 touch files and standard output.
   1. What an option may say
   2. Keys and stanzas
-  3. Changes to a file's text
-  4. Files
-  5. Command line
+  3. QR code (ISO/IEC 18004:2015)
+  4. Changes to a file's text
+  5. Files
+  6. Command line
 
 Exit codes: 0 done; 1 a file or standard output could not be used; 2 a wrong option; 3 what a file
 says does not allow it.
@@ -227,7 +228,169 @@ def key_lines(keys: Keys) -> str:
 
 
 # ======================================================================================
-# 3. Changes to a file's text
+# 3. QR code (ISO/IEC 18004:2015)
+#
+# Makes the picture that phone apps read: byte mode, and of the 40 versions (sizes) the 15
+# smallest, of 17 + 4 * version modules a side, which hold up to 520 bytes.
+# ======================================================================================
+
+Symbol = List[bytearray]  # rows of modules: 0 light, 1 dark, 2 not drawn yet
+FREE = 2
+# Table 1: the codewords (bytes) of version 1, 2 ... 15.
+CODEWORDS = (26, 44, 70, 100, 134, 172, 196, 242, 292, 346, 404, 466, 532, 581, 655)
+# Tables 12 and 9: a level's indicator; then, a digit of base 36 for version 1, 2 ... 15, the error
+# correction codewords of a block, and the blocks. L survives 7 % of damage, M 15, Q 25, H 30.
+LEVELS = {
+    "L": (1, "7afkqikouikoqum", "111112222444446"),
+    "M": (0, "agqiogimmqummoo", "11122444555899a"),
+    "Q": (3, "dmiqioimkosqoku", "11224466888acgc"),
+    "H": (2, "hsmgmsqqososmoo", "1124445688bbggi"),
+}
+# Table 10: a mask inverts the data modules of row i and column j for which this is 0.
+MASKS: Tuple[Callable[[int, int], int], ...] = (
+    lambda i, j: (i + j) % 2, lambda i, j: i % 2, lambda i, j: j % 3, lambda i, j: (i + j) % 3,
+    lambda i, j: (i // 2 + j // 3) % 2, lambda i, j: i * j % 2 + i * j % 3,
+    lambda i, j: (i * j % 2 + i * j % 3) % 2, lambda i, j: ((i + j) % 2 + i * j % 3) % 2)
+# Figure 25: row and column of each bit of the format information, the lowest first; two copies.
+FORMAT_PLACES = tuple(zip(
+    [(i, 8) for i in (0, 1, 2, 3, 4, 5, 7, 8)] + [(8, j) for j in (7, 5, 4, 3, 2, 1, 0)],
+    [(8, j) for j in range(-1, -9, -1)] + [(i, 8) for i in range(-7, 0)]))
+
+
+def multiply(left: int, right: int) -> int:
+    """Return a product in GF(2^8) modulo x^8 + x^4 + x^3 + x^2 + 1 (7.5.2)."""
+    product = 0
+    for bit in range(7, -1, -1):
+        product = product << 1 ^ (product >> 7) * 0x11D ^ (right >> bit & 1) * left
+    return product
+
+
+def error_correction(block: bytes, count: int) -> bytes:
+    """Return the Reed-Solomon codewords of a block: what its division by g(x) leaves (7.5.2)."""
+    generator, root = [1], 1  # annex A: g(x) is the product of all (x - 2^i), i < count
+    for _ in range(count):
+        generator = [high ^ multiply(root, low)
+                     for high, low in zip(generator + [0], [0] + generator)]
+        root = multiply(root, 2)
+    rest = bytes(count)
+    for codeword in block:
+        factor = codeword ^ rest[0]
+        rest = bytes(old ^ multiply(factor, part)
+                     for old, part in zip(rest[1:] + b"\0", generator[1:]))
+    return rest
+
+
+def bch_code(value: int, generator: int) -> int:
+    """Return `value` and its check bits (annexes C and D)."""
+    bits = generator.bit_length() - 1
+    rest = value << bits
+    while rest >> bits:
+        rest ^= generator << rest.bit_length() - bits - 1
+    return value << bits | rest
+
+
+def encode_data(text: bytes, level: str) -> Tuple[int, bytes]:
+    """Return the smallest version that holds `text`, and its codewords in their final order.
+
+    Mode 0100, the length, the text and 0000 are whole bytes together (7.4). They are cut into
+    blocks, the longer ones last, and the blocks interleaved (7.6). ValueError if nothing fits.
+    """
+    for version, total, *table in zip(range(1, 16), CODEWORDS, *LEVELS[level][1:]):
+        size, count = (int(digit, 36) for digit in table)
+        width = 1 if version < 10 else 2  # bytes of the length (table 3)
+        room = total - size * count
+        if len(text) + width + 1 <= room:
+            break
+    else:
+        raise ValueError("expected a text that fits into version 15")
+    head = (0b0100 << 8 * width | len(text)) << 8 * len(text) | int.from_bytes(text, "big")
+    data = ((head << 4).to_bytes(len(text) + width + 1, "big") + b"\xEC\x11" * room)[:room]
+    cuts = [room // count * i + max(0, i - count + room % count) for i in range(count + 1)]
+    blocks = [data[start:end] for start, end in zip(cuts, cuts[1:])]
+    checks = [error_correction(block, size) for block in blocks]
+    return version, bytes(each[i] for part in (blocks, checks) for i in range(len(part[-1]))
+                          for each in part if i < len(each))
+
+
+def draw_patterns(version: int) -> Symbol:
+    """Return a symbol with its function patterns (6.3), FREE elsewhere."""
+    size = 17 + 4 * version
+    rows = [bytearray([FREE]) * size for _ in range(size)]
+    # Annex E: alignment patterns are centred on 6, on size - 7, and in even steps between.
+    step = -(-(size - 13) // (version // 7 * 2 + 2)) * 2
+    centres = [6, *range(size - 7, 6, -step)] if version > 1 else []
+    # The rings of a pattern from its centre: a finder's, with the separator, and an alignment's.
+    for rings, places in (("11010", [(3, 3), (3, size - 4), (size - 4, 3)]),
+                          ("101", [(i, j) for i in centres for j in centres])):
+        for row, column in places:
+            if rows[row][column] == FREE:  # else a finder is there
+                for i in range(max(row - len(rings) + 1, 0), min(row + len(rings), size)):
+                    for j in range(max(column - len(rings) + 1, 0), min(column + len(rings), size)):
+                        rows[i][j] = int(rings[max(abs(i - row), abs(j - column))])
+    for at in range(8, size - 8):
+        rows[6][at] = rows[at][6] = 1 - at % 2  # timing
+    for bit in range(18) if version > 6 else ():  # version information (7.10)
+        i, j = bit // 3, bit % 3 - 11
+        rows[i][j] = rows[j][i] = bch_code(version, 0x1F25) >> bit & 1
+    return rows
+
+
+def draw_symbol(version: int, data: bytes, level: str, mask: int) -> Symbol:
+    """Return the whole symbol of these codewords."""
+    rows = draw_patterns(version)
+    code = bch_code(LEVELS[level][0] << 3 | mask, 0x537) ^ 0x5412  # format information (7.9)
+    for bit, places in enumerate(FORMAT_PLACES):
+        for i, j in places:
+            rows[i][j] = code >> bit & 1
+    rows[-8][8] = 1
+    bits = (codeword >> bit & 1 for codeword in data for bit in range(7, -1, -1))
+    columns = [j for j in range(len(rows) - 1, -1, -1) if j != 6]
+    for at in range(0, len(columns), 2):  # two columns upwards, the next two downwards (7.7.3)
+        for i in range(len(rows)) if at % 4 else range(len(rows) - 1, -1, -1):
+            for j in columns[at:at + 2]:
+                if rows[i][j] == FREE:
+                    rows[i][j] = next(bits, 0) ^ (MASKS[mask](i, j) == 0)
+    return rows
+
+
+def penalty(rows: Symbol) -> int:
+    """Return how much in a symbol may confuse a scanner (7.8.3)."""
+    score, modules = 0, len(rows) ** 2
+    for line in ["".join(map(str, line)) for line in [*rows, *zip(*rows)]]:
+        runs = line.replace("01", "0 1").replace("10", "1 0").split()
+        score += sum(len(run) - 2 for run in runs if len(run) >= 5)
+        score += 40 * (line.count("10111010000") + line.count("00001011101"))
+    for above, below in zip(rows, rows[1:]):
+        score += 3 * sum(sum(square) in (0, 4)
+                         for square in zip(above, above[1:], below, below[1:]))
+    return score + 10 * (abs(20 * sum(map(sum, rows)) - 10 * modules) // modules)
+
+
+def qr_symbol(text: bytes, level: str, masks: Sequence[int] = range(8)) -> Symbol:
+    """Return the smallest symbol that holds `text`, in the mask with the least penalty."""
+    version, data = encode_data(text, level)
+    return min((draw_symbol(version, data, level, mask) for mask in masks), key=penalty)
+
+
+def terminal_text(rows: Symbol, blocks: bool) -> str:
+    """Return a symbol and its quiet zone (6.3.8) for a terminal; all colours are said.
+
+    With `blocks` a character is two modules above each other, else two characters are a module.
+    """
+    edge = [bytes(len(rows) + 8)] * 4
+    field = [*edge, *(bytes(4) + row + bytes(4) for row in rows), *edge, edge[0]]
+    if blocks:
+        lines = ["\033[38;5;16;48;5;231m" + "".join(
+            " \u2584\u2580\u2588"[2 * upper + lower] for upper, lower in zip(*pair))
+            for pair in zip(field[::2], field[1::2])]
+    else:
+        lines = ["".join("\033[30;40m##" if module else "\033[97;107m  " for module in row)
+                 for row in field[:-1]]
+    return "".join(line + "\033[0m\n" for line in lines)
+
+
+# ======================================================================================
+# 4. Changes to a file's text
 #
 # Each takes the text of a file and returns another, or raises ConfigError. A stanza is found by
 # its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment `# name` above
@@ -264,7 +427,7 @@ def add_stanza(text: str, stanza: str) -> str:
 
 
 # ======================================================================================
-# 4. Files
+# 5. Files
 #
 # Gives a file its new text so that a crash leaves the old or the new one.
 # ======================================================================================
@@ -352,7 +515,7 @@ def prepared_file(path: str, change: Callable[[str], str],
 
 
 # ======================================================================================
-# 5. Command line
+# 6. Command line
 #
 # Checks every option first, then prepares the files, prints, and commits the files last: what
 # fails half-way has written nothing.
@@ -364,6 +527,7 @@ Option = Tuple[str, str, Callable[[str], object], str]
 OPTIONS: Tuple[Option, ...] = (
     ("-h --help", "", str, "print this and exit"),
     ("-V --version", "", str, "print the version and this file's SHA-256"),
+    ("--qr", "", str, "print the keys as a QR code for phone apps, too"),
     ("--key-len", "BYTES", integer(1, 32), "length of the encryption key (default: 32)"),
     ("--hmac-key-len", "BYTES", integer(1, 128), "length of the HMAC key (default: by digest)"),
     ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str.lower, "of the HMAC (default: sha256)"),
@@ -469,6 +633,17 @@ def write_out(text: str) -> None:
         raise SpaError(f"standard output: {error.strerror}") from error
 
 
+def picture(keys: Keys) -> str:
+    """Return the QR code of the text that phone apps import (fwknop spec 4.1), for this console."""
+    try:
+        blocks = bool("\u2580\u2584\u2588".encode(getattr(sys.stdout, "encoding", "") or "ascii"))
+    except (UnicodeEncodeError, LookupError):
+        blocks = False
+    rows = qr_symbol(f"KEY_BASE64:{keys.key} HMAC_KEY_BASE64:{keys.hmac_key}".encode("ascii"), "L")
+    return ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Who sees this picture has the keys\n"
+            + terminal_text(rows, blocks))
+
+
 def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
                  printed: Callable[[], str], create: bool = False) -> None:
     """Change the files that have a path, all or none, after `printed()` was written."""
@@ -497,6 +672,8 @@ def give_stanzas(plan: StanzaPlan, keys: Keys, options: argparse.Namespace) -> N
                        f"To knock: spa_client.py -n {plan.name}\n{told}{client}")
     if not options.access_file:
         printed.append(f"# For access.conf of the server, which then has to read it\n{server}")
+    if options.qr:
+        printed.append(picture(keys))
     change_files([(options.rc_file, lambda text: add_stanza(text, client)),
                   (options.access_file, lambda text: add_stanza(text, server))],
                  f"Wrote the stanza of {plan.name} to", lambda: "\n".join(printed), create=True)
@@ -524,7 +701,7 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
         if given:
             give_stanzas(StanzaPlan(**given), keys, options)
         else:
-            write_out(key_lines(keys))
+            write_out(key_lines(keys) + (picture(keys) if options.qr else ""))
 
 
 def main(argv: Optional[Sequence[str]] = None,
