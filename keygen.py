@@ -7,6 +7,9 @@
       the stanza [work] for ~/.fwknoprc and the one for access.conf, to be pasted
   keygen.py work ... --rc-file ~/.fwknoprc --access-file /etc/fwknop/access.conf
       the same, appended to these files; with --qr, also as a QR code for a phone
+  keygen.py --rotate work --access-file ... --rc-file ...
+  keygen.py --retire work --access-file ...
+      new keys, beside which the old ones work; then the end of the old ones
 
 The way of a key: os.urandom makes it, base64 makes it text, and a stanza carries it to standard
 output, or into a file that only its owner can read. No key is ever taken from a command line,
@@ -394,7 +397,7 @@ def terminal_text(rows: Symbol, blocks: bool) -> str:
 #
 # Each takes the text of a file and returns another, or raises ConfigError. A stanza is found by
 # its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment `# name` above
-# SOURCE.
+# SOURCE. `# old name` marks the one whose keys were replaced, until --retire removes it.
 # ======================================================================================
 
 def find_marks(lines: List[str], mark: str) -> List[int]:
@@ -424,6 +427,64 @@ def add_stanza(text: str, stanza: str) -> str:
     if secrets.intersection(text.split()):
         raise ConfigError(f"has the keys of {lines[0]} already")
     return text + ("" if not text else "\n" if text.endswith("\n") else "\n\n") + stanza
+
+
+def find_stanza(lines: List[str], mark: str) -> Tuple[int, int]:
+    """Return the index of a stanza's mark, and the one behind its last directive.
+
+    Comments below belong to what follows, which begins with another `[name]`, SOURCE or %include.
+    """
+    marks = find_marks(lines, mark)
+    if len(marks) != 1:
+        raise ConfigError(f"expected one line {mark}, found {len(marks) or 'none'}")
+    end, inside = marks[0], mark[0] == "["
+    for at in range(end + 1, len(lines)):
+        name = split_line(lines[at])[0]
+        begins = name == "SOURCE" or name[:1] in ("[", "%")
+        if name and begins == inside:  # the next one, or a directive before any SOURCE
+            break
+        if name:
+            end, inside = at, True
+    if not inside:
+        raise ConfigError(f"expected SOURCE to follow {mark} of line {end + 1}")
+    return marks[0], end + 1
+
+
+def replace_keys(stanza: List[str], make: Callable[[str], Keys]) -> List[str]:
+    """Return the lines of a stanza with the keys that `make` returns for its HMAC's digest."""
+    new, split = list(stanza), [split_line(line) for line in stanza]
+    where = f"in the stanza {stanza[0].strip()}"
+    digest = ([word.lower() for name, word, _ in split if name == "HMAC_DIGEST_TYPE"]
+              or ["sha256"])[-1]
+    if digest not in HMAC_KEY_BYTES:
+        raise ConfigError(f"expected HMAC_DIGEST_TYPE {', '.join(HMAC_KEY_BYTES)} {where}")
+    for kind, key in zip(("KEY", "HMAC_KEY"), make(digest)):
+        found = [at for at, (name, _, _) in enumerate(split) if name in (kind, kind + "_BASE64")]
+        if len(found) != 1:
+            raise ConfigError(f"expected one {kind}_BASE64 (or {kind}) {where}")
+        name, _, behind = split[found[0]]  # behind a raw key may be more of it
+        new[found[0]] = f"{kind + '_BASE64':<24}    {key}{behind if name != kind else ''}"
+    return new
+
+
+def rotate_stanza(text: str, mark: str, make: Callable[[str], Keys]) -> str:
+    """Return the text with new keys in a stanza; in access.conf the old one stands below it."""
+    lines, old_mark = text.split("\n"), f"# old {mark[2:]}"
+    begin, end = find_stanza(lines, mark)
+    stanza = replace_keys(lines[begin:end], make)
+    if mark[0] == "#":
+        for at in find_marks(lines, old_mark):
+            raise ConfigError(f"has {old_mark} in line {at + 1}: --retire {mark[2:]} when all its "
+                              "clients have the new keys")
+        stanza += ["", old_mark, f"# (until keygen.py --retire {mark[2:]})", *lines[begin + 1:end]]
+    return "\n".join(lines[:begin] + stanza + lines[end:])
+
+
+def retire_stanza(text: str, mark: str) -> str:
+    """Return the text without a stanza and the blank line above it."""
+    lines = text.split("\n")
+    begin, end = find_stanza(lines, mark)
+    return "\n".join(lines[:begin - (begin > 0 and not lines[begin - 1].strip())] + lines[end:])
 
 
 # ======================================================================================
@@ -528,6 +589,9 @@ OPTIONS: Tuple[Option, ...] = (
     ("-h --help", "", str, "print this and exit"),
     ("-V --version", "", str, "print the version and this file's SHA-256"),
     ("--qr", "", str, "print the keys as a QR code for phone apps, too"),
+    ("--rotate", "NAME", parse_name, "replace the keys in the stanzas of that name, in one file or "
+                                     "both; in access.conf a second stanza keeps the old ones"),
+    ("--retire", "NAME", parse_name, "remove that second stanza from the access file"),
     ("--key-len", "BYTES", integer(1, 32), "length of the encryption key (default: 32)"),
     ("--hmac-key-len", "BYTES", integer(1, 128), "length of the HMAC key (default: by digest)"),
     ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str.lower, "of the HMAC (default: sha256)"),
@@ -548,6 +612,9 @@ The server's stanza says REQUIRE_SOURCE_ADDRESS Y: the encrypted packet has to n
 open for, so that nobody who catches a packet can send it from an address of his own. The client
 spa_client.py finds its address by itself; fwknop has to be told, with -a ADDRESS or with -R, which
 asks a web site. --any-source gives that protection up, for a client that cannot know its address.
+
+--rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
+above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
 """
 
 
@@ -596,7 +663,15 @@ def check_options(options: argparse.Namespace) -> Dict[str, Any]:
     files = [os.path.realpath(path) for path in (options.rc_file, options.access_file) if path]
     if len(set(files)) < len(files):
         raise UsageError("--rc-file and --access-file have to be two files")
-    if "name" not in given and (given or files):
+    if options.rotate or options.retire:
+        if given or options.hmac_digest_type or (options.rotate and options.retire):
+            raise UsageError("--rotate and --retire take one NAME, and nothing of a new stanza")
+        if not files:
+            raise UsageError("--rotate and --retire need --access-file")
+        if options.retire and (options.rc_file or options.qr or options.key_len
+                               or options.hmac_key_len):
+            raise UsageError("--retire takes --access-file and nothing else")
+    elif "name" not in given and (given or files):
         raise UsageError("a stanza needs a NAME")
     for field in ("server", "access") if "name" in given else ():
         if field not in given:
@@ -679,6 +754,29 @@ def give_stanzas(plan: StanzaPlan, keys: Keys, options: argparse.Namespace) -> N
                  f"Wrote the stanza of {plan.name} to", lambda: "\n".join(printed), create=True)
 
 
+def rotate(options: argparse.Namespace, make: Callable[[str], Keys]) -> None:
+    """Put new keys into the files that were named, and print them if one was not.
+
+    access.conf comes first: a crash after it leaves a client whose old keys are still good.
+    """
+    name = options.rotate
+    made: List[Keys] = []
+
+    def make_once(digest: str) -> Keys:
+        made[:] = made or [make(digest)]
+        return made[0]
+
+    def printed() -> str:
+        both = options.rc_file and options.access_file
+        heading = f"# The new keys of {name}, for its stanza in the other file\n"
+        return ("" if both else heading + key_lines(made[0])) + (
+            picture(made[0]) if options.qr else "")
+
+    change_files([(options.access_file, lambda text: rotate_stanza(text, f"# {name}", make_once)),
+                  (options.rc_file, lambda text: rotate_stanza(text, f"[{name}]", make_once))],
+                 f"Wrote the new keys of {name} to", printed)
+
+
 def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     """Do what the command line says; raise SpaError."""
     options, unknown = make_parser().parse_known_args(argv)
@@ -696,6 +794,12 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
         with open(__file__, "rb") as stream:
             sha256 = hashlib.sha256(stream.read()).hexdigest()
         write_out(f"keygen.py {VERSION}\nsha256 {sha256}\n")
+    elif options.retire:
+        change_files([(options.access_file,
+                       lambda text: retire_stanza(text, f"# old {options.retire}"))],
+                     f"Removed the old keys of {options.retire} from", str)
+    elif options.rotate:
+        rotate(options, make)
     else:
         keys = make(options.hmac_digest_type or "sha256")
         if given:
