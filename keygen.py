@@ -584,10 +584,12 @@ def prepared_file(path: str, change: Callable[[str], str],
 
 Option = Tuple[str, str, Callable[[str], object], str]
 # Names, value ("" if there is none, "a|b" for a choice), parser, help. From these tables come the
-# command line and --help.
+# command line, --help, --man and --completion.
 OPTIONS: Tuple[Option, ...] = (
     ("-h --help", "", str, "print this and exit"),
     ("-V --version", "", str, "print the version and this file's SHA-256"),
+    ("--completion", "bash|zsh|fish", str, "print what completes these options in a shell"),
+    ("--man", "", str, "print the manual page, for `man -l -`"),
     ("--qr", "", str, "print the keys as a QR code for phone apps, too"),
     ("--rotate", "NAME", parse_name, "replace the keys in the stanzas of that name, in one file or "
                                      "both; in access.conf a second stanza keeps the old ones"),
@@ -615,6 +617,15 @@ asks a web site. --any-source gives that protection up, for a client that cannot
 
 --rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
 above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
+"""
+COMPLETION = """\
+_keygen() {{
+    local found='{names}'
+    case ${{COMP_WORDS[COMP_CWORD-1]}} in
+{cases}    esac
+    COMPREPLY=($(compgen -W "$found" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _keygen keygen.py
 """
 
 
@@ -777,6 +788,34 @@ def rotate(options: argparse.Namespace, make: Callable[[str], Keys]) -> None:
                  f"Wrote the new keys of {name} to", printed)
 
 
+def completion(shell: str) -> str:
+    """Return what makes a shell complete these options; zsh takes what bash does."""
+    rows = [(name, value, value.replace("|", " ") if "|" in value else "", help)
+            for names, value, _, help in OPTIONS + STANZA_OPTIONS for name in names.split()]
+    if shell == "fish":
+        return "complete -c keygen.py -f\n" + "".join(
+            "complete -c keygen.py -{} {} -d '{}'{}\n".format(
+                "l" if name[1] == "-" else "s", name.strip("-"), help.replace("'", "\\'"),
+                " -r -F" if value == "PATH" else value and f" -x -a '{words}'")
+            for name, value, words, help in rows)
+    cases = "".join(f"    {name}) found='{words}';;\n" for name, value, words, _ in rows if value)
+    text = COMPLETION.format(names=" ".join(row[0] for row in rows), cases=cases)
+    return "autoload -U +X bashcompinit && bashcompinit\n" * (shell == "zsh") + text
+
+
+def man_page() -> str:
+    """Return the manual page: the docstring of this file, the options, and the hints of --help."""
+    title, text = str(__doc__).split("\n\n", 1)
+    rows = "".join(f"@TP\n@B {names} {value}\n{help}\n"
+                   for names, value, _, help in OPTIONS + STANZA_OPTIONS)
+    page = (f"@TH KEYGEN.PY 1\n@SH NAME\nkeygen.py - {title}\n@SH DESCRIPTION\n@ad l\n"
+            f"{text.split('Contents.')[0]}@SH OPTIONS\n{rows}@SH NOTES\n{HINTS}"
+            f"@SH EXIT STATUS\n{text.split('Exit codes: ')[1]}")
+    for plain, roff in (("\\", "\\e"), ("-", "\\-"), ("\n\n", "\n@PP\n"), ("\n@", "\n.")):
+        page = page.replace(plain, roff)
+    return "." + page[1:]
+
+
 def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     """Do what the command line says; raise SpaError."""
     options, unknown = make_parser().parse_known_args(argv)
@@ -794,6 +833,10 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
         with open(__file__, "rb") as stream:
             sha256 = hashlib.sha256(stream.read()).hexdigest()
         write_out(f"keygen.py {VERSION}\nsha256 {sha256}\n")
+    elif options.man:
+        write_out(man_page())
+    elif options.completion:
+        write_out(completion(options.completion))
     elif options.retire:
         change_files([(options.access_file,
                        lambda text: retire_stanza(text, f"# old {options.retire}"))],
