@@ -1,35 +1,42 @@
 #!/usr/bin/env python3
 """Make the keys of one user, and the two stanzas that hold them: the client's and the server's.
 
-  keygen.py                                              two keys, as `fwknop --key-gen` prints
-  keygen.py work --server gate.example --access tcp/22   the stanza [work] for ~/.fwknoprc and
-                                                         the one for access.conf, to be pasted
+  keygen.py
+      two keys, as `fwknop --key-gen` prints them
+  keygen.py work --server gate.example --access tcp/22
+      the stanza [work] for ~/.fwknoprc and the one for access.conf, to be pasted
   keygen.py work ... --rc-file ~/.fwknoprc --access-file /etc/fwknop/access.conf
-                                                         the same, appended to these files
+      the same, appended to these files; with --qr, also as a QR code for a phone
+  keygen.py --rotate work --access-file ... --rc-file ...
+  keygen.py --retire work --access-file ...
+      new keys, beside which the old ones work; then the end of the old ones
 
 The way of a key: os.urandom makes it, base64 makes it text, and a stanza carries it to standard
-output, or to the end of a file that only its owner can read. No key is ever taken from a
-command line, and none appears in an error.
+output, or into a file that only its owner can read. No key is ever taken from a command line,
+and none appears in an error.
 
-Contents. Sections 1 and 2 only compute; 3 and 4 touch files and standard output.
+Contents. Sections 1 to 4 only compute; 5 and 6 touch files and standard output.
   1. What an option may say
   2. Keys and stanzas
-  3. Files
-  4. Command line
+  3. QR code (ISO/IEC 18004:2015)
+  4. Changes to a file's text
+  5. Files
+  6. Command line
 
-Exit codes: 0 done; 1 a file or standard output could not be used; 2 a wrong option.
+Exit codes: 0 done; 1 a file or standard output could not be used; 2 a wrong option; 3 what a file
+says does not allow it.
 """
 
 import argparse
 import binascii
 import contextlib
-import fcntl
 import hashlib
 import ipaddress
 import os
 import stat
 import sys
-from typing import Callable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import (
+    Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple)
 
 VERSION = "0.1.0"
 
@@ -47,6 +54,10 @@ class SpaError(Exception):
 
 class UsageError(SpaError):
     """A wrong option, found before anything was made or written: exit code 2."""
+
+
+class ConfigError(SpaError):
+    """A file whose text does not allow what was asked for; it stays as it is: exit code 3."""
 
 
 # A request longer than this does not fit into fwknop's packet in the worst case: a user name of
@@ -73,12 +84,14 @@ def parse_host(text: str) -> str:
     return text
 
 
-def parse_integer(text: str, low: int, high: int) -> int:
-    """Return a decimal number from low to high."""
-    digits = 0 < len(text) < 10 and DIGITS.issuperset(text)
-    if not digits or not low <= int(text) <= high:
-        raise ValueError(f"expected a number, {low} to {high}")
-    return int(text)
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of decimal numbers from low to high."""
+    def parse(text: str) -> int:
+        digits = 0 < len(text) < 10 and DIGITS.issuperset(text)
+        if not digits or not low <= int(text) <= high:
+            raise ValueError(f"expected a number, {low} to {high}")
+        return int(text)
+    return parse
 
 
 def parse_access(text: str) -> str:
@@ -92,7 +105,7 @@ def parse_access(text: str) -> str:
         protocol, slash, port = item.partition("/")
         if protocol not in ("tcp", "udp") or not slash:
             raise ValueError("expected tcp/PORT or udp/PORT, separated by commas, without blanks")
-        entry = f"{protocol}/{parse_integer(port, 1, 65535)}"
+        entry = f"{protocol}/{integer(1, 65535)(port)}"
         if entry in entries:
             raise ValueError(f"expected {entry} only once")
         entries.append(entry)
@@ -118,6 +131,13 @@ def parse_username(text: str) -> str:
     if not 1 <= len(text) <= 29 or not NAME_ALPHABET.issuperset(text):
         raise ValueError("expected a user name, 1 to 29 letters, digits or any of . _ - @")
     return text
+
+
+def parse_path(text: str) -> str:
+    """Return a path; `~` is the home directory, for shells that leave it."""
+    if not text:
+        raise ValueError("expected a path")
+    return os.path.expanduser(text)
 
 
 # ======================================================================================
@@ -153,7 +173,7 @@ class StanzaPlan(NamedTuple):
     access: str
     port: int = DEFAULT_SPA_PORT
     source: str = "ANY"
-    open_seconds: int = 30
+    timeout: int = 30  # seconds that a port stays open
     username: str = ""
     any_source: bool = False
 
@@ -200,147 +220,412 @@ def server_stanza(plan: StanzaPlan, keys: Keys) -> str:
         ("KEY_BASE64", keys.key),
         ("HMAC_KEY_BASE64", keys.hmac_key),
         ("HMAC_DIGEST_TYPE", keys.digest.upper()),
-        ("FW_ACCESS_TIMEOUT", plan.open_seconds),
+        ("FW_ACCESS_TIMEOUT", plan.timeout),
         ("REQUIRE_SOURCE_ADDRESS", "N" if plan.any_source else "Y"),
         ("REQUIRE_USERNAME", plan.username))
 
 
+def key_lines(keys: Keys) -> str:
+    """Return both keys as `fwknop --key-gen` prints them, which is as both files take them."""
+    return f"KEY_BASE64: {keys.key}\nHMAC_KEY_BASE64: {keys.hmac_key}\n"
 
 
 # ======================================================================================
-# 3. Files
+# 3. QR code (ISO/IEC 18004:2015)
 #
-# Appends a stanza to a file so that a crash leaves the old file or the new one, and never
-# two stanzas of one name.
+# Makes the picture that phone apps read: byte mode, and of the 40 versions (sizes) the 15
+# smallest, of 17 + 4 * version modules a side, which hold up to 520 bytes.
 # ======================================================================================
 
-def check_new(text: str, stanza: str) -> None:
-    """Raise SpaError when `text` has a stanza of that name, or one of its keys, already.
+Symbol = List[bytearray]  # rows of modules: 0 light, 1 dark, 2 not drawn yet
+FREE = 2
+# Table 1: the codewords (bytes) of version 1, 2 ... 15.
+CODEWORDS = (26, 44, 70, 100, 134, 172, 196, 242, 292, 346, 404, 466, 532, 581, 655)
+# Tables 12 and 9: a level's indicator; then, a digit of base 36 for version 1, 2 ... 15, the error
+# correction codewords of a block, and the blocks. L survives 7 % of damage, M 15, Q 25, H 30.
+LEVELS = {
+    "L": (1, "7afkqikouikoqum", "111112222444446"),
+    "M": (0, "agqiogimmqummoo", "11122444555899a"),
+    "Q": (3, "dmiqioimkosqoku", "11224466888acgc"),
+    "H": (2, "hsmgmsqqososmoo", "1124445688bbggi"),
+}
+# Table 10: a mask inverts the data modules of row i and column j for which this is 0.
+MASKS: Tuple[Callable[[int, int], int], ...] = (
+    lambda i, j: (i + j) % 2, lambda i, j: i % 2, lambda i, j: j % 3, lambda i, j: (i + j) % 3,
+    lambda i, j: (i // 2 + j // 3) % 2, lambda i, j: i * j % 2 + i * j % 3,
+    lambda i, j: (i * j % 2 + i * j % 3) % 2, lambda i, j: ((i + j) % 2 + i * j % 3) % 2)
+# Figure 25: row and column of each bit of the format information, the lowest first; two copies.
+FORMAT_PLACES = tuple(zip(
+    [(i, 8) for i in (0, 1, 2, 3, 4, 5, 7, 8)] + [(8, j) for j in (7, 5, 4, 3, 2, 1, 0)],
+    [(8, j) for j in range(-1, -9, -1)] + [(i, 8) for i in range(-7, 0)]))
 
-    A stanza's name is its first line: `[name]`, or `# name` in access.conf. Case does not count.
+
+def multiply(left: int, right: int) -> int:
+    """Return a product in GF(2^8) modulo x^8 + x^4 + x^3 + x^2 + 1 (7.5.2)."""
+    product = 0
+    for bit in range(7, -1, -1):
+        product = product << 1 ^ (product >> 7) * 0x11D ^ (right >> bit & 1) * left
+    return product
+
+
+def error_correction(block: bytes, count: int) -> bytes:
+    """Return the Reed-Solomon codewords of a block: what its division by g(x) leaves (7.5.2)."""
+    generator, root = [1], 1  # annex A: g(x) is the product of all (x - 2^i), i < count
+    for _ in range(count):
+        generator = [high ^ multiply(root, low)
+                     for high, low in zip(generator + [0], [0] + generator)]
+        root = multiply(root, 2)
+    rest = bytes(count)
+    for codeword in block:
+        factor = codeword ^ rest[0]
+        rest = bytes(old ^ multiply(factor, part)
+                     for old, part in zip(rest[1:] + b"\0", generator[1:]))
+    return rest
+
+
+def bch_code(value: int, generator: int) -> int:
+    """Return `value` and its check bits (annexes C and D)."""
+    bits = generator.bit_length() - 1
+    rest = value << bits
+    while rest >> bits:
+        rest ^= generator << rest.bit_length() - bits - 1
+    return value << bits | rest
+
+
+def encode_data(text: bytes, level: str) -> Tuple[int, bytes]:
+    """Return the smallest version that holds `text`, and its codewords in their final order.
+
+    Mode 0100, the length, the text and 0000 are whole bytes together (7.4). They are cut into
+    blocks, the longer ones last, and the blocks interleaved (7.6). ValueError if nothing fits.
     """
-    wanted = stanza.splitlines()[0]
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if line[:1] == wanted[:1] and line[1:].strip().lower() == wanted[1:].strip().lower():
-            raise SpaError(f"has a stanza {wanted} already, in line {number}")
-    secrets = {line.split()[1] for line in stanza.splitlines() if "KEY_BASE64 " in line}
+    for version, total, *table in zip(range(1, 16), CODEWORDS, *LEVELS[level][1:]):
+        size, count = (int(digit, 36) for digit in table)
+        width = 1 if version < 10 else 2  # bytes of the length (table 3)
+        room = total - size * count
+        if len(text) + width + 1 <= room:
+            break
+    else:
+        raise ValueError("expected a text that fits into version 15")
+    head = (0b0100 << 8 * width | len(text)) << 8 * len(text) | int.from_bytes(text, "big")
+    data = ((head << 4).to_bytes(len(text) + width + 1, "big") + b"\xEC\x11" * room)[:room]
+    cuts = [room // count * i + max(0, i - count + room % count) for i in range(count + 1)]
+    blocks = [data[start:end] for start, end in zip(cuts, cuts[1:])]
+    checks = [error_correction(block, size) for block in blocks]
+    return version, bytes(each[i] for part in (blocks, checks) for i in range(len(part[-1]))
+                          for each in part if i < len(each))
+
+
+def draw_patterns(version: int) -> Symbol:
+    """Return a symbol with its function patterns (6.3), FREE elsewhere."""
+    size = 17 + 4 * version
+    rows = [bytearray([FREE]) * size for _ in range(size)]
+    # Annex E: alignment patterns are centred on 6, on size - 7, and in even steps between.
+    step = -(-(size - 13) // (version // 7 * 2 + 2)) * 2
+    centres = [6, *range(size - 7, 6, -step)] if version > 1 else []
+    # The rings of a pattern from its centre: a finder's, with the separator, and an alignment's.
+    for rings, places in (("11010", [(3, 3), (3, size - 4), (size - 4, 3)]),
+                          ("101", [(i, j) for i in centres for j in centres])):
+        for row, column in places:
+            if rows[row][column] == FREE:  # else a finder is there
+                for i in range(max(row - len(rings) + 1, 0), min(row + len(rings), size)):
+                    for j in range(max(column - len(rings) + 1, 0), min(column + len(rings), size)):
+                        rows[i][j] = int(rings[max(abs(i - row), abs(j - column))])
+    for at in range(8, size - 8):
+        rows[6][at] = rows[at][6] = 1 - at % 2  # timing
+    for bit in range(18) if version > 6 else ():  # version information (7.10)
+        i, j = bit // 3, bit % 3 - 11
+        rows[i][j] = rows[j][i] = bch_code(version, 0x1F25) >> bit & 1
+    return rows
+
+
+def draw_symbol(version: int, data: bytes, level: str, mask: int) -> Symbol:
+    """Return the whole symbol of these codewords."""
+    rows = draw_patterns(version)
+    code = bch_code(LEVELS[level][0] << 3 | mask, 0x537) ^ 0x5412  # format information (7.9)
+    for bit, places in enumerate(FORMAT_PLACES):
+        for i, j in places:
+            rows[i][j] = code >> bit & 1
+    rows[-8][8] = 1
+    bits = (codeword >> bit & 1 for codeword in data for bit in range(7, -1, -1))
+    columns = [j for j in range(len(rows) - 1, -1, -1) if j != 6]
+    for at in range(0, len(columns), 2):  # two columns upwards, the next two downwards (7.7.3)
+        for i in range(len(rows)) if at % 4 else range(len(rows) - 1, -1, -1):
+            for j in columns[at:at + 2]:
+                if rows[i][j] == FREE:
+                    rows[i][j] = next(bits, 0) ^ (MASKS[mask](i, j) == 0)
+    return rows
+
+
+def penalty(rows: Symbol) -> int:
+    """Return how much in a symbol may confuse a scanner (7.8.3)."""
+    score, modules = 0, len(rows) ** 2
+    for line in ["".join(map(str, line)) for line in [*rows, *zip(*rows)]]:
+        runs = line.replace("01", "0 1").replace("10", "1 0").split()
+        score += sum(len(run) - 2 for run in runs if len(run) >= 5)
+        score += 40 * (line.count("10111010000") + line.count("00001011101"))
+    for above, below in zip(rows, rows[1:]):
+        score += 3 * sum(sum(square) in (0, 4)
+                         for square in zip(above, above[1:], below, below[1:]))
+    return score + 10 * (abs(20 * sum(map(sum, rows)) - 10 * modules) // modules)
+
+
+def qr_symbol(text: bytes, level: str, masks: Sequence[int] = range(8)) -> Symbol:
+    """Return the smallest symbol that holds `text`, in the mask with the least penalty."""
+    version, data = encode_data(text, level)
+    return min((draw_symbol(version, data, level, mask) for mask in masks), key=penalty)
+
+
+def terminal_text(rows: Symbol, blocks: bool) -> str:
+    """Return a symbol and its quiet zone (6.3.8) for a terminal; all colours are said.
+
+    With `blocks` a character is two modules above each other, else two characters are a module.
+    """
+    edge = [bytes(len(rows) + 8)] * 4
+    field = [*edge, *(bytes(4) + row + bytes(4) for row in rows), *edge, edge[0]]
+    if blocks:
+        lines = ["\033[38;5;16;48;5;231m" + "".join(
+            " \u2584\u2580\u2588"[2 * upper + lower] for upper, lower in zip(*pair))
+            for pair in zip(field[::2], field[1::2])]
+    else:
+        lines = ["".join("\033[30;40m##" if module else "\033[97;107m  " for module in row)
+                 for row in field[:-1]]
+    return "".join(line + "\033[0m\n" for line in lines)
+
+
+# ======================================================================================
+# 4. Changes to a file's text
+#
+# Each takes the text of a file and returns another, or raises ConfigError. A stanza is found by
+# its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment `# name` above
+# SOURCE. `# old name` marks the one whose keys were replaced, until --retire removes it.
+# ======================================================================================
+
+def find_marks(lines: List[str], mark: str) -> List[int]:
+    """Return the indexes of the lines that say `mark`, whatever the case and the blanks."""
+    def plain(line: str) -> List[str]:
+        line = line.strip().lower()
+        if line[:1] == "[":
+            line = line[:line.find("]") + 1]  # a remark may follow
+        return [line[:1], *line[1:].split()]
+    return [at for at, line in enumerate(lines) if plain(line) == plain(mark)]
+
+
+def split_line(line: str) -> Tuple[str, str, str]:
+    """Return a directive's name, its value to a blank, ; or #, and the rest; "" for a comment."""
+    name, _, value = line.strip().replace("\t", " ").partition(" ")
+    word = value.strip().split(" ")[0].split(";")[0].split("#")[0]
+    return ("", "", "") if name[:1] in "#;" else (
+        name.rstrip(":"), word, value.strip()[len(word):])
+
+
+def add_stanza(text: str, stanza: str) -> str:
+    """Return the text with a stanza at its end; refuse a mark or keys that it has already."""
+    lines = stanza.split("\n")
+    for at in find_marks(text.split("\n"), lines[0]):
+        raise ConfigError(f"has a stanza {lines[0]} already, in line {at + 1}")
+    secrets = {word for name, word, _ in map(split_line, lines) if "KEY_" in name}
     if secrets.intersection(text.split()):
-        raise SpaError(f"has the keys of {wanted} already")
+        raise ConfigError(f"has the keys of {lines[0]} already")
+    return text + ("" if not text else "\n" if text.endswith("\n") else "\n\n") + stanza
 
 
-class StanzaFile:
-    """A file that gets one stanza more at its end, wholly or not at all, while nobody else does.
+def find_stanza(lines: List[str], mark: str) -> Tuple[int, int]:
+    """Return the index of a stanza's mark, and the one behind its last directive.
 
-        with StanzaFile(path) as target:
-            target.prepare(stanza)          the new text lies beside the file, on the disk
-            target.commit()                 and takes its place
-
-    Renaming a finished copy over the file, instead of appending to it, is what keeps half a
-    stanza out: half a line with a key in it would stop a server from starting. A new file gets
-    mode 0600; an old one keeps its mode and owner. Symbolic links are followed and stay. An
-    exclusive lock on the file keeps two runs from losing each other's stanza. Left without
-    commit(), everything is as it was. Raises SpaError, which names the file.
+    Comments below belong to what follows, which begins with another `[name]`, SOURCE or %include.
     """
+    marks = find_marks(lines, mark)
+    if len(marks) != 1:
+        raise ConfigError(f"expected one line {mark}, found {len(marks) or 'none'}")
+    end, inside = marks[0], mark[0] == "["
+    for at in range(end + 1, len(lines)):
+        name = split_line(lines[at])[0]
+        begins = name == "SOURCE" or name[:1] in ("[", "%")
+        if name and begins == inside:  # the next one, or a directive before any SOURCE
+            break
+        if name:
+            end, inside = at, True
+    if not inside:
+        raise ConfigError(f"expected SOURCE to follow {mark} of line {end + 1}")
+    return marks[0], end + 1
 
-    def __init__(self, path: str) -> None:
-        """Note the path; nothing is touched before the with statement."""
-        self.path = os.path.realpath(path)
-        self.mode = 0
-        self._fd = -1
-        self._created = False
-        self._copy = ""
 
-    @contextlib.contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        """Turn what the system or check_new() refuses into a SpaError that names the file."""
-        try:
-            yield
-        except OSError as error:
-            raise SpaError(f"{error.filename or self.path}: {error.strerror}") from error
-        except SpaError as error:
-            raise SpaError(f"{self.path}: {error}") from error
+def replace_keys(stanza: List[str], make: Callable[[str], Keys]) -> List[str]:
+    """Return the lines of a stanza with the keys that `make` returns for its HMAC's digest."""
+    new, split = list(stanza), [split_line(line) for line in stanza]
+    where = f"in the stanza {stanza[0].strip()}"
+    digest = ([word.lower() for name, word, _ in split if name == "HMAC_DIGEST_TYPE"]
+              or ["sha256"])[-1]
+    if digest not in HMAC_KEY_BYTES:
+        raise ConfigError(f"expected HMAC_DIGEST_TYPE {', '.join(HMAC_KEY_BYTES)} {where}")
+    for kind, key in zip(("KEY", "HMAC_KEY"), make(digest)):
+        found = [at for at, (name, _, _) in enumerate(split) if name in (kind, kind + "_BASE64")]
+        if len(found) != 1:
+            raise ConfigError(f"expected one {kind}_BASE64 (or {kind}) {where}")
+        name, _, behind = split[found[0]]  # behind a raw key may be more of it
+        new[found[0]] = f"{kind + '_BASE64':<24}    {key}{behind if name != kind else ''}"
+    return new
 
-    def __enter__(self) -> "StanzaFile":
-        """Open and lock the file, which is created empty when missing."""
-        with self._errors_named():
-            while self._fd < 0:
-                self._fd = self._lock()
-            self.mode = os.fstat(self._fd).st_mode
-            if not stat.S_ISREG(self.mode):
-                os.close(self._fd)
-                raise SpaError("not a regular file")
-        return self
 
-    def _lock(self) -> int:
-        """Return the open and locked file, or -1 when the path got another one meanwhile."""
-        self._created = not os.path.lexists(self.path)
-        flags = os.O_CREAT | os.O_EXCL if self._created else os.O_NOFOLLOW
-        try:
-            fd = os.open(self.path, os.O_RDWR | flags, 0o600)
-        except FileExistsError:  # another run made it just now
-            return -1
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):  # the other run failed and took it away
-            if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                return fd
+def rotate_stanza(text: str, mark: str, make: Callable[[str], Keys]) -> str:
+    """Return the text with new keys in a stanza; in access.conf the old one stands below it."""
+    lines, old_mark = text.split("\n"), f"# old {mark[2:]}"
+    begin, end = find_stanza(lines, mark)
+    stanza = replace_keys(lines[begin:end], make)
+    if mark[0] == "#":
+        for at in find_marks(lines, old_mark):
+            raise ConfigError(f"has {old_mark} in line {at + 1}: --retire {mark[2:]} when all its "
+                              "clients have the new keys")
+        stanza += ["", old_mark, f"# (until keygen.py --retire {mark[2:]})", *lines[begin + 1:end]]
+    return "\n".join(lines[:begin] + stanza + lines[end:])
+
+
+def retire_stanza(text: str, mark: str) -> str:
+    """Return the text without a stanza and the blank line above it."""
+    lines = text.split("\n")
+    begin, end = find_stanza(lines, mark)
+    return "\n".join(lines[:begin - (begin > 0 and not lines[begin - 1].strip())] + lines[end:])
+
+
+# ======================================================================================
+# 5. Files
+#
+# Gives a file its new text so that a crash leaves the old or the new one.
+# ======================================================================================
+
+POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directories to open
+
+
+@contextlib.contextmanager
+def errors_named(path: str) -> Iterator[None]:
+    """Turn what the system or a change refuses into a SpaError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise SpaError(f"{error.filename or path}: {error.strerror}") from error
+    except SpaError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def locked_directory(path: str) -> Iterator[None]:
+    """Keep other runs from changing files in a directory; without locks, their change is seen."""
+    if not POSIX:
+        yield
+        return
+    import fcntl
+    with errors_named(path):
+        fd = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # NFS has no lock for who only reads
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+        with errors_named(path):
+            os.fsync(fd)  # or a power cut takes new names away again
+    finally:
         os.close(fd)
-        return -1
 
-    def prepare(self, stanza: str) -> None:
-        """Write the old text and the stanza to a file beside this one; refuse a duplicate."""
-        with self._errors_named(), open(self._fd, "rb", closefd=False) as stream:
-            old = stream.read()
-            check_new(old.decode("latin-1"), stanza)
-            gap = b"" if not old else b"\n" if old.endswith(b"\n") else b"\n\n"
-            self._write_copy(old + gap + stanza.encode("ascii"))
 
-    def _write_copy(self, text: bytes) -> None:
-        """Write `text` to a new file of the same owner and mode, and see it onto the disk."""
-        name = f"{self.path}.{os.getpid()}.new"
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._copy = name
-        with open(fd, "wb") as stream:
-            old, new = os.fstat(self._fd), os.fstat(fd)
-            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-                os.fchown(fd, old.st_uid, old.st_gid)
-            os.fchmod(fd, 0o600 if self._created else stat.S_IMODE(self.mode))
+def read_file(path: str, create: bool) -> Optional[bytes]:
+    """Return what a regular file holds; None if there is none, and one may be created."""
+    if create and not os.path.lexists(path):
+        return None
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise SpaError("not a regular file")
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+@contextlib.contextmanager
+def prepared_file(path: str, change: Callable[[str], str],
+                  create: bool) -> Iterator[Callable[[], int]]:
+    """Put what `change` makes of a file onto the disk beside it, for the time of a with statement.
+
+    Its target is a function that puts that in the file's place, and returns its mode. Appending
+    could leave half a line with a key in it, which would stop a server from starting. A new file
+    gets mode 0600, an old one keeps mode and owner. What somebody else changed meanwhile stays.
+    """
+    with errors_named(path):
+        old = read_file(path, create)
+        text = change((old or b"").decode("latin-1")).encode("latin-1")  # each byte as it is
+        status = os.stat(path) if old is not None else None
+        copy = f"{path}.{os.getpid()}.new"
+        fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    mode = stat.S_IMODE(status.st_mode) if status else 0o600
+
+    def commit() -> int:
+        with errors_named(path):
+            if read_file(path, create) != old:
+                raise SpaError("was changed by somebody else meanwhile, and left as it is")
+            os.replace(copy, path)
+        return mode
+
+    try:
+        with errors_named(path), open(fd, "wb") as stream:
+            if POSIX:
+                if status and status[4:6] != os.fstat(fd)[4:6]:
+                    os.fchown(fd, status.st_uid, status.st_gid)
+                os.fchmod(fd, mode)
             stream.write(text)
             stream.flush()
             os.fsync(fd)
-
-    def commit(self) -> None:
-        """Put the prepared text in the file's place."""
-        with self._errors_named():
-            os.rename(self._copy, self.path)
-            self._copy, self._created = "", False
-            directory = os.open(os.path.dirname(self.path), os.O_RDONLY)
-            try:
-                os.fsync(directory)  # or a power cut takes the new name away again
-            finally:
-                os.close(directory)
-
-    def __exit__(self, *_: object) -> None:
-        """Take away what was not committed, and unlock."""
-        for path in [self._copy] + [self.path] * self._created:
-            with contextlib.suppress(OSError):
-                if path:
-                    os.unlink(path)
-        os.close(self._fd)
+        yield commit
+    finally:
+        with contextlib.suppress(OSError):  # it has the file's name, if all went well
+            os.unlink(copy)
 
 
 # ======================================================================================
-# 4. Command line
+# 6. Command line
 #
-# Checks every option first, then prepares the files, prints, and commits the files last:
-# what fails half-way has written nothing.
+# Checks every option first, then prepares the files, prints, and commits the files last: what
+# fails half-way has written nothing.
 # ======================================================================================
 
+Option = Tuple[str, str, Callable[[str], object], str]
+# Names, value ("" if there is none, "a|b" for a choice), parser, help. From these tables come the
+# command line, --help, --man and --completion.
+OPTIONS: Tuple[Option, ...] = (
+    ("-h --help", "", str, "print this and exit"),
+    ("-V --version", "", str, "print the version and this file's SHA-256"),
+    ("--completion", "bash|zsh|fish", str, "print what completes these options in a shell"),
+    ("--man", "", str, "print the manual page, for `man -l -`"),
+    ("--qr", "", str, "print the keys as a QR code for phone apps, too"),
+    ("--rotate", "NAME", parse_name, "replace the keys in the stanzas of that name, in one file or "
+                                     "both; in access.conf a second stanza keeps the old ones"),
+    ("--retire", "NAME", parse_name, "remove that second stanza from the access file"),
+    ("--key-len", "BYTES", integer(1, 32), "length of the encryption key (default: 32)"),
+    ("--hmac-key-len", "BYTES", integer(1, 128), "length of the HMAC key (default: by digest)"),
+    ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str.lower, "of the HMAC (default: sha256)"),
+    ("--rc-file", "PATH", parse_path, "write the client's stanza to this file"),
+    ("--access-file", "PATH", parse_path, "write the server's stanza to this file"),
+)
+STANZA_OPTIONS: Tuple[Option, ...] = (
+    ("--server", "HOST", parse_host, "the server's name or address (required)"),
+    ("--access", "LIST", parse_access, "what may be opened, like tcp/22,udp/53 (required)"),
+    ("--port", "PORT", integer(1, 65535), "port the server listens on (default: 62201)"),
+    ("--source", "NETWORKS", parse_source, "where packets may come from (default: ANY)"),
+    ("--timeout", "SECONDS", integer(1, 8388608), "how long a port stays open (default: 30)"),
+    ("--username", "USER", parse_username, "let the packet name this user, and require it"),
+    ("--any-source", "", str, "open for the address the packet came from"),
+)
 HINTS = """\
 The server's stanza says REQUIRE_SOURCE_ADDRESS Y: the encrypted packet has to name the address to
 open for, so that nobody who catches a packet can send it from an address of his own. The client
 spa_client.py finds its address by itself; fwknop has to be told, with -a ADDRESS or with -R, which
 asks a web site. --any-source gives that protection up, for a client that cannot know its address.
+
+--rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
+above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
+"""
+COMPLETION = """\
+_keygen() {{
+    local found='{names}'
+    case ${{COMP_WORDS[COMP_CWORD-1]}} in
+{cases}    esac
+    COMPREPLY=($(compgen -W "$found" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _keygen keygen.py
 """
 
 
@@ -352,66 +637,57 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def checked(parse: Callable[..., object], *limits: int) -> Callable[[str], object]:
+def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
     """Return `parse` as argparse wants it: the error says what was expected."""
     def convert(text: str) -> object:
         try:
-            return parse(text, *limits)
+            return parse(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return convert
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser; an option of the stanzas that was not given is no attribute."""
+    """Return the parser; what was not given is None."""
     parser = Parser(prog="keygen.py", description=str(__doc__).partition("\n")[0], epilog=HINTS,
-                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", type=checked(parse_name),
-        help="name of the stanzas; without it only two keys are printed")
-    add("-V", "--version", action="store_true", help="print the version and this file's SHA-256")
-    add("--key-len", metavar="BYTES", type=checked(parse_integer, 1, 32), default=KEY_BYTES,
-        help="length of the encryption key (default: 32)")
-    add("--hmac-key-len", metavar="BYTES", type=checked(parse_integer, 1, 128), default=0,
-        help="length of the HMAC key (default: what suits the digest)")
-    add("--hmac-digest-type", metavar="DIGEST", type=str.lower, choices=list(HMAC_KEY_BYTES),
-        default="sha256", help=f"{', '.join(HMAC_KEY_BYTES)} (default: sha256)")
-    add("--rc-file", metavar="PATH", default="", help="append the client's stanza to this file")
-    add("--access-file", metavar="PATH", default="", help="append the server's stanza to this file")
-    stanzas = parser.add_argument_group("in the stanzas", argument_default=argparse.SUPPRESS)
-    add = stanzas.add_argument
-    add("--server", metavar="HOST", type=checked(parse_host),
-        help="the server's name or address (required)")
-    add("--access", metavar="LIST", type=checked(parse_access),
-        help="what may be opened, like tcp/22,udp/53 (required)")
-    add("--port", type=checked(parse_integer, 1, 65535),
-        help=f"port the server listens on (default: {DEFAULT_SPA_PORT})")
-    add("--source", metavar="NETWORKS", type=checked(parse_source),
-        help="where packets may come from (default: ANY)")
-    add("--timeout", metavar="SECONDS", dest="open_seconds",
-        type=checked(parse_integer, 1, 8388608), help="how long a port stays open (default: 30)")
-    add("--username", metavar="USER", type=checked(parse_username),
-        help="let the packet name this user, and require it")
-    add("--any-source", action="store_const", const=True,
-        help="open for the address the packet came from")
+                    add_help=False, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", metavar="NAME", type=checked(parse_name),
+                        help="name of the stanzas; without it only two keys are printed")
+    for group, rows in ((parser, OPTIONS),
+                        (parser.add_argument_group("in the stanzas"), STANZA_OPTIONS)):
+        for names, value, parse, help in rows:
+            more: Dict[str, Any] = {"action": "store_const", "const": True}
+            if names == "-h --help":
+                more = {"action": "help"}
+            elif value:
+                choices = value.split("|") if "|" in value else None
+                more = {"metavar": value, "type": checked(parse), "choices": choices}
+            group.add_argument(*names.split(), help=help, **more)
     return parser
 
 
-def make_plan(options: argparse.Namespace) -> Optional[StanzaPlan]:
-    """Return what the stanzas say, or None when only keys are wanted; raise UsageError."""
+def check_options(options: argparse.Namespace) -> Dict[str, Any]:
+    """Return what goes into the stanzas; raise UsageError for what does not go together."""
     given = {field: value for field, value in vars(options).items()
              if field in StanzaPlan._fields and value is not None}
-    paths = [os.path.realpath(path) for path in (options.rc_file, options.access_file) if path]
-    if "name" not in given:
-        if given or paths:
-            raise UsageError("a stanza needs a NAME")
-        return None
-    for field in ("server", "access"):
+    files = [os.path.realpath(path) for path in (options.rc_file, options.access_file) if path]
+    if len(set(files)) < len(files):
+        raise UsageError("--rc-file and --access-file have to be two files")
+    if options.rotate or options.retire:
+        if given or options.hmac_digest_type or (options.rotate and options.retire):
+            raise UsageError("--rotate and --retire take one NAME, and nothing of a new stanza")
+        if not files:
+            raise UsageError("--rotate and --retire need --access-file")
+        if options.retire and (options.rc_file or options.qr or options.key_len
+                               or options.hmac_key_len):
+            raise UsageError("--retire takes --access-file and nothing else")
+    elif "name" not in given and (given or files):
+        raise UsageError("a stanza needs a NAME")
+    for field in ("server", "access") if "name" in given else ():
         if field not in given:
             raise UsageError(f"a stanza needs --{field}")
-    if len(set(paths)) < len(paths):
-        raise UsageError("--rc-file and --access-file have to be two files")
-    return StanzaPlan(**given)
+    return given
 
 
 def warn(text: str) -> None:
@@ -421,16 +697,19 @@ def warn(text: str) -> None:
 
 def warn_of_readers(path: str, status_mode: int) -> None:
     """Warn of a regular file with keys that is not for its owner alone."""
-    if stat.S_ISREG(status_mode) and status_mode & 0o077:
+    if POSIX and stat.S_ISREG(status_mode) and status_mode & 0o077:
         warn(f"{path} is open to others (mode {stat.S_IMODE(status_mode):04o}): chmod 600")
 
 
 def write_out(text: str) -> None:
     """Write to standard output and see it leave, so that keys do not get lost unnoticed."""
+    if not text:
+        return
     if not sys.stdout:
         raise SpaError("standard output is closed")
     with contextlib.suppress(OSError, ValueError):  # ValueError: a test's buffer has no fileno
-        warn_of_readers("standard output", os.fstat(sys.stdout.fileno()).st_mode)
+        if "KEY_BASE64" in text:
+            warn_of_readers("standard output", os.fstat(sys.stdout.fileno()).st_mode)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -440,31 +719,101 @@ def write_out(text: str) -> None:
         raise SpaError(f"standard output: {error.strerror}") from error
 
 
-def give_stanzas(plan: StanzaPlan, keys: Keys, rc_file: str, access_file: str) -> None:
-    """Print both stanzas, or append them to the files that were named."""
-    told = "" if plan.any_source else (
-        "# fwknop's own client has to be told its address: "
-        f"fwknop -n {plan.name} -R, or -a ADDRESS\n")
-    rows = [
-        (rc_file, client_stanza(plan, keys),
-         f"# For ~/.fwknoprc of the client. To knock: spa_client.py -n {plan.name}\n{told}"),
-        (access_file, server_stanza(plan, keys),
-         "# For access.conf of the server, which has to read it again then\n"),
-    ]
-    printed = [heading + text for path, text, heading in rows if not path]
+def picture(keys: Keys) -> str:
+    """Return the QR code of the text that phone apps import (fwknop spec 4.1), for this console."""
+    try:
+        blocks = bool("\u2580\u2584\u2588".encode(getattr(sys.stdout, "encoding", "") or "ascii"))
+    except (UnicodeEncodeError, LookupError):
+        blocks = False
+    rows = qr_symbol(f"KEY_BASE64:{keys.key} HMAC_KEY_BASE64:{keys.hmac_key}".encode("ascii"), "L")
+    return ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Who sees this picture has the keys\n"
+            + terminal_text(rows, blocks))
+
+
+def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
+                 printed: Callable[[], str], create: bool = False) -> None:
+    """Change the files that have a path, all or none, after `printed()` was written."""
+    changes = [(os.path.realpath(path), change) for path, change in changes if path]
     with contextlib.ExitStack() as stack:
-        targets = []
-        for path, text, _ in rows:
-            if path:
-                target = stack.enter_context(StanzaFile(path))
-                target.prepare(text)
-                targets.append(target)
-        if printed:
-            write_out("\n".join(printed))
-        for target in targets:
-            target.commit()
-            print(f"[+] Wrote the stanza of {plan.name} to: {target.path}", file=sys.stderr)
-            warn_of_readers(target.path, target.mode)
+        for directory in sorted({os.path.dirname(path) for path, _ in changes}):
+            stack.enter_context(locked_directory(directory))
+        commits = [stack.enter_context(prepared_file(path, change, create))
+                   for path, change in changes]
+        write_out(printed())
+        for commit, (path, _) in zip(commits, changes):
+            mode = commit()
+            print(f"[+] {done}: {path}", file=sys.stderr)
+            warn_of_readers(path, stat.S_IFREG | mode)
+
+
+def give_stanzas(plan: StanzaPlan, keys: Keys, options: argparse.Namespace) -> None:
+    """Print both stanzas, or append them to the files that were named."""
+    client, server = client_stanza(plan, keys), server_stanza(plan, keys)
+    printed = []
+    if not options.rc_file:
+        told = "" if plan.any_source else (
+            "# fwknop's own client has to be told its address: "
+            f"fwknop -n {plan.name} -R, or -a ADDRESS\n")
+        printed.append("# For ~/.fwknoprc of the client (Windows: %USERPROFILE%\\.fwknoprc). "
+                       f"To knock: spa_client.py -n {plan.name}\n{told}{client}")
+    if not options.access_file:
+        printed.append(f"# For access.conf of the server, which then has to read it\n{server}")
+    if options.qr:
+        printed.append(picture(keys))
+    change_files([(options.rc_file, lambda text: add_stanza(text, client)),
+                  (options.access_file, lambda text: add_stanza(text, server))],
+                 f"Wrote the stanza of {plan.name} to", lambda: "\n".join(printed), create=True)
+
+
+def rotate(options: argparse.Namespace, make: Callable[[str], Keys]) -> None:
+    """Put new keys into the files that were named, and print them if one was not.
+
+    access.conf comes first: a crash after it leaves a client whose old keys are still good.
+    """
+    name = options.rotate
+    made: List[Keys] = []
+
+    def make_once(digest: str) -> Keys:
+        made[:] = made or [make(digest)]
+        return made[0]
+
+    def printed() -> str:
+        both = options.rc_file and options.access_file
+        heading = f"# The new keys of {name}, for its stanza in the other file\n"
+        return ("" if both else heading + key_lines(made[0])) + (
+            picture(made[0]) if options.qr else "")
+
+    change_files([(options.access_file, lambda text: rotate_stanza(text, f"# {name}", make_once)),
+                  (options.rc_file, lambda text: rotate_stanza(text, f"[{name}]", make_once))],
+                 f"Wrote the new keys of {name} to", printed)
+
+
+def completion(shell: str) -> str:
+    """Return what makes a shell complete these options; zsh takes what bash does."""
+    rows = [(name, value, value.replace("|", " ") if "|" in value else "", help)
+            for names, value, _, help in OPTIONS + STANZA_OPTIONS for name in names.split()]
+    if shell == "fish":
+        return "complete -c keygen.py -f\n" + "".join(
+            "complete -c keygen.py -{} {} -d '{}'{}\n".format(
+                "l" if name[1] == "-" else "s", name.strip("-"), help.replace("'", "\\'"),
+                " -r -F" if value == "PATH" else value and f" -x -a '{words}'")
+            for name, value, words, help in rows)
+    cases = "".join(f"    {name}) found='{words}';;\n" for name, value, words, _ in rows if value)
+    text = COMPLETION.format(names=" ".join(row[0] for row in rows), cases=cases)
+    return "autoload -U +X bashcompinit && bashcompinit\n" * (shell == "zsh") + text
+
+
+def man_page() -> str:
+    """Return the manual page: the docstring of this file, the options, and the hints of --help."""
+    title, text = str(__doc__).split("\n\n", 1)
+    rows = "".join(f"@TP\n@B {names} {value}\n{help}\n"
+                   for names, value, _, help in OPTIONS + STANZA_OPTIONS)
+    page = (f"@TH KEYGEN.PY 1\n@SH NAME\nkeygen.py - {title}\n@SH DESCRIPTION\n@ad l\n"
+            f"{text.split('Contents.')[0]}@SH OPTIONS\n{rows}@SH NOTES\n{HINTS}"
+            f"@SH EXIT STATUS\n{text.split('Exit codes: ')[1]}")
+    for plain, roff in (("\\", "\\e"), ("-", "\\-"), ("\n\n", "\n@PP\n"), ("\n@", "\n.")):
+        page = page.replace(plain, roff)
+    return "." + page[1:]
 
 
 def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
@@ -473,19 +822,33 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     if unknown:  # what follows it may be a secret that was meant for `fwknop`: not shown
         name = unknown[0].partition("=")[0]
         raise UsageError(f"unknown option {name}" if name[0] == "-" else "expected one NAME")
+
+    def make(digest: str) -> Keys:
+        if (options.key_len or 16) < 16 or (options.hmac_key_len or 16) < 16:
+            warn("a key of less than 16 bytes can be guessed")
+        return make_keys(digest, options.key_len or KEY_BYTES, options.hmac_key_len or 0, random)
+
+    given = check_options(options)
     if options.version:
         with open(__file__, "rb") as stream:
-            digest = hashlib.sha256(stream.read()).hexdigest()
-        print(f"keygen.py {VERSION}\nsha256 {digest}")
-        return
-    plan = make_plan(options)
-    keys = make_keys(options.hmac_digest_type, options.key_len, options.hmac_key_len, random)
-    if options.key_len < 16 or 0 < options.hmac_key_len < 16:
-        warn("a key of less than 16 bytes can be guessed")
-    if plan:
-        give_stanzas(plan, keys, options.rc_file, options.access_file)
+            sha256 = hashlib.sha256(stream.read()).hexdigest()
+        write_out(f"keygen.py {VERSION}\nsha256 {sha256}\n")
+    elif options.man:
+        write_out(man_page())
+    elif options.completion:
+        write_out(completion(options.completion))
+    elif options.retire:
+        change_files([(options.access_file,
+                       lambda text: retire_stanza(text, f"# old {options.retire}"))],
+                     f"Removed the old keys of {options.retire} from", str)
+    elif options.rotate:
+        rotate(options, make)
     else:
-        write_out(f"KEY_BASE64: {keys.key}\nHMAC_KEY_BASE64: {keys.hmac_key}\n")
+        keys = make(options.hmac_digest_type or "sha256")
+        if given:
+            give_stanzas(StanzaPlan(**given), keys, options)
+        else:
+            write_out(key_lines(keys) + (picture(keys) if options.qr else ""))
 
 
 def main(argv: Optional[Sequence[str]] = None,
@@ -495,7 +858,7 @@ def main(argv: Optional[Sequence[str]] = None,
         run(argv, random)
     except SpaError as error:
         print(f"keygen.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 3 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -351,7 +351,7 @@ class AppendTest(FileTestCase):
                 self.path("rc", rc_text)
                 self.path("access", access_text)
                 code, out, err = call(*WORK, "--rc-file", rc, "--access-file", access)
-                self.assertEqual((1, ""), (code, out))
+                self.assertEqual((3, ""), (code, out))
                 self.assertRegex(err, r"\Akeygen.py: \S+: has a stanza .* in line %d\n\Z" % line)
                 self.assertEqual((rc_text, access_text), (self.read(rc), self.read(access)))
         self.path("rc", "[workshop]\n# work\n[my work]\n")
@@ -365,7 +365,7 @@ class AppendTest(FileTestCase):
         old = self.read(access)
         for random in (counted(), lambda size: (b"B" if size == 64 else b"X") * size):
             code, out, err = call("other", *WORK[1:], "--access-file", access, random=random)
-            self.assertEqual((1, old), (code, self.read(access)))
+            self.assertEqual((3, old), (code, self.read(access)))
             self.assertEqual(f"keygen.py: {access}: has the keys of # other already\n", err)
             self.assertEqual("", out)
 
@@ -387,7 +387,7 @@ class CrashTest(FileTestCase):
 
     def test_a_failure_at_any_call_leaves_everything_as_it_was(self) -> None:
         """Full disk, no permission, input/output error: at each call that touches the file."""
-        for name in ("write", "fsync", "fchmod", "rename"):
+        for name in ("write", "fsync", "fchmod", "replace"):
             for old in ("[old]\nX 1\n", None):
                 with self.subTest(call=name, old=old):
                     self.check_failure(name, old)
@@ -432,7 +432,7 @@ class CrashTest(FileTestCase):
         pid = os.fork()
         if pid == 0:
             try:
-                with mock.patch.object(keygen.os, "rename",
+                with mock.patch.object(keygen.os, "replace",
                                        lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
                     call(*WORK, "--rc-file", rc)
             finally:

@@ -1,0 +1,128 @@
+"""keygen.py --completion, in the shells themselves, and --man."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import tempfile
+import time
+import unittest
+from typing import Dict, List
+
+from tests.support import needs_programs, run
+from tests.test_keygen import call_all, program
+
+
+class ShellTest(unittest.TestCase):
+    """--completion and --man say what --help says."""
+
+    def setUp(self) -> None:
+        """Collect the long options of --help."""
+        self.options = set(re.findall(r"--[a-z][a-z-]+", program("--help").stdout.decode()))
+        self.assertGreater(len(self.options), 15)
+
+    def complete(self, shell: str, *words: str) -> List[str]:
+        """Return what a shell offers behind words, the last of which is not finished."""
+        with tempfile.TemporaryDirectory() as top:
+            path = os.path.join(top, "completion")
+            with open(path, "wb") as stream:
+                stream.write(program("--completion", shell).stdout)
+            if shell == "fish":
+                command = 'source $argv[1]; complete -C (string join " " -- $argv[2..-1])'
+                answer = run(["fish", "--no-config", "-c", command, path, *words], cwd=top,
+                             env={**os.environ, "HOME": top})
+            else:
+                command = ('source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
+                           "_keygen; printf '%s\\n' \"${COMPREPLY[@]}\"")
+                answer = run(["bash", "--norc", "-c", command, "bash", path, *words], cwd=top)
+        self.assertEqual((0, ""), (answer.returncode, answer.stderr))
+        return sorted(line.partition("\t")[0] for line in answer.stdout.splitlines() if line)
+
+    def check(self, shell: str) -> None:
+        """Options, the words of two of them, and nothing behind a number."""
+        self.assertEqual(["--rc-file", "--retire", "--rotate"],
+                         self.complete(shell, "keygen.py", "--r"))
+        self.assertEqual(["sha3_256", "sha3_512"], self.complete(
+            shell, "keygen.py", "work", "--hmac-digest-type", "sha3_"))
+        self.assertEqual(["bash", "fish", "zsh"],
+                         self.complete(shell, "keygen.py", "--completion", ""))
+        self.assertEqual([], self.complete(shell, "keygen.py", "--key-len", ""))
+        listed = {word for word in self.complete(shell, "keygen.py", "--") if word[:2] == "--"}
+        self.assertEqual(self.options, listed)
+
+    @needs_programs("bash")
+    def test_bash(self) -> None:
+        """In bash itself."""
+        self.check("bash")
+
+    @needs_programs("zsh")
+    def test_zsh(self) -> None:
+        """In zsh, typed on a terminal: its emulation of bash's completion has no other way in."""
+        with tempfile.TemporaryDirectory() as top:
+            path = os.path.join(top, "completion")
+            with open(path, "wb") as stream:
+                stream.write(program("--completion", "zsh").stdout)
+            ours, theirs = pty.openpty()
+            self.addCleanup(os.close, ours)
+            zsh = subprocess.Popen(["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs,
+                                   cwd=top, start_new_session=True,
+                                   env={**os.environ, "ZDOTDIR": top, "TERM": "dumb"})
+            os.close(theirs)
+            try:
+                self.type(ours, f"autoload -U compinit && compinit -D -u; source {path}; "
+                                "echo rea''dy\n", "ready")
+                self.type(ours, "keygen.py work --hmac-digest-type sha3_\t\t", "sha3_256 *sha3_512")
+                self.type(ours, "\x15keygen.py --reti\t", "--retire ")
+                self.type(ours, "\x15keygen.py --rc-file comp\t", "completion")
+            finally:
+                zsh.kill()
+                zsh.wait()
+
+    def type(self, terminal: int, keys: str, expected: str) -> None:
+        """Type, and wait until the terminal shows what is expected."""
+        os.write(terminal, keys.encode())
+        shown, end = "", time.monotonic() + 60
+        while not re.search(expected, shown):
+            left = end - time.monotonic()
+            self.assertTrue(left > 0 and select.select([terminal], [], [], left)[0], shown)
+            shown += os.read(terminal, 65536).decode(errors="replace")
+
+    @needs_programs("fish")
+    def test_fish(self) -> None:
+        """In fish itself."""
+        self.check("fish")
+
+    def test_other_shells(self) -> None:
+        """A wrong command line, which names those that there are."""
+        code, out, err = call_all("--completion", "csh")
+        self.assertEqual((2, ""), (code, out))
+        self.assertRegex(err, r"\Akeygen.py: .*--completion: invalid choice: 'csh' .*bash.*\n\Z")
+
+    def test_man(self) -> None:
+        """Every option, and no line that roff would take for a request of its own."""
+        page = program("--man").stdout.decode("ascii")
+        text = page.replace("\\-", "-")
+        self.assertEqual(self.options, set(re.findall(r"^\.B (?:-. )?(--[a-z-]+)", text, re.M)))
+        requests = {line.split(" ")[0] for line in page.splitlines() if line[:1] in (".", "'")}
+        self.assertEqual({".TH", ".SH", ".TP", ".B", ".PP", ".ad"}, requests)
+        self.assertNotIn("Contents", page)
+        for word in ("Exit codes", "1. What"):
+            self.assertNotIn(word, page)
+
+    @needs_programs("mandoc")
+    def test_mandoc_has_nothing_against_it(self) -> None:
+        """No error, and the text comes out."""
+        answer = subprocess.run(["mandoc", "-T", "lint", "-W", "error"], timeout=60,
+                                input=program("--man").stdout, stdout=subprocess.PIPE)
+        self.assertEqual((0, b""), (answer.returncode, answer.stdout))
+        answer = subprocess.run(["mandoc", "-T", "ascii"], input=program("--man").stdout,
+                                stdout=subprocess.PIPE, timeout=60)
+        text: Dict[str, str] = dict(re.findall(r"^([A-Z ]+)\n +(\S.*)", re.sub(
+            ".\b", "", answer.stdout.decode()), re.M))
+        self.assertTrue(text["NAME"].startswith("keygen.py - Make the keys"), text)
+        self.assertTrue(text["EXIT STATUS"].startswith("0 done"), text)
+
+
+if __name__ == "__main__":
+    unittest.main()
