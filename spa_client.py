@@ -1214,7 +1214,7 @@ def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
             raise UsageError("%s: an rc file can't hold values with blanks, ';' or '#'"
                              % said.option, "give keys as base64")
         values[name] = text
-    if "HMAC_DIGEST_TYPE" in values:  # the option asks for an HMAC, the directive alone does not
+    if not {"HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64"}.isdisjoint(values):
         values["USE_HMAC"] = "Y"
     return {name: values[name] for name in ROWS if name in values and name in DIRECTIVE_NAMES}
 
@@ -1239,7 +1239,8 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
         if name in values:
             mark = min((bare.index(mark) for mark in (" #", " ;", "\t#", "\t;") if mark in bare),
                        default=len(bare))
-            line = "%-24s    %s%s" % (name, values[name], bare[mark:])
+            comment = bare[len(bare[:mark].rstrip(" \t")):]
+            line = "%-24s    %s%s" % (name, values[name], comment)
             waiting.pop(name, None)
         lines.append(line)
         if says or (header and inside):
@@ -1577,7 +1578,7 @@ def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
     if process.returncode:
         lines = errors.decode("ascii", "backslashreplace").split("\n")
         words = "; ".join(line.strip() for line in lines if line.strip())
-        raise SpaError("%s: %s" % (argv[0], words or "exit code %d" % process.returncode))
+        raise SpaError(words or "%s: exit code %d" % (argv[0], process.returncode))
     return out
 
 
