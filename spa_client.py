@@ -1079,7 +1079,7 @@ def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
     found, others = parse_options(OPTIONS, words)
     given = {}  # type: Dict[str, Given]
     for option, name, text in found:
-        if option.text != RESOLVE or option.name not in given:  # -a and -s go before -R
+        if option.text != RESOLVE or option.name not in given:  # -a and -s go before -R (2.1)
             given[option.name] = Given(text, name)
     return given, len(others)
 
@@ -1387,12 +1387,12 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> str:
         rivals = {name} if name in ("GPG_RECIPIENT", "GPG_SIGNER") else set()
         for sources in KEY_SOURCES:
             rivals.update(sources if name in sources else ())
-        for other in sorted(rivals & old):
-            if force or other in dropped or confirm(
-                    "Variable '%s' found in stanza '%s'. Overwrite [N/y] ? " % (other, named.text)):
-                dropped.add(other)
-            else:
-                values.pop(name, None)
+        rivals &= old - dropped
+        if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
+                                % (rival, named.text)) for rival in sorted(rivals)):
+            dropped |= rivals
+        else:
+            values.pop(name)
     replace_file(path, edit_stanza(text, named.text, values, dropped - set(values)))
     return path
 
@@ -1438,11 +1438,6 @@ def read_line(descriptor: int) -> bytes:
     return line
 
 
-def read_key_line(descriptor: int) -> bytes:
-    """A key from a line of its own."""
-    return read_line(descriptor).rstrip(b"\r\n")
-
-
 def prompt_key(prompt: str) -> bytes:
     """One line typed at the terminal, without echo."""
     try:
@@ -1456,7 +1451,7 @@ def prompt_key(prompt: str) -> bytes:
     os.write(2, prompt.encode("ascii"))
     try:
         termios.tcsetattr(0, termios.TCSAFLUSH, silent)
-        return read_key_line(0)
+        return read_line(0).rstrip(b"\r\n")
     finally:
         termios.tcsetattr(0, termios.TCSAFLUSH, before)
         os.write(2, b"\n")
@@ -1465,7 +1460,7 @@ def prompt_key(prompt: str) -> bytes:
 def ask_key(settings: Settings, what: str, options: str) -> bytes:
     """A key from --fd, --stdin or the terminal; `options` are what could have given it."""
     if settings.fd is not None or settings.stdin:
-        key = read_key_line(settings.fd or 0)
+        key = read_line(settings.fd or 0).rstrip(b"\r\n")
     elif os.isatty(0):
         key = prompt_key("Enter %s: " % what)
     else:
@@ -1524,13 +1519,10 @@ HMAC_KEY_LENGTHS = {"MD5": 16, "SHA1": 20, "SHA256": 64, "SHA384": 128, "SHA512"
 
 
 def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
-    """New keys (fwknop spec 2.4): in the rc file, in a new file, or printed as lines of an rc file.
-    """
-    lengths = (("KEY_BASE64", settings.key_length),
-               ("HMAC_KEY_BASE64",
-                settings.hmac_key_length or HMAC_KEY_LENGTHS[settings.hmac_type]))
-    keys = {name: binascii.b2a_base64(os.urandom(length), newline=False).decode("ascii")
-            for name, length in lengths}
+    """Put new keys in the rc file, in a new file, or print them for one (fwknop spec 2.4)."""
+    length = settings.hmac_key_length or HMAC_KEY_LENGTHS[settings.hmac_type]
+    keys = {name: binascii.b2a_base64(os.urandom(size), newline=False).decode("ascii")
+            for name, size in (("KEY_BASE64", settings.key_length), ("HMAC_KEY_BASE64", length))}
     lines = "\n".join("%s: %s" % item for item in keys.items())
     done = "[+] Wrote Rijndael and HMAC keys to"
     if settings.save_stanza:
@@ -1593,6 +1585,8 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
     if settings.gpg_home is not None:
         argv += ["--homedir", settings.gpg_home]
     if passphrase is not None:
+        if b"\n" in passphrase:
+            raise SpaError("gpg can't be given a passphrase of more than one line")
         argv += ["--pinentry-mode", "loopback", "--passphrase-fd", "0"]
         plaintext = passphrase + b"\n" + plaintext
     if settings.gpg_signer is not None:
@@ -1603,10 +1597,9 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
 # ======================================================================================
 # 13. Network
 #
-# Looking up the server, the question under which address it sees us, and sending. `Link` is a UDP
+# Looking up the server, the question under which address it sees us, and sending. A link is a UDP
 # socket connected to the server: also where the packet then goes another way, it knows the route.
 # ======================================================================================
-
 
 NETWORK_SECONDS = 10.0  # for a connection over TCP, and for the answer of a web server
 
@@ -1770,13 +1763,13 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
                 link = start_tls(link, host)
             link.sendall(encode_request(path, url.split("/")[2], agent))
             piece = b"."
-            while piece and len(answer) < 1 << 16:
+            while piece and len(answer) < 1 << 16 and not is_whole(answer):
                 link.settimeout(max(0.001, end - time.monotonic()))
                 piece = link.recv(4096)
                 answer += piece
             break
         except (OSError, LookupError, ValueError) as error:
-            problem = reason(error)
+            problem, answer = reason(error), b""  # half an answer may have half an address
         finally:
             if link is not None:
                 link.close()
@@ -1787,13 +1780,19 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
     return body
 
 
+def is_whole(answer: bytes) -> bool:
+    """Whether an answer is as long as its Content-Length says (RFC 9112 section 6.3)."""
+    head, _, body = answer.lower().partition(b"\r\n\r\n")
+    length = head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0].strip()
+    return length.isdigit() and len(body) >= int(length)
+
+
 def start_tls(link: "socket.socket", host: str) -> "Any":
     """The connection encrypted, after the certificate was found to be that of the host."""
     try:
         import socket as full
         import ssl
     except ImportError:
-        link.close()
         raise SpaError("this Python has no ssl for https", "use -w, or -a") from None
     whole = full.socket(link.family, full.SOCK_STREAM, 0, link.detach())
     whole.settimeout(NETWORK_SECONDS)
@@ -1987,12 +1986,13 @@ def knock(settings: Settings) -> bool:
             sent = send_packet(settings, link, packet)
         except OSError as error:
             problem = reason(error)
+            if isinstance(error, PermissionError) and settings.protocol in RAW_CARRIERS:
+                problem += " (it needs root)"
             continue
         if settings.verbose:
             say("send_spa_packet: bytes sent: %d" % sent)
         return True
-    raise SpaError("%s: %s" % (settings.server, problem),
-                   "it needs root" if settings.protocol in RAW_CARRIERS else "")
+    raise SpaError("%s: %s" % (settings.server, problem))
 
 
 def run(words: "List[str]") -> bool:
@@ -2001,7 +2001,9 @@ def run(words: "List[str]") -> bool:
     saved = given["save_args_file"].text if "save_args_file" in given else home_file(
         given, ".fwknop.run")
     if "last_command" in given or "show_last" in given:
-        kept = split_arguments(read_private(saved or ".fwknop.run"))
+        if saved is None:
+            raise UsageError("-l needs a home directory, or -E")
+        kept = split_arguments(read_private(saved))
         if "show_last" in given:
             say("Last fwknop client command line: "
                 + format_arguments(parse_command_line(kept)[0]))

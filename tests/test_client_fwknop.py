@@ -53,6 +53,8 @@ class WebServer:
         if certificate:
             self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self.context.load_cert_chain(certificate)
+            self.answer = self.answer.replace(b"\r\n\r\n", b"\r\nContent-Length: %d\r\n\r\n"
+                                              % len(body), 1)
         self.requests = []  # type: List[bytes]
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
@@ -517,6 +519,29 @@ class Resolving(Case):
             url = "http://127.0.0.1:%d/" % silent.getsockname()[1]
             self.assertIn("timed out", self.failure(1, *words, url))
 
+    def test_half_an_answer(self) -> None:
+        """What may have lost its end is no address; what is whole needs no end of connection."""
+        def serve(listener: socket.socket, head: bytes) -> None:
+            with listener.accept()[0] as peer:
+                peer.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n203.0.113.9")
+                peer.settimeout(5)
+                while peer.recv(9999):
+                    pass
+
+        for head, code in ((b"", 1), (b"Content-Length: 12\r\n", 1), (b"content-length:11\r\n", 0)):
+            with self.subTest(head), socket.socket() as listener, \
+                    mock.patch.object(client, "NETWORK_SECONDS", 5 if code == 0 else 0.3):
+                listener.bind(("127.0.0.1", 0))
+                listener.listen(1)
+                thread = threading.Thread(target=serve, args=(listener, head), daemon=True)
+                thread.start()
+                got, _, err = self.run_main(
+                    "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only", "--resolve-url",
+                    "http://127.0.0.1:%d/" % listener.getsockname()[1])
+                thread.join(5)
+                self.assertEqual(code, got, err)
+                self.assertEqual(code, err.count("timed out"))
+
     def test_insecure(self) -> None:
         """http without --resolve-http-only is warned of, https with it is refused."""
         with WebServer(b"203.0.113.9") as web:
@@ -638,6 +663,8 @@ class Gpg(Case):
                 self.assertNotIn(secret, argv)
                 self.assertEqual(secret + "\n" + shown["Encoded Data"] + ":"
                                  + shown["SPA Data Digest"], given)
+        self.write("[default]\nGPG_SIGNING_PW_BASE64 YQpi\n")
+        self.assertIn("more than one line", self.failure(1, "-T", *signed))
         self.write("[default]\n")
         self.assertIn("no passphrase for signing given", self.failure(2, "-T", *signed))
 
@@ -762,6 +789,7 @@ class Files(Case):
         self.assertEqual("192.0.2.7,tcp/22",
                          self.dump("-l", "-E", path, *KEYS)["Message String"])
         self.assertIn(".fwknop.run: cannot be read", self.failure(3, "-l"))
+        self.assertIn("-l needs a home directory, or -E", self.failure(2, "-l", "--no-home-dir"))
         os.mkdir(os.path.join(self.home, ".fwknop.run"))
         self.knock(*KNOCK, *KEYS, "--no-rc-file")
         with Receiver() as receiver:
@@ -847,9 +875,10 @@ NO_SAVE_ARGS                Y
         """An old KEY would go before a new KEY_BASE64: it is asked about, and goes."""
         self.write("[work]\nKEY old\nKEY_FILE f\n")
         words = [*KNOCK, *self.STANZA, "--key-base64-rijndael", "bmV3"]
-        self.run_main(*words, stdin=b"n\nn\n")
-        self.assertNotIn("bmV3", self.read())
-        self.assertIn("KEY old\nKEY_FILE f\n", self.read())
+        for answers in (b"n\n", b"y\nn\n"):
+            self.assertEqual(0, self.run_main(*words, stdin=answers)[0])
+            self.assertNotIn("bmV3", self.read())
+            self.assertIn("KEY old\nKEY_FILE f\n", self.read())
         self.dump(*words, "--force-stanza")
         self.assertNotIn("old", self.read())
         self.assertNotIn("KEY_FILE", self.read())
