@@ -3,8 +3,10 @@
 
 It speaks fwknop's single packet authorization (SPA), reads ~/.fwknoprc and takes the options of
 `fwknop`: where that command runs, this file can stand in for it, with nothing but Python 3.6 or
-later. It needs no root, starts no program, writes no file but the key file you name with -K, and
-sends one UDP datagram to one address.
+later. A knock is one UDP datagram to one address; for it, no root is needed and no program is
+started. Only what you ask for goes further: other carriers (the raw ones need root), gpg for GPG,
+a web server or wget for -R. It writes the files that you name, ~/.fwknoprc for --save-rc-stanza,
+and after a knock its options, without keys, to ~/.fwknop.run for -l (--no-save-args: it does not).
 
 The way of a packet:
 
@@ -16,29 +18,30 @@ The way of a packet:
   * The address to open for is what -a or -s say, or the socket's own address, but only if the
     server must see the same one: no NAT can be in between.
   * The message says who asks, when, and for which ports; a digest is put behind it.
-  * Both are encrypted with AES-256, and an HMAC is put behind the cipher text.
+  * Both are encrypted with AES-256 or by gpg, and an HMAC is put behind the cipher text.
   * The packet is checked once more for its length, and sent.
 
-Contents. Sections 1 to 9 only compute: text, bytes and time in, values out. Sections 10 to 13
-touch the machine: files, terminal, network, standard output.
+Contents. Sections 1 to 10 only compute: text, bytes and time in, values out. Sections 11 to 15
+touch the machine: files, terminal, programs, network, standard output.
 
   1. Errors
   2. Bytes and digests
   3. AES (FIPS 197)
   4. Encryption of a packet
   5. Message and packet
-  6. Values
-  7. Directives
-  8. Options
-  9. The rc file
-  10. Files and keys
-  11. Network
-  12. Output
-  13. Run
+  6. Carriers
+  7. Values
+  8. Directives
+  9. Options
+  10. The rc file
+  11. Files and keys
+  12. Programs
+  13. Network
+  14. Output
+  15. Run
 
-Exit codes: 0 the packet was sent (or -T, -V, -h, -k, -K or --stanza-list did their work);
-1 it was not sent; 2 wrong usage, or something that fwknop has and this program not yet;
-3 a file can't be used.
+Exit codes: 0 the packet was sent (or what else was asked for is done); 1 it was not; 2 wrong
+usage; 3 a file can't be used. fwknop knows only 0 and 1.
 """
 
 import binascii
@@ -50,7 +53,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
+    from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
 
     T = TypeVar("T")
 else:
@@ -77,7 +80,7 @@ class SpaError(Exception):
 
 
 class UsageError(SpaError):
-    """The command line can't be obeyed, or asks for what is not supported yet."""
+    """The command line can't be obeyed."""
 
 
 class ConfigError(SpaError):
@@ -86,10 +89,6 @@ class ConfigError(SpaError):
     def __init__(self, path: str, line: int, message: str, hint: str = "") -> None:
         self.path, self.line = path, line
         super().__init__("%s:%s %s" % (path, "%d:" % line if line else "", message), hint)
-
-
-class NotSupported(ValueError):
-    """A value that fwknop knows and this program not yet; it must not be passed over."""
 
 
 # ======================================================================================
@@ -313,7 +312,8 @@ SALTED = b"Salted__"  # what `openssl enc` begins with
 PREFIX = "U2FsdGVkX1"  # base64 of SALTED, as far as the salt has no part in it: not transmitted
 
 # Encryption mode, by its name, and its number in the dump (fwknop spec 1.7).
-MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "legacy": 8}
+GPG = "Asymmetric"
+MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "legacy": 8, GPG: 7}
 
 
 def encrypt_blocks(mode: str, key: bytes, iv: bytes, blocks: bytes) -> bytes:
@@ -366,8 +366,7 @@ def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> b
 # ======================================================================================
 # 5. Message and packet
 #
-# The text that asks (fwknop spec 1.2 to 1.6) and the packet it becomes (1.1, 1.8). Every type
-# of message can be encoded; the options so far ask for the types 1 and 3 only.
+# The text that asks (fwknop spec 1.2 to 1.6) and the packet it becomes (1.1, 1.8, 1.11).
 # ======================================================================================
 
 COMMAND, ACCESS, NAT_ACCESS, TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT = \
@@ -381,6 +380,9 @@ USER_LIMIT = 48  # bytes of a user name: 64 of base64
 OPTION_USER_LIMIT = 29  # bytes that fwknop keeps of -U
 TIMEOUT_LIMIT = 65536  # seconds
 PACKET_LIMIT = 400  # characters: from here on servers take a packet for one of GPG (spec 1.9)
+GPG_LIMIT = 1500  # characters: more is not looked at (spec 1.10)
+FIELD_LIMIT = 256  # characters of base64 in a field of the message (spec 1.10)
+GPG_PREFIX = "hQ"  # base64 of what a packet for an RSA key begins with: not transmitted
 
 
 class Message:
@@ -424,21 +426,42 @@ def seal(message: bytes, digest_type: str, key: bytes, mode: str, hmac_key: "Opt
     `key` is the secret as it was agreed on, `salt` eight random bytes; without `hmac_key` there
     is no HMAC. The HMAC also covers the first ten characters, which are not transmitted.
     """
-    plaintext = message + b":" + message_digest(message, digest_type).encode("ascii")
-    text = encode_base64(encrypt_salted(mode, key, salt, plaintext))
-    tag = ""
+    data = encrypt_salted(mode, key, salt, add_digest(message, digest_type))
+    return finish(data, PREFIX, hmac_key, hmac_type)
+
+
+def add_digest(message: bytes, digest_type: str) -> bytes:
+    """The plain text P of fwknop spec 1.1."""
+    return message + b":" + message_digest(message, digest_type).encode("ascii")
+
+
+def finish(data: bytes, prefix: str, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
+    """The packet of some cipher text: without the prefix, if it is there, and with the HMAC.
+
+    Only OpenPGP data may begin otherwise: for other than RSA keys. fwknopd can't read that then.
+    """
+    text, tag = encode_base64(data), ""
     if hmac_key is not None:
         tag = encode_base64(Hmac(DIGESTS[hmac_type], hmac_key)(text.encode("ascii")))
-    return text[len(PREFIX):] + tag
+    return (text[len(prefix):] if text.startswith(prefix) else text) + tag
 
 
-def check_length(packet: str, message: Message, digest_type: str, tag_length: int) -> None:
-    """Raise SpaError for a packet that servers would take for one of GPG (fwknop spec 1.9)."""
-    if len(packet) >= PACKET_LIMIT:
+def check_length(packet: str, message: Message, digest_type: str, tag_length: int,
+                 mode: str = "CBC") -> None:
+    """Raise SpaError for a packet that servers would not understand (fwknop spec 1.9, 1.10)."""
+    if mode == GPG:
+        if len(packet) > GPG_LIMIT:
+            raise SpaError("the packet would be %d characters long, and servers look at most at %d"
+                           % (len(packet), GPG_LIMIT), "use GPG keys of less than 4096 bits")
+        if len(encode_base64(encode_text(message.text))) > FIELD_LIMIT:
+            raise SpaError("address and what is asked for are %d characters, and servers understand"
+                           " at most %d" % (len(message.text), FIELD_LIMIT * 3 // 4))
+    elif len(packet) >= PACKET_LIMIT:
         raise SpaError(
             "the packet would be %d characters long, and servers understand at most %d: address "
-            "and access list are %d characters, the user name %d, the digest (%s) %d, the HMAC %d"
-            % (len(packet), PACKET_LIMIT - 4, len(message.text), len(message.user), digest_type,
+            "and %s are %d characters, the user name %d, the digest (%s) %d, the HMAC %d"
+            % (len(packet), PACKET_LIMIT - 4, "access list" if message.number else "command",
+               len(message.text), len(message.user), digest_type,
                DIGESTS[digest_type].text_size, tag_length),
             "ask for fewer ports at a time, or use a shorter digest")
 
@@ -451,6 +474,8 @@ def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> "Optional[
                            % (len(hmac_key), HMAC_KEY_LIMIT))
         if hmac_key == key:
             raise SpaError("the encryption key and the HMAC key should not be identical")
+    if mode == GPG:
+        return None
     if mode == "legacy" and len(key) > LEGACY_KEY_LENGTH:
         return "legacy mode uses only the first %d bytes of the key" % LEGACY_KEY_LENGTH
     if len(key) > KEY_LIMIT:
@@ -476,7 +501,63 @@ def is_public(address: bytes) -> bool:
 
 
 # ======================================================================================
-# 6. Values
+# 6. Carriers
+#
+# What stands around a packet on the wire when it does not travel as a plain UDP datagram or over
+# TCP (fwknop spec 1.14): an HTTP request, or the headers of a packet made here.
+# ======================================================================================
+
+AGENT = "Fwknop/2.6.10"  # fwknopd wants it to begin so; the rest is that of fwknop's client
+CARRIERS = ("udp", "udpraw", "tcp", "tcpraw", "http", "icmp")
+RAW_CARRIERS = ("udpraw", "tcpraw", "icmp")
+ICMP_ECHO = 8
+
+
+def encode_request(target: str, host: str, agent: str) -> bytes:
+    """A GET of HTTP/1.1 (RFC 9112), after which the connection is closed."""
+    return encode_text("GET %s HTTP/1.1\r\nUser-Agent: %s\r\nAccept: */*\r\nHost: %s\r\n"
+                       "Connection: close\r\n\r\n" % (target, agent, host))
+
+
+def checksum(data: bytes) -> bytes:
+    """The Internet checksum of RFC 1071, two bytes."""
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(">%dH" % (len(data) // 2), data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack(">H", ~(total + (total >> 16)) & 0xFFFF)
+
+
+def encode_raw(carrier: str, payload: bytes, addresses: "Tuple[bytes, bytes]",
+               ports: "Tuple[int, int]", icmp: "Tuple[int, int]" = (0, 0)) -> bytes:
+    """An IPv4 packet (RFC 791): ICMP (RFC 792), UDP (RFC 768) or a SYN of TCP (RFC 9293).
+
+    `addresses` are source and destination, `icmp` type and code. An echo request has the source
+    port for its identifier. The checksums are right; fwknop leaves those of UDP and TCP 0.
+    """
+    if carrier == "icmp":
+        protocol, place = 1, 2
+        number = (ports[0], 1) if icmp[0] == ICMP_ECHO else (0, 0)
+        header = struct.pack(">BBHHH", icmp[0], icmp[1], 0, *number)
+    elif carrier == "udpraw":
+        protocol, place = 17, 6
+        header = struct.pack(">HHHH", ports[0], ports[1], 8 + len(payload), 0)
+    else:  # sequence number 1, header of 5 words, SYN, window 32767, as fwknop has them
+        protocol, place = 6, 16
+        header = struct.pack(">HHIIBBHHH", ports[0], ports[1], 1, 0, 5 << 4, 2, 32767, 0, 0)
+    length = len(header) + len(payload)
+    pseudo = b"" if carrier == "icmp" else b"".join(addresses) + struct.pack(
+        ">HH", protocol, length)
+    sum_ = checksum(pseudo + header + payload)
+    if carrier == "udpraw" and sum_ == b"\0\0":
+        sum_ = b"\xff\xff"  # 0 would mean that there is none
+    header = header[:place] + sum_ + header[place + 2:]
+    outer = struct.pack(">BBHHHBBH", 0x45, 0, 20 + length, 0, 0, 255, protocol, 0) + b"".join(
+        addresses)
+    return outer[:10] + checksum(outer) + outer[12:] + header + payload
+
+
+# ======================================================================================
+# 7. Values
 #
 # From text to the value of a directive or option. Each parse_ function raises ValueError with
 # what it expected; who calls it adds where the text stood, and the text if it is no secret.
@@ -539,18 +620,50 @@ def parse_mode(text: str) -> str:
     for name in MODES:
         if text.lower() == name.lower():
             return name
-    if text.lower() == "asymmetric":
-        raise NotSupported("GPG is not supported yet")
     raise ValueError("expected one of " + " ".join(MODES))
 
 
 def parse_protocol(text: str) -> str:
     """The name of a carrier."""
-    if text.lower() in ("udpraw", "tcp", "tcpraw", "http", "icmp"):
-        raise NotSupported("the carrier %s is not supported yet" % text.lower())
-    if text.lower() != "udp":
-        raise ValueError("expected udp")
-    return "udp"
+    if text.lower() not in CARRIERS:
+        raise ValueError("expected one of " + " ".join(CARRIERS))
+    return text.lower()
+
+
+def parse_printable(text: str) -> str:
+    """Text in one line."""
+    if not text.strip() or any(letter < " " or letter == "\x7f" for letter in text):
+        raise ValueError("expected text without control characters")
+    return text
+
+
+def parse_place(text: str) -> "Tuple[str, int]":
+    """Host and port of `host`, `host:port`, `host,port` or `[IPv6]:port`; port 0: none is there."""
+    host, mark, port = text.rpartition("," if "," in text else ":")
+    if not mark or (mark == ":" and ":" in host and not host.endswith("]")):
+        host, mark = text, ""
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if ":" in host:
+        parse_address(host)
+    elif not 1 <= len(host) <= 70 or host.lower().strip("abcdefghijklmnopqrstuvwxyz0123456789.-_"):
+        raise ValueError("expected a host, or host:port")
+    return host, parse_port(port) if mark else 0
+
+
+def parse_proxy(text: str) -> "Tuple[str, int]":
+    """Host and port of an HTTP proxy, as parse_place(), or with `http://` in front."""
+    return parse_place(text[7:].rstrip("/") if text.startswith("http://") else text)
+
+
+def parse_url(text: str) -> "Tuple[str, str, int, str]":
+    """A URL of HTTP or HTTPS without user name: itself, host, port and path."""
+    scheme, _, rest = text.partition("://")
+    place, _, path = rest.partition("/")
+    if scheme not in ("http", "https") or any(not "!" <= letter <= "~" for letter in path):
+        raise ValueError("expected a URL that begins with https:// or http://")
+    host, port = parse_place(place)
+    return text, host, port or (443 if scheme == "https" else 80), "/" + path
 
 
 def parse_access(text: str) -> str:
@@ -577,6 +690,13 @@ def parse_address(text: str) -> str:
     return text
 
 
+def parse_spoof(text: str) -> str:
+    """An address to send from."""
+    if ":" in text:
+        raise ValueError("expected an IPv4 address")
+    return parse_address(text)
+
+
 def parse_allow(text: str) -> str:
     """Whom to open for: an address, `source`, or `resolve`."""
     if text.lower() == "source":
@@ -599,10 +719,10 @@ def parse_short_user(text: str) -> str:
 
 
 # ======================================================================================
-# 7. Directives
+# 8. Directives
 #
-# One row per directive of ~/.fwknoprc, in fwknop's order: supported, ignored with the reason, or
-# refused until it is supported. The rows in lower case at the end can be set by options only.
+# One row per directive of ~/.fwknoprc, in fwknop's order. The rows in lower case at the end can be
+# set by options only.
 # A value stays text, with its origin, until all layers have been put on each other.
 # ======================================================================================
 
@@ -618,58 +738,35 @@ SECRET = (encode_text, decode_base64)  # what these have parsed is not shown in 
 
 
 class Directive:
-    """A row of the table: a name, how its text is parsed, what it is for.
-
-    `state` is "" (supported), "ignored" or "refused"; for these two, `help` is the reason.
-    """
+    """A row of the table: a name, how its text is parsed, what it is for."""
 
     def __init__(self, name: str, parse: "Callable[[str], Any]", default: "Optional[str]",
-                 help: str, state: str = "") -> None:
-        self.name, self.parse, self.default = name, parse, default
-        self.help, self.state = help, state
+                 help: str) -> None:
+        self.name, self.parse, self.default, self.help = name, parse, default, help
 
     def value(self, given: "Optional[Given]") -> "Any":
-        """The value to use; SpaError when the text is bad, or asks for what is refused."""
+        """The value to use; SpaError when the text is bad."""
         if given is None:
             return None if self.default is None else self.parse(self.default)
         try:
-            value = self.parse(given.text)
-            if self.state == "refused" and value:
-                raise NotSupported(self.help + " not supported yet")
-            return value
+            return self.parse(given.text)
         except ValueError as problem:
             why = str(problem)
-            if self.parse not in SECRET and not isinstance(problem, NotSupported):
+            if self.parse not in SECRET:
                 why += ", not '%s'" % given.text
             if given.option:
                 raise UsageError("%s: %s" % (given.option, why)) from None
-            where = given.path, given.line, "%s: %s" % (self.name, why)
-            if isinstance(problem, NotSupported):
-                raise UsageError("%s:%d: %s" % where) from None
-            raise ConfigError(*where) from None
+            raise ConfigError(given.path, given.line, "%s: %s" % (self.name, why)) from None
 
 
 def setting(name: str, parse: "Callable[[str], T]", default: str, help: str) -> "T":
-    """A supported directive; the attribute of an instance of Settings is the parsed value."""
+    """A directive with a default; the attribute of an instance of Settings is the parsed value."""
     return Directive(name, parse, default, help)  # type: ignore[return-value]
 
 
 def optional(name: str, parse: "Callable[[str], T]", help: str) -> "Optional[T]":
-    """A supported directive without a default: None unless it is given."""
+    """A directive without a default: None unless it is given."""
     return Directive(name, parse, None, help)  # type: ignore[return-value]
-
-
-def ignored(names: str, reason: str) -> str:
-    """Directives of fwknop without influence on what this program sends."""
-    return Directive(names, parse_text, None, reason, "ignored")  # type: ignore[return-value]
-
-
-def refused(name: str, parse: "Callable[[str], T]", what: str) -> "Optional[T]":
-    """A directive of fwknop that must not be passed over; yes/no ones may say N."""
-    return Directive(name, parse, None, what, "refused")  # type: ignore[return-value]
-
-
-GPG, NAT, RAW = "GPG is", "NAT access is", "raw carriers are"
 
 
 class Settings:
@@ -678,40 +775,48 @@ class Settings:
     digest_type = setting("DIGEST_TYPE", parse_digest, "SHA256", "digest inside the packet")
     protocol = setting("SPA_SERVER_PROTO", parse_protocol, "udp", "carrier of the packet")
     port = setting("SPA_SERVER_PORT", parse_port, "62201", "port of the server")
-    source_port = ignored("SPA_SOURCE_PORT", "it acts on raw carriers only")
+    source_port = optional("SPA_SOURCE_PORT", parse_port, "source port of the raw carriers")
     timeout = setting("FW_TIMEOUT", number_parser(0, TIMEOUT_LIMIT, "a number of seconds"), "0",
                       "seconds to keep open (0: the server decides)")
     allow_ip = optional("ALLOW_IP", parse_allow, "address to open for")
     time_offset = setting("TIME_OFFSET", parse_offset, "0", "add to the time in the packet")
     mode = setting("ENCRYPTION_MODE", parse_mode, "CBC", "mode of AES")
-    use_gpg = refused("USE_GPG", parse_yes_no, GPG)
-    gpg = ignored("USE_GPG_AGENT GPG_RECIPIENT GPG_SIGNER GPG_HOMEDIR GPG_EXE GPG_SIGNING_PW "
-                  "GPG_SIGNING_PW_BASE64 GPG_NO_SIGNING_PW", "it needs USE_GPG")
+    use_gpg = setting("USE_GPG", parse_yes_no, "N", "encrypt with GPG instead of AES")
+    gpg_agent = setting("USE_GPG_AGENT", parse_yes_no, "N", "the gpg-agent knows the passphrase")
+    gpg_recipient = optional("GPG_RECIPIENT", parse_text, "the server's GPG key")
+    gpg_signer = optional("GPG_SIGNER", parse_text, "our GPG key, to sign with")
+    gpg_home = optional("GPG_HOMEDIR", parse_text, "directory of the GPG keys")
+    gpg_exe = setting("GPG_EXE", parse_text, "gpg", "the program")
+    gpg_passphrase = optional("GPG_SIGNING_PW", encode_text, "passphrase of GPG_SIGNER")
+    gpg_passphrase_base64 = optional("GPG_SIGNING_PW_BASE64", decode_base64, "the same in base64")
+    gpg_no_passphrase = setting("GPG_NO_SIGNING_PW", parse_yes_no, "N", "GPG_SIGNER has none")
     user = optional("SPOOF_USER", parse_short_user, "user name in the packet")
-    spoof_source = refused("SPOOF_SOURCE_IP", parse_text, RAW)
+    spoof_source = optional("SPOOF_SOURCE_IP", parse_spoof, "source address of the raw carriers")
     access = optional("ACCESS", parse_access, "ports to open, such as tcp/22,udp/53")
     server = optional("SPA_SERVER", parse_text, "the server, a name or an address")
-    rand_port = refused("RAND_PORT", parse_yes_no, "a random destination port is")
+    rand_port = setting("RAND_PORT", parse_yes_no, "N", "a random port of the server, 10000 and up")
     key = optional("KEY", encode_text, "encryption key")
     key_base64 = optional("KEY_BASE64", decode_base64, "encryption key in base64")
     hmac_type = setting("HMAC_DIGEST_TYPE", parse_digest, "SHA256", "digest of the HMAC")
     hmac_key_base64 = optional("HMAC_KEY_BASE64", decode_base64, "HMAC key in base64")
     hmac_key = optional("HMAC_KEY", encode_text, "HMAC key")
     use_hmac = setting("USE_HMAC", parse_yes_no, "N", "ask for an HMAC key when none is given")
+    use_wget_agent = setting("USE_WGET_USER_AGENT", parse_yes_no, "N", "let wget name itself")
     key_file = optional("KEY_FILE", parse_text, "file with lines `server: key`")
     hmac_key_file = optional("HMAC_KEY_FILE", parse_text, "file with lines `server: HMAC key`")
-    nat_access = refused("NAT_ACCESS", parse_text, NAT)
-    user_agent = ignored("HTTP_USER_AGENT", "it is for HTTP")
+    nat_access = optional("NAT_ACCESS", parse_place, "host and port behind the server to open")
+    user_agent = setting("HTTP_USER_AGENT", parse_printable, AGENT, "what to be called over HTTP")
+    resolve_url = optional("RESOLVE_URL", parse_url, "page that says our address")
     resolve_ipv4 = setting("SERVER_RESOLVE_IPV4", parse_yes_no, "N", "use IPv4 to the server")
-    nat_local = refused("NAT_LOCAL", parse_yes_no, NAT)
-    nat_rand_port = refused("NAT_RAND_PORT", parse_yes_no, NAT)
-    nat_port = refused("NAT_PORT", parse_text, NAT)
+    nat_local = setting("NAT_LOCAL", parse_yes_no, "N", "the server itself is the NAT's target")
+    nat_rand_port = setting("NAT_RAND_PORT", parse_yes_no, "N", "reach it by a random port")
+    nat_port = optional("NAT_PORT", parse_port, "reach it by this port instead of that of ACCESS")
     verbose = setting("VERBOSE", parse_yes_no, "N", "print what is sent")
-    resolve_http = setting("RESOLVE_IP_HTTP", parse_yes_no, "N", "find our address: not yet")
-    resolve = ignored("USE_WGET_USER_AGENT RESOLVE_URL RESOLVE_HTTP_ONLY WGET_CMD",
-                      "it is for finding the own address")
-    resolve_https = setting("RESOLVE_IP_HTTPS", parse_yes_no, "N", "find our address: not yet")
-    no_save_args = ignored("NO_SAVE_ARGS", "arguments are never saved")
+    resolve_http = setting("RESOLVE_IP_HTTP", parse_yes_no, "N", "the same as RESOLVE_IP_HTTPS")
+    resolve_https = setting("RESOLVE_IP_HTTPS", parse_yes_no, "N", "let a web page say our address")
+    resolve_http_only = setting("RESOLVE_HTTP_ONLY", parse_yes_no, "N", "without encryption")
+    wget = optional("WGET_CMD", parse_text, "program to ask it with")
+    no_save_args = setting("NO_SAVE_ARGS", parse_yes_no, "N", "do not write ~/.fwknop.run for -l")
 
     test = setting("test", parse_yes_no, "N", "print the packet, do not send it")
     family = setting("family", parse_text, "0", "IP version to the server")
@@ -724,27 +829,65 @@ class Settings:
                          "bytes of a new encryption key")
     hmac_key_length = optional("hmac_key_length", number_parser(
         1, HMAC_KEY_LIMIT, "a number of bytes"), "bytes of a new HMAC key")
-    gpg_option = refused("gpg_option", parse_text, GPG)
-    command = refused("command", parse_text, "a server command is")
-    save_packet = refused("save_packet", parse_text, "saving the packet is")
-    save_stanza = refused("save_stanza", parse_text, "writing the rc file is")
-    proxy = refused("proxy", parse_text, "the carrier http is")
-    icmp = refused("icmp", parse_text, "the carrier icmp is")
-    last_command = refused("last_command", parse_text, "arguments are never saved: this is")
+    command = optional("command", parse_printable, "a command to run on the server instead of -A")
+    http_proxy = optional("http_proxy", parse_proxy, "HTTP proxy; as -P http")
+    icmp_type = setting("icmp_type", number_parser(0, 40, "a type of ICMP"), "0", "for -P icmp")
+    icmp_code = setting("icmp_code", number_parser(0, 15, "a code of ICMP"), "0", "for -P icmp")
+    save_packet = optional("save_packet", parse_text, "write the packet to this file, too")
+    save_append = setting("save_append", parse_yes_no, "N", "append it to the file of -B")
+    save_stanza = setting("save_stanza", parse_yes_no, "N", "save the options in the rc file")
+    force_stanza = setting("force_stanza", parse_yes_no, "N", "overwrite keys there unasked")
+    save_args_file = optional("save_args_file", parse_text, "file for -l instead of ~/.fwknop.run")
+    fault_tag = optional("fault_tag", parse_text, "ignored (for tests of fwknop itself)")
 
     def __init__(self, given: "Dict[str, Given]") -> None:
         self.given = given
         for attribute, row in DIRECTIVES.items():
             setattr(self, attribute, row.value(given.get(row.name)))
+        recipient = given.get("GPG_RECIPIENT")
+        if self.use_gpg or (recipient is not None and recipient.option):
+            self.mode = GPG
+        if self.http_proxy and "SPA_SERVER_PROTO" not in given:
+            self.protocol = "http"
+
+    def check(self) -> None:
+        """Raise UsageError for values that do not go together."""
+        raw = self.protocol in RAW_CARRIERS
+        nat = self.nat_access or self.nat_local or self.nat_port or self.nat_rand_port
+        for wrong, message in (
+                (self.access is None and self.command is None,
+                 "no ports to open given (-A tcp/22, for example)"),
+                (self.server is None and not self.test,
+                 "Must use --destination unless --test mode is used"),
+                (self.http_proxy and self.protocol != "http",
+                 "Cannot set --http-proxy with a non-HTTP protocol."),
+                (self.http_proxy and self.server is None, "--http-proxy needs -D"),
+                (self.spoof_source and not raw,
+                 "Must set -P <udpraw|tcpraw|icmp> with a spoofed source IP"),
+                (raw and self.family == "6", "the raw carriers know only IPv4"),
+                (self.mode == GPG and self.gpg_recipient is None,
+                 "Must specify --gpg-recipient-key when GPG is used."),
+                (self.command is not None and nat, "a server command knows no NAT"),
+                (self.nat_local and not self.nat_access and self.server is None,
+                 "--nat-local needs -D or -N"),
+                ((self.nat_port or self.nat_rand_port) and "," in (self.access or ""),
+                 "NAT for multiple ports/protocols not yet supported."),
+                (self.save_append and self.save_packet is None, "-b needs -B"),
+                (self.force_stanza and not self.save_stanza,
+                 "--force-stanza needs --save-rc-stanza")):
+            if wrong:
+                raise UsageError(message)
 
 
 DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
               if isinstance(row, Directive)}
-ROWS = {name: row for row in DIRECTIVES.values() for name in row.name.split()}
+ROWS = {row.name: row for row in DIRECTIVES.values()}
 DIRECTIVE_NAMES = {name for name in ROWS if name.isupper()}
 
 # In one layer the first of these counts (fwknop spec 2.5); one layer hides all of those below.
-KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"))
+KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
+               ("GPG_SIGNING_PW", "GPG_SIGNING_PW_BASE64"))
+SECRET_NAMES = {name for name, row in ROWS.items() if row.parse in SECRET}
 
 
 def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
@@ -760,7 +903,7 @@ def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
 
 
 # ======================================================================================
-# 8. Options
+# 9. Options
 #
 # One row per option, from which the parser and --help come. The conventions are those of
 # getopt_long: options and other words in any order, `--name value`, `--name=value`, names
@@ -808,40 +951,41 @@ T  test                 -         test=Y
 v  verbose              -         VERBOSE=Y
 V  version              -         version=Y             print version and SHA-256 of this file
 h  help                 -         help=Y                print this
-E  save-args-file       FILE      NO_SAVE_ARGS
--  no-save-args         -         NO_SAVE_ARGS=Y
 S  source-port          PORT      SPA_SOURCE_PORT
-R  resolve-ip-https     -         ALLOW_IP=resolve      find our address: not supported yet
--  resolve-ip-http      -         ALLOW_IP=resolve      find our address: not supported yet
--  resolve-http-only    -         RESOLVE_HTTP_ONLY=Y
+Q  spoof-source         ADDRESS   SPOOF_SOURCE_IP
+-  spoof-src            ADDRESS   SPOOF_SOURCE_IP       as -Q
+r  rand-port            -         RAND_PORT=Y
+H  http-proxy           HOST:PORT http_proxy
+-  icmp-type            NUMBER    icmp_type
+-  icmp-code            NUMBER    icmp_code
+R  resolve-ip-https     -         ALLOW_IP=resolve      for the address that a web page says we have
+-  resolve-ip-http      -         ALLOW_IP=resolve      as -R
+-  resolve-http-only    -         RESOLVE_HTTP_ONLY=Y   do that without encryption
 -  resolve-url          URL       RESOLVE_URL
 w  wget-cmd             PATH      WGET_CMD
 u  user-agent           NAME      HTTP_USER_AGENT
 -  use-wget-user-agent  -         USE_WGET_USER_AGENT=Y
-N  nat-access           HOST      NAT_ACCESS
+N  nat-access           HOST:PORT NAT_ACCESS
 -  nat-local            -         NAT_LOCAL=Y
 -  nat-port             PORT      NAT_PORT
 -  nat-rand-port        -         NAT_RAND_PORT=Y
 C  server-cmd           COMMAND   command
-r  rand-port            -         RAND_PORT=Y
-Q  spoof-source         ADDRESS   SPOOF_SOURCE_IP
--  spoof-src            ADDRESS   SPOOF_SOURCE_IP
-H  http-proxy           HOST      proxy
--  icmp-type            NUMBER    icmp
--  icmp-code            NUMBER    icmp
 g  gpg-encryption       -         USE_GPG=Y
--  gpg-recipient-key    KEY       gpg_option
--  gpg-signer-key       KEY       gpg_option
--  gpg-home-dir         DIRECTORY gpg_option
--  gpg-exe              PATH      gpg_option
--  gpg-agent            -         gpg_option=Y
--  gpg-no-signing-pw    -         gpg_option=Y
+-  gpg-recipient-key    KEY       GPG_RECIPIENT         the server's GPG key; as -g
+-  gpg-signer-key       KEY       GPG_SIGNER
+-  gpg-home-dir         DIRECTORY GPG_HOMEDIR
+-  gpg-exe              PATH      GPG_EXE
+-  gpg-agent            -         USE_GPG_AGENT=Y
+-  gpg-no-signing-pw    -         GPG_NO_SIGNING_PW=Y
 B  save-packet          FILE      save_packet
-b  save-packet-append   -         save_packet=Y
+b  save-packet-append   -         save_append=Y
 -  save-rc-stanza       -         save_stanza=Y
--  force-stanza         -         save_stanza=Y
-l  last-cmd             -         last_command=Y
--  show-last            -         last_command=Y
+-  force-stanza         -         force_stanza=Y
+l  last-cmd             -         last_command=Y        take the options of the last knock as well
+-  show-last            -         show_last=Y           print them; keys are never among them
+E  save-args-file       FILE      save_args_file
+-  no-save-args         -         NO_SAVE_ARGS=Y
+-  fault-injection-tag  TAG       fault_tag
 """
 
 
@@ -932,29 +1076,53 @@ OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
 def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
     """What the options set, and how many words belong to none."""
-    given, others = parse_options(OPTIONS, words)
-    return {option.name: Given(text, name) for option, name, text in given}, len(others)
+    found, others = parse_options(OPTIONS, words)
+    given = {}  # type: Dict[str, Given]
+    for option, name, text in found:
+        if option.text != RESOLVE or option.name not in given:  # -a and -s go before -R (2.1)
+            given[option.name] = Given(text, name)
+    return given, len(others)
+
+
+def format_arguments(given: "Dict[str, Given]") -> str:
+    """The command line of these options for -l, but no keys; `\\` stands before a blank in a word.
+
+    fwknop reads and writes the same for words without blanks (fwknop spec 2.7).
+    """
+    words = ["fwknop"]
+    for said in given.values():
+        option = find_option(OPTIONS, said.option)
+        if option.name not in SECRET_NAMES and option.name not in ("last_command", "show_last"):
+            words += [said.option] + [said.text[len(option.text):]] * bool(option.argument)
+    return " ".join(word.replace("\\", "\\\\").replace(" ", "\\ ") for word in words)
+
+
+def split_arguments(line: str) -> "List[str]":
+    """The words that format_arguments() or fwknop wrote, without the first: the program's name."""
+    words, escaped = [""], False
+    for letter in line.strip():
+        if letter == "\\" and not escaped:
+            escaped = True
+            continue
+        if letter == " " and not escaped:
+            words.append("")
+        else:
+            words[-1] += letter
+        escaped = False
+    return [word for word in words[1:] if word]
 
 
 def format_help() -> str:
-    """What --help prints: the options that can be used, then the names of the others."""
+    """What --help prints."""
     lines = ["Usage: spa_client.py -A PORTS [-s | -a ADDRESS] -D HOST [options]", ""]
-    others = []
     for option in OPTIONS:
         row = ROWS.get(option.name)
-        if row is not None and row.state:
-            others.append("-" + option.short if option.short else "--" + option.long)
-        else:
-            lines.append(option.format(option.help or (row.help if row else "")))
-    lines += ["", "Options of fwknop that are ignored, or refused as not supported yet:"]
-    for position in range(0, len(others), 4):
-        names = ["%-23s" % name for name in others[position:position + 4]]
-        lines.append("  " + " ".join(names).rstrip())
+        lines.append(option.format(option.help or (row.help if row else "")))
     return "\n".join(lines)
 
 
 # ======================================================================================
-# 9. The rc file
+# 10. The rc file
 #
 # The text of ~/.fwknoprc, cut into stanzas and words exactly as fwknop does it (fwknop spec
 # 2.2), so that the same file means the same to both.
@@ -1007,7 +1175,7 @@ def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
                               % (name + ": " if known else ""))  # else it may be half a key
         if not value:
             raise ConfigError(path, number, "%s: expected a value" % name)
-        if suspicious and name in KEY_SOURCES[0][:2] + KEY_SOURCES[1][:2]:
+        if suspicious and name in SECRET_NAMES:
             warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
                  "follows: keys with these characters must be given as base64"
                  % (path, number, name))
@@ -1015,9 +1183,12 @@ def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
     return given
 
 
-def select_layers(text: str, path: str, named: "Optional[str]",
-                  warn: "Callable[[str], None]") -> "List[Dict[str, Given]]":
-    """The layers in force: [default], and the stanza `named`, whatever the case of its letters."""
+def select_layers(text: str, path: str, named: "Optional[str]", warn: "Callable[[str], None]",
+                  new: bool = False) -> "List[Dict[str, Given]]":
+    """The layers in force: [default], and the stanza `named`, whatever the case of its letters.
+
+    ConfigError when there is no such stanza, unless it may be `new`.
+    """
     stanzas = parse_stanzas(text)
     if stanzas[0][1]:
         warn("%s:%d: ignored, since it stands before the first [stanza]"
@@ -1027,16 +1198,65 @@ def select_layers(text: str, path: str, named: "Optional[str]",
         if wanted is None:
             continue
         found = [lines for name, lines in stanzas[1:] if name.lower() == wanted.lower()]
-        if not found and wanted is named:
+        if not found and wanted is named and not new:
             raise ConfigError(path, 0, "named configuration stanza [%s] was not found" % named)
         layers += [parse_stanza(lines, path, warn) for lines in found]
     return layers
 
 
+def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
+    """What these options say, as an rc file has it, in fwknop's order (fwknop spec 2.3)."""
+    values = {}
+    for name in [row.name for row in DIRECTIVES.values() if row.name in given]:
+        said, value = given[name], ROWS[name].value(given[name])
+        text = str(value) if type(value) in (int, str) else said.text
+        if parse_line("%s %s" % (name, text))[1] != text or set("\r\n") & set(text):
+            raise UsageError("%s: an rc file can't hold values with blanks, ';' or '#'"
+                             % said.option, "give keys as base64")
+        values[name] = text
+    if not {"HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64"}.isdisjoint(values):
+        values["USE_HMAC"] = "Y"
+    return {name: values[name] for name in ROWS if name in values and name in DIRECTIVE_NAMES}
+
+
+def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[str]") -> str:
+    """The text of an rc file with these values in a stanza; all other lines stay as they are.
+
+    A value takes the place of the old one, or stands behind the last line of the stanza, which
+    is made if there is none. Lines of the directives in `dropped` are left out.
+    """
+    lines = []  # type: List[str]
+    inside, waiting, place = False, dict(values), None
+    for line in text.rstrip("\n").split("\n"):
+        bare = line.strip(" \t\r")
+        header = bare.startswith("[") and "]" in bare
+        if header:
+            inside = bare[1:bare.index("]")].lower() == stanza.lower()
+        says = inside and not header and bare[:1] not in ("", "#", ";")
+        name = parse_line(bare)[0] if says else ""
+        if name in dropped:
+            continue
+        if name in values:
+            mark = min((bare.index(mark) for mark in (" #", " ;", "\t#", "\t;") if mark in bare),
+                       default=len(bare))
+            comment = bare[len(bare[:mark].rstrip(" \t")):]
+            line = "%-24s    %s%s" % (name, values[name], comment)
+            waiting.pop(name, None)
+        lines.append(line)
+        if says or (header and inside):
+            place = len(lines)
+    if place is None:
+        lines += [""] * bool(text.strip()) + ["[%s]" % stanza]
+        place = len(lines)
+    lines[place:place] = ["%-24s    %s" % item for item in waiting.items()]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
 # ======================================================================================
-# 10. Files and keys
+# 11. Files and keys
 #
-# Reading rc and key files, asking for keys, making new ones. From here on the machine is touched.
+# Reading rc and key files, asking for keys, making new ones; writing what is to be kept. From here
+# on the machine is touched.
 # ======================================================================================
 
 
@@ -1079,25 +1299,112 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
-    """The rc file to read: named by --rc-file, or .fwknoprc in the home directory, or none."""
-    if "rc_file" in given and "no_rc_file" not in given:
-        return given["rc_file"].text
+def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
+    """The path of a file in the home directory; None without one, or with --no-home-dir."""
     home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
-    if "no_rc_file" in given or "no_home_dir" in given or not home:
+    return os.path.join(home, name) if home and "no_home_dir" not in given else None
+
+
+def rc_path(given: "Dict[str, Given]", new: bool = False) -> "Optional[str]":
+    """The rc file: named by --rc-file, or .fwknoprc in the home directory if it is there or `new`.
+
+    None if there is none.
+    """
+    if "no_rc_file" in given:
         return None
-    path = os.path.join(home, ".fwknoprc")
-    return path if os.path.exists(path) else None
+    if "rc_file" in given:
+        return given["rc_file"].text
+    path = home_file(given, ".fwknoprc")
+    return path if path and (new or os.path.exists(path)) else None
 
 
 def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     """The layers of the rc file for this command line."""
     path, named = rc_path(given), given.get("named_config")
-    if path is not None:
-        return select_layers(read_private(path), path, named.text if named else None, warn)
-    if named is not None:
+    new = "save_stanza" in given
+    if path is not None and not (new and not os.path.exists(path)):
+        return select_layers(read_private(path), path, named.text if named else None, warn, new)
+    if named is not None and not new:
         raise UsageError("-n needs an rc file, and there is none")
     return []
+
+
+def write_private(path: str, text: str, flags: int) -> None:
+    """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "wb") as file:
+            file.write(encode_text(text))
+            if flags & os.O_EXCL:
+                file.flush()
+                os.fsync(file.fileno())
+    except (OSError, ValueError) as error:
+        raise SpaError("%s: %s" % (path, reason(error)),
+                       "it must be a new file" if flags & os.O_EXCL else "") from None
+
+
+def replace_file(path: str, text: str) -> None:
+    """Put a file that only its owner can read in the place of another one, whole or not at all."""
+    path = os.path.realpath(path)
+    new = "%s.%d.updated" % (path, os.getpid())
+    write_private(new, text, os.O_EXCL)
+    try:
+        if hasattr(os, "chown") and os.path.exists(path):
+            status = os.stat(path)
+            os.chown(new, status.st_uid, status.st_gid)
+        os.replace(new, path)
+    except OSError as error:
+        os.unlink(new)
+        raise SpaError("%s: %s" % (path, reason(error))) from None
+
+
+def confirm(question: str) -> bool:
+    """Whether a line of standard input says yes; SpaError when there is no line."""
+    say(question)
+    flush()
+    answer = read_line(0)
+    if not answer.endswith(b"\n"):
+        raise SpaError("standard input ended without an answer", "--force-stanza does not ask")
+    return answer[:1] in (b"y", b"Y")
+
+
+def save_stanza(given: "Dict[str, Given]", force: bool) -> str:
+    """Write options to a stanza of the rc file (fwknop spec 2.3), and return the file's path.
+
+    Before other keys take the place of old ones it asks, unless `force`. An old key that would
+    go before the new one, since it is given in another way, is taken out.
+    """
+    named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given, True)
+    if named is None or path is None:
+        raise UsageError("--save-rc-stanza needs %s" % (
+            "an rc file" if named else "-n or -D, for the name of the stanza"))
+    if not named.text or set("[]\r\n") & set(named.text):
+        raise UsageError("%s: expected the name of a stanza" % named.option)
+    values, dropped = stanza_values(given), set()  # type: Dict[str, str], Set[str]
+    text = read_private(path) if os.path.exists(path) else ""
+    old = {parse_line(line)[0] for name, lines in parse_stanzas(text)
+           for _, line in lines if name.lower() == named.text.lower()}
+    for name in list(values):
+        rivals = {name} if name in ("GPG_RECIPIENT", "GPG_SIGNER") else set()
+        for sources in KEY_SOURCES:
+            rivals.update(sources if name in sources else ())
+        rivals &= old - dropped
+        if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
+                                % (rival, named.text)) for rival in sorted(rivals)):
+            dropped |= rivals
+        else:
+            values.pop(name)
+    replace_file(path, edit_stanza(text, named.text, values, dropped - set(values)))
+    return path
+
+
+def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
+    """Keep the options of a knock, without keys, for -l; where it can't be written, do not."""
+    try:
+        if path is not None:
+            write_private(path, format_arguments(given) + "\n", os.O_TRUNC)
+    except SpaError as error:
+        if "save_args_file" in given:
+            warn(str(error))
 
 
 def read_key_file(path: str, server: "Optional[str]") -> bytes:
@@ -1117,7 +1424,7 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
     return encode_text(key)
 
 
-def read_key_line(descriptor: int) -> bytes:
+def read_line(descriptor: int) -> bytes:
     """One line from an open file, and not a byte more: the next may be the other key."""
     line = b""
     try:
@@ -1128,7 +1435,7 @@ def read_key_line(descriptor: int) -> bytes:
             line += byte
     except OSError as error:
         raise SpaError("file descriptor %d: %s" % (descriptor, reason(error))) from None
-    return line.rstrip(b"\r\n")
+    return line
 
 
 def prompt_key(prompt: str) -> bytes:
@@ -1144,7 +1451,7 @@ def prompt_key(prompt: str) -> bytes:
     os.write(2, prompt.encode("ascii"))
     try:
         termios.tcsetattr(0, termios.TCSAFLUSH, silent)
-        return read_key_line(0)
+        return read_line(0).rstrip(b"\r\n")
     finally:
         termios.tcsetattr(0, termios.TCSAFLUSH, before)
         os.write(2, b"\n")
@@ -1153,7 +1460,7 @@ def prompt_key(prompt: str) -> bytes:
 def ask_key(settings: Settings, what: str, options: str) -> bytes:
     """A key from --fd, --stdin or the terminal; `options` are what could have given it."""
     if settings.fd is not None or settings.stdin:
-        key = read_key_line(settings.fd or 0)
+        key = read_line(settings.fd or 0).rstrip(b"\r\n")
     elif os.isatty(0):
         key = prompt_key("Enter %s: " % what)
     else:
@@ -1163,14 +1470,33 @@ def ask_key(settings: Settings, what: str, options: str) -> bytes:
     return key
 
 
-def find_keys(settings: Settings) -> "Tuple[bytes, Optional[bytes]]":
-    """The encryption key and the HMAC key, if there is to be one (fwknop spec 2.5).
+def find_key(settings: Settings) -> "Optional[bytes]":
+    """The encryption key, or the passphrase of the GPG key to sign with (fwknop spec 2.5).
+
+    b"" for one without passphrase; None if none is needed: no signature, or gpg asks its agent.
+    """
+    sources = [settings.key, settings.key_base64]
+    if settings.mode == GPG:
+        if settings.gpg_signer is None or settings.gpg_agent:
+            return None
+        sources[:0] = [settings.gpg_passphrase, settings.gpg_passphrase_base64]
+        if settings.gpg_no_passphrase:
+            return b""
+    for key in sources:
+        if key is not None:
+            return key
+    if settings.key_file is not None:
+        return read_key_file(settings.key_file, settings.server)
+    if settings.mode == GPG:
+        return ask_key(settings, "passphrase for signing", "--gpg-agent, --gpg-no-signing-pw")
+    return ask_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael")
+
+
+def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
+    """What find_key() finds, and the HMAC key, if there is to be one (fwknop spec 2.5).
 
     An HMAC is used when any HMAC key is given, by USE_HMAC, and by --hmac-digest-type.
     """
-    key = settings.key if settings.key is not None else settings.key_base64
-    if key is None and settings.key_file is not None:
-        key = read_key_file(settings.key_file, settings.server)
     hmac_key = settings.hmac_key if settings.hmac_key is not None else settings.hmac_key_base64
     if hmac_key is None and settings.hmac_key_file is not None:
         hmac_key = read_key_file(settings.hmac_key_file, settings.server)
@@ -1178,11 +1504,10 @@ def find_keys(settings: Settings) -> "Tuple[bytes, Optional[bytes]]":
     wanted = settings.use_hmac or hmac_key is not None or (named is not None and named.option)
     if settings.mode == "legacy" and wanted:
         raise UsageError("legacy encryption mode is incompatible with HMAC usage")
-    if key is None:
-        key = ask_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael")
+    key = find_key(settings)
     if hmac_key is None and wanted:
         hmac_key = ask_key(settings, "HMAC key", "HMAC_KEY_BASE64, --get-hmac-key or --key-hmac")
-    warning = check_keys(key, hmac_key, settings.mode)
+    warning = check_keys(key or b"", hmac_key, settings.mode)
     if warning:
         warn(warning)
     return key, hmac_key
@@ -1193,23 +1518,21 @@ HMAC_KEY_LENGTHS = {"MD5": 16, "SHA1": 20, "SHA256": 64, "SHA384": 128, "SHA512"
                     "SHA3_256": 64, "SHA3_512": 128}
 
 
-def generate_keys(settings: Settings) -> None:
-    """Print new keys in two lines of an rc file, or write them to a new file (spec 2.4)."""
+def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
+    """Put new keys in the rc file, in a new file, or print them for one (fwknop spec 2.4)."""
     length = settings.hmac_key_length or HMAC_KEY_LENGTHS[settings.hmac_type]
-    lines = "".join("%s: %s" % (name, binascii.b2a_base64(os.urandom(size)).decode("ascii"))
-                    for name, size in (("KEY_BASE64", settings.key_length),
-                                       ("HMAC_KEY_BASE64", length)))
-    path = settings.key_gen_file
-    if path is None:
-        say(lines.rstrip("\n"))
-        return
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(lines)
-    except (OSError, ValueError) as error:
-        raise SpaError("%s: %s" % (path, reason(error)), "it must be a new file") from None
-    say("[+] Wrote Rijndael and HMAC keys to: %s" % path)
+    keys = {name: binascii.b2a_base64(os.urandom(size), newline=False).decode("ascii")
+            for name, size in (("KEY_BASE64", settings.key_length), ("HMAC_KEY_BASE64", length))}
+    lines = "\n".join("%s: %s" % item for item in keys.items())
+    done = "[+] Wrote Rijndael and HMAC keys to"
+    if settings.save_stanza:
+        new = {name: Given(text, "-k") for name, text in keys.items()}
+        say("%s rc file: %s" % (done, save_stanza(dict(given, **new), settings.force_stanza)))
+    if settings.key_gen_file is not None:
+        write_private(settings.key_gen_file, lines + "\n", os.O_EXCL)
+        say("%s: %s" % (done, settings.key_gen_file))
+    elif not settings.save_stanza:
+        say(lines)
 
 
 def find_user(settings: Settings) -> str:
@@ -1229,17 +1552,65 @@ def find_user(settings: Settings) -> str:
 
 
 # ======================================================================================
-# 11. Network
+# 12. Programs
 #
-# Looking up the server, the question under which address it sees us, and sending.
+# gpg and wget, started only when asked for, with lists of arguments that no shell sees.
 # ======================================================================================
 
 
-def open_socket(family: int, address: "Tuple[Any, ...]",
-                direct: bool = False) -> "socket.socket":
-    """A UDP socket connected to the address, if there is a way to it (`direct`: without router)."""
-    link = socket.socket(family, socket.SOCK_DGRAM)
+def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
+    """What a program prints when it reads `given`; SpaError with its own words when it fails."""
+    import subprocess
     try:
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        out, errors = process.communicate(given)
+    except (OSError, ValueError) as error:
+        raise SpaError("%s: %s" % (argv[0], reason(error))) from None
+    if process.returncode:
+        lines = errors.decode("ascii", "backslashreplace").split("\n")
+        words = "; ".join(line.strip() for line in lines if line.strip())
+        raise SpaError(words or "%s: exit code %d" % (argv[0], process.returncode))
+    return out
+
+
+def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[bytes]") -> bytes:
+    """OpenPGP data for GPG_RECIPIENT, signed by GPG_SIGNER if there is one (fwknop spec 1.11).
+
+    The passphrase is the first line that gpg reads, before the plain text; where there is none
+    (b""), the empty line keeps gpg from asking. Keys are taken as the key ring has them.
+    """
+    argv = [settings.gpg_exe, "--batch", "--no-tty", "--no-armor", "--trust-model", "always",
+            "--no-auto-key-locate", "--no-encrypt-to"]
+    if settings.gpg_home is not None:
+        argv += ["--homedir", settings.gpg_home]
+    if passphrase is not None:
+        if b"\n" in passphrase:
+            raise SpaError("gpg can't be given a passphrase of more than one line")
+        argv += ["--pinentry-mode", "loopback", "--passphrase-fd", "0"]
+        plaintext = passphrase + b"\n" + plaintext
+    if settings.gpg_signer is not None:
+        argv += ["--sign", "--local-user", settings.gpg_signer]
+    return run_program(argv + ["--encrypt", "--recipient", settings.gpg_recipient or ""], plaintext)
+
+
+# ======================================================================================
+# 13. Network
+#
+# Looking up the server, the question under which address it sees us, and sending. A link is a UDP
+# socket connected to the server: also where the packet then goes another way, it knows the route.
+# ======================================================================================
+
+NETWORK_SECONDS = 10.0  # for a connection over TCP, and for the answer of a web server
+
+
+def open_socket(family: int, address: "Tuple[Any, ...]", direct: bool = False,
+                kind: int = socket.SOCK_DGRAM) -> "socket.socket":
+    """A socket connected to the address, if there is a way to it (`direct`: without router)."""
+    link = socket.socket(family, kind)
+    try:
+        if kind == socket.SOCK_STREAM:
+            link.settimeout(NETWORK_SECONDS)
         if direct:
             link.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
         link.connect(address)
@@ -1277,32 +1648,159 @@ def encode_host(host: str) -> bytes:
                        "give the form that begins with xn--") from None
 
 
-def open_links(settings: Settings) -> "Iterator[socket.socket]":
-    """Connections to the server's addresses to which there is a route; SpaError after the last."""
-    host = settings.server or ""
-    family = "4" if settings.family == "0" and settings.resolve_ipv4 else settings.family
-    families = {"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}
+def look_up(host: str, port: int, family: int,
+            kind: int) -> "List[Tuple[int, Tuple[Any, ...]]]":
+    """The families and addresses of a host; SpaError when the resolver knows none."""
     try:
-        found = socket.getaddrinfo(encode_host(host), settings.port, families[family],
-                                   socket.SOCK_DGRAM)
+        return [(found[0], found[4]) for found in socket.getaddrinfo(
+            encode_host(host), port, family, kind)]
     except (OSError, ValueError) as error:
         raise SpaError("%s: %s" % (host, reason(error))) from None
-    problem = "it has no address"
-    for kind, _, _, _, address in found:
+
+
+def open_links(settings: Settings) -> "Iterator[socket.socket]":
+    """Links to the server's (or proxy's) addresses that have a route; SpaError if none has."""
+    host, port = settings.http_proxy or (settings.server or "", 0)
+    family = "4" if settings.family == "0" and settings.resolve_ipv4 else settings.family
+    family = "4" if settings.protocol in RAW_CARRIERS else family
+    families = {"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}
+    problem = "it has no address"  # type: Optional[str]
+    for kind, address in look_up(host, port or settings.port, families[family],
+                                 socket.SOCK_DGRAM):
         try:
             link = open_socket(kind, address)
         except OSError as error:
-            problem = reason(error)
+            problem = problem and reason(error)
             continue
+        problem = None
         try:
             yield link
         finally:
             link.close()
-    raise SpaError("%s: %s" % (host, problem))
+    if problem:
+        raise SpaError("%s: %s" % (host, problem))
+
+
+def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
+    """Send the packet by its carrier to where the link leads; how many bytes went out."""
+    payload = packet.encode("ascii")
+    if settings.protocol == "udp":
+        return link.send(payload)
+    if settings.protocol in RAW_CARRIERS:
+        return send_raw(settings, link, payload)
+    if settings.protocol == "http":
+        host, target = parse_place(settings.server or "")[0], "/" + packet.replace(
+            "+", "-").replace("/", "_")
+        host = "[%s]" % host if ":" in host else host
+        if settings.http_proxy:  # without a port of its own it takes that of -p, as in fwknop
+            own = settings.http_proxy[1] and "SPA_SERVER_PORT" in settings.given
+            target = "http://%s%s%s" % (host, ":%d" % settings.port if own else "", target)
+        payload = encode_request(target, host, settings.user_agent)
+    stream = open_socket(link.family, link.getpeername(), False, socket.SOCK_STREAM)
+    try:
+        stream.sendall(payload)
+        if settings.http_proxy:
+            stream.recv(1)  # before that, it may not have passed it on
+    finally:
+        stream.close()
+    return len(payload)
+
+
+def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
+    """Send it with headers of our own (root can); how many bytes went out."""
+    source, peer = settings.spoof_source or link.getsockname()[0], link.getpeername()[0]
+    datagram = encode_raw(
+        settings.protocol, payload,
+        (socket.inet_pton(socket.AF_INET, source), socket.inet_pton(socket.AF_INET, peer)),
+        (settings.source_port or random_port(), settings.port),
+        (settings.icmp_type, settings.icmp_code))
+    raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    try:
+        raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+        return raw.sendto(datagram, (peer, 0))
+    finally:
+        raw.close()
+
+
+def random_port() -> int:
+    """A port from 10000 up (fwknop spec 1.14)."""
+    return 10000 + int.from_bytes(os.urandom(7), "big") % 55536
+
+
+def resolve_address(settings: Settings, family: int = 0) -> str:
+    """Our address: the line of RESOLVE_URL that is one (fwknop spec 2.6); SpaError without any."""
+    secure = "" if settings.resolve_http_only else "s"
+    page = settings.resolve_url or parse_url(
+        "http%s://www.cipherdyne.org/cgi-bin/myip" % secure)
+    url = page[0]
+    if url.startswith("https:") and not secure:
+        raise UsageError("https is not supported for --resolve-http-only.")
+    if url.startswith("http:") and secure:
+        warn("IP resolution URL '%s' should begin with 'https://' in -R mode." % url)
+    if settings.wget is not None:
+        named = [] if settings.use_wget_agent else ["-U", settings.user_agent]
+        answer = run_program([settings.wget] + named + [
+            "--secure-protocol=auto", "--quiet", "-O", "-", url])
+    else:
+        answer = fetch(page, settings.user_agent, family)
+    for line in answer.decode("ascii", "replace").splitlines():
+        try:
+            return parse_address(line.strip())
+        except ValueError:
+            continue
+    raise SpaError("%s: no line of the answer is an address" % url)
+
+
+def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
+    """The body of a web page, as it came; SpaError unless it comes within NETWORK_SECONDS."""
+    url, host, port, path = page
+    end, answer, problem = time.monotonic() + NETWORK_SECONDS, b"", "it has no address"
+    for kind, address in look_up(host, port, family, socket.SOCK_STREAM):
+        link = None  # type: Any
+        try:
+            link = open_socket(kind, address, False, socket.SOCK_STREAM)
+            if url.startswith("https:"):
+                link = start_tls(link, host)
+            link.sendall(encode_request(path, url.split("/")[2], agent))
+            piece = b"."
+            while piece and len(answer) < 1 << 16 and not is_whole(answer):
+                link.settimeout(max(0.001, end - time.monotonic()))
+                piece = link.recv(4096)
+                answer += piece
+            break
+        except (OSError, LookupError, ValueError) as error:
+            problem, answer = reason(error), b""  # half an answer may have half an address
+        finally:
+            if link is not None:
+                link.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = head.split(b"\r\n")[0].decode("ascii", "replace")
+    if status.split()[1:2] != ["200"]:
+        raise SpaError("%s: %s" % (url, status or problem))
+    return body
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether an answer is as long as its Content-Length says (RFC 9112 section 6.3)."""
+    head, _, body = answer.lower().partition(b"\r\n\r\n")
+    length = head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0].strip()
+    return length.isdigit() and len(body) >= int(length)
+
+
+def start_tls(link: "socket.socket", host: str) -> "Any":
+    """The connection encrypted, after the certificate was found to be that of the host."""
+    try:
+        import socket as full
+        import ssl
+    except ImportError:
+        raise SpaError("this Python has no ssl for https", "use -w, or -a") from None
+    whole = full.socket(link.family, full.SOCK_STREAM, 0, link.detach())
+    whole.settimeout(NETWORK_SECONDS)
+    return ssl.create_default_context().wrap_socket(whole, server_hostname=host)
 
 
 # ======================================================================================
-# 12. Output
+# 14. Output
 #
 # What is printed on standard output, in the layout that fwknop's users and scripts know
 # (fwknop spec 2.8). Keys are not among it.
@@ -1335,7 +1833,7 @@ def format_dump(message: Message, settings: Settings, packet: str, tag_length: i
     hmac_number, hmac_name = 0, "None"
     if tag_length:
         hmac_number, hmac_name = DIGESTS[settings.hmac_type].number, settings.hmac_type
-    rows = (  # type: Tuple[Tuple[str, object], ...]
+    rows = [  # type: List[Tuple[str, object]]
         ("Random Value", message.random),
         ("Username", message.user),
         ("Timestamp", message.timestamp),
@@ -1347,17 +1845,25 @@ def format_dump(message: Message, settings: Settings, packet: str, tag_length: i
         ("Client Timeout", message.timeout or 0),
         ("Digest Type", "%d (%s)" % (DIGESTS[settings.digest_type].number, settings.digest_type)),
         ("HMAC Type", "%d (%s)" % (hmac_number, hmac_name)),
-        ("Encryption Type", "1 (Rijndael)"),
+        ("Encryption Type", "2 (GPG)" if settings.mode == GPG else "1 (Rijndael)"),
         ("Encryption Mode", "%d (%s)" % (MODES[settings.mode], settings.mode)),
+    ]
+    if settings.mode == GPG:
+        rows += [("GPG signer", settings.gpg_signer or "<NULL>"),
+                 ("GPG recipient", settings.gpg_recipient),
+                 ("GPG home dir", settings.gpg_home or "<NULL>"), ("GPG exe", settings.gpg_exe)]
+    rows += [
         ("Encoded Data", text.decode("ascii")),
         ("SPA Data Digest", message_digest(text, settings.digest_type)),
         ("HMAC", packet[len(packet) - tag_length:] or "<NULL>"),
         ("Final SPA Data", packet),
-    )
+    ]
     lines = ["SPA Field Values:", "================="] + ["%15s: %s" % row for row in rows] + [""]
     if settings.verbose:
-        rows = (("protocol", settings.protocol), ("source port", "<OS assigned>"),
-                ("destination port", settings.port), ("IP/host", settings.server or ""))
+        raw = settings.protocol in RAW_CARRIERS
+        rows = [("protocol", settings.protocol),
+                ("source port", settings.source_port if raw else "<OS assigned>"),
+                ("destination port", settings.port), ("IP/host", settings.server or "")]
         lines += ["Generating SPA packet:"] + ["%20s: %s" % row for row in rows]
     return "\n".join(lines)
 
@@ -1381,7 +1887,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 # ======================================================================================
-# 13. Run
+# 15. Run
 #
 # The way of a packet from the docstring, and the exit codes.
 # ======================================================================================
@@ -1395,18 +1901,46 @@ def random_digits() -> str:
             return "%016d" % (number % 10 ** 16)
 
 
-def build(settings: Settings, keys: "Tuple[bytes, Optional[bytes]]",
+def plan(settings: Settings, allow_ip: str) -> "Tuple[int, str, Optional[str]]":
+    """Type of the message, its text, and where NAT leads (fwknop spec 1.4, 1.5)."""
+    if settings.command is not None:
+        return COMMAND, "%s,%s" % (allow_ip, settings.command), None
+    access, nat = settings.access or "", None
+    protocol, _, port = access.split(",")[0].partition("/")
+    number = LOCAL_NAT if settings.nat_local else NAT_ACCESS if settings.nat_access else ACCESS
+    if number != ACCESS:
+        host, inner = settings.nat_access or (settings.server or "", 0)
+        nat = "%s,%d" % (host, inner or int(port))
+    if settings.nat_port:
+        access = "%s/%d" % (protocol, settings.nat_port)
+    if settings.nat_rand_port:
+        granted = " will grant access to: '%s'" % nat if nat else ""
+        say("[+] Randomly assigned port '%s' on: '%s,%s'%s"
+            % (settings.nat_port, allow_ip, access, granted))
+    if settings.timeout:
+        number = {ACCESS: TIMEOUT_ACCESS, NAT_ACCESS: TIMEOUT_NAT_ACCESS,
+                  LOCAL_NAT: TIMEOUT_LOCAL_NAT}[number]
+    return number, "%s,%s" % (allow_ip, access), nat
+
+
+def build(settings: Settings, keys: "Tuple[Optional[bytes], Optional[bytes]]",
           allow_ip: str) -> "Tuple[str, str]":
     """A fresh packet that asks to open for `allow_ip`, and its dump."""
-    timed = settings.timeout > 0
-    message = Message(
-        random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
-        TIMEOUT_ACCESS if timed else ACCESS, "%s,%s" % (allow_ip, settings.access),
-        timeout=settings.timeout if timed else None)
-    packet = seal(encode_message(message), settings.digest_type, keys[0], settings.mode, keys[1],
-                  settings.hmac_type, os.urandom(SALT_LENGTH))
+    number, asked, nat = plan(settings, allow_ip)
+    message = Message(random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
+                      number, asked, nat, timeout=settings.timeout)
+    text = encode_message(message)
+    if settings.mode == GPG:
+        packet = finish(encrypt_gpg(settings, add_digest(text, settings.digest_type), keys[0]),
+                        GPG_PREFIX, keys[1], settings.hmac_type)
+    else:
+        packet = seal(text, settings.digest_type, keys[0] or b"", settings.mode, keys[1],
+                      settings.hmac_type, os.urandom(SALT_LENGTH))
     tag_length = 0 if keys[1] is None else DIGESTS[settings.hmac_type].text_size
-    check_length(packet, message, settings.digest_type, tag_length)
+    check_length(packet, message, settings.digest_type, tag_length, settings.mode)
+    if settings.save_packet is not None:
+        write_private(settings.save_packet, packet + "\n",
+                      os.O_APPEND if settings.save_append else os.O_TRUNC)
     return packet, format_dump(message, settings, packet, tag_length) if (
         settings.test or settings.verbose) else ""
 
@@ -1415,10 +1949,11 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     """The address to open for: as set, or our own if there can be no NAT on this link."""
     if settings.allow_ip == RESOLVE or (
             settings.allow_ip is None and (settings.resolve_http or settings.resolve_https)):
-        raise UsageError("finding the own address (-R) is not supported yet", "use -a or -s")
+        return resolve_address(settings, link.family if link is not None else 0)
     if settings.allow_ip is not None:
         return settings.allow_ip
-    own = own_address(link) if link is not None else None
+    hidden = settings.spoof_source or settings.http_proxy
+    own = own_address(link) if link is not None and not hidden else None
     if own is None:
         raise UsageError("Must use one of [-s|-R|-a] to specify IP for SPA access.")
     tell("asking to open for %s, our address on the way to the server" % own)
@@ -1427,34 +1962,53 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
 
 def knock(settings: Settings) -> bool:
     """Make a packet and send it, and tell that it was sent; with -T only print it."""
-    if settings.access is None:
-        raise UsageError("no ports to open given", "-A tcp/22, for example")
-    if settings.server is None and not settings.test:
-        raise UsageError("Must use --destination unless --test mode is used")
     keys = find_keys(settings)
-    links = open_links(settings)
+    if settings.rand_port:
+        settings.port = random_port()
+    if settings.nat_rand_port:
+        settings.nat_port = random_port()
+    if settings.protocol in RAW_CARRIERS and not settings.source_port:
+        settings.source_port = random_port()
+    elif settings.source_port and settings.protocol not in RAW_CARRIERS:
+        warn("the source port is ignored: it is for raw carriers (-P udpraw)")
+    links, problem = open_links(settings), ""
     if settings.test:
-        link = next(links) if settings.server and settings.allow_ip is None else None
+        link = next(links) if settings.server and settings.allow_ip in (None, RESOLVE) else None
         say(build(settings, keys, choose_address(settings, link))[1])
-        say("test mode enabled, SPA packet not actually sent.")
+        say("test mode enabled, SPA packet not actually sent."
+            + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
         return False
     for link in links:
         packet, dump = build(settings, keys, choose_address(settings, link))
         if settings.verbose:
             say(dump)
         try:
-            sent = link.send(packet.encode("ascii"))
+            sent = send_packet(settings, link, packet)
         except OSError as error:
-            raise SpaError("%s: %s" % (settings.server, reason(error))) from None
+            problem = reason(error)
+            if isinstance(error, PermissionError) and settings.protocol in RAW_CARRIERS:
+                problem += " (it needs root)"
+            continue
         if settings.verbose:
             say("send_spa_packet: bytes sent: %d" % sent)
-        break
-    return True
+        return True
+    raise SpaError("%s: %s" % (settings.server, problem))
 
 
 def run(words: "List[str]") -> bool:
     """Do what a command line says, or raise SpaError; tells whether a packet was sent."""
     given, others = parse_command_line(words)
+    saved = given["save_args_file"].text if "save_args_file" in given else home_file(
+        given, ".fwknop.run")
+    if "last_command" in given or "show_last" in given:
+        if saved is None:
+            raise UsageError("-l needs a home directory, or -E")
+        kept = split_arguments(read_private(saved))
+        if "show_last" in given:
+            say("Last fwknop client command line: "
+                + format_arguments(parse_command_line(kept)[0]))
+            return False
+        given, others = parse_command_line(kept + words)
     if "help" in given:
         say(format_help())
     elif "version" in given:
@@ -1465,9 +2019,16 @@ def run(words: "List[str]") -> bool:
         settings = Settings(merge(read_layers(given) + [given]))
         if others:
             warn("%d of the words belong to no option and are ignored" % others)
-        if not settings.key_gen and settings.key_gen_file is None:
-            return knock(settings)
-        generate_keys(settings)
+        if settings.key_gen or settings.key_gen_file is not None:
+            generate_keys(settings, given)
+            return False
+        settings.check()
+        if settings.save_stanza:
+            save_stanza(given, settings.force_stanza)
+        sent = knock(settings)
+        if sent and not settings.no_save_args:
+            save_arguments(given, saved)
+        return sent
     return False
 
 

@@ -22,10 +22,10 @@ def server_rows(settings):
 
 
 def client_rows():
-    """The supported rows of the client's table."""
+    """The directives of the client's table."""
     client = load_script("spa_client")
     for row in client.DIRECTIVES.values():
-        if row.name.isupper() and not row.state:
+        if row.name.isupper():
             yield row.name, row.default or "", row.help
 
 
