@@ -3,8 +3,8 @@
 
 It speaks fwknop's single packet authorization (SPA), reads ~/.fwknoprc and takes the options of
 `fwknop`: where that command runs, this file can stand in for it, with nothing but Python 3.6 or
-later. It needs no root, starts no program, writes no file but the key file you name with -K, and
-sends one UDP datagram to one address.
+later. It needs no root, starts no program but the one behind --exec, writes no file but the key
+file you name with -K, and sends one UDP datagram to each address of the server.
 
 The way of a packet:
 
@@ -12,14 +12,18 @@ The way of a packet:
     directives. An option is a directive said on the command line: built-in defaults give way
     to the [default] stanza, that to the stanza named with -n, and that to the command line.
   * The two keys come from there, from key files, or from a prompt.
-  * The server's name is looked up, and a socket connected (UDP: nothing is sent by that).
+  * The server's name is looked up, and for each of its addresses, IPv4 and IPv6, what follows is
+    done once: a server takes the same packet for a replay the second time.
+  * A socket is connected (UDP: nothing is sent by that).
   * The address to open for is what -a or -s say, or the socket's own address, but only if the
     server must see the same one: no NAT can be in between.
   * The message says who asks, when, and for which ports; a digest is put behind it.
   * Both are encrypted with AES-256, and an HMAC is put behind the cipher text.
   * The packet is checked once more for its length, and sent.
+  * With --wait, --proxy or --exec the TCP port is tried until it opens, with a fresh packet every
+    second; then its connection is relayed, or a command takes the place of this program.
 
-Contents. Sections 1 to 9 only compute: text, bytes and time in, values out. Sections 10 to 13
+Contents. Sections 1 to 9 only compute: text, bytes and time in, values out. Sections 10 to 14
 touch the machine: files, terminal, network, standard output.
 
   1. Errors
@@ -33,12 +37,13 @@ touch the machine: files, terminal, network, standard output.
   9. The rc file
   10. Files and keys
   11. Network
-  12. Output
-  13. Run
+  12. After the knock
+  13. Output
+  14. Run
 
-Exit codes: 0 the packet was sent (or -T, -V, -h, -k, -K or --stanza-list did their work);
-1 it was not sent; 2 wrong usage, or something that fwknop has and this program not yet;
-3 a file can't be used.
+Exit codes: 0 the packet was sent (or -T, -V, -h, -k or the like did their work);
+1 it was not sent, or the port did not open; 2 wrong usage, or something that fwknop has and this
+program not yet; 3 a file can't be used; 130 interrupted. --exec ends with the code of its command.
 """
 
 import binascii
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
 
     T = TypeVar("T")
+    Address = Tuple[int, Tuple[Any, ...]]  # a family, and what connect() takes there
 else:
     try:
         import _socket as socket  # an eighth of the price of `socket`, and all that is needed
@@ -714,6 +720,12 @@ class Settings:
     no_save_args = ignored("NO_SAVE_ARGS", "arguments are never saved")
 
     test = setting("test", parse_yes_no, "N", "print the packet, do not send it")
+    quiet = setting("quiet", parse_yes_no, "N", "print nothing but errors")
+    wait = optional("wait", number_parser(1, 86400, "a number of seconds"),
+                    "knock until the TCP port answers, at most so long")
+    wait_port = optional("wait_port", parse_port, "the TCP port to try (the first one of -A)")
+    relay = setting("relay", parse_yes_no, "N", "HOST PORT: wait, then relay stdin and stdout")
+    execute = setting("exec", parse_yes_no, "N", "COMMAND ...: wait, then become this command")
     family = setting("family", parse_text, "0", "IP version to the server")
     stdin = setting("stdin", parse_yes_no, "N", "read missing keys from standard input")
     fd = optional("fd", number_parser(0, 1 << 20, "a file descriptor"),
@@ -805,6 +817,11 @@ K  key-gen-file         FILE      key_gen_file
 -  key-len              BYTES     key_length
 -  hmac-key-len         BYTES     hmac_key_length
 T  test                 -         test=Y
+q  quiet                -         quiet=Y
+-  wait                 SECONDS   wait
+-  wait-port            PORT      wait_port
+-  proxy                -         relay=Y
+-  exec                 -         exec=Y
 v  verbose              -         VERBOSE=Y
 V  version              -         version=Y             print version and SHA-256 of this file
 h  help                 -         help=Y                print this
@@ -930,23 +947,31 @@ def parse_options(options: "List[Option]",
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
 
-def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
-    """What the options set, and how many words belong to none."""
-    given, others = parse_options(OPTIONS, words)
-    return {option.name: Given(text, name) for option, name, text in given}, len(others)
+def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
+    """What the options set, the words that belong to none, and the command behind --exec."""
+    end = words.index("--exec") if "--exec" in words else len(words)
+    given, others = parse_options(OPTIONS, words[:end + 1])
+    settings = {option.name: Given(text, name) for option, name, text in given}
+    return settings, others, words[end + 1:]
+
+
+def usable_options() -> "Iterator[Tuple[Option, str]]":
+    """The options that can be used, each with its help."""
+    for option in OPTIONS:
+        row = ROWS.get(option.name)
+        if row is None or not row.state:
+            yield option, option.help or (row.help if row else "")
 
 
 def format_help() -> str:
     """What --help prints: the options that can be used, then the names of the others."""
     lines = ["Usage: spa_client.py -A PORTS [-s | -a ADDRESS] -D HOST [options]", ""]
-    others = []
-    for option in OPTIONS:
-        row = ROWS.get(option.name)
-        if row is not None and row.state:
-            others.append("-" + option.short if option.short else "--" + option.long)
-        else:
-            lines.append(option.format(option.help or (row.help if row else "")))
-    lines += ["", "Options of fwknop that are ignored, or refused as not supported yet:"]
+    usable = dict(usable_options())
+    lines += [option.format(help) for option, help in usable.items()]
+    others = ["-" + option.short if option.short else "--" + option.long
+              for option in OPTIONS if option not in usable]
+    lines.append("")
+    lines.append("Options of fwknop that are ignored, or refused as not supported yet:")
     for position in range(0, len(others), 4):
         names = ["%-23s" % name for name in others[position:position + 4]]
         lines.append("  " + " ".join(names).rstrip())
@@ -1040,9 +1065,21 @@ def select_layers(text: str, path: str, named: "Optional[str]",
 # ======================================================================================
 
 
+class Notes:
+    """Whether to tell what is no error; run() sets it for each command line."""
+
+    wanted = True
+
+
 def warn(message: str) -> None:
     """Tell the administrator something that does not stop the work."""
-    tell("warning: " + message)
+    note("warning: " + message)
+
+
+def note(message: str) -> None:
+    """One line on standard error, unless -q is given."""
+    if Notes.wanted:
+        tell(message)
 
 
 def tell(message: str) -> None:
@@ -1277,32 +1314,198 @@ def encode_host(host: str) -> bytes:
                        "give the form that begins with xn--") from None
 
 
-def open_links(settings: Settings) -> "Iterator[socket.socket]":
-    """Connections to the server's addresses to which there is a route; SpaError after the last."""
-    host = settings.server or ""
+def choose_family(settings: Settings) -> int:
+    """What -4, -6 and SERVER_RESOLVE_IPV4 say, for getaddrinfo()."""
     family = "4" if settings.family == "0" and settings.resolve_ipv4 else settings.family
-    families = {"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}
+    return int({"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}[family])
+
+
+def find_addresses(host: str, port: int, family: int, kind: int) -> "List[Address]":
+    """The addresses of a host, each once; SpaError if it has none."""
     try:
-        found = socket.getaddrinfo(encode_host(host), settings.port, families[family],
-                                   socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(encode_host(host), port, family, kind)
     except (OSError, ValueError) as error:
         raise SpaError("%s: %s" % (host, reason(error))) from None
-    problem = "it has no address"
-    for kind, _, _, _, address in found:
+    if not found:
+        raise SpaError("%s: it has no address" % host)
+    return list({(each[0], each[4]): None for each in found})
+
+
+def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket]":
+    """Connections to those addresses to which there is a route; SpaError if there is to none."""
+    problem, found = "", False
+    for family, address in addresses:
         try:
-            link = open_socket(kind, address)
+            link = open_socket(family, address)
         except OSError as error:
             problem = reason(error)
             continue
+        found = True
         try:
             yield link
         finally:
             link.close()
-    raise SpaError("%s: %s" % (host, problem))
+    if not found:
+        raise SpaError("%s: %s" % (host, problem))
 
 
 # ======================================================================================
-# 12. Output
+# 12. After the knock
+#
+# Trying the port until it opens, relaying its connection, and becoming another program. Only TCP:
+# of a UDP port nobody can tell whether it is open.
+# ======================================================================================
+
+WAIT_SECONDS = 10  # without --wait
+KNOCK_AGAIN = 1.0  # seconds
+TRY = (0.02, 0.25)  # seconds between the first two tries, and at most
+TRY_SECONDS = 3.0  # for so long a connection may be on its way
+CHUNK = 1 << 18
+
+
+def find_place(settings: Settings, words: "List[str]",
+               command: "List[str]") -> "Optional[Tuple[str, int]]":
+    """Host and TCP port to wait for after the knock, or None; UsageError for what can't work."""
+    if settings.execute and not command:
+        raise UsageError("--exec: expected a command behind it")
+    if settings.relay:
+        if command or settings.test or sys.stdin is None or sys.stdout is None:
+            raise UsageError("--proxy needs standard input and output for itself, and no -T")
+        try:
+            host, port = words
+            return host, parse_port(port)
+        except ValueError:
+            raise UsageError("--proxy: expected HOST PORT") from None
+    wanted = command or settings.wait is not None or settings.wait_port is not None
+    if not wanted or settings.server is None:
+        return None
+    if settings.test:
+        raise UsageError("-T sends nothing, so there is nothing to wait for")
+    ports = [entry[4:] for entry in (settings.access or "").split(",") if entry[:4] == "tcp/"]
+    place = int(settings.wait_port or settings.nat_port or (ports + ["0"])[0])
+    if place == 0:
+        raise UsageError("there is no TCP port in -A to wait for", "--wait-port names one")
+    return settings.server, place
+
+
+def start_connection(family: int, address: "Tuple[Any, ...]") -> "socket.socket":
+    """A TCP socket on its way to the address; OSError when it fails at once."""
+    link = socket.socket(family, socket.SOCK_STREAM)
+    link.setblocking(False)
+    try:
+        link.connect(address)
+    except BlockingIOError:
+        pass
+    except OSError:
+        link.close()
+        raise
+    return link
+
+
+def wait_until_open(addresses: "List[Address]", seconds: int,
+                    knock: "Callable[[], None]") -> "Tuple[Optional[socket.socket], int]":
+    """The connection to the first address that takes one; else None and the last error number.
+
+    A datagram may get lost, so `knock` is called every second. Connections are tried more often
+    than the kernel repeats a SYN, and older ones not given up at once: the way may be long.
+    """
+    import select
+    begin, now, knock_at, try_at, pause, error = time.monotonic(), 0.0, KNOCK_AGAIN, 0.0, TRY[0], 0
+    waiting = {}  # type: Dict[socket.socket, float]
+    try:
+        while now < seconds:
+            if now >= knock_at:
+                knock_at = now + KNOCK_AGAIN
+                try:
+                    knock()
+                except SpaError:
+                    pass  # the first one was sent, and this network may come back
+            if now >= try_at:
+                try_at, pause = now + pause, min(pause * 2, TRY[1])
+                for family, address in addresses:
+                    try:
+                        waiting[start_connection(family, address)] = now + TRY_SECONDS
+                    except OSError as problem:
+                        error = problem.errno or 0
+            for link in [link for link in waiting if waiting[link] < now]:
+                waiting.pop(link)
+                link.close()
+            patience = max(min(knock_at, try_at, seconds) - now, 0)
+            if not waiting:
+                time.sleep(patience)  # Windows can't select among nothing
+            else:
+                _, writable, failed = select.select([], waiting, waiting, patience)
+                for link in set(writable + failed):
+                    waiting.pop(link)
+                    error = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not error:
+                        return link, 0
+                    link.close()
+            now = time.monotonic() - begin
+        return None, error
+    finally:
+        for link in waiting:
+            link.close()
+
+
+def copy(read: "Callable[[int], bytes]", write: "Callable[[memoryview], int]") -> None:
+    """Write what is read, until there is no more."""
+    while True:
+        rest = memoryview(read(CHUNK))
+        if not rest:
+            return
+        while rest:
+            rest = rest[write(rest):]
+
+
+def relay(link: "socket.socket") -> None:
+    """Copy standard input to a connection and the connection to standard output, until both end.
+
+    The end of one direction is passed on, and the other lives on. Each has a thread that blocks:
+    that works with whatever the two are, also on Windows, and who reads slowly slows the sender.
+    """
+    import _thread
+    sent = _thread.allocate_lock()
+    sent.acquire()
+
+    def send_input() -> None:
+        try:
+            copy(lambda size: os.read(0, size), link.send)
+            link.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # a broken connection is told by the other direction
+        sent.release()
+
+    link.setblocking(True)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _thread.start_new_thread(send_input, ())
+    try:
+        copy(link.recv, lambda rest: os.write(1, rest))
+    except BrokenPipeError:
+        return  # nobody reads any more
+    except OSError as error:
+        raise SpaError("the connection broke: %s" % reason(error)) from None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader's end of file
+    sent.acquire()
+
+
+def become(command: "List[str]") -> None:
+    """Go on as this command (on Windows: run it, and end with its exit code); SpaError if not."""
+    flush()
+    try:
+        if os.name == "nt":
+            import subprocess
+            raise SystemExit(subprocess.call(command))
+        import signal
+        for name in ("SIGPIPE", "SIGXFSZ"):  # ignored by Python, and so by what follows it
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise SpaError("--exec: %s: %s" % (command[0], reason(error))) from None
+
+
+# ======================================================================================
+# 13. Output
 #
 # What is printed on standard output, in the layout that fwknop's users and scripts know
 # (fwknop spec 2.8). Keys are not among it.
@@ -1381,7 +1584,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 # ======================================================================================
-# 13. Run
+# 14. Run
 #
 # The way of a packet from the docstring, and the exit codes.
 # ======================================================================================
@@ -1421,40 +1624,127 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     own = own_address(link) if link is not None else None
     if own is None:
         raise UsageError("Must use one of [-s|-R|-a] to specify IP for SPA access.")
-    tell("asking to open for %s, our address on the way to the server" % own)
+    note("asking to open for %s, our address on the way to the server" % own)
     return own
 
 
-def knock(settings: Settings) -> bool:
-    """Make a packet and send it, and tell that it was sent; with -T only print it."""
+def send_packets(settings: Settings, keys: "Tuple[bytes, Optional[bytes]]",
+                 addresses: "List[Address]", chosen: "Dict[Any, str]") -> None:
+    """Send a fresh packet to each address of the server; SpaError if none could be sent.
+
+    `chosen` keeps the address to open for, by that of the server, for the next knock.
+    """
+    sent, problems, first = 0, [], not chosen  # type: int, List[SpaError], bool
+    verbose = settings.verbose and not (settings.quiet or settings.relay)
+    for link in open_links(settings.server or "", addresses):
+        try:
+            peer = link.getpeername()
+            if peer not in chosen:
+                chosen[peer] = choose_address(settings, link)
+            packet, dump = build(settings, keys, chosen[peer])
+            if verbose:
+                say(dump)
+            sent = link.send(packet.encode("ascii"))
+            if verbose:
+                say("send_spa_packet: bytes sent: %d" % sent)
+        except OSError as error:
+            problems.append(SpaError("%s: %s" % (settings.server, reason(error))))
+        except SpaError as error:
+            problems.append(error)
+    for problem in problems:
+        if not sent:
+            raise problem
+        if first:
+            warn("one address of %s got no packet: %s" % (settings.server, problem))
+
+
+def knock(settings: Settings) -> "Optional[Callable[[], None]]":
+    """Make packets and send them; what does so again, or None with -T, which only prints one."""
     if settings.access is None:
         raise UsageError("no ports to open given", "-A tcp/22, for example")
     if settings.server is None and not settings.test:
         raise UsageError("Must use --destination unless --test mode is used")
     keys = find_keys(settings)
-    links = open_links(settings)
+    addresses, chosen = [], {}  # type: List[Address], Dict[Any, str]
+    if settings.server and not (settings.test and settings.allow_ip is not None):
+        addresses = find_addresses(settings.server, settings.port, choose_family(settings),
+                                   socket.SOCK_DGRAM)
     if settings.test:
-        link = next(links) if settings.server and settings.allow_ip is None else None
-        say(build(settings, keys, choose_address(settings, link))[1])
+        links = open_links(settings.server or "", addresses)
+        say(build(settings, keys, choose_address(settings, next(links) if addresses else None))[1])
         say("test mode enabled, SPA packet not actually sent.")
-        return False
-    for link in links:
-        packet, dump = build(settings, keys, choose_address(settings, link))
-        if settings.verbose:
-            say(dump)
+        return None
+    send_packets(settings, keys, addresses, chosen)
+    return lambda: send_packets(settings, keys, addresses, chosen)
+
+
+def knock_and_wait(settings: Settings,
+                   place: "Optional[Tuple[str, int]]") -> "Tuple[bool, Optional[socket.socket]]":
+    """Whether a packet was sent, and a connection to `place`; SpaError if it does not open."""
+    if place is None:
+        return knock(settings) is not None, None
+    import errno
+    addresses = find_addresses(place[0], place[1], choose_family(settings), socket.SOCK_STREAM)
+    again = knock(settings)
+    assert again is not None
+    begin = time.monotonic()
+    seconds = settings.wait or WAIT_SECONDS
+    link, error = wait_until_open(addresses, seconds, again)
+    if link is None:
+        why = {0: "nothing answers. The server rejected the knock (its log says why), opened for"
+                  " another address than ours, or does not get our packets",
+               errno.ECONNREFUSED: "connections are refused. The port may be open, but no service"
+                                   " listens on it"}.get(error) or os.strerror(error)
+        raise SpaError("tcp/%d of %s did not open in %d seconds: %s"
+                       % (place[1], place[0], seconds, why))
+    if settings.wait is not None and not (settings.relay or settings.execute or settings.quiet):
+        say("tcp/%d of %s opened after %.2f seconds"
+            % (place[1], link.getpeername()[0], time.monotonic() - begin))
+    return True, link
+
+
+def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[str]") -> bool:
+    """Knock at each server, then relay or become `command`; tells whether packets were sent.
+
+    With several servers each is tried, and errors are told at once. The connection that is
+    relayed is waited for after the last knock only.
+    """
+    places = [find_place(settings, words, command) for settings in several]
+    failed, sent, link = 0, False, None  # type: int, bool, Optional[socket.socket]
+    for number, (settings, place) in enumerate(zip(several, places), 1):
         try:
-            sent = link.send(packet.encode("ascii"))
-        except OSError as error:
-            raise SpaError("%s: %s" % (settings.server, reason(error))) from None
-        if settings.verbose:
-            say("send_spa_packet: bytes sent: %d" % sent)
-        break
-    return True
+            sent, link = knock_and_wait(
+                settings, None if settings.relay and number < len(several) else place)
+        except SpaError as error:
+            if len(several) == 1:
+                raise
+            tell("[%s] %s" % (settings.given["named_config"].text, error))
+            failed += 1
+        if link is not None and not settings.relay:
+            link.close()
+    if failed:
+        raise SpaError("%d of %d knocks failed" % (failed, len(several)))
+    if several[0].relay and link is not None:
+        relay(link)
+    if command:
+        become(command)
+    return sent
+
+
+def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
+    """The settings for each of the names behind -n, or without it for the only server."""
+    named = given.get("named_config")
+    names = [name.strip() for name in named.text.split(",")] if named else []
+    if named and "" in names:
+        raise UsageError("-n: expected names with commas in between, not '%s'" % named.text)
+    layers = [dict(given, named_config=Given(name, "-n")) for name in names] or [given]
+    return [Settings(merge(read_layers(layer) + [layer])) for layer in layers]
 
 
 def run(words: "List[str]") -> bool:
     """Do what a command line says, or raise SpaError; tells whether a packet was sent."""
-    given, others = parse_command_line(words)
+    given, others, command = parse_command_line(words)
+    Notes.wanted = "quiet" not in given
     if "help" in given:
         say(format_help())
     elif "version" in given:
@@ -1462,12 +1752,12 @@ def run(words: "List[str]") -> bool:
     elif "stanza_list" in given:
         print_stanzas(given)
     else:
-        settings = Settings(merge(read_layers(given) + [given]))
-        if others:
-            warn("%d of the words belong to no option and are ignored" % others)
-        if not settings.key_gen and settings.key_gen_file is None:
-            return knock(settings)
-        generate_keys(settings)
+        several = read_settings(given)
+        if others and not several[0].relay:
+            warn("%d of the words belong to no option and are ignored" % len(others))
+        if not several[0].key_gen and several[0].key_gen_file is None:
+            return knock_at_all(several, others, command)
+        generate_keys(several[0])
     return False
 
 
@@ -1487,7 +1777,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         return 1
     except KeyboardInterrupt:
         tell("interrupted")
-        return 1
+        return 130
 
 
 if __name__ == "__main__":

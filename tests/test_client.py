@@ -921,7 +921,7 @@ class Output(Case):
         with mock.patch.object(client, "open_socket", side_effect=OSError(101, "No way")):
             self.assertIn("127.0.0.1: No way", self.failure(1, *KNOCK, *KEYS, "-D", "127.0.0.1"))
         with mock.patch.object(client, "run", side_effect=KeyboardInterrupt):
-            self.failure(1)
+            self.failure(130)
 
     def test_closed_output(self) -> None:
         """A reader that went away makes no traceback, and no failure of a packet that was sent."""

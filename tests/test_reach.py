@@ -1,0 +1,356 @@
+"""Tests of what spa_client.py does around a knock: addresses, waiting, relaying, documents."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import unittest
+from typing import Any, List, Optional
+from unittest import mock
+
+from tests.support import find_pythons, load_script, nearest_python, skip
+from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver, fields, python,
+                               unseal)
+
+client = load_script("spa_client")  # type: Any
+
+PATIENCE = 60
+
+
+class Door(Receiver):
+    """A UDP port, and a TCP port that refuses until so many packets have come, and then echoes."""
+
+    def __init__(self, opens_after: int) -> None:
+        super().__init__()
+        self.packets = []  # type: List[str]
+        self.opens_after = opens_after
+        self.tcp = socket.socket()
+        self.tcp.bind(("127.0.0.1", 0))
+        self.port = str(self.tcp.getsockname()[1])
+        self.socket.settimeout(None)
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Collect packets, and open."""
+        while True:
+            try:
+                self.packets.append(self.packet())
+            except OSError:
+                return
+            if len(self.packets) == self.opens_after:
+                self.tcp.listen(5)
+                threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        """Echo on every connection, one at a time, until the other side has ended."""
+        while True:
+            try:
+                link = self.tcp.accept()[0]
+            except OSError:
+                return
+            with link:
+                data = link.recv(65536)
+                while data:
+                    link.sendall(data)
+                    data = link.recv(65536)
+
+    def __enter__(self) -> "Door":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self.socket, self.tcp):
+            try:
+                each.shutdown(socket.SHUT_RDWR)  # wakes the threads
+            except OSError:
+                pass
+            each.close()
+
+
+class Addresses(Case):
+    """Every address of the server gets its packet."""
+
+    def knock_at(self, found: List[Any], *words: str) -> Any:
+        """Run a knock at a name that has these addresses."""
+        with mock.patch.object(client.socket, "getaddrinfo", return_value=found):
+            return self.run_main("-A", "tcp/22", *KEYS, "-D", "gate", *words)
+
+    def test_both_families(self) -> None:
+        """A fresh packet for each, with our address in that family; one address once."""
+        try:
+            six = Receiver("::1")
+        except OSError as error:
+            skip("no IPv6 on this machine: %s" % error)
+        with six, Receiver() as four:
+            found = [(each.socket.family, 0, 0, "", each.socket.getsockname())
+                     for each in (six, four, six)]
+            self.assertEqual(0, self.knock_at(found)[0])
+            packets = [unseal(each.packet()).split(":") for each in (six, four)]
+            self.assertEqual([b"::1,tcp/22", b"127.0.0.1,tcp/22"],
+                             [client.decode_base64(packet[5]) for packet in packets])
+            self.assertNotEqual(packets[0][0], packets[1][0])
+            self.assertTrue(six.silent() and four.silent())
+            self.assertEqual((0, "", ""), self.knock_at(found, "-s"))
+            self.assertNotEqual(six.packet(), four.packet())
+
+    def test_test_mode(self) -> None:
+        """-T looks at the way to the server for the address, and not at all when one is given."""
+        with Receiver() as receiver:
+            code, out, err = self.run_main("-T", "-A", "tcp/22", *KEYS, *receiver.options)
+            self.assertEqual((0, "127.0.0.1,tcp/22"), (code, fields(out)["Message String"]), err)
+            self.assertTrue(receiver.silent())
+        with mock.patch.object(client.socket, "getaddrinfo", side_effect=AssertionError):
+            self.dump(*KNOCK, *KEYS, "-D", "some.host")
+
+    def test_one_of_two(self) -> None:
+        """Sent to one is success, and a warning names the other; sent to none is none."""
+        with Receiver() as receiver:
+            good = (socket.AF_INET, 0, 0, "", receiver.socket.getsockname())
+            bad = (socket.AF_INET, 0, 0, "", ("127.0.0.2", 9))
+            real = client.open_socket
+
+            def broken(family: int, address: Any, direct: bool = False) -> Any:
+                link = real(family, address, direct)
+                if address[0] == "127.0.0.1":
+                    return link
+                link.close()
+                broken = mock.Mock()
+                broken.getpeername.return_value = address
+                broken.send.side_effect = OSError(1, "Not permitted")
+                return broken
+
+            with mock.patch.object(client, "open_socket", broken):
+                code, _, err = self.knock_at([bad, good], "-s")
+                self.assertEqual((0, "spa_client.py: warning: one address of gate got no packet: "
+                                  "gate: Not permitted\n"), (code, err))
+                self.assertTrue(receiver.packet())
+                self.assertEqual((0, "", ""), self.knock_at([bad, good], "-s", "-q"))
+                self.assertTrue(receiver.packet())
+                self.assertEqual((1, "", "spa_client.py: gate: Not permitted\n"),
+                                 self.knock_at([bad], "-s", "-q"))
+
+    def test_several_names(self) -> None:
+        """-n a,b: all are understood before the first packet, and a failure does not stop."""
+        with Receiver() as one, Receiver() as two:
+            text = "[default]\nKEY k\nALLOW_IP source\n"
+            for name, receiver in (("a", one), ("B", two)):
+                text += "[%s]\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\nSPA_SERVER_PORT %s\n" % (
+                    name, receiver.options[3])
+            self.write(text + "[c]\nACCESS tcp/22\n[bad]\nACCESS 22\n")
+            for names in ("a,nosuch", "a,bad"):
+                self.failure(3, "-n", names)
+            for names in ("a,", ",", "a,,b"):
+                self.assertIn("-n: expected names", self.failure(2, "-n", names))
+            self.assertTrue(one.silent() and two.silent())
+            one.socket.settimeout(5)
+            two.socket.settimeout(5)
+            self.assertEqual((0, "", ""), self.run_main("-n", "a,b"))
+            self.assertNotEqual(one.packet(), two.packet())
+            with mock.patch.dict(os.environ, self.environment, clear=True), \
+                    mock.patch.object(client, "tell") as tell:
+                self.assertEqual(1, client.main(["-n", "c, b"]))
+            self.assertEqual([mock.call("[c] Must use --destination unless --test mode is used"),
+                              mock.call("1 of 2 knocks failed")], tell.mock_calls)
+            self.assertTrue(two.packet())
+
+
+class Waiting(Case):
+    """--wait, --proxy and --exec on the loopback."""
+
+    def knock(self, door: Door, *words: str, **more: Any) -> "subprocess.CompletedProcess[bytes]":
+        """A knock at a door in a process of its own."""
+        return self.script(["-A", "tcp/" + door.port, "-s", *KEYS, *door.options, *words], **more)
+
+    def test_knocks_again(self) -> None:
+        """Every second a fresh packet, until the port opens."""
+        with Door(3) as door:
+            begin = time.monotonic()
+            done = self.knock(door, "--wait", "50")
+            self.assertEqual((0, b""), (done.returncode, done.stderr))
+            self.assertRegex(done.stdout.decode(), r"^tcp/%s of 127\.0\.0\.1 opened after "
+                             r"\d+\.\d\d seconds\r?\n$" % door.port)
+            self.assertGreater(time.monotonic() - begin, 2.0)
+            self.assertGreaterEqual(float(done.stdout.split()[5]), 2.0)
+            self.assertEqual(3, len(set(door.packets)))
+            self.assertEqual(1, len({tuple(unseal(packet).split(":")[5:6])
+                                     for packet in door.packets}))
+
+    def test_reasons(self) -> None:
+        """What is said when it does not open; silence on success with -q."""
+        with Door(99) as door:
+            done = self.knock(door, "--wait", "1")
+            self.assertEqual((1, b""), (done.returncode, done.stdout))
+            self.assertEqual(1, len(done.stderr.splitlines()))
+            self.assertIn(b"did not open in 1 seconds: connections are refused.", done.stderr)
+        for code, words in ((0, "nothing answers."), (113, "No route to host")):
+            with mock.patch.object(client, "wait_until_open", return_value=(None, code)), \
+                    Receiver() as receiver:
+                self.assertIn(words, self.failure(1, *KNOCK, *KEYS, *receiver.options, "--wait",
+                                                  "5"))
+        with Door(1) as door:
+            done = self.knock(door, "--wait", "50", "-q", "-v", "word")
+            self.assertEqual((0, b"", b""), (done.returncode, done.stdout, done.stderr))
+
+    def test_which_port(self) -> None:
+        """The first TCP port of -A, or that of --wait-port."""
+        for words, expected in ((["--wait", "5"], 22), (["--wait-port", "9"], 9),
+                                (["--exec", "true"], 22)):
+            settings = client.Settings(client.parse_command_line(
+                ["-A", "udp/53,tcp/22,tcp/80", "-D", "gate", *words])[0])
+            self.assertEqual(("gate", expected), client.find_place(settings, [], ["true"]))
+        settings = client.Settings(client.parse_command_line(["-A", "tcp/22", "-D", "gate"])[0])
+        self.assertIsNone(client.find_place(settings, [], []))
+
+    def test_wrong_usage(self) -> None:
+        """A line that says what was expected, exit code 2, and no packet."""
+        with Receiver() as receiver:
+            for words, expected in (
+                    (["--wait", "0"], "--wait: expected a number of seconds, 1 to 86400, not '0'"),
+                    (["--wait", "x"], "--wait: expected a number of seconds"),
+                    (["--wait"], "option '--wait' requires an argument"),
+                    (["--wait-port", "70000"], "--wait-port: expected a port number"),
+                    (["--wait", "5", "-A", "udp/53"], "no TCP port in -A to wait for (--wait-port"),
+                    (["--exec", "true"], "no TCP port in -A"),
+                    (["--wait", "5", "-T"], "-T sends nothing"),
+                    (["--exec"], "--exec: expected a command"),
+                    (["--exe"], "--exec: expected a command"),
+                    (["--proxy"], "--proxy: expected HOST PORT"),
+                    (["--proxy", "a"], "--proxy: expected HOST PORT"),
+                    (["--proxy", "a", "22", "b"], "--proxy: expected HOST PORT"),
+                    (["--proxy", "a", "ssh"], "--proxy: expected HOST PORT"),
+                    (["--proxy", "a", "22", "-T"], "--proxy needs standard input"),
+                    (["--proxy", "a", "22", "--exec", "true"], "--proxy needs standard input")):
+                ports = [] if "udp/53" in words else ["-A", "tcp/22"]
+                if words == ["--exec", "true"]:
+                    ports = ["-A", "udp/9"]
+                self.assertIn(expected, self.failure(
+                    2, *ports, "-s", *KEYS, *receiver.options, *words))
+            self.failure(1, *KNOCK, *KEYS, *receiver.options, "--proxy", "nosuch.invalid", "22")
+            for words in (["--wait", "5"], ["--exec", "true"], ["--proxy", "127.0.0.1", "9"]):
+                self.assertIn("--destination", self.failure(2, *KNOCK, *KEYS, *words))
+            self.assertTrue(receiver.silent())
+
+    @unittest.skipIf(os.name == "nt", "no sh")
+    def test_closed_standard_streams(self) -> None:
+        """A relay without standard input or output is refused, before a socket takes its place."""
+        with Receiver() as receiver:
+            for closed in ("<&-", ">&-"):
+                command = " ".join([python(), "-I", "-S", SCRIPT, *KNOCK, *KEYS, *receiver.options,
+                                    "--no-rc-file", "--proxy", "127.0.0.1", "9", closed])
+                done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE,
+                                      timeout=PATIENCE)
+                self.assertEqual(2, done.returncode)
+                self.assertIn(b"--proxy needs standard input", done.stderr)
+            self.assertTrue(receiver.silent())
+
+    def relay(self, before: str = "", interpreter: Optional[str] = None) -> None:
+        """Three megabytes through --proxy and back, and the end of the file after them."""
+        text = os.urandom(3 << 20)
+        with Door(1) as door:
+            words = ["-A", "tcp/" + door.port, "-s", *KEYS, *door.options, "--proxy", "127.0.0.1",
+                     door.port]
+            command = [interpreter or python(), "-I", "-S", "-c", before + (
+                "\nimport sys\nexec(compile(open(%r).read(), %r, 'exec'), "
+                "{'__name__': '__main__', '__file__': %r})" % (SCRIPT, SCRIPT, SCRIPT)), *words]
+            done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=PATIENCE,
+                                  stderr=subprocess.PIPE, env=self.environment)
+            self.assertEqual((0, b""), (done.returncode, done.stderr))
+            self.assertTrue(text == done.stdout, len(done.stdout))
+
+    def test_relay_on_every_python(self) -> None:
+        """With all Pythons here."""
+        for found in find_pythons():
+            with self.subTest(str(found)):
+                self.relay(interpreter=found.path)
+
+    def test_relay_on_small_systems(self) -> None:
+        """Without what OpenWrt, Debian's python3-minimal, or Windows does not have."""
+        with open(os.path.join(HERE, "vectors", "openwrt_light_missing.json")) as file:
+            releases = json.load(file)
+        for release, lists in releases.items():
+            with self.subTest(release):
+                self.relay(BLOCK % sorted(set(lists["missing"]) | {"encodings.idna"}),
+                           nearest_python(lists["python"]).path)
+        for missing in (["hmac", "secrets", "shlex", "tempfile", "shutil", "getpass", "gettext",
+                         "queue", "mmap", "resource", "termios", "ssl", "ctypes"],
+                        ["pwd", "grp", "fcntl", "termios", "resource", "syslog"]):
+            self.relay(BLOCK % missing)
+
+    def test_exec(self) -> None:
+        """The words behind it are the command's own; its exit code is ours."""
+        code = "import sys; print(sys.argv[1:]); sys.exit(7)"
+        with Door(1) as door:
+            done = self.knock(door, "--exec", python(), "-I", "-S", "-c", code, "-T", "--exec",
+                              "-h")
+            self.assertEqual((7, b""), (done.returncode, done.stderr))
+            self.assertEqual(b"['-T', '--exec', '-h']", done.stdout.strip())
+        with Door(1) as door:
+            done = self.knock(door, "--exec", os.path.join(self.home, "nosuch"))
+            self.assertEqual((1, b""), (done.returncode, done.stdout))
+            self.assertRegex(done.stderr, b"^spa_client.py: --exec: .*nosuch: No such file")
+
+    def test_exec_leaves_no_signal_ignored(self) -> None:
+        """`yes | head -1` must end: Python's own SIG_IGN is not for the command."""
+        if not os.path.exists("/proc/self/status"):
+            skip("no /proc")
+        with Door(1) as door:
+            done = self.knock(door, "--exec", "cat", "/proc/self/status")
+            ignored = int(fields(done.stdout.decode().replace(":\t", ": "))["SigIgn"], 16)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):
+                self.assertFalse(ignored >> (number - 1) & 1, number)
+
+    def test_exec_on_windows(self) -> None:
+        """Where exec() would leave the console to two programs, it is run and waited for."""
+        with mock.patch.object(client.os, "name", "nt"), self.assertRaises(SystemExit) as end:
+            client.become([python(), "-I", "-S", "-c", "raise SystemExit(9)"])
+        self.assertEqual(9, end.exception.code)
+
+    @unittest.skipIf(os.name == "nt", "signals are others there")
+    def test_interrupted(self) -> None:
+        """Ctrl-C while it waits: exit code 130, one line."""
+        with Door(99) as door:
+            words = ["-A", "tcp/" + door.port, "-s", *KEYS, *door.options, "--wait", "90"]
+            process = subprocess.Popen([python(), "-I", "-S", SCRIPT, *words], env=self.environment,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            while not door.packets and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((130, b"", b"spa_client.py: interrupted\n"),
+                             (process.returncode, out, err))
+
+    def test_plain_knock_imports_nothing_new(self) -> None:
+        """select, errno and threads are for those who wait."""
+        before = ("import atexit, sys\n"
+                  "atexit.register(lambda: sys.stderr.write('\\n'.join(sys.modules)))\n"
+                  "known = set(sys.modules)\n")
+        with Receiver() as receiver:
+            done = self.script([*KNOCK, *KEYS, *receiver.options], None, before)
+            self.assertTrue(receiver.packet())
+        self.assertEqual(set(), set(done.stderr.decode().split()) & {
+            "select", "subprocess", "signal", "threading", "socket"})
+
+
+class Quiet(Case):
+    """-q is for cron."""
+
+    def test_quiet(self) -> None:
+        """No warning and no note; errors stay, and so does what was asked for."""
+        self.write("[default]\nKEY k\n", mode=0o644)
+        with Receiver() as receiver:
+            words = ["-A", "tcp/22", *receiver.options]
+            code, out, err = self.run_main(*words)
+            self.assertEqual((0, ""), (code, out))
+            self.assertIn("permissions should only be", err)
+            self.assertIn("asking to open for 127.0.0.1", err)
+            self.assertEqual((0, "", ""), self.run_main(*words, "-q"))
+            self.assertEqual((0, "", ""), self.run_main(*words, "--quiet", "-v", "a", "b"))
+        self.assertIn("--destination", self.failure(2, "-q", "-A", "tcp/22"))
+        self.assertIn("SPA Field Values:", self.run_main("-q", "-T", *KNOCK)[1])
+        self.assertIn("permissions", self.run_main("-T", *KNOCK)[2])  # -q held for one run only
+
+
+if __name__ == "__main__":
+    unittest.main()
