@@ -23,7 +23,7 @@ The way of a packet:
   * With --wait, --proxy or --exec the TCP port is tried until it opens, with a fresh packet every
     second; then its connection is relayed, or a command takes the place of this program.
 
-Contents. Sections 1 to 9 only compute: text, bytes and time in, values out. Sections 10 to 14
+Contents. Sections 1 to 9 only compute: text, bytes and time in, values out. Sections 10 to 15
 touch the machine: files, terminal, network, standard output.
 
   1. Errors
@@ -37,9 +37,10 @@ touch the machine: files, terminal, network, standard output.
   9. The rc file
   10. Files and keys
   11. Network
-  12. After the knock
-  13. Output
-  14. Run
+  12. Own address (RFC 8489)
+  13. After the knock
+  14. Output
+  15. Run
 
 Exit codes: 0 the packet was sent (or -T, -V, -h, -k or the like did their work);
 1 it was not sent, or the port did not open; 2 wrong usage, or something that fwknop has and this
@@ -489,6 +490,7 @@ def is_public(address: bytes) -> bool:
 # ======================================================================================
 
 RESOLVE = "resolve"  # in place of an address to open for: ask a server on the Internet for ours
+STUN, STUN_PORT = "stun:", 3478  # the same, followed by host, or host and port, of a STUN server
 
 
 def parse_text(text: str) -> str:
@@ -583,10 +585,24 @@ def parse_address(text: str) -> str:
     return text
 
 
+def parse_place(text: str, port: int) -> "Tuple[str, int]":
+    """Host and port from `host`, `host:9`, `2001:db8::1` or `[2001:db8::1]:9`; else this port."""
+    host, colon, digits = text.rpartition(":")
+    if not colon or text.endswith("]") or (":" in host and not host.endswith("]")):
+        host, digits = text, str(port)
+    host = host[1:-1] if host.startswith("[") else host
+    if not host:
+        raise ValueError("expected HOST or HOST:PORT")
+    return host, parse_port(digits)
+
+
 def parse_allow(text: str) -> str:
-    """Whom to open for: an address, `source`, or `resolve`."""
+    """Whom to open for: an address, `source`, `resolve`, or `stun:` and a server to ask."""
     if text.lower() == "source":
         return SOURCE_ADDRESS
+    if text.startswith(STUN):
+        parse_place(text[len(STUN):], STUN_PORT)
+        return text
     return RESOLVE if text.lower() == RESOLVE else parse_address(text)
 
 
@@ -822,6 +838,7 @@ q  quiet                -         quiet=Y
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
 -  exec                 -         exec=Y
+-  resolve-stun         HOST      ALLOW_IP=stun:        find our address with this STUN server
 v  verbose              -         VERBOSE=Y
 V  version              -         version=Y             print version and SHA-256 of this file
 h  help                 -         help=Y                print this
@@ -1350,7 +1367,63 @@ def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket
 
 
 # ======================================================================================
-# 12. After the knock
+# 12. Own address (RFC 8489)
+#
+# One question to a STUN server: from which address does this come? The answer is not
+# authenticated: who can read the question can make us open for another address.
+# ======================================================================================
+
+STUN_MAGIC = b"\x21\x12\xa4\x42"
+STUN_SECONDS = (0.5, 1.0, 1.5)  # how long to wait for an answer before asking again
+
+
+def decode_stun(answer: bytes, identity: bytes) -> "Optional[str]":
+    """The address in a Binding success response (section 5, 6, 14.1, 14.2), or None.
+
+    None also for the answer to another question than that with the 12 bytes `identity`. Unknown
+    attributes are skipped: older servers send some.
+    """
+    if answer[:2] != b"\x01\x01" or answer[4:20] != STUN_MAGIC + identity:
+        return None
+    position, found = 20, {}  # type: int, Dict[int, str]
+    while position + 4 <= len(answer):
+        kind, length = struct.unpack_from(">HH", answer, position)
+        value = answer[position + 4:position + 4 + length]
+        position += 4 + (length + 3) // 4 * 4
+        size, family = {1: (4, socket.AF_INET), 2: (16, socket.AF_INET6)}.get(
+            value[1] if len(value) > 1 else 0, (0, 0))
+        if kind in (0x0001, 0x0020) and size and len(value) == 4 + size:
+            raw = exclusive_or(value[4:], STUN_MAGIC + identity) if kind == 0x0020 else value[4:]
+            if any(raw):  # 0.0.0.0 would mean something else in a packet
+                found[kind] = socket.inet_ntop(family, raw)
+    return found.get(0x0020) or found.get(0x0001)
+
+
+def ask_stun(place: str, family: int) -> str:
+    """Our address in this family as a STUN server sees it; SpaError if none answers."""
+    host, port = parse_place(place, STUN_PORT)
+    problem = "no answer"
+    for link in open_links(host, find_addresses(host, port, family, socket.SOCK_DGRAM)):
+        identity = os.urandom(12)
+        try:
+            for seconds in STUN_SECONDS:
+                link.send(b"\0\1\0\0" + STUN_MAGIC + identity)
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    link.settimeout(max(end - time.monotonic(), 0.001))
+                    try:
+                        own = decode_stun(link.recv(2048), identity)
+                    except socket.timeout:
+                        break
+                    if own is not None:
+                        return own
+        except OSError as error:
+            problem = reason(error)
+    raise SpaError("STUN server %s: %s" % (host, problem), "-a or -s need none")
+
+
+# ======================================================================================
+# 13. After the knock
 #
 # Trying the port until it opens, relaying its connection, and becoming another program. Only TCP:
 # of a UDP port nobody can tell whether it is open.
@@ -1505,7 +1578,7 @@ def become(command: "List[str]") -> None:
 
 
 # ======================================================================================
-# 13. Output
+# 14. Output
 #
 # What is printed on standard output, in the layout that fwknop's users and scripts know
 # (fwknop spec 2.8). Keys are not among it.
@@ -1584,7 +1657,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 # ======================================================================================
-# 14. Run
+# 15. Run
 #
 # The way of a packet from the docstring, and the exit codes.
 # ======================================================================================
@@ -1619,6 +1692,8 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     if settings.allow_ip == RESOLVE or (
             settings.allow_ip is None and (settings.resolve_http or settings.resolve_https)):
         raise UsageError("finding the own address (-R) is not supported yet", "use -a or -s")
+    if settings.allow_ip is not None and settings.allow_ip.startswith(STUN):
+        return ask_stun(settings.allow_ip[len(STUN):], link.family if link is not None else 0)
     if settings.allow_ip is not None:
         return settings.allow_ip
     own = own_address(link) if link is not None else None

@@ -40,6 +40,36 @@ while True:
 print("got", count, flush=True)
 """
 
+# A STUN server on both families: answers the second time it is asked, after a wrong answer.
+STUN = """
+import select, socket, sys
+magic = bytes.fromhex("2112a442")
+def xor(left, right):
+    return bytes(one ^ other for one, other in zip(left, right))
+sockets, asked = [], 0
+for family in (socket.AF_INET, socket.AF_INET6):
+    made = socket.socket(family, socket.SOCK_DGRAM)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    made.bind(("", 3478))
+    sockets.append(made)
+print("ready", flush=True)
+while True:
+    for made in select.select(sockets, [], [])[0]:
+        question, peer = made.recvfrom(2048)
+        asked += 1
+        if asked % 2:
+            continue
+        assert question[:4] == bytes.fromhex("00010000") and question[4:8] == magic, question
+        raw = socket.inet_pton(made.family, peer[0])
+        value = b"\\0" + bytes([1 if len(raw) == 4 else 2]) + b"\\0\\0" + xor(raw, question[4:20])
+        body = bytes([0, 0x20, 0, len(value)]) + value
+        answer = bytes([1, 1, 0, len(body)]) + question[4:20] + body
+        made.sendto(answer[:19] + b"?" + answer[20:], peer)
+        made.sendto(answer, peer)
+        print("answered", peer[0], flush=True)
+"""
+
 SSHD = """
 Port 22
 HostKey %(directory)s/host
@@ -127,6 +157,25 @@ class Knocks(Case):
         self.assertEqual(3, self.client.run_code(*program, "a,d")[0])  # d is no stanza: none sent
         self.server.knock(self.client, "-A", "tcp/80", "-s", "-D", SERVER4)
         self.assertEqual(1, self.server.log(mark).count(" opened "))
+
+    def test_own_address_from_stun(self) -> None:
+        """--resolve-stun names the client's address of each family in the packet."""
+        self.server.stop()
+        self.server.configure(access=STANZA + "REQUIRE_SOURCE_ADDRESS Y\n")
+        self.server.start()
+        stun = self.host.start(sys.executable, "-I", "-S", "-c", STUN)
+        stun.wait_for("ready")
+        for server, own in ((SERVER4, CLIENT4), (SERVER6, CLIENT6)):
+            mark = self.server.mark()
+            text = self.client.run(*SPA_CLIENT, *KEYS, "-A", "tcp/22", "-D", server, "-v",
+                                   "--resolve-stun", server)
+            self.assertIn("Message String: %s,tcp/22" % own, text)
+            self.wait_opened(own, 22, mark)
+            stun.wait_for("answered " + own)
+        code, text = self.client.run_code(*SPA_CLIENT, *KEYS, "-A", "tcp/22", "-D", SERVER4,
+                                          "--resolve-stun", "[%s]:9" % CLIENT6)
+        self.assertEqual(1, code)
+        self.assertIn("STUN server %s: " % CLIENT6 if "STUN" in text else CLIENT6, text)
 
 
 @needs_root

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -18,6 +19,26 @@ from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver,
 client = load_script("spa_client")  # type: Any
 
 PATIENCE = 60
+
+# RFC 5769 section 2.2 and 2.3: sample responses, and the addresses in them.
+IDENTITY = bytes.fromhex("b7e7a701bc34d686fa87dfae")
+STUN4 = bytes.fromhex(
+    "0101003c2112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000080001a147e112"
+    "a643000800142b91f599fd9e90c38c7489f92af9ba53f06be7d780280004c07d4c96")
+STUN6 = bytes.fromhex(
+    "010100482112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000140002a1470113"
+    "a9faa5d3f179bc25f4b5bed2b9d900080014a382954e4be67bf11784c97c8292c275bfe3ed4180280004c8fb0b4c")
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """An attribute of a STUN message, padded."""
+    return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
+
+
+def response(*attributes: bytes, identity: bytes = IDENTITY, kind: int = 0x0101) -> bytes:
+    """A STUN message."""
+    body = b"".join(attributes)
+    return struct.pack(">HHI", kind, len(body), 0x2112A442) + identity + body
 
 
 class Door(Receiver):
@@ -154,6 +175,102 @@ class Addresses(Case):
             self.assertEqual([mock.call("[c] Must use --destination unless --test mode is used"),
                               mock.call("1 of 2 knocks failed")], tell.mock_calls)
             self.assertTrue(two.packet())
+
+
+class Stun(Case):
+    """RFC 8489."""
+
+    def test_rfc_5769(self) -> None:
+        """The sample responses."""
+        self.assertEqual("192.0.2.1", client.decode_stun(STUN4, IDENTITY))
+        self.assertEqual("2001:db8:1234:5678:11:2233:4455:6677",
+                         client.decode_stun(STUN6, IDENTITY))
+
+    def test_attributes(self) -> None:
+        """MAPPED-ADDRESS of old servers; XOR-MAPPED-ADDRESS goes before it; others are skipped."""
+        mapped = attribute(0x0001, b"\0\1\0\0" + bytes([198, 51, 100, 7]))
+        plain = bytes(left ^ right for left, right in zip(bytes([192, 0, 2, 1]),
+                                                          client.STUN_MAGIC))
+        xored = attribute(0x0020, b"\0\1\0\0" + plain)
+        old = attribute(0x0005, b"\0\1\0\0" + bytes([9, 9, 9, 9]))
+        for attributes, expected in (((mapped,), "198.51.100.7"), ((mapped, xored), "192.0.2.1"),
+                                     ((xored, mapped), "192.0.2.1"), ((old,), None), ((), None),
+                                     ((old, attribute(0x8022, b"abc"), xored), "192.0.2.1")):
+            self.assertEqual(expected, client.decode_stun(response(*attributes), IDENTITY))
+        nobody = attribute(0x0001, b"\0\1\0\0" + bytes(4))  # in a packet it means another thing
+        for wrong in (response(xored, identity=bytes(12)), response(xored, kind=0x0111),
+                      response(xored, kind=0x0001), response(nobody), response(xored[:8]), b"",
+                      response(attribute(0x0020, b"\0\3\0\0" + plain)), b"\1\1" * 30,
+                      response(attribute(0x0020, b"\0\2\0\0" + plain))):
+            self.assertIsNone(client.decode_stun(wrong, IDENTITY))
+
+    def test_junk(self) -> None:
+        """Cut or altered at any place: an answer or None, never an exception."""
+        for sample in (STUN4, STUN6):
+            for position in range(len(sample)):
+                for junk in (sample[:position], sample[:position] + b"\xff" + sample[position + 1:],
+                             sample[:position] + b"\0" + sample[position + 1:]):
+                    answer = client.decode_stun(junk, IDENTITY)
+                    self.assertTrue(answer is None or client.parse_address(answer))
+
+    def test_places(self) -> None:
+        """Host and port."""
+        for text, expected in (("a.b", ("a.b", 3478)), ("a.b:9", ("a.b", 9)),
+                               ("192.0.2.1:19", ("192.0.2.1", 19)),
+                               ("2001:db8::1", ("2001:db8::1", 3478)),
+                               ("[2001:db8::1]", ("2001:db8::1", 3478)),
+                               ("[2001:db8::1]:9", ("2001:db8::1", 9))):
+            self.assertEqual(expected, client.parse_place(text, 3478), text)
+        for text in ("", ":9", "a:", "a:x", "a:70000", "[]", "[::1]:0"):
+            with self.assertRaises(ValueError, msg=text):
+                client.parse_place(text, 3478)
+            self.failure(2, "-A", "tcp/22", *KEYS, "-D", "127.0.0.1", "--resolve-stun", text)
+
+    def test_asks(self) -> None:
+        """The answer stands in the packet, wrong ones before it do not; also from the rc file."""
+        with Receiver() as stun, Receiver() as receiver:
+            place = "127.0.0.1:" + stun.options[3]
+            self.write("[it]\nALLOW_IP stun:%s\n" % place)
+
+            def answer() -> None:
+                for _ in range(2):
+                    question, peer = stun.socket.recvfrom(100)
+                    self.assertEqual(b"\0\1\0\0" + client.STUN_MAGIC, question[:8])
+                    self.assertEqual(20, len(question))
+                    for identity in (bytes(12), question[8:]):
+                        mapped = bytes([0, 1, 0, 0, 203, 0, 113, 7 if any(identity) else 8])
+                        stun.socket.sendto(response(attribute(1, mapped), identity=identity), peer)
+
+            for words in (["--resolve-stun", place], ["-n", "it"]):
+                thread = threading.Thread(target=answer)
+                thread.start()
+                self.assertEqual((0, "", ""), self.run_main(
+                    "-A", "tcp/22", *KEYS, *receiver.options, *words))
+                self.assertEqual(b"203.0.113.7,tcp/22", client.decode_base64(
+                    unseal(receiver.packet()).split(":")[5]))
+                break_off(stun, thread)
+
+    def test_no_answer(self) -> None:
+        """It asks three times, then says so; nobody there is told at once. No packet is sent."""
+        with Receiver() as stun, Receiver() as receiver, \
+                mock.patch.object(client, "STUN_SECONDS", (0.05, 0.1, 0.1)):
+            words = ["-A", "tcp/22", *KEYS, *receiver.options, "--resolve-stun"]
+            line = self.failure(1, *words, "127.0.0.1:" + stun.options[3])
+            self.assertEqual("STUN server 127.0.0.1: no answer (-a or -s need none)", line)
+            self.assertEqual(1, len({stun.socket.recv(99) for _ in range(3)}))
+            self.assertTrue(stun.silent())
+            port = stun.options[3]
+            stun.socket.close()
+            self.assertIn("refused", self.failure(1, *words, "127.0.0.1:" + port))
+            self.assertTrue(receiver.silent())
+
+
+def break_off(receiver: Receiver, thread: threading.Thread) -> None:
+    """Let a thread that waits for another question end."""
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.sendto(b"\0\1\0\0" + client.STUN_MAGIC + bytes(12), receiver.socket.getsockname())
+    thread.join(PATIENCE)
+    sender.close()
 
 
 class Waiting(Case):
