@@ -842,6 +842,8 @@ q  quiet                -         quiet=Y
 v  verbose              -         VERBOSE=Y
 V  version              -         version=Y             print version and SHA-256 of this file
 h  help                 -         help=Y                print this
+-  man                  -         man=Y                 print this as a manual page
+-  completion           SHELL     completion            print completions for bash, zsh or fish
 E  save-args-file       FILE      NO_SAVE_ARGS
 -  no-save-args         -         NO_SAVE_ARGS=Y
 S  source-port          PORT      SPA_SOURCE_PORT
@@ -964,6 +966,18 @@ def parse_options(options: "List[Option]",
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
 
+# For each place in which to knock; the server of the stanza [gate] stands for any.
+EXAMPLES = r"""
+Knock from            with
+  a shell             spa_client.py -n gate --wait 10 && ssh gate
+                      spa_client.py -n gate --exec ssh gate
+  ~/.ssh/config       ProxyCommand spa_client.py -q -n gate --proxy %h %p
+  crontab             */5 * * * * spa_client.py -q -n gate
+  systemd             systemd-run --user '--on-calendar=*:0/5' spa_client.py -q -n gate
+  Windows             schtasks /create /sc minute /mo 5 /tn knock /tr "py spa_client.py -qn gate"
+"""
+
+
 def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
     """What the options set, the words that belong to none, and the command behind --exec."""
     end = words.index("--exec") if "--exec" in words else len(words)
@@ -987,11 +1001,61 @@ def format_help() -> str:
     lines += [option.format(help) for option, help in usable.items()]
     others = ["-" + option.short if option.short else "--" + option.long
               for option in OPTIONS if option not in usable]
-    lines.append("")
+    lines.append(EXAMPLES)
     lines.append("Options of fwknop that are ignored, or refused as not supported yet:")
     for position in range(0, len(others), 4):
         names = ["%-23s" % name for name in others[position:position + 4]]
         lines.append("  " + " ".join(names).rstrip())
+    return "\n".join(lines)
+
+
+def format_man() -> str:
+    """What --man prints: a manual page in roff, see man(7), made of --help and the docstring."""
+    def roff(text: str) -> str:
+        text = text.replace("\\", "\\e").replace("-", "\\-")
+        return "\n".join("\\&" + line if line[:1] in (".", "'") else line
+                         for line in text.strip("\n").split("\n"))
+
+    about = (__doc__ or "\n\n").split("\n\n")
+    lines = [".TH SPA_CLIENT 1 \"\" \"spa_client.py %s\"" % VERSION, ".SH NAME",
+             roff(about[0].replace(":", " -", 1)), ".SH SYNOPSIS", ".B spa_client.py",
+             roff("-A PORTS [-s | -a ADDRESS] -D HOST [options]"), ".SH DESCRIPTION",
+             roff(about[1]), ".SH OPTIONS"]
+    for option, help in usable_options():
+        lines += [".TP", ".B " + roff(option.format("").strip()), roff(help)]
+    return "\n".join(lines + [".SH EXAMPLES", ".nf", roff(EXAMPLES), ".fi", ".SH EXIT STATUS",
+                              roff(about[-1].partition(": ")[2])])
+
+
+# Names are read line by line: `compgen -W` would run what is written in them.
+BASH_COMPLETION = r"""_spa_client() {
+    local name
+    if [[ $3 == -n || $3 == --named-config ]]; then
+        while read -r _ name; do
+            [[ $name == "$2"* ]] && COMPREPLY+=("$name")
+        done < <("$1" --stanza-list 2>/dev/null | grep '^ - ')
+    elif [[ $2 == -* ]]; then
+        COMPREPLY=($(compgen -W "%s" -- "$2"))
+    fi
+}
+complete -o default -F _spa_client spa_client.py"""
+
+
+def format_completion(shell: str) -> str:
+    """What --completion prints for `bash`, `zsh` (which can read those of bash) or `fish`."""
+    if shell in ("bash", "zsh"):
+        names = ["-" + option.short for option, _ in usable_options() if option.short]
+        names += ["--" + option.long for option, _ in usable_options() if option.long]
+        begin = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+        return begin + BASH_COMPLETION % " ".join(names)
+    if shell != "fish":
+        raise UsageError("--completion: expected bash, zsh or fish, not '%s'" % shell)
+    lines = ["complete -c spa_client.py -s n -l named-config -x -a"
+             " \"(spa_client.py --stanza-list 2>/dev/null | string replace -fr '^ - ' '')\""]
+    for option, help in usable_options():
+        line = "complete -c spa_client.py" + (" -s " + option.short if option.short else "")
+        line += " -l " + option.long if option.long else ""
+        lines.append(line + " -r" * bool(option.argument) + " -d '%s'" % help.replace("'", ""))
     return "\n".join(lines)
 
 
@@ -1824,6 +1888,10 @@ def run(words: "List[str]") -> bool:
         say(format_help())
     elif "version" in given:
         print_version()
+    elif "man" in given:
+        say(format_man())
+    elif "completion" in given:
+        say(format_completion(given["completion"].text))
     elif "stanza_list" in given:
         print_stanzas(given)
     else:

@@ -378,7 +378,7 @@ class Ssh(Case):
     """The line for ~/.ssh/config."""
 
     def test_proxy_command(self) -> None:
-        """ssh, told nothing but the ProxyCommand of the README, runs a command behind the guard.
+        """ssh, told nothing but the ProxyCommand of --help, runs a command behind the guard.
 
         The client behind it does not stay.
         """

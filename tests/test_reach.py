@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -338,7 +339,8 @@ class Waiting(Case):
                     (["--proxy", "a", "22", "b"], "--proxy: expected HOST PORT"),
                     (["--proxy", "a", "ssh"], "--proxy: expected HOST PORT"),
                     (["--proxy", "a", "22", "-T"], "--proxy needs standard input"),
-                    (["--proxy", "a", "22", "--exec", "true"], "--proxy needs standard input")):
+                    (["--proxy", "a", "22", "--exec", "true"], "--proxy needs standard input"),
+                    (["--completion", "tcsh"], "--completion: expected bash, zsh or fish")):
                 ports = [] if "udp/53" in words else ["-A", "tcp/22"]
                 if words == ["--exec", "true"]:
                     ports = ["-A", "udp/9"]
@@ -467,6 +469,87 @@ class Quiet(Case):
         self.assertIn("--destination", self.failure(2, "-q", "-A", "tcp/22"))
         self.assertIn("SPA Field Values:", self.run_main("-q", "-T", *KNOCK)[1])
         self.assertIn("permissions", self.run_main("-T", *KNOCK)[2])  # -q held for one run only
+
+
+class Documents(Case):
+    """What is printed from the table of options."""
+
+    def test_examples(self) -> None:
+        """Each line of --help is a command line that is understood."""
+        lines = [line.partition("spa_client.py ")[2].partition(" && ")[0].rstrip('"')
+                 for line in client.EXAMPLES.split("\n") if "spa_client.py" in line]
+        self.assertEqual(6, len(lines))
+        for line in lines:
+            given, others, command = client.parse_command_line(line.split())
+            self.assertEqual("gate", given["named_config"].text)
+            self.assertEqual("relay" in given, others == ["%h", "%p"])
+            self.assertEqual("exec" in given, command == ["ssh", "gate"])
+
+    def test_man(self) -> None:
+        """Every option that can be used, and no complaint of a formatter."""
+        code, page, err = self.run_main("--man")
+        self.assertEqual((0, ""), (code, err))
+        plain = page.replace("\\-", "-")
+        for option, _ in client.usable_options():
+            self.assertIn(option.format("").strip(), plain)
+        for text in ('.TH SPA_CLIENT 1', "crontab", "130 interrupted", "It speaks fwknop's"):
+            self.assertIn(text, plain)
+        checkers = [command for command in (["mandoc", "-T", "lint", "-W", "warning"],
+                                            ["groff", "-man", "-Tascii", "-ww", "-z"])
+                    if shutil.which(command[0])]
+        if not checkers:
+            skip("neither mandoc nor groff is here")
+        for command in checkers:
+            done = subprocess.run(command, input=page.encode("ascii"), stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, timeout=PATIENCE)
+            complaints = [line for line in done.stdout.splitlines() if b"missing date" not in line]
+            self.assertEqual([], complaints, command)
+
+    def completions(self, shell: str, script: str) -> List[str]:
+        """What a shell prints for a script that follows our completions."""
+        if not shutil.which(shell):
+            skip("%s is not here" % shell)
+        program = os.path.join(self.home, "spa_client.py")
+        with open(program, "w") as file:
+            file.write('#!/bin/sh\nexec %s -I -S %s "$@"\n' % (python(), SCRIPT))
+        os.chmod(program, 0o755)
+        environment = dict(self.environment, PATH=self.home + ":" + os.environ["PATH"])
+        text = self.run_main("--completion", shell)[1]
+        done = subprocess.run([shell, "-c", text + script], env=environment, cwd=self.home,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((0, b""), (done.returncode, done.stderr))
+        return done.stdout.decode().split()
+
+    def test_completion(self) -> None:
+        """Options by their beginning, stanzas behind -n; names are not run as commands."""
+        self.write("[gate]\nKEY k\n[garden]\nKEY k\n[$(touch${IFS}evil)]\nKEY k\n[other]\nKEY k\n")
+        ask = ("COMPREPLY=(); _spa_client spa_client.py '%s' '%s'; echo ${COMPREPLY[@]}\n" * 3) % (
+            "--wa", "", "ga", "-n", "$", "-n")
+        expected = ["--wait", "--wait-port", "gate", "garden", "$(touch${IFS}evil)"]
+        with self.subTest("bash"):
+            self.assertEqual(expected, self.completions("bash", "\n" + ask))
+        with self.subTest("zsh"):
+            stubs = "autoload -U +X compinit && compinit -u -D\n"
+            text = self.run_main("--completion", "zsh")[1]
+            self.assertTrue(text.startswith("autoload"))
+            if not shutil.which("zsh"):
+                skip("zsh is not here")
+            self.completions("bash", "")  # makes the program
+            environment = dict(self.environment, PATH=self.home + ":" + os.environ["PATH"])
+            done = subprocess.run(["zsh", "-f", "-c", stubs + text + ask],
+                                  env=environment, cwd=self.home, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, timeout=PATIENCE)
+            self.assertEqual((0, b""), (done.returncode, done.stderr))
+            found = set(done.stdout.decode().split())  # zsh itself drops options that don't match
+            self.assertEqual(set(expected), {word for word in found if word[0] != "-"
+                                             or word.startswith("--wa")})
+        with self.subTest("fish"):
+            self.assertEqual(
+                ["--wait", "--wait-port", "gate", "garden"],
+                [line.split("\t")[0] for line in "\n".join(self.completions(
+                    "fish", "\ncomplete -C 'spa_client.py --wa' | string replace -r '\\t.*' ''\n"
+                    "complete -C 'spa_client.py -n ga' | sort -r\n")).splitlines()])
+        self.assertFalse(os.path.exists(os.path.join(self.home, "evil")))
 
 
 if __name__ == "__main__":
