@@ -86,7 +86,7 @@ class ReadmeTest(unittest.TestCase):
 
     def test_options_that_it_names_exist(self):
         """Long options in the text are options of a script."""
-        known = {"--datestop"}  # of iptables
+        known = {"--datestop", "--on-calendar", "--user"}  # of iptables and systemd-run
         for name in ("spa_server", "spa_client"):
             known |= {"--" + option.long for option in load_script(name).OPTIONS if option.long}
         with open(os.path.join(TOP, "keygen.py"), encoding="ascii") as file:
