@@ -3,10 +3,11 @@
 
 It speaks fwknop's single packet authorization (SPA), reads ~/.fwknoprc and takes the options of
 `fwknop`: where that command runs, this file can stand in for it, with nothing but Python 3.6 or
-later. A knock is one UDP datagram to one address; for it, no root is needed and no program is
-started. Only what you ask for goes further: other carriers (the raw ones need root), gpg for GPG,
-a web server or wget for -R. It writes the files that you name, ~/.fwknoprc for --save-rc-stanza,
-and after a knock its options, without keys, to ~/.fwknop.run for -l (--no-save-args: it does not).
+later. A knock is a UDP datagram to each address of the server; for it, no root is needed and no
+program is started. Only what you ask for goes further: other carriers (the raw ones need root),
+gpg for GPG, a web server, wget or a STUN server for our address, the command behind --exec. It
+writes the files that you name, ~/.fwknoprc for --save-rc-stanza, and after a knock its options,
+without keys, to ~/.fwknop.run for -l (--no-save-args: it does not).
 
 The way of a packet:
 
@@ -14,14 +15,18 @@ The way of a packet:
     directives. An option is a directive said on the command line: built-in defaults give way
     to the [default] stanza, that to the stanza named with -n, and that to the command line.
   * The two keys come from there, from key files, or from a prompt.
-  * The server's name is looked up, and a socket connected (UDP: nothing is sent by that).
+  * The server's name is looked up, and for each of its addresses, IPv4 and IPv6, what follows is
+    done once: a server takes the same packet for a replay the second time.
+  * A socket is connected (UDP: nothing is sent by that).
   * The address to open for is what -a or -s say, or the socket's own address, but only if the
     server must see the same one: no NAT can be in between.
   * The message says who asks, when, and for which ports; a digest is put behind it.
   * Both are encrypted with AES-256 or by gpg, and an HMAC is put behind the cipher text.
   * The packet is checked once more for its length, and sent.
+  * With --wait, --proxy or --exec the TCP port is tried until it opens, with a fresh packet every
+    second; then its connection is relayed, or a command takes the place of this program.
 
-Contents. Sections 1 to 10 only compute: text, bytes and time in, values out. Sections 11 to 15
+Contents. Sections 1 to 10 only compute: text, bytes and time in, values out. Sections 11 to 17
 touch the machine: files, terminal, programs, network, standard output.
 
   1. Errors
@@ -37,11 +42,14 @@ touch the machine: files, terminal, programs, network, standard output.
   11. Files and keys
   12. Programs
   13. Network
-  14. Output
-  15. Run
+  14. Own address
+  15. After the knock
+  16. Output
+  17. Run
 
-Exit codes: 0 the packet was sent (or what else was asked for is done); 1 it was not; 2 wrong
-usage; 3 a file can't be used. fwknop knows only 0 and 1.
+Exit codes: 0 the packet was sent (or what else was asked for is done); 1 it was not, or the port
+did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop knows only 0 and 1.
+--exec ends with the code of its command.
 """
 
 import binascii
@@ -56,6 +64,7 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
 
     T = TypeVar("T")
+    Address = Tuple[int, Tuple[Any, ...]]  # a family, and what connect() takes there
 else:
     try:
         import _socket as socket  # an eighth of the price of `socket`, and all that is needed
@@ -564,6 +573,7 @@ def encode_raw(carrier: str, payload: bytes, addresses: "Tuple[bytes, bytes]",
 # ======================================================================================
 
 RESOLVE = "resolve"  # in place of an address to open for: ask a server on the Internet for ours
+STUN, STUN_PORT = "stun:", 3478  # the same, followed by host, or host and port, of a STUN server
 
 
 def parse_text(text: str) -> str:
@@ -637,9 +647,9 @@ def parse_printable(text: str) -> str:
     return text
 
 
-def parse_place(text: str) -> "Tuple[str, int]":
-    """Host and port of `host`, `host:port`, `host,port` or `[IPv6]:port`; port 0: none is there."""
-    host, mark, port = text.rpartition("," if "," in text else ":")
+def parse_place(text: str, port: int = 0) -> "Tuple[str, int]":
+    """Host and port of `host`, `host:9`, `host,9` or `[IPv6]:9`; where none is there, this port."""
+    host, mark, digits = text.rpartition("," if "," in text else ":")
     if not mark or (mark == ":" and ":" in host and not host.endswith("]")):
         host, mark = text, ""
     if host.startswith("[") and host.endswith("]"):
@@ -648,7 +658,7 @@ def parse_place(text: str) -> "Tuple[str, int]":
         parse_address(host)
     elif not 1 <= len(host) <= 70 or host.lower().strip("abcdefghijklmnopqrstuvwxyz0123456789.-_"):
         raise ValueError("expected a host, or host:port")
-    return host, parse_port(port) if mark else 0
+    return host, parse_port(digits) if mark else port
 
 
 def parse_proxy(text: str) -> "Tuple[str, int]":
@@ -662,8 +672,7 @@ def parse_url(text: str) -> "Tuple[str, str, int, str]":
     place, _, path = rest.partition("/")
     if scheme not in ("http", "https") or any(not "!" <= letter <= "~" for letter in path):
         raise ValueError("expected a URL that begins with https:// or http://")
-    host, port = parse_place(place)
-    return text, host, port or (443 if scheme == "https" else 80), "/" + path
+    return (text,) + parse_place(place, 443 if scheme == "https" else 80) + ("/" + path,)
 
 
 def parse_access(text: str) -> str:
@@ -698,9 +707,12 @@ def parse_spoof(text: str) -> str:
 
 
 def parse_allow(text: str) -> str:
-    """Whom to open for: an address, `source`, or `resolve`."""
+    """Whom to open for: an address, `source`, `resolve`, or `stun:` and a server to ask."""
     if text.lower() == "source":
         return SOURCE_ADDRESS
+    if text.startswith(STUN):
+        parse_place(text[len(STUN):], STUN_PORT)
+        return text
     return RESOLVE if text.lower() == RESOLVE else parse_address(text)
 
 
@@ -819,6 +831,12 @@ class Settings:
     no_save_args = setting("NO_SAVE_ARGS", parse_yes_no, "N", "do not write ~/.fwknop.run for -l")
 
     test = setting("test", parse_yes_no, "N", "print the packet, do not send it")
+    quiet = setting("quiet", parse_yes_no, "N", "print nothing but errors")
+    wait = optional("wait", number_parser(1, 86400, "a number of seconds"),
+                    "knock until the TCP port answers, at most so long")
+    wait_port = optional("wait_port", parse_port, "the TCP port to try (the first one of -A)")
+    relay = setting("relay", parse_yes_no, "N", "HOST PORT: wait, then relay stdin and stdout")
+    execute = setting("exec", parse_yes_no, "N", "COMMAND ...: wait, then become this command")
     family = setting("family", parse_text, "0", "IP version to the server")
     stdin = setting("stdin", parse_yes_no, "N", "read missing keys from standard input")
     fd = optional("fd", number_parser(0, 1 << 20, "a file descriptor"),
@@ -849,6 +867,8 @@ class Settings:
             self.mode = GPG
         if self.http_proxy and "SPA_SERVER_PROTO" not in given:
             self.protocol = "http"
+        if self.allow_ip is None and (self.resolve_http or self.resolve_https):
+            self.allow_ip = RESOLVE
 
     def check(self) -> None:
         """Raise UsageError for values that do not go together."""
@@ -876,7 +896,8 @@ class Settings:
                 (self.force_stanza and not self.save_stanza,
                  "--force-stanza needs --save-rc-stanza")):
             if wrong:
-                raise UsageError(message)
+                named = self.given.get("named_config")
+                raise UsageError(("[%s] " % named.text if named else "") + message)
 
 
 DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
@@ -948,9 +969,17 @@ K  key-gen-file         FILE      key_gen_file
 -  key-len              BYTES     key_length
 -  hmac-key-len         BYTES     hmac_key_length
 T  test                 -         test=Y
+q  quiet                -         quiet=Y
+-  wait                 SECONDS   wait
+-  wait-port            PORT      wait_port
+-  proxy                -         relay=Y
+-  exec                 -         exec=Y
+-  resolve-stun         HOST      ALLOW_IP=stun:        find our address with this STUN server
 v  verbose              -         VERBOSE=Y
 V  version              -         version=Y             print version and SHA-256 of this file
 h  help                 -         help=Y                print this
+-  man                  -         man=Y                 print this as a manual page
+-  completion           SHELL     completion            print completions for bash, zsh or fish
 S  source-port          PORT      SPA_SOURCE_PORT
 Q  spoof-source         ADDRESS   SPOOF_SOURCE_IP
 -  spoof-src            ADDRESS   SPOOF_SOURCE_IP       as -Q
@@ -1074,14 +1103,30 @@ def parse_options(options: "List[Option]",
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
 
-def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], int]":
-    """What the options set, and how many words belong to none."""
-    found, others = parse_options(OPTIONS, words)
+# What is left out when a command line is kept: keys, and what is about this one run.
+NOT_KEPT = SECRET_NAMES | {"last_command", "show_last", "quiet", "relay", "exec"}
+
+# For each place in which to knock; the server of the stanza [gate] stands for any.
+EXAMPLES = r"""
+Knock from            with
+  a shell             spa_client.py -n gate --wait 10 && ssh gate
+                      spa_client.py -n gate --exec ssh gate
+  ~/.ssh/config       ProxyCommand spa_client.py -q -n gate --proxy %h %p
+  crontab             */5 * * * * spa_client.py -q -n gate
+  systemd             systemd-run --user '--on-calendar=*:0/5' spa_client.py -q -n gate
+  Windows             schtasks /create /sc minute /mo 5 /tn knock /tr "py spa_client.py -qn gate"
+"""
+
+
+def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
+    """What the options set, the words that belong to none, and the command behind --exec."""
+    end = words.index("--exec") if "--exec" in words else len(words)
+    found, others = parse_options(OPTIONS, words[:end + 1])
     given = {}  # type: Dict[str, Given]
     for option, name, text in found:
-        if option.text != RESOLVE or option.name not in given:  # -a and -s go before -R (2.1)
-            given[option.name] = Given(text, name)
-    return given, len(others)
+        if option.text not in (RESOLVE, STUN) or option.name not in given:
+            given[option.name] = Given(text, name)  # -a and -s go before -R (fwknop spec 2.1)
+    return given, others, words[end + 1:]
 
 
 def format_arguments(given: "Dict[str, Given]") -> str:
@@ -1092,7 +1137,7 @@ def format_arguments(given: "Dict[str, Given]") -> str:
     words = ["fwknop"]
     for said in given.values():
         option = find_option(OPTIONS, said.option)
-        if option.name not in SECRET_NAMES and option.name not in ("last_command", "show_last"):
+        if option.name not in NOT_KEPT:
             words += [said.option] + [said.text[len(option.text):]] * bool(option.argument)
     return " ".join(word.replace("\\", "\\\\").replace(" ", "\\ ") for word in words)
 
@@ -1112,12 +1157,68 @@ def split_arguments(line: str) -> "List[str]":
     return [word for word in words[1:] if word]
 
 
+def explain(option: Option) -> str:
+    """The help of an option, which may be that of its directive."""
+    return option.help or ROWS[option.name].help
+
+
 def format_help() -> str:
     """What --help prints."""
     lines = ["Usage: spa_client.py -A PORTS [-s | -a ADDRESS] -D HOST [options]", ""]
     for option in OPTIONS:
-        row = ROWS.get(option.name)
-        lines.append(option.format(option.help or (row.help if row else "")))
+        lines.append(option.format(explain(option)))
+    lines.append(EXAMPLES.rstrip())
+    return "\n".join(lines)
+
+
+def format_man() -> str:
+    """What --man prints: a manual page in roff, see man(7), made of --help and the docstring."""
+    def roff(text: str) -> str:
+        text = text.replace("\\", "\\e").replace("-", "\\-")
+        return "\n".join("\\&" + line if line[:1] in (".", "'") else line
+                         for line in text.strip("\n").split("\n"))
+
+    about = (__doc__ or "\n\n").split("\n\n")
+    lines = [".TH SPA_CLIENT 1 \"\" \"spa_client.py %s\"" % VERSION, ".SH NAME",
+             roff(about[0].replace(":", " -", 1)), ".SH SYNOPSIS", ".B spa_client.py",
+             roff("-A PORTS [-s | -a ADDRESS] -D HOST [options]"), ".SH DESCRIPTION",
+             roff(about[1]), ".SH OPTIONS"]
+    for option in OPTIONS:
+        lines += [".TP", ".B " + roff(option.format("").strip()), roff(explain(option))]
+    return "\n".join(lines + [".SH EXAMPLES", ".nf", roff(EXAMPLES), ".fi", ".SH EXIT STATUS",
+                              roff(about[-1].partition(": ")[2])])
+
+
+# Names are read line by line: `compgen -W` would run what is written in them.
+BASH_COMPLETION = r"""_spa_client() {
+    local name
+    if [[ $3 == -n || $3 == --named-config ]]; then
+        while read -r _ name; do
+            [[ $name == "$2"* ]] && COMPREPLY+=("$name")
+        done < <("$1" --stanza-list 2>/dev/null | grep '^ - ')
+    elif [[ $2 == -* ]]; then
+        COMPREPLY=($(compgen -W "%s" -- "$2"))
+    fi
+}
+complete -o default -F _spa_client spa_client.py"""
+
+
+def format_completion(shell: str) -> str:
+    """What --completion prints for `bash`, `zsh` (which can read those of bash) or `fish`."""
+    if shell in ("bash", "zsh"):
+        names = ["-" + option.short for option in OPTIONS if option.short]
+        names += ["--" + option.long for option in OPTIONS if option.long]
+        begin = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+        return begin + BASH_COMPLETION % " ".join(names)
+    if shell != "fish":
+        raise UsageError("--completion: expected bash, zsh or fish, not '%s'" % shell)
+    lines = ["complete -c spa_client.py -s n -l named-config -x -a"
+             " \"(spa_client.py --stanza-list 2>/dev/null | string replace -fr '^ - ' '')\""]
+    for option in OPTIONS:
+        line = "complete -c spa_client.py" + (" -s " + option.short if option.short else "")
+        line += " -l " + option.long if option.long else ""
+        line += " -r" * bool(option.argument)
+        lines.append(line + " -d '%s'" % explain(option).replace("'", ""))
     return "\n".join(lines)
 
 
@@ -1260,9 +1361,21 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
 # ======================================================================================
 
 
+class Notes:
+    """Whether to tell what is no error; run() sets it for each command line."""
+
+    wanted = True
+
+
 def warn(message: str) -> None:
     """Tell the administrator something that does not stop the work."""
-    tell("warning: " + message)
+    note("warning: " + message)
+
+
+def note(message: str) -> None:
+    """One line on standard error, unless -q is given."""
+    if Notes.wanted:
+        tell(message)
 
 
 def tell(message: str) -> None:
@@ -1377,7 +1490,7 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> str:
     if named is None or path is None:
         raise UsageError("--save-rc-stanza needs %s" % (
             "an rc file" if named else "-n or -D, for the name of the stanza"))
-    if not named.text or set("[]\r\n") & set(named.text):
+    if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError("%s: expected the name of a stanza" % named.option)
     values, dropped = stanza_values(given), set()  # type: Dict[str, str], Set[str]
     text = read_private(path) if os.path.exists(path) else ""
@@ -1513,9 +1626,9 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
     return key, hmac_key
 
 
-# Bytes of a new HMAC key as fwknop chooses them (fwknop spec 2.4; SHA3 it can't).
+# Bytes of a new HMAC key as fwknop chooses them (fwknop spec 2.4); for SHA-3 as keygen.py does.
 HMAC_KEY_LENGTHS = {"MD5": 16, "SHA1": 20, "SHA256": 64, "SHA384": 128, "SHA512": 128,
-                    "SHA3_256": 64, "SHA3_512": 128}
+                    "SHA3_256": 64, "SHA3_512": 64}
 
 
 def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
@@ -1597,46 +1710,31 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
 # ======================================================================================
 # 13. Network
 #
-# Looking up the server, the question under which address it sees us, and sending. A link is a UDP
-# socket connected to the server: also where the packet then goes another way, it knows the route.
+# Looking up the server, and sending. A link is a UDP socket connected to the server: also where the
+# packet then goes another way, it knows the route.
 # ======================================================================================
 
 NETWORK_SECONDS = 10.0  # for a connection over TCP, and for the answer of a web server
 
 
 def open_socket(family: int, address: "Tuple[Any, ...]", direct: bool = False,
-                kind: int = socket.SOCK_DGRAM) -> "socket.socket":
-    """A socket connected to the address, if there is a way to it (`direct`: without router)."""
-    link = socket.socket(family, kind)
+                seconds: "Optional[float]" = None) -> "socket.socket":
+    """A UDP socket connected to the address, if there is a way to it (`direct`: without router).
+
+    With `seconds` it is one of TCP, and waits at most so long; with 0 it may still be on its way.
+    """
+    link = socket.socket(family, socket.SOCK_DGRAM if seconds is None else socket.SOCK_STREAM)
     try:
-        if kind == socket.SOCK_STREAM:
-            link.settimeout(NETWORK_SECONDS)
+        link.settimeout(seconds)
         if direct:
             link.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
         link.connect(address)
-        return link
+    except BlockingIOError:
+        pass
     except BaseException:
         link.close()
         raise
-
-
-def own_address(link: "socket.socket") -> "Optional[str]":
-    """The address under which the server must see this link, or None: NAT may be on the way.
-
-    There is none if ours is public, or if the server is on the same network: reached without a
-    router, or for IPv6, where Linux does not obey SO_DONTROUTE, with the same first 64 bits.
-    """
-    names = [str(name[0]).partition("%")[0] for name in (link.getsockname(), link.getpeername())]
-    own, server = (socket.inet_pton(link.family, name) for name in names)
-    if is_public(own):
-        return names[0]
-    if is_public(server) or (link.family == socket.AF_INET6 and own[:8] != server[:8]):
-        return None  # also where SO_DONTROUTE is accepted and nothing done about it
-    try:
-        open_socket(link.family, link.getpeername(), True).close()
-    except OSError:
-        return None
-    return names[0]
+    return link
 
 
 def encode_host(host: str) -> bytes:
@@ -1648,27 +1746,28 @@ def encode_host(host: str) -> bytes:
                        "give the form that begins with xn--") from None
 
 
-def look_up(host: str, port: int, family: int,
-            kind: int) -> "List[Tuple[int, Tuple[Any, ...]]]":
-    """The families and addresses of a host; SpaError when the resolver knows none."""
+def choose_family(settings: Settings) -> int:
+    """What the carrier, -4, -6 and SERVER_RESOLVE_IPV4 say, for getaddrinfo()."""
+    if settings.protocol in RAW_CARRIERS or (settings.family == "0" and settings.resolve_ipv4):
+        return socket.AF_INET
+    return int({"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}[settings.family])
+
+
+def find_addresses(host: str, port: int, family: int) -> "List[Address]":
+    """The addresses of a host, each once; SpaError when the resolver knows none."""
     try:
-        return [(found[0], found[4]) for found in socket.getaddrinfo(
-            encode_host(host), port, family, kind)]
+        found = socket.getaddrinfo(encode_host(host), port, family, socket.SOCK_DGRAM)
     except (OSError, ValueError) as error:
         raise SpaError("%s: %s" % (host, reason(error))) from None
+    return list({(each[0], each[4]): None for each in found})
 
 
-def open_links(settings: Settings) -> "Iterator[socket.socket]":
-    """Links to the server's (or proxy's) addresses that have a route; SpaError if none has."""
-    host, port = settings.http_proxy or (settings.server or "", 0)
-    family = "4" if settings.family == "0" and settings.resolve_ipv4 else settings.family
-    family = "4" if settings.protocol in RAW_CARRIERS else family
-    families = {"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}
+def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket]":
+    """Links to those of the addresses that have a route; SpaError if none has."""
     problem = "it has no address"  # type: Optional[str]
-    for kind, address in look_up(host, port or settings.port, families[family],
-                                 socket.SOCK_DGRAM):
+    for family, address in addresses:
         try:
-            link = open_socket(kind, address)
+            link = open_socket(family, address)
         except OSError as error:
             problem = problem and reason(error)
             continue
@@ -1696,7 +1795,7 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
             own = settings.http_proxy[1] and "SPA_SERVER_PORT" in settings.given
             target = "http://%s%s%s" % (host, ":%d" % settings.port if own else "", target)
         payload = encode_request(target, host, settings.user_agent)
-    stream = open_socket(link.family, link.getpeername(), False, socket.SOCK_STREAM)
+    stream = open_socket(link.family, link.getpeername(), False, NETWORK_SECONDS)
     try:
         stream.sendall(payload)
         if settings.http_proxy:
@@ -1712,7 +1811,7 @@ def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
     datagram = encode_raw(
         settings.protocol, payload,
         (socket.inet_pton(socket.AF_INET, source), socket.inet_pton(socket.AF_INET, peer)),
-        (settings.source_port or random_port(), settings.port),
+        (settings.source_port or 0, settings.port),
         (settings.icmp_type, settings.icmp_code))
     raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     try:
@@ -1725,6 +1824,52 @@ def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
 def random_port() -> int:
     """A port from 10000 up (fwknop spec 1.14)."""
     return 10000 + int.from_bytes(os.urandom(7), "big") % 55536
+
+
+# ======================================================================================
+# 14. Own address
+#
+# The address to open for, if it is not set: the link's own where there can be no NAT, or what a
+# web page (-R) or a STUN server (RFC 8489) says. Both see where a question comes from. STUN is not
+# authenticated: who can read the question can make us open for another address.
+# ======================================================================================
+
+STUN_MAGIC = b"\x21\x12\xa4\x42"
+STUN_SECONDS = (0.5, 1.0, 1.5)  # how long to wait for an answer before asking again
+
+
+def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
+    """The address to open for: as set, as others see us, or the link's own if there is no NAT."""
+    allow_ip, family = settings.allow_ip, link.family if link is not None else 0
+    if allow_ip == RESOLVE:
+        return resolve_address(settings, family)
+    if allow_ip is not None:
+        return ask_stun(allow_ip[len(STUN):], family) if allow_ip.startswith(STUN) else allow_ip
+    hidden = settings.spoof_source or settings.http_proxy
+    own = own_address(link) if link is not None and not hidden else None
+    if own is None:
+        raise UsageError("Must use one of [-s|-R|-a] to specify IP for SPA access.")
+    note("asking to open for %s, our address on the way to the server" % own)
+    return own
+
+
+def own_address(link: "socket.socket") -> "Optional[str]":
+    """The address under which the server must see this link, or None: NAT may be on the way.
+
+    There is none if ours is public, or if the server is on the same network: reached without a
+    router, or for IPv6, where Linux does not obey SO_DONTROUTE, with the same first 64 bits.
+    """
+    names = [str(name[0]).partition("%")[0] for name in (link.getsockname(), link.getpeername())]
+    own, server = (socket.inet_pton(link.family, name) for name in names)
+    if is_public(own):
+        return names[0]
+    if is_public(server) or (link.family == socket.AF_INET6 and own[:8] != server[:8]):
+        return None  # also where SO_DONTROUTE is accepted and nothing done about it
+    try:
+        open_socket(link.family, link.getpeername(), True).close()
+    except OSError:
+        return None
+    return names[0]
 
 
 def resolve_address(settings: Settings, family: int = 0) -> str:
@@ -1755,10 +1900,10 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
     """The body of a web page, as it came; SpaError unless it comes within NETWORK_SECONDS."""
     url, host, port, path = page
     end, answer, problem = time.monotonic() + NETWORK_SECONDS, b"", "it has no address"
-    for kind, address in look_up(host, port, family, socket.SOCK_STREAM):
+    for kind, address in find_addresses(host, port, family):
         link = None  # type: Any
         try:
-            link = open_socket(kind, address, False, socket.SOCK_STREAM)
+            link = open_socket(kind, address, False, NETWORK_SECONDS)
             if url.startswith("https:"):
                 link = start_tls(link, host)
             link.sendall(encode_request(path, url.split("/")[2], agent))
@@ -1799,8 +1944,198 @@ def start_tls(link: "socket.socket", host: str) -> "Any":
     return ssl.create_default_context().wrap_socket(whole, server_hostname=host)
 
 
+def decode_stun(answer: bytes, identity: bytes) -> "Optional[str]":
+    """The address in a Binding success response (section 5, 6, 14.1, 14.2), or None.
+
+    None also for the answer to another question than that with the 12 bytes `identity`. Unknown
+    attributes are skipped: older servers send some.
+    """
+    if answer[:2] != b"\x01\x01" or answer[4:20] != STUN_MAGIC + identity:
+        return None
+    position, found = 20, {}  # type: int, Dict[int, str]
+    while position + 4 <= len(answer):
+        kind, length = struct.unpack_from(">HH", answer, position)
+        value = answer[position + 4:position + 4 + length]
+        position += 4 + (length + 3) // 4 * 4
+        size, family = {1: (4, socket.AF_INET), 2: (16, socket.AF_INET6)}.get(
+            value[1] if len(value) > 1 else 0, (0, 0))
+        if kind in (0x0001, 0x0020) and size and len(value) == 4 + size:
+            raw = exclusive_or(value[4:], STUN_MAGIC + identity) if kind == 0x0020 else value[4:]
+            if any(raw):  # 0.0.0.0 would mean something else in a packet
+                found[kind] = socket.inet_ntop(family, raw)
+    return found.get(0x0020) or found.get(0x0001)
+
+
+def ask_stun(place: str, family: int) -> str:
+    """Our address in this family as a STUN server sees it; SpaError if none answers."""
+    host, port = parse_place(place, STUN_PORT)
+    problem = "no answer"
+    for link in open_links(host, find_addresses(host, port, family)):
+        identity = os.urandom(12)
+        try:
+            for seconds in STUN_SECONDS:
+                link.send(b"\0\1\0\0" + STUN_MAGIC + identity)
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    link.settimeout(max(end - time.monotonic(), 0.001))
+                    try:
+                        own = decode_stun(link.recv(2048), identity)
+                    except socket.timeout:
+                        break
+                    if own is not None:
+                        return own
+        except OSError as error:
+            problem = reason(error)
+    raise SpaError("STUN server %s: %s" % (host, problem), "-a or -s need none")
+
+
 # ======================================================================================
-# 14. Output
+# 15. After the knock
+#
+# Trying the port until it opens, relaying its connection, and becoming another program. Only TCP:
+# of a UDP port nobody can tell whether it is open.
+# ======================================================================================
+
+WAIT_SECONDS = 10  # without --wait
+KNOCK_AGAIN = 1.0  # seconds
+TRY = (0.02, 0.25)  # seconds between the first two tries, and at most
+TRY_SECONDS = 3.0  # for so long a connection may be on its way
+CHUNK = 1 << 18
+
+
+def find_place(settings: Settings, words: "List[str]",
+               command: "List[str]") -> "Optional[Tuple[str, int]]":
+    """Host and TCP port to wait for after the knock, or None; UsageError for what can't work."""
+    if settings.execute and not command:
+        raise UsageError("--exec: expected a command behind it")
+    if settings.relay:
+        if (command or settings.test or settings.save_stanza or sys.stdin is None
+                or sys.stdout is None):
+            raise UsageError("--proxy needs standard input and output for itself: no -T, no --exec,"
+                             " no --save-rc-stanza")
+        if settings.nat_rand_port:
+            raise UsageError("--proxy is told the port, so it can't be a random one", "--nat-port")
+        try:
+            host, digits = words
+            return host, parse_port(digits)
+        except ValueError:
+            raise UsageError("--proxy: expected HOST PORT") from None
+    wanted = command or settings.wait is not None or settings.wait_port is not None
+    if not wanted or settings.server is None:
+        return None
+    if settings.test:
+        raise UsageError("-T sends nothing, so there is nothing to wait for")
+    ports = [entry[4:] for entry in (settings.access or "").split(",") if entry[:4] == "tcp/"]
+    port = settings.wait_port or (ports and int(settings.nat_port or ports[0]))
+    if not port:
+        raise UsageError("there is no TCP port in -A to wait for", "--wait-port names one")
+    return settings.server, port
+
+
+def wait_until_open(addresses: "List[Address]", seconds: int,
+                    knock: "Callable[[], None]") -> "Tuple[Optional[socket.socket], int]":
+    """The connection to the first address that takes one; else None and the last error number.
+
+    A datagram may get lost, so `knock` is called every second. Connections are tried more often
+    than the kernel repeats a SYN, and older ones not given up at once: the way may be long.
+    """
+    import select
+    begin, now, knock_at, try_at, pause, error = time.monotonic(), 0.0, KNOCK_AGAIN, 0.0, TRY[0], 0
+    waiting = {}  # type: Dict[socket.socket, float]
+    try:
+        while now < seconds:
+            if now >= knock_at:
+                knock_at = now + KNOCK_AGAIN
+                try:
+                    knock()
+                except SpaError:
+                    pass  # the first one was sent, and this network may come back
+            if now >= try_at:
+                try_at, pause = now + pause, min(pause * 2, TRY[1])
+                for family, address in addresses:
+                    try:
+                        waiting[open_socket(family, address, False, 0)] = now + TRY_SECONDS
+                    except OSError as problem:
+                        error = problem.errno or 0
+            for link in [link for link in waiting if waiting[link] < now]:
+                waiting.pop(link)
+                link.close()
+            patience = max(min(knock_at, try_at, seconds) - now, 0)
+            if not waiting:
+                time.sleep(patience)  # Windows can't select among nothing
+            else:
+                _, writable, failed = select.select([], waiting, waiting, patience)
+                for link in set(writable + failed):
+                    waiting.pop(link)
+                    error = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not error:
+                        return link, 0
+                    link.close()
+            now = time.monotonic() - begin
+        return None, error
+    finally:
+        for link in waiting:
+            link.close()
+
+
+def copy(read: "Callable[[int], bytes]", write: "Callable[[memoryview], int]") -> None:
+    """Write what is read, until there is no more."""
+    while True:
+        rest = memoryview(read(CHUNK))
+        if not rest:
+            return
+        while rest:
+            rest = rest[write(rest):]
+
+
+def relay(link: "socket.socket") -> None:
+    """Copy standard input to a connection and the connection to standard output, until both end.
+
+    The end of one direction is passed on, and the other lives on. Each has a thread that blocks:
+    that works with whatever the two are, also on Windows, and who reads slowly slows the sender.
+    """
+    import _thread
+    sent = _thread.allocate_lock()
+    sent.acquire()
+
+    def send_input() -> None:
+        try:
+            copy(lambda size: os.read(0, size), link.send)
+            link.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # a broken connection is told by the other direction
+        sent.release()
+
+    link.setblocking(True)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _thread.start_new_thread(send_input, ())
+    try:
+        copy(link.recv, lambda rest: os.write(1, rest))
+    except BrokenPipeError:
+        return  # nobody reads any more
+    except OSError as error:
+        raise SpaError("the connection broke: %s" % reason(error)) from None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader's end of file
+    sent.acquire()
+
+
+def become(command: "List[str]") -> None:
+    """Go on as this command (on Windows: run it, and end with its exit code); SpaError if not."""
+    flush()
+    try:
+        if os.name == "nt":
+            import subprocess
+            raise SystemExit(subprocess.call(command))
+        import signal
+        for name in ("SIGPIPE", "SIGXFSZ"):  # ignored by Python, and so by what follows it
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise SpaError("--exec: %s: %s" % (command[0], reason(error))) from None
+
+
+# ======================================================================================
+# 16. Output
 #
 # What is printed on standard output, in the layout that fwknop's users and scripts know
 # (fwknop spec 2.8). Keys are not among it.
@@ -1887,7 +2222,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 # ======================================================================================
-# 15. Run
+# 17. Run
 #
 # The way of a packet from the docstring, and the exit codes.
 # ======================================================================================
@@ -1914,6 +2249,7 @@ def plan(settings: Settings, allow_ip: str) -> "Tuple[int, str, Optional[str]]":
     if settings.nat_port:
         access = "%s/%d" % (protocol, settings.nat_port)
     if settings.nat_rand_port:
+        settings.nat_rand_port = False  # it is told once, however many packets are made
         granted = " will grant access to: '%s'" % nat if nat else ""
         say("[+] Randomly assigned port '%s' on: '%s,%s'%s"
             % (settings.nat_port, allow_ip, access, granted))
@@ -1941,63 +2277,143 @@ def build(settings: Settings, keys: "Tuple[Optional[bytes], Optional[bytes]]",
     if settings.save_packet is not None:
         write_private(settings.save_packet, packet + "\n",
                       os.O_APPEND if settings.save_append else os.O_TRUNC)
+        settings.save_append = True  # the file gets all packets of a knock
     return packet, format_dump(message, settings, packet, tag_length) if (
         settings.test or settings.verbose) else ""
 
 
-def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
-    """The address to open for: as set, or our own if there can be no NAT on this link."""
-    if settings.allow_ip == RESOLVE or (
-            settings.allow_ip is None and (settings.resolve_http or settings.resolve_https)):
-        return resolve_address(settings, link.family if link is not None else 0)
-    if settings.allow_ip is not None:
-        return settings.allow_ip
-    hidden = settings.spoof_source or settings.http_proxy
-    own = own_address(link) if link is not None and not hidden else None
-    if own is None:
-        raise UsageError("Must use one of [-s|-R|-a] to specify IP for SPA access.")
-    tell("asking to open for %s, our address on the way to the server" % own)
-    return own
-
-
-def knock(settings: Settings) -> bool:
-    """Make a packet and send it, and tell that it was sent; with -T only print it."""
-    keys = find_keys(settings)
+def choose_ports(settings: Settings) -> None:
+    """Draw the ports that are to be random, once for all packets of a knock."""
+    raw = settings.protocol in RAW_CARRIERS
     if settings.rand_port:
         settings.port = random_port()
     if settings.nat_rand_port:
         settings.nat_port = random_port()
-    if settings.protocol in RAW_CARRIERS and not settings.source_port:
+    if raw and not settings.source_port:
         settings.source_port = random_port()
-    elif settings.source_port and settings.protocol not in RAW_CARRIERS:
+    elif settings.source_port and not raw:
         warn("the source port is ignored: it is for raw carriers (-P udpraw)")
-    links, problem = open_links(settings), ""
+
+
+def send_packets(settings: Settings, keys: "Tuple[Optional[bytes], Optional[bytes]]", host: str,
+                 addresses: "List[Address]", chosen: "Dict[Any, str]") -> None:
+    """Send a fresh packet to each address of the host; SpaError if none could be sent.
+
+    `chosen` keeps the address to open for, by that of the server, for the next time: then only
+    these get a packet.
+    """
+    sent, problems, first = 0, [], not chosen  # type: int, List[SpaError], bool
+    verbose = settings.verbose and not (settings.quiet or settings.relay)
+    for link in open_links(host, addresses):
+        try:
+            peer = link.getpeername()
+            if first:
+                chosen[peer] = choose_address(settings, link)
+            elif peer not in chosen:
+                continue
+            packet, dump = build(settings, keys, chosen[peer])
+            if verbose:
+                say(dump)
+            sent = send_packet(settings, link, packet)
+            if verbose:
+                say("send_spa_packet: bytes sent: %d" % sent)
+        except OSError as error:
+            root = isinstance(error, PermissionError) and settings.protocol in RAW_CARRIERS
+            problems.append(SpaError("%s: %s" % (host, reason(error)), "it needs root" * root))
+        except SpaError as error:
+            problems.append(error)
+    for problem in problems:
+        if not sent:
+            raise problem
+        if first:
+            warn("one address of %s got no packet: %s" % (host, problem))
+
+
+def knock(settings: Settings) -> "Callable[[], None]":
+    """Make packets and send them; what does so again. With -T one packet is only printed."""
+    keys = find_keys(settings)
+    host, port = settings.http_proxy or (settings.server or "", 0)
+    asked = settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN))
+    addresses, chosen = [], {}  # type: List[Address], Dict[Any, str]
+    if host and (asked or not settings.test):
+        addresses = find_addresses(host, port or settings.port, choose_family(settings))
+
+    def send() -> None:
+        send_packets(settings, keys, host, addresses, chosen)
+
     if settings.test:
-        link = next(links) if settings.server and settings.allow_ip in (None, RESOLVE) else None
-        say(build(settings, keys, choose_address(settings, link))[1])
+        links = open_links(host, addresses)
+        say(build(settings, keys, choose_address(settings, next(links) if addresses else None))[1])
         say("test mode enabled, SPA packet not actually sent."
             + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
-        return False
-    for link in links:
-        packet, dump = build(settings, keys, choose_address(settings, link))
-        if settings.verbose:
-            say(dump)
+    else:
+        send()
+    return send
+
+
+def knock_and_wait(settings: Settings,
+                   place: "Optional[Tuple[str, int]]") -> "Optional[socket.socket]":
+    """Knock, and connect to `place` if there is one; SpaError if it does not open."""
+    if place is None:
+        knock(settings)
+        return None
+    import errno
+    addresses = find_addresses(place[0], place[1], choose_family(settings))
+    again = knock(settings)
+    begin, seconds = time.monotonic(), settings.wait or WAIT_SECONDS
+    link, error = wait_until_open(addresses, seconds, again)
+    if link is None:
+        why = {0: "nothing answers. The server rejected the knock (its log says why), opened for"
+                  " another address than ours, or does not get our packets",
+               errno.ECONNREFUSED: "connections are refused. The port may be open, but no service"
+                                   " listens on it"}.get(error) or os.strerror(error)
+        raise SpaError("tcp/%d of %s did not open in %d seconds: %s"
+                       % (place[1], place[0], seconds, why))
+    if settings.wait is not None and not (settings.relay or settings.execute or settings.quiet):
+        say("tcp/%d of %s opened after %.2f seconds"
+            % (place[1], link.getpeername()[0], time.monotonic() - begin))
+    return link
+
+
+def knock_at_all(several: "List[Settings]", words: "List[str]",
+                 command: "List[str]") -> "Optional[socket.socket]":
+    """Knock at each server; the connection to relay, which is waited for after the last knock.
+
+    With several servers each is tried, and errors are told at once.
+    """
+    places = [find_place(settings, words, command) for settings in several]
+    failed, link = 0, None  # type: int, Optional[socket.socket]
+    for number, (settings, place) in enumerate(zip(several, places), 1):
         try:
-            sent = send_packet(settings, link, packet)
-        except OSError as error:
-            problem = reason(error)
-            if isinstance(error, PermissionError) and settings.protocol in RAW_CARRIERS:
-                problem += " (it needs root)"
-            continue
-        if settings.verbose:
-            say("send_spa_packet: bytes sent: %d" % sent)
-        return True
-    raise SpaError("%s: %s" % (settings.server, problem))
+            link = knock_and_wait(
+                settings, None if settings.relay and number < len(several) else place)
+        except SpaError as error:
+            if len(several) == 1:
+                raise
+            tell("[%s] %s" % (settings.given["named_config"].text, error))
+            failed += 1
+        if link is not None and not settings.relay:
+            link.close()
+    if failed:
+        raise SpaError("%d of %d knocks failed" % (failed, len(several)))
+    return link
+
+
+def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
+    """The settings for each of the names behind -n, or without it for the only server."""
+    named = given.get("named_config")
+    names = [name.strip() for name in named.text.split(",")] if named else []
+    if named and "" in names:
+        raise UsageError("-n: expected the name of a stanza, or several with commas in between,"
+                         " not '%s'" % named.text)
+    layers = [dict(given, named_config=Given(name, "-n")) for name in names] or [given]
+    return [Settings(merge(read_layers(layer) + [layer])) for layer in layers]
 
 
 def run(words: "List[str]") -> bool:
     """Do what a command line says, or raise SpaError; tells whether a packet was sent."""
-    given, others = parse_command_line(words)
+    given, others, command = parse_command_line(words)
+    Notes.wanted = "quiet" not in given
     saved = given["save_args_file"].text if "save_args_file" in given else home_file(
         given, ".fwknop.run")
     if "last_command" in given or "show_last" in given:
@@ -2008,27 +2424,38 @@ def run(words: "List[str]") -> bool:
             say("Last fwknop client command line: "
                 + format_arguments(parse_command_line(kept)[0]))
             return False
-        given, others = parse_command_line(kept + words)
+        given, others, command = parse_command_line(kept + words)
     if "help" in given:
         say(format_help())
     elif "version" in given:
         print_version()
+    elif "man" in given:
+        say(format_man())
+    elif "completion" in given:
+        say(format_completion(given["completion"].text))
     elif "stanza_list" in given:
         print_stanzas(given)
     else:
-        settings = Settings(merge(read_layers(given) + [given]))
-        if others:
-            warn("%d of the words belong to no option and are ignored" % others)
-        if settings.key_gen or settings.key_gen_file is not None:
-            generate_keys(settings, given)
+        several = read_settings(given)
+        first = several[0]  # in what only the command line can say they are all the same
+        if others and not first.relay:
+            warn("%d of the words belong to no option and are ignored" % len(others))
+        if first.key_gen or first.key_gen_file is not None:
+            generate_keys(first, given)
             return False
-        settings.check()
-        if settings.save_stanza:
-            save_stanza(given, settings.force_stanza)
-        sent = knock(settings)
-        if sent and not settings.no_save_args:
+        for settings in several:
+            settings.check()
+            choose_ports(settings)
+        if first.save_stanza:
+            save_stanza(given, first.force_stanza)
+        link = knock_at_all(several, others, command)
+        if not first.test and not first.no_save_args:
             save_arguments(given, saved)
-        return sent
+        if link is not None and first.relay:
+            relay(link)
+        if command:
+            become(command)
+        return not first.test
     return False
 
 
@@ -2048,7 +2475,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         return 1
     except KeyboardInterrupt:
         tell("interrupted")
-        return 1
+        return 130
 
 
 if __name__ == "__main__":

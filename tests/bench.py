@@ -1,7 +1,7 @@
 """Speed, side by side with the peers that are installed, in one run on one machine.
 
     sudo python3 -m tests.bench            all rows
-    sudo python3 -m tests.bench client     one of: open junk client start
+    sudo python3 -m tests.bench client     one of: open junk client proxy start
 
 Each row prints medians, and for the peers the ratio to ours. Machines are noisy: compare ratios,
 and numbers of one run only. Traffic stays in network namespaces that are made for it.
@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Callable, Dict, List, Optional
 
@@ -88,6 +89,36 @@ while time.monotonic() < end:
             continue
         sent += 1
 print(sent)
+"""
+
+# Takes connections on two ports: fills those on the first, empties those on the second.
+PIPE = """
+import socket, sys, threading
+size, chunk = int(sys.argv[1]), bytes(1 << 20)
+def fill(link):
+    for _ in range(size // len(chunk)):
+        link.sendall(chunk)
+    link.close()
+def empty(link):
+    count = 0
+    while True:
+        got = link.recv_into(buffer)
+        if not got:
+            break
+        count += got
+    print("got", count, flush=True)
+    link.close()
+buffer = bytearray(1 << 20)
+def serve(port, work):
+    listener = socket.socket()
+    listener.bind(("", port))
+    listener.listen(5)
+    while True:
+        work(listener.accept()[0])
+threading.Thread(target=serve, args=(22, fill), daemon=True).start()
+threading.Thread(target=serve, args=(23, empty), daemon=True).start()
+print("ready", flush=True)
+threading.Event().wait()
 """
 
 
@@ -248,6 +279,15 @@ def timed(command: List[str]) -> Callable[[], float]:
     return run
 
 
+def medians(commands: Dict[str, List[str]]) -> Dict[str, Optional[float]]:
+    """The median milliseconds of commands that are run in turn; the first round does not count."""
+    results: Dict[str, List[float]] = {name: [] for name in commands}
+    for _ in range(ROUNDS + 1):
+        for name, command in commands.items():
+            results[name].append(timed(command)())
+    return {name: median(each[1:]) for name, each in results.items()}
+
+
 def bench_client() -> None:
     """A whole client process for one knock at loopback, in turn with a bare interpreter."""
     python = os.path.realpath(sys.executable)
@@ -257,15 +297,53 @@ def bench_client() -> None:
                 "bare python3 -I -S": [python, "-I", "-S", "-c", "pass"]}
     if shutil.which("fwknop"):
         commands["fwknop (C)"] = FWKNOP + knock
-    results: Dict[str, List[float]] = {name: [] for name in commands}
-    for _ in range(ROUNDS + 1):
-        for name, command in commands.items():
-            results[name].append(timed(command)())
-    rows: Dict[str, Optional[float]] = {name: median(each[1:]) for name, each in results.items()}
+    rows = medians(commands)
     show("one knock, whole client process, median of %d" % ROUNDS, rows, "ms")
     ours, bare = rows["python3 -I -S spa_client.py"], rows["bare python3 -I -S"]
     assert ours and bare
     print("  ours is %.2f x bare Python" % (ours / bare))
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copy(script, directory)
+        commands = {
+            "python3 -m spa_client, compiled before":
+                ["env", "-u", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH=" + directory, python, "-S",
+                 "-m", "spa_client", "--no-rc-file"] + knock,
+            "python3 -S -m of an empty module, compiled":
+                ["env", "-u", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH=" + directory, python, "-S",
+                 "-m", "empty"],
+            "bare python3 -S": ["env", python, "-S", "-c", "pass"]}
+        with open(os.path.join(directory, "empty.py"), "w"):
+            pass
+        show("the same, compiled before", medians(commands), "ms")
+
+
+def bench_proxy() -> None:
+    """A gigabyte through --proxy and through nc, from pipes and to pipes as ssh has them."""
+    size = 1 << 30
+    ours = SPA_CLIENT + KEYS + ["-s", "-A", "tcp/22,tcp/23", "-D", SERVER4, "--proxy", SERVER4]
+    programs = {"spa_client.py --proxy": ours}
+    if shutil.which("nc"):
+        programs["nc -N"] = ["nc", "-N", SERVER4]
+    down: Dict[str, List[float]] = {name: [] for name in programs}
+    up: Dict[str, List[float]] = {name: [] for name in programs}
+    with Cable() as cable:
+        far = cable.server.start(sys.executable, "-I", "-S", "-c", PIPE, size)
+        far.wait_for("ready")
+        for _ in range(5):
+            for name, program in programs.items():
+                command = " ".join(cable.client.command(program))
+                begin = time.perf_counter()
+                counted = subprocess.check_output("%s 22 < /dev/null | wc -c" % command, shell=True)
+                down[name].append(time.perf_counter() - begin)
+                assert int(counted) == size, counted
+                mark = far.mark()
+                begin = time.perf_counter()
+                subprocess.check_call("head -c %d /dev/zero | %s 23" % (size, command), shell=True)
+                far.wait_for("got %d" % size, mark)
+                up[name].append(time.perf_counter() - begin)
+    for title, results in (("from the server", down), ("to the server", up)):
+        show("1 GB %s, and the whole process around it, median of 5" % title,
+             {name: median(values) for name, values in results.items()}, "s")
 
 
 def memory_kilobytes(pid: int) -> float:
@@ -305,7 +383,8 @@ def bench_start() -> None:
 
 
 ROWS: Dict[str, Callable[[], None]] = {"open": bench_open, "junk": bench_junk,
-                                       "client": bench_client, "start": bench_start}
+                                       "client": bench_client, "proxy": bench_proxy,
+                                       "start": bench_start}
 
 
 def main(words: List[str]) -> int:

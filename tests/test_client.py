@@ -451,7 +451,7 @@ class Options(Case):
         self.assertEqual(len(shorts), len(set(shorts)))
         known = set(client.ROWS) | {
             "help", "version", "stanza_list", "named_config", "rc_file", "no_rc_file",
-            "no_home_dir", "last_command", "show_last"}
+            "no_home_dir", "last_command", "show_last", "man", "completion"}
         self.assertLessEqual({option.name for option in client.OPTIONS}, known)
         self.assertLessEqual({name for name in client.ROWS if name.islower()},
                              {option.name for option in client.OPTIONS})
@@ -887,7 +887,7 @@ class Output(Case):
         with mock.patch.object(client, "open_socket", side_effect=OSError(101, "No way")):
             self.assertIn("127.0.0.1: No way", self.failure(1, *KNOCK, *KEYS, "-D", "127.0.0.1"))
         with mock.patch.object(client, "run", side_effect=KeyboardInterrupt):
-            self.failure(1)
+            self.failure(130)
 
     def test_closed_output(self) -> None:
         """A reader that went away makes no traceback, and no failure of a packet that was sent."""

@@ -417,13 +417,15 @@ class Carriers(Case):
         self.assertIn("Connection refused", self.failure(1, *KNOCK, *KEYS, *options))
 
     def test_next_address(self) -> None:
-        """Over TCP an address that refuses is passed over for the next one."""
+        """Over TCP an address that refuses is told of, and the next one gets its packet."""
         with WebServer(b"") as web:
             found = [(socket.AF_INET, 0, 0, "", ("127.0.0.2", 1)),
                      (socket.AF_INET, 0, 0, "", ("127.0.0.1", web.port))]
             with mock.patch.object(client.socket, "getaddrinfo", return_value=found):
-                self.assertEqual((0, "", ""), self.run_main(
+                self.assertEqual((0, "", "spa_client.py: warning: one address of h got no packet: "
+                                  "h: Connection refused\n"), self.run_main(
                     *KNOCK, *KEYS, "-P", "http", "-D", "h"))
+            self.assertIn("GET /", web.request()[0])
 
     def test_source_port(self) -> None:
         """-S says that it has no effect where it has none; fwknop ignores it silently."""
