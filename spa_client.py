@@ -61,7 +61,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
+    from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple, TypeVar
 
     T = TypeVar("T")
     Address = Tuple[int, Tuple[Any, ...]]  # a family, and what connect() takes there
@@ -390,36 +390,32 @@ OPTION_USER_LIMIT = 29  # bytes that fwknop keeps of -U
 TIMEOUT_LIMIT = 65536  # seconds
 PACKET_LIMIT = 400  # characters: from here on servers take a packet for one of GPG (spec 1.9)
 GPG_LIMIT = 1500  # characters: more is not looked at (spec 1.10)
-FIELD_LIMIT = 256  # characters of base64 in a field of the message (spec 1.10)
+FIELD_LIMIT = 192  # bytes in a field of the message: 256 of base64 (spec 1.10)
 GPG_PREFIX = "hQ"  # base64 of what a packet for an RSA key begins with: not transmitted
 
 
 class Message:
-    """The fields of fwknop spec 1.2, without the digest.
+    """The fields of fwknop spec 1.2, without the digest and what is never sent.
 
     `random` is 16 digits, `timestamp` seconds since 1970, `number` one of the seven types, `text`
     "address,access" or "address,command". NAT belongs to types 2, 4, 5 and 6, `timeout`
-    (seconds) to 3, 4 and 6; `server_auth` is never sent by fwknop's client.
+    (seconds) to 3, 4 and 6.
     """
 
     def __init__(self, random: str, user: str, timestamp: int, number: int, text: str,
-                 nat: "Optional[str]" = None, server_auth: "Optional[str]" = None,
-                 timeout: "Optional[int]" = None, version: str = PROTOCOL_VERSION) -> None:
-        self.random, self.user, self.timestamp, self.version = random, user, timestamp, version
-        self.number, self.text = number, text
-        self.nat, self.server_auth, self.timeout = nat, server_auth, timeout
+                 nat: str = "", timeout: int = 0) -> None:
+        self.random, self.user, self.timestamp, self.number = random, user, timestamp, number
+        self.text, self.nat, self.timeout = text, nat, timeout
 
 
 def encode_message(message: Message) -> bytes:
     """The message M of fwknop spec 1.1: the fields in their order with `:` in between."""
     fields = [message.random, encode_base64(encode_text(message.user)), str(message.timestamp),
-              message.version, str(message.number), encode_base64(encode_text(message.text))]
+              PROTOCOL_VERSION, str(message.number), encode_base64(encode_text(message.text))]
     if message.number in (NAT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT):
-        fields.append(encode_base64(encode_text(message.nat or "")))
-    if message.server_auth is not None:
-        fields.append(encode_base64(encode_text(message.server_auth)))
+        fields.append(encode_base64(encode_text(message.nat)))
     if message.number in (TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, TIMEOUT_LOCAL_NAT):
-        fields.append(str(message.timeout or 0))
+        fields.append(str(message.timeout))
     return ":".join(fields).encode("ascii")
 
 
@@ -435,8 +431,8 @@ def seal(message: bytes, digest_type: str, key: bytes, mode: str, hmac_key: "Opt
     `key` is the secret as it was agreed on, `salt` eight random bytes; without `hmac_key` there
     is no HMAC. The HMAC also covers the first ten characters, which are not transmitted.
     """
-    data = encrypt_salted(mode, key, salt, add_digest(message, digest_type))
-    return finish(data, PREFIX, hmac_key, hmac_type)
+    return finish(encrypt_salted(mode, key, salt, add_digest(message, digest_type)), hmac_key,
+                  hmac_type)
 
 
 def add_digest(message: bytes, digest_type: str) -> bytes:
@@ -444,15 +440,16 @@ def add_digest(message: bytes, digest_type: str) -> bytes:
     return message + b":" + message_digest(message, digest_type).encode("ascii")
 
 
-def finish(data: bytes, prefix: str, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
-    """The packet of some cipher text: without the prefix, if it is there, and with the HMAC.
+def finish(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
+    """The packet of some cipher text: without the prefix of its kind, and with the HMAC.
 
-    Only OpenPGP data may begin otherwise: for other than RSA keys. fwknopd can't read that then.
+    OpenPGP data for other than RSA keys begins otherwise, and fwknopd can't read it then.
     """
     text, tag = encode_base64(data), ""
     if hmac_key is not None:
         tag = encode_base64(Hmac(DIGESTS[hmac_type], hmac_key)(text.encode("ascii")))
-    return (text[len(prefix):] if text.startswith(prefix) else text) + tag
+    known = [len(prefix) for prefix in (PREFIX, GPG_PREFIX) if text.startswith(prefix)]
+    return text[sum(known):] + tag
 
 
 def check_length(packet: str, message: Message, digest_type: str, tag_length: int,
@@ -462,9 +459,9 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
         if len(packet) > GPG_LIMIT:
             raise SpaError("the packet would be %d characters long, and servers look at most at %d"
                            % (len(packet), GPG_LIMIT), "use GPG keys of less than 4096 bits")
-        if len(encode_base64(encode_text(message.text))) > FIELD_LIMIT:
+        if len(encode_text(message.text)) > FIELD_LIMIT:
             raise SpaError("address and what is asked for are %d characters, and servers understand"
-                           " at most %d" % (len(message.text), FIELD_LIMIT * 3 // 4))
+                           " at most %d" % (len(message.text), FIELD_LIMIT))
     elif len(packet) >= PACKET_LIMIT:
         raise SpaError(
             "the packet would be %d characters long, and servers understand at most %d: address "
@@ -473,24 +470,6 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
                len(message.text), len(message.user), digest_type,
                DIGESTS[digest_type].text_size, tag_length),
             "ask for fewer ports at a time, or use a shorter digest")
-
-
-def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> "Optional[str]":
-    """Raise SpaError for keys of a wrong length (fwknop spec 1.7, 1.8); a warning, or None."""
-    if hmac_key is not None:
-        if not 1 <= len(hmac_key) <= HMAC_KEY_LIMIT:
-            raise SpaError("the HMAC key is %d bytes long, expected 1 to %d"
-                           % (len(hmac_key), HMAC_KEY_LIMIT))
-        if hmac_key == key:
-            raise SpaError("the encryption key and the HMAC key should not be identical")
-    if mode == GPG:
-        return None
-    if mode == "legacy" and len(key) > LEGACY_KEY_LENGTH:
-        return "legacy mode uses only the first %d bytes of the key" % LEGACY_KEY_LENGTH
-    if len(key) > KEY_LIMIT:
-        raise SpaError("the encryption key is %d bytes long, expected 1 to %d"
-                       % (len(key), KEY_LIMIT))
-    return None if key else "the encryption key is empty: everybody can read this packet"
 
 
 def is_public(address: bytes) -> bool:
@@ -618,26 +597,19 @@ def parse_offset(text: str) -> int:
     return int(count) * factor * (-1 if text.startswith("-") else 1)
 
 
-def parse_digest(text: str) -> str:
-    """The name of a digest."""
-    if text.upper() not in DIGESTS:
-        raise ValueError("expected one of " + " ".join(DIGESTS).lower())
-    return text.upper()
+def choice_parser(names: "Iterable[str]") -> "Callable[[str], str]":
+    """A parse_ function for one of some names, in any case."""
+    def parse(text: str) -> str:
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise ValueError("expected one of " + " ".join(names))
+    return parse
 
 
-def parse_mode(text: str) -> str:
-    """The name of an encryption mode."""
-    for name in MODES:
-        if text.lower() == name.lower():
-            return name
-    raise ValueError("expected one of " + " ".join(MODES))
-
-
-def parse_protocol(text: str) -> str:
-    """The name of a carrier."""
-    if text.lower() not in CARRIERS:
-        raise ValueError("expected one of " + " ".join(CARRIERS))
-    return text.lower()
+parse_digest = choice_parser(DIGESTS)
+parse_mode = choice_parser(MODES)
+parse_carrier = choice_parser(CARRIERS)
 
 
 def parse_printable(text: str) -> str:
@@ -785,7 +757,7 @@ class Settings:
     """All that can be said in ~/.fwknoprc (fwknop spec 2.2) and on the command line."""
 
     digest_type = setting("DIGEST_TYPE", parse_digest, "SHA256", "digest inside the packet")
-    protocol = setting("SPA_SERVER_PROTO", parse_protocol, "udp", "carrier of the packet")
+    protocol = setting("SPA_SERVER_PROTO", parse_carrier, "udp", "carrier of the packet")
     port = setting("SPA_SERVER_PORT", parse_port, "62201", "port of the server")
     source_port = optional("SPA_SOURCE_PORT", parse_port, "source port of the raw carriers")
     timeout = setting("FW_TIMEOUT", number_parser(0, TIMEOUT_LIMIT, "a number of seconds"), "0",
@@ -1102,7 +1074,6 @@ def parse_options(options: "List[Option]",
 
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
-
 # What is left out when a command line is kept: keys, and what is about this one run.
 NOT_KEPT = SECRET_NAMES | {"last_command", "show_last", "quiet", "relay", "exec"}
 
@@ -1144,17 +1115,8 @@ def format_arguments(given: "Dict[str, Given]") -> str:
 
 def split_arguments(line: str) -> "List[str]":
     """The words that format_arguments() or fwknop wrote, without the first: the program's name."""
-    words, escaped = [""], False
-    for letter in line.strip():
-        if letter == "\\" and not escaped:
-            escaped = True
-            continue
-        if letter == " " and not escaped:
-            words.append("")
-        else:
-            words[-1] += letter
-        escaped = False
-    return [word for word in words[1:] if word]
+    words = line.strip().replace("\\\\", "\0").replace("\\ ", "\1").split(" ")
+    return [word.replace("\1", " ").replace("\0", "\\") for word in words[1:] if word]
 
 
 def explain(option: Option) -> str:
@@ -1620,10 +1582,24 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
     key = find_key(settings)
     if hmac_key is None and wanted:
         hmac_key = ask_key(settings, "HMAC key", "HMAC_KEY_BASE64, --get-hmac-key or --key-hmac")
-    warning = check_keys(key or b"", hmac_key, settings.mode)
-    if warning:
-        warn(warning)
+    check_keys(key or b"", hmac_key, settings.mode)
     return key, hmac_key
+
+
+def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> None:
+    """Raise SpaError for keys of a wrong length (fwknop spec 1.7, 1.8), warn of weak ones."""
+    if hmac_key is not None and not 1 <= len(hmac_key) <= HMAC_KEY_LIMIT:
+        raise SpaError("the HMAC key is %d bytes long, expected 1 to %d"
+                       % (len(hmac_key), HMAC_KEY_LIMIT))
+    if hmac_key == key:
+        raise SpaError("the encryption key and the HMAC key should not be identical")
+    if mode == "legacy" and len(key) > LEGACY_KEY_LENGTH:
+        warn("legacy mode uses only the first %d bytes of the key" % LEGACY_KEY_LENGTH)
+    elif len(key) > KEY_LIMIT and mode != GPG:
+        raise SpaError("the encryption key is %d bytes long, expected 1 to %d"
+                       % (len(key), KEY_LIMIT))
+    elif not key and mode != GPG:
+        warn("the encryption key is empty: everybody can read this packet")
 
 
 # Bytes of a new HMAC key as fwknop chooses them (fwknop spec 2.4); for SHA-3 as keygen.py does.
@@ -1750,7 +1726,7 @@ def choose_family(settings: Settings) -> int:
     """What the carrier, -4, -6 and SERVER_RESOLVE_IPV4 say, for getaddrinfo()."""
     if settings.protocol in RAW_CARRIERS or (settings.family == "0" and settings.resolve_ipv4):
         return socket.AF_INET
-    return int({"0": 0, "4": socket.AF_INET, "6": socket.AF_INET6}[settings.family])
+    return {"4": socket.AF_INET, "6": socket.AF_INET6}.get(settings.family, 0)
 
 
 def find_addresses(host: str, port: int, family: int) -> "List[Address]":
@@ -2172,12 +2148,12 @@ def format_dump(message: Message, settings: Settings, packet: str, tag_length: i
         ("Random Value", message.random),
         ("Username", message.user),
         ("Timestamp", message.timestamp),
-        ("FKO Version", message.version),
+        ("FKO Version", PROTOCOL_VERSION),
         ("Message Type", "%d (%s)" % (message.number, MESSAGE_TYPES[message.number])),
         ("Message String", message.text),
         ("Nat Access", message.nat or "<NULL>"),
-        ("Server Auth", message.server_auth or "<NULL>"),
-        ("Client Timeout", message.timeout or 0),
+        ("Server Auth", "<NULL>"),
+        ("Client Timeout", message.timeout),
         ("Digest Type", "%d (%s)" % (DIGESTS[settings.digest_type].number, settings.digest_type)),
         ("HMAC Type", "%d (%s)" % (hmac_number, hmac_name)),
         ("Encryption Type", "2 (GPG)" if settings.mode == GPG else "1 (Rijndael)"),
@@ -2236,11 +2212,11 @@ def random_digits() -> str:
             return "%016d" % (number % 10 ** 16)
 
 
-def plan(settings: Settings, allow_ip: str) -> "Tuple[int, str, Optional[str]]":
+def plan(settings: Settings, allow_ip: str) -> "Tuple[int, str, str]":
     """Type of the message, its text, and where NAT leads (fwknop spec 1.4, 1.5)."""
     if settings.command is not None:
-        return COMMAND, "%s,%s" % (allow_ip, settings.command), None
-    access, nat = settings.access or "", None
+        return COMMAND, "%s,%s" % (allow_ip, settings.command), ""
+    access, nat = settings.access or "", ""
     protocol, _, port = access.split(",")[0].partition("/")
     number = LOCAL_NAT if settings.nat_local else NAT_ACCESS if settings.nat_access else ACCESS
     if number != ACCESS:
@@ -2264,11 +2240,11 @@ def build(settings: Settings, keys: "Tuple[Optional[bytes], Optional[bytes]]",
     """A fresh packet that asks to open for `allow_ip`, and its dump."""
     number, asked, nat = plan(settings, allow_ip)
     message = Message(random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
-                      number, asked, nat, timeout=settings.timeout)
+                      number, asked, nat, settings.timeout)
     text = encode_message(message)
     if settings.mode == GPG:
         packet = finish(encrypt_gpg(settings, add_digest(text, settings.digest_type), keys[0]),
-                        GPG_PREFIX, keys[1], settings.hmac_type)
+                        keys[1], settings.hmac_type)
     else:
         packet = seal(text, settings.digest_type, keys[0] or b"", settings.mode, keys[1],
                       settings.hmac_type, os.urandom(SALT_LENGTH))

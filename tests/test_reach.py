@@ -367,7 +367,7 @@ class Waiting(Case):
             self.assertEqual(2, len(set(came)))
 
     def test_last_arguments(self) -> None:
-        """-l knocks and waits again; what came after the knock is not kept, since it may be a secret."""
+        """-l knocks and waits again; what came after the knock may be secret, and is not kept."""
         with Door(1) as door:
             done = self.knock(door, "--wait", "50", "-q", "--exec", python(), "-I", "-S", "-c",
                               "", "password")
