@@ -77,12 +77,14 @@ PROTOCOL_VERSION = "3.0.0"
 # ======================================================================================
 # 1. Errors
 #
-# What can go wrong, by what main() does about it. No error carries a key.
+# What can go wrong, and the exit code of each. No error carries a key.
 # ======================================================================================
 
 
 class SpaError(Exception):
     """Something to be told in one line; nothing was sent. `hint` says what to do about it."""
+
+    code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message + (" (%s)" % hint if hint else ""))
@@ -91,12 +93,15 @@ class SpaError(Exception):
 class UsageError(SpaError):
     """The command line can't be obeyed."""
 
+    code = 2
+
 
 class ConfigError(SpaError):
     """A file, or a line of it, that can't be used; `line` is 0 when it is the whole file."""
 
+    code = 3
+
     def __init__(self, path: str, line: int, message: str, hint: str = "") -> None:
-        self.path, self.line = path, line
         super().__init__("%s:%s %s" % (path, "%d:" % line if line else "", message), hint)
 
 
@@ -2422,6 +2427,7 @@ def run(words: "List[str]") -> bool:
         for settings in several:
             settings.check()
             choose_ports(settings)
+            settings.save_append |= settings is not first  # -B: the packets of all of them
         if first.save_stanza:
             save_stanza(given, first.force_stanza)
         link = knock_at_all(several, others, command)
@@ -2440,14 +2446,11 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     try:
         sent = run(sys.argv[1:] if argv is None else argv)
         return 0 if flush() or sent else 1
-    except UsageError as error:
+    except SpaError as error:
         tell(str(error))
-        return 2
-    except ConfigError as error:
-        tell(str(error))
-        return 3
-    except (SpaError, OSError, ValueError) as error:
-        tell(str(error) if isinstance(error, SpaError) else reason(error))
+        return error.code
+    except (OSError, ValueError) as error:
+        tell(reason(error))
         return 1
     except KeyboardInterrupt:
         tell("interrupted")

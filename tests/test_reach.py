@@ -178,8 +178,12 @@ class Addresses(Case):
             self.assertTrue(one.silent() and two.silent())
             one.socket.settimeout(5)
             two.socket.settimeout(5)
-            self.assertEqual((0, "", ""), self.run_main("-n", "a,b"))
-            self.assertNotEqual(one.packet(), two.packet())
+            path = os.path.join(self.home, "packets")
+            self.assertEqual((0, "", ""), self.run_main("-n", "a,b", "-B", path))
+            packets = [one.packet(), two.packet()]
+            with open(path) as file:
+                self.assertEqual(packets, file.read().split())
+            self.assertEqual(2, len(set(packets)))
             with mock.patch.dict(os.environ, self.environment, clear=True), \
                     mock.patch.object(client, "tell") as tell:
                 self.assertEqual(1, client.main(["-n", "c, b"]))
