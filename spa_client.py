@@ -349,12 +349,10 @@ def encrypt_blocks(mode: str, key: bytes, iv: bytes, blocks: bytes) -> bytes:
         elif mode == "OFB":
             register = encrypt(register)
             out.append(exclusive_or(block, register))
-        elif mode == "CTR":
+        else:  # CTR
             out.append(exclusive_or(block, encrypt(register)))
             count = (int.from_bytes(register, "big") + 1) % (1 << 8 * BLOCK)
             register = count.to_bytes(BLOCK, "big")
-        else:
-            raise ValueError("expected one of " + " ".join(MODES))
     return b"".join(out)
 
 
@@ -429,26 +427,16 @@ def message_digest(message: bytes, digest_type: str) -> str:
     return encode_base64(DIGESTS[digest_type](message))
 
 
-def seal(message: bytes, digest_type: str, key: bytes, mode: str, hmac_key: "Optional[bytes]",
-         hmac_type: str, salt: bytes) -> str:
-    """The packet of fwknop spec 1.1 that carries an encoded message.
-
-    `key` is the secret as it was agreed on, `salt` eight random bytes; without `hmac_key` there
-    is no HMAC. The HMAC also covers the first ten characters, which are not transmitted.
-    """
-    return finish(encrypt_salted(mode, key, salt, add_digest(message, digest_type)), hmac_key,
-                  hmac_type)
-
-
 def add_digest(message: bytes, digest_type: str) -> bytes:
     """The plain text P of fwknop spec 1.1."""
     return message + b":" + message_digest(message, digest_type).encode("ascii")
 
 
-def finish(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
-    """The packet of some cipher text: without the prefix of its kind, and with the HMAC.
+def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
+    """The packet of fwknop spec 1.1 with this cipher text; without `hmac_key` there is no HMAC.
 
-    OpenPGP data for other than RSA keys begins otherwise, and fwknopd can't read it then.
+    The HMAC also covers the prefix, which is not transmitted. OpenPGP data for other than RSA keys
+    begins otherwise, is sent whole, and not understood by fwknopd.
     """
     text, tag = encode_base64(data), ""
     if hmac_key is not None:
@@ -458,7 +446,7 @@ def finish(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
 
 
 def check_length(packet: str, message: Message, digest_type: str, tag_length: int,
-                 mode: str = "CBC") -> None:
+                 mode: str) -> None:
     """Raise SpaError for a packet that servers would not understand (fwknop spec 1.9, 1.10)."""
     if mode == GPG:
         if len(packet) > GPG_LIMIT:
@@ -1280,7 +1268,7 @@ def select_layers(text: str, path: str, named: "Optional[str]", warn: "Callable[
 def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
     """What these options say, as an rc file has it, in fwknop's order (fwknop spec 2.3)."""
     values = {}
-    for name in [row.name for row in DIRECTIVES.values() if row.name in given]:
+    for name in [name for name in ROWS if name in given]:
         said, value = given[name], ROWS[name].value(given[name])
         text = str(value) if type(value) in (int, str) else said.text
         if parse_line("%s %s" % (name, text))[1] != text or set("\r\n") & set(text):
@@ -2252,12 +2240,12 @@ def build(settings: Settings, keys: "Tuple[Optional[bytes], Optional[bytes]]",
     message = Message(random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
                       number, asked, nat, settings.timeout)
     text = encode_message(message)
+    plaintext = add_digest(text, settings.digest_type)
     if settings.mode == GPG:
-        packet = finish(encrypt_gpg(settings, add_digest(text, settings.digest_type), keys[0]),
-                        keys[1], settings.hmac_type)
+        data = encrypt_gpg(settings, plaintext, keys[0])
     else:
-        packet = seal(text, settings.digest_type, keys[0] or b"", settings.mode, keys[1],
-                      settings.hmac_type, os.urandom(SALT_LENGTH))
+        data = encrypt_salted(settings.mode, keys[0] or b"", os.urandom(SALT_LENGTH), plaintext)
+    packet = seal(data, keys[1], settings.hmac_type)
     tag_length = 0 if keys[1] is None else DIGESTS[settings.hmac_type].text_size
     check_length(packet, message, settings.digest_type, tag_length, settings.mode)
     if settings.save_packet is not None:

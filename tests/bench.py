@@ -145,8 +145,9 @@ def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY) -> str:
     client = load_script("spa_client")
     message = client.Message(client.random_digits(), "bench", int(time.time()), 1,
                              "%s,%s" % (CLIENT4, access))
-    return str(client.seal(client.encode_message(message), "SHA256", key.encode(), "CBC",
-                           hmac_key.encode(), "SHA256", os.urandom(8)))
+    plaintext = client.add_digest(client.encode_message(message), "SHA256")
+    data = client.encrypt_salted("CBC", key.encode(), os.urandom(8), plaintext)
+    return str(client.seal(data, hmac_key.encode(), "SHA256"))
 
 
 def start_fwknopd(host: Host, udp: bool) -> Process:

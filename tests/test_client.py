@@ -241,10 +241,12 @@ class Packets(Case):
                 self.assertEqual(client.message_digest(message, vector["digest_type"]),
                                  decoded["digest"])
                 hmac_key = bytes.fromhex(vector["hmac_key_hex"]) if vector["hmac_type"] else None
-                self.assertEqual(client.seal(
-                    message, vector["digest_type"], bytes.fromhex(vector["key_hex"]),
-                    vector["mode"], hmac_key, vector["hmac_type"] or "SHA256",
-                    bytes.fromhex(decoded["salt"])), vector["packet"])
+                data = client.encrypt_salted(
+                    vector["mode"], bytes.fromhex(vector["key_hex"]),
+                    bytes.fromhex(decoded["salt"]),
+                    client.add_digest(message, vector["digest_type"]))
+                self.assertEqual(client.seal(data, hmac_key, vector["hmac_type"] or "SHA256"),
+                                 vector["packet"])
 
     def test_sent(self) -> None:
         """What arrives is the packet, nothing around it, and nothing is printed."""
@@ -761,9 +763,9 @@ class Keys(Case):
     def test_bytes(self) -> None:
         """Keys need not be text."""
         self.write("[default]\nKEY \udcff\udce9k\n")
-        with mock.patch.object(client, "seal", wraps=client.seal) as seal:
+        with mock.patch.object(client, "encrypt_salted", wraps=client.encrypt_salted) as encrypt:
             self.dump(*KNOCK)
-        self.assertEqual(seal.call_args[0][2], b"\xff\xe9k")
+        self.assertEqual(encrypt.call_args[0][1], b"\xff\xe9k")
 
     def test_generate(self) -> None:
         """The two lines of fwknop -k, for every digest; a file is new and private."""

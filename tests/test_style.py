@@ -276,9 +276,9 @@ for mode in server.MODES:
     for name, digest in server.DIGESTS.items():
         for hmac_key in (b"", b"secret")[:1 if mode == "LEGACY" else 2]:
             message = client.Message("1234567890123456", "bob", 1700000000, 1, "10.0.0.1,tcp/22")
-            packet = client.seal(client.encode_message(message), name, b"key",
-                                 "legacy" if mode == "LEGACY" else mode, hmac_key or None, name,
-                                 bytes(8)).encode()
+            data = client.encrypt_salted("legacy" if mode == "LEGACY" else mode, b"key", bytes(8),
+                                         client.add_digest(client.encode_message(message), name))
+            packet = client.seal(data, hmac_key or None, name).encode()
             keys = server.PacketKeys(b"key", mode, hmac_key, digest)
             assert keys.authentic(packet)
             assert server.open_packet(packet, keys)[0].digest_type == name
