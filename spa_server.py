@@ -871,11 +871,11 @@ T = TypeVar("T")
 class Directive(Generic[T]):
     """A row: `settings.attribute` is the parsed value. A default is parsed as a file's."""
 
-    def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str,
-                 secret: bool = False) -> None:
+    secret = False  # whether no dump and no message may show the value
+
+    def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str) -> None:
         self.names = names.split()  # the first is the one that is written
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
-        self.secret = secret
 
     def __set_name__(self, owner: type, attribute: str) -> None:
         """Learns the attribute's name."""
@@ -898,6 +898,27 @@ class Directive(Generic[T]):
     def set(self, settings: "Settings", text: str) -> None:
         """Gives `settings` the value that `text` means; ValueError when it means none."""
         settings.__dict__[self.attribute] = self.parse(text)
+
+
+class Flag(Directive[bool]):
+    """Y or N, by its first letter as in fwknopd."""
+
+    def __init__(self, names: str, help: str, default: str = "N") -> None:
+        super().__init__(names, self.parse_flag, default, help)
+
+    @staticmethod
+    def parse_flag(text: str) -> bool:
+        """Whether it is Y."""
+        if text[:1].upper() not in ("Y", "N"):
+            raise ValueError("expected Y or N")
+        return text[:1].upper() == "Y"
+
+
+class NoDefault(Directive[Optional[T]]):
+    """A row that is None until it is set."""
+
+    def __init__(self, names: str, parse: Callable[[str], T], help: str) -> None:
+        super().__init__(names, lambda text: parse(text) if text else None, "", help)
 
 
 class Ignored(Directive[str]):
@@ -1055,13 +1076,6 @@ def folder_files(folder: str) -> List[str]:
     return [os.path.join(folder, name) for name in names if name.endswith(".conf")]
 
 
-def parse_flag(text: str) -> bool:
-    """Y or N, by its first letter as in fwknopd."""
-    if text[:1].upper() not in ("Y", "N"):
-        raise ValueError("expected Y or N")
-    return text[:1].upper() == "Y"
-
-
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
     """A parser of decimal numbers from `least` to `most`."""
     def parse(text: str) -> int:
@@ -1091,11 +1105,6 @@ def parse_path(text: str) -> str:
 def parse_home(text: str) -> str:
     """An absolute path, or one below the home of this user (~/)."""
     return parse_path(os.path.expanduser(text))
-
-
-def optional(parse: Callable[[str], T]) -> Callable[[str], Optional[T]]:
-    """A parser like `parse` that takes the empty default for None."""
-    return lambda text: parse(text) if text else None
 
 
 def parse_ports(text: str) -> FrozenSet[Port]:
@@ -1556,36 +1565,32 @@ class ServerSettings(Settings):
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
                               "what to look at, in tcpdump's language; see Carriers")
-    any_direction = Directive("ENABLE_PCAP_ANY_DIRECTION", parse_flag, "N",
-                              "look at what this host sends, too")
-    promiscuous = Directive("ENABLE_PCAP_PROMISC", parse_flag, "N",
-                            "look at what PCAP_INTF hears for other hosts, too")
-    capture_file = Directive("PCAP_FILE", optional(parse_path), "",
+    any_direction = Flag("ENABLE_PCAP_ANY_DIRECTION", "look at what this host sends, too")
+    promiscuous = Flag("ENABLE_PCAP_PROMISC", "look at what PCAP_INTF hears for other hosts, too")
+    capture_file = NoDefault("PCAP_FILE", parse_path,
                              "judge the packets of this file of `tcpdump -w` instead, and end")
     packet_limit = Directive("PACKET_LIMIT", integer(0, 10 ** 9), "0",
                              "end after so many packets that look like SPA; 0: go on")
-    udp_server = Directive("ENABLE_UDP_SERVER", parse_flag, "N", "listen on a UDP socket instead")
+    udp_server = Flag("ENABLE_UDP_SERVER", "listen on a UDP socket instead")
     udp_port = Directive("UDPSERV_PORT", integer(1, 65535), "62201", "port of that socket")
-    tcp_server = Directive("ENABLE_TCP_SERVER", parse_flag, "N", "listen on a TCP socket as well")
+    tcp_server = Flag("ENABLE_TCP_SERVER", "listen on a TCP socket as well")
     tcp_port = Directive("TCPSERV_PORT", integer(1, 65535), "62201", "port of that one")
-    http = Directive("ENABLE_SPA_OVER_HTTP", parse_flag, "N",
-                     "take packets in HTTP requests, where TCP is looked at")
-    any_agent = Directive("ALLOW_ANY_USER_AGENT", parse_flag, "N",
-                          "from every User-Agent, not only from Fwknop")
-    forwarded_for = Directive("ENABLE_X_FORWARDED_FOR", parse_flag, "N",
-                              "the source is the last address in X-Forwarded-For")
-    aging = Directive("ENABLE_SPA_PACKET_AGING", parse_flag, "Y", "reject packets by their age")
+    http = Flag("ENABLE_SPA_OVER_HTTP", "take packets in HTTP requests, where TCP is looked at")
+    any_agent = Flag("ALLOW_ANY_USER_AGENT", "from every User-Agent, not only from Fwknop")
+    forwarded_for = Flag("ENABLE_X_FORWARDED_FOR",
+                         "the source is the last address in X-Forwarded-For")
+    aging = Flag("ENABLE_SPA_PACKET_AGING", "reject packets by their age", "Y")
     max_packet_age = Directive("MAX_SPA_PACKET_AGE", integer(1, 100000, "seconds"), "120",
                                "by how many seconds a client's clock may differ")
-    digest_persistence = Directive("ENABLE_DIGEST_PERSISTENCE", parse_flag, "Y",
-                                   "keep the replay memory in DIGEST_FILE, not only in the process")
+    digest_persistence = Flag("ENABLE_DIGEST_PERSISTENCE",
+                              "keep the replay memory in DIGEST_FILE, not only in the process", "Y")
     firewall = Directive("FIREWALL_TYPE", choice("auto", "nft", "iptables", "none"), "auto",
                          "auto, nft, iptables or none")
     guard_ports = Directive("GUARD_PORTS", parse_ports, "",
                             "ports that are closed to everybody without a grant: tcp/22, udp/1194")
     nft_accept_chains = Directive("NFT_ACCEPT_CHAINS", parse_nft_chains, "",
                                   "chains of the host's nftables for grants: inet filter input")
-    firewall_program = Directive("FIREWALL_EXE", optional(parse_path), "",
+    firewall_program = NoDefault("FIREWALL_EXE", parse_path,
                                  "iptables or nft to run; without it the one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
@@ -1607,26 +1612,23 @@ class ServerSettings(Settings):
     nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
                                    "chains of the host's nftables for what NAT forwards: "
                                    "inet filter forward")
-    forwarding = Directive("ENABLE_IPT_FORWARDING", parse_flag, "N",
-                           "NAT to hosts behind this one (message types 2 and 4)")
-    local_nat = Directive("ENABLE_IPT_LOCAL_NAT", parse_flag, "N",
-                          "NAT to another port of this host (message types 5 and 6)")
-    snat = Directive("ENABLE_IPT_SNAT", parse_flag, "N",
-                     "let what NAT forwards come from this host, so that answers find back")
-    snat_address = Directive("SNAT_TRANSLATE_IP", optional(parse_nat_address), "",
+    forwarding = Flag("ENABLE_IPT_FORWARDING",
+                      "NAT to hosts behind this one (message types 2 and 4)")
+    local_nat = Flag("ENABLE_IPT_LOCAL_NAT",
+                     "NAT to another port of this host (message types 5 and 6)")
+    snat = Flag("ENABLE_IPT_SNAT",
+                "let what NAT forwards come from this host, so that answers find back")
+    snat_address = NoDefault("SNAT_TRANSLATE_IP", parse_nat_address,
                              "from this address; without it from that of the way out")
-    nat_dns = Directive("ENABLE_NAT_DNS", parse_flag, "Y",
-                        "look up the host that a client wants NAT to by its name")
-    enable_output = Directive("ENABLE_IPT_OUTPUT", parse_flag, "N",
-                              "let answers out with rules of their own (iptables)")
-    destination_rule = Directive("ENABLE_DESTINATION_RULE", parse_flag, "N",
-                                 "open only the address that the packet was sent to")
-    rule_prepend = Directive("ENABLE_RULE_PREPEND", parse_flag, "N",
-                             "put access rules first in their chain (iptables)")
-    flush_at_start = Directive("FLUSH_IPT_AT_INIT", parse_flag, "N",
-                               "close all grants at start instead of going on with them")
-    flush_at_stop = Directive("FLUSH_IPT_AT_EXIT", parse_flag, "Y",
-                              "close all grants at a clean stop; N: the kernel ends them")
+    nat_dns = Flag("ENABLE_NAT_DNS", "look up the host that a client wants NAT to by its name", "Y")
+    enable_output = Flag("ENABLE_IPT_OUTPUT", "let answers out with rules of their own (iptables)")
+    destination_rule = Flag("ENABLE_DESTINATION_RULE",
+                            "open only the address that the packet was sent to")
+    rule_prepend = Flag("ENABLE_RULE_PREPEND", "put access rules first in their chain (iptables)")
+    flush_at_start = Flag("FLUSH_IPT_AT_INIT",
+                          "close all grants at start instead of going on with them")
+    flush_at_stop = Flag("FLUSH_IPT_AT_EXIT",
+                         "close all grants at a clean stop; N: the kernel ends them", "Y")
     command_seconds = Directive("CMD_EXEC_TIMEOUT", integer(1, 86400, "seconds"), "60",
                                 "how long a command may run until it is ended")
     sudo_program = Directive("SUDO_EXE", parse_path, "/usr/bin/sudo",
@@ -1638,7 +1640,7 @@ class ServerSettings(Settings):
     conf_directory = Directive("FWKNOP_CONF_DIR", parse_path, "/etc/fwknop", "where files are read")
     access_file = Directive("ACCESS_FILE", parse_path, "$FWKNOP_CONF_DIR/access.conf",
                             "the stanzas")
-    access_folder = Directive("ACCESS_FOLDER", optional(parse_path), "",
+    access_folder = NoDefault("ACCESS_FOLDER", parse_path,
                               "its *.conf, sorted by name, are read instead of ACCESS_FILE")
     pid_file = Directive("FWKNOP_PID_FILE", parse_path, "$FWKNOP_RUN_DIR/fwknopd.pid",
                          "pid of the running server, which holds a lock on it")
@@ -1646,8 +1648,7 @@ class ServerSettings(Settings):
                             "packets that were seen")
     gpg_home = Directive("GPG_HOME_DIR", parse_home, "~/.gnupg",
                          "keys of gpg, where a stanza names no others")
-    gpg_program = Directive("GPG_EXE", optional(parse_path), "",
-                            "gpg to run; without it the one in PATH")
+    gpg_program = NoDefault("GPG_EXE", parse_path, "gpg to run; without it the one in PATH")
 
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
@@ -1699,24 +1700,25 @@ def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
 # ======================================================================================
 
 
-def key_parser(longest: int, encoded: bool) -> Callable[[str], Secret]:
-    """A parser of keys of 1 to `longest` bytes, raw or in base64 with or without its '='.
+class Key(Directive[Secret]):
+    """A key of 1 to `longest` bytes, raw or in base64 with or without its '='; empty if not set."""
 
-    The empty default stands for a directive that is not set.
-    """
-    def parse(text: str) -> Secret:
-        """The key, or ValueError."""
-        raw = text.encode("latin-1")
-        placeholder = PLACEHOLDER.encode()
-        if raw.strip() == placeholder:
-            raise ValueError("expected a key instead of " + PLACEHOLDER)
-        key = decode_base64(raw.strip().rstrip(b"=")) if encoded else raw
+    secret = True
+
+    def __init__(self, name: str, longest: int, help: str, encoded: bool = False) -> None:
+        super().__init__(name, self.parse_key, "", help)
+        self.longest, self.encoded = longest, encoded
+
+    def parse_key(self, text: str) -> Secret:
+        """The key; the placeholder is none, neither as it stands nor in base64."""
+        key, placeholder = text.encode("latin-1"), PLACEHOLDER.encode()
+        if self.encoded and key.strip() != placeholder:
+            key = decode_base64(key.strip().rstrip(b"="))
         if key.strip() == placeholder:
             raise ValueError("expected a key instead of " + PLACEHOLDER)
-        if text and not 0 < len(key) <= longest:
-            raise ValueError("expected a key of 1 to %d bytes, not %d" % (longest, len(key)))
+        if text and not 0 < len(key) <= self.longest:
+            raise ValueError("expected a key of 1 to %d bytes, not %d" % (self.longest, len(key)))
         return Secret(key)
-    return parse
 
 
 def parse_digest(text: str) -> Digest:
@@ -1831,14 +1833,10 @@ class Stanza(Settings):
     open_ports = Directive("OPEN_PORTS", parse_ports, "",
                            "ports that may be opened: tcp/22, udp/53; without it every port")
     restrict_ports = Directive("RESTRICT_PORTS", parse_ports, "", "ports that may not be opened")
-    key = Directive("KEY", key_parser(MAX_KEY_BYTES, False), "",
-                    "encryption key, raw, up to 32 bytes", secret=True)
-    key_base64 = Directive("KEY_BASE64", key_parser(MAX_KEY_BYTES, True), "",
-                           "encryption key in base64", secret=True)
-    hmac_key = Directive("HMAC_KEY", key_parser(MAX_HMAC_KEY_BYTES, False), "",
-                         "HMAC key, raw, up to 128 bytes", secret=True)
-    hmac_key_base64 = Directive("HMAC_KEY_BASE64", key_parser(MAX_HMAC_KEY_BYTES, True), "",
-                                "HMAC key in base64", secret=True)
+    key = Key("KEY", MAX_KEY_BYTES, "encryption key, raw, up to 32 bytes")
+    key_base64 = Key("KEY_BASE64", MAX_KEY_BYTES, "encryption key in base64", encoded=True)
+    hmac_key = Key("HMAC_KEY", MAX_HMAC_KEY_BYTES, "HMAC key, raw, up to 128 bytes")
+    hmac_key_base64 = Key("HMAC_KEY_BASE64", MAX_HMAC_KEY_BYTES, "HMAC key in base64", encoded=True)
     hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC",
@@ -1851,59 +1849,54 @@ class Stanza(Settings):
                         "open to the whole network around an IPv4 address; 24 for carrier NAT")
     prefix6 = Directive("ACCESS_PREFIX6", integer(32, 128, "a prefix length"), "128",
                         "the same for IPv6, for example 56")
-    require_source = Directive("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE", parse_flag, "N",
-                               "the packet must name the address to open to")
+    require_source = Flag("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE",
+                          "the packet must name the address to open to")
     require_username = Directive("REQUIRE_USERNAME", parse_user, "",
                                  "user name the packet must carry")
-    expire_date = Directive("ACCESS_EXPIRE", optional(parse_date), "",
+    expire_date = NoDefault("ACCESS_EXPIRE", parse_date,
                             "the stanza is void from this day on, MM/DD/YYYY")
-    expire_epoch = Directive("ACCESS_EXPIRE_EPOCH", optional(integer(1, 10 ** 11, "seconds")), "",
+    expire_epoch = NoDefault("ACCESS_EXPIRE_EPOCH", integer(1, 10 ** 11, "seconds"),
                              "the same as epoch seconds")
-    gpg_home = Directive("GPG_HOME_DIR", optional(parse_home), "",
+    gpg_home = NoDefault("GPG_HOME_DIR", parse_home,
                          "keys of gpg; without it those that fwknopd.conf names")
-    gpg_program = Directive("GPG_EXE", optional(parse_path), "", "the same for the program gpg")
+    gpg_program = NoDefault("GPG_EXE", parse_path, "the same for the program gpg")
     gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "",
                                "secret key of gpg's that packets are encrypted to")
-    gpg_passphrase = Directive("GPG_DECRYPT_PW", key_parser(MAX_PASSPHRASE_BYTES, False), "",
-                               "its passphrase", secret=True)
-    gpg_no_passphrase = Directive("GPG_ALLOW_NO_PW", parse_flag, "N", "it has no passphrase")
+    gpg_passphrase = Key("GPG_DECRYPT_PW", MAX_PASSPHRASE_BYTES, "its passphrase")
+    gpg_no_passphrase = Flag("GPG_ALLOW_NO_PW", "it has no passphrase")
     gpg_remote_ids = Directive("GPG_REMOTE_ID", key_ids(8, 16, 40), "",
                                "keys that may sign: ids of 8, 16 or 40 hex digits, with commas")
     gpg_fingerprints = Directive("GPG_FINGERPRINT_ID", key_ids(40), "",
                                  "the same by whole fingerprints; with both, both must fit")
-    gpg_require_sig = Directive("GPG_REQUIRE_SIG", parse_flag, "Y",
-                                "N has no effect, as in fwknopd; see GPG_DISABLE_SIG")
-    gpg_disable_sig = Directive("GPG_DISABLE_SIG", parse_flag, "N", "do not ask who signed")
-    gpg_any_trust = Directive("GPG_IGNORE_SIG_VERIFY_ERROR", parse_flag, "N",
-                              "signers may be untrusted in gpg's eyes, or expired")
-    enable_commands = Directive("ENABLE_CMD_EXEC", parse_flag, "N",
-                                "run the commands of command messages")
-    command_user = Directive("CMD_EXEC_USER", optional(parse_account), "",
+    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect, as in fwknopd; see GPG_DISABLE_SIG",
+                           "Y")
+    gpg_disable_sig = Flag("GPG_DISABLE_SIG", "do not ask who signed")
+    gpg_any_trust = Flag("GPG_IGNORE_SIG_VERIFY_ERROR",
+                         "signers may be untrusted in gpg's eyes, or expired")
+    enable_commands = Flag("ENABLE_CMD_EXEC", "run the commands of command messages")
+    command_user = NoDefault("CMD_EXEC_USER", parse_account,
                              "user that this stanza's commands run as; without it the server's")
-    command_group = Directive("CMD_EXEC_GROUP", optional(parse_group), "",
+    command_group = NoDefault("CMD_EXEC_GROUP", parse_group,
                               "their only group; without it all of that user's")
-    enable_sudo = Directive("ENABLE_CMD_SUDO_EXEC", parse_flag, "N",
-                            "run the commands of command messages through sudo")
-    sudo_user = Directive("CMD_SUDO_EXEC_USER", optional(parse_account), "", "sudo's -u")
-    sudo_group = Directive("CMD_SUDO_EXEC_GROUP", optional(parse_group), "", "sudo's -g")
+    enable_sudo = Flag("ENABLE_CMD_SUDO_EXEC", "run the commands of command messages through sudo")
+    sudo_user = NoDefault("CMD_SUDO_EXEC_USER", parse_account, "sudo's -u")
+    sudo_group = NoDefault("CMD_SUDO_EXEC_GROUP", parse_group, "sudo's -g")
     cycle_open = Directive("CMD_CYCLE_OPEN", parse_template, "",
                            "command that opens, in place of the firewall")
     cycle_close = Directive("CMD_CYCLE_CLOSE",
                             lambda text: () if text == "NONE" else parse_template(text), "",
                             "command that closes again, or NONE")
-    cycle_seconds = Directive("CMD_CYCLE_TIMER", optional(integer(1, 8388608, "seconds")), "",
+    cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long until then, unless the client asks for a time")
 
-    force_nat = Directive("FORCE_NAT", optional(parse_nat_target), "",
+    force_nat = NoDefault("FORCE_NAT", parse_nat_target,
                           "NAT to this `IP PORT`, whatever the packet asks for")
-    force_snat = Directive("FORCE_SNAT", optional(parse_nat_address), "",
+    force_snat = NoDefault("FORCE_SNAT", parse_nat_address,
                            "let what NAT forwards come from this address")
-    force_masquerade = Directive("FORCE_MASQUERADE", parse_flag, "N",
-                                 "let it come from the address of the way out")
-    forward_all = Directive("FORWARD_ALL", parse_flag, "N",
-                            "with NAT, forward every protocol and port")
-    disable_dnat = Directive("DISABLE_DNAT", parse_flag, "N",
-                             "with NAT, forward only what is sent to the inner host itself")
+    force_masquerade = Flag("FORCE_MASQUERADE", "let it come from the address of the way out")
+    forward_all = Flag("FORWARD_ALL", "with NAT, forward every protocol and port")
+    disable_dnat = Flag("DISABLE_DNAT",
+                        "with NAT, forward only what is sent to the inner host itself")
 
     def __init__(self, number: int) -> None:
         super().__init__()
