@@ -369,6 +369,7 @@ LEGACY_KEY_BYTES = 16
 PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
 ASYMMETRIC = "ASYMMETRIC"  # the mode that is GPG
+NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data is invalid"
 
 
 class Secret(bytes):
@@ -531,23 +532,13 @@ def strip_padding(plain: bytes) -> bytes:
     return plain[:-length]
 
 
-class PacketKeys:
-    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+class Keys:
+    """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
 
-    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
-        self.secret = key
-        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
-            self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
-        self.mode = mode
-        self.hmac = Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None
-        self.tag_length = hmac_type.text_size if hmac_key else 0
-        self.malformed = PacketRejected if hmac_key else WrongKey  # perhaps another stanza's tag
-        self.library = None if hmac_key else import_cryptography()
-
-    @staticmethod
-    def prefix(body: bytes) -> bytes:
-        """What the sender left off the base64 text."""
-        return SALTED_PREFIX
+    def __init__(self, hmac: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
+                 prefix: Callable[[bytes], bytes]) -> None:
+        self.hmac, self.tag_length, self.prefix = hmac, hmac_type.text_size, prefix
+        self.malformed = PacketRejected if hmac else WrongKey  # perhaps another stanza's tag
 
     def authentic(self, payload: bytes) -> bool:
         """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell.
@@ -562,6 +553,18 @@ class PacketKeys:
     def body(self, payload: bytes) -> bytes:
         """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
         return payload[:-self.tag_length] if self.hmac else payload.rstrip(b"=")
+
+
+class PacketKeys(Keys):
+    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+
+    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
+        super().__init__(Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None, hmac_type,
+                         lambda body: SALTED_PREFIX)
+        self.secret, self.mode = key, mode
+        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
+            self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
+        self.library = None if hmac_key else import_cryptography()
 
     def open(self, ciphertext: bytes) -> bytes:
         """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
@@ -579,8 +582,7 @@ class PacketKeys:
                 raise ValueError("expected digits")
             return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
         except ValueError:
-            raise WrongKey("wrong key", "Error creating fko context: "
-                           "Decryption failed or decrypted data is invalid") from None
+            raise WrongKey("wrong key", NOT_DECRYPTED) from None
 
 
 # ======================================================================================
@@ -734,8 +736,7 @@ def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Pac
 def decode_packet(plain: bytes) -> Packet:
     """The fields of RAND:USER:TIMESTAMP:VERSION:TYPE:MSG[:NAT][:AUTH][:TIMEOUT]:DIGEST."""
     if not plain[:16].isdigit() or plain[16:17] != b":":
-        raise WrongKey("wrong key", "Error creating fko context: "
-                       "Decryption failed or decrypted data is invalid")
+        raise WrongKey("wrong key", NOT_DECRYPTED)
     check_field(not plain.translate(None, PRINTABLE), "DECODE_NON_ASCII")
     fields = plain.split(b":")
     check_field(len(fields) >= 7, "DECODE_LT_MIN_FIELDS")
@@ -2505,8 +2506,13 @@ def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
              and not {"BADMDC", "DECRYPTION_FAILED", "ERROR", "FAILURE"} & set(status), "Bad data"),
             (len(status.get("PLAINTEXT", [])) == 1, "expected one text")):
         if not right:
-            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
-                           "failed - GPG ERROR: " + problem)
+            raise not_decrypted(problem)
+
+
+def not_decrypted(problem: str) -> WrongKey:
+    """The rejection of a message that gpg can't decrypt for this stanza."""
+    return WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
+                    "failed - GPG ERROR: " + problem)
 
 
 def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
@@ -2536,14 +2542,6 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
         if wanted and not any(signer.endswith(each) for signer in signers for each in wanted):
             raise PacketRejected("gpg signer", "Incoming SPA packet " + text)
     return signers[0]
-
-
-def pipe_with(data: bytes) -> int:
-    """The reading end of a pipe that holds `data`, which must fit into it (4096 bytes)."""
-    reader, writer = os.pipe()
-    os.write(writer, data)
-    os.close(writer)
-    return reader
 
 
 class Gpg:
@@ -2584,8 +2582,11 @@ class Gpg:
         """
         ends: List[int] = []
         try:
-            for data in (message, passphrase + b"\n"):
-                ends.append(pipe_with(data))
+            for data in (message, passphrase + b"\n"):  # less than the 4096 bytes a pipe holds
+                reader, writer = os.pipe()
+                ends.append(reader)
+                os.write(writer, data)
+                os.close(writer)
             for _ in range(2):
                 ends += os.pipe()
                 os.set_blocking(ends[-2], False)
@@ -2618,10 +2619,14 @@ def read_pipe(end: int) -> bytes:
         return b""
 
 
-class GpgKeys:
-    """What opens the GPG packets of one stanza, with the methods of PacketKeys."""
+class GpgKeys(Keys):
+    """What opens the GPG packets of one stanza."""
 
     def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg, log: Log) -> None:
+        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
+        hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
+        super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
+                         stanza.hmac_type, gpg_prefix)
         self.stanza, self.gpg, self.log = stanza, gpg, log
         named = stanza.gpg_program or settings.gpg_program or "gpg"
         program = find_program(named)
@@ -2629,12 +2634,6 @@ class GpgKeys:
             raise stanza.error(Stanza.gpg_decrypt_id, "there is no program %s to decrypt" % named)
         self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home] + GPG_OPTIONS
         self.command += ["--skip-verify"] if stanza.gpg_disable_sig else []
-        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
-        self.hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix)
-                      for prefix in (GPG_PREFIX, b"") if hmac_key}
-        self.tag_length = stanza.hmac_type.text_size if hmac_key else 0
-        self.malformed = PacketRejected if hmac_key else WrongKey
-        self.prefix = gpg_prefix
         self.fingerprints = self.find_key()
         self.key_ids = [binascii.unhexlify(each[-16:]) for each in self.fingerprints]
 
@@ -2652,17 +2651,6 @@ class GpgKeys:
             raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
         return frozenset(words[9] for words in lines if words[0] == "fpr")
 
-    def authentic(self, payload: bytes) -> bool:
-        """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell."""
-        if not self.hmacs:
-            return True
-        text, tag = payload[:-self.tag_length], payload[-self.tag_length:]
-        return compare_digest(encode_base64(self.hmacs[gpg_prefix(text)](text)), tag)
-
-    def body(self, payload: bytes) -> bytes:
-        """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
-        return payload[:-self.tag_length] if self.hmacs else payload.rstrip(b"=")
-
     def open(self, message: bytes) -> bytes:
         """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
 
@@ -2670,9 +2658,8 @@ class GpgKeys:
         junk does not, and what is for other keys need not cost a run of gpg.
         """
         if not any(key_id in message for key_id in self.key_ids):
-            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
-                           "failed - GPG ERROR: No secret key")
-        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmacs)
+            raise not_decrypted("No secret key")
+        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmac)
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
