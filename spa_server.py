@@ -755,9 +755,10 @@ def decode_packet(plain: bytes) -> Packet:
     nat, server_auth, timeout = decode_extra(message_type, fields[6:-1])
     text = decode_text(message, 256, "DECODE_MESSAGE")
     address, ports, command = decode_message(message_type, text)
-    return Packet(random.decode(), decode_user(user), int(timestamp), version.decode(),
-                  message_type, text, nat, server_auth, timeout, digest_type,
-                  address, ports, command)
+    name = decode_text(user, 64, "DECODE_USERNAME")
+    check_field(set(name) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")  # spec 1.3
+    return Packet(random.decode(), name, int(timestamp), version.decode(), message_type, text, nat,
+                  server_auth, timeout, digest_type, address, ports, command)
 
 
 def check_digest(message: bytes, text: bytes) -> str:
@@ -780,13 +781,6 @@ def decode_text(field: bytes, longest: int, name: str) -> str:
         return decode_base64(field).decode("latin-1")
     except ValueError:
         raise PacketRejected("malformed", invalid_data(name + "_DECODEFAIL")) from None
-
-
-def decode_user(field: bytes) -> str:
-    """The user name: 1 to 48 printable characters without those of spec 1.3."""
-    user = decode_text(field, 64, "DECODE_USERNAME")
-    check_field(set(user) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")
-    return user
 
 
 def decode_extra(message_type: int,
@@ -896,10 +890,6 @@ class Directive(Generic[T]):
         settings.__dict__[self.attribute] = value
         return value
 
-    def set(self, settings: "Settings", text: str) -> None:
-        """Gives `settings` the value that `text` means; ValueError when it means none."""
-        settings.__dict__[self.attribute] = self.parse(text)
-
 
 class Flag(Directive[bool]):
     """Y or N, by its first letter as in fwknopd."""
@@ -945,14 +935,11 @@ class Line(NamedTuple):
         """The error that this line is wrong in the way that `text` says."""
         if not self.number:
             return UsageError("%s: %s" % (self.file, text))
-        where = "%s:%d" % (self.file, self.number)
-        return ConfigError("%s: %s%s" % (where, self.name + ": " if self.is_named else "", text))
-
-    @property
-    def is_named(self) -> bool:
-        """Whether the line begins with a name; else it may be a part of a key, and is not shown."""
         name = self.name.rstrip(":")
-        return (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
+        # What does not begin with a name may be a part of a key, and is not shown.
+        named = (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
+        return ConfigError("%s:%d: %s%s" % (self.file, self.number,
+                                            self.name + ": " if named else "", text))
 
 
 class Settings:
@@ -978,8 +965,8 @@ class Settings:
                     return row
         return None
 
-    def take(self, line: Line) -> Optional[str]:
-        """Sets what `line` says; ConfigError when it can't be. Returns a warning or None."""
+    def take(self, line: Line) -> List[str]:
+        """Sets what `line` says; ConfigError when it can't be. Returns warnings."""
         row = self.row(line.name)
         if row is None:
             near = self.row(line.name.upper())
@@ -987,14 +974,13 @@ class Settings:
         value = line.value if row.secret else line.value.rstrip()
         try:
             value = self.expand(value)
-            row.set(self, value)
+            self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
             shown = "" if row.secret else ", not '%s'" % value
             raise line.error("%s%s" % (error, shown)) from None
         self.texts[row.name], self.lines[row.name] = value, line
-        if isinstance(row, Ignored):
-            return "%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
-        return None
+        return ["%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
+                ] * isinstance(row, Ignored)
 
     def is_set(self, row: Directive[Any]) -> bool:
         """Whether a file or an option set this directive."""
@@ -1022,8 +1008,7 @@ class Settings:
             if isinstance(row, Ignored):
                 continue
             value = self.texts.get(row.name, row.default)
-            if row.secret and value:
-                value = PLACEHOLDER
+            value = PLACEHOLDER if row.secret and value else value
             lines.append("%-27s %s;" % (row.name, value) if row.name in self.texts else
                          "#%-26s %s" % (row.name, value + ";" if value else "(not set)"))
         return "\n".join(lines) + "\n"
@@ -1041,11 +1026,11 @@ def read_lines(path: str, colon: bool) -> Iterator[Line]:
     except OSError as error:
         raise ConfigError("%s: %s" % (path, error.strerror)) from None
     for number, raw in enumerate(text.split("\n"), 1):
-        line = raw.partition("\r")[0].replace("\t", " ").lstrip(" ")
+        line = raw.partition("\r")[0].lstrip(" \t")
         if not line or line[0] in "#;":
             continue
-        name = line.partition(" ")[0]
-        value = raw.lstrip(" \t")[len(name):].partition("\r")[0].lstrip(" \t").partition(";")[0]
+        name = line.replace("\t", " ").partition(" ")[0]
+        value = line[len(name):].lstrip(" \t").partition(";")[0]
         name = name.rstrip(":") if colon else name
         if not value.strip(" \t"):
             raise Line(path, number, name.rstrip(";:"), "").error("expected a value")
@@ -1198,18 +1183,12 @@ def skip_extensions(packet: bytes) -> Tuple[int, int]:
     return protocol, start
 
 
-class LinkType(NamedTuple):
-    """The header of a frame: its length, and where EtherType and direction stand, if they do."""
-
-    length: int
-    ethertype: Optional[int] = None
-    direction: Optional[int] = None
-
-
-# By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, raw IP, Linux cooked.
-LINK_TYPES = {0: LinkType(4), 108: LinkType(4), 1: LinkType(14, 12), 113: LinkType(16, 14, 1),
-              276: LinkType(20, 0, 10), 12: LinkType(0), 14: LinkType(0), 101: LinkType(0),
-              228: LinkType(0), 229: LinkType(0)}
+# Length of a frame's header, and where EtherType and direction stand, if they do.
+LinkType = Tuple[int, Optional[int], Optional[int]]
+# By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, Linux cooked, raw IP.
+LINK_TYPES: Dict[int, LinkType] = {
+    0: (4, None, None), 108: (4, None, None), 1: (14, 12, None), 113: (16, 14, 1), 276: (20, 0, 10),
+    **dict.fromkeys((12, 14, 101, 228, 229), (0, None, None))}
 PACKET_OUTGOING = 4  # of linux/if_packet.h
 VLAN_TAGS = (b"\x81\x00", b"\x88\xa8", b"\x91\x00")  # IEEE 802.1Q, 802.1ad and what was before
 MAX_TAGS = 4
@@ -1690,8 +1669,10 @@ class ServerSettings(Settings):
 
 def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
     """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to."""
-    return permission_warnings(path) + [warning for line in read_lines(path, colon=False)
-                                        for warning in [settings.take(line)] if warning]
+    warnings = permission_warnings(path)
+    for line in read_lines(path, colon=False):
+        warnings += settings.take(line)
+    return warnings
 
 
 # ======================================================================================
@@ -2030,12 +2011,7 @@ class AccessFiles:
             if line.name == "%include_keys":
                 self.include_keys(line, stanza)
             else:
-                self.take(stanza, line)
-
-    def take(self, stanza: Stanza, line: Line) -> None:
-        """Sets what the line says in the stanza."""
-        warning = stanza.take(line)
-        self.warnings += [warning] if warning else []
+                self.warnings += stanza.take(line)
 
     def include(self, line: Line, depth: int) -> None:
         """Reads the file that an %include line names, or the *.conf of a folder."""
@@ -2057,7 +2033,7 @@ class AccessFiles:
         for each in read_lines(path, colon=True):
             if each.name not in KEY_FILE_NAMES:
                 raise each.error("expected only keys here, and the rest beside %include_keys")
-            self.take(stanza, each)
+            self.warnings += stanza.take(each)
 
     @staticmethod
     def checked(path: str, line: Line) -> str:
@@ -2979,11 +2955,7 @@ class Netlink:
 
     def send(self, messages: bytes) -> None:
         """Sends messages, after throwing away what is left of earlier answers."""
-        try:
-            while self.socket.recv(65536, socket.MSG_DONTWAIT):
-                pass
-        except OSError:
-            pass
+        drain_socket(self.socket)
         try:
             self.socket.sendto(messages, (0, 0))
         except OSError as error:
@@ -5311,7 +5283,7 @@ def drain_socket(events: Optional[socket.socket]) -> None:
     """Reads all that is waiting; nobody wants to know what it says."""
     try:
         while events is not None:
-            events.recv(65536)
+            events.recv(65536, socket.MSG_DONTWAIT)
     except OSError:  # nothing more, or more was lost than fits
         pass
 
