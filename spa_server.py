@@ -362,10 +362,8 @@ class AesInverse(Aes):
 SALTED_PREFIX = b"U2FsdGVkX1"  # what base64 makes of "Salted__": never sent, but authenticated
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 ALPHABET_AND_FILLING = ALPHABET + b"="
-MAX_KEY_BYTES = 32
-MAX_HMAC_KEY_BYTES = 128
+MAX_KEY_BYTES, LEGACY_KEY_BYTES, MAX_HMAC_KEY_BYTES = 32, 16, 128
 MAX_PASSPHRASE_BYTES = 255  # gpg's
-LEGACY_KEY_BYTES = 16
 PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
 ASYMMETRIC = "ASYMMETRIC"  # the mode that is GPG
@@ -499,11 +497,11 @@ def xor(left: bytes, right: bytes) -> bytes:
 def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
     """`text` (whole blocks) decrypted in `mode`, with its padding (NIST SP 800-38A section 6)."""
     blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
+    pairs = zip(blocks, [iv] + blocks)
     if mode == "ECB":
-        return b"".join(cipher.decrypt_block(block) for block in blocks)
+        return b"".join(map(cipher.decrypt_block, blocks))
     if mode == "CFB":
-        return b"".join(xor(block, cipher.encrypt_block(previous))
-                        for block, previous in zip(blocks, [iv] + blocks))
+        return b"".join(xor(block, cipher.encrypt_block(before)) for block, before in pairs)
     if mode in ("OFB", "CTR"):
         plain, counter = b"", iv
         for block in blocks:
@@ -511,8 +509,7 @@ def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
             plain += xor(block, output)
             counter = output if mode == "OFB" else next_counter(counter)
         return plain
-    return b"".join(xor(cipher.decrypt_block(block), previous)
-                    for block, previous in zip(blocks, [iv] + blocks))
+    return b"".join(xor(cipher.decrypt_block(block), before) for block, before in pairs)
 
 
 def next_counter(counter: bytes) -> bytes:
@@ -2070,6 +2067,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """ConfigError for NAT in a stanza that can't be without another directive (fwknop spec 3.3)."""
     either = "requires either FORCE_NAT or FORWARD_ALL"
+    snat = "requires ENABLE_IPT_SNAT in fwknopd.conf"
     for stanza in stanzas:
         forced = bool(stanza.force_nat) or stanza.forward_all
         for row, possible, text in (
@@ -2078,9 +2076,8 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
                 (Stanza.forward_all, settings.forwarding,
                  "requires ENABLE_IPT_FORWARDING in fwknopd.conf"),
                 (Stanza.force_snat, forced, either), (Stanza.force_masquerade, forced, either),
-                (Stanza.force_snat, settings.snat, "requires ENABLE_IPT_SNAT in fwknopd.conf"),
-                (Stanza.force_masquerade, settings.snat,
-                 "requires ENABLE_IPT_SNAT in fwknopd.conf")):
+                (Stanza.force_snat, settings.snat, snat),
+                (Stanza.force_masquerade, settings.snat, snat)):
             if getattr(stanza, row.attribute) and not possible:
                 raise stanza.error(row, text)
 
@@ -2752,8 +2749,7 @@ class ReplayMemory:
         digest = digest_of(datagram.payload.rstrip(b"="))
         if digest in self.stale:
             raise NotFresh("stale", "SPA data time difference is too great (sent again).")
-        if digest in self.seen:
-            raise self.replayed(self.seen[digest], datagram)
+        self.check_unknown(digest, datagram)
 
     def check_fresh(self, timestamp: int, payload: bytes = b"") -> None:
         """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
@@ -2780,8 +2776,7 @@ class ReplayMemory:
         It is also rejected when the file can't be written: else a crash would forget it.
         """
         digest, source = digest_of(canonical), socket_text(datagram.source)
-        if digest in self.seen:
-            raise self.replayed(self.seen[digest], datagram)
+        self.check_unknown(digest, datagram)
         now = int(self.wall())
         line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
                                          socket_text(datagram.destination),
@@ -2796,17 +2791,17 @@ class ReplayMemory:
         self.seen[digest] = Remembered(line, now, self.monotonic())
         self.prune()
 
-    @staticmethod
-    def replayed(known: Remembered, datagram: Datagram) -> NotFresh:
-        """The rejection of a packet that is known."""
-        words = known.line.split()
-        created = time.strftime("%m/%d/%y %H:%M:%S", time.localtime(known.time))
-        return NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
-                        "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
-                        "Entry created: %s"
-                        % (socket_text(datagram.source), datagram.protocol,
-                           datagram.destination_port, words[2], words[1], words[5], created),
-                        "{text}")
+    def check_unknown(self, digest: str, datagram: Datagram) -> None:
+        """Rejects what is remembered by this digest."""
+        if digest in self.seen:
+            _, protocol, source, _, _, port, _ = self.seen[digest].line.split()
+            created = time.localtime(self.seen[digest].time)
+            raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
+                           "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
+                           "Entry created: %s"
+                           % (socket_text(datagram.source), datagram.protocol,
+                              datagram.destination_port, source, protocol, port,
+                              time.strftime("%m/%d/%y %H:%M:%S", created)), "{text}")
 
     @staticmethod
     def append(file: int, line: bytes) -> None:
@@ -2938,20 +2933,12 @@ class Netlink:
                  for place, (kind, flags, family, body) in enumerate(messages)]
         begin = self.message(BATCH_BEGIN, 0, 0, b"", NFT >> 8)
         self.send(begin + b"".join(batch) + self.message(BATCH_END, 0, 0, b"", NFT >> 8))
-        failed, answered = 0, False
-        while True:  # the kernel has answered when sendto() returns
-            try:
-                data = self.socket.recv(65536, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for kind, _, body in netlink_messages(data):
-                if kind == NLMSG_ERROR:
-                    answered = True
-                    failed = failed or -struct.unpack_from("=i", body)[0]
-        if failed or not answered:
-            raise self.error(failed or errno.EIO)
+        # The kernel has answered when sendto() returns.
+        numbers = [-struct.unpack_from("=i", body)[0]
+                   for kind, body in self.answers(socket.MSG_DONTWAIT) if kind == NLMSG_ERROR]
+        failed = [number for number in numbers if number]
+        if failed or not numbers:
+            raise self.error(failed[0] if failed else errno.EIO)
 
     def send(self, messages: bytes) -> None:
         """Sends messages, after throwing away what is left of earlier answers."""
@@ -2960,6 +2947,18 @@ class Netlink:
             self.socket.sendto(messages, (0, 0))
         except OSError as error:
             raise self.error(error.errno or errno.EIO) from None
+
+    def answers(self, flags: int = 0) -> Iterator[Tuple[int, bytes]]:
+        """Type and body of each message until none comes, for 5 seconds or, MSG_DONTWAIT, now."""
+        while True:
+            try:
+                data = self.socket.recv(65536, flags)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise self.error(error.errno or errno.EIO) from None
+            for kind, _, body in netlink_messages(data):
+                yield kind, body
 
     @staticmethod
     def error(number: int) -> CommandError:
@@ -2970,17 +2969,13 @@ class Netlink:
         """The attributes of each message that the kernel answers a question for a list with."""
         self.send(self.message(kind, NLM_DUMP, family, body))
         found: List[Dict[int, bytes]] = []
-        while True:
-            try:
-                data = self.socket.recv(65536)
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for answer, _, body in netlink_messages(data):
-                if answer == NLMSG_DONE:
-                    return found
-                if answer == NLMSG_ERROR:
-                    raise self.error(-struct.unpack_from("=i", body)[0])
-                found.append(attributes(body[4:]))
+        for answer, body in self.answers():
+            if answer == NLMSG_DONE:
+                return found
+            if answer == NLMSG_ERROR:
+                raise self.error(-struct.unpack_from("=i", body)[0])
+            found.append(attributes(body[4:]))
+        raise self.error(errno.EAGAIN)
 
     def close(self) -> None:
         """Closes the socket."""
@@ -3024,10 +3019,8 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
-SO_ATTACH_FILTER = 26
-SO_RCVBUFFORCE = 33
+SO_ATTACH_FILTER, SO_RCVBUFFORCE, IP_PKTINFO = 26, 33, 8
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 263, 1, 1
-IP_PKTINFO = 8
 RECEIVE_BUFFER = 4 << 20
 MAX_PACKET = 4096  # what is longer is cut, and then no datagram
 
@@ -3133,7 +3126,6 @@ class Incoming(NamedTuple):
 
     socket: socket.socket
     datagram: Datagram  # with what has come so far
-    network: bytes
     end: float
 
 
@@ -3198,12 +3190,11 @@ class TcpCapture(Capture):
         source, destination = (socket.inet_pton(self.family, name[0].partition("%")[0])
                                for name in (peer, here))
         number = opened.fileno()
-        self.connections[number] = Incoming(
-            opened, Datagram(b"", source, peer[1], destination, self.port, TCP), source[:8],
-            now + FIRST_SECONDS)
+        datagram = Datagram(b"", source, peer[1], destination, self.port, TCP)
+        self.connections[number] = Incoming(opened, datagram, now + FIRST_SECONDS)
         self.selector.register(opened, selectors.EVENT_READ)
         neighbours = [each for each, connection in self.connections.items()
-                      if connection.network == source[:8]]
+                      if connection.datagram.source[:8] == source[:8]]
         if len(neighbours) > MAX_PER_NETWORK:
             return self.finish(neighbours[0])
         if len(self.connections) > MAX_CONNECTIONS:
