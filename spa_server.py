@@ -448,6 +448,12 @@ class Hmac:
 # --- end shared: digests --
 
 
+def expect(right: bool, what: str) -> None:
+    """ValueError that `what` was expected, unless the value is `right`."""
+    if not right:
+        raise ValueError("expected " + what)
+
+
 def encode_base64(data: bytes) -> bytes:
     """RFC 4648 base64 without '=', as everywhere in an SPA packet."""
     return binascii.b2a_base64(data, newline=False).rstrip(b"=")
@@ -524,8 +530,7 @@ def strip_padding(plain: bytes) -> bytes:
     could be changed in its padding and sent again as a new one.
     """
     length = plain[-1]
-    if not 1 <= length <= 16 or plain[-length:] != bytes([length]) * length:
-        raise ValueError("expected padding")
+    expect(1 <= length <= 16 and plain[-length:] == bytes([length]) * length, "padding")
     return plain[:-length]
 
 
@@ -575,8 +580,7 @@ class PacketKeys(Keys):
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = block_cipher(key, self.library)
         try:
-            if not decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit():
-                raise ValueError("expected digits")
+            expect(decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit(), "digits")
             return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
         except ValueError:
             raise WrongKey("wrong key", NOT_DECRYPTED) from None
@@ -834,8 +838,8 @@ def is_port(text: str) -> bool:
 def parse_port(text: str) -> Port:
     """`tcp/22` or `udp/53` as (protocol, port)."""
     protocol, _, number = text.partition("/")
-    if protocol not in PROTOCOL_NUMBERS or not is_port(number):
-        raise ValueError("expected tcp/PORT or udp/PORT, PORT 1 to 65535")
+    expect(protocol in PROTOCOL_NUMBERS and is_port(number),
+           "tcp/PORT or udp/PORT, PORT 1 to 65535")
     return protocol, int(number)
 
 
@@ -897,8 +901,7 @@ class Flag(Directive[bool]):
     @staticmethod
     def parse_flag(text: str) -> bool:
         """Whether it is Y."""
-        if text[:1].upper() not in ("Y", "N"):
-            raise ValueError("expected Y or N")
+        expect(text[:1].upper() in ("Y", "N"), "Y or N")
         return text[:1].upper() == "Y"
 
 
@@ -1062,8 +1065,8 @@ def folder_files(folder: str) -> List[str]:
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
     """A parser of decimal numbers from `least` to `most`."""
     def parse(text: str) -> int:
-        if text.strip("0123456789") or not 0 < len(text) <= 12 or not least <= int(text) <= most:
-            raise ValueError("expected %s, %d to %d" % (unit, least, most))
+        expect(0 < len(text) <= 12 and not text.strip("0123456789") and least <= int(text) <= most,
+               "%s, %d to %d" % (unit, least, most))
         return int(text)
     return parse
 
@@ -1080,8 +1083,7 @@ def choice(*words: str) -> Callable[[str], str]:
 
 def parse_path(text: str) -> str:
     """An absolute path."""
-    if not text.startswith("/"):
-        raise ValueError("expected an absolute path")
+    expect(text.startswith("/"), "an absolute path")
     return text
 
 
@@ -1234,8 +1236,8 @@ IS_IPV4, IS_IPV6 = (Comparison(0, 1, version, version, 0xF0) for version in (0x4
 FILTER_PROTOCOLS = {"udp": UDP, "tcp": TCP, "icmp": ICMP, "icmp6": ICMP6, "ip": 4, "ip6": 6}
 FILTER_SYMBOLS = {"(": "(", ")": ")", "!": "not", "&&": "and", "||": "or"}
 MAX_FILTER_WORDS = 400
-FILTER_LANGUAGE = ("expected udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange "
-                   "M-N, [ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
+FILTER_LANGUAGE = ("udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange M-N, "
+                   "[ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
 
 
 def both(test: Callable[[int], Filter], direction: str, source: int, destination: int) -> Filter:
@@ -1320,8 +1322,7 @@ class FilterParser:
             return Junction("not", (self.term(),))
         if self.take("("):
             tree = self.expression()
-            if not self.take(")"):
-                raise ValueError(FILTER_LANGUAGE)
+            expect(self.take(")") != "", FILTER_LANGUAGE)
             return tree
         protocol = self.take(*FILTER_PROTOCOLS)
         direction = self.take("src", "dst")
@@ -1335,7 +1336,7 @@ class FilterParser:
         if direction or kind:
             self.last = protocol, direction, kind or "host"
         if not self.last or not self.words:
-            raise ValueError(FILTER_LANGUAGE)
+            raise ValueError("expected " + FILTER_LANGUAGE)
         return self.primitive(*self.last, self.words.pop())
 
     @staticmethod
@@ -1343,31 +1344,26 @@ class FilterParser:
         """The test of one port, range, host or network."""
         low, dash, high = value.partition("-")
         if kind.startswith("port"):
-            if (protocol not in ("", "udp", "tcp") or bool(dash) != (kind == "portrange")
-                    or not is_port(low) or not is_port(high if dash else low)):
-                raise ValueError(FILTER_LANGUAGE)
+            expect(protocol in ("", "udp", "tcp") and bool(dash) == (kind == "portrange")
+                   and is_port(low) and is_port(high if dash else low), FILTER_LANGUAGE)
             return port_filter(protocol, direction, *sorted((int(low), int(high or low))))
         try:
             parse_address(value.partition("/")[0])
             network = ipaddress.ip_network(value)
         except ValueError:
-            raise ValueError(FILTER_LANGUAGE) from None
+            raise ValueError("expected " + FILTER_LANGUAGE) from None
         family = "ip" if network.version == 4 else "ip6"
-        if (kind == "host" and "/" in value) or protocol not in ("", family):
-            raise ValueError(FILTER_LANGUAGE)
+        expect((kind == "net" or "/" not in value) and protocol in ("", family), FILTER_LANGUAGE)
         return network_filter(direction, network)
 
 
 def parse_packet_filter(text: str) -> Filter:
     """The tree of a PCAP_FILTER."""
     parser = FilterParser(text)
-    if len(parser.words) > MAX_FILTER_WORDS:
-        raise ValueError("expected at most %d words" % MAX_FILTER_WORDS)
+    expect(len(parser.words) <= MAX_FILTER_WORDS, "at most %d words" % MAX_FILTER_WORDS)
     tree = parser.expression()
-    if parser.words:
-        raise ValueError(FILTER_LANGUAGE)
-    if len(compile_filter(tree)) > MAX_INSTRUCTIONS * SOCK_FILTER.size:
-        raise ValueError("expected a shorter filter")
+    expect(not parser.words, FILTER_LANGUAGE)
+    expect(len(compile_filter(tree)) <= MAX_INSTRUCTIONS * SOCK_FILTER.size, "a shorter filter")
     return tree
 
 
@@ -1460,8 +1456,8 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 
 def parse_interface(text: str) -> str:
     """The name of a network interface, or `any`."""
-    if not 0 < len(text) < 16 or set(text) & set("/ \t"):
-        raise ValueError("expected the name of one interface, or `any`")
+    expect(0 < len(text) < 16 and not set(text) & set("/ \t"),
+           "the name of one interface, or `any`")
     return text
 
 
@@ -1478,10 +1474,10 @@ class IptablesChain(NamedTuple):
 def parse_iptables_chain(text: str) -> IptablesChain:
     """An IPT_*_ACCESS directive (fwknop spec 3.2)."""
     fields = [field.strip() for field in text.split(",")]
-    if len(fields) != 6 or not all(is_word(field) for field in fields) or not fields[3].isdigit():
-        raise ValueError("expected `target, table, from-chain, position, to-chain, position`")
-    if fields[2] == fields[4] or len(fields[4]) > 28:
-        raise ValueError("expected a chain of our own of at most 28 characters")
+    expect(len(fields) == 6 and all(map(is_word, fields)) and fields[3].isdigit(),
+           "`target, table, from-chain, position, to-chain, position`")
+    expect(fields[2] != fields[4] and len(fields[4]) <= 28,
+           "a chain of our own of at most 28 characters")
     return IptablesChain(fields[0], fields[1], fields[2], max(1, int(fields[3])), fields[4])
 
 
@@ -1498,8 +1494,8 @@ def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
     chains = []
     for item in text.split(",") if text else ():
         words = item.split()
-        if len(words) != 3 or words[0] not in NFT_FAMILIES or not all(map(is_word, words)):
-            raise ValueError("expected `inet|ip|ip6 TABLE CHAIN`, with commas between")
+        expect(len(words) == 3 and words[0] in NFT_FAMILIES and all(map(is_word, words)),
+               "`inet|ip|ip6 TABLE CHAIN`, with commas between")
         chains.append(NftChain(*words))
     return tuple(chains)
 
@@ -1518,8 +1514,7 @@ def parse_nat_address(text: str) -> Address:
 def parse_nat_target(text: str) -> Tuple[Address, int]:
     """`IP PORT` of a FORCE_NAT directive."""
     words = text.split()
-    if len(words) != 2 or not is_port(words[1]):
-        raise ValueError("expected `IP PORT`")
+    expect(len(words) == 2 and is_port(words[1]), "`IP PORT`")
     return parse_nat_address(words[0]), int(words[1])
 
 
@@ -1693,31 +1688,29 @@ class Key(Directive[Secret]):
         key, placeholder = text.encode("latin-1"), PLACEHOLDER.encode()
         if self.encoded and key.strip() != placeholder:
             key = decode_base64(key.strip().rstrip(b"="))
-        if key.strip() == placeholder:
-            raise ValueError("expected a key instead of " + PLACEHOLDER)
-        if text and not 0 < len(key) <= self.longest:
-            raise ValueError("expected a key of 1 to %d bytes, not %d" % (self.longest, len(key)))
+        expect(key.strip() != placeholder, "a key instead of " + PLACEHOLDER)
+        expect(not text or 0 < len(key) <= self.longest,
+               "a key of 1 to %d bytes, not %d" % (self.longest, len(key)))
         return Secret(key)
 
 
 def parse_digest(text: str) -> Digest:
     """A digest or HMAC type by its name."""
-    if text.upper() not in DIGESTS:
-        raise ValueError("expected " + ", ".join(DIGESTS))
+    expect(text.upper() in DIGESTS, ", ".join(DIGESTS))
     return DIGESTS[text.upper()]
 
 
 def parse_mode(text: str) -> str:
     """An encryption mode by its name; `Asymmetric` is GPG."""
-    if text.upper() not in MODES + (ASYMMETRIC,):
-        raise ValueError("expected %s, or Asymmetric, which is GPG" % ", ".join(MODES))
+    expect(text.upper() in MODES + (ASYMMETRIC,),
+           ", ".join(MODES) + ", or Asymmetric, which is GPG")
     return text.upper()
 
 
 def parse_user(text: str) -> str:
     """A user name as a packet can carry it (fwknop spec 1.3)."""
-    if len(text) > 48 or not set(text) <= set(USER_CHARACTERS):
-        raise ValueError("expected up to 48 characters as they are allowed in an SPA packet")
+    expect(len(text) <= 48 and set(text) <= set(USER_CHARACTERS),
+           "up to 48 characters as they are allowed in an SPA packet")
     return text
 
 
@@ -1725,9 +1718,8 @@ def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
     """A parser of comma lists of key ids with as many hex digits as one of `lengths`."""
     def parse(text: str) -> FrozenSet[str]:
         ids = [item.replace(" ", "").upper() for item in text.split(",") if text]
-        if any(len(each) not in lengths or each.strip("0123456789ABCDEF") for each in ids):
-            raise ValueError("expected %s hex digits, with commas between the keys"
-                             % " or ".join(map(str, lengths)))
+        expect(all(len(each) in lengths and not each.strip("0123456789ABCDEF") for each in ids),
+               "%s hex digits, with commas between the keys" % " or ".join(map(str, lengths)))
         return frozenset(ids)
     return parse
 
@@ -1740,8 +1732,7 @@ def parse_date(text: str) -> int:
         seconds = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
     except (ValueError, OverflowError):
         raise ValueError("expected a date MM/DD/YYYY") from None
-    if time.localtime(seconds)[:3] != (year, month, day):
-        raise ValueError("expected a date MM/DD/YYYY that exists")
+    expect(time.localtime(seconds)[:3] == (year, month, day), "a date MM/DD/YYYY that exists")
     return seconds
 
 
@@ -1779,10 +1770,9 @@ def parse_group(text: str) -> int:
 def parse_template(text: str) -> Tuple[str, ...]:
     """The words of a CMD_CYCLE command, split before anything is put in for a variable."""
     words = text.encode("latin-1").split()
-    if len(words) > MAX_WORDS:
-        raise ValueError("expected at most %d words" % MAX_WORDS)
-    if words and not find_program(os.fsdecode(words[0])):
-        raise ValueError("expected a program that can be run")
+    expect(len(words) <= MAX_WORDS, "at most %d words" % MAX_WORDS)
+    expect(not words or find_program(os.fsdecode(words[0])) is not None,
+           "a program that can be run")
     template = tuple(word.decode("latin-1") for word in words)
     for word in template:
         fill_in(word, dict.fromkeys(CYCLE_VARIABLES, ""))
@@ -1794,8 +1784,7 @@ def fill_in(word: str, values: Dict[str, Any]) -> str:
     filled, *parts = word.split("$")
     for part in parts:
         name = max((name for name in CYCLE_VARIABLES if part.startswith(name)), key=len, default="")
-        if not name:
-            raise ValueError("expected only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
+        expect(name != "", "only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
         filled += str(values[name]) + part[len(name):]
     return filled
 
