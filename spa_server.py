@@ -362,13 +362,12 @@ class AesInverse(Aes):
 SALTED_PREFIX = b"U2FsdGVkX1"  # what base64 makes of "Salted__": never sent, but authenticated
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 ALPHABET_AND_FILLING = ALPHABET + b"="
-MAX_KEY_BYTES = 32
-MAX_HMAC_KEY_BYTES = 128
+MAX_KEY_BYTES, LEGACY_KEY_BYTES, MAX_HMAC_KEY_BYTES = 32, 16, 128
 MAX_PASSPHRASE_BYTES = 255  # gpg's
-LEGACY_KEY_BYTES = 16
 PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
 ASYMMETRIC = "ASYMMETRIC"  # the mode that is GPG
+NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data is invalid"
 
 
 class Secret(bytes):
@@ -449,6 +448,12 @@ class Hmac:
 # --- end shared: digests --
 
 
+def expect(right: bool, what: str) -> None:
+    """ValueError that `what` was expected, unless the value is `right`."""
+    if not right:
+        raise ValueError("expected " + what)
+
+
 def encode_base64(data: bytes) -> bytes:
     """RFC 4648 base64 without '=', as everywhere in an SPA packet."""
     return binascii.b2a_base64(data, newline=False).rstrip(b"=")
@@ -498,11 +503,11 @@ def xor(left: bytes, right: bytes) -> bytes:
 def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
     """`text` (whole blocks) decrypted in `mode`, with its padding (NIST SP 800-38A section 6)."""
     blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
+    pairs = zip(blocks, [iv] + blocks)
     if mode == "ECB":
-        return b"".join(cipher.decrypt_block(block) for block in blocks)
+        return b"".join(map(cipher.decrypt_block, blocks))
     if mode == "CFB":
-        return b"".join(xor(block, cipher.encrypt_block(previous))
-                        for block, previous in zip(blocks, [iv] + blocks))
+        return b"".join(xor(block, cipher.encrypt_block(before)) for block, before in pairs)
     if mode in ("OFB", "CTR"):
         plain, counter = b"", iv
         for block in blocks:
@@ -510,8 +515,7 @@ def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
             plain += xor(block, output)
             counter = output if mode == "OFB" else next_counter(counter)
         return plain
-    return b"".join(xor(cipher.decrypt_block(block), previous)
-                    for block, previous in zip(blocks, [iv] + blocks))
+    return b"".join(xor(cipher.decrypt_block(block), before) for block, before in pairs)
 
 
 def next_counter(counter: bytes) -> bytes:
@@ -526,28 +530,17 @@ def strip_padding(plain: bytes) -> bytes:
     could be changed in its padding and sent again as a new one.
     """
     length = plain[-1]
-    if not 1 <= length <= 16 or plain[-length:] != bytes([length]) * length:
-        raise ValueError("expected padding")
+    expect(1 <= length <= 16 and plain[-length:] == bytes([length]) * length, "padding")
     return plain[:-length]
 
 
-class PacketKeys:
-    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+class Keys:
+    """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
 
-    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
-        self.secret = key
-        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
-            self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
-        self.mode = mode
-        self.hmac = Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None
-        self.tag_length = hmac_type.text_size if hmac_key else 0
-        self.malformed = PacketRejected if hmac_key else WrongKey  # perhaps another stanza's tag
-        self.library = None if hmac_key else import_cryptography()
-
-    @staticmethod
-    def prefix(body: bytes) -> bytes:
-        """What the sender left off the base64 text."""
-        return SALTED_PREFIX
+    def __init__(self, hmac: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
+                 prefix: Callable[[bytes], bytes]) -> None:
+        self.hmac, self.tag_length, self.prefix = hmac, hmac_type.text_size, prefix
+        self.malformed = PacketRejected if hmac else WrongKey  # perhaps another stanza's tag
 
     def authentic(self, payload: bytes) -> bool:
         """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell.
@@ -563,6 +556,18 @@ class PacketKeys:
         """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
         return payload[:-self.tag_length] if self.hmac else payload.rstrip(b"=")
 
+
+class PacketKeys(Keys):
+    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+
+    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
+        super().__init__(Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None, hmac_type,
+                         lambda body: SALTED_PREFIX)
+        self.secret, self.mode = key, mode
+        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
+            self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
+        self.library = None if hmac_key else import_cryptography()
+
     def open(self, ciphertext: bytes) -> bytes:
         """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
 
@@ -575,12 +580,10 @@ class PacketKeys:
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = block_cipher(key, self.library)
         try:
-            if not decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit():
-                raise ValueError("expected digits")
+            expect(decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit(), "digits")
             return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
         except ValueError:
-            raise WrongKey("wrong key", "Error creating fko context: "
-                           "Decryption failed or decrypted data is invalid") from None
+            raise WrongKey("wrong key", NOT_DECRYPTED) from None
 
 
 # ======================================================================================
@@ -734,8 +737,7 @@ def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Pac
 def decode_packet(plain: bytes) -> Packet:
     """The fields of RAND:USER:TIMESTAMP:VERSION:TYPE:MSG[:NAT][:AUTH][:TIMEOUT]:DIGEST."""
     if not plain[:16].isdigit() or plain[16:17] != b":":
-        raise WrongKey("wrong key", "Error creating fko context: "
-                       "Decryption failed or decrypted data is invalid")
+        raise WrongKey("wrong key", NOT_DECRYPTED)
     check_field(not plain.translate(None, PRINTABLE), "DECODE_NON_ASCII")
     fields = plain.split(b":")
     check_field(len(fields) >= 7, "DECODE_LT_MIN_FIELDS")
@@ -754,9 +756,10 @@ def decode_packet(plain: bytes) -> Packet:
     nat, server_auth, timeout = decode_extra(message_type, fields[6:-1])
     text = decode_text(message, 256, "DECODE_MESSAGE")
     address, ports, command = decode_message(message_type, text)
-    return Packet(random.decode(), decode_user(user), int(timestamp), version.decode(),
-                  message_type, text, nat, server_auth, timeout, digest_type,
-                  address, ports, command)
+    name = decode_text(user, 64, "DECODE_USERNAME")
+    check_field(set(name) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")  # spec 1.3
+    return Packet(random.decode(), name, int(timestamp), version.decode(), message_type, text, nat,
+                  server_auth, timeout, digest_type, address, ports, command)
 
 
 def check_digest(message: bytes, text: bytes) -> str:
@@ -779,13 +782,6 @@ def decode_text(field: bytes, longest: int, name: str) -> str:
         return decode_base64(field).decode("latin-1")
     except ValueError:
         raise PacketRejected("malformed", invalid_data(name + "_DECODEFAIL")) from None
-
-
-def decode_user(field: bytes) -> str:
-    """The user name: 1 to 48 printable characters without those of spec 1.3."""
-    user = decode_text(field, 64, "DECODE_USERNAME")
-    check_field(set(user) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")
-    return user
 
 
 def decode_extra(message_type: int,
@@ -842,8 +838,8 @@ def is_port(text: str) -> bool:
 def parse_port(text: str) -> Port:
     """`tcp/22` or `udp/53` as (protocol, port)."""
     protocol, _, number = text.partition("/")
-    if protocol not in PROTOCOL_NUMBERS or not is_port(number):
-        raise ValueError("expected tcp/PORT or udp/PORT, PORT 1 to 65535")
+    expect(protocol in PROTOCOL_NUMBERS and is_port(number),
+           "tcp/PORT or udp/PORT, PORT 1 to 65535")
     return protocol, int(number)
 
 
@@ -871,11 +867,11 @@ T = TypeVar("T")
 class Directive(Generic[T]):
     """A row: `settings.attribute` is the parsed value. A default is parsed as a file's."""
 
-    def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str,
-                 secret: bool = False) -> None:
+    secret = False  # whether no dump and no message may show the value
+
+    def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str) -> None:
         self.names = names.split()  # the first is the one that is written
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
-        self.secret = secret
 
     def __set_name__(self, owner: type, attribute: str) -> None:
         """Learns the attribute's name."""
@@ -895,9 +891,25 @@ class Directive(Generic[T]):
         settings.__dict__[self.attribute] = value
         return value
 
-    def set(self, settings: "Settings", text: str) -> None:
-        """Gives `settings` the value that `text` means; ValueError when it means none."""
-        settings.__dict__[self.attribute] = self.parse(text)
+
+class Flag(Directive[bool]):
+    """Y or N, by its first letter as in fwknopd."""
+
+    def __init__(self, names: str, help: str, default: str = "N") -> None:
+        super().__init__(names, self.parse_flag, default, help)
+
+    @staticmethod
+    def parse_flag(text: str) -> bool:
+        """Whether it is Y."""
+        expect(text[:1].upper() in ("Y", "N"), "Y or N")
+        return text[:1].upper() == "Y"
+
+
+class NoDefault(Directive[Optional[T]]):
+    """A row that is None until it is set."""
+
+    def __init__(self, names: str, parse: Callable[[str], T], help: str) -> None:
+        super().__init__(names, lambda text: parse(text) if text else None, "", help)
 
 
 class Ignored(Directive[str]):
@@ -923,14 +935,11 @@ class Line(NamedTuple):
         """The error that this line is wrong in the way that `text` says."""
         if not self.number:
             return UsageError("%s: %s" % (self.file, text))
-        where = "%s:%d" % (self.file, self.number)
-        return ConfigError("%s: %s%s" % (where, self.name + ": " if self.is_named else "", text))
-
-    @property
-    def is_named(self) -> bool:
-        """Whether the line begins with a name; else it may be a part of a key, and is not shown."""
         name = self.name.rstrip(":")
-        return (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
+        # What does not begin with a name may be a part of a key, and is not shown.
+        named = (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
+        return ConfigError("%s:%d: %s%s" % (self.file, self.number,
+                                            self.name + ": " if named else "", text))
 
 
 class Settings:
@@ -956,8 +965,8 @@ class Settings:
                     return row
         return None
 
-    def take(self, line: Line) -> Optional[str]:
-        """Sets what `line` says; ConfigError when it can't be. Returns a warning or None."""
+    def take(self, line: Line) -> List[str]:
+        """Sets what `line` says; ConfigError when it can't be. Returns warnings."""
         row = self.row(line.name)
         if row is None:
             near = self.row(line.name.upper())
@@ -965,14 +974,13 @@ class Settings:
         value = line.value if row.secret else line.value.rstrip()
         try:
             value = self.expand(value)
-            row.set(self, value)
+            self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
             shown = "" if row.secret else ", not '%s'" % value
             raise line.error("%s%s" % (error, shown)) from None
         self.texts[row.name], self.lines[row.name] = value, line
-        if isinstance(row, Ignored):
-            return "%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
-        return None
+        return ["%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
+                ] * isinstance(row, Ignored)
 
     def is_set(self, row: Directive[Any]) -> bool:
         """Whether a file or an option set this directive."""
@@ -1000,8 +1008,7 @@ class Settings:
             if isinstance(row, Ignored):
                 continue
             value = self.texts.get(row.name, row.default)
-            if row.secret and value:
-                value = PLACEHOLDER
+            value = PLACEHOLDER if row.secret and value else value
             lines.append("%-27s %s;" % (row.name, value) if row.name in self.texts else
                          "#%-26s %s" % (row.name, value + ";" if value else "(not set)"))
         return "\n".join(lines) + "\n"
@@ -1019,11 +1026,11 @@ def read_lines(path: str, colon: bool) -> Iterator[Line]:
     except OSError as error:
         raise ConfigError("%s: %s" % (path, error.strerror)) from None
     for number, raw in enumerate(text.split("\n"), 1):
-        line = raw.partition("\r")[0].replace("\t", " ").lstrip(" ")
+        line = raw.partition("\r")[0].lstrip(" \t")
         if not line or line[0] in "#;":
             continue
-        name = line.partition(" ")[0]
-        value = raw.lstrip(" \t")[len(name):].partition("\r")[0].lstrip(" \t").partition(";")[0]
+        name = line.replace("\t", " ").partition(" ")[0]
+        value = line[len(name):].lstrip(" \t").partition(";")[0]
         name = name.rstrip(":") if colon else name
         if not value.strip(" \t"):
             raise Line(path, number, name.rstrip(";:"), "").error("expected a value")
@@ -1055,18 +1062,11 @@ def folder_files(folder: str) -> List[str]:
     return [os.path.join(folder, name) for name in names if name.endswith(".conf")]
 
 
-def parse_flag(text: str) -> bool:
-    """Y or N, by its first letter as in fwknopd."""
-    if text[:1].upper() not in ("Y", "N"):
-        raise ValueError("expected Y or N")
-    return text[:1].upper() == "Y"
-
-
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
     """A parser of decimal numbers from `least` to `most`."""
     def parse(text: str) -> int:
-        if text.strip("0123456789") or not 0 < len(text) <= 12 or not least <= int(text) <= most:
-            raise ValueError("expected %s, %d to %d" % (unit, least, most))
+        expect(0 < len(text) <= 12 and not text.strip("0123456789") and least <= int(text) <= most,
+               "%s, %d to %d" % (unit, least, most))
         return int(text)
     return parse
 
@@ -1083,19 +1083,13 @@ def choice(*words: str) -> Callable[[str], str]:
 
 def parse_path(text: str) -> str:
     """An absolute path."""
-    if not text.startswith("/"):
-        raise ValueError("expected an absolute path")
+    expect(text.startswith("/"), "an absolute path")
     return text
 
 
 def parse_home(text: str) -> str:
     """An absolute path, or one below the home of this user (~/)."""
     return parse_path(os.path.expanduser(text))
-
-
-def optional(parse: Callable[[str], T]) -> Callable[[str], Optional[T]]:
-    """A parser like `parse` that takes the empty default for None."""
-    return lambda text: parse(text) if text else None
 
 
 def parse_ports(text: str) -> FrozenSet[Port]:
@@ -1188,18 +1182,12 @@ def skip_extensions(packet: bytes) -> Tuple[int, int]:
     return protocol, start
 
 
-class LinkType(NamedTuple):
-    """The header of a frame: its length, and where EtherType and direction stand, if they do."""
-
-    length: int
-    ethertype: Optional[int] = None
-    direction: Optional[int] = None
-
-
-# By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, raw IP, Linux cooked.
-LINK_TYPES = {0: LinkType(4), 108: LinkType(4), 1: LinkType(14, 12), 113: LinkType(16, 14, 1),
-              276: LinkType(20, 0, 10), 12: LinkType(0), 14: LinkType(0), 101: LinkType(0),
-              228: LinkType(0), 229: LinkType(0)}
+# Length of a frame's header, and where EtherType and direction stand, if they do.
+LinkType = Tuple[int, Optional[int], Optional[int]]
+# By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, Linux cooked, raw IP.
+LINK_TYPES: Dict[int, LinkType] = {
+    0: (4, None, None), 108: (4, None, None), 1: (14, 12, None), 113: (16, 14, 1), 276: (20, 0, 10),
+    **dict.fromkeys((12, 14, 101, 228, 229), (0, None, None))}
 PACKET_OUTGOING = 4  # of linux/if_packet.h
 VLAN_TAGS = (b"\x81\x00", b"\x88\xa8", b"\x91\x00")  # IEEE 802.1Q, 802.1ad and what was before
 MAX_TAGS = 4
@@ -1248,8 +1236,8 @@ IS_IPV4, IS_IPV6 = (Comparison(0, 1, version, version, 0xF0) for version in (0x4
 FILTER_PROTOCOLS = {"udp": UDP, "tcp": TCP, "icmp": ICMP, "icmp6": ICMP6, "ip": 4, "ip6": 6}
 FILTER_SYMBOLS = {"(": "(", ")": ")", "!": "not", "&&": "and", "||": "or"}
 MAX_FILTER_WORDS = 400
-FILTER_LANGUAGE = ("expected udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange "
-                   "M-N, [ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
+FILTER_LANGUAGE = ("udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange M-N, "
+                   "[ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
 
 
 def both(test: Callable[[int], Filter], direction: str, source: int, destination: int) -> Filter:
@@ -1334,8 +1322,7 @@ class FilterParser:
             return Junction("not", (self.term(),))
         if self.take("("):
             tree = self.expression()
-            if not self.take(")"):
-                raise ValueError(FILTER_LANGUAGE)
+            expect(self.take(")") != "", FILTER_LANGUAGE)
             return tree
         protocol = self.take(*FILTER_PROTOCOLS)
         direction = self.take("src", "dst")
@@ -1349,7 +1336,7 @@ class FilterParser:
         if direction or kind:
             self.last = protocol, direction, kind or "host"
         if not self.last or not self.words:
-            raise ValueError(FILTER_LANGUAGE)
+            raise ValueError("expected " + FILTER_LANGUAGE)
         return self.primitive(*self.last, self.words.pop())
 
     @staticmethod
@@ -1357,31 +1344,26 @@ class FilterParser:
         """The test of one port, range, host or network."""
         low, dash, high = value.partition("-")
         if kind.startswith("port"):
-            if (protocol not in ("", "udp", "tcp") or bool(dash) != (kind == "portrange")
-                    or not is_port(low) or not is_port(high if dash else low)):
-                raise ValueError(FILTER_LANGUAGE)
+            expect(protocol in ("", "udp", "tcp") and bool(dash) == (kind == "portrange")
+                   and is_port(low) and is_port(high if dash else low), FILTER_LANGUAGE)
             return port_filter(protocol, direction, *sorted((int(low), int(high or low))))
         try:
             parse_address(value.partition("/")[0])
             network = ipaddress.ip_network(value)
         except ValueError:
-            raise ValueError(FILTER_LANGUAGE) from None
+            raise ValueError("expected " + FILTER_LANGUAGE) from None
         family = "ip" if network.version == 4 else "ip6"
-        if (kind == "host" and "/" in value) or protocol not in ("", family):
-            raise ValueError(FILTER_LANGUAGE)
+        expect((kind == "net" or "/" not in value) and protocol in ("", family), FILTER_LANGUAGE)
         return network_filter(direction, network)
 
 
 def parse_packet_filter(text: str) -> Filter:
     """The tree of a PCAP_FILTER."""
     parser = FilterParser(text)
-    if len(parser.words) > MAX_FILTER_WORDS:
-        raise ValueError("expected at most %d words" % MAX_FILTER_WORDS)
+    expect(len(parser.words) <= MAX_FILTER_WORDS, "at most %d words" % MAX_FILTER_WORDS)
     tree = parser.expression()
-    if parser.words:
-        raise ValueError(FILTER_LANGUAGE)
-    if len(compile_filter(tree)) > MAX_INSTRUCTIONS * SOCK_FILTER.size:
-        raise ValueError("expected a shorter filter")
+    expect(not parser.words, FILTER_LANGUAGE)
+    expect(len(compile_filter(tree)) <= MAX_INSTRUCTIONS * SOCK_FILTER.size, "a shorter filter")
     return tree
 
 
@@ -1474,8 +1456,8 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 
 def parse_interface(text: str) -> str:
     """The name of a network interface, or `any`."""
-    if not 0 < len(text) < 16 or set(text) & set("/ \t"):
-        raise ValueError("expected the name of one interface, or `any`")
+    expect(0 < len(text) < 16 and not set(text) & set("/ \t"),
+           "the name of one interface, or `any`")
     return text
 
 
@@ -1492,10 +1474,10 @@ class IptablesChain(NamedTuple):
 def parse_iptables_chain(text: str) -> IptablesChain:
     """An IPT_*_ACCESS directive (fwknop spec 3.2)."""
     fields = [field.strip() for field in text.split(",")]
-    if len(fields) != 6 or not all(is_word(field) for field in fields) or not fields[3].isdigit():
-        raise ValueError("expected `target, table, from-chain, position, to-chain, position`")
-    if fields[2] == fields[4] or len(fields[4]) > 28:
-        raise ValueError("expected a chain of our own of at most 28 characters")
+    expect(len(fields) == 6 and all(map(is_word, fields)) and fields[3].isdigit(),
+           "`target, table, from-chain, position, to-chain, position`")
+    expect(fields[2] != fields[4] and len(fields[4]) <= 28,
+           "a chain of our own of at most 28 characters")
     return IptablesChain(fields[0], fields[1], fields[2], max(1, int(fields[3])), fields[4])
 
 
@@ -1512,8 +1494,8 @@ def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
     chains = []
     for item in text.split(",") if text else ():
         words = item.split()
-        if len(words) != 3 or words[0] not in NFT_FAMILIES or not all(map(is_word, words)):
-            raise ValueError("expected `inet|ip|ip6 TABLE CHAIN`, with commas between")
+        expect(len(words) == 3 and words[0] in NFT_FAMILIES and all(map(is_word, words)),
+               "`inet|ip|ip6 TABLE CHAIN`, with commas between")
         chains.append(NftChain(*words))
     return tuple(chains)
 
@@ -1532,8 +1514,7 @@ def parse_nat_address(text: str) -> Address:
 def parse_nat_target(text: str) -> Tuple[Address, int]:
     """`IP PORT` of a FORCE_NAT directive."""
     words = text.split()
-    if len(words) != 2 or not is_port(words[1]):
-        raise ValueError("expected `IP PORT`")
+    expect(len(words) == 2 and is_port(words[1]), "`IP PORT`")
     return parse_nat_address(words[0]), int(words[1])
 
 
@@ -1556,36 +1537,32 @@ class ServerSettings(Settings):
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
                               "what to look at, in tcpdump's language; see Carriers")
-    any_direction = Directive("ENABLE_PCAP_ANY_DIRECTION", parse_flag, "N",
-                              "look at what this host sends, too")
-    promiscuous = Directive("ENABLE_PCAP_PROMISC", parse_flag, "N",
-                            "look at what PCAP_INTF hears for other hosts, too")
-    capture_file = Directive("PCAP_FILE", optional(parse_path), "",
+    any_direction = Flag("ENABLE_PCAP_ANY_DIRECTION", "look at what this host sends, too")
+    promiscuous = Flag("ENABLE_PCAP_PROMISC", "look at what PCAP_INTF hears for other hosts, too")
+    capture_file = NoDefault("PCAP_FILE", parse_path,
                              "judge the packets of this file of `tcpdump -w` instead, and end")
     packet_limit = Directive("PACKET_LIMIT", integer(0, 10 ** 9), "0",
                              "end after so many packets that look like SPA; 0: go on")
-    udp_server = Directive("ENABLE_UDP_SERVER", parse_flag, "N", "listen on a UDP socket instead")
+    udp_server = Flag("ENABLE_UDP_SERVER", "listen on a UDP socket instead")
     udp_port = Directive("UDPSERV_PORT", integer(1, 65535), "62201", "port of that socket")
-    tcp_server = Directive("ENABLE_TCP_SERVER", parse_flag, "N", "listen on a TCP socket as well")
+    tcp_server = Flag("ENABLE_TCP_SERVER", "listen on a TCP socket as well")
     tcp_port = Directive("TCPSERV_PORT", integer(1, 65535), "62201", "port of that one")
-    http = Directive("ENABLE_SPA_OVER_HTTP", parse_flag, "N",
-                     "take packets in HTTP requests, where TCP is looked at")
-    any_agent = Directive("ALLOW_ANY_USER_AGENT", parse_flag, "N",
-                          "from every User-Agent, not only from Fwknop")
-    forwarded_for = Directive("ENABLE_X_FORWARDED_FOR", parse_flag, "N",
-                              "the source is the last address in X-Forwarded-For")
-    aging = Directive("ENABLE_SPA_PACKET_AGING", parse_flag, "Y", "reject packets by their age")
+    http = Flag("ENABLE_SPA_OVER_HTTP", "take packets in HTTP requests, where TCP is looked at")
+    any_agent = Flag("ALLOW_ANY_USER_AGENT", "from every User-Agent, not only from Fwknop")
+    forwarded_for = Flag("ENABLE_X_FORWARDED_FOR",
+                         "the source is the last address in X-Forwarded-For")
+    aging = Flag("ENABLE_SPA_PACKET_AGING", "reject packets by their age", "Y")
     max_packet_age = Directive("MAX_SPA_PACKET_AGE", integer(1, 100000, "seconds"), "120",
                                "by how many seconds a client's clock may differ")
-    digest_persistence = Directive("ENABLE_DIGEST_PERSISTENCE", parse_flag, "Y",
-                                   "keep the replay memory in DIGEST_FILE, not only in the process")
+    digest_persistence = Flag("ENABLE_DIGEST_PERSISTENCE",
+                              "keep the replay memory in DIGEST_FILE, not only in the process", "Y")
     firewall = Directive("FIREWALL_TYPE", choice("auto", "nft", "iptables", "none"), "auto",
                          "auto, nft, iptables or none")
     guard_ports = Directive("GUARD_PORTS", parse_ports, "",
                             "ports that are closed to everybody without a grant: tcp/22, udp/1194")
     nft_accept_chains = Directive("NFT_ACCEPT_CHAINS", parse_nft_chains, "",
                                   "chains of the host's nftables for grants: inet filter input")
-    firewall_program = Directive("FIREWALL_EXE", optional(parse_path), "",
+    firewall_program = NoDefault("FIREWALL_EXE", parse_path,
                                  "iptables or nft to run; without it the one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
@@ -1607,26 +1584,23 @@ class ServerSettings(Settings):
     nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
                                    "chains of the host's nftables for what NAT forwards: "
                                    "inet filter forward")
-    forwarding = Directive("ENABLE_IPT_FORWARDING", parse_flag, "N",
-                           "NAT to hosts behind this one (message types 2 and 4)")
-    local_nat = Directive("ENABLE_IPT_LOCAL_NAT", parse_flag, "N",
-                          "NAT to another port of this host (message types 5 and 6)")
-    snat = Directive("ENABLE_IPT_SNAT", parse_flag, "N",
-                     "let what NAT forwards come from this host, so that answers find back")
-    snat_address = Directive("SNAT_TRANSLATE_IP", optional(parse_nat_address), "",
+    forwarding = Flag("ENABLE_IPT_FORWARDING",
+                      "NAT to hosts behind this one (message types 2 and 4)")
+    local_nat = Flag("ENABLE_IPT_LOCAL_NAT",
+                     "NAT to another port of this host (message types 5 and 6)")
+    snat = Flag("ENABLE_IPT_SNAT",
+                "let what NAT forwards come from this host, so that answers find back")
+    snat_address = NoDefault("SNAT_TRANSLATE_IP", parse_nat_address,
                              "from this address; without it from that of the way out")
-    nat_dns = Directive("ENABLE_NAT_DNS", parse_flag, "Y",
-                        "look up the host that a client wants NAT to by its name")
-    enable_output = Directive("ENABLE_IPT_OUTPUT", parse_flag, "N",
-                              "let answers out with rules of their own (iptables)")
-    destination_rule = Directive("ENABLE_DESTINATION_RULE", parse_flag, "N",
-                                 "open only the address that the packet was sent to")
-    rule_prepend = Directive("ENABLE_RULE_PREPEND", parse_flag, "N",
-                             "put access rules first in their chain (iptables)")
-    flush_at_start = Directive("FLUSH_IPT_AT_INIT", parse_flag, "N",
-                               "close all grants at start instead of going on with them")
-    flush_at_stop = Directive("FLUSH_IPT_AT_EXIT", parse_flag, "Y",
-                              "close all grants at a clean stop; N: the kernel ends them")
+    nat_dns = Flag("ENABLE_NAT_DNS", "look up the host that a client wants NAT to by its name", "Y")
+    enable_output = Flag("ENABLE_IPT_OUTPUT", "let answers out with rules of their own (iptables)")
+    destination_rule = Flag("ENABLE_DESTINATION_RULE",
+                            "open only the address that the packet was sent to")
+    rule_prepend = Flag("ENABLE_RULE_PREPEND", "put access rules first in their chain (iptables)")
+    flush_at_start = Flag("FLUSH_IPT_AT_INIT",
+                          "close all grants at start instead of going on with them")
+    flush_at_stop = Flag("FLUSH_IPT_AT_EXIT",
+                         "close all grants at a clean stop; N: the kernel ends them", "Y")
     command_seconds = Directive("CMD_EXEC_TIMEOUT", integer(1, 86400, "seconds"), "60",
                                 "how long a command may run until it is ended")
     sudo_program = Directive("SUDO_EXE", parse_path, "/usr/bin/sudo",
@@ -1638,7 +1612,7 @@ class ServerSettings(Settings):
     conf_directory = Directive("FWKNOP_CONF_DIR", parse_path, "/etc/fwknop", "where files are read")
     access_file = Directive("ACCESS_FILE", parse_path, "$FWKNOP_CONF_DIR/access.conf",
                             "the stanzas")
-    access_folder = Directive("ACCESS_FOLDER", optional(parse_path), "",
+    access_folder = NoDefault("ACCESS_FOLDER", parse_path,
                               "its *.conf, sorted by name, are read instead of ACCESS_FILE")
     pid_file = Directive("FWKNOP_PID_FILE", parse_path, "$FWKNOP_RUN_DIR/fwknopd.pid",
                          "pid of the running server, which holds a lock on it")
@@ -1646,8 +1620,7 @@ class ServerSettings(Settings):
                             "packets that were seen")
     gpg_home = Directive("GPG_HOME_DIR", parse_home, "~/.gnupg",
                          "keys of gpg, where a stanza names no others")
-    gpg_program = Directive("GPG_EXE", optional(parse_path), "",
-                            "gpg to run; without it the one in PATH")
+    gpg_program = NoDefault("GPG_EXE", parse_path, "gpg to run; without it the one in PATH")
 
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
@@ -1688,8 +1661,10 @@ class ServerSettings(Settings):
 
 def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
     """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to."""
-    return permission_warnings(path) + [warning for line in read_lines(path, colon=False)
-                                        for warning in [settings.take(line)] if warning]
+    warnings = permission_warnings(path)
+    for line in read_lines(path, colon=False):
+        warnings += settings.take(line)
+    return warnings
 
 
 # ======================================================================================
@@ -1699,44 +1674,43 @@ def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
 # ======================================================================================
 
 
-def key_parser(longest: int, encoded: bool) -> Callable[[str], Secret]:
-    """A parser of keys of 1 to `longest` bytes, raw or in base64 with or without its '='.
+class Key(Directive[Secret]):
+    """A key of 1 to `longest` bytes, raw or in base64 with or without its '='; empty if not set."""
 
-    The empty default stands for a directive that is not set.
-    """
-    def parse(text: str) -> Secret:
-        """The key, or ValueError."""
-        raw = text.encode("latin-1")
-        placeholder = PLACEHOLDER.encode()
-        if raw.strip() == placeholder:
-            raise ValueError("expected a key instead of " + PLACEHOLDER)
-        key = decode_base64(raw.strip().rstrip(b"=")) if encoded else raw
-        if key.strip() == placeholder:
-            raise ValueError("expected a key instead of " + PLACEHOLDER)
-        if text and not 0 < len(key) <= longest:
-            raise ValueError("expected a key of 1 to %d bytes, not %d" % (longest, len(key)))
+    secret = True
+
+    def __init__(self, name: str, longest: int, help: str, encoded: bool = False) -> None:
+        super().__init__(name, self.parse_key, "", help)
+        self.longest, self.encoded = longest, encoded
+
+    def parse_key(self, text: str) -> Secret:
+        """The key; the placeholder is none, neither as it stands nor in base64."""
+        key, placeholder = text.encode("latin-1"), PLACEHOLDER.encode()
+        if self.encoded and key.strip() != placeholder:
+            key = decode_base64(key.strip().rstrip(b"="))
+        expect(key.strip() != placeholder, "a key instead of " + PLACEHOLDER)
+        expect(not text or 0 < len(key) <= self.longest,
+               "a key of 1 to %d bytes, not %d" % (self.longest, len(key)))
         return Secret(key)
-    return parse
 
 
 def parse_digest(text: str) -> Digest:
     """A digest or HMAC type by its name."""
-    if text.upper() not in DIGESTS:
-        raise ValueError("expected " + ", ".join(DIGESTS))
+    expect(text.upper() in DIGESTS, ", ".join(DIGESTS))
     return DIGESTS[text.upper()]
 
 
 def parse_mode(text: str) -> str:
     """An encryption mode by its name; `Asymmetric` is GPG."""
-    if text.upper() not in MODES + (ASYMMETRIC,):
-        raise ValueError("expected %s, or Asymmetric, which is GPG" % ", ".join(MODES))
+    expect(text.upper() in MODES + (ASYMMETRIC,),
+           ", ".join(MODES) + ", or Asymmetric, which is GPG")
     return text.upper()
 
 
 def parse_user(text: str) -> str:
     """A user name as a packet can carry it (fwknop spec 1.3)."""
-    if len(text) > 48 or not set(text) <= set(USER_CHARACTERS):
-        raise ValueError("expected up to 48 characters as they are allowed in an SPA packet")
+    expect(len(text) <= 48 and set(text) <= set(USER_CHARACTERS),
+           "up to 48 characters as they are allowed in an SPA packet")
     return text
 
 
@@ -1744,9 +1718,8 @@ def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
     """A parser of comma lists of key ids with as many hex digits as one of `lengths`."""
     def parse(text: str) -> FrozenSet[str]:
         ids = [item.replace(" ", "").upper() for item in text.split(",") if text]
-        if any(len(each) not in lengths or each.strip("0123456789ABCDEF") for each in ids):
-            raise ValueError("expected %s hex digits, with commas between the keys"
-                             % " or ".join(map(str, lengths)))
+        expect(all(len(each) in lengths and not each.strip("0123456789ABCDEF") for each in ids),
+               "%s hex digits, with commas between the keys" % " or ".join(map(str, lengths)))
         return frozenset(ids)
     return parse
 
@@ -1759,8 +1732,7 @@ def parse_date(text: str) -> int:
         seconds = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
     except (ValueError, OverflowError):
         raise ValueError("expected a date MM/DD/YYYY") from None
-    if time.localtime(seconds)[:3] != (year, month, day):
-        raise ValueError("expected a date MM/DD/YYYY that exists")
+    expect(time.localtime(seconds)[:3] == (year, month, day), "a date MM/DD/YYYY that exists")
     return seconds
 
 
@@ -1798,10 +1770,9 @@ def parse_group(text: str) -> int:
 def parse_template(text: str) -> Tuple[str, ...]:
     """The words of a CMD_CYCLE command, split before anything is put in for a variable."""
     words = text.encode("latin-1").split()
-    if len(words) > MAX_WORDS:
-        raise ValueError("expected at most %d words" % MAX_WORDS)
-    if words and not find_program(os.fsdecode(words[0])):
-        raise ValueError("expected a program that can be run")
+    expect(len(words) <= MAX_WORDS, "at most %d words" % MAX_WORDS)
+    expect(not words or find_program(os.fsdecode(words[0])) is not None,
+           "a program that can be run")
     template = tuple(word.decode("latin-1") for word in words)
     for word in template:
         fill_in(word, dict.fromkeys(CYCLE_VARIABLES, ""))
@@ -1813,8 +1784,7 @@ def fill_in(word: str, values: Dict[str, Any]) -> str:
     filled, *parts = word.split("$")
     for part in parts:
         name = max((name for name in CYCLE_VARIABLES if part.startswith(name)), key=len, default="")
-        if not name:
-            raise ValueError("expected only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
+        expect(name != "", "only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
         filled += str(values[name]) + part[len(name):]
     return filled
 
@@ -1831,14 +1801,10 @@ class Stanza(Settings):
     open_ports = Directive("OPEN_PORTS", parse_ports, "",
                            "ports that may be opened: tcp/22, udp/53; without it every port")
     restrict_ports = Directive("RESTRICT_PORTS", parse_ports, "", "ports that may not be opened")
-    key = Directive("KEY", key_parser(MAX_KEY_BYTES, False), "",
-                    "encryption key, raw, up to 32 bytes", secret=True)
-    key_base64 = Directive("KEY_BASE64", key_parser(MAX_KEY_BYTES, True), "",
-                           "encryption key in base64", secret=True)
-    hmac_key = Directive("HMAC_KEY", key_parser(MAX_HMAC_KEY_BYTES, False), "",
-                         "HMAC key, raw, up to 128 bytes", secret=True)
-    hmac_key_base64 = Directive("HMAC_KEY_BASE64", key_parser(MAX_HMAC_KEY_BYTES, True), "",
-                                "HMAC key in base64", secret=True)
+    key = Key("KEY", MAX_KEY_BYTES, "encryption key, raw, up to 32 bytes")
+    key_base64 = Key("KEY_BASE64", MAX_KEY_BYTES, "encryption key in base64", encoded=True)
+    hmac_key = Key("HMAC_KEY", MAX_HMAC_KEY_BYTES, "HMAC key, raw, up to 128 bytes")
+    hmac_key_base64 = Key("HMAC_KEY_BASE64", MAX_HMAC_KEY_BYTES, "HMAC key in base64", encoded=True)
     hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC",
@@ -1851,59 +1817,54 @@ class Stanza(Settings):
                         "open to the whole network around an IPv4 address; 24 for carrier NAT")
     prefix6 = Directive("ACCESS_PREFIX6", integer(32, 128, "a prefix length"), "128",
                         "the same for IPv6, for example 56")
-    require_source = Directive("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE", parse_flag, "N",
-                               "the packet must name the address to open to")
+    require_source = Flag("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE",
+                          "the packet must name the address to open to")
     require_username = Directive("REQUIRE_USERNAME", parse_user, "",
                                  "user name the packet must carry")
-    expire_date = Directive("ACCESS_EXPIRE", optional(parse_date), "",
+    expire_date = NoDefault("ACCESS_EXPIRE", parse_date,
                             "the stanza is void from this day on, MM/DD/YYYY")
-    expire_epoch = Directive("ACCESS_EXPIRE_EPOCH", optional(integer(1, 10 ** 11, "seconds")), "",
+    expire_epoch = NoDefault("ACCESS_EXPIRE_EPOCH", integer(1, 10 ** 11, "seconds"),
                              "the same as epoch seconds")
-    gpg_home = Directive("GPG_HOME_DIR", optional(parse_home), "",
+    gpg_home = NoDefault("GPG_HOME_DIR", parse_home,
                          "keys of gpg; without it those that fwknopd.conf names")
-    gpg_program = Directive("GPG_EXE", optional(parse_path), "", "the same for the program gpg")
+    gpg_program = NoDefault("GPG_EXE", parse_path, "the same for the program gpg")
     gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "",
                                "secret key of gpg's that packets are encrypted to")
-    gpg_passphrase = Directive("GPG_DECRYPT_PW", key_parser(MAX_PASSPHRASE_BYTES, False), "",
-                               "its passphrase", secret=True)
-    gpg_no_passphrase = Directive("GPG_ALLOW_NO_PW", parse_flag, "N", "it has no passphrase")
+    gpg_passphrase = Key("GPG_DECRYPT_PW", MAX_PASSPHRASE_BYTES, "its passphrase")
+    gpg_no_passphrase = Flag("GPG_ALLOW_NO_PW", "it has no passphrase")
     gpg_remote_ids = Directive("GPG_REMOTE_ID", key_ids(8, 16, 40), "",
                                "keys that may sign: ids of 8, 16 or 40 hex digits, with commas")
     gpg_fingerprints = Directive("GPG_FINGERPRINT_ID", key_ids(40), "",
                                  "the same by whole fingerprints; with both, both must fit")
-    gpg_require_sig = Directive("GPG_REQUIRE_SIG", parse_flag, "Y",
-                                "N has no effect, as in fwknopd; see GPG_DISABLE_SIG")
-    gpg_disable_sig = Directive("GPG_DISABLE_SIG", parse_flag, "N", "do not ask who signed")
-    gpg_any_trust = Directive("GPG_IGNORE_SIG_VERIFY_ERROR", parse_flag, "N",
-                              "signers may be untrusted in gpg's eyes, or expired")
-    enable_commands = Directive("ENABLE_CMD_EXEC", parse_flag, "N",
-                                "run the commands of command messages")
-    command_user = Directive("CMD_EXEC_USER", optional(parse_account), "",
+    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect, as in fwknopd; see GPG_DISABLE_SIG",
+                           "Y")
+    gpg_disable_sig = Flag("GPG_DISABLE_SIG", "do not ask who signed")
+    gpg_any_trust = Flag("GPG_IGNORE_SIG_VERIFY_ERROR",
+                         "signers may be untrusted in gpg's eyes, or expired")
+    enable_commands = Flag("ENABLE_CMD_EXEC", "run the commands of command messages")
+    command_user = NoDefault("CMD_EXEC_USER", parse_account,
                              "user that this stanza's commands run as; without it the server's")
-    command_group = Directive("CMD_EXEC_GROUP", optional(parse_group), "",
+    command_group = NoDefault("CMD_EXEC_GROUP", parse_group,
                               "their only group; without it all of that user's")
-    enable_sudo = Directive("ENABLE_CMD_SUDO_EXEC", parse_flag, "N",
-                            "run the commands of command messages through sudo")
-    sudo_user = Directive("CMD_SUDO_EXEC_USER", optional(parse_account), "", "sudo's -u")
-    sudo_group = Directive("CMD_SUDO_EXEC_GROUP", optional(parse_group), "", "sudo's -g")
+    enable_sudo = Flag("ENABLE_CMD_SUDO_EXEC", "run the commands of command messages through sudo")
+    sudo_user = NoDefault("CMD_SUDO_EXEC_USER", parse_account, "sudo's -u")
+    sudo_group = NoDefault("CMD_SUDO_EXEC_GROUP", parse_group, "sudo's -g")
     cycle_open = Directive("CMD_CYCLE_OPEN", parse_template, "",
                            "command that opens, in place of the firewall")
     cycle_close = Directive("CMD_CYCLE_CLOSE",
                             lambda text: () if text == "NONE" else parse_template(text), "",
                             "command that closes again, or NONE")
-    cycle_seconds = Directive("CMD_CYCLE_TIMER", optional(integer(1, 8388608, "seconds")), "",
+    cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long until then, unless the client asks for a time")
 
-    force_nat = Directive("FORCE_NAT", optional(parse_nat_target), "",
+    force_nat = NoDefault("FORCE_NAT", parse_nat_target,
                           "NAT to this `IP PORT`, whatever the packet asks for")
-    force_snat = Directive("FORCE_SNAT", optional(parse_nat_address), "",
+    force_snat = NoDefault("FORCE_SNAT", parse_nat_address,
                            "let what NAT forwards come from this address")
-    force_masquerade = Directive("FORCE_MASQUERADE", parse_flag, "N",
-                                 "let it come from the address of the way out")
-    forward_all = Directive("FORWARD_ALL", parse_flag, "N",
-                            "with NAT, forward every protocol and port")
-    disable_dnat = Directive("DISABLE_DNAT", parse_flag, "N",
-                             "with NAT, forward only what is sent to the inner host itself")
+    force_masquerade = Flag("FORCE_MASQUERADE", "let it come from the address of the way out")
+    forward_all = Flag("FORWARD_ALL", "with NAT, forward every protocol and port")
+    disable_dnat = Flag("DISABLE_DNAT",
+                        "with NAT, forward only what is sent to the inner host itself")
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -2036,12 +1997,7 @@ class AccessFiles:
             if line.name == "%include_keys":
                 self.include_keys(line, stanza)
             else:
-                self.take(stanza, line)
-
-    def take(self, stanza: Stanza, line: Line) -> None:
-        """Sets what the line says in the stanza."""
-        warning = stanza.take(line)
-        self.warnings += [warning] if warning else []
+                self.warnings += stanza.take(line)
 
     def include(self, line: Line, depth: int) -> None:
         """Reads the file that an %include line names, or the *.conf of a folder."""
@@ -2063,7 +2019,7 @@ class AccessFiles:
         for each in read_lines(path, colon=True):
             if each.name not in KEY_FILE_NAMES:
                 raise each.error("expected only keys here, and the rest beside %include_keys")
-            self.take(stanza, each)
+            self.warnings += stanza.take(each)
 
     @staticmethod
     def checked(path: str, line: Line) -> str:
@@ -2100,6 +2056,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """ConfigError for NAT in a stanza that can't be without another directive (fwknop spec 3.3)."""
     either = "requires either FORCE_NAT or FORWARD_ALL"
+    snat = "requires ENABLE_IPT_SNAT in fwknopd.conf"
     for stanza in stanzas:
         forced = bool(stanza.force_nat) or stanza.forward_all
         for row, possible, text in (
@@ -2108,9 +2065,8 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
                 (Stanza.forward_all, settings.forwarding,
                  "requires ENABLE_IPT_FORWARDING in fwknopd.conf"),
                 (Stanza.force_snat, forced, either), (Stanza.force_masquerade, forced, either),
-                (Stanza.force_snat, settings.snat, "requires ENABLE_IPT_SNAT in fwknopd.conf"),
-                (Stanza.force_masquerade, settings.snat,
-                 "requires ENABLE_IPT_SNAT in fwknopd.conf")):
+                (Stanza.force_snat, settings.snat, snat),
+                (Stanza.force_masquerade, settings.snat, snat)):
             if getattr(stanza, row.attribute) and not possible:
                 raise stanza.error(row, text)
 
@@ -2512,8 +2468,13 @@ def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
              and not {"BADMDC", "DECRYPTION_FAILED", "ERROR", "FAILURE"} & set(status), "Bad data"),
             (len(status.get("PLAINTEXT", [])) == 1, "expected one text")):
         if not right:
-            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
-                           "failed - GPG ERROR: " + problem)
+            raise not_decrypted(problem)
+
+
+def not_decrypted(problem: str) -> WrongKey:
+    """The rejection of a message that gpg can't decrypt for this stanza."""
+    return WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
+                    "failed - GPG ERROR: " + problem)
 
 
 def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
@@ -2543,14 +2504,6 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
         if wanted and not any(signer.endswith(each) for signer in signers for each in wanted):
             raise PacketRejected("gpg signer", "Incoming SPA packet " + text)
     return signers[0]
-
-
-def pipe_with(data: bytes) -> int:
-    """The reading end of a pipe that holds `data`, which must fit into it (4096 bytes)."""
-    reader, writer = os.pipe()
-    os.write(writer, data)
-    os.close(writer)
-    return reader
 
 
 class Gpg:
@@ -2591,8 +2544,11 @@ class Gpg:
         """
         ends: List[int] = []
         try:
-            for data in (message, passphrase + b"\n"):
-                ends.append(pipe_with(data))
+            for data in (message, passphrase + b"\n"):  # less than the 4096 bytes a pipe holds
+                reader, writer = os.pipe()
+                ends.append(reader)
+                os.write(writer, data)
+                os.close(writer)
             for _ in range(2):
                 ends += os.pipe()
                 os.set_blocking(ends[-2], False)
@@ -2625,10 +2581,14 @@ def read_pipe(end: int) -> bytes:
         return b""
 
 
-class GpgKeys:
-    """What opens the GPG packets of one stanza, with the methods of PacketKeys."""
+class GpgKeys(Keys):
+    """What opens the GPG packets of one stanza."""
 
     def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg, log: Log) -> None:
+        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
+        hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
+        super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
+                         stanza.hmac_type, gpg_prefix)
         self.stanza, self.gpg, self.log = stanza, gpg, log
         named = stanza.gpg_program or settings.gpg_program or "gpg"
         program = find_program(named)
@@ -2636,12 +2596,6 @@ class GpgKeys:
             raise stanza.error(Stanza.gpg_decrypt_id, "there is no program %s to decrypt" % named)
         self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home] + GPG_OPTIONS
         self.command += ["--skip-verify"] if stanza.gpg_disable_sig else []
-        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
-        self.hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix)
-                      for prefix in (GPG_PREFIX, b"") if hmac_key}
-        self.tag_length = stanza.hmac_type.text_size if hmac_key else 0
-        self.malformed = PacketRejected if hmac_key else WrongKey
-        self.prefix = gpg_prefix
         self.fingerprints = self.find_key()
         self.key_ids = [binascii.unhexlify(each[-16:]) for each in self.fingerprints]
 
@@ -2659,17 +2613,6 @@ class GpgKeys:
             raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
         return frozenset(words[9] for words in lines if words[0] == "fpr")
 
-    def authentic(self, payload: bytes) -> bool:
-        """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell."""
-        if not self.hmacs:
-            return True
-        text, tag = payload[:-self.tag_length], payload[-self.tag_length:]
-        return compare_digest(encode_base64(self.hmacs[gpg_prefix(text)](text)), tag)
-
-    def body(self, payload: bytes) -> bytes:
-        """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
-        return payload[:-self.tag_length] if self.hmacs else payload.rstrip(b"=")
-
     def open(self, message: bytes) -> bytes:
         """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
 
@@ -2677,9 +2620,8 @@ class GpgKeys:
         junk does not, and what is for other keys need not cost a run of gpg.
         """
         if not any(key_id in message for key_id in self.key_ids):
-            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
-                           "failed - GPG ERROR: No secret key")
-        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmacs)
+            raise not_decrypted("No secret key")
+        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmac)
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
@@ -2796,8 +2738,7 @@ class ReplayMemory:
         digest = digest_of(datagram.payload.rstrip(b"="))
         if digest in self.stale:
             raise NotFresh("stale", "SPA data time difference is too great (sent again).")
-        if digest in self.seen:
-            raise self.replayed(self.seen[digest], datagram)
+        self.check_unknown(digest, datagram)
 
     def check_fresh(self, timestamp: int, payload: bytes = b"") -> None:
         """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
@@ -2824,8 +2765,7 @@ class ReplayMemory:
         It is also rejected when the file can't be written: else a crash would forget it.
         """
         digest, source = digest_of(canonical), socket_text(datagram.source)
-        if digest in self.seen:
-            raise self.replayed(self.seen[digest], datagram)
+        self.check_unknown(digest, datagram)
         now = int(self.wall())
         line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
                                          socket_text(datagram.destination),
@@ -2840,17 +2780,17 @@ class ReplayMemory:
         self.seen[digest] = Remembered(line, now, self.monotonic())
         self.prune()
 
-    @staticmethod
-    def replayed(known: Remembered, datagram: Datagram) -> NotFresh:
-        """The rejection of a packet that is known."""
-        words = known.line.split()
-        created = time.strftime("%m/%d/%y %H:%M:%S", time.localtime(known.time))
-        return NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
-                        "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
-                        "Entry created: %s"
-                        % (socket_text(datagram.source), datagram.protocol,
-                           datagram.destination_port, words[2], words[1], words[5], created),
-                        "{text}")
+    def check_unknown(self, digest: str, datagram: Datagram) -> None:
+        """Rejects what is remembered by this digest."""
+        if digest in self.seen:
+            _, protocol, source, _, _, port, _ = self.seen[digest].line.split()
+            created = time.localtime(self.seen[digest].time)
+            raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
+                           "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
+                           "Entry created: %s"
+                           % (socket_text(datagram.source), datagram.protocol,
+                              datagram.destination_port, source, protocol, port,
+                              time.strftime("%m/%d/%y %H:%M:%S", created)), "{text}")
 
     @staticmethod
     def append(file: int, line: bytes) -> None:
@@ -2982,32 +2922,32 @@ class Netlink:
                  for place, (kind, flags, family, body) in enumerate(messages)]
         begin = self.message(BATCH_BEGIN, 0, 0, b"", NFT >> 8)
         self.send(begin + b"".join(batch) + self.message(BATCH_END, 0, 0, b"", NFT >> 8))
-        failed, answered = 0, False
-        while True:  # the kernel has answered when sendto() returns
-            try:
-                data = self.socket.recv(65536, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for kind, _, body in netlink_messages(data):
-                if kind == NLMSG_ERROR:
-                    answered = True
-                    failed = failed or -struct.unpack_from("=i", body)[0]
-        if failed or not answered:
-            raise self.error(failed or errno.EIO)
+        # The kernel has answered when sendto() returns.
+        numbers = [-struct.unpack_from("=i", body)[0]
+                   for kind, body in self.answers(socket.MSG_DONTWAIT) if kind == NLMSG_ERROR]
+        failed = [number for number in numbers if number]
+        if failed or not numbers:
+            raise self.error(failed[0] if failed else errno.EIO)
 
     def send(self, messages: bytes) -> None:
         """Sends messages, after throwing away what is left of earlier answers."""
-        try:
-            while self.socket.recv(65536, socket.MSG_DONTWAIT):
-                pass
-        except OSError:
-            pass
+        drain_socket(self.socket)
         try:
             self.socket.sendto(messages, (0, 0))
         except OSError as error:
             raise self.error(error.errno or errno.EIO) from None
+
+    def answers(self, flags: int = 0) -> Iterator[Tuple[int, bytes]]:
+        """Type and body of each message until none comes, for 5 seconds or, MSG_DONTWAIT, now."""
+        while True:
+            try:
+                data = self.socket.recv(65536, flags)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise self.error(error.errno or errno.EIO) from None
+            for kind, _, body in netlink_messages(data):
+                yield kind, body
 
     @staticmethod
     def error(number: int) -> CommandError:
@@ -3018,17 +2958,13 @@ class Netlink:
         """The attributes of each message that the kernel answers a question for a list with."""
         self.send(self.message(kind, NLM_DUMP, family, body))
         found: List[Dict[int, bytes]] = []
-        while True:
-            try:
-                data = self.socket.recv(65536)
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for answer, _, body in netlink_messages(data):
-                if answer == NLMSG_DONE:
-                    return found
-                if answer == NLMSG_ERROR:
-                    raise self.error(-struct.unpack_from("=i", body)[0])
-                found.append(attributes(body[4:]))
+        for answer, body in self.answers():
+            if answer == NLMSG_DONE:
+                return found
+            if answer == NLMSG_ERROR:
+                raise self.error(-struct.unpack_from("=i", body)[0])
+            found.append(attributes(body[4:]))
+        raise self.error(errno.EAGAIN)
 
     def close(self) -> None:
         """Closes the socket."""
@@ -3072,10 +3008,8 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
-SO_ATTACH_FILTER = 26
-SO_RCVBUFFORCE = 33
+SO_ATTACH_FILTER, SO_RCVBUFFORCE, IP_PKTINFO = 26, 33, 8
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 263, 1, 1
-IP_PKTINFO = 8
 RECEIVE_BUFFER = 4 << 20
 MAX_PACKET = 4096  # what is longer is cut, and then no datagram
 
@@ -3181,7 +3115,6 @@ class Incoming(NamedTuple):
 
     socket: socket.socket
     datagram: Datagram  # with what has come so far
-    network: bytes
     end: float
 
 
@@ -3246,12 +3179,11 @@ class TcpCapture(Capture):
         source, destination = (socket.inet_pton(self.family, name[0].partition("%")[0])
                                for name in (peer, here))
         number = opened.fileno()
-        self.connections[number] = Incoming(
-            opened, Datagram(b"", source, peer[1], destination, self.port, TCP), source[:8],
-            now + FIRST_SECONDS)
+        datagram = Datagram(b"", source, peer[1], destination, self.port, TCP)
+        self.connections[number] = Incoming(opened, datagram, now + FIRST_SECONDS)
         self.selector.register(opened, selectors.EVENT_READ)
         neighbours = [each for each, connection in self.connections.items()
-                      if connection.network == source[:8]]
+                      if connection.datagram.source[:8] == source[:8]]
         if len(neighbours) > MAX_PER_NETWORK:
             return self.finish(neighbours[0])
         if len(self.connections) > MAX_CONNECTIONS:
@@ -5331,7 +5263,7 @@ def drain_socket(events: Optional[socket.socket]) -> None:
     """Reads all that is waiting; nobody wants to know what it says."""
     try:
         while events is not None:
-            events.recv(65536)
+            events.recv(65536, socket.MSG_DONTWAIT)
     except OSError:  # nothing more, or more was lost than fits
         pass
 
