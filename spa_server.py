@@ -3471,6 +3471,8 @@ class Firewall:
     poll_seconds = POLL_SECONDS
     netlink_port = -1  # from which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
+    identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
+    made: Any = None  # what read_made() said after prepare()
 
     def __init__(self, why: str, log: Log) -> None:
         self.why, self.log = why, log
@@ -3478,10 +3480,6 @@ class Firewall:
     def describe(self) -> str:
         """Where grants go, for the log."""
         return "nowhere"
-
-    def identity(self) -> Tuple[Any, ...]:
-        """All that tells where its rules are: two with the same one share them."""
-        return ()
 
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
@@ -3501,9 +3499,15 @@ class Firewall:
     def prepare(self) -> None:
         """Makes what is missing of chains, sets and rules; grants stay as they are."""
 
+    def read_made(self) -> Any:
+        """What stands of all that prepare() made, in a form that shows every change."""
+
     def intact(self) -> bool:
         """Whether all that prepare() made is still there."""
-        return True
+        try:
+            return bool(self.made == self.read_made())
+        except CommandError:
+            return False
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants`, all or none, in place of `replaced`."""
@@ -3546,16 +3550,8 @@ def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
         raise failed
 
 
-class Connection(NamedTuple):
-    """An established TCP connection to this host."""
-
-    peer: Address
-    peer_port: int
-    port: int
-
-
-def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
-    """The TCP connections to guarded ports (/proc/net/tcp and tcp6 of proc(5)), at most 500.
+def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, int]]:
+    """Peer, its port and ours of the TCP connections to guarded ports, at most 500 (proc(5)).
 
     A kernel that did not track connections before the guard was made takes those that it then sees
     for new ones, and the guard would cut off the administrator who has just made it.
@@ -3572,9 +3568,8 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
             if state == "01" and ("tcp", port) in ports:
                 words = struct.pack("=%dI" % (len(address) // 8), *(
                     int(address[i:i + 8], 16) for i in range(0, len(address), 8)))
-                peer = parse_address(socket_text(words))
-                found.append(Connection(peer, int(peer_port, 16), port))
-    return [each for each in found if not each.peer.is_loopback][:500]
+                found.append((parse_address(socket_text(words)), int(peer_port, 16), port))
+    return [each for each in found if not each[0].is_loopback][:500]
 
 
 # ======================================================================================
@@ -3616,21 +3611,15 @@ class Shape(NamedTuple):
                                   "" if self.kind == INPUT else "_" + self.kind.lower(),
                                   "" if self.ports else "_all")
 
-    def declaration(self, value: str = "") -> str:
-        """The set, or the map with values of this type, in nft's language."""
-        address = "ipv%d_addr" % self.version
-        fields = [address] + [address] * self.destination
-        fields += ["inet_proto", "inet_service"] * self.ports
-        return "%s { type %s%s; flags timeout; }" % (self.set_name, " . ".join(fields), value)
-
     def creation(self, place: NftChain) -> str:
         """The line that adds the set, or in the table for NAT the map, if it is not there."""
-        value = ""
+        address, word, value = "ipv%d_addr" % self.version, "set", ""
+        fields = [address] * (1 + self.destination) + ["inet_proto", "inet_service"] * self.ports
         if place == NAT_TABLE and self.kind != MASQUERADE:
-            port = " . inet_service" if self.kind == DNAT and self.ports else ""
-            value = " : ipv%d_addr%s" % (self.version, port)
-        return "add %s %s %s %s" % ("map" if value else "set", place.family, place.table,
-                                    self.declaration(value))
+            word, value = "map", " : " + address
+            value += " . inet_service" * (self.kind == DNAT and self.ports)
+        return "add %s %s %s %s { type %s%s; flags timeout; }" % (
+            word, place.family, place.table, self.set_name, " . ".join(fields), value)
 
     def match(self, word: str = "") -> str:
         """What a rule compares with the set, or with `word` (`map`) looks up in it."""
@@ -3675,10 +3664,9 @@ class Shape(NamedTuple):
         protocol, port = "*", 0
         if self.ports:
             number, port = struct.unpack(">B3xH2x", key[addresses:])
-            names = [name for name, code in PROTOCOL_NUMBERS.items() if code == number]
-            if not names:
+            protocol = {6: "tcp", 17: "udp"}.get(number, "")
+            if not protocol:
                 return None
-            protocol = names[0]
         source = ipaddress.ip_network((key[:size], self.prefix), strict=False)
         destination = ipaddress.ip_address(key[size:addresses]) if self.destination else None
         door = Door(source, destination, protocol, port, self.kind)
@@ -3705,21 +3693,14 @@ class NftFirewall(Firewall):
                  shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = ()) -> None:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
         self.shapes, self.forward = shapes, forward
+        self.chains = list(dict.fromkeys(accept + forward))  # the host's that our rules go to
         self.translates = any(shape.kind in NAT_KINDS for shape in shapes)
+        # Where our sets are. The guard comes first.
+        self.places = ([GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * self.translates
+                       + self.chains)
+        self.identity = ("nft", program, self.places)
         self.netlink = Netlink()
         self.netlink_port = self.netlink.port
-        self.handles: Dict[NftChain, List[bytes]] = {}
-
-    @property
-    def places(self) -> List[NftChain]:
-        """Where our sets are: the guard's table first, then NAT's, then the host's chains."""
-        return ([GUARD_TABLE] * bool(self.guard_ports) + [NAT_TABLE] * self.translates
-                + self.chains)
-
-    @property
-    def chains(self) -> List[NftChain]:
-        """The chains of the host's that our rules go to."""
-        return list(self.accept) + [chain for chain in self.forward if chain not in self.accept]
 
     def describe(self) -> str:
         """Where grants go, for the log."""
@@ -3734,10 +3715,6 @@ class NftFirewall(Firewall):
         """The door; None for what is forwarded, where the settings name no chain for it."""
         return door if door.kind != FORWARD or self.forward else None
 
-    def identity(self) -> Tuple[Any, ...]:
-        """Its tables and chains."""
-        return ("nft", self.program, self.places)
-
     def shapes_at(self, place: NftChain) -> List[Shape]:
         """The shapes of doors that go there, if a table of this family can hold them."""
         version = {"ip": 4, "ip6": 6}.get(place.family)
@@ -3750,7 +3727,7 @@ class NftFirewall(Firewall):
         """Makes sets and rules anew. The guard comes first, in a transaction of its own: a chain of
         the host's that is missing must not keep it away."""
         do_all(self.prepare_place, [(place,) for place in self.places])
-        self.handles = self.read_handles()
+        self.made = self.read_made()
 
     def prepare_place(self, place: NftChain) -> None:
         """Makes a table of our own, or sets and rules in a chain of the host's."""
@@ -3797,8 +3774,8 @@ class NftFirewall(Firewall):
                    "add rule %s guard meta l4proto . th dport { %s } goto closed" % (table, ports)]
                 + ["add rule %s closed ip%s saddr %s tcp sport %d tcp dport %d "
                    "tcp flags & (syn | ack) != syn accept"
-                   % (table, "6" * (each.peer.version == 6), each.peer, each.peer_port, each.port)
-                   for each in established_connections(self.guard_ports)]
+                   % (table, "6" * (peer.version == 6), peer, peer_port, port)
+                   for peer, peer_port, port in established_connections(self.guard_ports)]
                 + ["add rule %s closed %s accept" % (table, shape.match()) for shape in shapes]
                 + ["add rule %s closed counter drop" % table])
 
@@ -3813,35 +3790,22 @@ class NftFirewall(Firewall):
 
     def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
         """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
-        body = (attribute(RULE_TABLE, place.table.encode() + b"\0")
-                + attribute(RULE_CHAIN, place.chain.encode() + b"\0"))
-        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], body)
-        wanted = place.table.encode() + b"\0", place.chain.encode() + b"\0"
-        return [rule for rule in rules  # old kernels list all chains
-                if (rule.get(RULE_TABLE), rule.get(RULE_CHAIN)) == wanted]
+        names = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
+        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
+            attribute(kind, name) for kind, name in names.items()))
+        return [rule for rule in rules if names.items() <= rule.items()]  # old kernels list all
 
     def our_rules(self, place: NftChain) -> List[bytes]:
-        """The handles of the rules with our comment in a chain of the host's."""
+        """The handles of the rules in a chain that are ours: in one of the host's by comment."""
         mark = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"  # nft's user data
         return [rule[RULE_HANDLE] for rule in self.read_rules(place)
-                if rule.get(RULE_USERDATA) == mark]
+                if place not in self.chains or rule.get(RULE_USERDATA) == mark]
 
-    def read_handles(self) -> Dict[NftChain, List[bytes]]:
+    def read_made(self) -> Dict[NftChain, List[bytes]]:
         """The handles of all rules of ours: a flushed or rebuilt chain has others."""
-        handles = {place: self.our_rules(place) for place in self.chains}
-        own = [GUARD_TABLE._replace(chain=chain)
-               for chain in ("guard", "closed") if self.guard_ports]
+        own = [GUARD_TABLE, GUARD_TABLE._replace(chain="closed")] * bool(self.guard_ports)
         own += [NAT_TABLE._replace(chain=chain) for chain, _ in NAT_HOOKS if self.translates]
-        for place in own:
-            handles[place] = [rule[RULE_HANDLE] for rule in self.read_rules(place)]
-        return handles
-
-    def intact(self) -> bool:
-        """Whether all that prepare() made is still there."""
-        try:
-            return self.handles == self.read_handles()
-        except CommandError:
-            return False
+        return {place: self.our_rules(place) for place in own + self.chains}
 
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
@@ -3954,23 +3918,20 @@ class NftFirewall(Firewall):
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
-        rules = {place: self.rule_removal(place) for place in self.chains}
-        sets: Dict[Tuple[str, str], Set[str]] = {}
-        for place in self.chains:
-            if rules[place]:
-                names = sets.setdefault((place.family, place.table), set())
-                names.update(shape.set_name for shape in self.shapes_at(place))
         table = "table %s %s" % NAT_TABLE[:2]
-        do_all(self.run, [(["add " + table, "delete " + table],)] * self.translates)
+        batches = [["add " + table, "delete " + table]] * self.translates
+        rules = {place: self.rule_removal(place) for place in self.chains}
+        batches += rules.values()
         # Chains of one table share the sets, so these go when no rule needs them any more.
-        do_all(self.run, [(lines,) for lines in rules.values()])
-        do_all(self.run, [(["delete set %s %s %s" % (table + (name,)) for name in sorted(names)],)
-                          for table, names in sets.items()])
+        sets = {(place.family, place.table, shape.set_name) for place in self.chains if rules[place]
+                for shape in self.shapes_at(place)}
+        batches += [["delete set %s %s %s" % each] for each in sorted(sets)]
+        do_all(self.run, [(lines,) for lines in batches])
 
     def guarded(self) -> bool:
         """Whether the guard's table stands, whoever made it."""
         try:
-            return bool(self.read_rules(GUARD_TABLE))
+            return bool(self.our_rules(GUARD_TABLE))
         except CommandError:
             return False
 
@@ -4131,7 +4092,7 @@ class IptablesFirewall(Firewall):
                 raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
                                   "install it, or nftables")
             log.warning("No ip6tables: nothing is opened for IPv6")
-        self.structure: Dict[int, Set[str]] = {}
+        self.identity = ("iptables", program, self.places, access)
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
@@ -4148,10 +4109,6 @@ class IptablesFirewall(Firewall):
         return ", ".join(place.chain for place in self.places
                          if place.kind == kind and place.tells)
 
-    def identity(self) -> Tuple[Any, ...]:
-        """Its programs, chains and jumps."""
-        return ("iptables", self.programs[4].program, self.places, self.access)
-
     @property
     def tables(self) -> List[str]:
         """The tables with places of ours, the guard's first."""
@@ -4167,7 +4124,7 @@ class IptablesFirewall(Firewall):
             if not program.dated:
                 self.log.warning("%s has no time match: grants end only while this server runs"
                                  % program.program)
-        self.structure = self.read_structure()
+        self.made = self.read_made()
 
     def prepare_table(self, program: Iptables, table: str) -> None:
         """Makes what is missing in one table."""
@@ -4207,9 +4164,9 @@ class IptablesFirewall(Firewall):
         changes += ["-A %s %s -j RETURN" % (GUARD_CHAIN, match) for match in (
             "-i lo", "-m conntrack --ctstate ESTABLISHED", routed)]
         changes += ["-A %s -s %s -p tcp -m tcp --sport %d --dport %d ! --syn -j RETURN"
-                    % (GUARD_CHAIN, each.peer, each.peer_port, each.port)
-                    for each in established_connections(self.guard_ports)
-                    if each.peer.version == version]
+                    % (GUARD_CHAIN, peer, peer_port, port)
+                    for peer, peer_port, port in established_connections(self.guard_ports)
+                    if peer.version == version]
         changes += ["-A %s -p %s -m %s --dport %d -j %s"
                     % (GUARD_CHAIN, protocol, protocol, port, GUARDED_CHAIN)
                     for protocol, port in sorted(self.guard_ports)]
@@ -4217,19 +4174,12 @@ class IptablesFirewall(Firewall):
             changes.append("-I PREROUTING 1 -j " + GUARD_CHAIN)
         return changes
 
-    def read_structure(self) -> Dict[int, Set[str]]:
+    def read_made(self) -> Dict[int, Set[str]]:
         """All that is ours and no grant: our chains, what jumps to them, what is in the guard's."""
         ours = {place.chain for place in self.places} | {GUARD_CHAIN, GUARDED_CHAIN}
         return {version: {line for table in self.tables for line in program.list(table)
                           if ours & set(line.split()) and MARK not in line}
                 for version, program in self.programs.items()}
-
-    def intact(self) -> bool:
-        """Whether all that prepare() made is still there."""
-        try:
-            return self.structure == self.read_structure()
-        except CommandError:
-            return False
 
     def holds(self, door: Door) -> bool:
         """Whether there are programs for the door's IP version, and a chain for its kind."""
@@ -4617,7 +4567,7 @@ class Grants:
         """Goes on in another firewall, which is prepared; what it has no place for is closed."""
         old, self.firewall = self.firewall, firewall
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
-        moved = old.identity() != firewall.identity()
+        moved = old.identity != firewall.identity
         try:
             old.close(list(self.live.values()) if moved else homeless)
             if moved:

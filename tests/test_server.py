@@ -1528,8 +1528,8 @@ class NftTest(unittest.TestCase):
     def test_set_language(self) -> None:
         """Declaration and match have the same fields, and a prefix masks the source."""
         shape = server.Shape(6, 56, True)
-        self.assertEqual("spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . inet_service; "
-                         "flags timeout; }", shape.declaration())
+        self.assertEqual("add set inet spa spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . "
+                         "inet_service; flags timeout; }", shape.creation(server.GUARD_TABLE))
         self.assertEqual("ip6 saddr & ffff:ffff:ffff:ff00:: . ip6 daddr . meta l4proto . th dport "
                          "@spa6_56_to", shape.match())
         self.assertEqual("ip saddr . meta l4proto . th dport @spa4",
