@@ -3983,8 +3983,8 @@ class Place(NamedTuple):
 class Iptables:
     """The programs of one IP version and the changes that are made through them."""
 
-    def __init__(self, version: int, program: str) -> None:
-        self.version, self.program, self.restore = version, program, program + "-restore"
+    def __init__(self, program: str) -> None:
+        self.program, self.restore = program, program + "-restore"
         self.dated = True  # whether rules can end by themselves
 
     def list(self, table: str) -> List[str]:
@@ -4082,43 +4082,36 @@ class IptablesFirewall(Firewall):
         self.places += [Place(chain.table, chain.chain, chain.target,
                               kind == INPUT and chain.from_chain == "OUTPUT", prepend, kind)
                         for kind, chain in access]
-        directory, name = os.path.split(program)
-        six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
-        self.programs = {4: Iptables(4, program)}
-        if six and os.path.exists("/proc/net/if_inet6"):
-            self.programs[6] = Iptables(6, six)
-        elif os.path.exists("/proc/net/if_inet6"):
-            if guard_ports:
+        self.tables = sorted({place.table for place in self.places},
+                             key=lambda name: (name != "mangle", name))  # the guard's comes first
+        self.programs = {4: Iptables(program)}
+        if os.path.exists("/proc/net/if_inet6"):
+            directory, name = os.path.split(program)
+            six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
+            if six:
+                self.programs[6] = Iptables(six)
+            elif guard_ports:
                 raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
                                   "install it, or nftables")
-            log.warning("No ip6tables: nothing is opened for IPv6")
+            else:
+                log.warning("No ip6tables: nothing is opened for IPv6")
         self.identity = ("iptables", program, self.places, access)
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
-    def describe(self) -> str:
-        """Where grants go, for the log."""
-        return self.chains_for(INPUT)
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return self.chains_for(door.kind)
-
-    def chains_for(self, kind: str) -> str:
-        """The chains for doors of a kind."""
+    def describe(self, kind: str = INPUT) -> str:
+        """Where grants of a kind go, for the log."""
         return ", ".join(place.chain for place in self.places
                          if place.kind == kind and place.tells)
 
-    @property
-    def tables(self) -> List[str]:
-        """The tables with places of ours, the guard's first."""
-        return sorted({place.table for place in self.places},
-                      key=lambda name: (name != "mangle", name))
+    def where(self, door: Door) -> str:
+        """Where this door goes, for the log."""
+        return self.describe(door.kind)
 
     def prepare(self) -> None:
         """Makes chains and jumps where they are missing, the guard first; grants stay."""
-        do_all(self.prepare_table, [(program, table) for table in self.tables
-                                    for program in self.programs.values()])
+        do_all(self.prepare_table, [(version, table) for table in self.tables
+                                    for version in self.programs])
         for program in self.programs.values():
             program.probe_time_match(self.tables[0])
             if not program.dated:
@@ -4126,26 +4119,29 @@ class IptablesFirewall(Firewall):
                                  % program.program)
         self.made = self.read_made()
 
-    def prepare_table(self, program: Iptables, table: str) -> None:
+    def prepare_table(self, version: int, table: str) -> None:
         """Makes what is missing in one table."""
+        program = self.programs[version]
         lines = program.list(table)
-        changes = []
-        if table == "mangle" and self.guard_ports:
-            changes += self.guard_changes(lines, program.version)
+        drops = any(line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
+                    for line in lines)
+        guarding = table == "mangle" and self.guard_ports
+        changes, jumps = self.guard_changes(lines, version) if guarding else [], []
         for kind, chain in self.access:
-            if chain.table == table:
-                changes += missing_chain(lines, chain)
-                if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not any(
-                        line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
-                        for line in lines):
-                    self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
-                                     % (chain.from_chain, program.program))
+            if chain.table != table:
+                continue
+            if "-N " + chain.chain not in lines:
+                changes.append(":%s - [0:0]" % chain.chain)
+            if "-A %s -j %s" % (chain.from_chain, chain.chain) not in lines:
+                changes.append("-I %s %d -j %s" % (chain.from_chain, chain.position, chain.chain))
+                jumps.append(chain)
+            if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops:
+                self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
+                                 % (chain.from_chain, program.program))
         program.commit({table: changes})
-        for _, chain in self.access if program.version == 4 else []:
-            if any(change.endswith(" %d -j %s" % (chain.position, chain.chain))
-                   for change in changes):
-                self.log.info("Added jump rule from chain: %s to chain: %s"
-                              % (chain.from_chain, chain.chain))
+        for chain in jumps if version == 4 else []:
+            self.log.info("Added jump rule from chain: %s to chain: %s"
+                          % (chain.from_chain, chain.chain))
 
     def guard_changes(self, lines: List[str], version: int) -> List[str]:
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
@@ -4221,7 +4217,8 @@ class IptablesFirewall(Firewall):
                     lines += deleted.get(program, {}).get(table, [])
                 program.commit(tables)
         except CommandError:
-            self.delete_rules({(grant.door.entrance, grant.expires) for grant in grants})
+            mine = {(grant.door.entrance, grant.expires) for grant in grants}
+            self.delete_rules(lambda door, expires: (door.entrance, expires) in mine)
             raise
 
     def close(self, grants: List[Grant]) -> None:
@@ -4232,7 +4229,7 @@ class IptablesFirewall(Firewall):
             try:
                 program.commit(tables)
             except CommandError:
-                program.commit(self.deletions(program, lambda door, _: door.entrance in doors))
+                self.delete_in(program, lambda door, _: door.entrance in doors)
 
         changes = self.changes(lambda place: "-D " + place.chain, grants)
         do_all(close_in, changes.items())
@@ -4246,22 +4243,17 @@ class IptablesFirewall(Firewall):
                     if parsed:
                         yield (place, line) + parsed
 
-    def deletions(self, program: Iptables,
-                  wanted: Callable[[Door, int], bool]) -> Dict[str, List[str]]:
-        """The changes by table that delete the grants that are wanted."""
+    def delete_in(self, program: Iptables, wanted: Callable[[Door, int], bool]) -> None:
+        """Deletes the grants that are wanted gone, by door and expiry, through one program."""
         changes: Dict[str, List[str]] = {}
         for place, line, door, expires in self.rules(program):
             if wanted(door, expires):
                 changes.setdefault(place.table, []).append("-D" + line[2:])
-        return changes
+        program.commit(changes)
 
-    def delete_rules(self, wanted: Optional[Set[Tuple[Door, int]]] = None) -> None:
-        """Deletes the grants of these entrances and expiries, or all of them."""
-        def delete(program: Iptables) -> None:
-            program.commit(self.deletions(program, lambda door, expires: (
-                wanted is None or (door.entrance, expires) in wanted)))
-
-        do_all(delete, [(program,) for program in self.programs.values()])
+    def delete_rules(self, wanted: Callable[[Door, int], bool]) -> None:
+        """Deletes the grants that are wanted gone."""
+        do_all(self.delete_in, [(program, wanted) for program in self.programs.values()])
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
@@ -4281,7 +4273,7 @@ class IptablesFirewall(Firewall):
 
     def flush(self) -> None:
         """Closes all grants, those of another fwknopd as well; the guard stays."""
-        self.delete_rules()
+        self.delete_rules(lambda door, expires: True)
 
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
@@ -4311,16 +4303,6 @@ class IptablesFirewall(Firewall):
         """Takes the guard away."""
         do_all(self.remove_chains, [(program, "mangle", "PREROUTING", [GUARD_CHAIN, GUARDED_CHAIN])
                                     for program in self.programs.values()])
-
-
-def missing_chain(lines: List[str], access: IptablesChain) -> List[str]:
-    """The changes that make a chain and the jump to it, where a table's `lines` lack them."""
-    changes = []
-    if "-N " + access.chain not in lines:
-        changes.append(":%s - [0:0]" % access.chain)
-    if "-A %s -j %s" % (access.from_chain, access.chain) not in lines:
-        changes.append("-I %s %d -j %s" % (access.from_chain, access.position, access.chain))
-    return changes
 
 
 # ======================================================================================

@@ -1400,9 +1400,9 @@ class CaptureTest(ServerCase):
 class IptablesTest(unittest.TestCase):
     """Rules as text, there and back. What the kernel makes of them is tested live."""
 
-    def program(self, version: int = 4, dated: bool = True) -> Any:
-        """Return the programs of an IP version, which are not started."""
-        made = server.Iptables(version, "iptables")
+    def program(self, dated: bool = True) -> Any:
+        """Return the programs, which are not started."""
+        made = server.Iptables("iptables")
         made.dated = dated
         return made
 
@@ -1439,7 +1439,7 @@ class IptablesTest(unittest.TestCase):
                                draw.choice(("tcp", "udp")), draw.randint(1, 65535))
             grant = server.Grant(made, draw.randrange(1, 2 ** 31), 0.0)
             place = server.Place("filter", "MYSPA", "ACCEPT", draw.choice((True, False)))
-            text = self.program(version, draw.choice((True, False))).rule(place, grant)
+            text = self.program(draw.choice((True, False))).rule(place, grant)
             self.assertEqual((made, grant.expires), server.parse_rule("-A MYSPA " + text, place))
             self.assertIsNone(server.parse_rule("-A OTHER " + text, place))
 
