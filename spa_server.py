@@ -3477,8 +3477,8 @@ class Firewall:
     def __init__(self, why: str, log: Log) -> None:
         self.why, self.log = why, log
 
-    def describe(self) -> str:
-        """Where grants go, for the log."""
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes, for the log."""
         return "nowhere"
 
     def holds(self, door: Door) -> bool:
@@ -3491,10 +3491,6 @@ class Firewall:
         An address that its rules do not tell apart is any.
         """
         return door
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return self.describe()
 
     def prepare(self) -> None:
         """Makes what is missing of chains, sets and rules; grants stay as they are."""
@@ -3584,10 +3580,16 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
-GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
-NAT_HOOKS = (("prerouting", -101), ("postrouting", 99))  # before the host's own NAT
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
+
+# The chains of our own tables and their hooks. The guard's comes after connection tracking (-200)
+# and before destination NAT (-100), those of NAT just before the host's own.
+OWN_CHAINS = {
+    GUARD_TABLE: {"closed": "",
+                  "guard": "{ type filter hook prerouting priority -110; policy accept; }"},
+    NAT_TABLE: {"prerouting": "{ type nat hook prerouting priority -101; policy accept; }",
+                "postrouting": "{ type nat hook postrouting priority 99; policy accept; }"}}
 
 
 class Shape(NamedTuple):
@@ -3694,22 +3696,18 @@ class NftFirewall(Firewall):
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
         self.shapes, self.forward = shapes, forward
         self.chains = list(dict.fromkeys(accept + forward))  # the host's that our rules go to
-        self.translates = any(shape.kind in NAT_KINDS for shape in shapes)
+        translates = any(shape.kind in NAT_KINDS for shape in shapes)
         # Where our sets are. The guard comes first.
-        self.places = ([GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * self.translates
-                       + self.chains)
+        self.places = [GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * translates + self.chains
         self.identity = ("nft", program, self.places)
         self.netlink = Netlink()
         self.netlink_port = self.netlink.port
 
-    def describe(self) -> str:
-        """Where grants go, for the log."""
-        return ", ".join(" ".join(place) for place in self.places
-                         if place == GUARD_TABLE or place in self.accept)
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return ", ".join(" ".join(place) for place in self.places_of(door))
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes."""
+        places = self.places_of(door) if door is not None else [
+            place for place in self.places if place == GUARD_TABLE or place in self.accept]
+        return ", ".join(" ".join(place) for place in places)
 
     def form(self, door: Door) -> Optional[Door]:
         """The door; None for what is forwarded, where the settings name no chain for it."""
@@ -3731,15 +3729,22 @@ class NftFirewall(Firewall):
 
     def prepare_place(self, place: NftChain) -> None:
         """Makes a table of our own, or sets and rules in a chain of the host's."""
-        if place in (GUARD_TABLE, NAT_TABLE):
-            self.run(self.guard_lines() if place == GUARD_TABLE else self.nat_lines())
+        shapes = self.shapes_at(place)
+        sets = [shape.creation(place) for shape in shapes]
+        if place in OWN_CHAINS:
+            table, lines = "%s %s" % place[:2], []
+            for chain, hook in OWN_CHAINS[place].items():
+                lines += ["add chain %s %s %s" % (table, chain, hook),
+                          "flush chain %s %s" % (table, chain)]
+            rules = (self.guard_rules() if place == GUARD_TABLE else
+                     [shape.nat_rule() for shape in shapes])
+            self.run(["add table " + table] + sets + lines
+                     + ["add rule %s %s" % (table, rule) for rule in rules])
             return
-        lines = self.rule_removal(place)
-        for shape in self.shapes_at(place):
-            lines += [shape.creation(place), 'insert rule %s %s accept comment "%s"'
-                      % (" ".join(place), shape.match(), COMMENT)]
+        rules = ['insert rule %s %s accept comment "%s"' % (" ".join(place), shape.match(), COMMENT)
+                 for shape in shapes]
         try:
-            self.run(lines)
+            self.run(self.rule_removal(place) + sets + rules)
         except CommandError as error:
             raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
 
@@ -3753,7 +3758,7 @@ class NftFirewall(Firewall):
         return ["delete rule %s handle %d" % (" ".join(place), struct.unpack(">Q", handle)[0])
                 for handle in self.our_rules(place)]
 
-    def guard_lines(self) -> List[str]:
+    def guard_rules(self) -> List[str]:
         """The guard: what is guarded and not granted is dropped, before destination NAT.
 
         Only what is addressed to this host: the rest is routed, and not ours to guard. Established
@@ -3761,32 +3766,14 @@ class NftFirewall(Firewall):
         that none of them is open here for a moment longer than it leads elsewhere.
         """
         ports = ", ".join("%s . %d" % port for port in sorted(self.guard_ports))
-        table, shapes = "%s %s" % GUARD_TABLE[:2], self.shapes_at(GUARD_TABLE)
-        return (["add table " + table]
-                + [shape.creation(GUARD_TABLE) for shape in shapes]
-                + ["add chain %s closed" % table,
-                   "add chain %s guard { type filter hook prerouting priority %d; policy accept; }"
-                   % (table, GUARD_PRIORITY),
-                   "flush chain %s guard" % table, "flush chain %s closed" % table,
-                   'add rule %s guard iifname "lo" accept' % table,
-                   "add rule %s guard ct state established accept" % table,
-                   "add rule %s guard fib daddr type unicast accept" % table,
-                   "add rule %s guard meta l4proto . th dport { %s } goto closed" % (table, ports)]
-                + ["add rule %s closed ip%s saddr %s tcp sport %d tcp dport %d "
-                   "tcp flags & (syn | ack) != syn accept"
-                   % (table, "6" * (peer.version == 6), peer, peer_port, port)
+        return (['guard iifname "lo" accept', "guard ct state established accept",
+                 "guard fib daddr type unicast accept",
+                 "guard meta l4proto . th dport { %s } goto closed" % ports]
+                + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
+                   "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
                    for peer, peer_port, port in established_connections(self.guard_ports)]
-                + ["add rule %s closed %s accept" % (table, shape.match()) for shape in shapes]
-                + ["add rule %s closed counter drop" % table])
-
-    def nat_lines(self) -> List[str]:
-        """The table for NAT: a rule for each map, which leads only whom it knows."""
-        table, shapes = "%s %s" % NAT_TABLE[:2], self.shapes_at(NAT_TABLE)
-        lines = ["add table " + table] + [shape.creation(NAT_TABLE) for shape in shapes]
-        for chain, priority in NAT_HOOKS:
-            lines += ["add chain %s %s { type nat hook %s priority %d; policy accept; }"
-                      % (table, chain, chain, priority), "flush chain %s %s" % (table, chain)]
-        return lines + ["add rule %s %s" % (table, shape.nat_rule()) for shape in shapes]
+                + ["closed %s accept" % shape.match() for shape in self.shapes_at(GUARD_TABLE)]
+                + ["closed counter drop"])
 
     def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
         """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
@@ -3803,8 +3790,8 @@ class NftFirewall(Firewall):
 
     def read_made(self) -> Dict[NftChain, List[bytes]]:
         """The handles of all rules of ours: a flushed or rebuilt chain has others."""
-        own = [GUARD_TABLE, GUARD_TABLE._replace(chain="closed")] * bool(self.guard_ports)
-        own += [NAT_TABLE._replace(chain=chain) for chain, _ in NAT_HOOKS if self.translates]
+        own = [place._replace(chain=chain) for place in self.places
+               for chain in OWN_CHAINS.get(place, ())]
         return {place: self.our_rules(place) for place in own + self.chains}
 
     def holds(self, door: Door) -> bool:
@@ -3919,7 +3906,7 @@ class NftFirewall(Firewall):
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
         table = "table %s %s" % NAT_TABLE[:2]
-        batches = [["add " + table, "delete " + table]] * self.translates
+        batches = [["add " + table, "delete " + table]] * (NAT_TABLE in self.places)
         rules = {place: self.rule_removal(place) for place in self.chains}
         batches += rules.values()
         # Chains of one table share the sets, so these go when no rule needs them any more.
@@ -4099,14 +4086,11 @@ class IptablesFirewall(Firewall):
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
-    def describe(self, kind: str = INPUT) -> str:
-        """Where grants of a kind go, for the log."""
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes."""
+        kind = door.kind if door is not None else INPUT
         return ", ".join(place.chain for place in self.places
                          if place.kind == kind and place.tells)
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return self.describe(door.kind)
 
     def prepare(self) -> None:
         """Makes chains and jumps where they are missing, the guard first; grants stay."""
@@ -4367,22 +4351,20 @@ def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional
     kind = os.path.basename(own)
     if own and ((kind != "nft" and "iptables" not in kind) or not find_program(own)):
         raise settings.error(ServerSettings.firewall_program, "expected an nft or iptables program")
-    return (own if kind == "nft" else find_program("nft"),
-            own if "iptables" in kind else find_program("iptables"))
+    iptables = own if "iptables" in kind else find_program("iptables")
+    if iptables and not find_program(iptables + "-restore"):
+        iptables = None
+    return own if kind == "nft" else find_program("nft"), iptables
 
 
 def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
     """The backends whose guard stands, with these settings or from earlier ones."""
-    nft, iptables = firewall_programs(settings)
-    makers: List[Callable[[], Firewall]] = []
-    if nft:
-        makers.append(lambda: NftFirewall(str(nft), (), frozenset(), [], log))
-    if iptables and find_program(iptables + "-restore"):
-        makers.append(lambda: IptablesFirewall(str(iptables), [], frozenset(), False, log))
-    guards = []
-    for make in makers:
+    guards: List[Firewall] = []
+    for program in filter(None, firewall_programs(settings)):
         try:
-            guards.append(make())
+            guards.append(NftFirewall(program, (), frozenset(), [], log)
+                          if os.path.basename(program) == "nft" else
+                          IptablesFirewall(program, [], frozenset(), False, log))
         except SpaError:  # a backend that does not work has no guard to speak of
             continue
     return [guard for guard in guards if guard.guarded()]
@@ -4391,7 +4373,7 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
 def iptables_firewall(settings: ServerSettings, program: Optional[str],
                       log: Log) -> IptablesFirewall:
     """The iptables firewall of the settings."""
-    if not program or not find_program(program + "-restore"):
+    if not program:
         raise ConfigError("FIREWALL_TYPE: there is no iptables program",
                           "on nftables, set GUARD_PORTS or NFT_ACCEPT_CHAINS")
     access = []
@@ -4439,7 +4421,7 @@ class Grants:
         for grant in self.firewall.grants():
             self.enter(grant)
             self.log.info("Found %s rule in %s for %s, expires at %d" % (
-                grant.door.word, self.firewall.where(grant.door), grant.door, grant.expires))
+                grant.door.word, self.firewall.describe(grant.door), grant.door, grant.expires))
 
     def open(self, doors: List[Door], seconds: int) -> None:
         """Opens doors, all or none. What is open already stays so for longer, never for less.
@@ -4469,7 +4451,7 @@ class Grants:
             self.enter(grant)
         for door in doors:
             self.log.info("Added %s rule to %s for %s, expires at %d" % (
-                door.word, self.firewall.where(door), door, self.live[door].expires))
+                door.word, self.firewall.describe(door), door, self.live[door].expires))
 
     def rivals(self, doors: List[Door]) -> List[Grant]:
         """The live grants that `doors` take the place of: from the same entrance to elsewhere."""
@@ -4505,7 +4487,7 @@ class Grants:
         for grant in ended:
             del self.live[grant.door]
             self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
-                          % (self.firewall.where(grant.door), grant.expires, grant.door))
+                          % (self.firewall.describe(grant.door), grant.expires, grant.door))
 
     def check(self) -> None:
         """Puts back what somebody took from the firewall: first our rules, then what is due."""

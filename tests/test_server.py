@@ -60,7 +60,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
         self.failures, self.failing_closes, self.failing_flushes, self.prepared = 0, 0, 0, 0
         self.whole, self.most = True, 0
 
-    def describe(self) -> str:
+    def describe(self, door: Any = None) -> str:
         """Return where grants go."""
         return "FWKNOP_INPUT"
 
