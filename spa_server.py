@@ -68,6 +68,7 @@ import subprocess
 import sys
 import time
 from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
+from functools import partial
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, TypeVar, Union, overload)
 
@@ -4868,10 +4869,8 @@ class Gate:
             rejection = self.admit(datagram)
             if rejection is not None:
                 self.reject(datagram, rejection)
-        except PacketRejected as rejected:
-            self.reject(datagram, rejected)
         except Exception as error:  # a mistake of ours must not let one packet end the server
-            self.reject(datagram, internal_error(error))
+            self.reject(datagram, error)
 
     def unwrap(self, datagram: Datagram) -> Datagram:
         """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
@@ -4953,11 +4952,8 @@ class Gate:
                 raise PacketRejected("NAT", "Unable to resolve Hostname in NAT SPA message")
             self.log.info("Resolved NAT IP in SPA message")
             self.allow(packet._replace(nat=(str(address), packet.nat[1])), stanza, datagram)
-        except PacketRejected as rejected:
-            rejected.stanza = stanza.number
-            self.reject(datagram, rejected)
         except Exception as error:  # as in receive()
-            self.reject(datagram, internal_error(error))
+            self.reject(datagram, error, stanza.number)
 
     def open(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens the doors, or runs commands instead; rejects the packet when that can't be done."""
@@ -5015,18 +5011,20 @@ class Gate:
         except OSError as error:
             self.log.debug("%s: %s" % (path, error.strerror))
 
-    def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
-        """Counts a rejection and, unless there are too many, logs it.
+    def reject(self, datagram: Datagram, why: Exception, stanza: int = 0) -> None:
+        """Counts a rejection, by this stanza, and unless there are too many logs it.
 
         Other traffic on TCP and ICMP is no news; where UDP is looked at, only packets should come.
         """
+        rejection = why if isinstance(why, PacketRejected) else internal_error(why)
         self.counts[rejection.reason] += 1
         level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
         if level > self.log.level or not self.log.rejection():
             return
-        number = "(stanza #%d) " % rejection.stanza if rejection.stanza else ""
-        self.log.write(level, rejection.form.format(source=socket_text(datagram.source),
-                                                    stanza=number, text=rejection))
+        stanza = stanza or rejection.stanza
+        self.log.write(level, rejection.form.format(
+            source=socket_text(datagram.source), text=rejection,
+            stanza="(stanza #%d) " % stanza if stanza else ""))
 
 
 class Server(Gate):
@@ -5054,32 +5052,28 @@ class Server(Gate):
                 capture.close()
         for capture in captures:
             if capture not in old:
-                self.selector.register(capture, selectors.EVENT_READ, self.make_drain(capture))
+                self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
 
-    def make_drain(self, capture: Capture) -> Callable[[], None]:
-        """What is called when `capture` has something to read."""
-        def drain() -> None:
-            """Reads until nothing is there, or others have waited long enough."""
-            end = time.monotonic() + BATCH_SECONDS
-            try:
-                while self.running and time.monotonic() < end:
-                    datagram = capture.receive()
-                    if datagram is not None:
-                        self.receive(datagram)
-                        if 0 < self.settings.packet_limit <= self.candidates:
-                            self.finish("Packet count limit (%d) reached. Exiting..."
-                                        % self.settings.packet_limit)
-            except BlockingIOError:
-                pass
-            except EOFError as error:
-                self.finish(str(error))
-            except SpaError as error:
-                self.exit_code = 1
-                self.finish(str(error))
-            except OSError as error:  # the interface went away; link events tell when it is back
-                self.log.warning("%s: %s; going on when it is back"
-                                 % (capture.name, error.strerror))
-        return drain
+    def drain(self, capture: Capture) -> None:
+        """Reads from a capture until nothing is there, or others have waited long enough."""
+        end = time.monotonic() + BATCH_SECONDS
+        try:
+            while self.running and time.monotonic() < end:
+                datagram = capture.receive()
+                if datagram is not None:
+                    self.receive(datagram)
+                    if 0 < self.settings.packet_limit <= self.candidates:
+                        self.finish("Packet count limit (%d) reached. Exiting..."
+                                    % self.settings.packet_limit)
+        except BlockingIOError:
+            pass
+        except EOFError as error:
+            self.finish(str(error))
+        except SpaError as error:
+            self.exit_code = 1
+            self.finish(str(error))
+        except OSError as error:  # the interface went away; link events tell when it is back
+            self.log.warning("%s: %s; going on when it is back" % (capture.name, error.strerror))
 
     def finish(self, why: str) -> None:
         """Lets the server's loop end."""
@@ -5192,16 +5186,14 @@ class Server(Gate):
 
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""
-        due = self.check_due
         next_end = self.grants.next_end()
-        if next_end is not None:
-            due = min(due, next_end)
-        due = min([due, self.commands.next_due()] + [capture.due for capture in self.captures])
+        due = min([self.check_due, FOR_EVER if next_end is None else next_end,
+                   self.commands.next_due()] + [capture.due for capture in self.captures])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         for capture in self.captures:
             if time.monotonic() >= capture.due:
-                self.make_drain(capture)()
+                self.drain(capture)
         self.grants.expire()
         self.commands.look()
         if time.monotonic() >= self.check_due:
@@ -5316,23 +5308,18 @@ class PidFile:
         """Takes the lock; SpaError when a server has it."""
         make_directory(os.path.dirname(self.path))
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise SpaError("%s: %s" % (self.path, error.strerror)) from None
-        try:
-            for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if not wait:
-                        raise
-                    time.sleep(wait)
-        except OSError:
-            os.close(file)
-            raise SpaError("An instance of fwknopd is already running: (PID=%s)."
-                           % self.read()) from None
-        self.file = file
+        for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.file = file
+                return
+            except OSError:
+                time.sleep(wait)
+        os.close(file)
+        raise SpaError("An instance of fwknopd is already running: (PID=%s)." % self.read())
 
     def write(self) -> None:
         """Writes the pid of this process."""
@@ -5373,25 +5360,19 @@ class PidFile:
             os.close(file)
 
 
-class Signals:
-    """The signals that came, to be looked at between two turns of the server's loop."""
-
-    def __init__(self) -> None:
-        self.pending: List[int] = []
-        self.reader, writer = socket.socketpair()
-        self.writer = writer
-        for end in (self.reader, writer):
-            end.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
-                       signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: self.pending.append(number))
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-    def drain(self) -> None:
-        """Empties what woke the loop up."""
-        drain_socket(self.reader)
+def catch_signals(selector: selectors.BaseSelector) -> List[int]:
+    """The signals that came, to be looked at between two turns of the loop, which each wakes."""
+    pending: List[int] = []
+    reader, writer = socket.socketpair()
+    for end in (reader, writer):
+        end.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: pending.append(number))
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    selector.register(reader, selectors.EVENT_READ, lambda: drain_socket(reader))
+    return pending
 
 
 def go_to_background() -> int:
@@ -5436,8 +5417,7 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         log.warning(warning)
     log.info("Starting fwknopd")
     server = Server(configuration, firewall, log, test)
-    signals = Signals()
-    server.selector.register(signals.reader, selectors.EVENT_READ, signals.drain)
+    signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
     if firewall.guard_ports:
         log.info("%s are closed to everybody without a grant" % port_list(firewall.guard_ports))
@@ -5449,8 +5429,8 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         log.stream = None
     while server.running:
         server.turn()
-        while signals.pending:
-            take_signal(signals.pending.pop(0), server, read, test, log)
+        while signals:
+            take_signal(signals.pop(0), server, read, test, log)
     try:
         server.stop()
     finally:
@@ -5740,11 +5720,6 @@ none, prints the client's stanza, hides ssh and serves. SIGHUP reads the files a
 """
 
 
-def format_help() -> str:
-    """What --help prints."""
-    return HELP % "\n".join(option.format(option.help) for option in OPTIONS)
-
-
 class Arguments:
     """The command line: directives that it sets, and words that say what to do."""
 
@@ -5775,11 +5750,6 @@ class Arguments:
         """The fwknopd.conf to read."""
         return self.words.get("config_file", CONFIG_FILE)
 
-    @property
-    def override_files(self) -> List[str]:
-        """The files whose directives go before those of fwknopd.conf, the last before all."""
-        return self.words["override"].split(",") if "override" in self.words else []
-
 
 def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
     """All files and what the command line says instead; ConfigError names file and line.
@@ -5805,7 +5775,8 @@ def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
     files = [arguments.config_file] * (named or os.path.exists(arguments.config_file))
-    for path in files + arguments.override_files:
+    overrides = arguments.words["override"].split(",") if "override" in arguments else []
+    for path in files + overrides:
         warnings += read_server_settings(path, settings)
     for line in arguments.lines:
         settings.take(line)
@@ -6000,7 +5971,8 @@ def run(arguments: Arguments, log: Log) -> int:
     """Does what the options say; returns the exit code."""
     asked = set(arguments.words)
     if "help" in arguments or "version" in arguments:
-        print(format_help() if "help" in arguments else
+        print(HELP % "\n".join(option.format(option.help) for option in OPTIONS)
+              if "help" in arguments else
               "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
     elif "codes" in arguments:
         print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
@@ -6022,15 +5994,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     log = Log(sys.stderr)
     try:
         return run(Arguments(sys.argv[1:] if argv is None else argv), log)
-    except SpaError as error:
+    except (SpaError, OSError) as error:
         log.error("spa_server.py: %s" % error)
-        if error.hint:
+        if isinstance(error, SpaError) and error.hint:
             log.error("hint: " + error.hint)
         return (2 if isinstance(error, UsageError) else
                 3 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        log.error("spa_server.py: %s" % error)
-        return 1
     except KeyboardInterrupt:
         return 1
 

@@ -1103,7 +1103,7 @@ class LifeTest(ServerCase):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.sendto(payload, ("127.0.0.1", port))
         for capture in made.captures:
-            made.make_drain(capture)()
+            made.drain(capture)
 
     def test_udp_socket(self) -> None:
         """A datagram with its addresses, from the socket to the door."""
