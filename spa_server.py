@@ -3700,6 +3700,7 @@ class NftFirewall(Firewall):
         translates = any(shape.kind in NAT_KINDS for shape in shapes)
         # Where our sets are. The guard comes first.
         self.places = [GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * translates + self.chains
+        self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
         self.identity = ("nft", program, self.places)
         self.netlink = Netlink()
         self.netlink_port = self.netlink.port
@@ -3801,7 +3802,8 @@ class NftFirewall(Firewall):
 
     def places_of(self, door: Door) -> List[NftChain]:
         """The places that have a set for this door."""
-        return [place for place in self.places if shape_of(door) in self.shapes_at(place)]
+        wanted = shape_of(door)
+        return [place for place, shape in self.sets if shape == wanted]
 
     def element(self, place: NftChain, door: Door, timeout: bytes = b"") -> bytes:
         """The attributes of a message about a door's element of a set or map."""
@@ -3854,18 +3856,17 @@ class NftFirewall(Firewall):
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has in every place. Only NAT's maps tell where doors lead."""
-        found: Dict[Door, float] = {}
-        doors: Dict[Door, List[Door]] = {}
-        for place in self.places:
-            for shape in self.shapes_at(place):
-                for door, seconds in self.read_set(place, shape):
-                    key = door.entrance
-                    found[key] = min(seconds, found.get(key, seconds))
-                    doors.setdefault(key, []).append(door)
+        found: Dict[Door, List[Tuple[Door, float]]] = {}
+        for place, shape in self.sets:
+            for door, seconds in self.read_set(place, shape):
+                found.setdefault(door.entrance, []).append((door, seconds))
         now, wall = time.monotonic(), time.time()
-        return [Grant(doors[key][-1], int(wall + seconds + 0.999), now + seconds)
-                for key, seconds in found.items()
-                if len(doors[key]) == len(self.places_of(key)) and seconds != FOR_EVER]
+        grants = []
+        for entrance, elements in found.items():
+            seconds = min(seconds for _, seconds in elements)
+            if len(elements) == len(self.places_of(entrance)) and seconds != FOR_EVER:
+                grants.append(Grant(elements[-1][0], int(wall + seconds + 0.999), now + seconds))
+        return grants
 
     def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
         """The doors in a set with the seconds they have left, FOR_EVER if somebody said so."""
@@ -3896,8 +3897,7 @@ class NftFirewall(Firewall):
 
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
-        do_all(self.flush_set, [(place, shape) for place in self.places
-                                for shape in self.shapes_at(place)])
+        do_all(self.flush_set, self.sets)
 
     def flush_set(self, place: NftChain, shape: Shape) -> None:
         """Takes every element out of a set, if there is one."""
@@ -3911,8 +3911,7 @@ class NftFirewall(Firewall):
         rules = {place: self.rule_removal(place) for place in self.chains}
         batches += rules.values()
         # Chains of one table share the sets, so these go when no rule needs them any more.
-        sets = {(place.family, place.table, shape.set_name) for place in self.chains if rules[place]
-                for shape in self.shapes_at(place)}
+        sets = {place[:2] + (shape.set_name,) for place, shape in self.sets if rules.get(place)}
         batches += [["delete set %s %s %s" % each] for each in sorted(sets)]
         do_all(self.run, [(lines,) for lines in batches])
 
@@ -4175,15 +4174,17 @@ class IptablesFirewall(Firewall):
             return door._replace(source=any_source(door.source.version))
         return door
 
-    def changes(self, action: Callable[[Place], str],
-                grants: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
-        """A change for each grant in each place, by program and table."""
+    def changes(self, added: List[Grant],
+                deleted: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
+        """The changes by program and table that add and delete the rules of grants."""
         found: Dict[Iptables, Dict[str, List[str]]] = {}
-        for grant in filter(lambda grant: self.holds(grant.door), grants):
-            program = self.programs[grant.door.source.version]
-            for place in [place for place in self.places if place.kind == grant.door.kind]:
-                lines = found.setdefault(program, {}).setdefault(place.table, [])
-                lines.append("%s %s" % (action(place), program.rule(place, grant)))
+        for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
+            for place in self.places if self.holds(grant.door) else ():
+                if place.kind == grant.door.kind:
+                    program = self.programs[grant.door.source.version]
+                    action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
+                    lines = found.setdefault(program, {}).setdefault(place.table, [])
+                    lines.append(action % place.chain + " " + program.rule(place, grant))
         return found
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
@@ -4191,15 +4192,10 @@ class IptablesFirewall(Firewall):
 
         When a later table fails, what the first ones got is taken back.
         """
-        added = self.changes(lambda place: ("-I %s 1" if place.first else "-A %s") % place.chain,
-                             grants)
-        deleted = self.changes(lambda place: "-D " + place.chain, replaced)
         if not all(self.holds(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
-            for program, tables in added.items():
-                for table, lines in tables.items():
-                    lines += deleted.get(program, {}).get(table, [])
+            for program, tables in self.changes(grants, replaced).items():
                 program.commit(tables)
         except CommandError:
             mine = {(grant.door.entrance, grant.expires) for grant in grants}
@@ -4216,8 +4212,7 @@ class IptablesFirewall(Firewall):
             except CommandError:
                 self.delete_in(program, lambda door, _: door.entrance in doors)
 
-        changes = self.changes(lambda place: "-D " + place.chain, grants)
-        do_all(close_in, changes.items())
+        do_all(close_in, self.changes([], grants).items())
 
     def rules(self, program: Iptables) -> Iterator[Tuple[Place, str, Door, int]]:
         """Place, line of `iptables -S`, door and expiry of every grant in the kernel."""
