@@ -68,6 +68,7 @@ import subprocess
 import sys
 import time
 from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
+from functools import partial
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, TypeVar, Union, overload)
 
@@ -3403,17 +3404,15 @@ class Firewall:
     poll_seconds = POLL_SECONDS
     netlink_port = -1  # from which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
+    identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
+    made: Any = None  # what read_made() said after prepare()
 
     def __init__(self, why: str, log: Log) -> None:
         self.why, self.log = why, log
 
-    def describe(self) -> str:
-        """Where grants go, for the log."""
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes, for the log."""
         return "nowhere"
-
-    def identity(self) -> Tuple[Any, ...]:
-        """All that tells where its rules are: two with the same one share them."""
-        return ()
 
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
@@ -3426,16 +3425,18 @@ class Firewall:
         """
         return door
 
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return self.describe()
-
     def prepare(self) -> None:
         """Makes what is missing of chains, sets and rules; grants stay as they are."""
 
+    def read_made(self) -> Any:
+        """What stands of all that prepare() made, in a form that shows every change."""
+
     def intact(self) -> bool:
         """Whether all that prepare() made is still there."""
-        return True
+        try:
+            return bool(self.made == self.read_made())
+        except CommandError:
+            return False
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants`, all or none, in place of `replaced`."""
@@ -3478,16 +3479,8 @@ def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
         raise failed
 
 
-class Connection(NamedTuple):
-    """An established TCP connection to this host."""
-
-    peer: Address
-    peer_port: int
-    port: int
-
-
-def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
-    """The TCP connections to guarded ports (/proc/net/tcp and tcp6 of proc(5)), at most 500.
+def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, int]]:
+    """Peer, its port and ours of the TCP connections to guarded ports, at most 500 (proc(5)).
 
     A kernel that did not track connections before the guard was made takes those that it then sees
     for new ones, and the guard would cut off the administrator who has just made it.
@@ -3504,9 +3497,8 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
             if state == "01" and ("tcp", port) in ports:
                 words = struct.pack("=%dI" % (len(address) // 8), *(
                     int(address[i:i + 8], 16) for i in range(0, len(address), 8)))
-                peer = parse_address(socket_text(words))
-                found.append(Connection(peer, int(peer_port, 16), port))
-    return [each for each in found if not each.peer.is_loopback][:500]
+                found.append((parse_address(socket_text(words)), int(peer_port, 16), port))
+    return [each for each in found if not each[0].is_loopback][:500]
 
 
 # ======================================================================================
@@ -3521,10 +3513,16 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
-GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
-NAT_HOOKS = (("prerouting", -101), ("postrouting", 99))  # before the host's own NAT
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
+
+# The chains of our own tables and their hooks. The guard's comes after connection tracking (-200)
+# and before destination NAT (-100), those of NAT just before the host's own.
+OWN_CHAINS = {
+    GUARD_TABLE: {"closed": "",
+                  "guard": "{ type filter hook prerouting priority -110; policy accept; }"},
+    NAT_TABLE: {"prerouting": "{ type nat hook prerouting priority -101; policy accept; }",
+                "postrouting": "{ type nat hook postrouting priority 99; policy accept; }"}}
 
 
 class Shape(NamedTuple):
@@ -3548,21 +3546,15 @@ class Shape(NamedTuple):
                                   "" if self.kind == INPUT else "_" + self.kind.lower(),
                                   "" if self.ports else "_all")
 
-    def declaration(self, value: str = "") -> str:
-        """The set, or the map with values of this type, in nft's language."""
-        address = "ipv%d_addr" % self.version
-        fields = [address] + [address] * self.destination
-        fields += ["inet_proto", "inet_service"] * self.ports
-        return "%s { type %s%s; flags timeout; }" % (self.set_name, " . ".join(fields), value)
-
     def creation(self, place: NftChain) -> str:
         """The line that adds the set, or in the table for NAT the map, if it is not there."""
-        value = ""
+        address, word, value = "ipv%d_addr" % self.version, "set", ""
+        fields = [address] * (1 + self.destination) + ["inet_proto", "inet_service"] * self.ports
         if place == NAT_TABLE and self.kind != MASQUERADE:
-            port = " . inet_service" if self.kind == DNAT and self.ports else ""
-            value = " : ipv%d_addr%s" % (self.version, port)
-        return "add %s %s %s %s" % ("map" if value else "set", place.family, place.table,
-                                    self.declaration(value))
+            word, value = "map", " : " + address
+            value += " . inet_service" * (self.kind == DNAT and self.ports)
+        return "add %s %s %s %s { type %s%s; flags timeout; }" % (
+            word, place.family, place.table, self.set_name, " . ".join(fields), value)
 
     def match(self, word: str = "") -> str:
         """What a rule compares with the set, or with `word` (`map`) looks up in it."""
@@ -3607,10 +3599,9 @@ class Shape(NamedTuple):
         protocol, port = "*", 0
         if self.ports:
             number, port = struct.unpack(">B3xH2x", key[addresses:])
-            names = [name for name, code in PROTOCOL_NUMBERS.items() if code == number]
-            if not names:
+            protocol = {6: "tcp", 17: "udp"}.get(number, "")
+            if not protocol:
                 return None
-            protocol = names[0]
         source = ipaddress.ip_network((key[:size], self.prefix), strict=False)
         destination = ipaddress.ip_address(key[size:addresses]) if self.destination else None
         door = Door(source, destination, protocol, port, self.kind)
@@ -3637,38 +3628,24 @@ class NftFirewall(Firewall):
                  shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = ()) -> None:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
         self.shapes, self.forward = shapes, forward
-        self.translates = any(shape.kind in NAT_KINDS for shape in shapes)
+        self.chains = list(dict.fromkeys(accept + forward))  # the host's that our rules go to
+        translates = any(shape.kind in NAT_KINDS for shape in shapes)
+        # Where our sets are. The guard comes first.
+        self.places = [GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * translates + self.chains
+        self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
+        self.identity = ("nft", program, self.places)
         self.netlink = Netlink()
         self.netlink_port = self.netlink.port
-        self.handles: Dict[NftChain, List[bytes]] = {}
 
-    @property
-    def places(self) -> List[NftChain]:
-        """Where our sets are: the guard's table first, then NAT's, then the host's chains."""
-        return ([GUARD_TABLE] * bool(self.guard_ports) + [NAT_TABLE] * self.translates
-                + self.chains)
-
-    @property
-    def chains(self) -> List[NftChain]:
-        """The chains of the host's that our rules go to."""
-        return list(self.accept) + [chain for chain in self.forward if chain not in self.accept]
-
-    def describe(self) -> str:
-        """Where grants go, for the log."""
-        return ", ".join(" ".join(place) for place in self.places
-                         if place == GUARD_TABLE or place in self.accept)
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return ", ".join(" ".join(place) for place in self.places_of(door))
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes."""
+        places = self.places_of(door) if door is not None else [
+            place for place in self.places if place == GUARD_TABLE or place in self.accept]
+        return ", ".join(" ".join(place) for place in places)
 
     def form(self, door: Door) -> Optional[Door]:
         """The door; None for what is forwarded, where the settings name no chain for it."""
         return door if door.kind != FORWARD or self.forward else None
-
-    def identity(self) -> Tuple[Any, ...]:
-        """Its tables and chains."""
-        return ("nft", self.program, self.places)
 
     def shapes_at(self, place: NftChain) -> List[Shape]:
         """The shapes of doors that go there, if a table of this family can hold them."""
@@ -3682,19 +3659,26 @@ class NftFirewall(Firewall):
         """Makes sets and rules anew. The guard comes first, in a transaction of its own: a chain of
         the host's that is missing must not keep it away."""
         do_all(self.prepare_place, [(place,) for place in self.places])
-        self.handles = self.read_handles()
+        self.made = self.read_made()
 
     def prepare_place(self, place: NftChain) -> None:
         """Makes a table of our own, or sets and rules in a chain of the host's."""
-        if place in (GUARD_TABLE, NAT_TABLE):
-            self.run(self.guard_lines() if place == GUARD_TABLE else self.nat_lines())
+        shapes = self.shapes_at(place)
+        sets = [shape.creation(place) for shape in shapes]
+        if place in OWN_CHAINS:
+            table, lines = "%s %s" % place[:2], []
+            for chain, hook in OWN_CHAINS[place].items():
+                lines += ["add chain %s %s %s" % (table, chain, hook),
+                          "flush chain %s %s" % (table, chain)]
+            rules = (self.guard_rules() if place == GUARD_TABLE else
+                     [shape.nat_rule() for shape in shapes])
+            self.run(["add table " + table] + sets + lines
+                     + ["add rule %s %s" % (table, rule) for rule in rules])
             return
-        lines = self.rule_removal(place)
-        for shape in self.shapes_at(place):
-            lines += [shape.creation(place), 'insert rule %s %s accept comment "%s"'
-                      % (" ".join(place), shape.match(), COMMENT)]
+        rules = ['insert rule %s %s accept comment "%s"' % (" ".join(place), shape.match(), COMMENT)
+                 for shape in shapes]
         try:
-            self.run(lines)
+            self.run(self.rule_removal(place) + sets + rules)
         except CommandError as error:
             raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
 
@@ -3708,7 +3692,7 @@ class NftFirewall(Firewall):
         return ["delete rule %s handle %d" % (" ".join(place), struct.unpack(">Q", handle)[0])
                 for handle in self.our_rules(place)]
 
-    def guard_lines(self) -> List[str]:
+    def guard_rules(self) -> List[str]:
         """The guard: what is guarded and not granted is dropped, before destination NAT.
 
         Only what is addressed to this host: the rest is routed, and not ours to guard. Established
@@ -3716,64 +3700,33 @@ class NftFirewall(Firewall):
         that none of them is open here for a moment longer than it leads elsewhere.
         """
         ports = ", ".join("%s . %d" % port for port in sorted(self.guard_ports))
-        table, shapes = "%s %s" % GUARD_TABLE[:2], self.shapes_at(GUARD_TABLE)
-        return (["add table " + table]
-                + [shape.creation(GUARD_TABLE) for shape in shapes]
-                + ["add chain %s closed" % table,
-                   "add chain %s guard { type filter hook prerouting priority %d; policy accept; }"
-                   % (table, GUARD_PRIORITY),
-                   "flush chain %s guard" % table, "flush chain %s closed" % table,
-                   'add rule %s guard iifname "lo" accept' % table,
-                   "add rule %s guard ct state established accept" % table,
-                   "add rule %s guard fib daddr type unicast accept" % table,
-                   "add rule %s guard meta l4proto . th dport { %s } goto closed" % (table, ports)]
-                + ["add rule %s closed ip%s saddr %s tcp sport %d tcp dport %d "
-                   "tcp flags & (syn | ack) != syn accept"
-                   % (table, "6" * (each.peer.version == 6), each.peer, each.peer_port, each.port)
-                   for each in established_connections(self.guard_ports)]
-                + ["add rule %s closed %s accept" % (table, shape.match()) for shape in shapes]
-                + ["add rule %s closed counter drop" % table])
-
-    def nat_lines(self) -> List[str]:
-        """The table for NAT: a rule for each map, which leads only whom it knows."""
-        table, shapes = "%s %s" % NAT_TABLE[:2], self.shapes_at(NAT_TABLE)
-        lines = ["add table " + table] + [shape.creation(NAT_TABLE) for shape in shapes]
-        for chain, priority in NAT_HOOKS:
-            lines += ["add chain %s %s { type nat hook %s priority %d; policy accept; }"
-                      % (table, chain, chain, priority), "flush chain %s %s" % (table, chain)]
-        return lines + ["add rule %s %s" % (table, shape.nat_rule()) for shape in shapes]
+        return (['guard iifname "lo" accept', "guard ct state established accept",
+                 "guard fib daddr type unicast accept",
+                 "guard meta l4proto . th dport { %s } goto closed" % ports]
+                + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
+                   "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
+                   for peer, peer_port, port in established_connections(self.guard_ports)]
+                + ["closed %s accept" % shape.match() for shape in self.shapes_at(GUARD_TABLE)]
+                + ["closed counter drop"])
 
     def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
         """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
-        body = (attribute(RULE_TABLE, place.table.encode() + b"\0")
-                + attribute(RULE_CHAIN, place.chain.encode() + b"\0"))
-        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], body)
-        wanted = place.table.encode() + b"\0", place.chain.encode() + b"\0"
-        return [rule for rule in rules  # old kernels list all chains
-                if (rule.get(RULE_TABLE), rule.get(RULE_CHAIN)) == wanted]
+        names = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
+        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
+            attribute(kind, name) for kind, name in names.items()))
+        return [rule for rule in rules if names.items() <= rule.items()]  # old kernels list all
 
     def our_rules(self, place: NftChain) -> List[bytes]:
-        """The handles of the rules with our comment in a chain of the host's."""
+        """The handles of the rules in a chain that are ours: in one of the host's by comment."""
         mark = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"  # nft's user data
         return [rule[RULE_HANDLE] for rule in self.read_rules(place)
-                if rule.get(RULE_USERDATA) == mark]
+                if place not in self.chains or rule.get(RULE_USERDATA) == mark]
 
-    def read_handles(self) -> Dict[NftChain, List[bytes]]:
+    def read_made(self) -> Dict[NftChain, List[bytes]]:
         """The handles of all rules of ours: a flushed or rebuilt chain has others."""
-        handles = {place: self.our_rules(place) for place in self.chains}
-        own = [GUARD_TABLE._replace(chain=chain)
-               for chain in ("guard", "closed") if self.guard_ports]
-        own += [NAT_TABLE._replace(chain=chain) for chain, _ in NAT_HOOKS if self.translates]
-        for place in own:
-            handles[place] = [rule[RULE_HANDLE] for rule in self.read_rules(place)]
-        return handles
-
-    def intact(self) -> bool:
-        """Whether all that prepare() made is still there."""
-        try:
-            return self.handles == self.read_handles()
-        except CommandError:
-            return False
+        own = [place._replace(chain=chain) for place in self.places
+               for chain in OWN_CHAINS.get(place, ())]
+        return {place: self.our_rules(place) for place in own + self.chains}
 
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
@@ -3781,7 +3734,8 @@ class NftFirewall(Firewall):
 
     def places_of(self, door: Door) -> List[NftChain]:
         """The places that have a set for this door."""
-        return [place for place in self.places if shape_of(door) in self.shapes_at(place)]
+        wanted = shape_of(door)
+        return [place for place, shape in self.sets if shape == wanted]
 
     def element(self, place: NftChain, door: Door, timeout: bytes = b"") -> bytes:
         """The attributes of a message about a door's element of a set or map."""
@@ -3834,18 +3788,17 @@ class NftFirewall(Firewall):
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has in every place. Only NAT's maps tell where doors lead."""
-        found: Dict[Door, float] = {}
-        doors: Dict[Door, List[Door]] = {}
-        for place in self.places:
-            for shape in self.shapes_at(place):
-                for door, seconds in self.read_set(place, shape):
-                    key = door.entrance
-                    found[key] = min(seconds, found.get(key, seconds))
-                    doors.setdefault(key, []).append(door)
+        found: Dict[Door, List[Tuple[Door, float]]] = {}
+        for place, shape in self.sets:
+            for door, seconds in self.read_set(place, shape):
+                found.setdefault(door.entrance, []).append((door, seconds))
         now, wall = time.monotonic(), time.time()
-        return [Grant(doors[key][-1], int(wall + seconds + 0.999), now + seconds)
-                for key, seconds in found.items()
-                if len(doors[key]) == len(self.places_of(key)) and seconds != FOR_EVER]
+        grants = []
+        for entrance, elements in found.items():
+            seconds = min(seconds for _, seconds in elements)
+            if len(elements) == len(self.places_of(entrance)) and seconds != FOR_EVER:
+                grants.append(Grant(elements[-1][0], int(wall + seconds + 0.999), now + seconds))
+        return grants
 
     def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
         """The doors in a set with the seconds they have left, FOR_EVER if somebody said so."""
@@ -3876,8 +3829,7 @@ class NftFirewall(Firewall):
 
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
-        do_all(self.flush_set, [(place, shape) for place in self.places
-                                for shape in self.shapes_at(place)])
+        do_all(self.flush_set, self.sets)
 
     def flush_set(self, place: NftChain, shape: Shape) -> None:
         """Takes every element out of a set, if there is one."""
@@ -3886,23 +3838,19 @@ class NftFirewall(Firewall):
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
-        rules = {place: self.rule_removal(place) for place in self.chains}
-        sets: Dict[Tuple[str, str], Set[str]] = {}
-        for place in self.chains:
-            if rules[place]:
-                names = sets.setdefault((place.family, place.table), set())
-                names.update(shape.set_name for shape in self.shapes_at(place))
         table = "table %s %s" % NAT_TABLE[:2]
-        do_all(self.run, [(["add " + table, "delete " + table],)] * self.translates)
+        batches = [["add " + table, "delete " + table]] * (NAT_TABLE in self.places)
+        rules = {place: self.rule_removal(place) for place in self.chains}
+        batches += rules.values()
         # Chains of one table share the sets, so these go when no rule needs them any more.
-        do_all(self.run, [(lines,) for lines in rules.values()])
-        do_all(self.run, [(["delete set %s %s %s" % (table + (name,)) for name in sorted(names)],)
-                          for table, names in sets.items()])
+        sets = {place[:2] + (shape.set_name,) for place, shape in self.sets if rules.get(place)}
+        batches += [["delete set %s %s %s" % each] for each in sorted(sets)]
+        do_all(self.run, [(lines,) for lines in batches])
 
     def guarded(self) -> bool:
         """Whether the guard's table stands, whoever made it."""
         try:
-            return bool(self.read_rules(GUARD_TABLE))
+            return bool(self.our_rules(GUARD_TABLE))
         except CommandError:
             return False
 
@@ -3954,8 +3902,8 @@ class Place(NamedTuple):
 class Iptables:
     """The programs of one IP version and the changes that are made through them."""
 
-    def __init__(self, version: int, program: str) -> None:
-        self.version, self.program, self.restore = version, program, program + "-restore"
+    def __init__(self, program: str) -> None:
+        self.program, self.restore = program, program + "-restore"
         self.dated = True  # whether rules can end by themselves
 
     def list(self, table: str) -> List[str]:
@@ -4053,74 +4001,63 @@ class IptablesFirewall(Firewall):
         self.places += [Place(chain.table, chain.chain, chain.target,
                               kind == INPUT and chain.from_chain == "OUTPUT", prepend, kind)
                         for kind, chain in access]
-        directory, name = os.path.split(program)
-        six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
-        self.programs = {4: Iptables(4, program)}
-        if six and os.path.exists("/proc/net/if_inet6"):
-            self.programs[6] = Iptables(6, six)
-        elif os.path.exists("/proc/net/if_inet6"):
-            if guard_ports:
+        self.tables = sorted({place.table for place in self.places},
+                             key=lambda name: (name != "mangle", name))  # the guard's comes first
+        self.programs = {4: Iptables(program)}
+        if os.path.exists("/proc/net/if_inet6"):
+            directory, name = os.path.split(program)
+            six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
+            if six:
+                self.programs[6] = Iptables(six)
+            elif guard_ports:
                 raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
                                   "install it, or nftables")
-            log.warning("No ip6tables: nothing is opened for IPv6")
-        self.structure: Dict[int, Set[str]] = {}
+            else:
+                log.warning("No ip6tables: nothing is opened for IPv6")
+        self.identity = ("iptables", program, self.places, access)
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
-    def describe(self) -> str:
-        """Where grants go, for the log."""
-        return self.chains_for(INPUT)
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return self.chains_for(door.kind)
-
-    def chains_for(self, kind: str) -> str:
-        """The chains for doors of a kind."""
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes."""
+        kind = door.kind if door is not None else INPUT
         return ", ".join(place.chain for place in self.places
                          if place.kind == kind and place.tells)
 
-    def identity(self) -> Tuple[Any, ...]:
-        """Its programs, chains and jumps."""
-        return ("iptables", self.programs[4].program, self.places, self.access)
-
-    @property
-    def tables(self) -> List[str]:
-        """The tables with places of ours, the guard's first."""
-        return sorted({place.table for place in self.places},
-                      key=lambda name: (name != "mangle", name))
-
     def prepare(self) -> None:
         """Makes chains and jumps where they are missing, the guard first; grants stay."""
-        do_all(self.prepare_table, [(program, table) for table in self.tables
-                                    for program in self.programs.values()])
+        do_all(self.prepare_table, [(version, table) for table in self.tables
+                                    for version in self.programs])
         for program in self.programs.values():
             program.probe_time_match(self.tables[0])
             if not program.dated:
                 self.log.warning("%s has no time match: grants end only while this server runs"
                                  % program.program)
-        self.structure = self.read_structure()
+        self.made = self.read_made()
 
-    def prepare_table(self, program: Iptables, table: str) -> None:
+    def prepare_table(self, version: int, table: str) -> None:
         """Makes what is missing in one table."""
+        program = self.programs[version]
         lines = program.list(table)
-        changes = []
-        if table == "mangle" and self.guard_ports:
-            changes += self.guard_changes(lines, program.version)
+        drops = any(line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
+                    for line in lines)
+        guarding = table == "mangle" and self.guard_ports
+        changes, jumps = self.guard_changes(lines, version) if guarding else [], []
         for kind, chain in self.access:
-            if chain.table == table:
-                changes += missing_chain(lines, chain)
-                if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not any(
-                        line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
-                        for line in lines):
-                    self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
-                                     % (chain.from_chain, program.program))
+            if chain.table != table:
+                continue
+            if "-N " + chain.chain not in lines:
+                changes.append(":%s - [0:0]" % chain.chain)
+            if "-A %s -j %s" % (chain.from_chain, chain.chain) not in lines:
+                changes.append("-I %s %d -j %s" % (chain.from_chain, chain.position, chain.chain))
+                jumps.append(chain)
+            if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops:
+                self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
+                                 % (chain.from_chain, program.program))
         program.commit({table: changes})
-        for _, chain in self.access if program.version == 4 else []:
-            if any(change.endswith(" %d -j %s" % (chain.position, chain.chain))
-                   for change in changes):
-                self.log.info("Added jump rule from chain: %s to chain: %s"
-                              % (chain.from_chain, chain.chain))
+        for chain in jumps if version == 4 else []:
+            self.log.info("Added jump rule from chain: %s to chain: %s"
+                          % (chain.from_chain, chain.chain))
 
     def guard_changes(self, lines: List[str], version: int) -> List[str]:
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
@@ -4139,9 +4076,9 @@ class IptablesFirewall(Firewall):
         changes += ["-A %s %s -j RETURN" % (GUARD_CHAIN, match) for match in (
             "-i lo", "-m conntrack --ctstate ESTABLISHED", routed)]
         changes += ["-A %s -s %s -p tcp -m tcp --sport %d --dport %d ! --syn -j RETURN"
-                    % (GUARD_CHAIN, each.peer, each.peer_port, each.port)
-                    for each in established_connections(self.guard_ports)
-                    if each.peer.version == version]
+                    % (GUARD_CHAIN, peer, peer_port, port)
+                    for peer, peer_port, port in established_connections(self.guard_ports)
+                    if peer.version == version]
         changes += ["-A %s -p %s -m %s --dport %d -j %s"
                     % (GUARD_CHAIN, protocol, protocol, port, GUARDED_CHAIN)
                     for protocol, port in sorted(self.guard_ports)]
@@ -4149,19 +4086,12 @@ class IptablesFirewall(Firewall):
             changes.append("-I PREROUTING 1 -j " + GUARD_CHAIN)
         return changes
 
-    def read_structure(self) -> Dict[int, Set[str]]:
+    def read_made(self) -> Dict[int, Set[str]]:
         """All that is ours and no grant: our chains, what jumps to them, what is in the guard's."""
         ours = {place.chain for place in self.places} | {GUARD_CHAIN, GUARDED_CHAIN}
         return {version: {line for table in self.tables for line in program.list(table)
                           if ours & set(line.split()) and MARK not in line}
                 for version, program in self.programs.items()}
-
-    def intact(self) -> bool:
-        """Whether all that prepare() made is still there."""
-        try:
-            return self.structure == self.read_structure()
-        except CommandError:
-            return False
 
     def holds(self, door: Door) -> bool:
         """Whether there are programs for the door's IP version, and a chain for its kind."""
@@ -4176,15 +4106,17 @@ class IptablesFirewall(Firewall):
             return door._replace(source=any_source(door.source.version))
         return door
 
-    def changes(self, action: Callable[[Place], str],
-                grants: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
-        """A change for each grant in each place, by program and table."""
+    def changes(self, added: List[Grant],
+                deleted: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
+        """The changes by program and table that add and delete the rules of grants."""
         found: Dict[Iptables, Dict[str, List[str]]] = {}
-        for grant in filter(lambda grant: self.holds(grant.door), grants):
-            program = self.programs[grant.door.source.version]
-            for place in [place for place in self.places if place.kind == grant.door.kind]:
-                lines = found.setdefault(program, {}).setdefault(place.table, [])
-                lines.append("%s %s" % (action(place), program.rule(place, grant)))
+        for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
+            for place in self.places if self.holds(grant.door) else ():
+                if place.kind == grant.door.kind:
+                    program = self.programs[grant.door.source.version]
+                    action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
+                    lines = found.setdefault(program, {}).setdefault(place.table, [])
+                    lines.append(action % place.chain + " " + program.rule(place, grant))
         return found
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
@@ -4192,18 +4124,14 @@ class IptablesFirewall(Firewall):
 
         When a later table fails, what the first ones got is taken back.
         """
-        added = self.changes(lambda place: ("-I %s 1" if place.first else "-A %s") % place.chain,
-                             grants)
-        deleted = self.changes(lambda place: "-D " + place.chain, replaced)
         if not all(self.holds(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
-            for program, tables in added.items():
-                for table, lines in tables.items():
-                    lines += deleted.get(program, {}).get(table, [])
+            for program, tables in self.changes(grants, replaced).items():
                 program.commit(tables)
         except CommandError:
-            self.delete_rules({(grant.door.entrance, grant.expires) for grant in grants})
+            mine = {(grant.door.entrance, grant.expires) for grant in grants}
+            self.delete_rules(lambda door, expires: (door.entrance, expires) in mine)
             raise
 
     def close(self, grants: List[Grant]) -> None:
@@ -4214,10 +4142,9 @@ class IptablesFirewall(Firewall):
             try:
                 program.commit(tables)
             except CommandError:
-                program.commit(self.deletions(program, lambda door, _: door.entrance in doors))
+                self.delete_in(program, lambda door, _: door.entrance in doors)
 
-        changes = self.changes(lambda place: "-D " + place.chain, grants)
-        do_all(close_in, changes.items())
+        do_all(close_in, self.changes([], grants).items())
 
     def rules(self, program: Iptables) -> Iterator[Tuple[Place, str, Door, int]]:
         """Place, line of `iptables -S`, door and expiry of every grant in the kernel."""
@@ -4228,22 +4155,17 @@ class IptablesFirewall(Firewall):
                     if parsed:
                         yield (place, line) + parsed
 
-    def deletions(self, program: Iptables,
-                  wanted: Callable[[Door, int], bool]) -> Dict[str, List[str]]:
-        """The changes by table that delete the grants that are wanted."""
+    def delete_in(self, program: Iptables, wanted: Callable[[Door, int], bool]) -> None:
+        """Deletes the grants that are wanted gone, by door and expiry, through one program."""
         changes: Dict[str, List[str]] = {}
         for place, line, door, expires in self.rules(program):
             if wanted(door, expires):
                 changes.setdefault(place.table, []).append("-D" + line[2:])
-        return changes
+        program.commit(changes)
 
-    def delete_rules(self, wanted: Optional[Set[Tuple[Door, int]]] = None) -> None:
-        """Deletes the grants of these entrances and expiries, or all of them."""
-        def delete(program: Iptables) -> None:
-            program.commit(self.deletions(program, lambda door, expires: (
-                wanted is None or (door.entrance, expires) in wanted)))
-
-        do_all(delete, [(program,) for program in self.programs.values()])
+    def delete_rules(self, wanted: Callable[[Door, int], bool]) -> None:
+        """Deletes the grants that are wanted gone."""
+        do_all(self.delete_in, [(program, wanted) for program in self.programs.values()])
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
@@ -4263,7 +4185,7 @@ class IptablesFirewall(Firewall):
 
     def flush(self) -> None:
         """Closes all grants, those of another fwknopd as well; the guard stays."""
-        self.delete_rules()
+        self.delete_rules(lambda door, expires: True)
 
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
@@ -4293,16 +4215,6 @@ class IptablesFirewall(Firewall):
         """Takes the guard away."""
         do_all(self.remove_chains, [(program, "mangle", "PREROUTING", [GUARD_CHAIN, GUARDED_CHAIN])
                                     for program in self.programs.values()])
-
-
-def missing_chain(lines: List[str], access: IptablesChain) -> List[str]:
-    """The changes that make a chain and the jump to it, where a table's `lines` lack them."""
-    changes = []
-    if "-N " + access.chain not in lines:
-        changes.append(":%s - [0:0]" % access.chain)
-    if "-A %s -j %s" % (access.from_chain, access.chain) not in lines:
-        changes.append("-I %s %d -j %s" % (access.from_chain, access.position, access.chain))
-    return changes
 
 
 # ======================================================================================
@@ -4367,22 +4279,20 @@ def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional
     kind = os.path.basename(own)
     if own and ((kind != "nft" and "iptables" not in kind) or not find_program(own)):
         raise settings.error(ServerSettings.firewall_program, "expected an nft or iptables program")
-    return (own if kind == "nft" else find_program("nft"),
-            own if "iptables" in kind else find_program("iptables"))
+    iptables = own if "iptables" in kind else find_program("iptables")
+    if iptables and not find_program(iptables + "-restore"):
+        iptables = None
+    return own if kind == "nft" else find_program("nft"), iptables
 
 
 def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
     """The backends whose guard stands, with these settings or from earlier ones."""
-    nft, iptables = firewall_programs(settings)
-    makers: List[Callable[[], Firewall]] = []
-    if nft:
-        makers.append(lambda: NftFirewall(str(nft), (), frozenset(), [], log))
-    if iptables and find_program(iptables + "-restore"):
-        makers.append(lambda: IptablesFirewall(str(iptables), [], frozenset(), False, log))
-    guards = []
-    for make in makers:
+    guards: List[Firewall] = []
+    for program in filter(None, firewall_programs(settings)):
         try:
-            guards.append(make())
+            guards.append(NftFirewall(program, (), frozenset(), [], log)
+                          if os.path.basename(program) == "nft" else
+                          IptablesFirewall(program, [], frozenset(), False, log))
         except SpaError:  # a backend that does not work has no guard to speak of
             continue
     return [guard for guard in guards if guard.guarded()]
@@ -4391,7 +4301,7 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
 def iptables_firewall(settings: ServerSettings, program: Optional[str],
                       log: Log) -> IptablesFirewall:
     """The iptables firewall of the settings."""
-    if not program or not find_program(program + "-restore"):
+    if not program:
         raise ConfigError("FIREWALL_TYPE: there is no iptables program",
                           "on nftables, set GUARD_PORTS or NFT_ACCEPT_CHAINS")
     access = []
@@ -4439,7 +4349,7 @@ class Grants:
         for grant in self.firewall.grants():
             self.enter(grant)
             self.log.info("Found %s rule in %s for %s, expires at %d" % (
-                grant.door.word, self.firewall.where(grant.door), grant.door, grant.expires))
+                grant.door.word, self.firewall.describe(grant.door), grant.door, grant.expires))
 
     def open(self, doors: List[Door], seconds: int) -> None:
         """Opens doors, all or none. What is open already stays so for longer, never for less.
@@ -4469,7 +4379,7 @@ class Grants:
             self.enter(grant)
         for door in doors:
             self.log.info("Added %s rule to %s for %s, expires at %d" % (
-                door.word, self.firewall.where(door), door, self.live[door].expires))
+                door.word, self.firewall.describe(door), door, self.live[door].expires))
 
     def rivals(self, doors: List[Door]) -> List[Grant]:
         """The live grants that `doors` take the place of: from the same entrance to elsewhere."""
@@ -4505,7 +4415,7 @@ class Grants:
         for grant in ended:
             del self.live[grant.door]
             self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
-                          % (self.firewall.where(grant.door), grant.expires, grant.door))
+                          % (self.firewall.describe(grant.door), grant.expires, grant.door))
 
     def check(self) -> None:
         """Puts back what somebody took from the firewall: first our rules, then what is due."""
@@ -4549,7 +4459,7 @@ class Grants:
         """Goes on in another firewall, which is prepared; what it has no place for is closed."""
         old, self.firewall = self.firewall, firewall
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
-        moved = old.identity() != firewall.identity()
+        moved = old.identity != firewall.identity
         try:
             old.close(list(self.live.values()) if moved else homeless)
             if moved:
@@ -4886,10 +4796,8 @@ class Gate:
             rejection = self.admit(datagram)
             if rejection is not None:
                 self.reject(datagram, rejection)
-        except PacketRejected as rejected:
-            self.reject(datagram, rejected)
         except Exception as error:  # a mistake of ours must not let one packet end the server
-            self.reject(datagram, internal_error(error))
+            self.reject(datagram, error)
 
     def unwrap(self, datagram: Datagram) -> Datagram:
         """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
@@ -4971,11 +4879,8 @@ class Gate:
                 raise PacketRejected("NAT", "Unable to resolve Hostname in NAT SPA message")
             self.log.info("Resolved NAT IP in SPA message")
             self.allow(packet._replace(nat=(str(address), packet.nat[1])), stanza, datagram)
-        except PacketRejected as rejected:
-            rejected.stanza = stanza.number
-            self.reject(datagram, rejected)
         except Exception as error:  # as in receive()
-            self.reject(datagram, internal_error(error))
+            self.reject(datagram, error, stanza.number)
 
     def open(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens the doors, or runs commands instead; rejects the packet when that can't be done."""
@@ -5033,18 +4938,20 @@ class Gate:
         except OSError as error:
             self.log.debug("%s: %s" % (path, error.strerror))
 
-    def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
-        """Counts a rejection and, unless there are too many, logs it.
+    def reject(self, datagram: Datagram, why: Exception, stanza: int = 0) -> None:
+        """Counts a rejection, by this stanza, and unless there are too many logs it.
 
         Other traffic on TCP and ICMP is no news; where UDP is looked at, only packets should come.
         """
+        rejection = why if isinstance(why, PacketRejected) else internal_error(why)
         self.counts[rejection.reason] += 1
         level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
         if level > self.log.level or not self.log.rejection():
             return
-        number = "(stanza #%d) " % rejection.stanza if rejection.stanza else ""
-        self.log.write(level, rejection.form.format(source=socket_text(datagram.source),
-                                                    stanza=number, text=rejection))
+        stanza = stanza or rejection.stanza
+        self.log.write(level, rejection.form.format(
+            source=socket_text(datagram.source), text=rejection,
+            stanza="(stanza #%d) " % stanza if stanza else ""))
 
 
 class Server(Gate):
@@ -5072,32 +4979,28 @@ class Server(Gate):
                 capture.close()
         for capture in captures:
             if capture not in old:
-                self.selector.register(capture, selectors.EVENT_READ, self.make_drain(capture))
+                self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
 
-    def make_drain(self, capture: Capture) -> Callable[[], None]:
-        """What is called when `capture` has something to read."""
-        def drain() -> None:
-            """Reads until nothing is there, or others have waited long enough."""
-            end = time.monotonic() + BATCH_SECONDS
-            try:
-                while self.running and time.monotonic() < end:
-                    datagram = capture.receive()
-                    if datagram is not None:
-                        self.receive(datagram)
-                        if 0 < self.settings.packet_limit <= self.candidates:
-                            self.finish("Packet count limit (%d) reached. Exiting..."
-                                        % self.settings.packet_limit)
-            except BlockingIOError:
-                pass
-            except EOFError as error:
-                self.finish(str(error))
-            except SpaError as error:
-                self.exit_code = 1
-                self.finish(str(error))
-            except OSError as error:  # the interface went away; link events tell when it is back
-                self.log.warning("%s: %s; going on when it is back"
-                                 % (capture.name, error.strerror))
-        return drain
+    def drain(self, capture: Capture) -> None:
+        """Reads from a capture until nothing is there, or others have waited long enough."""
+        end = time.monotonic() + BATCH_SECONDS
+        try:
+            while self.running and time.monotonic() < end:
+                datagram = capture.receive()
+                if datagram is not None:
+                    self.receive(datagram)
+                    if 0 < self.settings.packet_limit <= self.candidates:
+                        self.finish("Packet count limit (%d) reached. Exiting..."
+                                    % self.settings.packet_limit)
+        except BlockingIOError:
+            pass
+        except EOFError as error:
+            self.finish(str(error))
+        except SpaError as error:
+            self.exit_code = 1
+            self.finish(str(error))
+        except OSError as error:  # the interface went away; link events tell when it is back
+            self.log.warning("%s: %s; going on when it is back" % (capture.name, error.strerror))
 
     def finish(self, why: str) -> None:
         """Lets the server's loop end."""
@@ -5210,16 +5113,14 @@ class Server(Gate):
 
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""
-        due = self.check_due
         next_end = self.grants.next_end()
-        if next_end is not None:
-            due = min(due, next_end)
-        due = min([due, self.commands.next_due()] + [capture.due for capture in self.captures])
+        due = min([self.check_due, FOR_EVER if next_end is None else next_end,
+                   self.commands.next_due()] + [capture.due for capture in self.captures])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         for capture in self.captures:
             if time.monotonic() >= capture.due:
-                self.make_drain(capture)()
+                self.drain(capture)
         self.grants.expire()
         self.commands.look()
         if time.monotonic() >= self.check_due:
@@ -5334,23 +5235,18 @@ class PidFile:
         """Takes the lock; SpaError when a server has it."""
         make_directory(os.path.dirname(self.path))
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise SpaError("%s: %s" % (self.path, error.strerror)) from None
-        try:
-            for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if not wait:
-                        raise
-                    time.sleep(wait)
-        except OSError:
-            os.close(file)
-            raise SpaError("An instance of fwknopd is already running: (PID=%s)."
-                           % self.read()) from None
-        self.file = file
+        for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.file = file
+                return
+            except OSError:
+                time.sleep(wait)
+        os.close(file)
+        raise SpaError("An instance of fwknopd is already running: (PID=%s)." % self.read())
 
     def write(self) -> None:
         """Writes the pid of this process."""
@@ -5391,25 +5287,19 @@ class PidFile:
             os.close(file)
 
 
-class Signals:
-    """The signals that came, to be looked at between two turns of the server's loop."""
-
-    def __init__(self) -> None:
-        self.pending: List[int] = []
-        self.reader, writer = socket.socketpair()
-        self.writer = writer
-        for end in (self.reader, writer):
-            end.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
-                       signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: self.pending.append(number))
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-    def drain(self) -> None:
-        """Empties what woke the loop up."""
-        drain_socket(self.reader)
+def catch_signals(selector: selectors.BaseSelector) -> List[int]:
+    """The signals that came, to be looked at between two turns of the loop, which each wakes."""
+    pending: List[int] = []
+    reader, writer = socket.socketpair()
+    for end in (reader, writer):
+        end.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: pending.append(number))
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    selector.register(reader, selectors.EVENT_READ, lambda: drain_socket(reader))
+    return pending
 
 
 def go_to_background() -> int:
@@ -5454,8 +5344,7 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         log.warning(warning)
     log.info("Starting fwknopd")
     server = Server(configuration, firewall, log, test)
-    signals = Signals()
-    server.selector.register(signals.reader, selectors.EVENT_READ, signals.drain)
+    signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
     if firewall.guard_ports:
         log.info("%s are closed to everybody without a grant" % port_list(firewall.guard_ports))
@@ -5467,8 +5356,8 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         log.stream = None
     while server.running:
         server.turn()
-        while signals.pending:
-            take_signal(signals.pending.pop(0), server, read, test, log)
+        while signals:
+            take_signal(signals.pop(0), server, read, test, log)
     try:
         server.stop()
     finally:
@@ -5758,11 +5647,6 @@ none, prints the client's stanza, hides ssh and serves. SIGHUP reads the files a
 """
 
 
-def format_help() -> str:
-    """What --help prints."""
-    return HELP % "\n".join(option.format(option.help) for option in OPTIONS)
-
-
 class Arguments:
     """The command line: directives that it sets, and words that say what to do."""
 
@@ -5793,11 +5677,6 @@ class Arguments:
         """The fwknopd.conf to read."""
         return self.words.get("config_file", CONFIG_FILE)
 
-    @property
-    def override_files(self) -> List[str]:
-        """The files whose directives go before those of fwknopd.conf, the last before all."""
-        return self.words["override"].split(",") if "override" in self.words else []
-
 
 def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
     """All files and what the command line says instead; ConfigError names file and line.
@@ -5823,7 +5702,8 @@ def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
     files = [arguments.config_file] * (named or os.path.exists(arguments.config_file))
-    for path in files + arguments.override_files:
+    overrides = arguments.words["override"].split(",") if "override" in arguments else []
+    for path in files + overrides:
         warnings += read_server_settings(path, settings)
     for line in arguments.lines:
         settings.take(line)
@@ -6018,7 +5898,8 @@ def run(arguments: Arguments, log: Log) -> int:
     """Does what the options say; returns the exit code."""
     asked = set(arguments.words)
     if "help" in arguments or "version" in arguments:
-        print(format_help() if "help" in arguments else
+        print(HELP % "\n".join(option.format(option.help) for option in OPTIONS)
+              if "help" in arguments else
               "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
     elif "codes" in arguments:
         print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
@@ -6040,15 +5921,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     log = Log(sys.stderr)
     try:
         return run(Arguments(sys.argv[1:] if argv is None else argv), log)
-    except SpaError as error:
+    except (SpaError, OSError) as error:
         log.error("spa_server.py: %s" % error)
-        if error.hint:
+        if isinstance(error, SpaError) and error.hint:
             log.error("hint: " + error.hint)
         return (2 if isinstance(error, UsageError) else
                 3 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        log.error("spa_server.py: %s" % error)
-        return 1
     except KeyboardInterrupt:
         return 1
 

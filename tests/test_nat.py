@@ -285,7 +285,7 @@ class IptablesTest(NatCase):
 
     def rule(self, place: Any, made: Any, dated: bool = False) -> str:
         """Return the rule of a door in a place."""
-        program = server.Iptables(made.source.version, "iptables")
+        program = server.Iptables("iptables")
         program.dated = dated
         return str(program.rule(place, server.Grant(made, 1795370290, 0.0)))
 

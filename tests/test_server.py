@@ -60,7 +60,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
         self.failures, self.failing_closes, self.failing_flushes, self.prepared = 0, 0, 0, 0
         self.whole, self.most = True, 0
 
-    def describe(self) -> str:
+    def describe(self, door: Any = None) -> str:
         """Return where grants go."""
         return "FWKNOP_INPUT"
 
@@ -1103,7 +1103,7 @@ class LifeTest(ServerCase):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.sendto(payload, ("127.0.0.1", port))
         for capture in made.captures:
-            made.make_drain(capture)()
+            made.drain(capture)
 
     def test_udp_socket(self) -> None:
         """A datagram with its addresses, from the socket to the door."""
@@ -1400,9 +1400,9 @@ class CaptureTest(ServerCase):
 class IptablesTest(unittest.TestCase):
     """Rules as text, there and back. What the kernel makes of them is tested live."""
 
-    def program(self, version: int = 4, dated: bool = True) -> Any:
-        """Return the programs of an IP version, which are not started."""
-        made = server.Iptables(version, "iptables")
+    def program(self, dated: bool = True) -> Any:
+        """Return the programs, which are not started."""
+        made = server.Iptables("iptables")
         made.dated = dated
         return made
 
@@ -1439,7 +1439,7 @@ class IptablesTest(unittest.TestCase):
                                draw.choice(("tcp", "udp")), draw.randint(1, 65535))
             grant = server.Grant(made, draw.randrange(1, 2 ** 31), 0.0)
             place = server.Place("filter", "MYSPA", "ACCEPT", draw.choice((True, False)))
-            text = self.program(version, draw.choice((True, False))).rule(place, grant)
+            text = self.program(draw.choice((True, False))).rule(place, grant)
             self.assertEqual((made, grant.expires), server.parse_rule("-A MYSPA " + text, place))
             self.assertIsNone(server.parse_rule("-A OTHER " + text, place))
 
@@ -1528,8 +1528,8 @@ class NftTest(unittest.TestCase):
     def test_set_language(self) -> None:
         """Declaration and match have the same fields, and a prefix masks the source."""
         shape = server.Shape(6, 56, True)
-        self.assertEqual("spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . inet_service; "
-                         "flags timeout; }", shape.declaration())
+        self.assertEqual("add set inet spa spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . "
+                         "inet_service; flags timeout; }", shape.creation(server.GUARD_TABLE))
         self.assertEqual("ip6 saddr & ffff:ffff:ffff:ff00:: . ip6 daddr . meta l4proto . th dport "
                          "@spa6_56_to", shape.match())
         self.assertEqual("ip saddr . meta l4proto . th dport @spa4",
