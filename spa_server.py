@@ -659,8 +659,8 @@ def check_form(payload: bytes) -> None:
         raise NotSpa("length", 4097)
     if payload.translate(None, ALPHABET_AND_FILLING):
         raise NotSpa("not an SPA packet", 4098)
-    if payload.startswith(SALTED_PREFIX) or (len(payload) > GPG_LENGTH
-                                             and payload.startswith(b"hQ")):
+    if payload.startswith(SALTED_PREFIX) or (
+            len(payload) > GPG_LENGTH and payload.startswith(GPG_PREFIX)):
         raise NotSpa("not an SPA packet", 4096)
 
 
@@ -1493,8 +1493,7 @@ class NftChain(NamedTuple):
 def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
     """A comma list of nftables chains: `inet filter input, ip6 filter input`."""
     chains = []
-    for item in text.split(",") if text else ():
-        words = item.split()
+    for words in [item.split() for item in text.split(",") if text]:
         expect(len(words) == 3 and words[0] in NFT_FAMILIES and all(map(is_word, words)),
                "`inet|ip|ip6 TABLE CHAIN`, with commas between")
         chains.append(NftChain(*words))
@@ -2031,19 +2030,15 @@ class AccessFiles:
 
 
 def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[str]]:
-    """The stanzas of these files and of what they include, and the warnings they gave rise to.
-
-    Relative paths in them begin at `directory`.
-    """
+    """The stanzas of these files and of what they include, and the warnings they gave rise to."""
     files = AccessFiles(directory)
     for path in paths:
         files.read(path)
-    stanzas, warnings = files.stanzas, files.warnings
+    stanzas = files.stanzas
     if not stanzas:
         raise ConfigError("%s: expected a stanza, which begins with a SOURCE line"
                           % ", ".join(paths))
-    for stanza in stanzas:
-        warnings += stanza.finish()
+    warnings = files.warnings + [text for stanza in stanzas for text in stanza.finish()]
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
     protected = {keys.secret for _, keys in keyed if keys.hmac}
     for stanza, keys in keyed:
@@ -2595,17 +2590,17 @@ class GpgKeys(Keys):
         program = find_program(named)
         if program is None:
             raise stanza.error(Stanza.gpg_decrypt_id, "there is no program %s to decrypt" % named)
-        self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home] + GPG_OPTIONS
-        self.command += ["--skip-verify"] if stanza.gpg_disable_sig else []
+        self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home, *GPG_OPTIONS]
+        self.command += ["--skip-verify"] * stanza.gpg_disable_sig
         self.fingerprints = self.find_key()
         self.key_ids = [binascii.unhexlify(each[-16:]) for each in self.fingerprints]
 
     def find_key(self) -> FrozenSet[str]:
         """The fingerprints of GPG_DECRYPT_ID and its subkeys; ConfigError unless gpg has it."""
         row, stanza = Stanza.gpg_decrypt_id, self.stanza
+        question = ["--with-colons", "--list-secret-keys", "--", stanza.gpg_decrypt_id]
         try:
-            listing = run_program(self.command + ["--with-colons", "--list-secret-keys", "--",
-                                                  stanza.gpg_decrypt_id])
+            listing = run_program(self.command + question)
         except CommandError as error:
             raise stanza.error(row, "expected a secret key: %s" % error) from None
         lines = [line.split(":") for line in listing.split("\n")]
@@ -3271,8 +3266,7 @@ class FileCapture(Capture):
             raise EOFError("End of %s: %d packets, %d of them pass PCAP_FILTER, %d are cut short"
                            % (self.name, self.packets, self.passed, self.cut))
         header = self.file.read(16)
-        length, whole = (struct.unpack(self.order + "8xII", header) if len(header) == 16
-                         else (1, 1))
+        length, whole = struct.unpack(self.order + "8xII", header) if len(header) == 16 else (1, 1)
         frame = self.file.read(min(length, MAX_FRAME))
         if len(frame) != length:
             raise SpaError("%s: broken after %d packets" % (self.name, self.packets))
@@ -3280,12 +3274,11 @@ class FileCapture(Capture):
         self.cut += length < whole
         packet = decode_frame(frame, self.link, self.any_direction)
         try:
-            if length < whole or not matches(self.tree, packet):
-                return None
+            passes = length >= whole and matches(self.tree, packet)
         except IndexError:
-            return None
-        self.passed += 1
-        return decode_ip(packet)
+            passes = False
+        self.passed += passes
+        return decode_ip(packet) if passes else None
 
     def close(self) -> None:
         """Closes the file."""
@@ -3371,10 +3364,9 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     interface = "" if settings.interface == "any" else settings.interface
     # Only a socket for all protocols sees what goes out.
     protocols = (ETH_P_ALL,) if interface or settings.any_direction else (ETH_P_IP, ETH_P_IPV6)
-    captures: List[Capture] = []
     try:
-        for protocol in protocols:
-            captures.append(PacketCapture(interface, protocol, code, settings.promiscuous))
+        return [PacketCapture(interface, protocol, code, settings.promiscuous)
+                for protocol in protocols]
     except PermissionError:
         raise
     except OSError as error:
@@ -3382,7 +3374,6 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
             raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
         log.warning("Interface %s does not exist; it is waited for" % interface)
         return []
-    return captures
 
 
 # ======================================================================================
