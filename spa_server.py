@@ -4920,7 +4920,8 @@ class Gate:
                  for door in doors if door in grants.live]
         path = openers_file(self.settings)
         try:
-            with open(os.open(path, OPENERS_FLAGS, 0o600), "r+") as file:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with open(os.open(path, flags, 0o600), "r+") as file:
                 if os.fstat(file.fileno()).st_size > OPENERS_BYTES:
                     live = set(map(grant_words, grants.live.values()))
                     lines[:0] = [line for line in file if line.partition("\t")[0] in live]
@@ -5161,7 +5162,6 @@ def drain_socket(events: Optional[socket.socket]) -> None:
 
 
 OPENERS_BYTES = 65536  # size of a file from which on it is tidied up
-OPENERS_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 
 
 def openers_file(settings: ServerSettings) -> str:
@@ -5394,9 +5394,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
             log.error("%s; trying again" % error)
         return
     if number != signal.SIGHUP:
-        log.info("Gracefully leaving the fwknopd event loop.")
-        log.info("Got %s. Exiting..." % signal.Signals(number).name)
-        server.running = False
+        server.finish("Got %s. Exiting..." % signal.Signals(number).name)
         return
     log.info("Got SIGHUP. Re-reading configs.")
     try:
@@ -5709,14 +5707,6 @@ def own_hash() -> str:
         return binascii.hexlify(DIGESTS["SHA256"](file.read())).decode()
 
 
-def dump(configuration: Configuration) -> str:
-    """The configuration in the syntax of its files."""
-    parts = ["# fwknopd.conf\n" + configuration.settings.dump()]
-    parts += ["# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump())
-              for stanza in configuration.stanzas]
-    return "\n".join(parts)
-
-
 def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
     """A line for each grant that the firewall has, in the columns of `iptables -L -n`.
 
@@ -5853,8 +5843,12 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     if "check_digests" in arguments:
         ReplayMemory(None, None, log).load(configuration.settings.digest_file)
         print("Digest cache parsed, exiting.")
+    elif "check" in arguments:
+        print("Configs parsed, exiting.")
     else:
-        print(dump(configuration) if "dump" in arguments else "Configs parsed, exiting.")
+        print("\n".join(["# fwknopd.conf\n" + configuration.settings.dump()] + [
+            "# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump())
+            for stanza in configuration.stanzas]))
 
 
 def serve(arguments: Arguments, log: Log) -> int:
