@@ -4785,6 +4785,7 @@ class Gate:
         self.resolver = Resolver(self.selector)
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.candidates = 0  # packets of the right form so far
+        self.openers_limit = OPENERS_BYTES
 
     def receive(self, datagram: Datagram) -> None:
         """One datagram on its way: form, then whose it is and what it may open."""
@@ -4920,20 +4921,23 @@ class Gate:
     def note_opener(self, opener: str, doors: List[Door]) -> None:
         """Writes for --fw-list who opened doors: all else of a grant the kernel itself knows.
 
-        What is over goes when the file has grown. That it can't be written keeps nobody out.
+        What is over goes each time the file has doubled, so that a packet costs its own lines only.
+        That it can't be written keeps nobody out.
         """
         grants = self.grants
         if not grants.firewall.keeps:
             return
         lines = ["%s\t%s\n" % (grant_words(grants.live[door]), opener)
-                 for door in doors if door in grants.live]
+                 for door in map(grants.firewall.form, doors) if door in grants.live]
         path = openers_file(self.settings)
         try:
             with open(os.open(path, OPENERS_FLAGS, 0o600), "r+") as file:
-                if os.fstat(file.fileno()).st_size > OPENERS_BYTES:
+                if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_words, grants.live.values()))
-                    lines[:0] = [line for line in file if line.partition("\t")[0] in live]
+                    lines[:0] = dict.fromkeys(line for line in file
+                                              if line.partition("\t")[0] in live)
                     file.truncate(0)
+                    self.openers_limit = max(OPENERS_BYTES, 2 * sum(map(len, lines)))
                 file.writelines(lines)
         except OSError as error:
             self.log.debug("%s: %s" % (path, error.strerror))
@@ -5169,7 +5173,7 @@ def drain_socket(events: Optional[socket.socket]) -> None:
         pass
 
 
-OPENERS_BYTES = 65536  # size of a file from which on it is tidied up
+OPENERS_BYTES = 65536  # size of a file up to which it is not tidied up
 OPENERS_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 
 

@@ -235,6 +235,7 @@ class OpenersTest(LogCase):
         made = self.serve(STANZA)
         path = server.openers_file(made.settings)
         with mock.patch.object(server, "OPENERS_BYTES", 500):
+            made.openers_limit = 500
             self.knock(made, 3, "alice")
             size = os.stat(path).st_size
             self.clock.pass_seconds(10)
@@ -245,6 +246,26 @@ class OpenersTest(LogCase):
         self.assertEqual([("10.1.0.0", "stanza #1, user bob"), ("10.1.0.1", "stanza #1, user bob"),
                           ("10.1.0.2", "stanza #1, user alice")], sorted(self.openers(made)))
         self.assertEqual(0o600, os.stat(path).st_mode & 0o777)
+
+    def test_it_is_tidied_each_time_it_has_doubled(self) -> None:
+        """Not with each packet, when much is open: each would cost as much as all before it."""
+        made = self.serve(STANZA)
+        with mock.patch.object(server, "OPENERS_BYTES", 500), \
+                mock.patch.object(server, "grant_words", side_effect=server.grant_words) as words:
+            made.openers_limit = 500
+            self.knock(made, 200, "alice")
+        self.assertLess(words.call_count, 200 + 2 * 200)
+        self.assertEqual(200, len(self.openers(made)))
+        self.assertNotIn("-", [opener for _, opener in self.openers(made)])
+
+    def test_doors_in_another_form(self) -> None:
+        """A firewall that keeps a door without an address of it has its opener all the same."""
+        made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_DESTINATION_RULE Y;\n")
+        self.firewall.form = (  # type: ignore[assignment]
+            lambda door: door._replace(destination=None))
+        self.packet(made)
+        self.assertEqual(1, len(self.openers(made)))
+        self.assertNotIn("-", [opener for _, opener in self.openers(made)])
 
     def test_without_the_file(self) -> None:
         """A grant is listed without a name; one that can't be written down opens all the same."""
