@@ -1015,26 +1015,43 @@ class Settings:
         return "\n".join(lines) + "\n"
 
 
-def read_lines(path: str, colon: bool) -> Iterator[Line]:
+MAX_KEY_FILE = 1 << 20  # bytes
+
+
+def read_file(path: str, theirs: bool = False) -> str:
+    """The bytes of a file, each as one character; of a user's (`theirs`) only so many.
+
+    That one must be a regular file, too, since whoever owns it may make it a pipe at any time.
+    """
+    try:
+        with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
+                name, flags | (theirs and os.O_NONBLOCK))) as file:
+            if theirs and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError("%s: expected a regular file" % path)
+            text = file.read(MAX_KEY_FILE + 1 if theirs else -1)
+    except OSError as error:
+        raise ConfigError("%s: %s" % (path, error.strerror)) from None
+    if theirs and len(text) > MAX_KEY_FILE:
+        raise ConfigError("%s: expected at most %d bytes" % (path, MAX_KEY_FILE))
+    return text
+
+
+def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
     """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
 
     `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
-    end, which belong to a key. Bytes above 0x7f come out as one character each.
+    end, which belong to a key. `theirs` says whether the file may be a user's own.
     """
-    try:
-        with open(path, encoding="latin-1", newline="\n") as file:
-            text = file.read()
-    except OSError as error:
-        raise ConfigError("%s: %s" % (path, error.strerror)) from None
-    for number, raw in enumerate(text.split("\n"), 1):
+    for number, raw in enumerate(read_file(path, theirs).split("\n"), 1):
         line = raw.partition("\r")[0].lstrip(" \t")
         if not line or line[0] in "#;":
             continue
         name = line.replace("\t", " ").partition(" ")[0]
         value = line[len(name):].lstrip(" \t").partition(";")[0]
         name = name.rstrip(":") if colon else name
-        if not value.strip(" \t"):
-            raise Line(path, number, name.rstrip(";:"), "").error("expected a value")
+        if not value.strip(" \t") or "\0" in line:
+            raise Line(path, number, name.rstrip(";:"), "").error(
+                "expected a value" + " without zero bytes" * ("\0" in line))
         yield Line(path, number, name, value)
 
 
@@ -2017,14 +2034,14 @@ class AccessFiles:
         """Takes the keys of the stanza from the file that an %include_keys line names."""
         path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
         self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
-        for each in read_lines(path, colon=True):
+        for each in read_lines(path, colon=True, theirs=True):
             if each.name not in KEY_FILE_NAMES:
                 raise each.error("expected only keys here, and the rest beside %include_keys")
             self.warnings += stanza.take(each)
 
     @staticmethod
     def checked(path: str, line: Line) -> str:
-        """The path of a file to include, once it is there and no pipe that could block us."""
+        """The path of a file to include, once it is there."""
         if not os.path.isfile(path):
             raise line.error("Access file: '%s' was not found." % path)
         return path
@@ -2403,7 +2420,7 @@ def run_program(arguments: List[str], text: str = "") -> str:
     try:
         done = subprocess.run(arguments, input=text.encode(), stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=30, env=PROGRAM_ENVIRONMENT)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise CommandError("%s: %s" % (arguments[0], error)) from None
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
@@ -5422,8 +5439,10 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
         log.info("Re-starting fwknopd")
-    except (SpaError, OSError) as error:
-        log.error("%s; going on with the old settings" % error)
+    except Exception as error:  # a mistake of ours in reading must not end the server
+        known = isinstance(error, (SpaError, OSError))
+        log.error("%s; going on with the old settings" % (error if known else
+                                                          internal_error(error)))
 
 
 # ======================================================================================

@@ -207,6 +207,27 @@ class KeyFileTest(FilesCase):
                 self.assertIn(expected, said)
                 self.assertNotIn("s3cret", said)
 
+    def test_files_that_are_meant_to_do_harm(self) -> None:
+        """Zero bytes, more than fits the memory, and what has become a pipe since it was found."""
+        self.put(f_conf="", a_conf="SOURCE ANY\n%include_keys HERE/k\n")
+        for text, expected in (
+                ("KEY k\nGPG_DECRYPT_ID a\0b\n", "k:2: GPG_DECRYPT_ID: expected a value without "
+                 "zero bytes"),
+                ("KEY k\0\n", "k:1: KEY: expected a value without zero bytes"),
+                ("\0 k\n", "k:1: expected a value without zero bytes")):
+            self.put(k=text)
+            with self.subTest(text=text):
+                self.assertEqual(expected, self.refusal())
+        with open(self.place("k"), "wb") as file:
+            file.truncate(1 << 40)
+        self.assertEqual("k: expected at most 1048576 bytes", self.refusal())
+        os.unlink(self.place("k"))
+        os.mkfifo(self.place("k"))
+        with mock.patch("os.path.isfile", return_value=True):
+            self.assertEqual("k: expected a regular file", self.refusal())
+        with self.assertRaisesRegex(server.CommandError, "^/bin/echo: embedded null byte"):
+            server.run_program(["/bin/echo", "a\0b"])
+
     def test_before_a_stanza(self) -> None:
         """There is nothing that the keys could belong to."""
         self.put(f_conf="", a_conf="%include_keys HERE/k\n" + QUIET, k="KEY k\n")

@@ -175,6 +175,8 @@ class LifeLineTest(LogCase):
                          self.after_signal(signal.SIGHUP, made, again))
         self.assertEqual(["Got SIGHUP. Re-reading configs.", "a:1: X: unknown directive; going on "
                           "with the old settings"], self.after_signal(signal.SIGHUP, made, fail))
+        self.assertRegex(self.after_signal(signal.SIGHUP, made, lambda: 1 // 0)[1],
+                         r"^internal error: ZeroDivisionError in line \d+; going on with the old ")
         self.assertTrue(made.running)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.assertEqual(["Gracefully leaving the fwknopd event loop.", "Got %s. Exiting..."
