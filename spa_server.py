@@ -1889,6 +1889,8 @@ class Stanza(Settings):
         self.number = number
         self.keys: Optional[PacketKeys] = None  # finish() makes them
         self.gpg: Optional[GpgKeys] = None  # open_gpg() does, when the server starts
+        self.has_key_file = False  # whether the keys are a user's own affair
+        self.void = ""  # why it opens nothing
         self.expires: Optional[int] = None
         self.for_all = False  # whether SOURCE and DESTINATION are ANY
         self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
@@ -1923,6 +1925,16 @@ class Stanza(Settings):
             texts.append("Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
                          "'%s'" % self.texts.get("SOURCE", "ANY"))
         return ["(stanza #%d) %s" % (self.number, text) for text in texts]
+
+    def give_up(self, error: SpaError) -> None:
+        """Makes the stanza void if its keys are in a file of their own; else raises the error.
+
+        A user who spoils that file locks out nobody else.
+        """
+        if not self.has_key_file:
+            raise error
+        self.void = self.void or str(error)
+        self.keys = self.gpg = None
 
     def finish_gpg(self, hmac: bool) -> List[str]:
         """Checks what there is of GPG; returns warnings."""
@@ -2032,12 +2044,16 @@ class AccessFiles:
 
     def include_keys(self, line: Line, stanza: Stanza) -> None:
         """Takes the keys of the stanza from the file that an %include_keys line names."""
-        path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
-        self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
-        for each in read_lines(path, colon=True, theirs=True):
-            if each.name not in KEY_FILE_NAMES:
-                raise each.error("expected only keys here, and the rest beside %include_keys")
-            self.warnings += stanza.take(each)
+        stanza.has_key_file = True
+        try:
+            path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
+            self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
+            for each in read_lines(path, colon=True, theirs=True):
+                if each.name not in KEY_FILE_NAMES:
+                    raise each.error("expected only keys here, and the rest beside %include_keys")
+                self.warnings += stanza.take(each)
+        except SpaError as error:
+            stanza.give_up(error)
 
     @staticmethod
     def checked(path: str, line: Line) -> str:
@@ -2060,14 +2076,18 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
         raise ConfigError("%s: expected a stanza, which begins with a SOURCE line"
                           % ", ".join(paths))
     for stanza in stanzas:
-        warnings += stanza.finish()
+        try:
+            warnings += [] if stanza.void else stanza.finish()
+        except SpaError as error:
+            stanza.give_up(error)
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
     protected = {keys.secret for _, keys in keyed if keys.hmac}
     for stanza, keys in keyed:
         if not keys.hmac and keys.secret in protected:
             # A packet for the other stanza, sent again without its tag, would pass as a new one.
-            raise stanza.error(Stanza.source, "expected a key of its own, or an HMAC key: another "
-                               "stanza has this key with an HMAC")
+            stanza.give_up(stanza.error(
+                Stanza.source, "expected a key of its own, or an HMAC key: another stanza has this "
+                "key with an HMAC"))
     return stanzas, warnings
 
 
@@ -2654,8 +2674,11 @@ def open_gpg(settings: ServerSettings, stanzas: List[Stanza], log: Log) -> None:
     """Makes the GPG stanzas ready; ConfigError where gpg or a secret key is missing."""
     gpg = Gpg()
     for stanza in stanzas:
-        if stanza.gpg_decrypt_id:
-            stanza.gpg = GpgKeys(stanza, settings, gpg, log)
+        try:
+            if stanza.gpg_decrypt_id and not stanza.void:
+                stanza.gpg = GpgKeys(stanza, settings, gpg, log)
+        except SpaError as error:
+            stanza.give_up(error)
 
 
 # ======================================================================================
@@ -4734,6 +4757,18 @@ class Configuration(NamedTuple):
     stanzas: List[Stanza]
     warnings: List[str]
 
+    def voids(self) -> List[str]:
+        """What is wrong with stanzas that open nothing for it."""
+        return ["(stanza #%d) %s; this stanza opens nothing" % (stanza.number, stanza.void)
+                for stanza in self.stanzas if stanza.void]
+
+    def tell(self, log: Log) -> None:
+        """Logs what is wrong, and what the administrator may not expect."""
+        for text in self.voids():
+            log.error(text)
+        for text in self.warnings:
+            log.warning(text)
+
 
 def resolve_name(name: str, version: int,
                  monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
@@ -5360,8 +5395,8 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         rotate_digest_cache(settings.digest_file)
     ready = go_to_background() if daemon else None
     pid_file.write()
-    for warning in (configuration.warnings + forwarding_warnings(settings)
-                    + guard_warnings(settings, firewall, test, log)):
+    configuration.tell(log)
+    for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
     log.info("Starting fwknopd")
     server = Server(configuration, firewall, log, test)
@@ -5431,8 +5466,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     log.info("Got SIGHUP. Re-reading configs.")
     try:
         configuration = read()
-        for warning in configuration.warnings:
-            log.warning(warning)
+        configuration.tell(log)
         firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
         server.reload(configuration, firewall)
         for warning in guard_warnings(configuration.settings, firewall, test, log):
@@ -5880,8 +5914,9 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     configuration = read_configuration(arguments)
     if "check" in arguments:
         open_gpg(configuration.settings, configuration.stanzas, log)
-    for warning in configuration.warnings:
-        log.warning(warning)
+    configuration.tell(log)
+    if configuration.voids():
+        raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))
     if "check_digests" in arguments:
         ReplayMemory(None, None, log).load(configuration.settings.digest_file)
         print("Digest cache parsed, exiting.")
