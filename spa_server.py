@@ -538,6 +538,8 @@ def strip_padding(plain: bytes) -> bytes:
 class Keys:
     """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
 
+    signed = ""  # what the log says of who signed the last packet
+
     def __init__(self, hmac: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
                  prefix: Callable[[bytes], bytes]) -> None:
         self.hmac, self.tag_length, self.prefix = hmac, hmac_type.text_size, prefix
@@ -2622,12 +2624,12 @@ def read_pipe(end: int) -> bytes:
 class GpgKeys(Keys):
     """What opens the GPG packets of one stanza."""
 
-    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg, log: Log) -> None:
+    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg) -> None:
         hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
         hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
         super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
                          stanza.hmac_type, gpg_prefix)
-        self.stanza, self.gpg, self.log = stanza, gpg, log
+        self.stanza, self.gpg = stanza, gpg
         named = stanza.gpg_program or settings.gpg_program or "gpg"
         program = find_program(named)
         if program is None:
@@ -2663,20 +2665,20 @@ class GpgKeys(Keys):
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
-            self.log.info("(stanza #%d) Incoming SPA data signed by '%s' (fingerprint '%s')."
-                          % (self.stanza.number, signer[-8:], signer))
+            self.signed = "Incoming SPA data signed by '%s' (fingerprint '%s')." % (
+                signer[-8:], signer)
         if not answer.succeeded:
             raise PacketRejected("gpg failed", "gpg ended with an error")
         return answer.plain
 
 
-def open_gpg(settings: ServerSettings, stanzas: List[Stanza], log: Log) -> None:
+def open_gpg(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """Makes the GPG stanzas ready; ConfigError where gpg or a secret key is missing."""
     gpg = Gpg()
     for stanza in stanzas:
         try:
             if stanza.gpg_decrypt_id and not stanza.void:
-                stanza.gpg = GpgKeys(stanza, settings, gpg, log)
+                stanza.gpg = GpgKeys(stanza, settings, gpg)
         except SpaError as error:
             stanza.give_up(error)
 
@@ -4894,6 +4896,8 @@ class Gate:
                     for text in texts:
                         self.memory.remember(text, datagram)
                     remembered = True
+                    if keys.signed:
+                        self.log.info("(stanza #%d) %s" % (stanza.number, keys.signed))
                     self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
                                   "match" % (stanza.number, socket_text(datagram.source)))
                 self.log.debug("(stanza #%d) %r" % (stanza.number,
@@ -5913,7 +5917,7 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     """-D, --exit-parse-config and --exit-parse-digest-cache."""
     configuration = read_configuration(arguments)
     if "check" in arguments:
-        open_gpg(configuration.settings, configuration.stanzas, log)
+        open_gpg(configuration.settings, configuration.stanzas)
     configuration.tell(log)
     if configuration.voids():
         raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))
@@ -5946,7 +5950,7 @@ def serve(arguments: Arguments, log: Log) -> int:
 
     def read() -> Configuration:
         configuration = read_configuration(arguments, directory)
-        open_gpg(configuration.settings, configuration.stanzas, log)
+        open_gpg(configuration.settings, configuration.stanzas)
         return configuration
 
     return run_server(read, "test" in arguments, daemon, log, "rotate" in arguments)

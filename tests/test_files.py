@@ -264,7 +264,7 @@ class KeyFileTest(FilesCase):
         self.put(f_conf="GPG_EXE /bin/false;\n", k="GPG_DECRYPT_ID x\nGPG_ALLOW_NO_PW Y\n"
                  "GPG_DISABLE_SIG Y\n", a_conf="SOURCE ANY\n%include_keys HERE/k\n" + QUIET)
         found = self.read()
-        server.open_gpg(found.settings, found.stanzas, server.Log())
+        server.open_gpg(found.settings, found.stanzas)
         self.assertIn("k:1: GPG_DECRYPT_ID: expected a secret key", found.stanzas[0].void)
         self.assertIsNone(found.stanzas[0].gpg)
         self.assertEqual("", found.stanzas[1].void)

@@ -361,7 +361,7 @@ class FakeGpgCase(ServerCase):
         """Return a server with its GPG stanzas ready."""
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (self.program,
                                                                       self.directory))
-        server.open_gpg(made.settings, made.stanzas, self.log)
+        server.open_gpg(made.settings, made.stanzas)
         for stanza in made.stanzas:
             if stanza.gpg:
                 stanza.gpg.gpg.monotonic = self.clock.mono
@@ -393,6 +393,21 @@ class BoundsTest(FakeGpgCase):
         self.assertEqual([DOOR22], self.firewall.doors())
         self.assertIn("(stanza #1) Incoming SPA data signed by '786C8A06' (fingerprint '%s').\n"
                       % SIGNER, self.logged())
+
+    def test_a_replay_has_no_line_of_its_signer(self) -> None:
+        """Whoever sends a captured packet again and again does not fill the log with it."""
+        made = self.gpg_server()
+        message = self.message(1)
+        for number in range(4):  # other spellings, which gpg has to read
+            made.receive(datagram(strip(message[:50] + bytes([number]) + message[51:])))
+        self.assertEqual({"accepted": 1, "replay": 3}, made.counts)
+        self.assertEqual(1, self.logged().count("Incoming SPA data signed by"))
+        self.clock.pass_seconds(-500)
+        stale = self.packet(2)
+        self.clock.pass_seconds(500)
+        made.receive(datagram(stale))
+        self.assertEqual(1, made.counts["stale"])
+        self.assertNotIn("signed by", self.logged())
 
     def test_the_passphrase_goes_through_a_pipe(self) -> None:
         """Not among the words or in the environment, and gpg.conf and HOME are not asked."""
@@ -674,7 +689,7 @@ class RealGpgCase(ServerCase):
                                                                           options))
         os.chmod(program, 0o700)
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (program, self.ring.home))
-        server.open_gpg(made.settings, made.stanzas, self.log)
+        server.open_gpg(made.settings, made.stanzas)
         self.counted()
         return made
 
