@@ -136,6 +136,10 @@ class NotFresh(PacketRejected):
     """The packet is too old, too new, or was seen before; that holds for every stanza."""
 
 
+class TooFast(PacketRejected):
+    """The packet was not looked at, since too many like it came before."""
+
+
 class Datagram(NamedTuple):
     """What came in: payload, and where from and to. Addresses are packed: 4 bytes or 16."""
 
@@ -554,6 +558,9 @@ class Keys:
             return True
         return compare_digest(encode_base64(self.hmac(payload[:-self.tag_length])),
                               payload[-self.tag_length:])
+
+    def paid(self) -> None:
+        """Takes note that the packet just opened was genuine and new."""
 
     def body(self, payload: bytes) -> bytes:
         """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
@@ -2463,6 +2470,7 @@ GPG_OPTIONS = ["--no-options", "--batch", "--no-tty", "--pinentry-mode", "loopba
                "--disable-dirmngr", "--skip-hidden-recipients", "--max-output", "4096"]
 GPG_SECONDS = 5  # that a packet may take; the server waits for it
 GPG_BURST = 5  # runs for packets without HMAC at once; then one a second, or as they take longer
+GPG_HMAC_SECONDS = 60  # by how much packets with HMAC, of which nothing came, may exceed that
 GPG_KNOWN = 16  # answers that are kept, since many stanzas may ask for the same packet
 GPG_OUTPUT = 65536  # what a pipe holds: gpg stops there, and its time ends
 
@@ -2547,29 +2555,31 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
 
 
 class Gpg:
-    """Starts gpg for all stanzas: bounded in time and output, and without HMAC in number."""
+    """Starts gpg for all stanzas: bounded in time and output, and in number but for genuine packets
+    with HMAC. What comes without HMAC can't use up the number of the others."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.monotonic = monotonic
         self.answers: Dict[Tuple[Any, ...], GpgAnswer] = {}  # oldest first
-        self.busy_until = monotonic() - GPG_BURST
+        self.busy_until = self.busy_before = monotonic() - GPG_BURST
 
-    def ask(self, command: List[str], passphrase: bytes, message: bytes,
-            limited: bool) -> GpgAnswer:
-        """gpg's answer to a message; PacketRejected when it gives none, or is `limited` and junk
-        comes too fast: it must not be able to keep this machine busy."""
+    def ask(self, command: List[str], passphrase: bytes, message: bytes, hmac: bool) -> GpgAnswer:
+        """gpg's answer to a message; PacketRejected when it gives none, TooFast when packets of
+        which nothing comes are so many that they would keep this machine busy."""
         question = (tuple(command), passphrase, message)
+        self.busy_before = self.busy_until
         if question not in self.answers:
             start = self.monotonic()
-            if limited and start < self.busy_until:
-                raise PacketRejected("gpg too fast", "GPG packets without HMAC come too fast; "
-                                     "this one is not decrypted")
+            if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
+                raise TooFast("gpg too fast", (
+                    "GPG packets that open nothing come too fast; this one is not decrypted"
+                    if hmac else
+                    "GPG packets without HMAC come too fast; this one is not decrypted"))
             try:
                 answer = self.run(command, passphrase, message)
-            finally:
-                if limited:  # as if the burst had been saved up, one a second, since busy_until
-                    cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
-                    self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
+            finally:  # as if the burst had been saved up, one a second, since busy_until
+                cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
+                self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
             while len(self.answers) >= GPG_KNOWN:
                 del self.answers[next(iter(self.answers))]
             self.answers[question] = answer
@@ -2653,6 +2663,11 @@ class GpgKeys(Keys):
             raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
         return frozenset(words[9] for words in lines if words[0] == "fpr")
 
+    def paid(self) -> None:
+        """A run of gpg's for a packet with HMAC that is genuine and new does not count."""
+        if self.hmac:
+            self.gpg.busy_until = self.gpg.busy_before
+
     def open(self, message: bytes) -> bytes:
         """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
 
@@ -2661,7 +2676,7 @@ class GpgKeys(Keys):
         """
         if not any(key_id in message for key_id in self.key_ids):
             raise not_decrypted("No secret key")
-        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmac)
+        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, bool(self.hmac))
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
@@ -2692,7 +2707,7 @@ def open_gpg(settings: ServerSettings, stanzas: List[Stanza]) -> None:
 # ======================================================================================
 
 DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
-STALE_KNOWN = 1000  # packets found too old that are known by their digest
+REFUSED_KNOWN = 20000  # refused packets that are known by their digest: 3 MB
 REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
 
 
@@ -2734,7 +2749,7 @@ class ReplayMemory:
         self.wall, self.monotonic = wall, monotonic
         self.boot_id = boot_id()
         self.seen: Dict[str, Remembered] = {}  # by digest, oldest first
-        self.stale: Dict[str, None] = {}  # digests of some that were too old, oldest first
+        self.refused: Dict[str, str] = {}  # by digest why, oldest first
         self.began, self.forgotten = monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -2777,13 +2792,28 @@ class ReplayMemory:
             self.began = began
 
     def check_unseen(self, datagram: Datagram) -> None:
-        """Rejects what was seen, or found stale, in the same words: it spares the decryption."""
+        """Rejects what was seen or refused, for the same reason: it spares the decryption."""
         digest = digest_of(datagram.payload.rstrip(b"="))
-        if digest in self.stale:
-            raise NotFresh("stale", "SPA data time difference is too great (sent again).")
+        if digest in self.refused:
+            reason = self.refused[digest]
+            raise NotFresh(reason, "SPA data time difference is too great (sent again)."
+                           if reason in ("stale", "from the future") else
+                           "SPA packet was refused before (%s)." % reason)
         self.check_unknown(digest, datagram)
 
-    def check_fresh(self, timestamp: int, payload: bytes = b"") -> None:
+    def refuse(self, payload: bytes, reason: str) -> None:
+        """Knows a packet again that somebody with the keys made, and that opened nothing.
+
+        Who captured it could make this server decrypt it for ever. It is refused even when it might
+        be taken later, as one from the future is in its time: its client then makes a new one.
+        """
+        digest = digest_of(payload.rstrip(b"="))
+        if digest not in self.seen:
+            self.refused[digest] = reason
+        while len(self.refused) > REFUSED_KNOWN:
+            del self.refused[next(iter(self.refused))]
+
+    def check_fresh(self, timestamp: int) -> None:
         """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
         if self.max_age is None:
             return
@@ -2791,10 +2821,6 @@ class ReplayMemory:
         if abs(age) > self.max_age:
             reason, why = (("stale", "The packet is old, or the client's clock is behind.")
                            if age > 0 else ("from the future", "The client's clock is ahead."))
-            if age > 0:
-                self.stale[digest_of(payload.rstrip(b"="))] = None
-                while len(self.stale) > STALE_KNOWN:
-                    del self.stale[next(iter(self.stale))]
             raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
                            % (abs(age), why))
         began = self.wall() - (self.monotonic() - self.began)
@@ -4874,7 +4900,8 @@ class Gate:
         were right is returned, or else that of the first whose keys were wrong.
         """
         rejection: Optional[PacketRejected] = None
-        found = remembered = False
+        found = remembered = proven = False
+        judged = True  # by every stanza whose HMAC is right
         tried: Optional[Stanza] = None
         gpg = is_gpg(datagram.payload)
         for stanza in self.stanzas:
@@ -4888,14 +4915,16 @@ class Gate:
             if not keys.authentic(datagram.payload):  # before anything else is looked at
                 continue
             try:
+                proven = proven or keys.hmac is not None
                 if not remembered:
                     self.memory.check_unseen(datagram)  # spares the decryption
                 packet, texts = open_packet(datagram.payload, keys)
                 if not remembered:
-                    self.memory.check_fresh(packet.timestamp, datagram.payload)
+                    self.memory.check_fresh(packet.timestamp)
                     for text in texts:
                         self.memory.remember(text, datagram)
                     remembered = True
+                    keys.paid()
                     if keys.signed:
                         self.log.info("(stanza #%d) %s" % (stanza.number, keys.signed))
                     self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
@@ -4907,9 +4936,13 @@ class Gate:
             except PacketRejected as reason:
                 reason.stanza = stanza.number
                 if isinstance(reason, NotFresh):
+                    self.memory.refuse(datagram.payload, reason.reason)
                     raise
+                judged = judged and not isinstance(reason, TooFast)
                 if rejection is None or isinstance(rejection, WrongKey):
                     rejection = reason
+        if rejection is not None and proven and judged and not remembered:
+            self.memory.refuse(datagram.payload, rejection.reason)
         if tried is None and found:
             return wrong_type(datagram.payload)
         return rejection or (tried and tried.wrong_hmac) or PacketRejected(

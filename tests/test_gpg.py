@@ -505,6 +505,29 @@ class BoundsTest(FakeGpgCase):
         self.assertEqual(10, len(self.runs()))
         self.assertEqual({"gpg signature": 500}, made.counts)
 
+    def test_packets_with_hmac_of_which_nothing_comes(self) -> None:
+        """Are limited after a while, too, but never by those without HMAC; genuine ones never."""
+        made = self.gpg_server(SIGNED + HMAC + SIGNED)
+        for number in range(30):
+            made.receive(datagram(self.packet(number)))
+        self.assertEqual(server.GPG_BURST, made.counts["accepted"])
+        for number in range(100, 200):
+            made.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
+        self.assertEqual(server.GPG_BURST + 100, made.counts["accepted"])
+        self.answer(GOOD.replace("TRUST_FULLY", "TRUST_UNDEFINED"))
+        made = self.gpg_server(SIGNED + HMAC)
+        payloads = [self.packet(number, b"hmacKey-for-tests") for number in range(100)]
+        before = len(self.runs())
+        for payload in payloads:
+            made.receive(datagram(payload))
+        self.assertEqual(server.GPG_HMAC_SECONDS + server.GPG_BURST, len(self.runs()) - before)
+        self.assertEqual(100 - 65, made.counts["gpg too fast"])
+        self.assertEqual(65, len(made.memory.refused))
+        self.clock.pass_seconds(30)
+        self.answer(GOOD)  # what was not looked at is not refused for ever
+        made.receive(datagram(payloads[-1]))
+        self.assertEqual(1, made.counts["accepted"])
+
     def test_a_gpg_that_hangs(self) -> None:
         """Is killed; the packet is rejected, and the next one has its turn."""
         made = self.gpg_server()
