@@ -674,7 +674,7 @@ def check_form(payload: bytes) -> None:
 
 
 def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
-    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if it is there.
+    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if that is there.
 
     `GET /PACKET ...`, or as to a proxy `GET http://HOST/PACKET ...`, with `-` for `+` and `_` for
     `/` (fwknop spec 1.14). In a list of addresses only the last is what the proxy that sent this
@@ -691,6 +691,8 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
             break
         fields[name.lower()] = value.strip()
     agent, forwarded = fields.get(b"user-agent", b""), fields.get(b"x-forwarded-for")
+    if b"\n\r\n" not in request and b"\n\n" not in request:
+        forwarded = None  # what was cut off might say something else
     if not target.startswith(b"/") or not (any_agent or agent.startswith(b"Fwknop")):
         raise NotSpa("not an SPA packet", 4098)
     return (target[1:].replace(b"-", b"+").replace(b"_", b"/"),
@@ -3204,7 +3206,7 @@ class TcpCapture(Capture):
             if family == socket.AF_INET6:
                 opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             opened.bind(("", port))
-            opened.listen(2 * MAX_CONNECTIONS)
+            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
         except OSError:
             opened.close()
             raise
@@ -3228,7 +3230,7 @@ class TcpCapture(Capture):
         now = time.monotonic()
         for number, connection in self.connections.items():
             if now >= connection.end:
-                return self.finish(number)
+                return self.finish(number, reset=True)
         ready = [key.fd for key, _ in self.selector.select(0)]
         for number in ready:
             if number in self.connections:
@@ -3254,9 +3256,9 @@ class TcpCapture(Capture):
         neighbours = [each for each, connection in self.connections.items()
                       if connection.datagram.source[:8] == source[:8]]
         if len(neighbours) > MAX_PER_NETWORK:
-            return self.finish(neighbours[0])
+            return self.finish(neighbours[0], reset=True)
         if len(self.connections) > MAX_CONNECTIONS:
-            return self.finish(next(iter(self.connections)))
+            return self.finish(next(iter(self.connections)), reset=True)
         return self.read(number, now)
 
     def read(self, number: int, now: float) -> Optional[Datagram]:
@@ -3279,10 +3281,16 @@ class TcpCapture(Capture):
             whole = len(text) > MAX_PAYLOAD
         return self.finish(number) if whole or not new else None
 
-    def finish(self, number: int) -> Optional[Datagram]:
-        """Ends a connection, and returns what it brought, if anything."""
+    def finish(self, number: int, reset: bool = False) -> Optional[Datagram]:
+        """Ends a connection, and returns what it brought, if anything.
+
+        One that did not end by itself is reset, so that the kernel need not keep it (TIME_WAIT).
+        """
         connection = self.connections.pop(number)
         self.selector.unregister(connection.socket)
+        if reset:  # struct linger {int on, int seconds}
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                         struct.pack("ii", 1, 0))
         connection.socket.close()
         return connection.datagram if connection.datagram.payload else None
 
@@ -4885,8 +4893,11 @@ class Gate:
         if not self.settings.http:
             raise NotSpa("HTTP", 4099)
         payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
-        if forwarded is None or not self.settings.forwarded_for:
+        if not self.settings.forwarded_for:
             return datagram._replace(payload=payload)
+        if forwarded is None:  # the proxy always adds it
+            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: there "
+                                 "is none, or the request has no end")
         try:
             return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
         except ValueError:
@@ -4987,11 +4998,12 @@ class Gate:
             raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
         doors = ", ".join(door.describe() for door in verdict.doors)
-        self.log.info("(stanza #%d) user %s (client %s) %s" % (
-            stanza.number, packet.user, packet.version,
+        user = packet.user.replace("'", "\\x27")  # it may try to look like our words
+        self.log.info("(stanza #%d) user '%s' (client %s) %s" % (
+            stanza.number, user, packet.version,
             "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
         if not by_commands:
-            self.note_opener("stanza #%d, user %s" % (stanza.number, packet.user), verdict.doors)
+            self.note_opener("stanza #%d, user '%s'" % (stanza.number, user), verdict.doors)
 
     def cycles(self, verdict: Verdict, packet: Packet, stanza: Stanza,
                datagram: Datagram) -> List[Cycle]:

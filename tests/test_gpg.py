@@ -463,7 +463,7 @@ class BoundsTest(FakeGpgCase):
         made = self.gpg_server(other * 9 + SIGNED)
         made.receive(datagram(self.packet(1)))
         self.assertEqual([DOOR22], self.firewall.doors())
-        self.assertIn("(stanza #10) user bob", self.logged())
+        self.assertIn("(stanza #10) user 'bob'", self.logged())
         self.assertEqual(1, len(self.runs()))
         self.answer("NODATA 1\n")
         for number in range(2, 30):
@@ -592,7 +592,7 @@ class BoundsTest(FakeGpgCase):
             text = self.logged()
             self.assertEqual(2, made.counts["accepted"], text)
             for each in number:
-                self.assertIn("(stanza #%d) user bob" % each, text)
+                self.assertIn("(stanza #%d) user 'bob'" % each, text)
             self.clock.pass_seconds(100)
         made = self.gpg_server(symmetric)
         made.receive(datagram(self.packet(1, b"hmacKey-for-tests")))

@@ -148,8 +148,16 @@ class PacketLineTest(LogCase):
 
     def test_who_opened(self) -> None:
         """A line of ours: the stanza, the user and his client."""
-        self.assert_line(r"\(stanza #1\) user bob \(client \S+\) opened %s for 30 seconds" % DOOR,
+        self.assert_line(r"\(stanza #1\) user 'bob' \(client \S+\) opened %s for 30 seconds" % DOOR,
                          self.after("opened"))
+
+
+    def test_a_user_with_words_of_ours(self) -> None:
+        """A name can't end its quotes."""
+        made = self.serve(STANZA)
+        self.packet(made, user="a' (client 9) opened all")
+        self.assert_line(r"\(stanza #1\) user 'a\\x27 \(client 9\) opened all' \(client 3\.0\.0\) "
+                         "opened .*", self.lines())
 
 
 class LifeLineTest(LogCase):
@@ -245,8 +253,8 @@ class OpenersTest(LogCase):
                 self.clock.pass_seconds(1)
                 self.knock(made, 2, "bob")
         self.assertLess(os.stat(path).st_size, 500 + 2 * size)
-        self.assertEqual([("10.1.0.0", "stanza #1, user bob"), ("10.1.0.1", "stanza #1, user bob"),
-                          ("10.1.0.2", "stanza #1, user alice")], sorted(self.openers(made)))
+        self.assertEqual([("10.1.0.0", "stanza #1, user 'bob'"), ("10.1.0.1", "stanza #1, user 'bob'"),
+                          ("10.1.0.2", "stanza #1, user 'alice'")], sorted(self.openers(made)))
         self.assertEqual(0o600, os.stat(path).st_mode & 0o777)
 
     def test_it_is_tidied_each_time_it_has_doubled(self) -> None:
@@ -286,7 +294,7 @@ class OpenersTest(LogCase):
         made = self.serve(STANZA)
         self.knock(made, 1, "alice")
         self.packet(made, user="bob", kind=3, extra=[b"5"], text="10.1.0.0,tcp/22")
-        self.assertEqual([("10.1.0.0", "stanza #1, user alice")], self.openers(made))
+        self.assertEqual([("10.1.0.0", "stanza #1, user 'alice'")], self.openers(made))
 
 
 class KillTest(LogCase):

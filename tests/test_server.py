@@ -379,7 +379,7 @@ class ReceiveTest(ServerCase):
                 self.knock(made, sender, source, text=text)
                 self.assertEqual([NOW + seconds],
                                  [grant.expires for grant in self.firewall.grants()])
-                self.assertIn("(stanza #%d) user bob" % number, self.logged())
+                self.assertIn("(stanza #%d) user 'bob'" % number, self.logged())
 
     def test_nothing_opens_for_strangers(self) -> None:
         """No stanza for the source; wrong HMAC; wrong key; each with fwknopd's words."""
@@ -454,7 +454,7 @@ class ReceiveTest(ServerCase):
         self.assertEqual({"user": 9}, made.counts)
         self.knock(made, user="{pyuser}")
         self.assertEqual([DOOR22], self.firewall.doors())
-        self.assertIn("user {pyuser} ", self.logged())
+        self.assertIn("user '{pyuser}' ", self.logged())
 
     def test_control_characters_never_reach_the_log(self) -> None:
         """A message of a holder of the keys may hold any byte."""
