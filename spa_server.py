@@ -3,7 +3,8 @@
 
 This is a server for fwknop's single packet authorization (SPA). It reads fwknopd.conf and
 access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
-Python's standard library.
+Python's standard library, and nft or iptables. "fwknop spec 1.4" in a comment is that section of
+the project's own description of fwknop's formats and behaviour, observed from its programs.
 
 The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 21:
 
@@ -14,11 +15,12 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   remember   on file before a door opens: a crash must not allow a replay   section 12
   judge      user, address, ports, expiry: what may this packet open?       section 9
   open       the firewall gets the grant, and ends it by itself             sections 19, 15 to 17
+  or run     instead of opening, where a stanza says so: commands           section 20
   close      by the kernel when its time has come; by this server too       section 19
-  run        instead of opening, where a stanza says so: commands           section 20
 
 Contents. Sections 1 to 9 compute: bytes, text and time go in, values come out; they read the
-configuration and touch nothing else.
+configuration and touch nothing else, apart from the user database, PATH and an optional import of
+`cryptography`.
 
   1. Words and errors
   2. AES (FIPS 197)
@@ -112,11 +114,14 @@ class UsageError(SpaError):
 
 
 class CommandError(SpaError):
-    """A program or the kernel did not do what it was told; `number` is the kernel's errno."""
+    """A program or the kernel did not do what it was told.
 
-    def __init__(self, message: str, hint: str = "", number: int = 0) -> None:
-        super().__init__(message, hint)
-        self.number = number
+    `number` is the kernel's errno, `said` the last line of a program.
+    """
+
+    def __init__(self, message: str, number: int = 0, said: str = "") -> None:
+        super().__init__(message)
+        self.number, self.said = number, said
 
 
 class PacketRejected(Exception):
@@ -1050,6 +1055,7 @@ def read_file(path: str, theirs: bool = False) -> str:
 def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
     """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
 
+    What is behind the semicolon can only be a comment: a list that it cut might open more.
     `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
     end, which belong to a key. `theirs` says whether the file may be a user's own.
     """
@@ -1058,11 +1064,14 @@ def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
         if not line or line[0] in "#;":
             continue
         name = line.replace("\t", " ").partition(" ")[0]
-        value = line[len(name):].lstrip(" \t").partition(";")[0]
+        value, _, rest = line[len(name):].lstrip(" \t").partition(";")
         name = name.rstrip(":") if colon else name
         if not value.strip(" \t") or "\0" in line:
             raise Line(path, number, name.rstrip(";:"), "").error(
                 "expected a value" + " without zero bytes" * ("\0" in line))
+        if rest.lstrip(" \t;")[:1] not in ("", "#"):
+            raise Line(path, number, name, "").error("expected nothing, or a # and a comment, "
+                                                     "behind the semicolon")
         yield Line(path, number, name, value)
 
 
@@ -1485,7 +1494,7 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 
 def parse_interface(text: str) -> str:
     """The name of a network interface, or `any`."""
-    expect(0 < len(text) < 16 and not set(text) & set("/ \t"),
+    expect(0 < len(text) < 16 and not set(text) & set(",/ \t"),
            "the name of one interface, or `any`")
     return text
 
@@ -1592,7 +1601,8 @@ class ServerSettings(Settings):
     nft_accept_chains = Directive("NFT_ACCEPT_CHAINS", parse_nft_chains, "",
                                   "chains of the host's nftables for grants: inet filter input")
     firewall_program = NoDefault("FIREWALL_EXE", parse_path,
-                                 "iptables or nft to run; without it the one in PATH")
+                                 "iptables or nft to run, which auto then takes; without it the "
+                                 "one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
                              "target, table, from-chain, position, chain, position")
@@ -1671,7 +1681,7 @@ class ServerSettings(Settings):
     def warnings(self) -> List[str]:
         """What these settings do that the administrator may not expect."""
         texts = []
-        if not self.aging:
+        if not self.aging and not self.capture_file:
             texts.append("ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay "
                          "memory is never pruned, and packets older than it are accepted again")
         if not self.digest_persistence:
@@ -1930,6 +1940,8 @@ class Stanza(Settings):
                          "without HMAC can be forged in part; keygen.py makes both keys")
         if self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES:
             texts.append("Warning: truncating encryption key in legacy mode to 16 bytes")
+        if self.expires is not None and time.time() >= self.expires:
+            texts.append("has expired (ACCESS_EXPIRE)")
         if not self.open_ports:
             texts.append("no OPEN_PORTS: every port may be opened")
         if not self.require_source:
@@ -2364,7 +2376,8 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # ======================================================================================
 # 10. Log and programs
 #
-# Where lines go, and the one function that starts programs. Nothing secret reaches either.
+# Where lines go, and run_program, for the firewall and gpg's list of keys. Programs are also
+# started by Gpg.run and launch, and nowhere else. Nothing secret reaches a line or a command line.
 # ======================================================================================
 
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
@@ -2456,7 +2469,7 @@ def run_program(arguments: List[str], text: str = "") -> str:
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
         words = said.strip().splitlines() or ["no reason given"]
-        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]))
+        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]), said=words[-1])
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -2658,7 +2671,8 @@ class GpgKeys(Keys):
             listing = run_program(self.command + ["--with-colons", "--list-secret-keys", "--",
                                                   stanza.gpg_decrypt_id])
         except CommandError as error:
-            raise stanza.error(row, "expected a secret key: %s" % error) from None
+            raise stanza.error(row, "expected a secret key: %s"
+                               % (error.said or error)) from None
         lines = [line.split(":") for line in listing.split("\n")]
         count = sum(words[0] == "sec" for words in lines)
         if count != 1:
@@ -3456,7 +3470,8 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
             raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
-        log.warning("Interface %s does not exist; it is waited for" % interface)
+        log.warning("Interface %s does not exist; it is waited for, and until then no knock is "
+                    "heard" % interface)
         return []
     return captures
 
@@ -3900,8 +3915,9 @@ class NftFirewall(Firewall):
     def listing(self) -> str:
         """The tables that our sets are in."""
         tables = dict.fromkeys((place.family, place.table) for place in self.places)
+        there = run_program([self.program, "list", "tables"]).splitlines()
         return "\n".join(run_program([self.program, "list", "table"] + list(table))
-                         for table in tables)
+                         for table in tables if "table %s %s" % table in there)
 
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
@@ -4304,8 +4320,8 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
                     log: Log) -> Firewall:
     """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
 
-    auto is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS ask for it and nft is there, unless
-    IPT_INPUT_ACCESS is set; and iptables otherwise.
+    auto is what FIREWALL_EXE is. Without that it is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS
+    ask for it and nft is there, unless IPT_INPUT_ACCESS is set; and iptables otherwise.
     """
     if settings.firewall == "none" and settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports,
@@ -4317,10 +4333,14 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         return Firewall("every stanza opens by CMD_CYCLE_OPEN", log)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
+    if kind == "auto" and settings.firewall_program:
+        kind = "nft" if os.path.basename(settings.firewall_program) == "nft" else "iptables"
     if kind == "auto":
         wants_nft = settings.nft_accept_chains or (settings.guard_ports and nft)
         chain_named = settings.is_set(ServerSettings.input_access)
         kind = "nft" if wants_nft and not chain_named else "iptables"
+    for text in idle_directives(settings, kind):
+        log.warning(text)
     if kind == "iptables":
         return iptables_firewall(settings, iptables, log)
     if not settings.guard_ports and not settings.nft_accept_chains:
@@ -4331,10 +4351,21 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
     if not nft:
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
     shapes = {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)}
-    if settings.enable_output:
-        log.warning("ENABLE_IPT_OUTPUT has no effect with nftables")
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log,
                        settings.nft_forward_chains if settings.nat else ())
+
+
+def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
+    """What there is to say of directives that are set, and mean nothing for this firewall."""
+    rows: List[Tuple[Directive[Any], bool, str]] = [
+        (ServerSettings.nft_accept_chains, kind == "nft", "with iptables"),
+        (ServerSettings.nft_forward_chains, kind == "nft", "with iptables"),
+        (ServerSettings.enable_output, kind == "iptables", "with nftables"),
+        (ServerSettings.rule_prepend, kind == "iptables", "with nftables")]
+    rows += [(row, settings.nat, "without ENABLE_IPT_FORWARDING") for row in (
+        ServerSettings.snat, ServerSettings.snat_address, ServerSettings.nft_forward_chains)]
+    return ["%s has no effect %s" % (row.name, where) for row, used, where in rows
+            if not used and getattr(settings, row.attribute)]
 
 
 def nft_shapes(settings: ServerSettings, stanza: Stanza) -> Iterator[Shape]:
@@ -5197,7 +5228,8 @@ class Server(Gate):
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
-                            ServerSettings.pid_file):
+                            ServerSettings.pid_file, ServerSettings.syslog_identity,
+                            ServerSettings.syslog_facility):
             self.log.warning("%s takes effect at the next start" % name)
 
     def start(self, flush: bool) -> None:
@@ -5233,10 +5265,12 @@ class Server(Gate):
 
     def report(self) -> str:
         """What came of the packets so far, by reason, and what is open."""
-        return "Packets seen: %s; %d grants are open; since %s" % (
-            ", ".join("%d %s" % (count, what)
-                      for what, count in sorted(self.counts.items())) or "none",
-            len(self.grants.live), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
+        rejected = ", ".join("%d %s" % (count, what) for what, count in sorted(self.counts.items())
+                             if what != "accepted")
+        return "Packets seen: %d accepted; rejected: %s; %d grants are open; since %s" % (
+            self.counts["accepted"], rejected or "none",
+            len(self.grants.live) if self.grants.firewall.keeps else 0,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
 
     def stop(self) -> None:
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
@@ -5440,10 +5474,21 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     firewall = choose_firewall(settings, configuration.stanzas, test, log)
     pid_file = PidFile(settings.pid_file)
     pid_file.lock()
-    if rotate:
-        rotate_digest_cache(settings.digest_file)
-    ready = go_to_background() if daemon else None
-    pid_file.write()
+    try:
+        if rotate:
+            rotate_digest_cache(settings.digest_file)
+        ready = go_to_background() if daemon else None
+        pid_file.write()
+        return serve_until_told(configuration, firewall, read, test, ready, log)
+    finally:
+        pid_file.clear()
+
+
+def serve_until_told(configuration: Configuration, firewall: Firewall,
+                     read: Callable[[], Configuration], test: bool, ready: Optional[int],
+                     log: Log) -> int:
+    """Starts the server, says so to `ready`, and stops it when a signal came; the exit code."""
+    settings = configuration.settings
     configuration.tell(log)
     for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
@@ -5466,7 +5511,6 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     try:
         server.stop()
     finally:
-        pid_file.clear()
         log.info("Shutting Down fwknopd.")
     return server.exit_code
 
@@ -5708,7 +5752,7 @@ r run-dir           DIR    FWKNOP_RUN_DIR       where state is kept
 - gpg-home-dir      DIR    GPG_HOME_DIR         keys of gpg
 - gpg-exe           FILE   GPG_EXE              gpg to run
 - sudo-exe          FILE   SUDO_EXE             sudo
-f foreground        -      foreground           stay in the foreground (the default, but as fwknopd)
+f foreground        -      foreground           stay in the foreground, even when called fwknopd
 - daemon            -      daemon               go to the background, and log to syslog
 - syslog-enable     -      syslog               log to syslog too
 t test              -      test                 judge and log packets, leave the firewall alone
@@ -5796,6 +5840,9 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
             paths = folder_files(settings.access_folder)
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
+    elif not os.path.exists(settings.access_file):
+        raise ConfigError("%s: %s" % (settings.access_file, os.strerror(errno.ENOENT)),
+                          "--init tcp/22 makes one")
     stanzas, more = read_stanzas(*paths, directory=directory)
     check_nat(settings, stanzas)
     return Configuration(settings, stanzas, settings.warnings() + warnings + more)
@@ -5930,8 +5977,11 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
         raise UsageError("--init: expected ports, and a terminal or file to print the keys to")
     there = [path for path in (arguments.config_file, settings.access_file) if os.path.exists(path)]
     if there and not ports <= settings.guard_ports:
-        raise ConfigError("--init: %s is there, and GUARD_PORTS does not hide %s"
-                          % (" and ".join(there), port_list(ports)), "add it, or move them away")
+        both = len(there) == 2
+        raise ConfigError("--init: %s %s there already" % (" and ".join(there),
+                                                           "are" if both else "is"),
+                          "set GUARD_PORTS %s in fwknopd.conf, or move %s away"
+                          % (port_list(ports), "both" if both else "it"))
     if settings.access_file in there or settings.access_folder:
         print("There is a configuration already; serving it", flush=True)
     else:
@@ -5963,6 +6013,7 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     configuration = read_configuration(arguments)
     if "check" in arguments:
         open_gpg(configuration.settings, configuration.stanzas)
+        choose_firewall(configuration.settings, configuration.stanzas, "test" in arguments, log)
     configuration.tell(log)
     if configuration.voids():
         raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))

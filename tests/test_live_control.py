@@ -298,7 +298,7 @@ class SignalTest(ControlTest):
             server.send_signal(signal.SIGUSR1)
             self.assertRegex(
                 server.wait_for("Packets seen", mark),
-                r"^Packets seen: %d accepted, 1 wrong HMAC; 1 grants are open; "
+                r"^Packets seen: %d accepted; rejected: 1 wrong HMAC; 1 grants are open; "
                 r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$" % accepted)
             self.knock(server, "-A", "tcp/22")
         self.assertEqual(0, server.command("-S")[0])

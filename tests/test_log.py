@@ -203,12 +203,13 @@ class LifeLineTest(LogCase):
             self.assertEqual(1, len(lines), lines)
             return lines[0]
 
-        self.assertRegex(told(), r"^Packets seen: none; 0 grants are open; since "
-                         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
+        self.assertRegex(told(), r"^Packets seen: 0 accepted; rejected: none; 0 grants are "
+                         r"open; since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
         payload = self.packet(made)
         for _ in range(30):  # more than have a line of their own
             self.packet(made, payload)
-        self.assertRegex(told(), "^Packets seen: 1 accepted, 30 replay; 1 grants are open; since ")
+        self.assertRegex(told(), "^Packets seen: 1 accepted; rejected: 30 replay; 1 grants are "
+                         "open; since ")
         self.assertTrue(made.running)
         made.grants.flush()
         self.assertRegex(told(), "; 0 grants are open; ")
@@ -253,7 +254,8 @@ class OpenersTest(LogCase):
                 self.clock.pass_seconds(1)
                 self.knock(made, 2, "bob")
         self.assertLess(os.stat(path).st_size, 500 + 2 * size)
-        self.assertEqual([("10.1.0.0", "stanza #1, user 'bob'"), ("10.1.0.1", "stanza #1, user 'bob'"),
+        self.assertEqual([("10.1.0.0", "stanza #1, user 'bob'"),
+                          ("10.1.0.1", "stanza #1, user 'bob'"),
                           ("10.1.0.2", "stanza #1, user 'alice'")], sorted(self.openers(made)))
         self.assertEqual(0o600, os.stat(path).st_mode & 0o777)
 
