@@ -3,7 +3,8 @@
 
 This is a server for fwknop's single packet authorization (SPA). It reads fwknopd.conf and
 access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
-Python's standard library.
+Python's standard library, and nft or iptables. "fwknop spec 1.4" in a comment is that section of
+the project's own description of fwknop's formats and behaviour, observed from its programs.
 
 The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 21:
 
@@ -14,11 +15,12 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   remember   on file before a door opens: a crash must not allow a replay   section 12
   judge      user, address, ports, expiry: what may this packet open?       section 9
   open       the firewall gets the grant, and ends it by itself             sections 19, 15 to 17
+  or run     instead of opening, where a stanza says so: commands           section 20
   close      by the kernel when its time has come; by this server too       section 19
-  run        instead of opening, where a stanza says so: commands           section 20
 
 Contents. Sections 1 to 9 compute: bytes, text and time go in, values come out; they read the
-configuration and touch nothing else.
+configuration and touch nothing else, apart from the user database, PATH and an optional import of
+`cryptography`.
 
   1. Words and errors
   2. AES (FIPS 197)
@@ -112,11 +114,14 @@ class UsageError(SpaError):
 
 
 class CommandError(SpaError):
-    """A program or the kernel did not do what it was told; `number` is the kernel's errno."""
+    """A program or the kernel did not do what it was told.
 
-    def __init__(self, message: str, hint: str = "", number: int = 0) -> None:
-        super().__init__(message, hint)
-        self.number = number
+    `number` is the kernel's errno, `said` the last line of a program.
+    """
+
+    def __init__(self, message: str, number: int = 0, said: str = "") -> None:
+        super().__init__(message)
+        self.number, self.said = number, said
 
 
 class PacketRejected(Exception):
@@ -134,6 +139,10 @@ class WrongKey(PacketRejected):
 
 class NotFresh(PacketRejected):
     """The packet is too old, too new, or was seen before; that holds for every stanza."""
+
+
+class TooFast(PacketRejected):
+    """The packet was not looked at, since too many like it came before."""
 
 
 class Datagram(NamedTuple):
@@ -538,6 +547,8 @@ def strip_padding(plain: bytes) -> bytes:
 class Keys:
     """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
 
+    signed = ""  # what the log says of who signed the last packet
+
     def __init__(self, hmac: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
                  prefix: Callable[[bytes], bytes]) -> None:
         self.hmac, self.tag_length, self.prefix = hmac, hmac_type.text_size, prefix
@@ -552,6 +563,9 @@ class Keys:
             return True
         return compare_digest(encode_base64(self.hmac(payload[:-self.tag_length])),
                               payload[-self.tag_length:])
+
+    def paid(self) -> None:
+        """Takes note that the packet just opened was genuine and new."""
 
     def body(self, payload: bytes) -> bytes:
         """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
@@ -665,7 +679,7 @@ def check_form(payload: bytes) -> None:
 
 
 def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
-    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if it is there.
+    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if that is there.
 
     `GET /PACKET ...`, or as to a proxy `GET http://HOST/PACKET ...`, with `-` for `+` and `_` for
     `/` (fwknop spec 1.14). In a list of addresses only the last is what the proxy that sent this
@@ -682,6 +696,8 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
             break
         fields[name.lower()] = value.strip()
     agent, forwarded = fields.get(b"user-agent", b""), fields.get(b"x-forwarded-for")
+    if b"\n\r\n" not in request and b"\n\n" not in request:
+        forwarded = None  # what was cut off might say something else
     if not target.startswith(b"/") or not (any_agent or agent.startswith(b"Fwknop")):
         raise NotSpa("not an SPA packet", 4098)
     return (target[1:].replace(b"-", b"+").replace(b"_", b"/"),
@@ -1015,26 +1031,47 @@ class Settings:
         return "\n".join(lines) + "\n"
 
 
-def read_lines(path: str, colon: bool) -> Iterator[Line]:
-    """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
+MAX_KEY_FILE = 1 << 20  # bytes
 
-    `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
-    end, which belong to a key. Bytes above 0x7f come out as one character each.
+
+def read_file(path: str, theirs: bool = False) -> str:
+    """The bytes of a file, each as one character; of a user's (`theirs`) only so many.
+
+    That one must be a regular file, too, since whoever owns it may make it a pipe at any time.
     """
     try:
-        with open(path, encoding="latin-1", newline="\n") as file:
-            text = file.read()
+        with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
+                name, flags | (theirs and os.O_NONBLOCK))) as file:
+            if theirs and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError("%s: expected a regular file" % path)
+            text = file.read(MAX_KEY_FILE + 1 if theirs else -1)
     except OSError as error:
         raise ConfigError("%s: %s" % (path, error.strerror)) from None
-    for number, raw in enumerate(text.split("\n"), 1):
+    if theirs and len(text) > MAX_KEY_FILE:
+        raise ConfigError("%s: expected at most %d bytes" % (path, MAX_KEY_FILE))
+    return text
+
+
+def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
+    """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
+
+    What is behind the semicolon can only be a comment: a list that it cut might open more.
+    `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
+    end, which belong to a key. `theirs` says whether the file may be a user's own.
+    """
+    for number, raw in enumerate(read_file(path, theirs).split("\n"), 1):
         line = raw.partition("\r")[0].lstrip(" \t")
         if not line or line[0] in "#;":
             continue
         name = line.replace("\t", " ").partition(" ")[0]
-        value = line[len(name):].lstrip(" \t").partition(";")[0]
+        value, _, rest = line[len(name):].lstrip(" \t").partition(";")
         name = name.rstrip(":") if colon else name
-        if not value.strip(" \t"):
-            raise Line(path, number, name.rstrip(";:"), "").error("expected a value")
+        if not value.strip(" \t") or "\0" in line:
+            raise Line(path, number, name.rstrip(";:"), "").error(
+                "expected a value" + " without zero bytes" * ("\0" in line))
+        if rest.lstrip(" \t;")[:1] not in ("", "#"):
+            raise Line(path, number, name, "").error("expected nothing, or a # and a comment, "
+                                                     "behind the semicolon")
         yield Line(path, number, name, value)
 
 
@@ -1457,7 +1494,7 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 
 def parse_interface(text: str) -> str:
     """The name of a network interface, or `any`."""
-    expect(0 < len(text) < 16 and not set(text) & set("/ \t"),
+    expect(0 < len(text) < 16 and not set(text) & set(",/ \t"),
            "the name of one interface, or `any`")
     return text
 
@@ -1563,7 +1600,8 @@ class ServerSettings(Settings):
     nft_accept_chains = Directive("NFT_ACCEPT_CHAINS", parse_nft_chains, "",
                                   "chains of the host's nftables for grants: inet filter input")
     firewall_program = NoDefault("FIREWALL_EXE", parse_path,
-                                 "iptables or nft to run; without it the one in PATH")
+                                 "iptables or nft to run, which auto then takes; without it the "
+                                 "one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
                              "target, table, from-chain, position, chain, position")
@@ -1642,7 +1680,7 @@ class ServerSettings(Settings):
     def warnings(self) -> List[str]:
         """What these settings do that the administrator may not expect."""
         texts = []
-        if not self.aging:
+        if not self.aging and not self.capture_file:
             texts.append("ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay "
                          "memory is never pruned, and packets older than it are accepted again")
         if not self.digest_persistence:
@@ -1871,6 +1909,8 @@ class Stanza(Settings):
         self.number = number
         self.keys: Optional[PacketKeys] = None  # finish() makes them
         self.gpg: Optional[GpgKeys] = None  # open_gpg() does, when the server starts
+        self.has_key_file = False  # whether the keys are a user's own affair
+        self.void = ""  # why it opens nothing
         self.expires: Optional[int] = None
         self.for_all = False  # whether SOURCE and DESTINATION are ANY
         self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
@@ -1899,12 +1939,24 @@ class Stanza(Settings):
                          "without HMAC can be forged in part; keygen.py makes both keys")
         if self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES:
             texts.append("Warning: truncating encryption key in legacy mode to 16 bytes")
+        if self.expires is not None and time.time() >= self.expires:
+            texts.append("has expired (ACCESS_EXPIRE)")
         if not self.open_ports:
             texts.append("no OPEN_PORTS: every port may be opened")
         if not self.require_source:
             texts.append("Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
                          "'%s'" % self.texts.get("SOURCE", "ANY"))
         return ["(stanza #%d) %s" % (self.number, text) for text in texts]
+
+    def give_up(self, error: SpaError) -> None:
+        """Makes the stanza void if its keys are in a file of their own; else raises the error.
+
+        A user who spoils that file locks out nobody else.
+        """
+        if not self.has_key_file:
+            raise error
+        self.void = self.void or str(error)
+        self.keys = self.gpg = None
 
     def finish_gpg(self, hmac: bool) -> List[str]:
         """Checks what there is of GPG; returns warnings."""
@@ -2014,16 +2066,20 @@ class AccessFiles:
 
     def include_keys(self, line: Line, stanza: Stanza) -> None:
         """Takes the keys of the stanza from the file that an %include_keys line names."""
-        path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
-        self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
-        for each in read_lines(path, colon=True):
-            if each.name not in KEY_FILE_NAMES:
-                raise each.error("expected only keys here, and the rest beside %include_keys")
-            self.warnings += stanza.take(each)
+        stanza.has_key_file = True
+        try:
+            path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
+            self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
+            for each in read_lines(path, colon=True, theirs=True):
+                if each.name not in KEY_FILE_NAMES:
+                    raise each.error("expected only keys here, and the rest beside %include_keys")
+                self.warnings += stanza.take(each)
+        except SpaError as error:
+            stanza.give_up(error)
 
     @staticmethod
     def checked(path: str, line: Line) -> str:
-        """The path of a file to include, once it is there and no pipe that could block us."""
+        """The path of a file to include, once it is there."""
         if not os.path.isfile(path):
             raise line.error("Access file: '%s' was not found." % path)
         return path
@@ -2038,14 +2094,20 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
     if not stanzas:
         raise ConfigError("%s: expected a stanza, which begins with a SOURCE line"
                           % ", ".join(paths))
-    warnings = files.warnings + [text for stanza in stanzas for text in stanza.finish()]
+    warnings = files.warnings
+    for stanza in stanzas:
+        try:
+            warnings += [] if stanza.void else stanza.finish()
+        except SpaError as error:
+            stanza.give_up(error)
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
     protected = {keys.secret for _, keys in keyed if keys.hmac}
     for stanza, keys in keyed:
         if not keys.hmac and keys.secret in protected:
             # A packet for the other stanza, sent again without its tag, would pass as a new one.
-            raise stanza.error(Stanza.source, "expected a key of its own, or an HMAC key: another "
-                               "stanza has this key with an HMAC")
+            stanza.give_up(stanza.error(
+                Stanza.source, "expected a key of its own, or an HMAC key: another stanza has this "
+                "key with an HMAC"))
     return stanzas, warnings
 
 
@@ -2311,7 +2373,8 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # ======================================================================================
 # 10. Log and programs
 #
-# Where lines go, and the one function that starts programs. Nothing secret reaches either.
+# Where lines go, and run_program, for the firewall and gpg's list of keys. Programs are also
+# started by Gpg.run and launch, and nowhere else. Nothing secret reaches a line or a command line.
 # ======================================================================================
 
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
@@ -2398,12 +2461,12 @@ def run_program(arguments: List[str], text: str = "") -> str:
     try:
         done = subprocess.run(arguments, input=text.encode(), stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=30, env=PROGRAM_ENVIRONMENT)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise CommandError("%s: %s" % (arguments[0], error)) from None
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
         words = said.strip().splitlines() or ["no reason given"]
-        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]))
+        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]), said=words[-1])
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -2419,6 +2482,7 @@ GPG_OPTIONS = ["--no-options", "--batch", "--no-tty", "--pinentry-mode", "loopba
                "--disable-dirmngr", "--skip-hidden-recipients", "--max-output", "4096"]
 GPG_SECONDS = 5  # that a packet may take; the server waits for it
 GPG_BURST = 5  # runs for packets without HMAC at once; then one a second, or as they take longer
+GPG_HMAC_SECONDS = 60  # by how much packets with HMAC, of which nothing came, may exceed that
 GPG_KNOWN = 16  # answers that are kept, since many stanzas may ask for the same packet
 GPG_OUTPUT = 65536  # what a pipe holds: gpg stops there, and its time ends
 
@@ -2503,29 +2567,31 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
 
 
 class Gpg:
-    """Starts gpg for all stanzas: bounded in time and output, and without HMAC in number."""
+    """Starts gpg for all stanzas: bounded in time and output, and in number but for genuine packets
+    with HMAC. What comes without HMAC can't use up the number of the others."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.monotonic = monotonic
         self.answers: Dict[Tuple[Any, ...], GpgAnswer] = {}  # oldest first
-        self.busy_until = monotonic() - GPG_BURST
+        self.busy_until = self.busy_before = monotonic() - GPG_BURST
 
-    def ask(self, command: List[str], passphrase: bytes, message: bytes,
-            limited: bool) -> GpgAnswer:
-        """gpg's answer to a message; PacketRejected when it gives none, or is `limited` and junk
-        comes too fast: it must not be able to keep this machine busy."""
+    def ask(self, command: List[str], passphrase: bytes, message: bytes, hmac: bool) -> GpgAnswer:
+        """gpg's answer to a message; PacketRejected when it gives none, TooFast when packets of
+        which nothing comes are so many that they would keep this machine busy."""
         question = (tuple(command), passphrase, message)
+        self.busy_before = self.busy_until
         if question not in self.answers:
             start = self.monotonic()
-            if limited and start < self.busy_until:
-                raise PacketRejected("gpg too fast", "GPG packets without HMAC come too fast; "
-                                     "this one is not decrypted")
+            if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
+                raise TooFast("gpg too fast", (
+                    "GPG packets that open nothing come too fast; this one is not decrypted"
+                    if hmac else
+                    "GPG packets without HMAC come too fast; this one is not decrypted"))
             try:
                 answer = self.run(command, passphrase, message)
-            finally:
-                if limited:  # as if the burst had been saved up, one a second, since busy_until
-                    cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
-                    self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
+            finally:  # as if the burst had been saved up, one a second, since busy_until
+                cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
+                self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
             while len(self.answers) >= GPG_KNOWN:
                 del self.answers[next(iter(self.answers))]
             self.answers[question] = answer
@@ -2580,12 +2646,12 @@ def read_pipe(end: int) -> bytes:
 class GpgKeys(Keys):
     """What opens the GPG packets of one stanza."""
 
-    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg, log: Log) -> None:
+    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg) -> None:
         hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
         hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
         super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
                          stanza.hmac_type, gpg_prefix)
-        self.stanza, self.gpg, self.log = stanza, gpg, log
+        self.stanza, self.gpg = stanza, gpg
         named = stanza.gpg_program or settings.gpg_program or "gpg"
         program = find_program(named)
         if program is None:
@@ -2602,12 +2668,18 @@ class GpgKeys(Keys):
         try:
             listing = run_program(self.command + question)
         except CommandError as error:
-            raise stanza.error(row, "expected a secret key: %s" % error) from None
+            raise stanza.error(row, "expected a secret key: %s"
+                               % (error.said or error)) from None
         lines = [line.split(":") for line in listing.split("\n")]
         count = sum(words[0] == "sec" for words in lines)
         if count != 1:
             raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
         return frozenset(words[9] for words in lines if words[0] == "fpr")
+
+    def paid(self) -> None:
+        """A run of gpg's for a packet with HMAC that is genuine and new does not count."""
+        if self.hmac:
+            self.gpg.busy_until = self.gpg.busy_before
 
     def open(self, message: bytes) -> bytes:
         """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
@@ -2617,23 +2689,26 @@ class GpgKeys(Keys):
         """
         if not any(key_id in message for key_id in self.key_ids):
             raise not_decrypted("No secret key")
-        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmac)
+        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, bool(self.hmac))
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
-            self.log.info("(stanza #%d) Incoming SPA data signed by '%s' (fingerprint '%s')."
-                          % (self.stanza.number, signer[-8:], signer))
+            self.signed = "Incoming SPA data signed by '%s' (fingerprint '%s')." % (
+                signer[-8:], signer)
         if not answer.succeeded:
             raise PacketRejected("gpg failed", "gpg ended with an error")
         return answer.plain
 
 
-def open_gpg(settings: ServerSettings, stanzas: List[Stanza], log: Log) -> None:
+def open_gpg(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """Makes the GPG stanzas ready; ConfigError where gpg or a secret key is missing."""
     gpg = Gpg()
     for stanza in stanzas:
-        if stanza.gpg_decrypt_id:
-            stanza.gpg = GpgKeys(stanza, settings, gpg, log)
+        try:
+            if stanza.gpg_decrypt_id and not stanza.void:
+                stanza.gpg = GpgKeys(stanza, settings, gpg)
+        except SpaError as error:
+            stanza.give_up(error)
 
 
 # ======================================================================================
@@ -2645,7 +2720,7 @@ def open_gpg(settings: ServerSettings, stanzas: List[Stanza], log: Log) -> None:
 # ======================================================================================
 
 DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
-STALE_KNOWN = 1000  # packets found too old that are known by their digest
+REFUSED_KNOWN = 20000  # refused packets that are known by their digest: 3 MB
 REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
 
 
@@ -2687,7 +2762,7 @@ class ReplayMemory:
         self.wall, self.monotonic = wall, monotonic
         self.boot_id = boot_id()
         self.seen: Dict[str, Remembered] = {}  # by digest, oldest first
-        self.stale: Dict[str, None] = {}  # digests of some that were too old, oldest first
+        self.refused: Dict[str, str] = {}  # by digest why, oldest first
         self.began, self.forgotten = monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -2730,13 +2805,28 @@ class ReplayMemory:
             self.began = began
 
     def check_unseen(self, datagram: Datagram) -> None:
-        """Rejects what was seen, or found stale, in the same words: it spares the decryption."""
+        """Rejects what was seen or refused, for the same reason: it spares the decryption."""
         digest = digest_of(datagram.payload.rstrip(b"="))
-        if digest in self.stale:
-            raise NotFresh("stale", "SPA data time difference is too great (sent again).")
+        if digest in self.refused:
+            reason = self.refused[digest]
+            raise NotFresh(reason, "SPA data time difference is too great (sent again)."
+                           if reason in ("stale", "from the future") else
+                           "SPA packet was refused before (%s)." % reason)
         self.check_unknown(digest, datagram)
 
-    def check_fresh(self, timestamp: int, payload: bytes = b"") -> None:
+    def refuse(self, payload: bytes, reason: str) -> None:
+        """Knows a packet again that somebody with the keys made, and that opened nothing.
+
+        Who captured it could make this server decrypt it for ever. It is refused even when it might
+        be taken later, as one from the future is in its time: its client then makes a new one.
+        """
+        digest = digest_of(payload.rstrip(b"="))
+        if digest not in self.seen:
+            self.refused[digest] = reason
+        while len(self.refused) > REFUSED_KNOWN:
+            del self.refused[next(iter(self.refused))]
+
+    def check_fresh(self, timestamp: int) -> None:
         """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
         if self.max_age is None:
             return
@@ -2744,10 +2834,6 @@ class ReplayMemory:
         if abs(age) > self.max_age:
             reason, why = (("stale", "The packet is old, or the client's clock is behind.")
                            if age > 0 else ("from the future", "The client's clock is ahead."))
-            if age > 0:
-                self.stale[digest_of(payload.rstrip(b"="))] = None
-                while len(self.stale) > STALE_KNOWN:
-                    del self.stale[next(iter(self.stale))]
             raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
                            % (abs(age), why))
         began = self.wall() - (self.monotonic() - self.began)
@@ -3131,7 +3217,7 @@ class TcpCapture(Capture):
             if family == socket.AF_INET6:
                 opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             opened.bind(("", port))
-            opened.listen(2 * MAX_CONNECTIONS)
+            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
         except OSError:
             opened.close()
             raise
@@ -3155,7 +3241,7 @@ class TcpCapture(Capture):
         now = time.monotonic()
         for number, connection in self.connections.items():
             if now >= connection.end:
-                return self.finish(number)
+                return self.finish(number, reset=True)
         ready = [key.fd for key, _ in self.selector.select(0)]
         for number in ready:
             if number in self.connections:
@@ -3181,9 +3267,9 @@ class TcpCapture(Capture):
         neighbours = [each for each, connection in self.connections.items()
                       if connection.datagram.source[:8] == source[:8]]
         if len(neighbours) > MAX_PER_NETWORK:
-            return self.finish(neighbours[0])
+            return self.finish(neighbours[0], reset=True)
         if len(self.connections) > MAX_CONNECTIONS:
-            return self.finish(next(iter(self.connections)))
+            return self.finish(next(iter(self.connections)), reset=True)
         return self.read(number, now)
 
     def read(self, number: int, now: float) -> Optional[Datagram]:
@@ -3206,10 +3292,16 @@ class TcpCapture(Capture):
             whole = len(text) > MAX_PAYLOAD
         return self.finish(number) if whole or not new else None
 
-    def finish(self, number: int) -> Optional[Datagram]:
-        """Ends a connection, and returns what it brought, if anything."""
+    def finish(self, number: int, reset: bool = False) -> Optional[Datagram]:
+        """Ends a connection, and returns what it brought, if anything.
+
+        One that did not end by itself is reset, so that the kernel need not keep it (TIME_WAIT).
+        """
         connection = self.connections.pop(number)
         self.selector.unregister(connection.socket)
+        if reset:  # struct linger {int on, int seconds}
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                         struct.pack("ii", 1, 0))
         connection.socket.close()
         return connection.datagram if connection.datagram.payload else None
 
@@ -3372,7 +3464,8 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
             raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
-        log.warning("Interface %s does not exist; it is waited for" % interface)
+        log.warning("Interface %s does not exist; it is waited for, and until then no knock is "
+                    "heard" % interface)
         return []
 
 
@@ -3815,8 +3908,9 @@ class NftFirewall(Firewall):
     def listing(self) -> str:
         """The tables that our sets are in."""
         tables = dict.fromkeys((place.family, place.table) for place in self.places)
+        there = run_program([self.program, "list", "tables"]).splitlines()
         return "\n".join(run_program([self.program, "list", "table"] + list(table))
-                         for table in tables)
+                         for table in tables if "table %s %s" % table in there)
 
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
@@ -4219,8 +4313,8 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
                     log: Log) -> Firewall:
     """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
 
-    auto is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS ask for it and nft is there, unless
-    IPT_INPUT_ACCESS is set; and iptables otherwise.
+    auto is what FIREWALL_EXE is. Without that it is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS
+    ask for it and nft is there, unless IPT_INPUT_ACCESS is set; and iptables otherwise.
     """
     if settings.firewall == "none" and settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports,
@@ -4232,10 +4326,14 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         return Firewall("every stanza opens by CMD_CYCLE_OPEN", log)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
+    if kind == "auto" and settings.firewall_program:
+        kind = "nft" if os.path.basename(settings.firewall_program) == "nft" else "iptables"
     if kind == "auto":
         wants_nft = settings.nft_accept_chains or (settings.guard_ports and nft)
         chain_named = settings.is_set(ServerSettings.input_access)
         kind = "nft" if wants_nft and not chain_named else "iptables"
+    for text in idle_directives(settings, kind):
+        log.warning(text)
     if kind == "iptables":
         return iptables_firewall(settings, iptables, log)
     if not settings.guard_ports and not settings.nft_accept_chains:
@@ -4246,10 +4344,21 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
     if not nft:
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
     shapes = {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)}
-    if settings.enable_output:
-        log.warning("ENABLE_IPT_OUTPUT has no effect with nftables")
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log,
                        settings.nft_forward_chains if settings.nat else ())
+
+
+def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
+    """What there is to say of directives that are set, and mean nothing for this firewall."""
+    rows: List[Tuple[Directive[Any], bool, str]] = [
+        (ServerSettings.nft_accept_chains, kind == "nft", "with iptables"),
+        (ServerSettings.nft_forward_chains, kind == "nft", "with iptables"),
+        (ServerSettings.enable_output, kind == "iptables", "with nftables"),
+        (ServerSettings.rule_prepend, kind == "iptables", "with nftables")]
+    rows += [(row, settings.nat, "without ENABLE_IPT_FORWARDING") for row in (
+        ServerSettings.snat, ServerSettings.snat_address, ServerSettings.nft_forward_chains)]
+    return ["%s has no effect %s" % (row.name, where) for row, used, where in rows
+            if not used and getattr(settings, row.attribute)]
 
 
 def nft_shapes(settings: ServerSettings, stanza: Stanza) -> Iterator[Shape]:
@@ -4708,6 +4817,18 @@ class Configuration(NamedTuple):
     stanzas: List[Stanza]
     warnings: List[str]
 
+    def voids(self) -> List[str]:
+        """What is wrong with stanzas that open nothing for it."""
+        return ["(stanza #%d) %s; this stanza opens nothing" % (stanza.number, stanza.void)
+                for stanza in self.stanzas if stanza.void]
+
+    def tell(self, log: Log) -> None:
+        """Logs what is wrong, and what the administrator may not expect."""
+        for text in self.voids():
+            log.error(text)
+        for text in self.warnings:
+            log.warning(text)
+
 
 def resolve_name(name: str, version: int,
                  monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
@@ -4776,6 +4897,7 @@ class Gate:
         self.resolver = Resolver(self.selector)
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.candidates = 0  # packets of the right form so far
+        self.openers_limit = OPENERS_BYTES
 
     def receive(self, datagram: Datagram) -> None:
         """One datagram on its way: form, then whose it is and what it may open."""
@@ -4795,8 +4917,11 @@ class Gate:
         if not self.settings.http:
             raise NotSpa("HTTP", 4099)
         payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
-        if forwarded is None or not self.settings.forwarded_for:
+        if not self.settings.forwarded_for:
             return datagram._replace(payload=payload)
+        if forwarded is None:  # the proxy always adds it
+            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: there "
+                                 "is none, or the request has no end")
         try:
             return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
         except ValueError:
@@ -4810,7 +4935,8 @@ class Gate:
         were right is returned, or else that of the first whose keys were wrong.
         """
         rejection: Optional[PacketRejected] = None
-        found = remembered = False
+        found = remembered = proven = False
+        judged = True  # by every stanza whose HMAC is right
         tried: Optional[Stanza] = None
         gpg = is_gpg(datagram.payload)
         for stanza in self.stanzas:
@@ -4824,14 +4950,18 @@ class Gate:
             if not keys.authentic(datagram.payload):  # before anything else is looked at
                 continue
             try:
+                proven = proven or keys.hmac is not None
                 if not remembered:
                     self.memory.check_unseen(datagram)  # spares the decryption
                 packet, texts = open_packet(datagram.payload, keys)
                 if not remembered:
-                    self.memory.check_fresh(packet.timestamp, datagram.payload)
+                    self.memory.check_fresh(packet.timestamp)
                     for text in texts:
                         self.memory.remember(text, datagram)
                     remembered = True
+                    keys.paid()
+                    if keys.signed:
+                        self.log.info("(stanza #%d) %s" % (stanza.number, keys.signed))
                     self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
                                   "match" % (stanza.number, socket_text(datagram.source)))
                 self.log.debug("(stanza #%d) %r" % (stanza.number,
@@ -4841,9 +4971,13 @@ class Gate:
             except PacketRejected as reason:
                 reason.stanza = stanza.number
                 if isinstance(reason, NotFresh):
+                    self.memory.refuse(datagram.payload, reason.reason)
                     raise
+                judged = judged and not isinstance(reason, TooFast)
                 if rejection is None or isinstance(rejection, WrongKey):
                     rejection = reason
+        if rejection is not None and proven and judged and not remembered:
+            self.memory.refuse(datagram.payload, rejection.reason)
         if tried is None and found:
             return wrong_type(datagram.payload)
         return rejection or (tried and tried.wrong_hmac) or PacketRejected(
@@ -4888,11 +5022,12 @@ class Gate:
             raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
         doors = ", ".join(door.describe() for door in verdict.doors)
-        self.log.info("(stanza #%d) user %s (client %s) %s" % (
-            stanza.number, packet.user, packet.version,
+        user = packet.user.replace("'", "\\x27")  # it may try to look like our words
+        self.log.info("(stanza #%d) user '%s' (client %s) %s" % (
+            stanza.number, user, packet.version,
             "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
         if not by_commands:
-            self.note_opener("stanza #%d, user %s" % (stanza.number, packet.user), verdict.doors)
+            self.note_opener("stanza #%d, user '%s'" % (stanza.number, user), verdict.doors)
 
     def cycles(self, verdict: Verdict, packet: Packet, stanza: Stanza,
                datagram: Datagram) -> List[Cycle]:
@@ -4911,21 +5046,24 @@ class Gate:
     def note_opener(self, opener: str, doors: List[Door]) -> None:
         """Writes for --fw-list who opened doors: all else of a grant the kernel itself knows.
 
-        What is over goes when the file has grown. That it can't be written keeps nobody out.
+        What is over goes each time the file has doubled, so that a packet costs its own lines only.
+        That it can't be written keeps nobody out.
         """
         grants = self.grants
         if not grants.firewall.keeps:
             return
         lines = ["%s\t%s\n" % (grant_words(grants.live[door]), opener)
-                 for door in doors if door in grants.live]
+                 for door in map(grants.firewall.form, doors) if door in grants.live]
         path = openers_file(self.settings)
         try:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             with open(os.open(path, flags, 0o600), "r+") as file:
-                if os.fstat(file.fileno()).st_size > OPENERS_BYTES:
+                if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_words, grants.live.values()))
-                    lines[:0] = [line for line in file if line.partition("\t")[0] in live]
+                    lines[:0] = dict.fromkeys(line for line in file
+                                              if line.partition("\t")[0] in live)
                     file.truncate(0)
+                    self.openers_limit = max(OPENERS_BYTES, 2 * sum(map(len, lines)))
                 file.writelines(lines)
         except OSError as error:
             self.log.debug("%s: %s" % (path, error.strerror))
@@ -5084,7 +5222,8 @@ class Server(Gate):
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
-                            ServerSettings.pid_file):
+                            ServerSettings.pid_file, ServerSettings.syslog_identity,
+                            ServerSettings.syslog_facility):
             self.log.warning("%s takes effect at the next start" % name)
 
     def start(self, flush: bool) -> None:
@@ -5120,10 +5259,12 @@ class Server(Gate):
 
     def report(self) -> str:
         """What came of the packets so far, by reason, and what is open."""
-        return "Packets seen: %s; %d grants are open; since %s" % (
-            ", ".join("%d %s" % (count, what)
-                      for what, count in sorted(self.counts.items())) or "none",
-            len(self.grants.live), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
+        rejected = ", ".join("%d %s" % (count, what) for what, count in sorted(self.counts.items())
+                             if what != "accepted")
+        return "Packets seen: %d accepted; rejected: %s; %d grants are open; since %s" % (
+            self.counts["accepted"], rejected or "none",
+            len(self.grants.live) if self.grants.firewall.keeps else 0,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
 
     def stop(self) -> None:
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
@@ -5161,7 +5302,7 @@ def drain_socket(events: Optional[socket.socket]) -> None:
         pass
 
 
-OPENERS_BYTES = 65536  # size of a file from which on it is tidied up
+OPENERS_BYTES = 65536  # size of a file up to which it is not tidied up
 
 
 def openers_file(settings: ServerSettings) -> str:
@@ -5326,12 +5467,23 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     firewall = choose_firewall(settings, configuration.stanzas, test, log)
     pid_file = PidFile(settings.pid_file)
     pid_file.lock()
-    if rotate:
-        rotate_digest_cache(settings.digest_file)
-    ready = go_to_background() if daemon else None
-    pid_file.write()
-    for warning in (configuration.warnings + forwarding_warnings(settings)
-                    + guard_warnings(settings, firewall, test, log)):
+    try:
+        if rotate:
+            rotate_digest_cache(settings.digest_file)
+        ready = go_to_background() if daemon else None
+        pid_file.write()
+        return serve_until_told(configuration, firewall, read, test, ready, log)
+    finally:
+        pid_file.clear()
+
+
+def serve_until_told(configuration: Configuration, firewall: Firewall,
+                     read: Callable[[], Configuration], test: bool, ready: Optional[int],
+                     log: Log) -> int:
+    """Starts the server, says so to `ready`, and stops it when a signal came; the exit code."""
+    settings = configuration.settings
+    configuration.tell(log)
+    for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
     log.info("Starting fwknopd")
     server = Server(configuration, firewall, log, test)
@@ -5352,7 +5504,6 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     try:
         server.stop()
     finally:
-        pid_file.clear()
         log.info("Shutting Down fwknopd.")
     return server.exit_code
 
@@ -5399,16 +5550,17 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     log.info("Got SIGHUP. Re-reading configs.")
     try:
         configuration = read()
-        for warning in configuration.warnings:
-            log.warning(warning)
+        configuration.tell(log)
         firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
         server.reload(configuration, firewall)
         for warning in guard_warnings(configuration.settings, firewall, test, log):
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
         log.info("Re-starting fwknopd")
-    except (SpaError, OSError) as error:
-        log.error("%s; going on with the old settings" % error)
+    except Exception as error:  # a mistake of ours in reading must not end the server
+        known = isinstance(error, (SpaError, OSError))
+        log.error("%s; going on with the old settings" % (error if known else
+                                                          internal_error(error)))
 
 
 # ======================================================================================
@@ -5591,7 +5743,7 @@ r run-dir           DIR    FWKNOP_RUN_DIR       where state is kept
 - gpg-home-dir      DIR    GPG_HOME_DIR         keys of gpg
 - gpg-exe           FILE   GPG_EXE              gpg to run
 - sudo-exe          FILE   SUDO_EXE             sudo
-f foreground        -      foreground           stay in the foreground (the default, but as fwknopd)
+f foreground        -      foreground           stay in the foreground, even when called fwknopd
 - daemon            -      daemon               go to the background, and log to syslog
 - syslog-enable     -      syslog               log to syslog too
 t test              -      test                 judge and log packets, leave the firewall alone
@@ -5679,6 +5831,9 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
             paths = folder_files(settings.access_folder)
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
+    elif not os.path.exists(settings.access_file):
+        raise ConfigError("%s: %s" % (settings.access_file, os.strerror(errno.ENOENT)),
+                          "--init tcp/22 makes one")
     stanzas, more = read_stanzas(*paths, directory=directory)
     check_nat(settings, stanzas)
     return Configuration(settings, stanzas, settings.warnings() + warnings + more)
@@ -5805,8 +5960,11 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
         raise UsageError("--init: expected ports, and a terminal or file to print the keys to")
     there = [path for path in (arguments.config_file, settings.access_file) if os.path.exists(path)]
     if there and not ports <= settings.guard_ports:
-        raise ConfigError("--init: %s is there, and GUARD_PORTS does not hide %s"
-                          % (" and ".join(there), port_list(ports)), "add it, or move them away")
+        both = len(there) == 2
+        raise ConfigError("--init: %s %s there already" % (" and ".join(there),
+                                                           "are" if both else "is"),
+                          "set GUARD_PORTS %s in fwknopd.conf, or move %s away"
+                          % (port_list(ports), "both" if both else "it"))
     if settings.access_file in there or settings.access_folder:
         print("There is a configuration already; serving it", flush=True)
     else:
@@ -5837,9 +5995,11 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     """-D, --exit-parse-config and --exit-parse-digest-cache."""
     configuration = read_configuration(arguments)
     if "check" in arguments:
-        open_gpg(configuration.settings, configuration.stanzas, log)
-    for warning in configuration.warnings:
-        log.warning(warning)
+        open_gpg(configuration.settings, configuration.stanzas)
+        choose_firewall(configuration.settings, configuration.stanzas, "test" in arguments, log)
+    configuration.tell(log)
+    if configuration.voids():
+        raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))
     if "check_digests" in arguments:
         ReplayMemory(None, None, log).load(configuration.settings.digest_file)
         print("Digest cache parsed, exiting.")
@@ -5873,7 +6033,7 @@ def serve(arguments: Arguments, log: Log) -> int:
 
     def read() -> Configuration:
         configuration = read_configuration(arguments, directory)
-        open_gpg(configuration.settings, configuration.stanzas, log)
+        open_gpg(configuration.settings, configuration.stanzas)
         return configuration
 
     return run_server(read, "test" in arguments, daemon, log, "rotate" in arguments)

@@ -303,7 +303,7 @@ class RunTest(CommandCase):
         self.assertIn(label + "Processing SPA Command message: command='%s a 'b c''.\n" % path,
                       text)
         self.assertIn(label + "Running command '%s a 'b c''\n" % path, text)
-        self.assertIn("(stanza #1) user bob (client 3.0.0) ran a command\n", text)
+        self.assertIn("(stanza #1) user 'bob' (client 3.0.0) ran a command\n", text)
         self.assertTrue(text.endswith("CMD_EXEC: out: a 'b c'\nCMD_EXEC: err\n"
                                       "CMD_EXEC: command returned 3, pid_status: 3\n"), text)
         self.assertEqual(1, self.made.counts["accepted"])
@@ -461,7 +461,7 @@ class CycleTest(CommandCase):
         lines = [label + "Running CMD_CYCLE_OPEN command: %s/open 10.55.0.2 22" % path,
                  label + "Running CMD_CYCLE_CLOSE command in 1 seconds: %s/close 10.55.0.2 22"
                  % path,
-                 "(stanza #1) user bob (client 3.0.0) opened 10.55.0.2 -> 0.0.0.0/0 tcp/22 for 1 "
+                 "(stanza #1) user 'bob' (client 3.0.0) opened 10.55.0.2 -> 0.0.0.0/0 tcp/22 for 1 "
                  "seconds", "CMD_CYCLE_OPEN: command returned 0, pid_status: 0",
                  label + "Timer expired, running CMD_CYCLE_CLOSE command: %s/close 10.55.0.2 22"
                  % path, "CMD_CYCLE_CLOSE: command returned 0, pid_status: 0"]

@@ -379,7 +379,7 @@ class ReceiveTest(ServerCase):
                 self.knock(made, sender, source, text=text)
                 self.assertEqual([NOW + seconds],
                                  [grant.expires for grant in self.firewall.grants()])
-                self.assertIn("(stanza #%d) user bob" % number, self.logged())
+                self.assertIn("(stanza #%d) user 'bob'" % number, self.logged())
 
     def test_nothing_opens_for_strangers(self) -> None:
         """No stanza for the source; wrong HMAC; wrong key; each with fwknopd's words."""
@@ -454,7 +454,7 @@ class ReceiveTest(ServerCase):
         self.assertEqual({"user": 9}, made.counts)
         self.knock(made, user="{pyuser}")
         self.assertEqual([DOOR22], self.firewall.doors())
-        self.assertIn("user {pyuser} ", self.logged())
+        self.assertIn("user '{pyuser}' ", self.logged())
 
     def test_control_characters_never_reach_the_log(self) -> None:
         """A message of a holder of the keys may hold any byte."""
@@ -487,13 +487,39 @@ class ReceiveTest(ServerCase):
         self.assertNotIn("error", made.counts)
         self.assertLess(len(self.logged().splitlines()), 30)
 
-    def test_stale_packets_are_known_within_bounds(self) -> None:
+    def test_refused_packets_are_known_within_bounds(self) -> None:
         """The memory of them does not grow."""
         made = self.serve("SOURCE ANY\n" + KEYS)
-        for number in range(server.STALE_KNOWN + 50):
-            made.memory.stale["%d" % number] = None
+        for number in range(server.REFUSED_KNOWN + 50):
+            made.memory.refused["%d" % number] = "stale"
         made.receive(datagram(Sender().packet(timestamp=NOW - 500)))
-        self.assertEqual(server.STALE_KNOWN, len(made.memory.stale))
+        self.assertEqual(server.REFUSED_KNOWN, len(made.memory.refused))
+
+    def test_what_is_known_as_refused(self) -> None:
+        """Any packet that an HMAC proves and that opened nothing, and then for the same reason.
+
+        One of the same HMAC key, which another stanza can decrypt, is not among them.
+        """
+        other = KEYS.replace("s3cretRijndael", "another")
+        rows = (
+            ({"timestamp": NOW - 500}, Sender(), "stale", KEYS),
+            ({"timestamp": NOW + 500}, Sender(), "from the future", KEYS),
+            ({"timestamp": NOW - 100}, Sender(), "before memory", KEYS),
+            ({}, Sender(key=b"wrong"), "wrong key", KEYS),
+            ({}, Sender(hmac_key=b"wrong"), "", KEYS), ({}, Sender(), "", KEYS),
+            ({}, Sender(), "", other + "SOURCE ANY\n" + KEYS),
+            ({}, Sender(key=b"wrong", hmac_key=b""), "", "KEY k\n"))  # type: Any
+        for fields, sender, reason, stanzas in rows:
+            made = self.serve("SOURCE ANY\n" + stanzas)
+            made.memory.began = self.clock.mono_time - 10
+            with self.subTest(fields=fields, reason=reason):
+                self.knock(made, sender, **fields)
+                payload = self.knock(made, sender, **fields)
+                self.assertEqual([reason] * 2 * bool(reason), list(made.memory.refused.values()))
+                if reason:
+                    made.stanzas[0].keys.open = None
+                    made.receive(datagram(payload))
+                    self.assertEqual({reason: 3}, made.counts)
 
     def test_a_failing_firewall(self) -> None:
         """Opens nothing, is an error in the log, and the packet stays remembered."""
