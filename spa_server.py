@@ -3567,10 +3567,11 @@ class Shape(NamedTuple):
         return "%s %s@%s" % (" . ".join(fields), word, self.set_name)
 
     def nat_rule(self) -> str:
-        """Chain and rule in the table for NAT."""
+        """Chain and rule in the table for NAT; what is only routed here is led nowhere else."""
         if self.kind == MASQUERADE:
             return "postrouting %s masquerade" % self.match()
-        return "%s %s ip%s to %s" % ("prerouting" if self.kind == DNAT else "postrouting",
+        return "%s %s ip%s to %s" % ("prerouting fib daddr type local" if self.kind == DNAT
+                                     else "postrouting",
                                      self.kind.lower(), "6" * (self.version == 6),
                                      self.match("map "))
 
@@ -3986,6 +3987,12 @@ def any_source(version: int) -> Network:
     return ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0")
 
 
+def jumps_to(chain: str, from_chain: str, lines: List[str]) -> List[str]:
+    """The lines of `iptables -S` that jump to a chain from another one, whatever they match."""
+    return [line for line in lines
+            if line.startswith("-A %s " % from_chain) and line.endswith(" -j " + chain)]
+
+
 class IptablesFirewall(Firewall):
     """Grants as rules of iptables and ip6tables."""
 
@@ -4048,9 +4055,14 @@ class IptablesFirewall(Firewall):
                 continue
             if "-N " + chain.chain not in lines:
                 changes.append(":%s - [0:0]" % chain.chain)
-            if "-A %s -j %s" % (chain.from_chain, chain.chain) not in lines:
-                changes.append("-I %s %d -j %s" % (chain.from_chain, chain.position, chain.chain))
+            # What is only routed here is led nowhere else.
+            jump = "-m addrtype --dst-type LOCAL " * (kind == DNAT) + "-j " + chain.chain
+            present = jumps_to(chain.chain, chain.from_chain, lines)
+            if "-A %s %s" % (chain.from_chain, jump) not in present:
+                changes.append("-I %s %d %s" % (chain.from_chain, chain.position, jump))
                 jumps.append(chain)
+            changes += ["-D" + line[2:] for line in present if kind == DNAT  # an older one
+                        and line != "-A %s %s" % (chain.from_chain, jump)]
             if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops:
                 self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
                                  % (chain.from_chain, program.program))
@@ -4195,11 +4207,10 @@ class IptablesFirewall(Firewall):
 
     @staticmethod
     def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
-        """Takes chains and the jump to the first of them away."""
+        """Takes chains and the jumps to the first of them away."""
         lines = program.list(table)
-        jump = "-A %s -j %s" % (from_chain, chains[0])
         present = [chain for chain in chains if "-N " + chain in lines]
-        program.commit({table: ["-D" + jump[2:]] * lines.count(jump)
+        program.commit({table: ["-D" + line[2:] for line in jumps_to(chains[0], from_chain, lines)]
                         + ["-F " + chain for chain in present]
                         + ["-X " + chain for chain in present]})
 

@@ -441,10 +441,12 @@ class NftTest(unittest.TestCase):
         for number, creation, rule in (
                 (0, "add map inet spa_nat spa4_dnat { type ipv4_addr . inet_proto . inet_service : "
                     "ipv4_addr . inet_service; flags timeout; }",
-                 "prerouting dnat ip to ip saddr . meta l4proto . th dport map @spa4_dnat"),
+                 "prerouting fib daddr type local dnat ip to ip saddr . meta l4proto . th dport map "
+                 "@spa4_dnat"),
                 (3, "add map inet spa_nat spa6_56_dnat_all { type ipv6_addr : ipv6_addr; "
-                    "flags timeout; }", "prerouting dnat ip6 to ip6 saddr & ffff:ffff:ffff:ff00:: "
-                                        "map @spa6_56_dnat_all"),
+                    "flags timeout; }",
+                 "prerouting fib daddr type local dnat ip6 to "
+                 "ip6 saddr & ffff:ffff:ffff:ff00:: map @spa6_56_dnat_all"),
                 (7, "add map inet spa_nat spa4_to_snat { type ipv4_addr . ipv4_addr . inet_proto . "
                     "inet_service : ipv4_addr; flags timeout; }",
                  "postrouting snat ip to ip saddr . ip daddr . meta l4proto . th dport map "
