@@ -178,6 +178,14 @@ class Door(NamedTuple):
         """The door without where it leads: of two with the same entrance only one can be open."""
         return self._replace(target=None, target_port=0)
 
+    def meets(self, other: "Door") -> bool:
+        """Whether a connection could take either of the two doors."""
+        return (self.source.overlaps(other.source)
+                and (None in (self.destination, other.destination)
+                     or self.destination == other.destination)
+                and (0 in (self.port, other.port)
+                     or (self.protocol, self.port) == (other.protocol, other.port)))
+
     @property
     def word(self) -> str:
         """What fwknopd's log calls its rule: `access`, `FORWARD ALL`, `SNAT`."""
@@ -198,11 +206,15 @@ class Door(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds."""
+    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds.
+
+    `stanza` is the number of the one that opened it, 0 when nobody knows any more.
+    """
 
     door: Door
     expires: int
     ends: float
+    stanza: int = 0
 
 
 # ======================================================================================
@@ -4336,6 +4348,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 
 RETRY_SECONDS = 1.0
 OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
+MAX_GRANTS = 1000  # of a stanza: each costs time whenever the firewall is read
 
 
 class Grants:
@@ -4362,17 +4375,20 @@ class Grants:
             self.log.info("Found %s rule in %s for %s, expires at %d" % (
                 grant.door.word, self.firewall.describe(grant.door), grant.door, grant.expires))
 
-    def open(self, doors: List[Door], seconds: int) -> None:
+    def open(self, doors: List[Door], seconds: int, stanza: int = 0) -> None:
         """Opens doors, all or none. What is open already stays so for longer, never for less.
 
-        A door with the same entrance as one that leads elsewhere takes its place.
+        A door with the same entrance as one that leads elsewhere takes its place, if that is the
+        same stanza's. PacketRejected when it is not, or the stanza has too many doors open.
         """
         now = self.monotonic()
         ends, expires = now + seconds, int(self.wall() + seconds + 0.999)
         doors = [door for door in map(self.firewall.form, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
-        opened = [Grant(door, expires, ends) for door in doors
+        self.check_stanza(doors, stanza)
+        opened = [Grant(door, expires, ends,
+                        self.live[door].stanza if door in self.live else stanza) for door in doors
                   if door not in self.live or self.live[door].ends < ends]
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
@@ -4391,6 +4407,23 @@ class Grants:
         for door in doors:
             self.log.info("Added %s rule to %s for %s, expires at %d" % (
                 door.word, self.firewall.describe(door), door, self.live[door].expires))
+
+    def check_stanza(self, doors: List[Door], stanza: int) -> None:
+        """Rejects doors that would lead another stanza's clients elsewhere, and too many of them.
+
+        After a restart or a reload nobody knows whose a door is; it leads nowhere else then.
+        """
+        for door in doors:
+            for grant in self.live.values() if door.kind == DNAT else ():
+                other = grant.door
+                if (other.kind == DNAT and grant.stanza != stanza and other.meets(door)
+                        and (other.target, other.target_port) != (door.target, door.target_port)):
+                    raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
+                                         % (other, other.target_text()), "{stanza}{text}")
+        count = sum(grant.stanza == stanza for grant in self.live.values())
+        if count + sum(door not in self.live for door in doors) > MAX_GRANTS:
+            raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
+                                 % (count, MAX_GRANTS), "{stanza}{text}")
 
     def rivals(self, doors: List[Door]) -> List[Grant]:
         """The live grants that `doors` take the place of: from the same entrance to elsewhere."""
@@ -4469,6 +4502,8 @@ class Grants:
     def move(self, firewall: Firewall) -> None:
         """Goes on in another firewall, which is prepared; what it has no place for is closed."""
         old, self.firewall = self.firewall, firewall
+        for grant in list(self.live.values()):
+            self.enter(grant._replace(stanza=0))  # its number may be another one's now
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
         moved = old.identity != firewall.identity
         try:
@@ -4900,7 +4935,7 @@ class Gate:
             if by_commands:
                 self.commands.run(self.cycles(verdict, packet, stanza, datagram))
             else:
-                self.grants.open(verdict.doors, verdict.seconds)
+                self.grants.open(verdict.doors, verdict.seconds, stanza.number)
         except CommandError as error:
             self.log.error(str(error))
             why = (("command", "a command could not be started") if by_commands else

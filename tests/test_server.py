@@ -1034,6 +1034,19 @@ class GrantsTest(ServerCase):
         self.assertEqual(set(doors), set(self.firewall.rules))
         self.assertIn(self.firewall.most, range(1, server.OPEN_AT_ONCE + 1))
 
+    def test_a_stanza_has_its_limit(self) -> None:
+        """Many doors of one keep no other out, and what is open already may be extended."""
+        doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(1000)]
+        self.grants.open(doors, 30, 1)
+        for more in ([self.ssh], [doors[0], self.ssh]):
+            with self.assertRaisesRegex(server.PacketRejected, "^1000 doors of this stanza") as no:
+                self.grants.open(more, 30, 1)
+            self.assertEqual("grants", no.exception.reason)
+        self.grants.open([doors[0]], 60, 1)
+        self.grants.open([self.ssh], 60, 2)
+        self.assertEqual(["tcp/22"] * 2, self.later(31))
+        self.grants.open(doors[1:], 30, 1)
+
     def test_check_adopts_what_is_too_much(self) -> None:
         """A grant that nobody here knows of is closed in time, too."""
         stranger = server.Grant(self.ssh, 0, self.clock.mono() + 5)
