@@ -2299,9 +2299,10 @@ def client_command(packet: Packet, stanza: Stanza, sudo: str) -> Command:
     Behind `--`, sudo takes none of them for an option or a variable.
     """
     words, prefix = packet.command.encode("latin-1").split(), [sudo]
-    if not 0 < len(words) <= MAX_WORDS or "\0" in packet.command:
-        raise PacketRejected("command", "A command has 1 to %d words without zero bytes."
-                             % MAX_WORDS)
+    if (not 0 < len(words) <= MAX_WORDS or "\0" in packet.command
+            or (words[0].startswith(b"-") and not stanza.enable_sudo)):
+        raise PacketRejected("command", "A command has 1 to %d words without zero bytes, and "
+                             "begins with a program." % MAX_WORDS)
     for option, row in (("-u", Stanza.sudo_user), ("-g", Stanza.sudo_group)):
         prefix += [option, stanza.texts[row.name]] if stanza.is_set(row) else []
     if stanza.enable_sudo:
@@ -4537,6 +4538,10 @@ GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
 STOP_SECONDS = 5.0  # how long a clean stop waits for commands
 SWITCH_SECONDS = 2  # how much later than the server its switch closes
 
+# The first program that is executed is trusted. The kernel lets this server wait for it, and its
+# owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
+RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
+
 # SIGTERM ends only the sleep: whoever ends all processes of the service closes at once.
 SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
 
@@ -4582,7 +4587,7 @@ class Child:
 
     def __init__(self, kind: str, command: Command, due: float) -> None:
         self.kind, self.command, self.due = kind, command, due
-        self.popen = launch(command, subprocess.PIPE)
+        self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)

@@ -3,6 +3,7 @@
 The programs are real ones, small scripts in a directory of the test's own; the firewall is a fake.
 """
 
+import fcntl
 import os
 import pwd
 import shlex
@@ -10,6 +11,7 @@ import signal
 import time
 import unittest
 from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
+from unittest import mock
 
 from tests.support import load_script
 from tests.test_packet import NOW, Sender
@@ -122,6 +124,7 @@ COMMANDS = (
     (ALLOWED, "10.55.0.2," + " ".join("abcdefghijklmnopqrstuvwxyzABCDE"), "command"),
     (ALLOWED, "10.55.0.2, \t ", "command"),
     (ALLOWED, "10.55.0.2,id\0", "command"),
+    (ALLOWED, "10.55.0.2,-a x id", "command"),
     ("", "10.55.0.2,id", "command"),
     ("ENABLE_CMD_EXEC N", "10.55.0.2,id", "command"),
     ("ENABLE_CMD_SUDO_EXEC Y", "10.55.0.2,id", "command"),
@@ -341,16 +344,36 @@ class RunTest(CommandCase):
         self.assertIn("CMD_EXEC: /\n", self.run_command("pwd"))
 
     def test_programs_that_are_not_there(self) -> None:
-        """The packet is rejected, with the reason."""
-        for words, why in (("/no/such a", "No such file or directory"),
-                           ("no-such-program", "No such file or directory"),
-                           ("/etc/passwd", "Permission denied"), ("/", "Permission denied")):
+        """The shell says why, and how it ended."""
+        for words, code in (("/no/such a", 127), ("no-such-program", 127), ("/etc/passwd", 126),
+                            ("/", 126)):
             with self.subTest(words=words):
                 text = self.run_command(words)
-                self.assertIn("%s: %s\n" % (words, why), text)
-                self.assertIn("a command could not be started", text)
-                self.assertEqual({"command": 1}, dict(self.made.counts))
-                self.assertEqual([], self.made.commands.running)
+                self.assertIn(words.split()[0] + ": ", text)
+                self.assertIn("CMD_EXEC: command returned %d, pid_status: %d\n" % (code, code),
+                              text)
+
+    def test_what_can_not_be_started(self) -> None:
+        """The packet is rejected, with the reason, when there is not even a shell."""
+        with mock.patch.object(server, "RUN", (b"/no/such",)):
+            text = self.run_command("id a")
+        self.assertIn("/no/such id a: No such file or directory\n", text)
+        self.assertIn("a command could not be started", text)
+        self.assertEqual({"command": 1}, dict(self.made.counts))
+        self.assertEqual([], self.made.commands.running)
+
+    def test_a_program_that_its_owner_holds_back(self) -> None:
+        """Does not keep the server: a lease lets execve() wait, until it is given up."""
+        path = self.script("echo run")
+        with open(path, "r+") as held:
+            old = signal.signal(signal.SIGIO, signal.SIG_IGN)
+            self.addCleanup(signal.signal, signal.SIGIO, old)
+            fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            self.serve(ALLOWED)
+            begin = time.monotonic()
+            self.assertIn("ran a command", self.knock("10.55.0.2," + path, 0))
+            self.assertLess(time.monotonic() - begin, 5)
+        self.wait_until_ended()
 
     def test_output_is_bounded(self) -> None:
         """In lines, in length, and without a pipe that fills up."""
@@ -531,8 +554,8 @@ class CycleTest(CommandCase):
     def test_what_can_not_be_started_leaves_nothing(self) -> None:
         """The packet is rejected, and no switch is left to close what was not opened."""
         made = self.serve(self.cycle(seconds=60))
-        os.unlink(os.path.join(self.directory, "open"))
-        text = self.knock()
+        with mock.patch.object(server, "RUN", (b"/no/such",)):
+            text = self.knock()
         self.assertIn("/open 10.55.0.2 22: No such file or directory\n", text)
         self.assertIn("a command could not be started", text)
         self.assertEqual({}, made.commands.cycles)
