@@ -4592,6 +4592,7 @@ class Child:
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
         self.signal = signal.SIGTERM  # that ends it when it is due
+        self.closes: Optional[Cycle] = None
 
 
 class Cycle:
@@ -4605,13 +4606,15 @@ class Cycle:
         self.kind, self.label, self.limit = kind, label, limit
         self.opening, self.closing = opening, closing
         self.ends = time.monotonic() + seconds
-        self.opened: Child
-        self.switch: "subprocess.Popen[bytes]"
+        self.openings: List[Child] = []  # the last one, and those before that still run
+        self.switch: Optional["subprocess.Popen[bytes]"] = None
+        self.failed = False  # whether its command that closes has
 
     @property
     def is_open(self) -> bool:
         """Whether its command has opened or is about to, and its switch has not closed."""
-        return self.opened.popen.poll() in (None, 0) and self.switch.poll() is None
+        return (self.openings[-1].popen.poll() in (None, 0)
+                and self.switch is not None and self.switch.poll() is None)
 
 
 class Commands:
@@ -4663,6 +4666,8 @@ class Commands:
         code = child.popen.returncode
         self.log.write(WARNING if code else INFO, "%s: command returned %d, pid_status: %d"
                        % (child.kind, code, code))
+        if child.closes is not None:
+            self.finish_close(child.closes, code)
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
@@ -4690,16 +4695,17 @@ class Commands:
             cycle.ends = max(cycle.ends, known.ends)
         seconds = int(cycle.ends - time.monotonic() + 0.999)
         if cycle.closing.words:
-            words = SWITCH + (b"%d" % (seconds + SWITCH_SECONDS),) + cycle.closing.words
-            cycle.switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
+            self.set_switch(cycle, seconds + SWITCH_SECONDS)
         if known and known.opening == cycle.opening and known.is_open:
-            cycle.opened = known.opened
+            cycle.openings = known.openings
         else:
+            if known:
+                cycle.openings = [each for each in known.openings if each.popen.poll() is None]
             self.log.info(("%sRunning command '%s'%s" if cycle.kind == "CMD_EXEC" else
                            "%sRunning CMD_CYCLE_OPEN command: %s%s")
                           % (cycle.label, cycle.opening, cycle.opening.runner))
             try:
-                cycle.opened = self.start(cycle.kind, cycle.opening, cycle.limit)
+                cycle.openings.append(self.start(cycle.kind, cycle.opening, cycle.limit))
             except CommandError:
                 self.end_switch(cycle)
                 raise
@@ -4710,28 +4716,63 @@ class Commands:
             self.log.info("%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s"
                           % (cycle.label, seconds, cycle.closing))
 
+    def set_switch(self, cycle: Cycle, seconds: int) -> None:
+        """Gives a cycle a switch, in place of the one that it may have."""
+        words = SWITCH + (b"%d" % seconds,) + cycle.closing.words
+        switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
+        self.end_switch(cycle)
+        cycle.switch = switch
+
     def end_switch(self, cycle: Cycle) -> None:
         """Takes the switch of a cycle away, if it has one; look() takes note of its end."""
-        if cycle.closing.words:
+        if cycle.switch is not None:
             end_group(cycle.switch, signal.SIGKILL)
             self.switches.append(cycle.switch)
+            cycle.switch = None
 
     def close(self, cycle: Cycle, why: str) -> None:
-        """Starts what closes, also if what opens has failed: that may have done half its work."""
+        """Starts what closes, also if what opens has failed: that may have done half its work.
+
+        A switch stays until it has closed, and waits meanwhile for as long as that may take.
+        """
         del self.cycles[cycle.closing]
-        end_group(cycle.opened.popen, signal.SIGKILL)  # or it might open after this
+        for child in cycle.openings:
+            end_group(child.popen, signal.SIGKILL)  # or it might open after this
         self.log.info("%s%s, running CMD_CYCLE_CLOSE command: %s%s"
                       % (cycle.label, why, cycle.closing, cycle.closing.runner))
-        code = cycle.switch.poll()
+        code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
             self.log.warning("CMD_CYCLE_CLOSE: its switch has run it, which returned %d" % code)
-            return
+        if code != 0:
+            self.start_close(cycle, cycle.closing)
+
+    def start_close(self, cycle: Cycle, command: Command) -> None:
+        """Starts the command that closes a cycle."""
         try:
-            self.start("CMD_CYCLE_CLOSE", cycle.closing, cycle.limit)
-            self.end_switch(cycle)  # not before: a crash in between may close twice, never not
+            self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
+            self.start("CMD_CYCLE_CLOSE", command, cycle.limit + SWITCH_SECONDS).closes = cycle
         except CommandError as error:
-            self.log.error("%s; its switch tries it again" % error)
+            self.leave_to_switch(cycle, str(error))
+
+    def leave_to_switch(self, cycle: Cycle, why: str) -> None:
+        """Lets the switch close, which goes on when this server ends."""
+        self.log.error("%s; its switch tries it again" % why)
+        if cycle.switch is not None:
             self.switches.append(cycle.switch)
+
+    def finish_close(self, cycle: Cycle, code: int) -> None:
+        """Ends the switch of what has closed; what has failed to is tried again, at last by it.
+
+        The second try goes on when this server ends.
+        """
+        if code == 0:
+            self.end_switch(cycle)
+        elif cycle.failed:
+            self.leave_to_switch(cycle, "%s%s has failed twice" % (cycle.label, cycle.closing))
+        else:
+            cycle.failed = True
+            words = SWITCH + (b"%d" % SWITCH_SECONDS,) + cycle.closing.words
+            self.start_close(cycle, Command(words, cycle.closing.account))
 
     def next_due(self) -> float:
         """When look() is due, on the monotonic clock."""

@@ -56,6 +56,9 @@ class CommandCase(ServerCase):
         for cycle in cycles.values():
             commands.end_switch(cycle)
         for child in commands.running:
+            if child.closes:
+                commands.end_switch(child.closes)
+            child.closes = None
             server.end_group(child.popen, signal.SIGKILL)
         self.wait_for(lambda: not commands.running and not commands.switches, "an end of all")
 
@@ -567,12 +570,50 @@ class CycleTest(CommandCase):
         self.serve(self.cycle())
         self.knock()
         self.wait_until_ended()
-        os.rename(self.closer, self.closer + "-away")
-        self.wait_for(lambda: not self.made.commands.cycles, "the close")
-        self.assertIn("No such file or directory; its switch tries it again\n", self.logged())
-        os.rename(self.closer + "-away", self.closer)
+        with mock.patch.object(server, "launch", side_effect=server.CommandError("no memory")):
+            self.wait_for(lambda: not self.made.commands.cycles, "the close")
+        self.assertIn("no memory; its switch tries it again\n", self.logged())
         self.wait_for(lambda: len(self.got()) == 2, "the switch's close")
         self.assertEqual("close 10.55.0.2 22", self.got()[1])
+
+    def test_a_close_that_fails_is_tried_again(self) -> None:
+        """After two seconds, also when somebody killed it; then nothing is left to close."""
+        for failing in ("exit 3", "kill -9 $$"):
+            self.serve(self.cycle(closing="[ -e once ] || { touch once; %s; }" % failing))
+            self.knock()
+            text = self.wait_until_closed()
+            self.assertRegex(text, "CMD_CYCLE_CLOSE: command returned (3|-9), ")
+            self.assertIn("CMD_CYCLE_CLOSE: command returned 0, ", text)
+            self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got()[-2:])
+            os.unlink(os.path.join(self.directory, "once"))
+        self.assertEqual(4, len(self.got()))
+
+    def test_a_close_that_fails_twice_is_left_to_the_switch(self) -> None:
+        """Which waits for as long as a close may take, and tries once more."""
+        made = self.serve(self.cycle(closing="[ -e may ] || exit 3"), "CMD_EXEC_TIMEOUT 1;")
+        self.knock()
+        self.wait_for(lambda: "has failed twice; its switch tries it again" in
+                      self.stream.getvalue(), "the second failure")
+        self.assertEqual((1, 1), (len(made.commands.switches), len(self.got())))
+        self.script("", "may")
+        self.wait_for(lambda: not made.commands.switches, "the end of the switch")
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
+    def test_a_slow_close_is_not_run_twice(self) -> None:
+        """Its switch waits until it has ended."""
+        self.serve(self.cycle(closing="sleep %d" % (server.SWITCH_SECONDS + 2)))
+        self.knock()
+        self.wait_until_closed()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
+    def test_one_close_for_many_ports_ends_all_that_open(self) -> None:
+        """However many slow ones share it."""
+        made = self.serve(self.cycle(opening="sleep 60").replace("close $IP $PORT", "close $IP"))
+        self.knock("10.55.0.2,tcp/22,tcp/23")
+        self.knock("10.55.0.2,tcp/24")
+        self.assertEqual((1, 3), (len(made.commands.cycles), len(made.commands.running)))
+        self.assertEqual(3, self.wait_until_closed().count("CMD_CYCLE_OPEN: command returned -9"))
+        self.assertEqual(["close 10.55.0.2"], self.got())
 
     def test_a_slow_open_is_ended_by_the_close(self) -> None:
         """Or it would open after it, for ever."""
