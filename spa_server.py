@@ -4532,7 +4532,7 @@ class Grants:
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-MAX_RUNNING, MAX_CYCLES = 32, 100  # a packet can ask for 30 ports
+MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza; a packet can ask for 30 ports
 MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
 STOP_SECONDS = 5.0  # how long a clean stop waits for commands
@@ -4585,8 +4585,8 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command that runs, until `due` on the monotonic clock, and what it has printed."""
 
-    def __init__(self, kind: str, command: Command, due: float) -> None:
-        self.kind, self.command, self.due = kind, command, due
+    def __init__(self, kind: str, command: Command, due: float, stanza: int) -> None:
+        self.kind, self.command, self.due, self.stanza = kind, command, due, stanza
         self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
@@ -4598,12 +4598,12 @@ class Child:
 class Cycle:
     """A command that opens, and one that closes in `seconds`; without words where nothing has to.
 
-    `limit` is how many seconds each may run, `label` says whose they are.
+    `limit` is how many seconds each may run, `stanza` and `label` say whose they are.
     """
 
-    def __init__(self, kind: str, label: str, limit: int, seconds: int, opening: Command,
-                 closing: Command) -> None:
-        self.kind, self.label, self.limit = kind, label, limit
+    def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
+                 opening: Command, closing: Command) -> None:
+        self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
         self.opening, self.closing = opening, closing
         self.ends = time.monotonic() + seconds
         self.openings: List[Child] = []  # the last one, and those before that still run
@@ -4627,20 +4627,32 @@ class Commands:
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
 
     def run(self, cycles: List[Cycle]) -> None:
-        """Opens all; CommandError when they are too many, or one can't be started."""
-        if (len(self.running) + len(cycles) > MAX_RUNNING
-                or len(self.cycles) + len(cycles) > MAX_CYCLES):
-            raise CommandError("too many commands: %d run, and %d wait to close"
-                               % (len(self.running), len(self.cycles)))
+        """Opens all; CommandError when one can't be started, or they are too many of a stanza.
+
+        What only closes later is no new one.
+        """
+        stanza = cycles[0].stanza
+        run = sum(child.stanza == stanza for child in self.running)
+        wait = sum(cycle.stanza == stanza for cycle in self.cycles.values())
+        new = {cycle.closing for cycle in cycles if cycle.closing.words} - set(self.cycles)
+        if (run + sum(not self.lasts(cycle) for cycle in cycles) > MAX_RUNNING
+                or wait + len(new) > MAX_CYCLES):
+            raise CommandError("too many commands: %d of stanza #%d run, and %d wait to close"
+                               % (run, stanza, wait))
         for cycle in cycles:
             if self.test:
                 self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
             else:
                 self.open(cycle)
 
-    def start(self, kind: str, command: Command, limit: int) -> Child:
+    def lasts(self, cycle: Cycle) -> bool:
+        """Whether what the cycle opens is open, so that it has only to close later."""
+        known = self.cycles.get(cycle.closing)
+        return known is not None and known.opening == cycle.opening and known.is_open
+
+    def start(self, kind: str, command: Command, limit: int, stanza: int) -> Child:
         """Starts a command whose output and end come to the log; it has `limit` seconds."""
-        child = Child(kind, command, time.monotonic() + limit)
+        child = Child(kind, command, time.monotonic() + limit, stanza)
         self.running.append(child)
         self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
         return child
@@ -4696,7 +4708,7 @@ class Commands:
         seconds = int(cycle.ends - time.monotonic() + 0.999)
         if cycle.closing.words:
             self.set_switch(cycle, seconds + SWITCH_SECONDS)
-        if known and known.opening == cycle.opening and known.is_open:
+        if known and self.lasts(cycle):
             cycle.openings = known.openings
         else:
             if known:
@@ -4705,7 +4717,8 @@ class Commands:
                            "%sRunning CMD_CYCLE_OPEN command: %s%s")
                           % (cycle.label, cycle.opening, cycle.opening.runner))
             try:
-                cycle.openings.append(self.start(cycle.kind, cycle.opening, cycle.limit))
+                cycle.openings.append(self.start(cycle.kind, cycle.opening, cycle.limit,
+                                                 cycle.stanza))
             except CommandError:
                 self.end_switch(cycle)
                 raise
@@ -4750,7 +4763,9 @@ class Commands:
         """Starts the command that closes a cycle."""
         try:
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
-            self.start("CMD_CYCLE_CLOSE", command, cycle.limit + SWITCH_SECONDS).closes = cycle
+            child = self.start("CMD_CYCLE_CLOSE", command, cycle.limit + SWITCH_SECONDS,
+                               cycle.stanza)
+            child.closes = cycle
         except CommandError as error:
             self.leave_to_switch(cycle, str(error))
 
@@ -4797,7 +4812,7 @@ class Commands:
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
 
-MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time, and how long one may take
+MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
@@ -4836,30 +4851,34 @@ class Resolver:
         self.selector, self.resolve = selector, resolve
         self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
         self.answers: List[Callable[[], None]] = []
-        self.busy = 0
+        self.busy: List[int] = []  # for which stanza, each
 
-    def look_up(self, name: str, version: int, then: Callable[[Optional[Address]], None]) -> bool:
-        """Starts to look `name` up for an IP version; False when too many are looked up already."""
+    def look_up(self, name: str, version: int, stanza: int,
+                then: Callable[[Optional[Address]], None]) -> bool:
+        """Starts to look `name` up for an IP version; False when too many of a stanza's are."""
+        def answer(address: Optional[Address]) -> None:
+            self.busy.remove(stanza)
+            then(address)
+
         def work() -> None:
             address = self.resolve(name, version)
-            self.answers.append(lambda: then(address))
+            self.answers.append(lambda: answer(address))
             self.sockets[1].send(b"\0")
 
-        if self.busy >= MAX_LOOKUPS:
+        if self.busy.count(stanza) >= MAX_LOOKUPS:
             return False
         if not self.sockets:
             self.sockets = socket.socketpair()
             self.selector.register(self.sockets[0], selectors.EVENT_READ, self.deliver)
         import threading
         threading.Thread(target=work, daemon=True).start()
-        self.busy += 1
+        self.busy.append(stanza)  # only the selector's loop takes it away
         return True
 
     def deliver(self) -> None:
         """Gives the answers that are there."""
         self.sockets[0].recv(MAX_LOOKUPS)
         while self.answers:
-            self.busy -= 1
             self.answers.pop(0)()
 
 
@@ -4959,7 +4978,7 @@ class Gate:
             self.open(verdict, packet, stanza, datagram)
         except NameToResolve as asked:
             name, version = asked.args
-            if not self.resolver.look_up(name, version, lambda address: self.go_on(
+            if not self.resolver.look_up(name, version, stanza.number, lambda address: self.go_on(
                     packet, stanza, datagram, address)):
                 raise PacketRejected("NAT", "too many NAT hosts are looked up") from None
 
@@ -5004,8 +5023,8 @@ class Gate:
             command = client_command(packet, stanza, self.settings.sudo_program)
             self.log.info("%sProcessing SPA Command message: command='%s'."
                           % (label, packet.command))
-            return [Cycle("CMD_EXEC", label, limit, 0, command, Command((), None))]
-        return [Cycle("CMD_CYCLE_OPEN", label, limit, verdict.seconds,
+            return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
+        return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds,
                       *cycle_commands(stanza, door, datagram, verdict.seconds, time.time()))
                 for door in verdict.doors]
 

@@ -433,12 +433,16 @@ class RunTest(CommandCase):
     def test_too_many(self) -> None:
         """A packet that would start too many is rejected, before it starts any."""
         made = self.serve(ALLOWED)
-        made.commands.running, running = [None] * server.MAX_RUNNING, made.commands.running
+        one = type("Child", (), {"stanza": 1})  # type: Any
+        made.commands.running, running = [one] * server.MAX_RUNNING, made.commands.running
         text = self.knock("10.55.0.2,touch %s/got" % self.directory, 0)
         made.commands.running = running
-        self.assertIn("too many commands: %d run" % server.MAX_RUNNING, text)
+        self.assertIn("too many commands: %d of stanza #1 run" % server.MAX_RUNNING, text)
         self.assertIn("a command could not be started", text)
+        one.stanza = 2  # others keep nobody out
+        made.commands.running = [one] * server.MAX_RUNNING
         self.knock("10.55.0.2,id", 0)
+        del made.commands.running[:server.MAX_RUNNING]
         self.assertIn("CMD_EXEC: command returned 0", self.wait_until_ended())
         self.assertFalse(os.path.exists(os.path.join(self.directory, "got")))
 
@@ -650,14 +654,28 @@ class CycleTest(CommandCase):
         self.assertEqual("open 10.55.0.2 22", self.got()[4])
 
     def test_too_many_cycles(self) -> None:
-        """One more than the limit is rejected, all ports of it."""
+        """One more than the limit is rejected, all ports of it; what is open may stay longer.
+
+        Those of another stanza do not count.
+        """
         made = self.serve(self.cycle(seconds=60))
-        made.commands.cycles = dict.fromkeys(range(server.MAX_CYCLES - 1))
-        text = self.knock("10.55.0.2,tcp/22,tcp/23")
+        self.knock()
+        self.wait_until_ended()
+        one = type("Cycle", (), {"stanza": 1, "ends": 1e99})  # type: Any
+        made.commands.cycles.update(dict.fromkeys(range(server.MAX_CYCLES - 2), one))
+        text = self.knock("10.55.0.2,tcp/23,tcp/24")
         self.assertIn("%d wait to close" % (server.MAX_CYCLES - 1), text)
         self.assertEqual(server.MAX_CYCLES - 1, len(made.commands.cycles))
-        made.commands.cycles = {}
-        self.assertEqual([], self.got())
+        self.knock("10.55.0.2,tcp/22,tcp/23")
+        self.assertEqual(server.MAX_CYCLES, len(made.commands.cycles))
+        self.assertIn(" opened ", self.knock())
+        one.stanza = 2
+        self.assertIn(" opened ", self.knock("10.55.0.2,tcp/24"))
+        for key in range(server.MAX_CYCLES - 2):
+            del made.commands.cycles[key]
+        self.wait_until_ended()
+        self.assertEqual(["open 10.55.0.2 22", "open 10.55.0.2 23", "open 10.55.0.2 24"],
+                         self.got())
 
     def test_no_close(self) -> None:
         """NONE: nothing waits, no switch is set, and each knock opens."""
