@@ -4212,6 +4212,15 @@ class IptablesFirewall(Firewall):
         """Closes all grants, those of another fwknopd as well; the guard stays."""
         self.delete_rules(lambda door, expires: True)
 
+    def flush_marked(self) -> None:
+        """Deletes every rule in one of fwknop's chains that has its comment, of whatever kind."""
+        def flush_table(program: Iptables, table: str) -> None:
+            program.commit({table: ["-D" + line[2:] for line in program.list(table)
+                                    if line.startswith("-A FWKNOP_") and MARK in line]})
+
+        do_all(flush_table, [(program, table) for program in self.programs.values()
+                             for table in ("mangle", "filter", "nat")])
+
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
         do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.chain])
@@ -4320,6 +4329,20 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
         except SpaError:  # a backend that does not work has no guard to speak of
             continue
     return [guard for guard in guards if guard.guarded()]
+
+
+def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
+    """Closes what other settings have left: NAT of our own table, and grants in fwknop's chains."""
+    current = isinstance(firewall, NftFirewall) and NAT_TABLE in firewall.places
+    for program in filter(None, firewall_programs(settings)):
+        try:
+            if os.path.basename(program) != "nft":
+                IptablesFirewall(program, [], frozenset(), False, log).flush_marked()
+            elif not current:
+                table = "table %s %s" % NAT_TABLE[:2]
+                run_program([program, "-f", "-"], "add %s\ndelete %s\n" % (table, table))
+        except SpaError as error:
+            log.warning("%s; what earlier settings opened by it may be left" % error)
 
 
 def iptables_firewall(settings: ServerSettings, program: Optional[str],
@@ -4794,11 +4817,15 @@ class Commands:
         return min([child.due for child in self.running]
                    + [cycle.ends for cycle in self.cycles.values()], default=FOR_EVER)
 
+    def close_all(self, why: str) -> None:
+        """Closes all cycles now."""
+        for cycle in list(self.cycles.values()):
+            self.close(cycle, why)
+
     def stop(self) -> None:
         """Closes everything at once, and waits a while for the commands that run."""
         end = time.monotonic() + STOP_SECONDS
-        for cycle in list(self.cycles.values()):
-            self.close(cycle, "Shutting down")
+        self.close_all("Shutting down")
         while self.running and time.monotonic() < end:
             time.sleep(0.01)
             for child in self.running:
@@ -5211,7 +5238,7 @@ class Server(Gate):
         captures = open_captures(self.settings, self.log)  # fails before anything is changed
         self.grants.firewall.prepare()
         if flush:
-            self.grants.flush()
+            self.flush()
         else:
             self.grants.adopt()
         for events, react in ((self.firewall_events, self.hear_firewall),
@@ -5221,6 +5248,15 @@ class Server(Gate):
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures, self.settings)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+
+    def flush(self) -> None:
+        """Closes all that is open: grants, cycles, and what earlier settings have left."""
+        self.commands.close_all("Flushing")
+        try:
+            self.grants.flush()
+        finally:
+            if not self.commands.test:
+                flush_leftovers(self.settings, self.grants.firewall, self.log)
 
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""
@@ -5509,7 +5545,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     if number == signal.SIGUSR2:
         log.info("Got SIGUSR2. Closing all grants.")
         try:
-            server.grants.flush()
+            server.flush()
         except CommandError as error:
             log.error("%s; trying again" % error)
         return
@@ -5886,10 +5922,14 @@ def signal_server(arguments: Arguments) -> int:
     return 0
 
 
-def flush_firewall(firewall: Firewall, server: Optional[int]) -> None:
-    """Closes all grants; where a server runs it does that, or it would put them back."""
+def flush_firewall(settings: ServerSettings, firewall: Firewall, server: Optional[int],
+                   log: Log) -> None:
+    """Closes all that is open; where a server runs it does that, or it would put grants back."""
     if server is None:
-        firewall.flush()
+        try:
+            firewall.flush()
+        finally:
+            flush_leftovers(settings, firewall, log)
         return
     os.kill(server, signal.SIGUSR2)
     for _ in range(100):
@@ -5922,7 +5962,7 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
             print("\nListing all rules in our tables...\n" + firewall.listing())
     else:
         print("Deleting any existing firewall rules...")
-        flush_firewall(firewall, server)
+        flush_firewall(settings, firewall, server, log)
 
 
 def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:

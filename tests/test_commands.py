@@ -677,6 +677,17 @@ class CycleTest(CommandCase):
         self.assertEqual(["open 10.55.0.2 22", "open 10.55.0.2 23", "open 10.55.0.2 24"],
                          self.got())
 
+    def test_a_flush_closes_at_once(self) -> None:
+        """Not only grants; and the server goes on."""
+        made = self.serve(self.cycle(seconds=60))
+        self.knock()
+        self.wait_until_ended()
+        with mock.patch.object(server, "flush_leftovers") as leftovers:
+            made.flush()
+        self.assertTrue(leftovers.called)
+        self.wait_until_closed()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
     def test_no_close(self) -> None:
         """NONE: nothing waits, no switch is set, and each knock opens."""
         path = self.script('echo "open $*" >> got', "open")

@@ -711,6 +711,38 @@ class LifeTest(NatTest):
 
         self.check_all(SETUPS, check)
 
+    def test_a_flush_reaches_what_earlier_settings_left(self) -> None:
+        """Of another backend, too: with --fw-flush, and with FLUSH_IPT_AT_INIT."""
+
+        def check(case: Tuple[Setup, bool]) -> None:
+            """One backend, then none or another one without NAT."""
+            setup, other = case
+            for at_start in (False, True):
+                with Site(setup) as site:
+                    site.knock("-A", "tcp/22", "-N", INNER4 + ",8080", "-f", "300")
+                    site.knock6(4, "tcp/22", INNER6 + ",8080", 300)
+                    site.leads_in(22, 8080)
+                    site.server.stop(signal.SIGKILL)
+                    config = setup._replace(mode="guard").config().replace("tcp/22, ", "")
+                    if other:
+                        config = "GUARD_PORTS tcp/24;\nFIREWALL_TYPE %s;\n" % (
+                            "iptables" if setup.backend == NFT else "nft")
+                    config = re.sub("(ENABLE_IPT|NFT_FORWARD).*", "", config)
+                    site.server.configure(config + "FLUSH_IPT_AT_INIT Y;\n" * at_start)
+                    if at_start:
+                        site.server.start()
+                    else:
+                        code, text = site.server.command("--fw-flush")
+                        self.assertEqual(0, code, text)
+                    mark = site.inner.mark()
+                    site.client.probe(("", SERVER4, 22), ("", SERVER6, 22))
+                    self.assertEqual("", site.inner.output(mark))
+                    self.assertNotRegex(site.rules(), r"spa_nat|_exp_\d+ -j DNAT|_exp_.*FORWARD")
+
+        cases = [(BACKENDS[0], False), (BACKENDS[0], True), (BACKENDS[1], False),
+                 (BACKENDS[2], False), (BACKENDS[1], True)]
+        in_parallel(self, cases, check)
+
     def test_a_kernel_that_forwards_nothing(self) -> None:
         """Is warned of at the start, as soon as NAT is enabled."""
         with Site(Setup(NFT, "guard")) as site:

@@ -18,6 +18,7 @@ import tempfile
 import types
 import unittest
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
+from unittest import mock
 
 from tests.support import load_script, run, skip
 from tests.test_packet import NOW, Sender, b64
@@ -1167,7 +1168,9 @@ class LifeTest(ServerCase):
                 door("10.55.0.2/32 tcp/22"), NOW + 30, 5030.0)}
             made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n"
                               % self.free_port())
-            made.start(flush)
+            with mock.patch.object(server, "flush_leftovers") as leftovers:
+                made.start(flush)
+            self.assertEqual(flush, leftovers.called)
             self.assertEqual((left, left), (len(self.firewall.rules), len(made.grants.live)))
             for capture in made.captures:
                 capture.close()
