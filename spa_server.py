@@ -3655,7 +3655,9 @@ class NftFirewall(Firewall):
         """Where this door, or access, goes."""
         places = self.places_of(door) if door is not None else [
             place for place in self.places if place == GUARD_TABLE or place in self.accept]
-        return ", ".join(" ".join(place) for place in places)
+        back = door is not None and door.kind in (SNAT, MASQUERADE)
+        return ", ".join(" ".join(place[:2] + ("postrouting",) if back else place)
+                         for place in places)
 
     def form(self, door: Door) -> Optional[Door]:
         """The door; None for what is forwarded, where the settings name no chain for it."""
@@ -5288,8 +5290,8 @@ class Server(Gate):
         self.log.info(self.report())
         self.memory.close()
         if self.grants.firewall.guard_ports:
-            self.log.info("%s stay closed to everybody; --unguard opens them"
-                          % port_list(self.grants.firewall.guard_ports))
+            self.log.info("Closed to everybody from now on, until --unguard: "
+                          + port_list(self.grants.firewall.guard_ports))
         self.commands.stop()
         if self.settings.flush_at_stop:
             try:
@@ -5494,7 +5496,7 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
     if firewall.guard_ports:
-        log.info("%s are closed to everybody without a grant" % port_list(firewall.guard_ports))
+        log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
     log.info("Starting fwknopd main event loop.")
     if ready is not None:
         os.write(ready, b"1")

@@ -381,7 +381,7 @@ class ForwardTest(NatTest):
                 places = {
                     "FORWARD": "inet filter forward" if nft else "FWKNOP_FORWARD",
                     "DNAT": "inet spa_nat prerouting" if nft else "FWKNOP_PREROUTING",
-                    "SNAT": "inet spa_nat prerouting" if nft else "FWKNOP_MASQUERADE",
+                    "SNAT": "inet spa_nat postrouting" if nft else "FWKNOP_MASQUERADE",
                 }
                 for kind, place in places.items():
                     self.assertRegex(
