@@ -187,6 +187,14 @@ class Door(NamedTuple):
         """The door without where it leads: of two with the same entrance only one can be open."""
         return self._replace(target=None, target_port=0)
 
+    def meets(self, other: "Door") -> bool:
+        """Whether a connection could take either of the two doors."""
+        return (self.source.overlaps(other.source)
+                and (None in (self.destination, other.destination)
+                     or self.destination == other.destination)
+                and (0 in (self.port, other.port)
+                     or (self.protocol, self.port) == (other.protocol, other.port)))
+
     @property
     def word(self) -> str:
         """What fwknopd's log calls its rule: `access`, `FORWARD ALL`, `SNAT`."""
@@ -207,11 +215,15 @@ class Door(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds."""
+    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds.
+
+    `stanza` is the number of the one that opened it, 0 when nobody knows any more.
+    """
 
     door: Door
     expires: int
     ends: float
+    stanza: int = 0
 
 
 # ======================================================================================
@@ -2344,9 +2356,10 @@ def client_command(packet: Packet, stanza: Stanza, sudo: str) -> Command:
     Behind `--`, sudo takes none of them for an option or a variable.
     """
     words, prefix = packet.command.encode("latin-1").split(), [sudo]
-    if not 0 < len(words) <= MAX_WORDS or "\0" in packet.command:
-        raise PacketRejected("command", "A command has 1 to %d words without zero bytes."
-                             % MAX_WORDS)
+    if (not 0 < len(words) <= MAX_WORDS or "\0" in packet.command
+            or (words[0].startswith(b"-") and not stanza.enable_sudo)):
+        raise PacketRejected("command", "A command has 1 to %d words without zero bytes, and "
+                             "begins with a program." % MAX_WORDS)
     for option, row in (("-u", Stanza.sudo_user), ("-g", Stanza.sudo_group)):
         prefix += [option, stanza.texts[row.name]] if stanza.is_set(row) else []
     if stanza.enable_sudo:
@@ -3651,10 +3664,11 @@ class Shape(NamedTuple):
         return "%s %s@%s" % (" . ".join(fields), word, self.set_name)
 
     def nat_rule(self) -> str:
-        """Chain and rule in the table for NAT."""
+        """Chain and rule in the table for NAT; what is only routed here is led nowhere else."""
         if self.kind == MASQUERADE:
             return "postrouting %s masquerade" % self.match()
-        return "%s %s ip%s to %s" % ("prerouting" if self.kind == DNAT else "postrouting",
+        return "%s %s ip%s to %s" % ("prerouting fib daddr type local" if self.kind == DNAT
+                                     else "postrouting",
                                      self.kind.lower(), "6" * (self.version == 6),
                                      self.match("map "))
 
@@ -3725,7 +3739,9 @@ class NftFirewall(Firewall):
         """Where this door, or access, goes."""
         places = self.places_of(door) if door is not None else [
             place for place in self.places if place == GUARD_TABLE or place in self.accept]
-        return ", ".join(" ".join(place) for place in places)
+        back = door is not None and door.kind in (SNAT, MASQUERADE)
+        return ", ".join(" ".join(place[:2] + ("postrouting",) if back else place)
+                         for place in places)
 
     def form(self, door: Door) -> Optional[Door]:
         """The door; None for what is forwarded, where the settings name no chain for it."""
@@ -4071,6 +4087,12 @@ def any_source(version: int) -> Network:
     return ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0")
 
 
+def jumps_to(chain: str, from_chain: str, lines: List[str]) -> List[str]:
+    """The lines of `iptables -S` that jump to a chain from another one, whatever they match."""
+    return [line for line in lines
+            if line.startswith("-A %s " % from_chain) and line.endswith(" -j " + chain)]
+
+
 class IptablesFirewall(Firewall):
     """Grants as rules of iptables and ip6tables."""
 
@@ -4133,9 +4155,14 @@ class IptablesFirewall(Firewall):
                 continue
             if "-N " + chain.chain not in lines:
                 changes.append(":%s - [0:0]" % chain.chain)
-            if "-A %s -j %s" % (chain.from_chain, chain.chain) not in lines:
-                changes.append("-I %s %d -j %s" % (chain.from_chain, chain.position, chain.chain))
+            # What is only routed here is led nowhere else.
+            jump = "-m addrtype --dst-type LOCAL " * (kind == DNAT) + "-j " + chain.chain
+            present = jumps_to(chain.chain, chain.from_chain, lines)
+            if "-A %s %s" % (chain.from_chain, jump) not in present:
+                changes.append("-I %s %d %s" % (chain.from_chain, chain.position, jump))
                 jumps.append(chain)
+            changes += ["-D" + line[2:] for line in present if kind == DNAT  # an older one
+                        and line != "-A %s %s" % (chain.from_chain, jump)]
             if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops:
                 self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
                                  % (chain.from_chain, program.program))
@@ -4272,6 +4299,15 @@ class IptablesFirewall(Firewall):
         """Closes all grants, those of another fwknopd as well; the guard stays."""
         self.delete_rules(lambda door, expires: True)
 
+    def flush_marked(self) -> None:
+        """Deletes every rule in one of fwknop's chains that has its comment, of whatever kind."""
+        def flush_table(program: Iptables, table: str) -> None:
+            program.commit({table: ["-D" + line[2:] for line in program.list(table)
+                                    if line.startswith("-A FWKNOP_") and MARK in line]})
+
+        do_all(flush_table, [(program, table) for program in self.programs.values()
+                             for table in ("mangle", "filter", "nat")])
+
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
         do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.chain])
@@ -4280,11 +4316,10 @@ class IptablesFirewall(Firewall):
 
     @staticmethod
     def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
-        """Takes chains and the jump to the first of them away."""
+        """Takes chains and the jumps to the first of them away."""
         lines = program.list(table)
-        jump = "-A %s -j %s" % (from_chain, chains[0])
         present = [chain for chain in chains if "-N " + chain in lines]
-        program.commit({table: ["-D" + jump[2:]] * lines.count(jump)
+        program.commit({table: ["-D" + line[2:] for line in jumps_to(chains[0], from_chain, lines)]
                         + ["-F " + chain for chain in present]
                         + ["-X " + chain for chain in present]})
 
@@ -4398,6 +4433,20 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
     return [guard for guard in guards if guard.guarded()]
 
 
+def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
+    """Closes what other settings have left: NAT of our own table, and grants in fwknop's chains."""
+    current = isinstance(firewall, NftFirewall) and NAT_TABLE in firewall.places
+    for program in filter(None, firewall_programs(settings)):
+        try:
+            if os.path.basename(program) != "nft":
+                IptablesFirewall(program, [], frozenset(), False, log).flush_marked()
+            elif not current:
+                table = "table %s %s" % NAT_TABLE[:2]
+                run_program([program, "-f", "-"], "add %s\ndelete %s\n" % (table, table))
+        except SpaError as error:
+            log.warning("%s; what earlier settings opened by it may be left" % error)
+
+
 def iptables_firewall(settings: ServerSettings, program: Optional[str],
                       log: Log) -> IptablesFirewall:
     """The iptables firewall of the settings."""
@@ -4425,6 +4474,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 
 RETRY_SECONDS = 1.0
 OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
+MAX_GRANTS = 1000  # of a stanza: each costs time whenever the firewall is read
 
 
 class Grants:
@@ -4451,17 +4501,20 @@ class Grants:
             self.log.info("Found %s rule in %s for %s, expires at %d" % (
                 grant.door.word, self.firewall.describe(grant.door), grant.door, grant.expires))
 
-    def open(self, doors: List[Door], seconds: int) -> None:
+    def open(self, doors: List[Door], seconds: int, stanza: int = 0) -> None:
         """Opens doors, all or none. What is open already stays so for longer, never for less.
 
-        A door with the same entrance as one that leads elsewhere takes its place.
+        A door with the same entrance as one that leads elsewhere takes its place, if that is the
+        same stanza's. PacketRejected when it is not, or the stanza has too many doors open.
         """
         now = self.monotonic()
         ends, expires = now + seconds, int(self.wall() + seconds + 0.999)
         doors = [door for door in map(self.firewall.form, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
-        opened = [Grant(door, expires, ends) for door in doors
+        self.check_stanza(doors, stanza)
+        opened = [Grant(door, expires, ends,
+                        self.live[door].stanza if door in self.live else stanza) for door in doors
                   if door not in self.live or self.live[door].ends < ends]
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
@@ -4480,6 +4533,23 @@ class Grants:
         for door in doors:
             self.log.info("Added %s rule to %s for %s, expires at %d" % (
                 door.word, self.firewall.describe(door), door, self.live[door].expires))
+
+    def check_stanza(self, doors: List[Door], stanza: int) -> None:
+        """Rejects doors that would lead another stanza's clients elsewhere, and too many of them.
+
+        After a restart or a reload nobody knows whose a door is; it leads nowhere else then.
+        """
+        for door in doors:
+            for grant in self.live.values() if door.kind == DNAT else ():
+                other = grant.door
+                if (other.kind == DNAT and grant.stanza != stanza and other.meets(door)
+                        and (other.target, other.target_port) != (door.target, door.target_port)):
+                    raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
+                                         % (other, other.target_text()), "{stanza}{text}")
+        count = sum(grant.stanza == stanza for grant in self.live.values())
+        if count + sum(door not in self.live for door in doors) > MAX_GRANTS:
+            raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
+                                 % (count, MAX_GRANTS), "{stanza}{text}")
 
     def rivals(self, doors: List[Door]) -> List[Grant]:
         """The live grants that `doors` take the place of: from the same entrance to elsewhere."""
@@ -4558,6 +4628,8 @@ class Grants:
     def move(self, firewall: Firewall) -> None:
         """Goes on in another firewall, which is prepared; what it has no place for is closed."""
         old, self.firewall = self.firewall, firewall
+        for grant in list(self.live.values()):
+            self.enter(grant._replace(stanza=0))  # its number may be another one's now
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
         moved = old.identity != firewall.identity
         try:
@@ -4585,11 +4657,15 @@ class Grants:
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-MAX_RUNNING, MAX_CYCLES = 32, 100  # a packet can ask for 30 ports
+MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza; a packet can ask for 30 ports
 MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
 STOP_SECONDS = 5.0  # how long a clean stop waits for commands
 SWITCH_SECONDS = 2  # how much later than the server its switch closes
+
+# The first program that is executed is trusted. The kernel lets this server wait for it, and its
+# owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
+RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 
 # SIGTERM ends only the sleep: whoever ends all processes of the service closes at once.
 SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
@@ -4634,33 +4710,36 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command that runs, until `due` on the monotonic clock, and what it has printed."""
 
-    def __init__(self, kind: str, command: Command, due: float) -> None:
-        self.kind, self.command, self.due = kind, command, due
-        self.popen = launch(command, subprocess.PIPE)
+    def __init__(self, kind: str, command: Command, due: float, stanza: int) -> None:
+        self.kind, self.command, self.due, self.stanza = kind, command, due, stanza
+        self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
         self.signal = signal.SIGTERM  # that ends it when it is due
+        self.closes: Optional[Cycle] = None
 
 
 class Cycle:
     """A command that opens, and one that closes in `seconds`; without words where nothing has to.
 
-    `limit` is how many seconds each may run, `label` says whose they are.
+    `limit` is how many seconds each may run, `stanza` and `label` say whose they are.
     """
 
-    def __init__(self, kind: str, label: str, limit: int, seconds: int, opening: Command,
-                 closing: Command) -> None:
-        self.kind, self.label, self.limit = kind, label, limit
+    def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
+                 opening: Command, closing: Command) -> None:
+        self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
         self.opening, self.closing = opening, closing
         self.ends = time.monotonic() + seconds
-        self.opened: Child
-        self.switch: "subprocess.Popen[bytes]"
+        self.openings: List[Child] = []  # the last one, and those before that still run
+        self.switch: Optional["subprocess.Popen[bytes]"] = None
+        self.failed = False  # whether its command that closes has
 
     @property
     def is_open(self) -> bool:
         """Whether its command has opened or is about to, and its switch has not closed."""
-        return self.opened.popen.poll() in (None, 0) and self.switch.poll() is None
+        return (self.openings[-1].popen.poll() in (None, 0)
+                and self.switch is not None and self.switch.poll() is None)
 
 
 class Commands:
@@ -4673,20 +4752,32 @@ class Commands:
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
 
     def run(self, cycles: List[Cycle]) -> None:
-        """Opens all; CommandError when they are too many, or one can't be started."""
-        if (len(self.running) + len(cycles) > MAX_RUNNING
-                or len(self.cycles) + len(cycles) > MAX_CYCLES):
-            raise CommandError("too many commands: %d run, and %d wait to close"
-                               % (len(self.running), len(self.cycles)))
+        """Opens all; CommandError when one can't be started, or they are too many of a stanza.
+
+        What only closes later is no new one.
+        """
+        stanza = cycles[0].stanza
+        run = sum(child.stanza == stanza for child in self.running)
+        wait = sum(cycle.stanza == stanza for cycle in self.cycles.values())
+        new = {cycle.closing for cycle in cycles if cycle.closing.words} - set(self.cycles)
+        if (run + sum(not self.lasts(cycle) for cycle in cycles) > MAX_RUNNING
+                or wait + len(new) > MAX_CYCLES):
+            raise CommandError("too many commands: %d of stanza #%d run, and %d wait to close"
+                               % (run, stanza, wait))
         for cycle in cycles:
             if self.test:
                 self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
             else:
                 self.open(cycle)
 
-    def start(self, kind: str, command: Command, limit: int) -> Child:
+    def lasts(self, cycle: Cycle) -> bool:
+        """Whether what the cycle opens is open, so that it has only to close later."""
+        known = self.cycles.get(cycle.closing)
+        return known is not None and known.opening == cycle.opening and known.is_open
+
+    def start(self, kind: str, command: Command, limit: int, stanza: int) -> Child:
         """Starts a command whose output and end come to the log; it has `limit` seconds."""
-        child = Child(kind, command, time.monotonic() + limit)
+        child = Child(kind, command, time.monotonic() + limit, stanza)
         self.running.append(child)
         self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
         return child
@@ -4712,6 +4803,8 @@ class Commands:
         code = child.popen.returncode
         self.log.write(WARNING if code else INFO, "%s: command returned %d, pid_status: %d"
                        % (child.kind, code, code))
+        if child.closes is not None:
+            self.finish_close(child.closes, code)
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
@@ -4739,16 +4832,18 @@ class Commands:
             cycle.ends = max(cycle.ends, known.ends)
         seconds = int(cycle.ends - time.monotonic() + 0.999)
         if cycle.closing.words:
-            words = SWITCH + (b"%d" % (seconds + SWITCH_SECONDS),) + cycle.closing.words
-            cycle.switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
-        if known and known.opening == cycle.opening and known.is_open:
-            cycle.opened = known.opened
+            self.set_switch(cycle, seconds + SWITCH_SECONDS)
+        if known and self.lasts(cycle):
+            cycle.openings = known.openings
         else:
+            if known:
+                cycle.openings = [each for each in known.openings if each.popen.poll() is None]
             self.log.info(("%sRunning command '%s'%s" if cycle.kind == "CMD_EXEC" else
                            "%sRunning CMD_CYCLE_OPEN command: %s%s")
                           % (cycle.label, cycle.opening, cycle.opening.runner))
             try:
-                cycle.opened = self.start(cycle.kind, cycle.opening, cycle.limit)
+                cycle.openings.append(self.start(cycle.kind, cycle.opening, cycle.limit,
+                                                 cycle.stanza))
             except CommandError:
                 self.end_switch(cycle)
                 raise
@@ -4759,39 +4854,80 @@ class Commands:
             self.log.info("%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s"
                           % (cycle.label, seconds, cycle.closing))
 
+    def set_switch(self, cycle: Cycle, seconds: int) -> None:
+        """Gives a cycle a switch, in place of the one that it may have."""
+        words = SWITCH + (b"%d" % seconds,) + cycle.closing.words
+        switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
+        self.end_switch(cycle)
+        cycle.switch = switch
+
     def end_switch(self, cycle: Cycle) -> None:
         """Takes the switch of a cycle away, if it has one; look() takes note of its end."""
-        if cycle.closing.words:
+        if cycle.switch is not None:
             end_group(cycle.switch, signal.SIGKILL)
             self.switches.append(cycle.switch)
+            cycle.switch = None
 
     def close(self, cycle: Cycle, why: str) -> None:
-        """Starts what closes, also if what opens has failed: that may have done half its work."""
+        """Starts what closes, also if what opens has failed: that may have done half its work.
+
+        A switch stays until it has closed, and waits meanwhile for as long as that may take.
+        """
         del self.cycles[cycle.closing]
-        end_group(cycle.opened.popen, signal.SIGKILL)  # or it might open after this
+        for child in cycle.openings:
+            end_group(child.popen, signal.SIGKILL)  # or it might open after this
         self.log.info("%s%s, running CMD_CYCLE_CLOSE command: %s%s"
                       % (cycle.label, why, cycle.closing, cycle.closing.runner))
-        code = cycle.switch.poll()
+        code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
             self.log.warning("CMD_CYCLE_CLOSE: its switch has run it, which returned %d" % code)
-            return
+        if code != 0:
+            self.start_close(cycle, cycle.closing)
+
+    def start_close(self, cycle: Cycle, command: Command) -> None:
+        """Starts the command that closes a cycle."""
         try:
-            self.start("CMD_CYCLE_CLOSE", cycle.closing, cycle.limit)
-            self.end_switch(cycle)  # not before: a crash in between may close twice, never not
+            self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
+            child = self.start("CMD_CYCLE_CLOSE", command, cycle.limit + SWITCH_SECONDS,
+                               cycle.stanza)
+            child.closes = cycle
         except CommandError as error:
-            self.log.error("%s; its switch tries it again" % error)
+            self.leave_to_switch(cycle, str(error))
+
+    def leave_to_switch(self, cycle: Cycle, why: str) -> None:
+        """Lets the switch close, which goes on when this server ends."""
+        self.log.error("%s; its switch tries it again" % why)
+        if cycle.switch is not None:
             self.switches.append(cycle.switch)
+
+    def finish_close(self, cycle: Cycle, code: int) -> None:
+        """Ends the switch of what has closed; what has failed to is tried again, at last by it.
+
+        The second try goes on when this server ends.
+        """
+        if code == 0:
+            self.end_switch(cycle)
+        elif cycle.failed:
+            self.leave_to_switch(cycle, "%s%s has failed twice" % (cycle.label, cycle.closing))
+        else:
+            cycle.failed = True
+            words = SWITCH + (b"%d" % SWITCH_SECONDS,) + cycle.closing.words
+            self.start_close(cycle, Command(words, cycle.closing.account))
 
     def next_due(self) -> float:
         """When look() is due, on the monotonic clock."""
         return min([child.due for child in self.running]
                    + [cycle.ends for cycle in self.cycles.values()], default=FOR_EVER)
 
+    def close_all(self, why: str) -> None:
+        """Closes all cycles now."""
+        for cycle in list(self.cycles.values()):
+            self.close(cycle, why)
+
     def stop(self) -> None:
         """Closes everything at once, and waits a while for the commands that run."""
         end = time.monotonic() + STOP_SECONDS
-        for cycle in list(self.cycles.values()):
-            self.close(cycle, "Shutting down")
+        self.close_all("Shutting down")
         while self.running and time.monotonic() < end:
             time.sleep(0.01)
             for child in self.running:
@@ -4805,7 +4941,7 @@ class Commands:
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
 
-MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time, and how long one may take
+MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
@@ -4856,30 +4992,34 @@ class Resolver:
         self.selector, self.resolve = selector, resolve
         self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
         self.answers: List[Callable[[], None]] = []
-        self.busy = 0
+        self.busy: List[int] = []  # for which stanza, each
 
-    def look_up(self, name: str, version: int, then: Callable[[Optional[Address]], None]) -> bool:
-        """Starts to look `name` up for an IP version; False when too many are looked up already."""
+    def look_up(self, name: str, version: int, stanza: int,
+                then: Callable[[Optional[Address]], None]) -> bool:
+        """Starts to look `name` up for an IP version; False when too many of a stanza's are."""
+        def answer(address: Optional[Address]) -> None:
+            self.busy.remove(stanza)
+            then(address)
+
         def work() -> None:
             address = self.resolve(name, version)
-            self.answers.append(lambda: then(address))
+            self.answers.append(lambda: answer(address))
             self.sockets[1].send(b"\0")
 
-        if self.busy >= MAX_LOOKUPS:
+        if self.busy.count(stanza) >= MAX_LOOKUPS:
             return False
         if not self.sockets:
             self.sockets = socket.socketpair()
             self.selector.register(self.sockets[0], selectors.EVENT_READ, self.deliver)
         import threading
         threading.Thread(target=work, daemon=True).start()
-        self.busy += 1
+        self.busy.append(stanza)  # only the selector's loop takes it away
         return True
 
     def deliver(self) -> None:
         """Gives the answers that are there."""
         self.sockets[0].recv(MAX_LOOKUPS)
         while self.answers:
-            self.busy -= 1
             self.answers.pop(0)()
 
 
@@ -4992,7 +5132,7 @@ class Gate:
             self.open(verdict, packet, stanza, datagram)
         except NameToResolve as asked:
             name, version = asked.args
-            if not self.resolver.look_up(name, version, lambda address: self.go_on(
+            if not self.resolver.look_up(name, version, stanza.number, lambda address: self.go_on(
                     packet, stanza, datagram, address)):
                 raise PacketRejected("NAT", "too many NAT hosts are looked up") from None
 
@@ -5014,7 +5154,7 @@ class Gate:
             if by_commands:
                 self.commands.run(self.cycles(verdict, packet, stanza, datagram))
             else:
-                self.grants.open(verdict.doors, verdict.seconds)
+                self.grants.open(verdict.doors, verdict.seconds, stanza.number)
         except CommandError as error:
             self.log.error(str(error))
             why = (("command", "a command could not be started") if by_commands else
@@ -5038,8 +5178,8 @@ class Gate:
             command = client_command(packet, stanza, self.settings.sudo_program)
             self.log.info("%sProcessing SPA Command message: command='%s'."
                           % (label, packet.command))
-            return [Cycle("CMD_EXEC", label, limit, 0, command, Command((), None))]
-        return [Cycle("CMD_CYCLE_OPEN", label, limit, verdict.seconds,
+            return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
+        return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds,
                       *cycle_commands(stanza, door, datagram, verdict.seconds, time.time()))
                 for door in verdict.doors]
 
@@ -5231,7 +5371,7 @@ class Server(Gate):
         captures = open_captures(self.settings, self.log)  # fails before anything is changed
         self.grants.firewall.prepare()
         if flush:
-            self.grants.flush()
+            self.flush()
         else:
             self.grants.adopt()
         for events, react in ((self.firewall_events, self.hear_firewall),
@@ -5241,6 +5381,15 @@ class Server(Gate):
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures, self.settings)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+
+    def flush(self) -> None:
+        """Closes all that is open: grants, cycles, and what earlier settings have left."""
+        self.commands.close_all("Flushing")
+        try:
+            self.grants.flush()
+        finally:
+            if not self.commands.test:
+                flush_leftovers(self.settings, self.grants.firewall, self.log)
 
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""
@@ -5274,8 +5423,8 @@ class Server(Gate):
         self.log.info(self.report())
         self.memory.close()
         if self.grants.firewall.guard_ports:
-            self.log.info("%s stay closed to everybody; --unguard opens them"
-                          % port_list(self.grants.firewall.guard_ports))
+            self.log.info("Closed to everybody from now on, until --unguard: "
+                          + port_list(self.grants.firewall.guard_ports))
         self.commands.stop()
         if self.settings.flush_at_stop:
             try:
@@ -5490,7 +5639,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
     if firewall.guard_ports:
-        log.info("%s are closed to everybody without a grant" % port_list(firewall.guard_ports))
+        log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
     log.info("Starting fwknopd main event loop.")
     if ready is not None:
         os.write(ready, b"1")
@@ -5540,7 +5689,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     if number == signal.SIGUSR2:
         log.info("Got SIGUSR2. Closing all grants.")
         try:
-            server.grants.flush()
+            server.flush()
         except CommandError as error:
             log.error("%s; trying again" % error)
         return
@@ -5911,10 +6060,14 @@ def signal_server(arguments: Arguments) -> int:
     return 0
 
 
-def flush_firewall(firewall: Firewall, server: Optional[int]) -> None:
-    """Closes all grants; where a server runs it does that, or it would put them back."""
+def flush_firewall(settings: ServerSettings, firewall: Firewall, server: Optional[int],
+                   log: Log) -> None:
+    """Closes all that is open; where a server runs it does that, or it would put grants back."""
     if server is None:
-        firewall.flush()
+        try:
+            firewall.flush()
+        finally:
+            flush_leftovers(settings, firewall, log)
         return
     os.kill(server, signal.SIGUSR2)
     for _ in range(100):
@@ -5947,7 +6100,7 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
             print("\nListing all rules in our tables...\n" + firewall.listing())
     else:
         print("Deleting any existing firewall rules...")
-        flush_firewall(firewall, server)
+        flush_firewall(settings, firewall, server, log)
 
 
 def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:

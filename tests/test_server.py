@@ -18,6 +18,7 @@ import tempfile
 import types
 import unittest
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
+from unittest import mock
 
 from tests.support import load_script, run, skip
 from tests.test_packet import NOW, Sender, b64
@@ -1060,6 +1061,19 @@ class GrantsTest(ServerCase):
         self.assertEqual(set(doors), set(self.firewall.rules))
         self.assertIn(self.firewall.most, range(1, server.OPEN_AT_ONCE + 1))
 
+    def test_a_stanza_has_its_limit(self) -> None:
+        """Many doors of one keep no other out, and what is open already may be extended."""
+        doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(1000)]
+        self.grants.open(doors, 30, 1)
+        for more in ([self.ssh], [doors[0], self.ssh]):
+            with self.assertRaisesRegex(server.PacketRejected, "^1000 doors of this stanza") as no:
+                self.grants.open(more, 30, 1)
+            self.assertEqual("grants", no.exception.reason)
+        self.grants.open([doors[0]], 60, 1)
+        self.grants.open([self.ssh], 60, 2)
+        self.assertEqual(["tcp/22"] * 2, self.later(31))
+        self.grants.open(doors[1:], 30, 1)
+
     def test_check_adopts_what_is_too_much(self) -> None:
         """A grant that nobody here knows of is closed in time, too."""
         stranger = server.Grant(self.ssh, 0, self.clock.mono() + 5)
@@ -1180,7 +1194,9 @@ class LifeTest(ServerCase):
                 door("10.55.0.2/32 tcp/22"), NOW + 30, 5030.0)}
             made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n"
                               % self.free_port())
-            made.start(flush)
+            with mock.patch.object(server, "flush_leftovers") as leftovers:
+                made.start(flush)
+            self.assertEqual(flush, leftovers.called)
             self.assertEqual((left, left), (len(self.firewall.rules), len(made.grants.live)))
             for capture in made.captures:
                 capture.close()
