@@ -173,7 +173,7 @@ VARIABLES = (
     ("", "$IP", "::ffff:10.1.2.3,tcp/22", CLIENT, "10.1.2.3"),
     ("ACCESS_PREFIX4 24", "$IP $PKT_SRC", "10.9.9.9,tcp/22", CLIENT, "10.9.9.0/24 10.55.0.2"),
     ("ACCESS_PREFIX6 56", "$SRC", "2001:db8:1:2ff::7,tcp/22", CLIENT, "2001:db8:1:200::/56"),
-    ("", "'$IP' \"a b\" ; | $(x)".replace("$(x)", "`x`"), "10.9.9.9,tcp/22", CLIENT,
+    ("", "'$IP' \"a b\" ; # | $(x)".replace("$(x)", "`x`"), "10.9.9.9,tcp/22", CLIENT,
      "'10.9.9.9' \"a b\""),  # what follows a semicolon is a comment of the file's
 )
 
