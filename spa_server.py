@@ -3,7 +3,8 @@
 
 This is a server for fwknop's single packet authorization (SPA). It reads fwknopd.conf and
 access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
-Python's standard library.
+Python's standard library, and nft or iptables. "fwknop spec 1.4" in a comment is that section of
+the project's own description of fwknop's formats and behaviour, observed from its programs.
 
 The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 21:
 
@@ -14,11 +15,12 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   remember   on file before a door opens: a crash must not allow a replay   section 12
   judge      user, address, ports, expiry: what may this packet open?       section 9
   open       the firewall gets the grant, and ends it by itself             sections 19, 15 to 17
+  or run     instead of opening, where a stanza says so: commands           section 20
   close      by the kernel when its time has come; by this server too       section 19
-  run        instead of opening, where a stanza says so: commands           section 20
 
 Contents. Sections 1 to 9 compute: bytes, text and time go in, values come out; they read the
-configuration and touch nothing else.
+configuration and touch nothing else, apart from the user database, PATH and an optional import of
+`cryptography`.
 
   1. Words and errors
   2. AES (FIPS 197)
@@ -68,6 +70,7 @@ import subprocess
 import sys
 import time
 from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
+from functools import partial
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, TypeVar, Union, overload)
 
@@ -111,11 +114,14 @@ class UsageError(SpaError):
 
 
 class CommandError(SpaError):
-    """A program or the kernel did not do what it was told; `number` is the kernel's errno."""
+    """A program or the kernel did not do what it was told.
 
-    def __init__(self, message: str, hint: str = "", number: int = 0) -> None:
-        super().__init__(message, hint)
-        self.number = number
+    `number` is the kernel's errno, `said` the last line of a program.
+    """
+
+    def __init__(self, message: str, number: int = 0, said: str = "") -> None:
+        super().__init__(message)
+        self.number, self.said = number, said
 
 
 class PacketRejected(Exception):
@@ -133,6 +139,10 @@ class WrongKey(PacketRejected):
 
 class NotFresh(PacketRejected):
     """The packet is too old, too new, or was seen before; that holds for every stanza."""
+
+
+class TooFast(PacketRejected):
+    """The packet was not looked at, since too many like it came before."""
 
 
 class Datagram(NamedTuple):
@@ -177,6 +187,14 @@ class Door(NamedTuple):
         """The door without where it leads: of two with the same entrance only one can be open."""
         return self._replace(target=None, target_port=0)
 
+    def meets(self, other: "Door") -> bool:
+        """Whether a connection could take either of the two doors."""
+        return (self.source.overlaps(other.source)
+                and (None in (self.destination, other.destination)
+                     or self.destination == other.destination)
+                and (0 in (self.port, other.port)
+                     or (self.protocol, self.port) == (other.protocol, other.port)))
+
     @property
     def word(self) -> str:
         """What fwknopd's log calls its rule: `access`, `FORWARD ALL`, `SNAT`."""
@@ -197,11 +215,15 @@ class Door(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds."""
+    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds.
+
+    `stanza` is the number of the one that opened it, 0 when nobody knows any more.
+    """
 
     door: Door
     expires: int
     ends: float
+    stanza: int = 0
 
 
 # ======================================================================================
@@ -362,13 +384,12 @@ class AesInverse(Aes):
 SALTED_PREFIX = b"U2FsdGVkX1"  # what base64 makes of "Salted__": never sent, but authenticated
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 ALPHABET_AND_FILLING = ALPHABET + b"="
-MAX_KEY_BYTES = 32
-MAX_HMAC_KEY_BYTES = 128
+MAX_KEY_BYTES, LEGACY_KEY_BYTES, MAX_HMAC_KEY_BYTES = 32, 16, 128
 MAX_PASSPHRASE_BYTES = 255  # gpg's
-LEGACY_KEY_BYTES = 16
 PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
 ASYMMETRIC = "ASYMMETRIC"  # the mode that is GPG
+NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data is invalid"
 
 
 class Secret(bytes):
@@ -449,6 +470,12 @@ class Hmac:
 # --- end shared: digests --
 
 
+def expect(right: bool, what: str) -> None:
+    """ValueError that `what` was expected, unless the value is `right`."""
+    if not right:
+        raise ValueError("expected " + what)
+
+
 def encode_base64(data: bytes) -> bytes:
     """RFC 4648 base64 without '=', as everywhere in an SPA packet."""
     return binascii.b2a_base64(data, newline=False).rstrip(b"=")
@@ -498,11 +525,11 @@ def xor(left: bytes, right: bytes) -> bytes:
 def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
     """`text` (whole blocks) decrypted in `mode`, with its padding (NIST SP 800-38A section 6)."""
     blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
+    pairs = zip(blocks, [iv] + blocks)
     if mode == "ECB":
-        return b"".join(cipher.decrypt_block(block) for block in blocks)
+        return b"".join(map(cipher.decrypt_block, blocks))
     if mode == "CFB":
-        return b"".join(xor(block, cipher.encrypt_block(previous))
-                        for block, previous in zip(blocks, [iv] + blocks))
+        return b"".join(xor(block, cipher.encrypt_block(before)) for block, before in pairs)
     if mode in ("OFB", "CTR"):
         plain, counter = b"", iv
         for block in blocks:
@@ -510,8 +537,7 @@ def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
             plain += xor(block, output)
             counter = output if mode == "OFB" else next_counter(counter)
         return plain
-    return b"".join(xor(cipher.decrypt_block(block), previous)
-                    for block, previous in zip(blocks, [iv] + blocks))
+    return b"".join(xor(cipher.decrypt_block(block), before) for block, before in pairs)
 
 
 def next_counter(counter: bytes) -> bytes:
@@ -526,28 +552,19 @@ def strip_padding(plain: bytes) -> bytes:
     could be changed in its padding and sent again as a new one.
     """
     length = plain[-1]
-    if not 1 <= length <= 16 or plain[-length:] != bytes([length]) * length:
-        raise ValueError("expected padding")
+    expect(1 <= length <= 16 and plain[-length:] == bytes([length]) * length, "padding")
     return plain[:-length]
 
 
-class PacketKeys:
-    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+class Keys:
+    """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
 
-    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
-        self.secret = key
-        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
-            self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
-        self.mode = mode
-        self.hmac = Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None
-        self.tag_length = hmac_type.text_size if hmac_key else 0
-        self.malformed = PacketRejected if hmac_key else WrongKey  # perhaps another stanza's tag
-        self.library = None if hmac_key else import_cryptography()
+    signed = ""  # what the log says of who signed the last packet
 
-    @staticmethod
-    def prefix(body: bytes) -> bytes:
-        """What the sender left off the base64 text."""
-        return SALTED_PREFIX
+    def __init__(self, hmac: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
+                 prefix: Callable[[bytes], bytes]) -> None:
+        self.hmac, self.tag_length, self.prefix = hmac, hmac_type.text_size, prefix
+        self.malformed = PacketRejected if hmac else WrongKey  # perhaps another stanza's tag
 
     def authentic(self, payload: bytes) -> bool:
         """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell.
@@ -559,9 +576,24 @@ class PacketKeys:
         return compare_digest(encode_base64(self.hmac(payload[:-self.tag_length])),
                               payload[-self.tag_length:])
 
+    def paid(self) -> None:
+        """Takes note that the packet just opened was genuine and new."""
+
     def body(self, payload: bytes) -> bytes:
         """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
         return payload[:-self.tag_length] if self.hmac else payload.rstrip(b"=")
+
+
+class PacketKeys(Keys):
+    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+
+    def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
+        super().__init__(Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None, hmac_type,
+                         lambda body: SALTED_PREFIX)
+        self.secret, self.mode = key, mode
+        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
+            self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
+        self.library = None if hmac_key else import_cryptography()
 
     def open(self, ciphertext: bytes) -> bytes:
         """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
@@ -575,12 +607,10 @@ class PacketKeys:
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = block_cipher(key, self.library)
         try:
-            if not decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit():
-                raise ValueError("expected digits")
+            expect(decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit(), "digits")
             return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
         except ValueError:
-            raise WrongKey("wrong key", "Error creating fko context: "
-                           "Decryption failed or decrypted data is invalid") from None
+            raise WrongKey("wrong key", NOT_DECRYPTED) from None
 
 
 # ======================================================================================
@@ -655,13 +685,13 @@ def check_form(payload: bytes) -> None:
         raise NotSpa("length", 4097)
     if payload.translate(None, ALPHABET_AND_FILLING):
         raise NotSpa("not an SPA packet", 4098)
-    if payload.startswith(SALTED_PREFIX) or (len(payload) > GPG_LENGTH
-                                             and payload.startswith(b"hQ")):
+    if payload.startswith(SALTED_PREFIX) or (
+            len(payload) > GPG_LENGTH and payload.startswith(GPG_PREFIX)):
         raise NotSpa("not an SPA packet", 4096)
 
 
 def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
-    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if it is there.
+    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if that is there.
 
     `GET /PACKET ...`, or as to a proxy `GET http://HOST/PACKET ...`, with `-` for `+` and `_` for
     `/` (fwknop spec 1.14). In a list of addresses only the last is what the proxy that sent this
@@ -678,6 +708,8 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
             break
         fields[name.lower()] = value.strip()
     agent, forwarded = fields.get(b"user-agent", b""), fields.get(b"x-forwarded-for")
+    if b"\n\r\n" not in request and b"\n\n" not in request:
+        forwarded = None  # what was cut off might say something else
     if not target.startswith(b"/") or not (any_agent or agent.startswith(b"Fwknop")):
         raise NotSpa("not an SPA packet", 4098)
     return (target[1:].replace(b"-", b"+").replace(b"_", b"/"),
@@ -734,8 +766,7 @@ def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Pac
 def decode_packet(plain: bytes) -> Packet:
     """The fields of RAND:USER:TIMESTAMP:VERSION:TYPE:MSG[:NAT][:AUTH][:TIMEOUT]:DIGEST."""
     if not plain[:16].isdigit() or plain[16:17] != b":":
-        raise WrongKey("wrong key", "Error creating fko context: "
-                       "Decryption failed or decrypted data is invalid")
+        raise WrongKey("wrong key", NOT_DECRYPTED)
     check_field(not plain.translate(None, PRINTABLE), "DECODE_NON_ASCII")
     fields = plain.split(b":")
     check_field(len(fields) >= 7, "DECODE_LT_MIN_FIELDS")
@@ -754,9 +785,10 @@ def decode_packet(plain: bytes) -> Packet:
     nat, server_auth, timeout = decode_extra(message_type, fields[6:-1])
     text = decode_text(message, 256, "DECODE_MESSAGE")
     address, ports, command = decode_message(message_type, text)
-    return Packet(random.decode(), decode_user(user), int(timestamp), version.decode(),
-                  message_type, text, nat, server_auth, timeout, digest_type,
-                  address, ports, command)
+    name = decode_text(user, 64, "DECODE_USERNAME")
+    check_field(set(name) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")  # spec 1.3
+    return Packet(random.decode(), name, int(timestamp), version.decode(), message_type, text, nat,
+                  server_auth, timeout, digest_type, address, ports, command)
 
 
 def check_digest(message: bytes, text: bytes) -> str:
@@ -779,13 +811,6 @@ def decode_text(field: bytes, longest: int, name: str) -> str:
         return decode_base64(field).decode("latin-1")
     except ValueError:
         raise PacketRejected("malformed", invalid_data(name + "_DECODEFAIL")) from None
-
-
-def decode_user(field: bytes) -> str:
-    """The user name: 1 to 48 printable characters without those of spec 1.3."""
-    user = decode_text(field, 64, "DECODE_USERNAME")
-    check_field(set(user) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")
-    return user
 
 
 def decode_extra(message_type: int,
@@ -842,8 +867,8 @@ def is_port(text: str) -> bool:
 def parse_port(text: str) -> Port:
     """`tcp/22` or `udp/53` as (protocol, port)."""
     protocol, _, number = text.partition("/")
-    if protocol not in PROTOCOL_NUMBERS or not is_port(number):
-        raise ValueError("expected tcp/PORT or udp/PORT, PORT 1 to 65535")
+    expect(protocol in PROTOCOL_NUMBERS and is_port(number),
+           "tcp/PORT or udp/PORT, PORT 1 to 65535")
     return protocol, int(number)
 
 
@@ -871,11 +896,11 @@ T = TypeVar("T")
 class Directive(Generic[T]):
     """A row: `settings.attribute` is the parsed value. A default is parsed as a file's."""
 
-    def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str,
-                 secret: bool = False) -> None:
+    secret = False  # whether no dump and no message may show the value
+
+    def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str) -> None:
         self.names = names.split()  # the first is the one that is written
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
-        self.secret = secret
 
     def __set_name__(self, owner: type, attribute: str) -> None:
         """Learns the attribute's name."""
@@ -895,9 +920,25 @@ class Directive(Generic[T]):
         settings.__dict__[self.attribute] = value
         return value
 
-    def set(self, settings: "Settings", text: str) -> None:
-        """Gives `settings` the value that `text` means; ValueError when it means none."""
-        settings.__dict__[self.attribute] = self.parse(text)
+
+class Flag(Directive[bool]):
+    """Y or N, by its first letter as in fwknopd."""
+
+    def __init__(self, names: str, help: str, default: str = "N") -> None:
+        super().__init__(names, self.parse_flag, default, help)
+
+    @staticmethod
+    def parse_flag(text: str) -> bool:
+        """Whether it is Y."""
+        expect(text[:1].upper() in ("Y", "N"), "Y or N")
+        return text[:1].upper() == "Y"
+
+
+class NoDefault(Directive[Optional[T]]):
+    """A row that is None until it is set."""
+
+    def __init__(self, names: str, parse: Callable[[str], T], help: str) -> None:
+        super().__init__(names, lambda text: parse(text) if text else None, "", help)
 
 
 class Ignored(Directive[str]):
@@ -923,14 +964,11 @@ class Line(NamedTuple):
         """The error that this line is wrong in the way that `text` says."""
         if not self.number:
             return UsageError("%s: %s" % (self.file, text))
-        where = "%s:%d" % (self.file, self.number)
-        return ConfigError("%s: %s%s" % (where, self.name + ": " if self.is_named else "", text))
-
-    @property
-    def is_named(self) -> bool:
-        """Whether the line begins with a name; else it may be a part of a key, and is not shown."""
         name = self.name.rstrip(":")
-        return (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
+        # What does not begin with a name may be a part of a key, and is not shown.
+        named = (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
+        return ConfigError("%s:%d: %s%s" % (self.file, self.number,
+                                            self.name + ": " if named else "", text))
 
 
 class Settings:
@@ -956,8 +994,8 @@ class Settings:
                     return row
         return None
 
-    def take(self, line: Line) -> Optional[str]:
-        """Sets what `line` says; ConfigError when it can't be. Returns a warning or None."""
+    def take(self, line: Line) -> List[str]:
+        """Sets what `line` says; ConfigError when it can't be. Returns warnings."""
         row = self.row(line.name)
         if row is None:
             near = self.row(line.name.upper())
@@ -965,14 +1003,13 @@ class Settings:
         value = line.value if row.secret else line.value.rstrip()
         try:
             value = self.expand(value)
-            row.set(self, value)
+            self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
             shown = "" if row.secret else ", not '%s'" % value
             raise line.error("%s%s" % (error, shown)) from None
         self.texts[row.name], self.lines[row.name] = value, line
-        if isinstance(row, Ignored):
-            return "%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
-        return None
+        return ["%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
+                ] * isinstance(row, Ignored)
 
     def is_set(self, row: Directive[Any]) -> bool:
         """Whether a file or an option set this directive."""
@@ -1000,33 +1037,53 @@ class Settings:
             if isinstance(row, Ignored):
                 continue
             value = self.texts.get(row.name, row.default)
-            if row.secret and value:
-                value = PLACEHOLDER
+            value = PLACEHOLDER if row.secret and value else value
             lines.append("%-27s %s;" % (row.name, value) if row.name in self.texts else
                          "#%-26s %s" % (row.name, value + ";" if value else "(not set)"))
         return "\n".join(lines) + "\n"
 
 
-def read_lines(path: str, colon: bool) -> Iterator[Line]:
-    """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
+MAX_KEY_FILE = 1 << 20  # bytes
 
-    `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
-    end, which belong to a key. Bytes above 0x7f come out as one character each.
+
+def read_file(path: str, theirs: bool = False) -> str:
+    """The bytes of a file, each as one character; of a user's (`theirs`) only so many.
+
+    That one must be a regular file, too, since whoever owns it may make it a pipe at any time.
     """
     try:
-        with open(path, encoding="latin-1", newline="\n") as file:
-            text = file.read()
+        with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
+                name, flags | (theirs and os.O_NONBLOCK))) as file:
+            if theirs and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError("%s: expected a regular file" % path)
+            text = file.read(MAX_KEY_FILE + 1 if theirs else -1)
     except OSError as error:
         raise ConfigError("%s: %s" % (path, error.strerror)) from None
-    for number, raw in enumerate(text.split("\n"), 1):
-        line = raw.partition("\r")[0].replace("\t", " ").lstrip(" ")
+    if theirs and len(text) > MAX_KEY_FILE:
+        raise ConfigError("%s: expected at most %d bytes" % (path, MAX_KEY_FILE))
+    return text
+
+
+def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
+    """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
+
+    What is behind the semicolon can only be a comment: a list that it cut might open more.
+    `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
+    end, which belong to a key. `theirs` says whether the file may be a user's own.
+    """
+    for number, raw in enumerate(read_file(path, theirs).split("\n"), 1):
+        line = raw.partition("\r")[0].lstrip(" \t")
         if not line or line[0] in "#;":
             continue
-        name = line.partition(" ")[0]
-        value = raw.lstrip(" \t")[len(name):].partition("\r")[0].lstrip(" \t").partition(";")[0]
+        name = line.replace("\t", " ").partition(" ")[0]
+        value, _, rest = line[len(name):].lstrip(" \t").partition(";")
         name = name.rstrip(":") if colon else name
-        if not value.strip(" \t"):
-            raise Line(path, number, name.rstrip(";:"), "").error("expected a value")
+        if not value.strip(" \t") or "\0" in line:
+            raise Line(path, number, name.rstrip(";:"), "").error(
+                "expected a value" + " without zero bytes" * ("\0" in line))
+        if rest.lstrip(" \t;")[:1] not in ("", "#"):
+            raise Line(path, number, name, "").error("expected nothing, or a # and a comment, "
+                                                     "behind the semicolon")
         yield Line(path, number, name, value)
 
 
@@ -1055,18 +1112,11 @@ def folder_files(folder: str) -> List[str]:
     return [os.path.join(folder, name) for name in names if name.endswith(".conf")]
 
 
-def parse_flag(text: str) -> bool:
-    """Y or N, by its first letter as in fwknopd."""
-    if text[:1].upper() not in ("Y", "N"):
-        raise ValueError("expected Y or N")
-    return text[:1].upper() == "Y"
-
-
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
     """A parser of decimal numbers from `least` to `most`."""
     def parse(text: str) -> int:
-        if text.strip("0123456789") or not 0 < len(text) <= 12 or not least <= int(text) <= most:
-            raise ValueError("expected %s, %d to %d" % (unit, least, most))
+        expect(0 < len(text) <= 12 and not text.strip("0123456789") and least <= int(text) <= most,
+               "%s, %d to %d" % (unit, least, most))
         return int(text)
     return parse
 
@@ -1083,19 +1133,13 @@ def choice(*words: str) -> Callable[[str], str]:
 
 def parse_path(text: str) -> str:
     """An absolute path."""
-    if not text.startswith("/"):
-        raise ValueError("expected an absolute path")
+    expect(text.startswith("/"), "an absolute path")
     return text
 
 
 def parse_home(text: str) -> str:
     """An absolute path, or one below the home of this user (~/)."""
     return parse_path(os.path.expanduser(text))
-
-
-def optional(parse: Callable[[str], T]) -> Callable[[str], Optional[T]]:
-    """A parser like `parse` that takes the empty default for None."""
-    return lambda text: parse(text) if text else None
 
 
 def parse_ports(text: str) -> FrozenSet[Port]:
@@ -1188,18 +1232,12 @@ def skip_extensions(packet: bytes) -> Tuple[int, int]:
     return protocol, start
 
 
-class LinkType(NamedTuple):
-    """The header of a frame: its length, and where EtherType and direction stand, if they do."""
-
-    length: int
-    ethertype: Optional[int] = None
-    direction: Optional[int] = None
-
-
-# By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, raw IP, Linux cooked.
-LINK_TYPES = {0: LinkType(4), 108: LinkType(4), 1: LinkType(14, 12), 113: LinkType(16, 14, 1),
-              276: LinkType(20, 0, 10), 12: LinkType(0), 14: LinkType(0), 101: LinkType(0),
-              228: LinkType(0), 229: LinkType(0)}
+# Length of a frame's header, and where EtherType and direction stand, if they do.
+LinkType = Tuple[int, Optional[int], Optional[int]]
+# By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, Linux cooked, raw IP.
+LINK_TYPES: Dict[int, LinkType] = {
+    0: (4, None, None), 108: (4, None, None), 1: (14, 12, None), 113: (16, 14, 1), 276: (20, 0, 10),
+    **dict.fromkeys((12, 14, 101, 228, 229), (0, None, None))}
 PACKET_OUTGOING = 4  # of linux/if_packet.h
 VLAN_TAGS = (b"\x81\x00", b"\x88\xa8", b"\x91\x00")  # IEEE 802.1Q, 802.1ad and what was before
 MAX_TAGS = 4
@@ -1248,8 +1286,8 @@ IS_IPV4, IS_IPV6 = (Comparison(0, 1, version, version, 0xF0) for version in (0x4
 FILTER_PROTOCOLS = {"udp": UDP, "tcp": TCP, "icmp": ICMP, "icmp6": ICMP6, "ip": 4, "ip6": 6}
 FILTER_SYMBOLS = {"(": "(", ")": ")", "!": "not", "&&": "and", "||": "or"}
 MAX_FILTER_WORDS = 400
-FILTER_LANGUAGE = ("expected udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange "
-                   "M-N, [ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
+FILTER_LANGUAGE = ("udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange M-N, "
+                   "[ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
 
 
 def both(test: Callable[[int], Filter], direction: str, source: int, destination: int) -> Filter:
@@ -1334,8 +1372,7 @@ class FilterParser:
             return Junction("not", (self.term(),))
         if self.take("("):
             tree = self.expression()
-            if not self.take(")"):
-                raise ValueError(FILTER_LANGUAGE)
+            expect(self.take(")") != "", FILTER_LANGUAGE)
             return tree
         protocol = self.take(*FILTER_PROTOCOLS)
         direction = self.take("src", "dst")
@@ -1349,7 +1386,7 @@ class FilterParser:
         if direction or kind:
             self.last = protocol, direction, kind or "host"
         if not self.last or not self.words:
-            raise ValueError(FILTER_LANGUAGE)
+            raise ValueError("expected " + FILTER_LANGUAGE)
         return self.primitive(*self.last, self.words.pop())
 
     @staticmethod
@@ -1357,31 +1394,26 @@ class FilterParser:
         """The test of one port, range, host or network."""
         low, dash, high = value.partition("-")
         if kind.startswith("port"):
-            if (protocol not in ("", "udp", "tcp") or bool(dash) != (kind == "portrange")
-                    or not is_port(low) or not is_port(high if dash else low)):
-                raise ValueError(FILTER_LANGUAGE)
+            expect(protocol in ("", "udp", "tcp") and bool(dash) == (kind == "portrange")
+                   and is_port(low) and is_port(high if dash else low), FILTER_LANGUAGE)
             return port_filter(protocol, direction, *sorted((int(low), int(high or low))))
         try:
             parse_address(value.partition("/")[0])
             network = ipaddress.ip_network(value)
         except ValueError:
-            raise ValueError(FILTER_LANGUAGE) from None
+            raise ValueError("expected " + FILTER_LANGUAGE) from None
         family = "ip" if network.version == 4 else "ip6"
-        if (kind == "host" and "/" in value) or protocol not in ("", family):
-            raise ValueError(FILTER_LANGUAGE)
+        expect((kind == "net" or "/" not in value) and protocol in ("", family), FILTER_LANGUAGE)
         return network_filter(direction, network)
 
 
 def parse_packet_filter(text: str) -> Filter:
     """The tree of a PCAP_FILTER."""
     parser = FilterParser(text)
-    if len(parser.words) > MAX_FILTER_WORDS:
-        raise ValueError("expected at most %d words" % MAX_FILTER_WORDS)
+    expect(len(parser.words) <= MAX_FILTER_WORDS, "at most %d words" % MAX_FILTER_WORDS)
     tree = parser.expression()
-    if parser.words:
-        raise ValueError(FILTER_LANGUAGE)
-    if len(compile_filter(tree)) > MAX_INSTRUCTIONS * SOCK_FILTER.size:
-        raise ValueError("expected a shorter filter")
+    expect(not parser.words, FILTER_LANGUAGE)
+    expect(len(compile_filter(tree)) <= MAX_INSTRUCTIONS * SOCK_FILTER.size, "a shorter filter")
     return tree
 
 
@@ -1474,8 +1506,8 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 
 def parse_interface(text: str) -> str:
     """The name of a network interface, or `any`."""
-    if not 0 < len(text) < 16 or set(text) & set("/ \t"):
-        raise ValueError("expected the name of one interface, or `any`")
+    expect(0 < len(text) < 16 and not set(text) & set(",/ \t"),
+           "the name of one interface, or `any`")
     return text
 
 
@@ -1492,10 +1524,10 @@ class IptablesChain(NamedTuple):
 def parse_iptables_chain(text: str) -> IptablesChain:
     """An IPT_*_ACCESS directive (fwknop spec 3.2)."""
     fields = [field.strip() for field in text.split(",")]
-    if len(fields) != 6 or not all(is_word(field) for field in fields) or not fields[3].isdigit():
-        raise ValueError("expected `target, table, from-chain, position, to-chain, position`")
-    if fields[2] == fields[4] or len(fields[4]) > 28:
-        raise ValueError("expected a chain of our own of at most 28 characters")
+    expect(len(fields) == 6 and all(map(is_word, fields)) and fields[3].isdigit(),
+           "`target, table, from-chain, position, to-chain, position`")
+    expect(fields[2] != fields[4] and len(fields[4]) <= 28,
+           "a chain of our own of at most 28 characters")
     return IptablesChain(fields[0], fields[1], fields[2], max(1, int(fields[3])), fields[4])
 
 
@@ -1510,10 +1542,9 @@ class NftChain(NamedTuple):
 def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
     """A comma list of nftables chains: `inet filter input, ip6 filter input`."""
     chains = []
-    for item in text.split(",") if text else ():
-        words = item.split()
-        if len(words) != 3 or words[0] not in NFT_FAMILIES or not all(map(is_word, words)):
-            raise ValueError("expected `inet|ip|ip6 TABLE CHAIN`, with commas between")
+    for words in [item.split() for item in text.split(",") if text]:
+        expect(len(words) == 3 and words[0] in NFT_FAMILIES and all(map(is_word, words)),
+               "`inet|ip|ip6 TABLE CHAIN`, with commas between")
         chains.append(NftChain(*words))
     return tuple(chains)
 
@@ -1532,8 +1563,7 @@ def parse_nat_address(text: str) -> Address:
 def parse_nat_target(text: str) -> Tuple[Address, int]:
     """`IP PORT` of a FORCE_NAT directive."""
     words = text.split()
-    if len(words) != 2 or not is_port(words[1]):
-        raise ValueError("expected `IP PORT`")
+    expect(len(words) == 2 and is_port(words[1]), "`IP PORT`")
     return parse_nat_address(words[0]), int(words[1])
 
 
@@ -1556,37 +1586,34 @@ class ServerSettings(Settings):
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
                               "what to look at, in tcpdump's language; see Carriers")
-    any_direction = Directive("ENABLE_PCAP_ANY_DIRECTION", parse_flag, "N",
-                              "look at what this host sends, too")
-    promiscuous = Directive("ENABLE_PCAP_PROMISC", parse_flag, "N",
-                            "look at what PCAP_INTF hears for other hosts, too")
-    capture_file = Directive("PCAP_FILE", optional(parse_path), "",
+    any_direction = Flag("ENABLE_PCAP_ANY_DIRECTION", "look at what this host sends, too")
+    promiscuous = Flag("ENABLE_PCAP_PROMISC", "look at what PCAP_INTF hears for other hosts, too")
+    capture_file = NoDefault("PCAP_FILE", parse_path,
                              "judge the packets of this file of `tcpdump -w` instead, and end")
     packet_limit = Directive("PACKET_LIMIT", integer(0, 10 ** 9), "0",
                              "end after so many packets that look like SPA; 0: go on")
-    udp_server = Directive("ENABLE_UDP_SERVER", parse_flag, "N", "listen on a UDP socket instead")
+    udp_server = Flag("ENABLE_UDP_SERVER", "listen on a UDP socket instead")
     udp_port = Directive("UDPSERV_PORT", integer(1, 65535), "62201", "port of that socket")
-    tcp_server = Directive("ENABLE_TCP_SERVER", parse_flag, "N", "listen on a TCP socket as well")
+    tcp_server = Flag("ENABLE_TCP_SERVER", "listen on a TCP socket as well")
     tcp_port = Directive("TCPSERV_PORT", integer(1, 65535), "62201", "port of that one")
-    http = Directive("ENABLE_SPA_OVER_HTTP", parse_flag, "N",
-                     "take packets in HTTP requests, where TCP is looked at")
-    any_agent = Directive("ALLOW_ANY_USER_AGENT", parse_flag, "N",
-                          "from every User-Agent, not only from Fwknop")
-    forwarded_for = Directive("ENABLE_X_FORWARDED_FOR", parse_flag, "N",
-                              "the source is the last address in X-Forwarded-For")
-    aging = Directive("ENABLE_SPA_PACKET_AGING", parse_flag, "Y", "reject packets by their age")
+    http = Flag("ENABLE_SPA_OVER_HTTP", "take packets in HTTP requests, where TCP is looked at")
+    any_agent = Flag("ALLOW_ANY_USER_AGENT", "from every User-Agent, not only from Fwknop")
+    forwarded_for = Flag("ENABLE_X_FORWARDED_FOR",
+                         "the source is the last address in X-Forwarded-For")
+    aging = Flag("ENABLE_SPA_PACKET_AGING", "reject packets by their age", "Y")
     max_packet_age = Directive("MAX_SPA_PACKET_AGE", integer(1, 100000, "seconds"), "120",
                                "by how many seconds a client's clock may differ")
-    digest_persistence = Directive("ENABLE_DIGEST_PERSISTENCE", parse_flag, "Y",
-                                   "keep the replay memory in DIGEST_FILE, not only in the process")
+    digest_persistence = Flag("ENABLE_DIGEST_PERSISTENCE",
+                              "keep the replay memory in DIGEST_FILE, not only in the process", "Y")
     firewall = Directive("FIREWALL_TYPE", choice("auto", "nft", "iptables", "none"), "auto",
                          "auto, nft, iptables or none")
     guard_ports = Directive("GUARD_PORTS", parse_ports, "",
                             "ports that are closed to everybody without a grant: tcp/22, udp/1194")
     nft_accept_chains = Directive("NFT_ACCEPT_CHAINS", parse_nft_chains, "",
                                   "chains of the host's nftables for grants: inet filter input")
-    firewall_program = Directive("FIREWALL_EXE", optional(parse_path), "",
-                                 "iptables or nft to run; without it the one in PATH")
+    firewall_program = NoDefault("FIREWALL_EXE", parse_path,
+                                 "iptables or nft to run, which auto then takes; without it the "
+                                 "one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
                              "target, table, from-chain, position, chain, position")
@@ -1607,26 +1634,23 @@ class ServerSettings(Settings):
     nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
                                    "chains of the host's nftables for what NAT forwards: "
                                    "inet filter forward")
-    forwarding = Directive("ENABLE_IPT_FORWARDING", parse_flag, "N",
-                           "NAT to hosts behind this one (message types 2 and 4)")
-    local_nat = Directive("ENABLE_IPT_LOCAL_NAT", parse_flag, "N",
-                          "NAT to another port of this host (message types 5 and 6)")
-    snat = Directive("ENABLE_IPT_SNAT", parse_flag, "N",
-                     "let what NAT forwards come from this host, so that answers find back")
-    snat_address = Directive("SNAT_TRANSLATE_IP", optional(parse_nat_address), "",
+    forwarding = Flag("ENABLE_IPT_FORWARDING",
+                      "NAT to hosts behind this one (message types 2 and 4)")
+    local_nat = Flag("ENABLE_IPT_LOCAL_NAT",
+                     "NAT to another port of this host (message types 5 and 6)")
+    snat = Flag("ENABLE_IPT_SNAT",
+                "let what NAT forwards come from this host, so that answers find back")
+    snat_address = NoDefault("SNAT_TRANSLATE_IP", parse_nat_address,
                              "from this address; without it from that of the way out")
-    nat_dns = Directive("ENABLE_NAT_DNS", parse_flag, "Y",
-                        "look up the host that a client wants NAT to by its name")
-    enable_output = Directive("ENABLE_IPT_OUTPUT", parse_flag, "N",
-                              "let answers out with rules of their own (iptables)")
-    destination_rule = Directive("ENABLE_DESTINATION_RULE", parse_flag, "N",
-                                 "open only the address that the packet was sent to")
-    rule_prepend = Directive("ENABLE_RULE_PREPEND", parse_flag, "N",
-                             "put access rules first in their chain (iptables)")
-    flush_at_start = Directive("FLUSH_IPT_AT_INIT", parse_flag, "N",
-                               "close all grants at start instead of going on with them")
-    flush_at_stop = Directive("FLUSH_IPT_AT_EXIT", parse_flag, "Y",
-                              "close all grants at a clean stop; N: the kernel ends them")
+    nat_dns = Flag("ENABLE_NAT_DNS", "look up the host that a client wants NAT to by its name", "Y")
+    enable_output = Flag("ENABLE_IPT_OUTPUT", "let answers out with rules of their own (iptables)")
+    destination_rule = Flag("ENABLE_DESTINATION_RULE",
+                            "open only the address that the packet was sent to")
+    rule_prepend = Flag("ENABLE_RULE_PREPEND", "put access rules first in their chain (iptables)")
+    flush_at_start = Flag("FLUSH_IPT_AT_INIT",
+                          "close all grants at start instead of going on with them")
+    flush_at_stop = Flag("FLUSH_IPT_AT_EXIT",
+                         "close all grants at a clean stop; N: the kernel ends them", "Y")
     command_seconds = Directive("CMD_EXEC_TIMEOUT", integer(1, 86400, "seconds"), "60",
                                 "how long a command may run until it is ended")
     sudo_program = Directive("SUDO_EXE", parse_path, "/usr/bin/sudo",
@@ -1638,7 +1662,7 @@ class ServerSettings(Settings):
     conf_directory = Directive("FWKNOP_CONF_DIR", parse_path, "/etc/fwknop", "where files are read")
     access_file = Directive("ACCESS_FILE", parse_path, "$FWKNOP_CONF_DIR/access.conf",
                             "the stanzas")
-    access_folder = Directive("ACCESS_FOLDER", optional(parse_path), "",
+    access_folder = NoDefault("ACCESS_FOLDER", parse_path,
                               "its *.conf, sorted by name, are read instead of ACCESS_FILE")
     pid_file = Directive("FWKNOP_PID_FILE", parse_path, "$FWKNOP_RUN_DIR/fwknopd.pid",
                          "pid of the running server, which holds a lock on it")
@@ -1646,8 +1670,7 @@ class ServerSettings(Settings):
                             "packets that were seen")
     gpg_home = Directive("GPG_HOME_DIR", parse_home, "~/.gnupg",
                          "keys of gpg, where a stanza names no others")
-    gpg_program = Directive("GPG_EXE", optional(parse_path), "",
-                            "gpg to run; without it the one in PATH")
+    gpg_program = NoDefault("GPG_EXE", parse_path, "gpg to run; without it the one in PATH")
 
     ticks = Ignored("PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP RULES_CHECK_THRESHOLD "
                     "UDPSERV_SELECT_TIMEOUT", "nothing here waits for a tick")
@@ -1669,7 +1692,7 @@ class ServerSettings(Settings):
     def warnings(self) -> List[str]:
         """What these settings do that the administrator may not expect."""
         texts = []
-        if not self.aging:
+        if not self.aging and not self.capture_file:
             texts.append("ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay "
                          "memory is never pruned, and packets older than it are accepted again")
         if not self.digest_persistence:
@@ -1688,8 +1711,10 @@ class ServerSettings(Settings):
 
 def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
     """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to."""
-    return permission_warnings(path) + [warning for line in read_lines(path, colon=False)
-                                        for warning in [settings.take(line)] if warning]
+    warnings = permission_warnings(path)
+    for line in read_lines(path, colon=False):
+        warnings += settings.take(line)
+    return warnings
 
 
 # ======================================================================================
@@ -1699,44 +1724,43 @@ def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
 # ======================================================================================
 
 
-def key_parser(longest: int, encoded: bool) -> Callable[[str], Secret]:
-    """A parser of keys of 1 to `longest` bytes, raw or in base64 with or without its '='.
+class Key(Directive[Secret]):
+    """A key of 1 to `longest` bytes, raw or in base64 with or without its '='; empty if not set."""
 
-    The empty default stands for a directive that is not set.
-    """
-    def parse(text: str) -> Secret:
-        """The key, or ValueError."""
-        raw = text.encode("latin-1")
-        placeholder = PLACEHOLDER.encode()
-        if raw.strip() == placeholder:
-            raise ValueError("expected a key instead of " + PLACEHOLDER)
-        key = decode_base64(raw.strip().rstrip(b"=")) if encoded else raw
-        if key.strip() == placeholder:
-            raise ValueError("expected a key instead of " + PLACEHOLDER)
-        if text and not 0 < len(key) <= longest:
-            raise ValueError("expected a key of 1 to %d bytes, not %d" % (longest, len(key)))
+    secret = True
+
+    def __init__(self, name: str, longest: int, help: str, encoded: bool = False) -> None:
+        super().__init__(name, self.parse_key, "", help)
+        self.longest, self.encoded = longest, encoded
+
+    def parse_key(self, text: str) -> Secret:
+        """The key; the placeholder is none, neither as it stands nor in base64."""
+        key, placeholder = text.encode("latin-1"), PLACEHOLDER.encode()
+        if self.encoded and key.strip() != placeholder:
+            key = decode_base64(key.strip().rstrip(b"="))
+        expect(key.strip() != placeholder, "a key instead of " + PLACEHOLDER)
+        expect(not text or 0 < len(key) <= self.longest,
+               "a key of 1 to %d bytes, not %d" % (self.longest, len(key)))
         return Secret(key)
-    return parse
 
 
 def parse_digest(text: str) -> Digest:
     """A digest or HMAC type by its name."""
-    if text.upper() not in DIGESTS:
-        raise ValueError("expected " + ", ".join(DIGESTS))
+    expect(text.upper() in DIGESTS, ", ".join(DIGESTS))
     return DIGESTS[text.upper()]
 
 
 def parse_mode(text: str) -> str:
     """An encryption mode by its name; `Asymmetric` is GPG."""
-    if text.upper() not in MODES + (ASYMMETRIC,):
-        raise ValueError("expected %s, or Asymmetric, which is GPG" % ", ".join(MODES))
+    expect(text.upper() in MODES + (ASYMMETRIC,),
+           ", ".join(MODES) + ", or Asymmetric, which is GPG")
     return text.upper()
 
 
 def parse_user(text: str) -> str:
     """A user name as a packet can carry it (fwknop spec 1.3)."""
-    if len(text) > 48 or not set(text) <= set(USER_CHARACTERS):
-        raise ValueError("expected up to 48 characters as they are allowed in an SPA packet")
+    expect(len(text) <= 48 and set(text) <= set(USER_CHARACTERS),
+           "up to 48 characters as they are allowed in an SPA packet")
     return text
 
 
@@ -1744,9 +1768,8 @@ def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
     """A parser of comma lists of key ids with as many hex digits as one of `lengths`."""
     def parse(text: str) -> FrozenSet[str]:
         ids = [item.replace(" ", "").upper() for item in text.split(",") if text]
-        if any(len(each) not in lengths or each.strip("0123456789ABCDEF") for each in ids):
-            raise ValueError("expected %s hex digits, with commas between the keys"
-                             % " or ".join(map(str, lengths)))
+        expect(all(len(each) in lengths and not each.strip("0123456789ABCDEF") for each in ids),
+               "%s hex digits, with commas between the keys" % " or ".join(map(str, lengths)))
         return frozenset(ids)
     return parse
 
@@ -1759,8 +1782,7 @@ def parse_date(text: str) -> int:
         seconds = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
     except (ValueError, OverflowError):
         raise ValueError("expected a date MM/DD/YYYY") from None
-    if time.localtime(seconds)[:3] != (year, month, day):
-        raise ValueError("expected a date MM/DD/YYYY that exists")
+    expect(time.localtime(seconds)[:3] == (year, month, day), "a date MM/DD/YYYY that exists")
     return seconds
 
 
@@ -1798,10 +1820,9 @@ def parse_group(text: str) -> int:
 def parse_template(text: str) -> Tuple[str, ...]:
     """The words of a CMD_CYCLE command, split before anything is put in for a variable."""
     words = text.encode("latin-1").split()
-    if len(words) > MAX_WORDS:
-        raise ValueError("expected at most %d words" % MAX_WORDS)
-    if words and not find_program(os.fsdecode(words[0])):
-        raise ValueError("expected a program that can be run")
+    expect(len(words) <= MAX_WORDS, "at most %d words" % MAX_WORDS)
+    expect(not words or find_program(os.fsdecode(words[0])) is not None,
+           "a program that can be run")
     template = tuple(word.decode("latin-1") for word in words)
     for word in template:
         fill_in(word, dict.fromkeys(CYCLE_VARIABLES, ""))
@@ -1813,8 +1834,7 @@ def fill_in(word: str, values: Dict[str, Any]) -> str:
     filled, *parts = word.split("$")
     for part in parts:
         name = max((name for name in CYCLE_VARIABLES if part.startswith(name)), key=len, default="")
-        if not name:
-            raise ValueError("expected only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
+        expect(name != "", "only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
         filled += str(values[name]) + part[len(name):]
     return filled
 
@@ -1831,14 +1851,10 @@ class Stanza(Settings):
     open_ports = Directive("OPEN_PORTS", parse_ports, "",
                            "ports that may be opened: tcp/22, udp/53; without it every port")
     restrict_ports = Directive("RESTRICT_PORTS", parse_ports, "", "ports that may not be opened")
-    key = Directive("KEY", key_parser(MAX_KEY_BYTES, False), "",
-                    "encryption key, raw, up to 32 bytes", secret=True)
-    key_base64 = Directive("KEY_BASE64", key_parser(MAX_KEY_BYTES, True), "",
-                           "encryption key in base64", secret=True)
-    hmac_key = Directive("HMAC_KEY", key_parser(MAX_HMAC_KEY_BYTES, False), "",
-                         "HMAC key, raw, up to 128 bytes", secret=True)
-    hmac_key_base64 = Directive("HMAC_KEY_BASE64", key_parser(MAX_HMAC_KEY_BYTES, True), "",
-                                "HMAC key in base64", secret=True)
+    key = Key("KEY", MAX_KEY_BYTES, "encryption key, raw, up to 32 bytes")
+    key_base64 = Key("KEY_BASE64", MAX_KEY_BYTES, "encryption key in base64", encoded=True)
+    hmac_key = Key("HMAC_KEY", MAX_HMAC_KEY_BYTES, "HMAC key, raw, up to 128 bytes")
+    hmac_key_base64 = Key("HMAC_KEY_BASE64", MAX_HMAC_KEY_BYTES, "HMAC key in base64", encoded=True)
     hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC",
@@ -1851,65 +1867,62 @@ class Stanza(Settings):
                         "open to the whole network around an IPv4 address; 24 for carrier NAT")
     prefix6 = Directive("ACCESS_PREFIX6", integer(32, 128, "a prefix length"), "128",
                         "the same for IPv6, for example 56")
-    require_source = Directive("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE", parse_flag, "N",
-                               "the packet must name the address to open to")
+    require_source = Flag("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE",
+                          "the packet must name the address to open to")
     require_username = Directive("REQUIRE_USERNAME", parse_user, "",
                                  "user name the packet must carry")
-    expire_date = Directive("ACCESS_EXPIRE", optional(parse_date), "",
+    expire_date = NoDefault("ACCESS_EXPIRE", parse_date,
                             "the stanza is void from this day on, MM/DD/YYYY")
-    expire_epoch = Directive("ACCESS_EXPIRE_EPOCH", optional(integer(1, 10 ** 11, "seconds")), "",
+    expire_epoch = NoDefault("ACCESS_EXPIRE_EPOCH", integer(1, 10 ** 11, "seconds"),
                              "the same as epoch seconds")
-    gpg_home = Directive("GPG_HOME_DIR", optional(parse_home), "",
+    gpg_home = NoDefault("GPG_HOME_DIR", parse_home,
                          "keys of gpg; without it those that fwknopd.conf names")
-    gpg_program = Directive("GPG_EXE", optional(parse_path), "", "the same for the program gpg")
+    gpg_program = NoDefault("GPG_EXE", parse_path, "the same for the program gpg")
     gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "",
                                "secret key of gpg's that packets are encrypted to")
-    gpg_passphrase = Directive("GPG_DECRYPT_PW", key_parser(MAX_PASSPHRASE_BYTES, False), "",
-                               "its passphrase", secret=True)
-    gpg_no_passphrase = Directive("GPG_ALLOW_NO_PW", parse_flag, "N", "it has no passphrase")
+    gpg_passphrase = Key("GPG_DECRYPT_PW", MAX_PASSPHRASE_BYTES, "its passphrase")
+    gpg_no_passphrase = Flag("GPG_ALLOW_NO_PW", "it has no passphrase")
     gpg_remote_ids = Directive("GPG_REMOTE_ID", key_ids(8, 16, 40), "",
                                "keys that may sign: ids of 8, 16 or 40 hex digits, with commas")
     gpg_fingerprints = Directive("GPG_FINGERPRINT_ID", key_ids(40), "",
                                  "the same by whole fingerprints; with both, both must fit")
-    gpg_require_sig = Directive("GPG_REQUIRE_SIG", parse_flag, "Y",
-                                "N has no effect, as in fwknopd; see GPG_DISABLE_SIG")
-    gpg_disable_sig = Directive("GPG_DISABLE_SIG", parse_flag, "N", "do not ask who signed")
-    gpg_any_trust = Directive("GPG_IGNORE_SIG_VERIFY_ERROR", parse_flag, "N",
-                              "signers may be untrusted in gpg's eyes, or expired")
-    enable_commands = Directive("ENABLE_CMD_EXEC", parse_flag, "N",
-                                "run the commands of command messages")
-    command_user = Directive("CMD_EXEC_USER", optional(parse_account), "",
+    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect, as in fwknopd; see GPG_DISABLE_SIG",
+                           "Y")
+    gpg_disable_sig = Flag("GPG_DISABLE_SIG", "do not ask who signed")
+    gpg_any_trust = Flag("GPG_IGNORE_SIG_VERIFY_ERROR",
+                         "signers may be untrusted in gpg's eyes, or expired")
+    enable_commands = Flag("ENABLE_CMD_EXEC", "run the commands of command messages")
+    command_user = NoDefault("CMD_EXEC_USER", parse_account,
                              "user that this stanza's commands run as; without it the server's")
-    command_group = Directive("CMD_EXEC_GROUP", optional(parse_group), "",
+    command_group = NoDefault("CMD_EXEC_GROUP", parse_group,
                               "their only group; without it all of that user's")
-    enable_sudo = Directive("ENABLE_CMD_SUDO_EXEC", parse_flag, "N",
-                            "run the commands of command messages through sudo")
-    sudo_user = Directive("CMD_SUDO_EXEC_USER", optional(parse_account), "", "sudo's -u")
-    sudo_group = Directive("CMD_SUDO_EXEC_GROUP", optional(parse_group), "", "sudo's -g")
+    enable_sudo = Flag("ENABLE_CMD_SUDO_EXEC", "run the commands of command messages through sudo")
+    sudo_user = NoDefault("CMD_SUDO_EXEC_USER", parse_account, "sudo's -u")
+    sudo_group = NoDefault("CMD_SUDO_EXEC_GROUP", parse_group, "sudo's -g")
     cycle_open = Directive("CMD_CYCLE_OPEN", parse_template, "",
                            "command that opens, in place of the firewall")
     cycle_close = Directive("CMD_CYCLE_CLOSE",
                             lambda text: () if text == "NONE" else parse_template(text), "",
                             "command that closes again, or NONE")
-    cycle_seconds = Directive("CMD_CYCLE_TIMER", optional(integer(1, 8388608, "seconds")), "",
+    cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long until then, unless the client asks for a time")
 
-    force_nat = Directive("FORCE_NAT", optional(parse_nat_target), "",
+    force_nat = NoDefault("FORCE_NAT", parse_nat_target,
                           "NAT to this `IP PORT`, whatever the packet asks for")
-    force_snat = Directive("FORCE_SNAT", optional(parse_nat_address), "",
+    force_snat = NoDefault("FORCE_SNAT", parse_nat_address,
                            "let what NAT forwards come from this address")
-    force_masquerade = Directive("FORCE_MASQUERADE", parse_flag, "N",
-                                 "let it come from the address of the way out")
-    forward_all = Directive("FORWARD_ALL", parse_flag, "N",
-                            "with NAT, forward every protocol and port")
-    disable_dnat = Directive("DISABLE_DNAT", parse_flag, "N",
-                             "with NAT, forward only what is sent to the inner host itself")
+    force_masquerade = Flag("FORCE_MASQUERADE", "let it come from the address of the way out")
+    forward_all = Flag("FORWARD_ALL", "with NAT, forward every protocol and port")
+    disable_dnat = Flag("DISABLE_DNAT",
+                        "with NAT, forward only what is sent to the inner host itself")
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
         self.keys: Optional[PacketKeys] = None  # finish() makes them
         self.gpg: Optional[GpgKeys] = None  # open_gpg() does, when the server starts
+        self.has_key_file = False  # whether the keys are a user's own affair
+        self.void = ""  # why it opens nothing
         self.expires: Optional[int] = None
         self.for_all = False  # whether SOURCE and DESTINATION are ANY
         self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
@@ -1938,12 +1951,24 @@ class Stanza(Settings):
                          "without HMAC can be forged in part; keygen.py makes both keys")
         if self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES:
             texts.append("Warning: truncating encryption key in legacy mode to 16 bytes")
+        if self.expires is not None and time.time() >= self.expires:
+            texts.append("has expired (ACCESS_EXPIRE)")
         if not self.open_ports:
             texts.append("no OPEN_PORTS: every port may be opened")
         if not self.require_source:
             texts.append("Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
                          "'%s'" % self.texts.get("SOURCE", "ANY"))
         return ["(stanza #%d) %s" % (self.number, text) for text in texts]
+
+    def give_up(self, error: SpaError) -> None:
+        """Makes the stanza void if its keys are in a file of their own; else raises the error.
+
+        A user who spoils that file locks out nobody else.
+        """
+        if not self.has_key_file:
+            raise error
+        self.void = self.void or str(error)
+        self.keys = self.gpg = None
 
     def finish_gpg(self, hmac: bool) -> List[str]:
         """Checks what there is of GPG; returns warnings."""
@@ -2036,12 +2061,7 @@ class AccessFiles:
             if line.name == "%include_keys":
                 self.include_keys(line, stanza)
             else:
-                self.take(stanza, line)
-
-    def take(self, stanza: Stanza, line: Line) -> None:
-        """Sets what the line says in the stanza."""
-        warning = stanza.take(line)
-        self.warnings += [warning] if warning else []
+                self.warnings += stanza.take(line)
 
     def include(self, line: Line, depth: int) -> None:
         """Reads the file that an %include line names, or the *.conf of a folder."""
@@ -2058,48 +2078,55 @@ class AccessFiles:
 
     def include_keys(self, line: Line, stanza: Stanza) -> None:
         """Takes the keys of the stanza from the file that an %include_keys line names."""
-        path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
-        self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
-        for each in read_lines(path, colon=True):
-            if each.name not in KEY_FILE_NAMES:
-                raise each.error("expected only keys here, and the rest beside %include_keys")
-            self.take(stanza, each)
+        stanza.has_key_file = True
+        try:
+            path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
+            self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
+            for each in read_lines(path, colon=True, theirs=True):
+                if each.name not in KEY_FILE_NAMES:
+                    raise each.error("expected only keys here, and the rest beside %include_keys")
+                self.warnings += stanza.take(each)
+        except SpaError as error:
+            stanza.give_up(error)
 
     @staticmethod
     def checked(path: str, line: Line) -> str:
-        """The path of a file to include, once it is there and no pipe that could block us."""
+        """The path of a file to include, once it is there."""
         if not os.path.isfile(path):
             raise line.error("Access file: '%s' was not found." % path)
         return path
 
 
 def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[str]]:
-    """The stanzas of these files and of what they include, and the warnings they gave rise to.
-
-    Relative paths in them begin at `directory`.
-    """
+    """The stanzas of these files and of what they include, and the warnings they gave rise to."""
     files = AccessFiles(directory)
     for path in paths:
         files.read(path)
-    stanzas, warnings = files.stanzas, files.warnings
+    stanzas = files.stanzas
     if not stanzas:
         raise ConfigError("%s: expected a stanza, which begins with a SOURCE line"
                           % ", ".join(paths))
+    warnings = files.warnings
     for stanza in stanzas:
-        warnings += stanza.finish()
+        try:
+            warnings += [] if stanza.void else stanza.finish()
+        except SpaError as error:
+            stanza.give_up(error)
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
     protected = {keys.secret for _, keys in keyed if keys.hmac}
     for stanza, keys in keyed:
         if not keys.hmac and keys.secret in protected:
             # A packet for the other stanza, sent again without its tag, would pass as a new one.
-            raise stanza.error(Stanza.source, "expected a key of its own, or an HMAC key: another "
-                               "stanza has this key with an HMAC")
+            stanza.give_up(stanza.error(
+                Stanza.source, "expected a key of its own, or an HMAC key: another stanza has this "
+                "key with an HMAC"))
     return stanzas, warnings
 
 
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """ConfigError for NAT in a stanza that can't be without another directive (fwknop spec 3.3)."""
     either = "requires either FORCE_NAT or FORWARD_ALL"
+    snat = "requires ENABLE_IPT_SNAT in fwknopd.conf"
     for stanza in stanzas:
         forced = bool(stanza.force_nat) or stanza.forward_all
         for row, possible, text in (
@@ -2108,9 +2135,8 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
                 (Stanza.forward_all, settings.forwarding,
                  "requires ENABLE_IPT_FORWARDING in fwknopd.conf"),
                 (Stanza.force_snat, forced, either), (Stanza.force_masquerade, forced, either),
-                (Stanza.force_snat, settings.snat, "requires ENABLE_IPT_SNAT in fwknopd.conf"),
-                (Stanza.force_masquerade, settings.snat,
-                 "requires ENABLE_IPT_SNAT in fwknopd.conf")):
+                (Stanza.force_snat, settings.snat, snat),
+                (Stanza.force_masquerade, settings.snat, snat)):
             if getattr(stanza, row.attribute) and not possible:
                 raise stanza.error(row, text)
 
@@ -2330,9 +2356,10 @@ def client_command(packet: Packet, stanza: Stanza, sudo: str) -> Command:
     Behind `--`, sudo takes none of them for an option or a variable.
     """
     words, prefix = packet.command.encode("latin-1").split(), [sudo]
-    if not 0 < len(words) <= MAX_WORDS or "\0" in packet.command:
-        raise PacketRejected("command", "A command has 1 to %d words without zero bytes."
-                             % MAX_WORDS)
+    if (not 0 < len(words) <= MAX_WORDS or "\0" in packet.command
+            or (words[0].startswith(b"-") and not stanza.enable_sudo)):
+        raise PacketRejected("command", "A command has 1 to %d words without zero bytes, and "
+                             "begins with a program." % MAX_WORDS)
     for option, row in (("-u", Stanza.sudo_user), ("-g", Stanza.sudo_group)):
         prefix += [option, stanza.texts[row.name]] if stanza.is_set(row) else []
     if stanza.enable_sudo:
@@ -2359,7 +2386,8 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # ======================================================================================
 # 10. Log and programs
 #
-# Where lines go, and the one function that starts programs. Nothing secret reaches either.
+# Where lines go, and run_program, for the firewall and gpg's list of keys. Programs are also
+# started by Gpg.run and launch, and nowhere else. Nothing secret reaches a line or a command line.
 # ======================================================================================
 
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
@@ -2446,12 +2474,12 @@ def run_program(arguments: List[str], text: str = "") -> str:
     try:
         done = subprocess.run(arguments, input=text.encode(), stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=30, env=PROGRAM_ENVIRONMENT)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise CommandError("%s: %s" % (arguments[0], error)) from None
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
         words = said.strip().splitlines() or ["no reason given"]
-        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]))
+        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]), said=words[-1])
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -2467,6 +2495,7 @@ GPG_OPTIONS = ["--no-options", "--batch", "--no-tty", "--pinentry-mode", "loopba
                "--disable-dirmngr", "--skip-hidden-recipients", "--max-output", "4096"]
 GPG_SECONDS = 5  # that a packet may take; the server waits for it
 GPG_BURST = 5  # runs for packets without HMAC at once; then one a second, or as they take longer
+GPG_HMAC_SECONDS = 60  # by how much packets with HMAC, of which nothing came, may exceed that
 GPG_KNOWN = 16  # answers that are kept, since many stanzas may ask for the same packet
 GPG_OUTPUT = 65536  # what a pipe holds: gpg stops there, and its time ends
 
@@ -2512,8 +2541,13 @@ def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
              and not {"BADMDC", "DECRYPTION_FAILED", "ERROR", "FAILURE"} & set(status), "Bad data"),
             (len(status.get("PLAINTEXT", [])) == 1, "expected one text")):
         if not right:
-            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
-                           "failed - GPG ERROR: " + problem)
+            raise not_decrypted(problem)
+
+
+def not_decrypted(problem: str) -> WrongKey:
+    """The rejection of a message that gpg can't decrypt for this stanza."""
+    return WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
+                    "failed - GPG ERROR: " + problem)
 
 
 def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
@@ -2545,38 +2579,32 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
     return signers[0]
 
 
-def pipe_with(data: bytes) -> int:
-    """The reading end of a pipe that holds `data`, which must fit into it (4096 bytes)."""
-    reader, writer = os.pipe()
-    os.write(writer, data)
-    os.close(writer)
-    return reader
-
-
 class Gpg:
-    """Starts gpg for all stanzas: bounded in time and output, and without HMAC in number."""
+    """Starts gpg for all stanzas: bounded in time and output, and in number but for genuine packets
+    with HMAC. What comes without HMAC can't use up the number of the others."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.monotonic = monotonic
         self.answers: Dict[Tuple[Any, ...], GpgAnswer] = {}  # oldest first
-        self.busy_until = monotonic() - GPG_BURST
+        self.busy_until = self.busy_before = monotonic() - GPG_BURST
 
-    def ask(self, command: List[str], passphrase: bytes, message: bytes,
-            limited: bool) -> GpgAnswer:
-        """gpg's answer to a message; PacketRejected when it gives none, or is `limited` and junk
-        comes too fast: it must not be able to keep this machine busy."""
+    def ask(self, command: List[str], passphrase: bytes, message: bytes, hmac: bool) -> GpgAnswer:
+        """gpg's answer to a message; PacketRejected when it gives none, TooFast when packets of
+        which nothing comes are so many that they would keep this machine busy."""
         question = (tuple(command), passphrase, message)
+        self.busy_before = self.busy_until
         if question not in self.answers:
             start = self.monotonic()
-            if limited and start < self.busy_until:
-                raise PacketRejected("gpg too fast", "GPG packets without HMAC come too fast; "
-                                     "this one is not decrypted")
+            if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
+                raise TooFast("gpg too fast", (
+                    "GPG packets that open nothing come too fast; this one is not decrypted"
+                    if hmac else
+                    "GPG packets without HMAC come too fast; this one is not decrypted"))
             try:
                 answer = self.run(command, passphrase, message)
-            finally:
-                if limited:  # as if the burst had been saved up, one a second, since busy_until
-                    cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
-                    self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
+            finally:  # as if the burst had been saved up, one a second, since busy_until
+                cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
+                self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
             while len(self.answers) >= GPG_KNOWN:
                 del self.answers[next(iter(self.answers))]
             self.answers[question] = answer
@@ -2591,8 +2619,11 @@ class Gpg:
         """
         ends: List[int] = []
         try:
-            for data in (message, passphrase + b"\n"):
-                ends.append(pipe_with(data))
+            for data in (message, passphrase + b"\n"):  # less than the 4096 bytes a pipe holds
+                reader, writer = os.pipe()
+                ends.append(reader)
+                os.write(writer, data)
+                os.close(writer)
             for _ in range(2):
                 ends += os.pipe()
                 os.set_blocking(ends[-2], False)
@@ -2625,50 +2656,43 @@ def read_pipe(end: int) -> bytes:
         return b""
 
 
-class GpgKeys:
-    """What opens the GPG packets of one stanza, with the methods of PacketKeys."""
+class GpgKeys(Keys):
+    """What opens the GPG packets of one stanza."""
 
-    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg, log: Log) -> None:
-        self.stanza, self.gpg, self.log = stanza, gpg, log
+    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg) -> None:
+        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
+        hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
+        super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
+                         stanza.hmac_type, gpg_prefix)
+        self.stanza, self.gpg = stanza, gpg
         named = stanza.gpg_program or settings.gpg_program or "gpg"
         program = find_program(named)
         if program is None:
             raise stanza.error(Stanza.gpg_decrypt_id, "there is no program %s to decrypt" % named)
-        self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home] + GPG_OPTIONS
-        self.command += ["--skip-verify"] if stanza.gpg_disable_sig else []
-        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
-        self.hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix)
-                      for prefix in (GPG_PREFIX, b"") if hmac_key}
-        self.tag_length = stanza.hmac_type.text_size if hmac_key else 0
-        self.malformed = PacketRejected if hmac_key else WrongKey
-        self.prefix = gpg_prefix
+        self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home, *GPG_OPTIONS]
+        self.command += ["--skip-verify"] * stanza.gpg_disable_sig
         self.fingerprints = self.find_key()
         self.key_ids = [binascii.unhexlify(each[-16:]) for each in self.fingerprints]
 
     def find_key(self) -> FrozenSet[str]:
         """The fingerprints of GPG_DECRYPT_ID and its subkeys; ConfigError unless gpg has it."""
         row, stanza = Stanza.gpg_decrypt_id, self.stanza
+        question = ["--with-colons", "--list-secret-keys", "--", stanza.gpg_decrypt_id]
         try:
-            listing = run_program(self.command + ["--with-colons", "--list-secret-keys", "--",
-                                                  stanza.gpg_decrypt_id])
+            listing = run_program(self.command + question)
         except CommandError as error:
-            raise stanza.error(row, "expected a secret key: %s" % error) from None
+            raise stanza.error(row, "expected a secret key: %s"
+                               % (error.said or error)) from None
         lines = [line.split(":") for line in listing.split("\n")]
         count = sum(words[0] == "sec" for words in lines)
         if count != 1:
             raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
         return frozenset(words[9] for words in lines if words[0] == "fpr")
 
-    def authentic(self, payload: bytes) -> bool:
-        """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell."""
-        if not self.hmacs:
-            return True
-        text, tag = payload[:-self.tag_length], payload[-self.tag_length:]
-        return compare_digest(encode_base64(self.hmacs[gpg_prefix(text)](text)), tag)
-
-    def body(self, payload: bytes) -> bytes:
-        """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
-        return payload[:-self.tag_length] if self.hmacs else payload.rstrip(b"=")
+    def paid(self) -> None:
+        """A run of gpg's for a packet with HMAC that is genuine and new does not count."""
+        if self.hmac:
+            self.gpg.busy_until = self.gpg.busy_before
 
     def open(self, message: bytes) -> bytes:
         """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
@@ -2677,25 +2701,27 @@ class GpgKeys:
         junk does not, and what is for other keys need not cost a run of gpg.
         """
         if not any(key_id in message for key_id in self.key_ids):
-            raise WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
-                           "failed - GPG ERROR: No secret key")
-        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, not self.hmacs)
+            raise not_decrypted("No secret key")
+        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, bool(self.hmac))
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
-            self.log.info("(stanza #%d) Incoming SPA data signed by '%s' (fingerprint '%s')."
-                          % (self.stanza.number, signer[-8:], signer))
+            self.signed = "Incoming SPA data signed by '%s' (fingerprint '%s')." % (
+                signer[-8:], signer)
         if not answer.succeeded:
             raise PacketRejected("gpg failed", "gpg ended with an error")
         return answer.plain
 
 
-def open_gpg(settings: ServerSettings, stanzas: List[Stanza], log: Log) -> None:
+def open_gpg(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """Makes the GPG stanzas ready; ConfigError where gpg or a secret key is missing."""
     gpg = Gpg()
     for stanza in stanzas:
-        if stanza.gpg_decrypt_id:
-            stanza.gpg = GpgKeys(stanza, settings, gpg, log)
+        try:
+            if stanza.gpg_decrypt_id and not stanza.void:
+                stanza.gpg = GpgKeys(stanza, settings, gpg)
+        except SpaError as error:
+            stanza.give_up(error)
 
 
 # ======================================================================================
@@ -2707,7 +2733,7 @@ def open_gpg(settings: ServerSettings, stanzas: List[Stanza], log: Log) -> None:
 # ======================================================================================
 
 DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
-STALE_KNOWN = 1000  # packets found too old that are known by their digest
+REFUSED_KNOWN = 20000  # refused packets that are known by their digest: 3 MB
 REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
 
 
@@ -2749,7 +2775,7 @@ class ReplayMemory:
         self.wall, self.monotonic = wall, monotonic
         self.boot_id = boot_id()
         self.seen: Dict[str, Remembered] = {}  # by digest, oldest first
-        self.stale: Dict[str, None] = {}  # digests of some that were too old, oldest first
+        self.refused: Dict[str, str] = {}  # by digest why, oldest first
         self.began, self.forgotten = monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -2792,14 +2818,28 @@ class ReplayMemory:
             self.began = began
 
     def check_unseen(self, datagram: Datagram) -> None:
-        """Rejects what was seen, or found stale, in the same words: it spares the decryption."""
+        """Rejects what was seen or refused, for the same reason: it spares the decryption."""
         digest = digest_of(datagram.payload.rstrip(b"="))
-        if digest in self.stale:
-            raise NotFresh("stale", "SPA data time difference is too great (sent again).")
-        if digest in self.seen:
-            raise self.replayed(self.seen[digest], datagram)
+        if digest in self.refused:
+            reason = self.refused[digest]
+            raise NotFresh(reason, "SPA data time difference is too great (sent again)."
+                           if reason in ("stale", "from the future") else
+                           "SPA packet was refused before (%s)." % reason)
+        self.check_unknown(digest, datagram)
 
-    def check_fresh(self, timestamp: int, payload: bytes = b"") -> None:
+    def refuse(self, payload: bytes, reason: str) -> None:
+        """Knows a packet again that somebody with the keys made, and that opened nothing.
+
+        Who captured it could make this server decrypt it for ever. It is refused even when it might
+        be taken later, as one from the future is in its time: its client then makes a new one.
+        """
+        digest = digest_of(payload.rstrip(b"="))
+        if digest not in self.seen:
+            self.refused[digest] = reason
+        while len(self.refused) > REFUSED_KNOWN:
+            del self.refused[next(iter(self.refused))]
+
+    def check_fresh(self, timestamp: int) -> None:
         """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
         if self.max_age is None:
             return
@@ -2807,10 +2847,6 @@ class ReplayMemory:
         if abs(age) > self.max_age:
             reason, why = (("stale", "The packet is old, or the client's clock is behind.")
                            if age > 0 else ("from the future", "The client's clock is ahead."))
-            if age > 0:
-                self.stale[digest_of(payload.rstrip(b"="))] = None
-                while len(self.stale) > STALE_KNOWN:
-                    del self.stale[next(iter(self.stale))]
             raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
                            % (abs(age), why))
         began = self.wall() - (self.monotonic() - self.began)
@@ -2824,8 +2860,7 @@ class ReplayMemory:
         It is also rejected when the file can't be written: else a crash would forget it.
         """
         digest, source = digest_of(canonical), socket_text(datagram.source)
-        if digest in self.seen:
-            raise self.replayed(self.seen[digest], datagram)
+        self.check_unknown(digest, datagram)
         now = int(self.wall())
         line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
                                          socket_text(datagram.destination),
@@ -2840,17 +2875,17 @@ class ReplayMemory:
         self.seen[digest] = Remembered(line, now, self.monotonic())
         self.prune()
 
-    @staticmethod
-    def replayed(known: Remembered, datagram: Datagram) -> NotFresh:
-        """The rejection of a packet that is known."""
-        words = known.line.split()
-        created = time.strftime("%m/%d/%y %H:%M:%S", time.localtime(known.time))
-        return NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
-                        "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
-                        "Entry created: %s"
-                        % (socket_text(datagram.source), datagram.protocol,
-                           datagram.destination_port, words[2], words[1], words[5], created),
-                        "{text}")
+    def check_unknown(self, digest: str, datagram: Datagram) -> None:
+        """Rejects what is remembered by this digest."""
+        if digest in self.seen:
+            _, protocol, source, _, _, port, _ = self.seen[digest].line.split()
+            created = time.localtime(self.seen[digest].time)
+            raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
+                           "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
+                           "Entry created: %s"
+                           % (socket_text(datagram.source), datagram.protocol,
+                              datagram.destination_port, source, protocol, port,
+                              time.strftime("%m/%d/%y %H:%M:%S", created)), "{text}")
 
     @staticmethod
     def append(file: int, line: bytes) -> None:
@@ -2982,32 +3017,32 @@ class Netlink:
                  for place, (kind, flags, family, body) in enumerate(messages)]
         begin = self.message(BATCH_BEGIN, 0, 0, b"", NFT >> 8)
         self.send(begin + b"".join(batch) + self.message(BATCH_END, 0, 0, b"", NFT >> 8))
-        failed, answered = 0, False
-        while True:  # the kernel has answered when sendto() returns
-            try:
-                data = self.socket.recv(65536, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for kind, _, body in netlink_messages(data):
-                if kind == NLMSG_ERROR:
-                    answered = True
-                    failed = failed or -struct.unpack_from("=i", body)[0]
-        if failed or not answered:
-            raise self.error(failed or errno.EIO)
+        # The kernel has answered when sendto() returns.
+        numbers = [-struct.unpack_from("=i", body)[0]
+                   for kind, body in self.answers(socket.MSG_DONTWAIT) if kind == NLMSG_ERROR]
+        failed = [number for number in numbers if number]
+        if failed or not numbers:
+            raise self.error(failed[0] if failed else errno.EIO)
 
     def send(self, messages: bytes) -> None:
         """Sends messages, after throwing away what is left of earlier answers."""
-        try:
-            while self.socket.recv(65536, socket.MSG_DONTWAIT):
-                pass
-        except OSError:
-            pass
+        drain_socket(self.socket)
         try:
             self.socket.sendto(messages, (0, 0))
         except OSError as error:
             raise self.error(error.errno or errno.EIO) from None
+
+    def answers(self, flags: int = 0) -> Iterator[Tuple[int, bytes]]:
+        """Type and body of each message until none comes, for 5 seconds or, MSG_DONTWAIT, now."""
+        while True:
+            try:
+                data = self.socket.recv(65536, flags)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise self.error(error.errno or errno.EIO) from None
+            for kind, _, body in netlink_messages(data):
+                yield kind, body
 
     @staticmethod
     def error(number: int) -> CommandError:
@@ -3018,17 +3053,13 @@ class Netlink:
         """The attributes of each message that the kernel answers a question for a list with."""
         self.send(self.message(kind, NLM_DUMP, family, body))
         found: List[Dict[int, bytes]] = []
-        while True:
-            try:
-                data = self.socket.recv(65536)
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for answer, _, body in netlink_messages(data):
-                if answer == NLMSG_DONE:
-                    return found
-                if answer == NLMSG_ERROR:
-                    raise self.error(-struct.unpack_from("=i", body)[0])
-                found.append(attributes(body[4:]))
+        for answer, body in self.answers():
+            if answer == NLMSG_DONE:
+                return found
+            if answer == NLMSG_ERROR:
+                raise self.error(-struct.unpack_from("=i", body)[0])
+            found.append(attributes(body[4:]))
+        raise self.error(errno.EAGAIN)
 
     def close(self) -> None:
         """Closes the socket."""
@@ -3072,10 +3103,8 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
-SO_ATTACH_FILTER = 26
-SO_RCVBUFFORCE = 33
+SO_ATTACH_FILTER, SO_RCVBUFFORCE, IP_PKTINFO = 26, 33, 8
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 263, 1, 1
-IP_PKTINFO = 8
 RECEIVE_BUFFER = 4 << 20
 MAX_PACKET = 4096  # what is longer is cut, and then no datagram
 
@@ -3181,7 +3210,6 @@ class Incoming(NamedTuple):
 
     socket: socket.socket
     datagram: Datagram  # with what has come so far
-    network: bytes
     end: float
 
 
@@ -3202,7 +3230,7 @@ class TcpCapture(Capture):
             if family == socket.AF_INET6:
                 opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             opened.bind(("", port))
-            opened.listen(2 * MAX_CONNECTIONS)
+            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
         except OSError:
             opened.close()
             raise
@@ -3226,7 +3254,7 @@ class TcpCapture(Capture):
         now = time.monotonic()
         for number, connection in self.connections.items():
             if now >= connection.end:
-                return self.finish(number)
+                return self.finish(number, reset=True)
         ready = [key.fd for key, _ in self.selector.select(0)]
         for number in ready:
             if number in self.connections:
@@ -3246,16 +3274,15 @@ class TcpCapture(Capture):
         source, destination = (socket.inet_pton(self.family, name[0].partition("%")[0])
                                for name in (peer, here))
         number = opened.fileno()
-        self.connections[number] = Incoming(
-            opened, Datagram(b"", source, peer[1], destination, self.port, TCP), source[:8],
-            now + FIRST_SECONDS)
+        datagram = Datagram(b"", source, peer[1], destination, self.port, TCP)
+        self.connections[number] = Incoming(opened, datagram, now + FIRST_SECONDS)
         self.selector.register(opened, selectors.EVENT_READ)
         neighbours = [each for each, connection in self.connections.items()
-                      if connection.network == source[:8]]
+                      if connection.datagram.source[:8] == source[:8]]
         if len(neighbours) > MAX_PER_NETWORK:
-            return self.finish(neighbours[0])
+            return self.finish(neighbours[0], reset=True)
         if len(self.connections) > MAX_CONNECTIONS:
-            return self.finish(next(iter(self.connections)))
+            return self.finish(next(iter(self.connections)), reset=True)
         return self.read(number, now)
 
     def read(self, number: int, now: float) -> Optional[Datagram]:
@@ -3278,10 +3305,16 @@ class TcpCapture(Capture):
             whole = len(text) > MAX_PAYLOAD
         return self.finish(number) if whole or not new else None
 
-    def finish(self, number: int) -> Optional[Datagram]:
-        """Ends a connection, and returns what it brought, if anything."""
+    def finish(self, number: int, reset: bool = False) -> Optional[Datagram]:
+        """Ends a connection, and returns what it brought, if anything.
+
+        One that did not end by itself is reset, so that the kernel need not keep it (TIME_WAIT).
+        """
         connection = self.connections.pop(number)
         self.selector.unregister(connection.socket)
+        if reset:  # struct linger {int on, int seconds}
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                         struct.pack("ii", 1, 0))
         connection.socket.close()
         return connection.datagram if connection.datagram.payload else None
 
@@ -3338,8 +3371,7 @@ class FileCapture(Capture):
             raise EOFError("End of %s: %d packets, %d of them pass PCAP_FILTER, %d are cut short"
                            % (self.name, self.packets, self.passed, self.cut))
         header = self.file.read(16)
-        length, whole = (struct.unpack(self.order + "8xII", header) if len(header) == 16
-                         else (1, 1))
+        length, whole = struct.unpack(self.order + "8xII", header) if len(header) == 16 else (1, 1)
         frame = self.file.read(min(length, MAX_FRAME))
         if len(frame) != length:
             raise SpaError("%s: broken after %d packets" % (self.name, self.packets))
@@ -3347,12 +3379,11 @@ class FileCapture(Capture):
         self.cut += length < whole
         packet = decode_frame(frame, self.link, self.any_direction)
         try:
-            if length < whole or not matches(self.tree, packet):
-                return None
+            passes = length >= whole and matches(self.tree, packet)
         except IndexError:
-            return None
-        self.passed += 1
-        return decode_ip(packet)
+            passes = False
+        self.passed += passes
+        return decode_ip(packet) if passes else None
 
     def close(self) -> None:
         """Closes the file."""
@@ -3438,18 +3469,17 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     interface = "" if settings.interface == "any" else settings.interface
     # Only a socket for all protocols sees what goes out.
     protocols = (ETH_P_ALL,) if interface or settings.any_direction else (ETH_P_IP, ETH_P_IPV6)
-    captures: List[Capture] = []
     try:
-        for protocol in protocols:
-            captures.append(PacketCapture(interface, protocol, code, settings.promiscuous))
+        return [PacketCapture(interface, protocol, code, settings.promiscuous)
+                for protocol in protocols]
     except PermissionError:
         raise
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
             raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
-        log.warning("Interface %s does not exist; it is waited for" % interface)
+        log.warning("Interface %s does not exist; it is waited for, and until then no knock is "
+                    "heard" % interface)
         return []
-    return captures
 
 
 # ======================================================================================
@@ -3471,17 +3501,15 @@ class Firewall:
     poll_seconds = POLL_SECONDS
     netlink_port = -1  # from which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
+    identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
+    made: Any = None  # what read_made() said after prepare()
 
     def __init__(self, why: str, log: Log) -> None:
         self.why, self.log = why, log
 
-    def describe(self) -> str:
-        """Where grants go, for the log."""
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes, for the log."""
         return "nowhere"
-
-    def identity(self) -> Tuple[Any, ...]:
-        """All that tells where its rules are: two with the same one share them."""
-        return ()
 
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
@@ -3494,16 +3522,18 @@ class Firewall:
         """
         return door
 
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return self.describe()
-
     def prepare(self) -> None:
         """Makes what is missing of chains, sets and rules; grants stay as they are."""
 
+    def read_made(self) -> Any:
+        """What stands of all that prepare() made, in a form that shows every change."""
+
     def intact(self) -> bool:
         """Whether all that prepare() made is still there."""
-        return True
+        try:
+            return bool(self.made == self.read_made())
+        except CommandError:
+            return False
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants`, all or none, in place of `replaced`."""
@@ -3546,16 +3576,8 @@ def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
         raise failed
 
 
-class Connection(NamedTuple):
-    """An established TCP connection to this host."""
-
-    peer: Address
-    peer_port: int
-    port: int
-
-
-def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
-    """The TCP connections to guarded ports (/proc/net/tcp and tcp6 of proc(5)), at most 500.
+def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, int]]:
+    """Peer, its port and ours of the TCP connections to guarded ports, at most 500 (proc(5)).
 
     A kernel that did not track connections before the guard was made takes those that it then sees
     for new ones, and the guard would cut off the administrator who has just made it.
@@ -3572,9 +3594,8 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
             if state == "01" and ("tcp", port) in ports:
                 words = struct.pack("=%dI" % (len(address) // 8), *(
                     int(address[i:i + 8], 16) for i in range(0, len(address), 8)))
-                peer = parse_address(socket_text(words))
-                found.append(Connection(peer, int(peer_port, 16), port))
-    return [each for each in found if not each.peer.is_loopback][:500]
+                found.append((parse_address(socket_text(words)), int(peer_port, 16), port))
+    return [each for each in found if not each[0].is_loopback][:500]
 
 
 # ======================================================================================
@@ -3589,10 +3610,16 @@ def established_connections(ports: FrozenSet[Port]) -> List[Connection]:
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
-GUARD_PRIORITY = -110  # after connection tracking (-200), before destination NAT (-100)
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
-NAT_HOOKS = (("prerouting", -101), ("postrouting", 99))  # before the host's own NAT
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
+
+# The chains of our own tables and their hooks. The guard's comes after connection tracking (-200)
+# and before destination NAT (-100), those of NAT just before the host's own.
+OWN_CHAINS = {
+    GUARD_TABLE: {"closed": "",
+                  "guard": "{ type filter hook prerouting priority -110; policy accept; }"},
+    NAT_TABLE: {"prerouting": "{ type nat hook prerouting priority -101; policy accept; }",
+                "postrouting": "{ type nat hook postrouting priority 99; policy accept; }"}}
 
 
 class Shape(NamedTuple):
@@ -3616,21 +3643,15 @@ class Shape(NamedTuple):
                                   "" if self.kind == INPUT else "_" + self.kind.lower(),
                                   "" if self.ports else "_all")
 
-    def declaration(self, value: str = "") -> str:
-        """The set, or the map with values of this type, in nft's language."""
-        address = "ipv%d_addr" % self.version
-        fields = [address] + [address] * self.destination
-        fields += ["inet_proto", "inet_service"] * self.ports
-        return "%s { type %s%s; flags timeout; }" % (self.set_name, " . ".join(fields), value)
-
     def creation(self, place: NftChain) -> str:
         """The line that adds the set, or in the table for NAT the map, if it is not there."""
-        value = ""
+        address, word, value = "ipv%d_addr" % self.version, "set", ""
+        fields = [address] * (1 + self.destination) + ["inet_proto", "inet_service"] * self.ports
         if place == NAT_TABLE and self.kind != MASQUERADE:
-            port = " . inet_service" if self.kind == DNAT and self.ports else ""
-            value = " : ipv%d_addr%s" % (self.version, port)
-        return "add %s %s %s %s" % ("map" if value else "set", place.family, place.table,
-                                    self.declaration(value))
+            word, value = "map", " : " + address
+            value += " . inet_service" * (self.kind == DNAT and self.ports)
+        return "add %s %s %s %s { type %s%s; flags timeout; }" % (
+            word, place.family, place.table, self.set_name, " . ".join(fields), value)
 
     def match(self, word: str = "") -> str:
         """What a rule compares with the set, or with `word` (`map`) looks up in it."""
@@ -3643,10 +3664,11 @@ class Shape(NamedTuple):
         return "%s %s@%s" % (" . ".join(fields), word, self.set_name)
 
     def nat_rule(self) -> str:
-        """Chain and rule in the table for NAT."""
+        """Chain and rule in the table for NAT; what is only routed here is led nowhere else."""
         if self.kind == MASQUERADE:
             return "postrouting %s masquerade" % self.match()
-        return "%s %s ip%s to %s" % ("prerouting" if self.kind == DNAT else "postrouting",
+        return "%s %s ip%s to %s" % ("prerouting fib daddr type local" if self.kind == DNAT
+                                     else "postrouting",
                                      self.kind.lower(), "6" * (self.version == 6),
                                      self.match("map "))
 
@@ -3675,10 +3697,9 @@ class Shape(NamedTuple):
         protocol, port = "*", 0
         if self.ports:
             number, port = struct.unpack(">B3xH2x", key[addresses:])
-            names = [name for name, code in PROTOCOL_NUMBERS.items() if code == number]
-            if not names:
+            protocol = {6: "tcp", 17: "udp"}.get(number, "")
+            if not protocol:
                 return None
-            protocol = names[0]
         source = ipaddress.ip_network((key[:size], self.prefix), strict=False)
         destination = ipaddress.ip_address(key[size:addresses]) if self.destination else None
         door = Door(source, destination, protocol, port, self.kind)
@@ -3705,38 +3726,26 @@ class NftFirewall(Firewall):
                  shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = ()) -> None:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
         self.shapes, self.forward = shapes, forward
-        self.translates = any(shape.kind in NAT_KINDS for shape in shapes)
+        self.chains = list(dict.fromkeys(accept + forward))  # the host's that our rules go to
+        translates = any(shape.kind in NAT_KINDS for shape in shapes)
+        # Where our sets are. The guard comes first.
+        self.places = [GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * translates + self.chains
+        self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
+        self.identity = ("nft", program, self.places)
         self.netlink = Netlink()
         self.netlink_port = self.netlink.port
-        self.handles: Dict[NftChain, List[bytes]] = {}
 
-    @property
-    def places(self) -> List[NftChain]:
-        """Where our sets are: the guard's table first, then NAT's, then the host's chains."""
-        return ([GUARD_TABLE] * bool(self.guard_ports) + [NAT_TABLE] * self.translates
-                + self.chains)
-
-    @property
-    def chains(self) -> List[NftChain]:
-        """The chains of the host's that our rules go to."""
-        return list(self.accept) + [chain for chain in self.forward if chain not in self.accept]
-
-    def describe(self) -> str:
-        """Where grants go, for the log."""
-        return ", ".join(" ".join(place) for place in self.places
-                         if place == GUARD_TABLE or place in self.accept)
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return ", ".join(" ".join(place) for place in self.places_of(door))
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes."""
+        places = self.places_of(door) if door is not None else [
+            place for place in self.places if place == GUARD_TABLE or place in self.accept]
+        back = door is not None and door.kind in (SNAT, MASQUERADE)
+        return ", ".join(" ".join(place[:2] + ("postrouting",) if back else place)
+                         for place in places)
 
     def form(self, door: Door) -> Optional[Door]:
         """The door; None for what is forwarded, where the settings name no chain for it."""
         return door if door.kind != FORWARD or self.forward else None
-
-    def identity(self) -> Tuple[Any, ...]:
-        """Its tables and chains."""
-        return ("nft", self.program, self.places)
 
     def shapes_at(self, place: NftChain) -> List[Shape]:
         """The shapes of doors that go there, if a table of this family can hold them."""
@@ -3750,19 +3759,26 @@ class NftFirewall(Firewall):
         """Makes sets and rules anew. The guard comes first, in a transaction of its own: a chain of
         the host's that is missing must not keep it away."""
         do_all(self.prepare_place, [(place,) for place in self.places])
-        self.handles = self.read_handles()
+        self.made = self.read_made()
 
     def prepare_place(self, place: NftChain) -> None:
         """Makes a table of our own, or sets and rules in a chain of the host's."""
-        if place in (GUARD_TABLE, NAT_TABLE):
-            self.run(self.guard_lines() if place == GUARD_TABLE else self.nat_lines())
+        shapes = self.shapes_at(place)
+        sets = [shape.creation(place) for shape in shapes]
+        if place in OWN_CHAINS:
+            table, lines = "%s %s" % place[:2], []
+            for chain, hook in OWN_CHAINS[place].items():
+                lines += ["add chain %s %s %s" % (table, chain, hook),
+                          "flush chain %s %s" % (table, chain)]
+            rules = (self.guard_rules() if place == GUARD_TABLE else
+                     [shape.nat_rule() for shape in shapes])
+            self.run(["add table " + table] + sets + lines
+                     + ["add rule %s %s" % (table, rule) for rule in rules])
             return
-        lines = self.rule_removal(place)
-        for shape in self.shapes_at(place):
-            lines += [shape.creation(place), 'insert rule %s %s accept comment "%s"'
-                      % (" ".join(place), shape.match(), COMMENT)]
+        rules = ['insert rule %s %s accept comment "%s"' % (" ".join(place), shape.match(), COMMENT)
+                 for shape in shapes]
         try:
-            self.run(lines)
+            self.run(self.rule_removal(place) + sets + rules)
         except CommandError as error:
             raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
 
@@ -3776,7 +3792,7 @@ class NftFirewall(Firewall):
         return ["delete rule %s handle %d" % (" ".join(place), struct.unpack(">Q", handle)[0])
                 for handle in self.our_rules(place)]
 
-    def guard_lines(self) -> List[str]:
+    def guard_rules(self) -> List[str]:
         """The guard: what is guarded and not granted is dropped, before destination NAT.
 
         Only what is addressed to this host: the rest is routed, and not ours to guard. Established
@@ -3784,64 +3800,33 @@ class NftFirewall(Firewall):
         that none of them is open here for a moment longer than it leads elsewhere.
         """
         ports = ", ".join("%s . %d" % port for port in sorted(self.guard_ports))
-        table, shapes = "%s %s" % GUARD_TABLE[:2], self.shapes_at(GUARD_TABLE)
-        return (["add table " + table]
-                + [shape.creation(GUARD_TABLE) for shape in shapes]
-                + ["add chain %s closed" % table,
-                   "add chain %s guard { type filter hook prerouting priority %d; policy accept; }"
-                   % (table, GUARD_PRIORITY),
-                   "flush chain %s guard" % table, "flush chain %s closed" % table,
-                   'add rule %s guard iifname "lo" accept' % table,
-                   "add rule %s guard ct state established accept" % table,
-                   "add rule %s guard fib daddr type unicast accept" % table,
-                   "add rule %s guard meta l4proto . th dport { %s } goto closed" % (table, ports)]
-                + ["add rule %s closed ip%s saddr %s tcp sport %d tcp dport %d "
-                   "tcp flags & (syn | ack) != syn accept"
-                   % (table, "6" * (each.peer.version == 6), each.peer, each.peer_port, each.port)
-                   for each in established_connections(self.guard_ports)]
-                + ["add rule %s closed %s accept" % (table, shape.match()) for shape in shapes]
-                + ["add rule %s closed counter drop" % table])
-
-    def nat_lines(self) -> List[str]:
-        """The table for NAT: a rule for each map, which leads only whom it knows."""
-        table, shapes = "%s %s" % NAT_TABLE[:2], self.shapes_at(NAT_TABLE)
-        lines = ["add table " + table] + [shape.creation(NAT_TABLE) for shape in shapes]
-        for chain, priority in NAT_HOOKS:
-            lines += ["add chain %s %s { type nat hook %s priority %d; policy accept; }"
-                      % (table, chain, chain, priority), "flush chain %s %s" % (table, chain)]
-        return lines + ["add rule %s %s" % (table, shape.nat_rule()) for shape in shapes]
+        return (['guard iifname "lo" accept', "guard ct state established accept",
+                 "guard fib daddr type unicast accept",
+                 "guard meta l4proto . th dport { %s } goto closed" % ports]
+                + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
+                   "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
+                   for peer, peer_port, port in established_connections(self.guard_ports)]
+                + ["closed %s accept" % shape.match() for shape in self.shapes_at(GUARD_TABLE)]
+                + ["closed counter drop"])
 
     def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
         """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
-        body = (attribute(RULE_TABLE, place.table.encode() + b"\0")
-                + attribute(RULE_CHAIN, place.chain.encode() + b"\0"))
-        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], body)
-        wanted = place.table.encode() + b"\0", place.chain.encode() + b"\0"
-        return [rule for rule in rules  # old kernels list all chains
-                if (rule.get(RULE_TABLE), rule.get(RULE_CHAIN)) == wanted]
+        names = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
+        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
+            attribute(kind, name) for kind, name in names.items()))
+        return [rule for rule in rules if names.items() <= rule.items()]  # old kernels list all
 
     def our_rules(self, place: NftChain) -> List[bytes]:
-        """The handles of the rules with our comment in a chain of the host's."""
+        """The handles of the rules in a chain that are ours: in one of the host's by comment."""
         mark = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"  # nft's user data
         return [rule[RULE_HANDLE] for rule in self.read_rules(place)
-                if rule.get(RULE_USERDATA) == mark]
+                if place not in self.chains or rule.get(RULE_USERDATA) == mark]
 
-    def read_handles(self) -> Dict[NftChain, List[bytes]]:
+    def read_made(self) -> Dict[NftChain, List[bytes]]:
         """The handles of all rules of ours: a flushed or rebuilt chain has others."""
-        handles = {place: self.our_rules(place) for place in self.chains}
-        own = [GUARD_TABLE._replace(chain=chain)
-               for chain in ("guard", "closed") if self.guard_ports]
-        own += [NAT_TABLE._replace(chain=chain) for chain, _ in NAT_HOOKS if self.translates]
-        for place in own:
-            handles[place] = [rule[RULE_HANDLE] for rule in self.read_rules(place)]
-        return handles
-
-    def intact(self) -> bool:
-        """Whether all that prepare() made is still there."""
-        try:
-            return self.handles == self.read_handles()
-        except CommandError:
-            return False
+        own = [place._replace(chain=chain) for place in self.places
+               for chain in OWN_CHAINS.get(place, ())]
+        return {place: self.our_rules(place) for place in own + self.chains}
 
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
@@ -3849,7 +3834,8 @@ class NftFirewall(Firewall):
 
     def places_of(self, door: Door) -> List[NftChain]:
         """The places that have a set for this door."""
-        return [place for place in self.places if shape_of(door) in self.shapes_at(place)]
+        wanted = shape_of(door)
+        return [place for place, shape in self.sets if shape == wanted]
 
     def element(self, place: NftChain, door: Door, timeout: bytes = b"") -> bytes:
         """The attributes of a message about a door's element of a set or map."""
@@ -3902,18 +3888,17 @@ class NftFirewall(Firewall):
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has in every place. Only NAT's maps tell where doors lead."""
-        found: Dict[Door, float] = {}
-        doors: Dict[Door, List[Door]] = {}
-        for place in self.places:
-            for shape in self.shapes_at(place):
-                for door, seconds in self.read_set(place, shape):
-                    key = door.entrance
-                    found[key] = min(seconds, found.get(key, seconds))
-                    doors.setdefault(key, []).append(door)
+        found: Dict[Door, List[Tuple[Door, float]]] = {}
+        for place, shape in self.sets:
+            for door, seconds in self.read_set(place, shape):
+                found.setdefault(door.entrance, []).append((door, seconds))
         now, wall = time.monotonic(), time.time()
-        return [Grant(doors[key][-1], int(wall + seconds + 0.999), now + seconds)
-                for key, seconds in found.items()
-                if len(doors[key]) == len(self.places_of(key)) and seconds != FOR_EVER]
+        grants = []
+        for entrance, elements in found.items():
+            seconds = min(seconds for _, seconds in elements)
+            if len(elements) == len(self.places_of(entrance)) and seconds != FOR_EVER:
+                grants.append(Grant(elements[-1][0], int(wall + seconds + 0.999), now + seconds))
+        return grants
 
     def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
         """The doors in a set with the seconds they have left, FOR_EVER if somebody said so."""
@@ -3939,13 +3924,13 @@ class NftFirewall(Firewall):
     def listing(self) -> str:
         """The tables that our sets are in."""
         tables = dict.fromkeys((place.family, place.table) for place in self.places)
+        there = run_program([self.program, "list", "tables"]).splitlines()
         return "\n".join(run_program([self.program, "list", "table"] + list(table))
-                         for table in tables)
+                         for table in tables if "table %s %s" % table in there)
 
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
-        do_all(self.flush_set, [(place, shape) for place in self.places
-                                for shape in self.shapes_at(place)])
+        do_all(self.flush_set, self.sets)
 
     def flush_set(self, place: NftChain, shape: Shape) -> None:
         """Takes every element out of a set, if there is one."""
@@ -3954,23 +3939,19 @@ class NftFirewall(Firewall):
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
-        rules = {place: self.rule_removal(place) for place in self.chains}
-        sets: Dict[Tuple[str, str], Set[str]] = {}
-        for place in self.chains:
-            if rules[place]:
-                names = sets.setdefault((place.family, place.table), set())
-                names.update(shape.set_name for shape in self.shapes_at(place))
         table = "table %s %s" % NAT_TABLE[:2]
-        do_all(self.run, [(["add " + table, "delete " + table],)] * self.translates)
+        batches = [["add " + table, "delete " + table]] * (NAT_TABLE in self.places)
+        rules = {place: self.rule_removal(place) for place in self.chains}
+        batches += rules.values()
         # Chains of one table share the sets, so these go when no rule needs them any more.
-        do_all(self.run, [(lines,) for lines in rules.values()])
-        do_all(self.run, [(["delete set %s %s %s" % (table + (name,)) for name in sorted(names)],)
-                          for table, names in sets.items()])
+        sets = {place[:2] + (shape.set_name,) for place, shape in self.sets if rules.get(place)}
+        batches += [["delete set %s %s %s" % each] for each in sorted(sets)]
+        do_all(self.run, [(lines,) for lines in batches])
 
     def guarded(self) -> bool:
         """Whether the guard's table stands, whoever made it."""
         try:
-            return bool(self.read_rules(GUARD_TABLE))
+            return bool(self.our_rules(GUARD_TABLE))
         except CommandError:
             return False
 
@@ -4022,8 +4003,8 @@ class Place(NamedTuple):
 class Iptables:
     """The programs of one IP version and the changes that are made through them."""
 
-    def __init__(self, version: int, program: str) -> None:
-        self.version, self.program, self.restore = version, program, program + "-restore"
+    def __init__(self, program: str) -> None:
+        self.program, self.restore = program, program + "-restore"
         self.dated = True  # whether rules can end by themselves
 
     def list(self, table: str) -> List[str]:
@@ -4106,6 +4087,12 @@ def any_source(version: int) -> Network:
     return ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0")
 
 
+def jumps_to(chain: str, from_chain: str, lines: List[str]) -> List[str]:
+    """The lines of `iptables -S` that jump to a chain from another one, whatever they match."""
+    return [line for line in lines
+            if line.startswith("-A %s " % from_chain) and line.endswith(" -j " + chain)]
+
+
 class IptablesFirewall(Firewall):
     """Grants as rules of iptables and ip6tables."""
 
@@ -4121,74 +4108,68 @@ class IptablesFirewall(Firewall):
         self.places += [Place(chain.table, chain.chain, chain.target,
                               kind == INPUT and chain.from_chain == "OUTPUT", prepend, kind)
                         for kind, chain in access]
-        directory, name = os.path.split(program)
-        six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
-        self.programs = {4: Iptables(4, program)}
-        if six and os.path.exists("/proc/net/if_inet6"):
-            self.programs[6] = Iptables(6, six)
-        elif os.path.exists("/proc/net/if_inet6"):
-            if guard_ports:
+        self.tables = sorted({place.table for place in self.places},
+                             key=lambda name: (name != "mangle", name))  # the guard's comes first
+        self.programs = {4: Iptables(program)}
+        if os.path.exists("/proc/net/if_inet6"):
+            directory, name = os.path.split(program)
+            six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
+            if six:
+                self.programs[6] = Iptables(six)
+            elif guard_ports:
                 raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
                                   "install it, or nftables")
-            log.warning("No ip6tables: nothing is opened for IPv6")
-        self.structure: Dict[int, Set[str]] = {}
+            else:
+                log.warning("No ip6tables: nothing is opened for IPv6")
+        self.identity = ("iptables", program, self.places, access)
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
-    def describe(self) -> str:
-        """Where grants go, for the log."""
-        return self.chains_for(INPUT)
-
-    def where(self, door: Door) -> str:
-        """Where this door goes, for the log."""
-        return self.chains_for(door.kind)
-
-    def chains_for(self, kind: str) -> str:
-        """The chains for doors of a kind."""
+    def describe(self, door: Optional[Door] = None) -> str:
+        """Where this door, or access, goes."""
+        kind = door.kind if door is not None else INPUT
         return ", ".join(place.chain for place in self.places
                          if place.kind == kind and place.tells)
 
-    def identity(self) -> Tuple[Any, ...]:
-        """Its programs, chains and jumps."""
-        return ("iptables", self.programs[4].program, self.places, self.access)
-
-    @property
-    def tables(self) -> List[str]:
-        """The tables with places of ours, the guard's first."""
-        return sorted({place.table for place in self.places},
-                      key=lambda name: (name != "mangle", name))
-
     def prepare(self) -> None:
         """Makes chains and jumps where they are missing, the guard first; grants stay."""
-        do_all(self.prepare_table, [(program, table) for table in self.tables
-                                    for program in self.programs.values()])
+        do_all(self.prepare_table, [(version, table) for table in self.tables
+                                    for version in self.programs])
         for program in self.programs.values():
             program.probe_time_match(self.tables[0])
             if not program.dated:
                 self.log.warning("%s has no time match: grants end only while this server runs"
                                  % program.program)
-        self.structure = self.read_structure()
+        self.made = self.read_made()
 
-    def prepare_table(self, program: Iptables, table: str) -> None:
+    def prepare_table(self, version: int, table: str) -> None:
         """Makes what is missing in one table."""
+        program = self.programs[version]
         lines = program.list(table)
-        changes = []
-        if table == "mangle" and self.guard_ports:
-            changes += self.guard_changes(lines, program.version)
+        drops = any(line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
+                    for line in lines)
+        guarding = table == "mangle" and self.guard_ports
+        changes, jumps = self.guard_changes(lines, version) if guarding else [], []
         for kind, chain in self.access:
-            if chain.table == table:
-                changes += missing_chain(lines, chain)
-                if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not any(
-                        line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
-                        for line in lines):
-                    self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
-                                     % (chain.from_chain, program.program))
+            if chain.table != table:
+                continue
+            if "-N " + chain.chain not in lines:
+                changes.append(":%s - [0:0]" % chain.chain)
+            # What is only routed here is led nowhere else.
+            jump = "-m addrtype --dst-type LOCAL " * (kind == DNAT) + "-j " + chain.chain
+            present = jumps_to(chain.chain, chain.from_chain, lines)
+            if "-A %s %s" % (chain.from_chain, jump) not in present:
+                changes.append("-I %s %d %s" % (chain.from_chain, chain.position, jump))
+                jumps.append(chain)
+            changes += ["-D" + line[2:] for line in present if kind == DNAT  # an older one
+                        and line != "-A %s %s" % (chain.from_chain, jump)]
+            if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops:
+                self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
+                                 % (chain.from_chain, program.program))
         program.commit({table: changes})
-        for _, chain in self.access if program.version == 4 else []:
-            if any(change.endswith(" %d -j %s" % (chain.position, chain.chain))
-                   for change in changes):
-                self.log.info("Added jump rule from chain: %s to chain: %s"
-                              % (chain.from_chain, chain.chain))
+        for chain in jumps if version == 4 else []:
+            self.log.info("Added jump rule from chain: %s to chain: %s"
+                          % (chain.from_chain, chain.chain))
 
     def guard_changes(self, lines: List[str], version: int) -> List[str]:
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
@@ -4207,9 +4188,9 @@ class IptablesFirewall(Firewall):
         changes += ["-A %s %s -j RETURN" % (GUARD_CHAIN, match) for match in (
             "-i lo", "-m conntrack --ctstate ESTABLISHED", routed)]
         changes += ["-A %s -s %s -p tcp -m tcp --sport %d --dport %d ! --syn -j RETURN"
-                    % (GUARD_CHAIN, each.peer, each.peer_port, each.port)
-                    for each in established_connections(self.guard_ports)
-                    if each.peer.version == version]
+                    % (GUARD_CHAIN, peer, peer_port, port)
+                    for peer, peer_port, port in established_connections(self.guard_ports)
+                    if peer.version == version]
         changes += ["-A %s -p %s -m %s --dport %d -j %s"
                     % (GUARD_CHAIN, protocol, protocol, port, GUARDED_CHAIN)
                     for protocol, port in sorted(self.guard_ports)]
@@ -4217,19 +4198,12 @@ class IptablesFirewall(Firewall):
             changes.append("-I PREROUTING 1 -j " + GUARD_CHAIN)
         return changes
 
-    def read_structure(self) -> Dict[int, Set[str]]:
+    def read_made(self) -> Dict[int, Set[str]]:
         """All that is ours and no grant: our chains, what jumps to them, what is in the guard's."""
         ours = {place.chain for place in self.places} | {GUARD_CHAIN, GUARDED_CHAIN}
         return {version: {line for table in self.tables for line in program.list(table)
                           if ours & set(line.split()) and MARK not in line}
                 for version, program in self.programs.items()}
-
-    def intact(self) -> bool:
-        """Whether all that prepare() made is still there."""
-        try:
-            return self.structure == self.read_structure()
-        except CommandError:
-            return False
 
     def holds(self, door: Door) -> bool:
         """Whether there are programs for the door's IP version, and a chain for its kind."""
@@ -4244,15 +4218,17 @@ class IptablesFirewall(Firewall):
             return door._replace(source=any_source(door.source.version))
         return door
 
-    def changes(self, action: Callable[[Place], str],
-                grants: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
-        """A change for each grant in each place, by program and table."""
+    def changes(self, added: List[Grant],
+                deleted: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
+        """The changes by program and table that add and delete the rules of grants."""
         found: Dict[Iptables, Dict[str, List[str]]] = {}
-        for grant in filter(lambda grant: self.holds(grant.door), grants):
-            program = self.programs[grant.door.source.version]
-            for place in [place for place in self.places if place.kind == grant.door.kind]:
-                lines = found.setdefault(program, {}).setdefault(place.table, [])
-                lines.append("%s %s" % (action(place), program.rule(place, grant)))
+        for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
+            for place in self.places if self.holds(grant.door) else ():
+                if place.kind == grant.door.kind:
+                    program = self.programs[grant.door.source.version]
+                    action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
+                    lines = found.setdefault(program, {}).setdefault(place.table, [])
+                    lines.append(action % place.chain + " " + program.rule(place, grant))
         return found
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
@@ -4260,18 +4236,14 @@ class IptablesFirewall(Firewall):
 
         When a later table fails, what the first ones got is taken back.
         """
-        added = self.changes(lambda place: ("-I %s 1" if place.first else "-A %s") % place.chain,
-                             grants)
-        deleted = self.changes(lambda place: "-D " + place.chain, replaced)
         if not all(self.holds(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
-            for program, tables in added.items():
-                for table, lines in tables.items():
-                    lines += deleted.get(program, {}).get(table, [])
+            for program, tables in self.changes(grants, replaced).items():
                 program.commit(tables)
         except CommandError:
-            self.delete_rules({(grant.door.entrance, grant.expires) for grant in grants})
+            mine = {(grant.door.entrance, grant.expires) for grant in grants}
+            self.delete_rules(lambda door, expires: (door.entrance, expires) in mine)
             raise
 
     def close(self, grants: List[Grant]) -> None:
@@ -4282,10 +4254,9 @@ class IptablesFirewall(Firewall):
             try:
                 program.commit(tables)
             except CommandError:
-                program.commit(self.deletions(program, lambda door, _: door.entrance in doors))
+                self.delete_in(program, lambda door, _: door.entrance in doors)
 
-        changes = self.changes(lambda place: "-D " + place.chain, grants)
-        do_all(close_in, changes.items())
+        do_all(close_in, self.changes([], grants).items())
 
     def rules(self, program: Iptables) -> Iterator[Tuple[Place, str, Door, int]]:
         """Place, line of `iptables -S`, door and expiry of every grant in the kernel."""
@@ -4296,22 +4267,17 @@ class IptablesFirewall(Firewall):
                     if parsed:
                         yield (place, line) + parsed
 
-    def deletions(self, program: Iptables,
-                  wanted: Callable[[Door, int], bool]) -> Dict[str, List[str]]:
-        """The changes by table that delete the grants that are wanted."""
+    def delete_in(self, program: Iptables, wanted: Callable[[Door, int], bool]) -> None:
+        """Deletes the grants that are wanted gone, by door and expiry, through one program."""
         changes: Dict[str, List[str]] = {}
         for place, line, door, expires in self.rules(program):
             if wanted(door, expires):
                 changes.setdefault(place.table, []).append("-D" + line[2:])
-        return changes
+        program.commit(changes)
 
-    def delete_rules(self, wanted: Optional[Set[Tuple[Door, int]]] = None) -> None:
-        """Deletes the grants of these entrances and expiries, or all of them."""
-        def delete(program: Iptables) -> None:
-            program.commit(self.deletions(program, lambda door, expires: (
-                wanted is None or (door.entrance, expires) in wanted)))
-
-        do_all(delete, [(program,) for program in self.programs.values()])
+    def delete_rules(self, wanted: Callable[[Door, int], bool]) -> None:
+        """Deletes the grants that are wanted gone."""
+        do_all(self.delete_in, [(program, wanted) for program in self.programs.values()])
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
@@ -4331,7 +4297,16 @@ class IptablesFirewall(Firewall):
 
     def flush(self) -> None:
         """Closes all grants, those of another fwknopd as well; the guard stays."""
-        self.delete_rules()
+        self.delete_rules(lambda door, expires: True)
+
+    def flush_marked(self) -> None:
+        """Deletes every rule in one of fwknop's chains that has its comment, of whatever kind."""
+        def flush_table(program: Iptables, table: str) -> None:
+            program.commit({table: ["-D" + line[2:] for line in program.list(table)
+                                    if line.startswith("-A FWKNOP_") and MARK in line]})
+
+        do_all(flush_table, [(program, table) for program in self.programs.values()
+                             for table in ("mangle", "filter", "nat")])
 
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
@@ -4341,11 +4316,10 @@ class IptablesFirewall(Firewall):
 
     @staticmethod
     def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
-        """Takes chains and the jump to the first of them away."""
+        """Takes chains and the jumps to the first of them away."""
         lines = program.list(table)
-        jump = "-A %s -j %s" % (from_chain, chains[0])
         present = [chain for chain in chains if "-N " + chain in lines]
-        program.commit({table: ["-D" + jump[2:]] * lines.count(jump)
+        program.commit({table: ["-D" + line[2:] for line in jumps_to(chains[0], from_chain, lines)]
                         + ["-F " + chain for chain in present]
                         + ["-X " + chain for chain in present]})
 
@@ -4363,16 +4337,6 @@ class IptablesFirewall(Firewall):
                                     for program in self.programs.values()])
 
 
-def missing_chain(lines: List[str], access: IptablesChain) -> List[str]:
-    """The changes that make a chain and the jump to it, where a table's `lines` lack them."""
-    changes = []
-    if "-N " + access.chain not in lines:
-        changes.append(":%s - [0:0]" % access.chain)
-    if "-A %s -j %s" % (access.from_chain, access.chain) not in lines:
-        changes.append("-I %s %d -j %s" % (access.from_chain, access.position, access.chain))
-    return changes
-
-
 # ======================================================================================
 # 18. Choice of a firewall
 #
@@ -4384,8 +4348,8 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
                     log: Log) -> Firewall:
     """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
 
-    auto is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS ask for it and nft is there, unless
-    IPT_INPUT_ACCESS is set; and iptables otherwise.
+    auto is what FIREWALL_EXE is. Without that it is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS
+    ask for it and nft is there, unless IPT_INPUT_ACCESS is set; and iptables otherwise.
     """
     if settings.firewall == "none" and settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports,
@@ -4397,10 +4361,14 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         return Firewall("every stanza opens by CMD_CYCLE_OPEN", log)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
+    if kind == "auto" and settings.firewall_program:
+        kind = "nft" if os.path.basename(settings.firewall_program) == "nft" else "iptables"
     if kind == "auto":
         wants_nft = settings.nft_accept_chains or (settings.guard_ports and nft)
         chain_named = settings.is_set(ServerSettings.input_access)
         kind = "nft" if wants_nft and not chain_named else "iptables"
+    for text in idle_directives(settings, kind):
+        log.warning(text)
     if kind == "iptables":
         return iptables_firewall(settings, iptables, log)
     if not settings.guard_ports and not settings.nft_accept_chains:
@@ -4411,10 +4379,21 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
     if not nft:
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
     shapes = {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)}
-    if settings.enable_output:
-        log.warning("ENABLE_IPT_OUTPUT has no effect with nftables")
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log,
                        settings.nft_forward_chains if settings.nat else ())
+
+
+def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
+    """What there is to say of directives that are set, and mean nothing for this firewall."""
+    rows: List[Tuple[Directive[Any], bool, str]] = [
+        (ServerSettings.nft_accept_chains, kind == "nft", "with iptables"),
+        (ServerSettings.nft_forward_chains, kind == "nft", "with iptables"),
+        (ServerSettings.enable_output, kind == "iptables", "with nftables"),
+        (ServerSettings.rule_prepend, kind == "iptables", "with nftables")]
+    rows += [(row, settings.nat, "without ENABLE_IPT_FORWARDING") for row in (
+        ServerSettings.snat, ServerSettings.snat_address, ServerSettings.nft_forward_chains)]
+    return ["%s has no effect %s" % (row.name, where) for row, used, where in rows
+            if not used and getattr(settings, row.attribute)]
 
 
 def nft_shapes(settings: ServerSettings, stanza: Stanza) -> Iterator[Shape]:
@@ -4435,31 +4414,43 @@ def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional
     kind = os.path.basename(own)
     if own and ((kind != "nft" and "iptables" not in kind) or not find_program(own)):
         raise settings.error(ServerSettings.firewall_program, "expected an nft or iptables program")
-    return (own if kind == "nft" else find_program("nft"),
-            own if "iptables" in kind else find_program("iptables"))
+    iptables = own if "iptables" in kind else find_program("iptables")
+    if iptables and not find_program(iptables + "-restore"):
+        iptables = None
+    return own if kind == "nft" else find_program("nft"), iptables
 
 
 def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
     """The backends whose guard stands, with these settings or from earlier ones."""
-    nft, iptables = firewall_programs(settings)
-    makers: List[Callable[[], Firewall]] = []
-    if nft:
-        makers.append(lambda: NftFirewall(str(nft), (), frozenset(), [], log))
-    if iptables and find_program(iptables + "-restore"):
-        makers.append(lambda: IptablesFirewall(str(iptables), [], frozenset(), False, log))
-    guards = []
-    for make in makers:
+    guards: List[Firewall] = []
+    for program in filter(None, firewall_programs(settings)):
         try:
-            guards.append(make())
+            guards.append(NftFirewall(program, (), frozenset(), [], log)
+                          if os.path.basename(program) == "nft" else
+                          IptablesFirewall(program, [], frozenset(), False, log))
         except SpaError:  # a backend that does not work has no guard to speak of
             continue
     return [guard for guard in guards if guard.guarded()]
 
 
+def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
+    """Closes what other settings have left: NAT of our own table, and grants in fwknop's chains."""
+    current = isinstance(firewall, NftFirewall) and NAT_TABLE in firewall.places
+    for program in filter(None, firewall_programs(settings)):
+        try:
+            if os.path.basename(program) != "nft":
+                IptablesFirewall(program, [], frozenset(), False, log).flush_marked()
+            elif not current:
+                table = "table %s %s" % NAT_TABLE[:2]
+                run_program([program, "-f", "-"], "add %s\ndelete %s\n" % (table, table))
+        except SpaError as error:
+            log.warning("%s; what earlier settings opened by it may be left" % error)
+
+
 def iptables_firewall(settings: ServerSettings, program: Optional[str],
                       log: Log) -> IptablesFirewall:
     """The iptables firewall of the settings."""
-    if not program or not find_program(program + "-restore"):
+    if not program:
         raise ConfigError("FIREWALL_TYPE: there is no iptables program",
                           "on nftables, set GUARD_PORTS or NFT_ACCEPT_CHAINS")
     access = []
@@ -4483,6 +4474,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 
 RETRY_SECONDS = 1.0
 OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
+MAX_GRANTS = 1000  # of a stanza: each costs time whenever the firewall is read
 
 
 class Grants:
@@ -4507,19 +4499,22 @@ class Grants:
         for grant in self.firewall.grants():
             self.enter(grant)
             self.log.info("Found %s rule in %s for %s, expires at %d" % (
-                grant.door.word, self.firewall.where(grant.door), grant.door, grant.expires))
+                grant.door.word, self.firewall.describe(grant.door), grant.door, grant.expires))
 
-    def open(self, doors: List[Door], seconds: int) -> None:
+    def open(self, doors: List[Door], seconds: int, stanza: int = 0) -> None:
         """Opens doors, all or none. What is open already stays so for longer, never for less.
 
-        A door with the same entrance as one that leads elsewhere takes its place.
+        A door with the same entrance as one that leads elsewhere takes its place, if that is the
+        same stanza's. PacketRejected when it is not, or the stanza has too many doors open.
         """
         now = self.monotonic()
         ends, expires = now + seconds, int(self.wall() + seconds + 0.999)
         doors = [door for door in map(self.firewall.form, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
-        opened = [Grant(door, expires, ends) for door in doors
+        self.check_stanza(doors, stanza)
+        opened = [Grant(door, expires, ends,
+                        self.live[door].stanza if door in self.live else stanza) for door in doors
                   if door not in self.live or self.live[door].ends < ends]
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
@@ -4537,7 +4532,24 @@ class Grants:
             self.enter(grant)
         for door in doors:
             self.log.info("Added %s rule to %s for %s, expires at %d" % (
-                door.word, self.firewall.where(door), door, self.live[door].expires))
+                door.word, self.firewall.describe(door), door, self.live[door].expires))
+
+    def check_stanza(self, doors: List[Door], stanza: int) -> None:
+        """Rejects doors that would lead another stanza's clients elsewhere, and too many of them.
+
+        After a restart or a reload nobody knows whose a door is; it leads nowhere else then.
+        """
+        for door in doors:
+            for grant in self.live.values() if door.kind == DNAT else ():
+                other = grant.door
+                if (other.kind == DNAT and grant.stanza != stanza and other.meets(door)
+                        and (other.target, other.target_port) != (door.target, door.target_port)):
+                    raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
+                                         % (other, other.target_text()), "{stanza}{text}")
+        count = sum(grant.stanza == stanza for grant in self.live.values())
+        if count + sum(door not in self.live for door in doors) > MAX_GRANTS:
+            raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
+                                 % (count, MAX_GRANTS), "{stanza}{text}")
 
     def rivals(self, doors: List[Door]) -> List[Grant]:
         """The live grants that `doors` take the place of: from the same entrance to elsewhere."""
@@ -4573,7 +4585,7 @@ class Grants:
         for grant in ended:
             del self.live[grant.door]
             self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
-                          % (self.firewall.where(grant.door), grant.expires, grant.door))
+                          % (self.firewall.describe(grant.door), grant.expires, grant.door))
 
     def check(self) -> None:
         """Puts back what somebody took from the firewall: first our rules, then what is due."""
@@ -4616,8 +4628,10 @@ class Grants:
     def move(self, firewall: Firewall) -> None:
         """Goes on in another firewall, which is prepared; what it has no place for is closed."""
         old, self.firewall = self.firewall, firewall
+        for grant in list(self.live.values()):
+            self.enter(grant._replace(stanza=0))  # its number may be another one's now
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
-        moved = old.identity() != firewall.identity()
+        moved = old.identity != firewall.identity
         try:
             old.close(list(self.live.values()) if moved else homeless)
             if moved:
@@ -4643,11 +4657,15 @@ class Grants:
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-MAX_RUNNING, MAX_CYCLES = 32, 100  # a packet can ask for 30 ports
+MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza; a packet can ask for 30 ports
 MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
 STOP_SECONDS = 5.0  # how long a clean stop waits for commands
 SWITCH_SECONDS = 2  # how much later than the server its switch closes
+
+# The first program that is executed is trusted. The kernel lets this server wait for it, and its
+# owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
+RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 
 # SIGTERM ends only the sleep: whoever ends all processes of the service closes at once.
 SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
@@ -4692,33 +4710,36 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command that runs, until `due` on the monotonic clock, and what it has printed."""
 
-    def __init__(self, kind: str, command: Command, due: float) -> None:
-        self.kind, self.command, self.due = kind, command, due
-        self.popen = launch(command, subprocess.PIPE)
+    def __init__(self, kind: str, command: Command, due: float, stanza: int) -> None:
+        self.kind, self.command, self.due, self.stanza = kind, command, due, stanza
+        self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
         self.signal = signal.SIGTERM  # that ends it when it is due
+        self.closes: Optional[Cycle] = None
 
 
 class Cycle:
     """A command that opens, and one that closes in `seconds`; without words where nothing has to.
 
-    `limit` is how many seconds each may run, `label` says whose they are.
+    `limit` is how many seconds each may run, `stanza` and `label` say whose they are.
     """
 
-    def __init__(self, kind: str, label: str, limit: int, seconds: int, opening: Command,
-                 closing: Command) -> None:
-        self.kind, self.label, self.limit = kind, label, limit
+    def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
+                 opening: Command, closing: Command) -> None:
+        self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
         self.opening, self.closing = opening, closing
         self.ends = time.monotonic() + seconds
-        self.opened: Child
-        self.switch: "subprocess.Popen[bytes]"
+        self.openings: List[Child] = []  # the last one, and those before that still run
+        self.switch: Optional["subprocess.Popen[bytes]"] = None
+        self.failed = False  # whether its command that closes has
 
     @property
     def is_open(self) -> bool:
         """Whether its command has opened or is about to, and its switch has not closed."""
-        return self.opened.popen.poll() in (None, 0) and self.switch.poll() is None
+        return (self.openings[-1].popen.poll() in (None, 0)
+                and self.switch is not None and self.switch.poll() is None)
 
 
 class Commands:
@@ -4731,20 +4752,32 @@ class Commands:
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
 
     def run(self, cycles: List[Cycle]) -> None:
-        """Opens all; CommandError when they are too many, or one can't be started."""
-        if (len(self.running) + len(cycles) > MAX_RUNNING
-                or len(self.cycles) + len(cycles) > MAX_CYCLES):
-            raise CommandError("too many commands: %d run, and %d wait to close"
-                               % (len(self.running), len(self.cycles)))
+        """Opens all; CommandError when one can't be started, or they are too many of a stanza.
+
+        What only closes later is no new one.
+        """
+        stanza = cycles[0].stanza
+        run = sum(child.stanza == stanza for child in self.running)
+        wait = sum(cycle.stanza == stanza for cycle in self.cycles.values())
+        new = {cycle.closing for cycle in cycles if cycle.closing.words} - set(self.cycles)
+        if (run + sum(not self.lasts(cycle) for cycle in cycles) > MAX_RUNNING
+                or wait + len(new) > MAX_CYCLES):
+            raise CommandError("too many commands: %d of stanza #%d run, and %d wait to close"
+                               % (run, stanza, wait))
         for cycle in cycles:
             if self.test:
                 self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
             else:
                 self.open(cycle)
 
-    def start(self, kind: str, command: Command, limit: int) -> Child:
+    def lasts(self, cycle: Cycle) -> bool:
+        """Whether what the cycle opens is open, so that it has only to close later."""
+        known = self.cycles.get(cycle.closing)
+        return known is not None and known.opening == cycle.opening and known.is_open
+
+    def start(self, kind: str, command: Command, limit: int, stanza: int) -> Child:
         """Starts a command whose output and end come to the log; it has `limit` seconds."""
-        child = Child(kind, command, time.monotonic() + limit)
+        child = Child(kind, command, time.monotonic() + limit, stanza)
         self.running.append(child)
         self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
         return child
@@ -4770,6 +4803,8 @@ class Commands:
         code = child.popen.returncode
         self.log.write(WARNING if code else INFO, "%s: command returned %d, pid_status: %d"
                        % (child.kind, code, code))
+        if child.closes is not None:
+            self.finish_close(child.closes, code)
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
@@ -4797,16 +4832,18 @@ class Commands:
             cycle.ends = max(cycle.ends, known.ends)
         seconds = int(cycle.ends - time.monotonic() + 0.999)
         if cycle.closing.words:
-            words = SWITCH + (b"%d" % (seconds + SWITCH_SECONDS),) + cycle.closing.words
-            cycle.switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
-        if known and known.opening == cycle.opening and known.is_open:
-            cycle.opened = known.opened
+            self.set_switch(cycle, seconds + SWITCH_SECONDS)
+        if known and self.lasts(cycle):
+            cycle.openings = known.openings
         else:
+            if known:
+                cycle.openings = [each for each in known.openings if each.popen.poll() is None]
             self.log.info(("%sRunning command '%s'%s" if cycle.kind == "CMD_EXEC" else
                            "%sRunning CMD_CYCLE_OPEN command: %s%s")
                           % (cycle.label, cycle.opening, cycle.opening.runner))
             try:
-                cycle.opened = self.start(cycle.kind, cycle.opening, cycle.limit)
+                cycle.openings.append(self.start(cycle.kind, cycle.opening, cycle.limit,
+                                                 cycle.stanza))
             except CommandError:
                 self.end_switch(cycle)
                 raise
@@ -4817,39 +4854,80 @@ class Commands:
             self.log.info("%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s"
                           % (cycle.label, seconds, cycle.closing))
 
+    def set_switch(self, cycle: Cycle, seconds: int) -> None:
+        """Gives a cycle a switch, in place of the one that it may have."""
+        words = SWITCH + (b"%d" % seconds,) + cycle.closing.words
+        switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
+        self.end_switch(cycle)
+        cycle.switch = switch
+
     def end_switch(self, cycle: Cycle) -> None:
         """Takes the switch of a cycle away, if it has one; look() takes note of its end."""
-        if cycle.closing.words:
+        if cycle.switch is not None:
             end_group(cycle.switch, signal.SIGKILL)
             self.switches.append(cycle.switch)
+            cycle.switch = None
 
     def close(self, cycle: Cycle, why: str) -> None:
-        """Starts what closes, also if what opens has failed: that may have done half its work."""
+        """Starts what closes, also if what opens has failed: that may have done half its work.
+
+        A switch stays until it has closed, and waits meanwhile for as long as that may take.
+        """
         del self.cycles[cycle.closing]
-        end_group(cycle.opened.popen, signal.SIGKILL)  # or it might open after this
+        for child in cycle.openings:
+            end_group(child.popen, signal.SIGKILL)  # or it might open after this
         self.log.info("%s%s, running CMD_CYCLE_CLOSE command: %s%s"
                       % (cycle.label, why, cycle.closing, cycle.closing.runner))
-        code = cycle.switch.poll()
+        code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
             self.log.warning("CMD_CYCLE_CLOSE: its switch has run it, which returned %d" % code)
-            return
+        if code != 0:
+            self.start_close(cycle, cycle.closing)
+
+    def start_close(self, cycle: Cycle, command: Command) -> None:
+        """Starts the command that closes a cycle."""
         try:
-            self.start("CMD_CYCLE_CLOSE", cycle.closing, cycle.limit)
-            self.end_switch(cycle)  # not before: a crash in between may close twice, never not
+            self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
+            child = self.start("CMD_CYCLE_CLOSE", command, cycle.limit + SWITCH_SECONDS,
+                               cycle.stanza)
+            child.closes = cycle
         except CommandError as error:
-            self.log.error("%s; its switch tries it again" % error)
+            self.leave_to_switch(cycle, str(error))
+
+    def leave_to_switch(self, cycle: Cycle, why: str) -> None:
+        """Lets the switch close, which goes on when this server ends."""
+        self.log.error("%s; its switch tries it again" % why)
+        if cycle.switch is not None:
             self.switches.append(cycle.switch)
+
+    def finish_close(self, cycle: Cycle, code: int) -> None:
+        """Ends the switch of what has closed; what has failed to is tried again, at last by it.
+
+        The second try goes on when this server ends.
+        """
+        if code == 0:
+            self.end_switch(cycle)
+        elif cycle.failed:
+            self.leave_to_switch(cycle, "%s%s has failed twice" % (cycle.label, cycle.closing))
+        else:
+            cycle.failed = True
+            words = SWITCH + (b"%d" % SWITCH_SECONDS,) + cycle.closing.words
+            self.start_close(cycle, Command(words, cycle.closing.account))
 
     def next_due(self) -> float:
         """When look() is due, on the monotonic clock."""
         return min([child.due for child in self.running]
                    + [cycle.ends for cycle in self.cycles.values()], default=FOR_EVER)
 
+    def close_all(self, why: str) -> None:
+        """Closes all cycles now."""
+        for cycle in list(self.cycles.values()):
+            self.close(cycle, why)
+
     def stop(self) -> None:
         """Closes everything at once, and waits a while for the commands that run."""
         end = time.monotonic() + STOP_SECONDS
-        for cycle in list(self.cycles.values()):
-            self.close(cycle, "Shutting down")
+        self.close_all("Shutting down")
         while self.running and time.monotonic() < end:
             time.sleep(0.01)
             for child in self.running:
@@ -4863,7 +4941,7 @@ class Commands:
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
 
-MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time, and how long one may take
+MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
@@ -4874,6 +4952,18 @@ class Configuration(NamedTuple):
     settings: ServerSettings
     stanzas: List[Stanza]
     warnings: List[str]
+
+    def voids(self) -> List[str]:
+        """What is wrong with stanzas that open nothing for it."""
+        return ["(stanza #%d) %s; this stanza opens nothing" % (stanza.number, stanza.void)
+                for stanza in self.stanzas if stanza.void]
+
+    def tell(self, log: Log) -> None:
+        """Logs what is wrong, and what the administrator may not expect."""
+        for text in self.voids():
+            log.error(text)
+        for text in self.warnings:
+            log.warning(text)
 
 
 def resolve_name(name: str, version: int,
@@ -4902,30 +4992,34 @@ class Resolver:
         self.selector, self.resolve = selector, resolve
         self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
         self.answers: List[Callable[[], None]] = []
-        self.busy = 0
+        self.busy: List[int] = []  # for which stanza, each
 
-    def look_up(self, name: str, version: int, then: Callable[[Optional[Address]], None]) -> bool:
-        """Starts to look `name` up for an IP version; False when too many are looked up already."""
+    def look_up(self, name: str, version: int, stanza: int,
+                then: Callable[[Optional[Address]], None]) -> bool:
+        """Starts to look `name` up for an IP version; False when too many of a stanza's are."""
+        def answer(address: Optional[Address]) -> None:
+            self.busy.remove(stanza)
+            then(address)
+
         def work() -> None:
             address = self.resolve(name, version)
-            self.answers.append(lambda: then(address))
+            self.answers.append(lambda: answer(address))
             self.sockets[1].send(b"\0")
 
-        if self.busy >= MAX_LOOKUPS:
+        if self.busy.count(stanza) >= MAX_LOOKUPS:
             return False
         if not self.sockets:
             self.sockets = socket.socketpair()
             self.selector.register(self.sockets[0], selectors.EVENT_READ, self.deliver)
         import threading
         threading.Thread(target=work, daemon=True).start()
-        self.busy += 1
+        self.busy.append(stanza)  # only the selector's loop takes it away
         return True
 
     def deliver(self) -> None:
         """Gives the answers that are there."""
         self.sockets[0].recv(MAX_LOOKUPS)
         while self.answers:
-            self.busy -= 1
             self.answers.pop(0)()
 
 
@@ -4943,6 +5037,7 @@ class Gate:
         self.resolver = Resolver(self.selector)
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.candidates = 0  # packets of the right form so far
+        self.openers_limit = OPENERS_BYTES
 
     def receive(self, datagram: Datagram) -> None:
         """One datagram on its way: form, then whose it is and what it may open."""
@@ -4954,18 +5049,19 @@ class Gate:
             rejection = self.admit(datagram)
             if rejection is not None:
                 self.reject(datagram, rejection)
-        except PacketRejected as rejected:
-            self.reject(datagram, rejected)
         except Exception as error:  # a mistake of ours must not let one packet end the server
-            self.reject(datagram, internal_error(error))
+            self.reject(datagram, error)
 
     def unwrap(self, datagram: Datagram) -> Datagram:
         """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
         if not self.settings.http:
             raise NotSpa("HTTP", 4099)
         payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
-        if forwarded is None or not self.settings.forwarded_for:
+        if not self.settings.forwarded_for:
             return datagram._replace(payload=payload)
+        if forwarded is None:  # the proxy always adds it
+            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: there "
+                                 "is none, or the request has no end")
         try:
             return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
         except ValueError:
@@ -4979,7 +5075,8 @@ class Gate:
         were right is returned, or else that of the first whose keys were wrong.
         """
         rejection: Optional[PacketRejected] = None
-        found = remembered = False
+        found = remembered = proven = False
+        judged = True  # by every stanza whose HMAC is right
         tried: Optional[Stanza] = None
         gpg = is_gpg(datagram.payload)
         for stanza in self.stanzas:
@@ -4993,14 +5090,18 @@ class Gate:
             if not keys.authentic(datagram.payload):  # before anything else is looked at
                 continue
             try:
+                proven = proven or keys.hmac is not None
                 if not remembered:
                     self.memory.check_unseen(datagram)  # spares the decryption
                 packet, texts = open_packet(datagram.payload, keys)
                 if not remembered:
-                    self.memory.check_fresh(packet.timestamp, datagram.payload)
+                    self.memory.check_fresh(packet.timestamp)
                     for text in texts:
                         self.memory.remember(text, datagram)
                     remembered = True
+                    keys.paid()
+                    if keys.signed:
+                        self.log.info("(stanza #%d) %s" % (stanza.number, keys.signed))
                     self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
                                   "match" % (stanza.number, socket_text(datagram.source)))
                 self.log.debug("(stanza #%d) %r" % (stanza.number,
@@ -5010,9 +5111,13 @@ class Gate:
             except PacketRejected as reason:
                 reason.stanza = stanza.number
                 if isinstance(reason, NotFresh):
+                    self.memory.refuse(datagram.payload, reason.reason)
                     raise
+                judged = judged and not isinstance(reason, TooFast)
                 if rejection is None or isinstance(rejection, WrongKey):
                     rejection = reason
+        if rejection is not None and proven and judged and not remembered:
+            self.memory.refuse(datagram.payload, rejection.reason)
         if tried is None and found:
             return wrong_type(datagram.payload)
         return rejection or (tried and tried.wrong_hmac) or PacketRejected(
@@ -5027,7 +5132,7 @@ class Gate:
             self.open(verdict, packet, stanza, datagram)
         except NameToResolve as asked:
             name, version = asked.args
-            if not self.resolver.look_up(name, version, lambda address: self.go_on(
+            if not self.resolver.look_up(name, version, stanza.number, lambda address: self.go_on(
                     packet, stanza, datagram, address)):
                 raise PacketRejected("NAT", "too many NAT hosts are looked up") from None
 
@@ -5039,11 +5144,8 @@ class Gate:
                 raise PacketRejected("NAT", "Unable to resolve Hostname in NAT SPA message")
             self.log.info("Resolved NAT IP in SPA message")
             self.allow(packet._replace(nat=(str(address), packet.nat[1])), stanza, datagram)
-        except PacketRejected as rejected:
-            rejected.stanza = stanza.number
-            self.reject(datagram, rejected)
         except Exception as error:  # as in receive()
-            self.reject(datagram, internal_error(error))
+            self.reject(datagram, error, stanza.number)
 
     def open(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens the doors, or runs commands instead; rejects the packet when that can't be done."""
@@ -5052,7 +5154,7 @@ class Gate:
             if by_commands:
                 self.commands.run(self.cycles(verdict, packet, stanza, datagram))
             else:
-                self.grants.open(verdict.doors, verdict.seconds)
+                self.grants.open(verdict.doors, verdict.seconds, stanza.number)
         except CommandError as error:
             self.log.error(str(error))
             why = (("command", "a command could not be started") if by_commands else
@@ -5060,11 +5162,12 @@ class Gate:
             raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
         doors = ", ".join(door.describe() for door in verdict.doors)
-        self.log.info("(stanza #%d) user %s (client %s) %s" % (
-            stanza.number, packet.user, packet.version,
+        user = packet.user.replace("'", "\\x27")  # it may try to look like our words
+        self.log.info("(stanza #%d) user '%s' (client %s) %s" % (
+            stanza.number, user, packet.version,
             "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
         if not by_commands:
-            self.note_opener("stanza #%d, user %s" % (stanza.number, packet.user), verdict.doors)
+            self.note_opener("stanza #%d, user '%s'" % (stanza.number, user), verdict.doors)
 
     def cycles(self, verdict: Verdict, packet: Packet, stanza: Stanza,
                datagram: Datagram) -> List[Cycle]:
@@ -5075,44 +5178,50 @@ class Gate:
             command = client_command(packet, stanza, self.settings.sudo_program)
             self.log.info("%sProcessing SPA Command message: command='%s'."
                           % (label, packet.command))
-            return [Cycle("CMD_EXEC", label, limit, 0, command, Command((), None))]
-        return [Cycle("CMD_CYCLE_OPEN", label, limit, verdict.seconds,
+            return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
+        return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds,
                       *cycle_commands(stanza, door, datagram, verdict.seconds, time.time()))
                 for door in verdict.doors]
 
     def note_opener(self, opener: str, doors: List[Door]) -> None:
         """Writes for --fw-list who opened doors: all else of a grant the kernel itself knows.
 
-        What is over goes when the file has grown. That it can't be written keeps nobody out.
+        What is over goes each time the file has doubled, so that a packet costs its own lines only.
+        That it can't be written keeps nobody out.
         """
         grants = self.grants
         if not grants.firewall.keeps:
             return
         lines = ["%s\t%s\n" % (grant_words(grants.live[door]), opener)
-                 for door in doors if door in grants.live]
+                 for door in map(grants.firewall.form, doors) if door in grants.live]
         path = openers_file(self.settings)
         try:
-            with open(os.open(path, OPENERS_FLAGS, 0o600), "r+") as file:
-                if os.fstat(file.fileno()).st_size > OPENERS_BYTES:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with open(os.open(path, flags, 0o600), "r+") as file:
+                if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_words, grants.live.values()))
-                    lines[:0] = [line for line in file if line.partition("\t")[0] in live]
+                    lines[:0] = dict.fromkeys(line for line in file
+                                              if line.partition("\t")[0] in live)
                     file.truncate(0)
+                    self.openers_limit = max(OPENERS_BYTES, 2 * sum(map(len, lines)))
                 file.writelines(lines)
         except OSError as error:
             self.log.debug("%s: %s" % (path, error.strerror))
 
-    def reject(self, datagram: Datagram, rejection: PacketRejected) -> None:
-        """Counts a rejection and, unless there are too many, logs it.
+    def reject(self, datagram: Datagram, why: Exception, stanza: int = 0) -> None:
+        """Counts a rejection, by this stanza, and unless there are too many logs it.
 
         Other traffic on TCP and ICMP is no news; where UDP is looked at, only packets should come.
         """
+        rejection = why if isinstance(why, PacketRejected) else internal_error(why)
         self.counts[rejection.reason] += 1
         level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
         if level > self.log.level or not self.log.rejection():
             return
-        number = "(stanza #%d) " % rejection.stanza if rejection.stanza else ""
-        self.log.write(level, rejection.form.format(source=socket_text(datagram.source),
-                                                    stanza=number, text=rejection))
+        stanza = stanza or rejection.stanza
+        self.log.write(level, rejection.form.format(
+            source=socket_text(datagram.source), text=rejection,
+            stanza="(stanza #%d) " % stanza if stanza else ""))
 
 
 class Server(Gate):
@@ -5140,32 +5249,28 @@ class Server(Gate):
                 capture.close()
         for capture in captures:
             if capture not in old:
-                self.selector.register(capture, selectors.EVENT_READ, self.make_drain(capture))
+                self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
 
-    def make_drain(self, capture: Capture) -> Callable[[], None]:
-        """What is called when `capture` has something to read."""
-        def drain() -> None:
-            """Reads until nothing is there, or others have waited long enough."""
-            end = time.monotonic() + BATCH_SECONDS
-            try:
-                while self.running and time.monotonic() < end:
-                    datagram = capture.receive()
-                    if datagram is not None:
-                        self.receive(datagram)
-                        if 0 < self.settings.packet_limit <= self.candidates:
-                            self.finish("Packet count limit (%d) reached. Exiting..."
-                                        % self.settings.packet_limit)
-            except BlockingIOError:
-                pass
-            except EOFError as error:
-                self.finish(str(error))
-            except SpaError as error:
-                self.exit_code = 1
-                self.finish(str(error))
-            except OSError as error:  # the interface went away; link events tell when it is back
-                self.log.warning("%s: %s; going on when it is back"
-                                 % (capture.name, error.strerror))
-        return drain
+    def drain(self, capture: Capture) -> None:
+        """Reads from a capture until nothing is there, or others have waited long enough."""
+        end = time.monotonic() + BATCH_SECONDS
+        try:
+            while self.running and time.monotonic() < end:
+                datagram = capture.receive()
+                if datagram is not None:
+                    self.receive(datagram)
+                    if 0 < self.settings.packet_limit <= self.candidates:
+                        self.finish("Packet count limit (%d) reached. Exiting..."
+                                    % self.settings.packet_limit)
+        except BlockingIOError:
+            pass
+        except EOFError as error:
+            self.finish(str(error))
+        except SpaError as error:
+            self.exit_code = 1
+            self.finish(str(error))
+        except OSError as error:  # the interface went away; link events tell when it is back
+            self.log.warning("%s: %s; going on when it is back" % (capture.name, error.strerror))
 
     def finish(self, why: str) -> None:
         """Lets the server's loop end."""
@@ -5257,7 +5362,8 @@ class Server(Gate):
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
-                            ServerSettings.pid_file):
+                            ServerSettings.pid_file, ServerSettings.syslog_identity,
+                            ServerSettings.syslog_facility):
             self.log.warning("%s takes effect at the next start" % name)
 
     def start(self, flush: bool) -> None:
@@ -5265,7 +5371,7 @@ class Server(Gate):
         captures = open_captures(self.settings, self.log)  # fails before anything is changed
         self.grants.firewall.prepare()
         if flush:
-            self.grants.flush()
+            self.flush()
         else:
             self.grants.adopt()
         for events, react in ((self.firewall_events, self.hear_firewall),
@@ -5276,18 +5382,25 @@ class Server(Gate):
         self.listen(captures, self.settings)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
+    def flush(self) -> None:
+        """Closes all that is open: grants, cycles, and what earlier settings have left."""
+        self.commands.close_all("Flushing")
+        try:
+            self.grants.flush()
+        finally:
+            if not self.commands.test:
+                flush_leftovers(self.settings, self.grants.firewall, self.log)
+
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""
-        due = self.check_due
         next_end = self.grants.next_end()
-        if next_end is not None:
-            due = min(due, next_end)
-        due = min([due, self.commands.next_due()] + [capture.due for capture in self.captures])
+        due = min([self.check_due, FOR_EVER if next_end is None else next_end,
+                   self.commands.next_due()] + [capture.due for capture in self.captures])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         for capture in self.captures:
             if time.monotonic() >= capture.due:
-                self.make_drain(capture)()
+                self.drain(capture)
         self.grants.expire()
         self.commands.look()
         if time.monotonic() >= self.check_due:
@@ -5295,10 +5408,12 @@ class Server(Gate):
 
     def report(self) -> str:
         """What came of the packets so far, by reason, and what is open."""
-        return "Packets seen: %s; %d grants are open; since %s" % (
-            ", ".join("%d %s" % (count, what)
-                      for what, count in sorted(self.counts.items())) or "none",
-            len(self.grants.live), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
+        rejected = ", ".join("%d %s" % (count, what) for what, count in sorted(self.counts.items())
+                             if what != "accepted")
+        return "Packets seen: %d accepted; rejected: %s; %d grants are open; since %s" % (
+            self.counts["accepted"], rejected or "none",
+            len(self.grants.live) if self.grants.firewall.keeps else 0,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
 
     def stop(self) -> None:
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
@@ -5308,8 +5423,8 @@ class Server(Gate):
         self.log.info(self.report())
         self.memory.close()
         if self.grants.firewall.guard_ports:
-            self.log.info("%s stay closed to everybody; --unguard opens them"
-                          % port_list(self.grants.firewall.guard_ports))
+            self.log.info("Closed to everybody from now on, until --unguard: "
+                          + port_list(self.grants.firewall.guard_ports))
         self.commands.stop()
         if self.settings.flush_at_stop:
             try:
@@ -5331,13 +5446,12 @@ def drain_socket(events: Optional[socket.socket]) -> None:
     """Reads all that is waiting; nobody wants to know what it says."""
     try:
         while events is not None:
-            events.recv(65536)
+            events.recv(65536, socket.MSG_DONTWAIT)
     except OSError:  # nothing more, or more was lost than fits
         pass
 
 
-OPENERS_BYTES = 65536  # size of a file from which on it is tidied up
-OPENERS_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+OPENERS_BYTES = 65536  # size of a file up to which it is not tidied up
 
 
 def openers_file(settings: ServerSettings) -> str:
@@ -5402,23 +5516,18 @@ class PidFile:
         """Takes the lock; SpaError when a server has it."""
         make_directory(os.path.dirname(self.path))
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise SpaError("%s: %s" % (self.path, error.strerror)) from None
-        try:
-            for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if not wait:
-                        raise
-                    time.sleep(wait)
-        except OSError:
-            os.close(file)
-            raise SpaError("An instance of fwknopd is already running: (PID=%s)."
-                           % self.read()) from None
-        self.file = file
+        for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.file = file
+                return
+            except OSError:
+                time.sleep(wait)
+        os.close(file)
+        raise SpaError("An instance of fwknopd is already running: (PID=%s)." % self.read())
 
     def write(self) -> None:
         """Writes the pid of this process."""
@@ -5459,25 +5568,19 @@ class PidFile:
             os.close(file)
 
 
-class Signals:
-    """The signals that came, to be looked at between two turns of the server's loop."""
-
-    def __init__(self) -> None:
-        self.pending: List[int] = []
-        self.reader, writer = socket.socketpair()
-        self.writer = writer
-        for end in (self.reader, writer):
-            end.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
-                       signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: self.pending.append(number))
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-    def drain(self) -> None:
-        """Empties what woke the loop up."""
-        drain_socket(self.reader)
+def catch_signals(selector: selectors.BaseSelector) -> List[int]:
+    """The signals that came, to be looked at between two turns of the loop, which each wakes."""
+    pending: List[int] = []
+    reader, writer = socket.socketpair()
+    for end in (reader, writer):
+        end.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: pending.append(number))
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    selector.register(reader, selectors.EVENT_READ, lambda: drain_socket(reader))
+    return pending
 
 
 def go_to_background() -> int:
@@ -5513,20 +5616,30 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     firewall = choose_firewall(settings, configuration.stanzas, test, log)
     pid_file = PidFile(settings.pid_file)
     pid_file.lock()
-    if rotate:
-        rotate_digest_cache(settings.digest_file)
-    ready = go_to_background() if daemon else None
-    pid_file.write()
-    for warning in (configuration.warnings + forwarding_warnings(settings)
-                    + guard_warnings(settings, firewall, test, log)):
+    try:
+        if rotate:
+            rotate_digest_cache(settings.digest_file)
+        ready = go_to_background() if daemon else None
+        pid_file.write()
+        return serve_until_told(configuration, firewall, read, test, ready, log)
+    finally:
+        pid_file.clear()
+
+
+def serve_until_told(configuration: Configuration, firewall: Firewall,
+                     read: Callable[[], Configuration], test: bool, ready: Optional[int],
+                     log: Log) -> int:
+    """Starts the server, says so to `ready`, and stops it when a signal came; the exit code."""
+    settings = configuration.settings
+    configuration.tell(log)
+    for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
     log.info("Starting fwknopd")
     server = Server(configuration, firewall, log, test)
-    signals = Signals()
-    server.selector.register(signals.reader, selectors.EVENT_READ, signals.drain)
+    signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
     if firewall.guard_ports:
-        log.info("%s are closed to everybody without a grant" % port_list(firewall.guard_ports))
+        log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
     log.info("Starting fwknopd main event loop.")
     if ready is not None:
         os.write(ready, b"1")
@@ -5535,12 +5648,11 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
         log.stream = None
     while server.running:
         server.turn()
-        while signals.pending:
-            take_signal(signals.pending.pop(0), server, read, test, log)
+        while signals:
+            take_signal(signals.pop(0), server, read, test, log)
     try:
         server.stop()
     finally:
-        pid_file.clear()
         log.info("Shutting Down fwknopd.")
     return server.exit_code
 
@@ -5577,28 +5689,27 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     if number == signal.SIGUSR2:
         log.info("Got SIGUSR2. Closing all grants.")
         try:
-            server.grants.flush()
+            server.flush()
         except CommandError as error:
             log.error("%s; trying again" % error)
         return
     if number != signal.SIGHUP:
-        log.info("Gracefully leaving the fwknopd event loop.")
-        log.info("Got %s. Exiting..." % signal.Signals(number).name)
-        server.running = False
+        server.finish("Got %s. Exiting..." % signal.Signals(number).name)
         return
     log.info("Got SIGHUP. Re-reading configs.")
     try:
         configuration = read()
-        for warning in configuration.warnings:
-            log.warning(warning)
+        configuration.tell(log)
         firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
         server.reload(configuration, firewall)
         for warning in guard_warnings(configuration.settings, firewall, test, log):
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
         log.info("Re-starting fwknopd")
-    except (SpaError, OSError) as error:
-        log.error("%s; going on with the old settings" % error)
+    except Exception as error:  # a mistake of ours in reading must not end the server
+        known = isinstance(error, (SpaError, OSError))
+        log.error("%s; going on with the old settings" % (error if known else
+                                                          internal_error(error)))
 
 
 # ======================================================================================
@@ -5781,7 +5892,7 @@ r run-dir           DIR    FWKNOP_RUN_DIR       where state is kept
 - gpg-home-dir      DIR    GPG_HOME_DIR         keys of gpg
 - gpg-exe           FILE   GPG_EXE              gpg to run
 - sudo-exe          FILE   SUDO_EXE             sudo
-f foreground        -      foreground           stay in the foreground (the default, but as fwknopd)
+f foreground        -      foreground           stay in the foreground, even when called fwknopd
 - daemon            -      daemon               go to the background, and log to syslog
 - syslog-enable     -      syslog               log to syslog too
 t test              -      test                 judge and log packets, leave the firewall alone
@@ -5826,11 +5937,6 @@ none, prints the client's stanza, hides ssh and serves. SIGHUP reads the files a
 """
 
 
-def format_help() -> str:
-    """What --help prints."""
-    return HELP % "\n".join(option.format(option.help) for option in OPTIONS)
-
-
 class Arguments:
     """The command line: directives that it sets, and words that say what to do."""
 
@@ -5861,11 +5967,6 @@ class Arguments:
         """The fwknopd.conf to read."""
         return self.words.get("config_file", CONFIG_FILE)
 
-    @property
-    def override_files(self) -> List[str]:
-        """The files whose directives go before those of fwknopd.conf, the last before all."""
-        return self.words["override"].split(",") if "override" in self.words else []
-
 
 def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
     """All files and what the command line says instead; ConfigError names file and line.
@@ -5879,6 +5980,9 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
             paths = folder_files(settings.access_folder)
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
+    elif not os.path.exists(settings.access_file):
+        raise ConfigError("%s: %s" % (settings.access_file, os.strerror(errno.ENOENT)),
+                          "--init tcp/22 makes one")
     stanzas, more = read_stanzas(*paths, directory=directory)
     check_nat(settings, stanzas)
     return Configuration(settings, stanzas, settings.warnings() + warnings + more)
@@ -5891,7 +5995,8 @@ def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
     files = [arguments.config_file] * (named or os.path.exists(arguments.config_file))
-    for path in files + arguments.override_files:
+    overrides = arguments.words["override"].split(",") if "override" in arguments else []
+    for path in files + overrides:
         warnings += read_server_settings(path, settings)
     for line in arguments.lines:
         settings.take(line)
@@ -5904,14 +6009,6 @@ def own_hash() -> str:
     """The SHA-256 of this file, to compare with the one that was meant to be copied."""
     with open(os.path.abspath(__file__), "rb") as file:
         return binascii.hexlify(DIGESTS["SHA256"](file.read())).decode()
-
-
-def dump(configuration: Configuration) -> str:
-    """The configuration in the syntax of its files."""
-    parts = ["# fwknopd.conf\n" + configuration.settings.dump()]
-    parts += ["# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump())
-              for stanza in configuration.stanzas]
-    return "\n".join(parts)
 
 
 def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
@@ -5963,10 +6060,14 @@ def signal_server(arguments: Arguments) -> int:
     return 0
 
 
-def flush_firewall(firewall: Firewall, server: Optional[int]) -> None:
-    """Closes all grants; where a server runs it does that, or it would put them back."""
+def flush_firewall(settings: ServerSettings, firewall: Firewall, server: Optional[int],
+                   log: Log) -> None:
+    """Closes all that is open; where a server runs it does that, or it would put grants back."""
     if server is None:
-        firewall.flush()
+        try:
+            firewall.flush()
+        finally:
+            flush_leftovers(settings, firewall, log)
         return
     os.kill(server, signal.SIGUSR2)
     for _ in range(100):
@@ -5999,7 +6100,7 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
             print("\nListing all rules in our tables...\n" + firewall.listing())
     else:
         print("Deleting any existing firewall rules...")
-        flush_firewall(firewall, server)
+        flush_firewall(settings, firewall, server, log)
 
 
 def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
@@ -6012,8 +6113,11 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
         raise UsageError("--init: expected ports, and a terminal or file to print the keys to")
     there = [path for path in (arguments.config_file, settings.access_file) if os.path.exists(path)]
     if there and not ports <= settings.guard_ports:
-        raise ConfigError("--init: %s is there, and GUARD_PORTS does not hide %s"
-                          % (" and ".join(there), port_list(ports)), "add it, or move them away")
+        both = len(there) == 2
+        raise ConfigError("--init: %s %s there already" % (" and ".join(there),
+                                                           "are" if both else "is"),
+                          "set GUARD_PORTS %s in fwknopd.conf, or move %s away"
+                          % (port_list(ports), "both" if both else "it"))
     if settings.access_file in there or settings.access_folder:
         print("There is a configuration already; serving it", flush=True)
     else:
@@ -6044,14 +6148,20 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     """-D, --exit-parse-config and --exit-parse-digest-cache."""
     configuration = read_configuration(arguments)
     if "check" in arguments:
-        open_gpg(configuration.settings, configuration.stanzas, log)
-    for warning in configuration.warnings:
-        log.warning(warning)
+        open_gpg(configuration.settings, configuration.stanzas)
+        choose_firewall(configuration.settings, configuration.stanzas, "test" in arguments, log)
+    configuration.tell(log)
+    if configuration.voids():
+        raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))
     if "check_digests" in arguments:
         ReplayMemory(None, None, log).load(configuration.settings.digest_file)
         print("Digest cache parsed, exiting.")
+    elif "check" in arguments:
+        print("Configs parsed, exiting.")
     else:
-        print(dump(configuration) if "dump" in arguments else "Configs parsed, exiting.")
+        print("\n".join(["# fwknopd.conf\n" + configuration.settings.dump()] + [
+            "# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump())
+            for stanza in configuration.stanzas]))
 
 
 def serve(arguments: Arguments, log: Log) -> int:
@@ -6076,7 +6186,7 @@ def serve(arguments: Arguments, log: Log) -> int:
 
     def read() -> Configuration:
         configuration = read_configuration(arguments, directory)
-        open_gpg(configuration.settings, configuration.stanzas, log)
+        open_gpg(configuration.settings, configuration.stanzas)
         return configuration
 
     return run_server(read, "test" in arguments, daemon, log, "rotate" in arguments)
@@ -6086,7 +6196,8 @@ def run(arguments: Arguments, log: Log) -> int:
     """Does what the options say; returns the exit code."""
     asked = set(arguments.words)
     if "help" in arguments or "version" in arguments:
-        print(format_help() if "help" in arguments else
+        print(HELP % "\n".join(option.format(option.help) for option in OPTIONS)
+              if "help" in arguments else
               "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
     elif "codes" in arguments:
         print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
@@ -6108,15 +6219,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     log = Log(sys.stderr)
     try:
         return run(Arguments(sys.argv[1:] if argv is None else argv), log)
-    except SpaError as error:
+    except (SpaError, OSError) as error:
         log.error("spa_server.py: %s" % error)
-        if error.hint:
+        if isinstance(error, SpaError) and error.hint:
             log.error("hint: " + error.hint)
         return (2 if isinstance(error, UsageError) else
                 3 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        log.error("spa_server.py: %s" % error)
-        return 1
     except KeyboardInterrupt:
         return 1
 

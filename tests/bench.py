@@ -241,7 +241,7 @@ def bench_junk() -> None:
                 wait_until_idle(pid)
                 used = cpu_seconds(pid) - before
                 server.stop()
-                seen = server.wait_for("Packets seen: ").partition("Packets seen: ")[2].split()
+                seen = server.wait_for("Packets seen: ").partition("rejected: ")[2].split()
                 rows[name] = used / int(seen[0]) * 1e6
         rows["fwknopd, UDP server"] = junk_fwknopd(packets) if shutil.which("fwknopd") else None
         show("CPU for a junk packet (%s), saturated" % title, rows, "us")

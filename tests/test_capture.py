@@ -716,6 +716,13 @@ class RequestTest(ServerCase):
             "Original source IP: 10.55.0.2",
             self.receive(made, text),
         )
+        for cut in (
+            request("/" + packet, AGENT),
+            text.partition(b"\r\n\r\n")[0],
+            text.partition(b"\r\n\r\n")[0] + b"\r\n",
+            text.replace(b"203.0", b"X: " + b"a" * server.MAX_REQUEST)[: server.MAX_REQUEST],
+        ):
+            self.assertIn("there is none, or the request has no end", self.receive(made, cut))
         said = self.receive(made, request("/" + packet, AGENT, "X-Forwarded-For: {0}\x1b"))
         self.assertIn("Error parsing X-Forwarded-For header: value '{0}\\x1b' is not", said)
 
@@ -844,7 +851,8 @@ class TcpTest(unittest.TestCase):
         self.assertEqual([], self.drain())
         self.connect()
         self.assertEqual([b"A" * 200], self.drain())
-        self.assertEqual(b"", first.recv(9))
+        with self.assertRaises(ConnectionResetError):  # nothing is left of it here
+            first.recv(9)
         for number in range(2, 40):
             for _ in range(3):
                 self.connect(source="127.0.0.%d" % number)

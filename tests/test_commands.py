@@ -3,6 +3,7 @@
 The programs are real ones, small scripts in a directory of the test's own; the firewall is a fake.
 """
 
+import fcntl
 import os
 import pwd
 import shlex
@@ -10,6 +11,7 @@ import signal
 import time
 import unittest
 from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
+from unittest import mock
 
 from tests.support import load_script
 from tests.test_packet import NOW, Sender
@@ -54,6 +56,9 @@ class CommandCase(ServerCase):
         for cycle in cycles.values():
             commands.end_switch(cycle)
         for child in commands.running:
+            if child.closes:
+                commands.end_switch(child.closes)
+            child.closes = None
             server.end_group(child.popen, signal.SIGKILL)
         self.wait_for(lambda: not commands.running and not commands.switches, "an end of all")
 
@@ -122,6 +127,7 @@ COMMANDS = (
     (ALLOWED, "10.55.0.2," + " ".join("abcdefghijklmnopqrstuvwxyzABCDE"), "command"),
     (ALLOWED, "10.55.0.2, \t ", "command"),
     (ALLOWED, "10.55.0.2,id\0", "command"),
+    (ALLOWED, "10.55.0.2,-a x id", "command"),
     ("", "10.55.0.2,id", "command"),
     ("ENABLE_CMD_EXEC N", "10.55.0.2,id", "command"),
     ("ENABLE_CMD_SUDO_EXEC Y", "10.55.0.2,id", "command"),
@@ -173,7 +179,7 @@ VARIABLES = (
     ("", "$IP", "::ffff:10.1.2.3,tcp/22", CLIENT, "10.1.2.3"),
     ("ACCESS_PREFIX4 24", "$IP $PKT_SRC", "10.9.9.9,tcp/22", CLIENT, "10.9.9.0/24 10.55.0.2"),
     ("ACCESS_PREFIX6 56", "$SRC", "2001:db8:1:2ff::7,tcp/22", CLIENT, "2001:db8:1:200::/56"),
-    ("", "'$IP' \"a b\" ; | $(x)".replace("$(x)", "`x`"), "10.9.9.9,tcp/22", CLIENT,
+    ("", "'$IP' \"a b\" ; # | $(x)".replace("$(x)", "`x`"), "10.9.9.9,tcp/22", CLIENT,
      "'10.9.9.9' \"a b\""),  # what follows a semicolon is a comment of the file's
 )
 
@@ -303,7 +309,7 @@ class RunTest(CommandCase):
         self.assertIn(label + "Processing SPA Command message: command='%s a 'b c''.\n" % path,
                       text)
         self.assertIn(label + "Running command '%s a 'b c''\n" % path, text)
-        self.assertIn("(stanza #1) user bob (client 3.0.0) ran a command\n", text)
+        self.assertIn("(stanza #1) user 'bob' (client 3.0.0) ran a command\n", text)
         self.assertTrue(text.endswith("CMD_EXEC: out: a 'b c'\nCMD_EXEC: err\n"
                                       "CMD_EXEC: command returned 3, pid_status: 3\n"), text)
         self.assertEqual(1, self.made.counts["accepted"])
@@ -341,16 +347,36 @@ class RunTest(CommandCase):
         self.assertIn("CMD_EXEC: /\n", self.run_command("pwd"))
 
     def test_programs_that_are_not_there(self) -> None:
-        """The packet is rejected, with the reason."""
-        for words, why in (("/no/such a", "No such file or directory"),
-                           ("no-such-program", "No such file or directory"),
-                           ("/etc/passwd", "Permission denied"), ("/", "Permission denied")):
+        """The shell says why, and how it ended."""
+        for words, code in (("/no/such a", 127), ("no-such-program", 127), ("/etc/passwd", 126),
+                            ("/", 126)):
             with self.subTest(words=words):
                 text = self.run_command(words)
-                self.assertIn("%s: %s\n" % (words, why), text)
-                self.assertIn("a command could not be started", text)
-                self.assertEqual({"command": 1}, dict(self.made.counts))
-                self.assertEqual([], self.made.commands.running)
+                self.assertIn(words.split()[0] + ": ", text)
+                self.assertIn("CMD_EXEC: command returned %d, pid_status: %d\n" % (code, code),
+                              text)
+
+    def test_what_can_not_be_started(self) -> None:
+        """The packet is rejected, with the reason, when there is not even a shell."""
+        with mock.patch.object(server, "RUN", (b"/no/such",)):
+            text = self.run_command("id a")
+        self.assertIn("/no/such id a: No such file or directory\n", text)
+        self.assertIn("a command could not be started", text)
+        self.assertEqual({"command": 1}, dict(self.made.counts))
+        self.assertEqual([], self.made.commands.running)
+
+    def test_a_program_that_its_owner_holds_back(self) -> None:
+        """Does not keep the server: a lease lets execve() wait, until it is given up."""
+        path = self.script("echo run")
+        with open(path, "r+") as held:
+            old = signal.signal(signal.SIGIO, signal.SIG_IGN)
+            self.addCleanup(signal.signal, signal.SIGIO, old)
+            fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            self.serve(ALLOWED)
+            begin = time.monotonic()
+            self.assertIn("ran a command", self.knock("10.55.0.2," + path, 0))
+            self.assertLess(time.monotonic() - begin, 5)
+        self.wait_until_ended()
 
     def test_output_is_bounded(self) -> None:
         """In lines, in length, and without a pipe that fills up."""
@@ -407,12 +433,16 @@ class RunTest(CommandCase):
     def test_too_many(self) -> None:
         """A packet that would start too many is rejected, before it starts any."""
         made = self.serve(ALLOWED)
-        made.commands.running, running = [None] * server.MAX_RUNNING, made.commands.running
+        one = type("Child", (), {"stanza": 1})  # type: Any
+        made.commands.running, running = [one] * server.MAX_RUNNING, made.commands.running
         text = self.knock("10.55.0.2,touch %s/got" % self.directory, 0)
         made.commands.running = running
-        self.assertIn("too many commands: %d run" % server.MAX_RUNNING, text)
+        self.assertIn("too many commands: %d of stanza #1 run" % server.MAX_RUNNING, text)
         self.assertIn("a command could not be started", text)
+        one.stanza = 2  # others keep nobody out
+        made.commands.running = [one] * server.MAX_RUNNING
         self.knock("10.55.0.2,id", 0)
+        del made.commands.running[:server.MAX_RUNNING]
         self.assertIn("CMD_EXEC: command returned 0", self.wait_until_ended())
         self.assertFalse(os.path.exists(os.path.join(self.directory, "got")))
 
@@ -461,7 +491,7 @@ class CycleTest(CommandCase):
         lines = [label + "Running CMD_CYCLE_OPEN command: %s/open 10.55.0.2 22" % path,
                  label + "Running CMD_CYCLE_CLOSE command in 1 seconds: %s/close 10.55.0.2 22"
                  % path,
-                 "(stanza #1) user bob (client 3.0.0) opened 10.55.0.2 -> 0.0.0.0/0 tcp/22 for 1 "
+                 "(stanza #1) user 'bob' (client 3.0.0) opened 10.55.0.2 -> 0.0.0.0/0 tcp/22 for 1 "
                  "seconds", "CMD_CYCLE_OPEN: command returned 0, pid_status: 0",
                  label + "Timer expired, running CMD_CYCLE_CLOSE command: %s/close 10.55.0.2 22"
                  % path, "CMD_CYCLE_CLOSE: command returned 0, pid_status: 0"]
@@ -531,8 +561,8 @@ class CycleTest(CommandCase):
     def test_what_can_not_be_started_leaves_nothing(self) -> None:
         """The packet is rejected, and no switch is left to close what was not opened."""
         made = self.serve(self.cycle(seconds=60))
-        os.unlink(os.path.join(self.directory, "open"))
-        text = self.knock()
+        with mock.patch.object(server, "RUN", (b"/no/such",)):
+            text = self.knock()
         self.assertIn("/open 10.55.0.2 22: No such file or directory\n", text)
         self.assertIn("a command could not be started", text)
         self.assertEqual({}, made.commands.cycles)
@@ -544,12 +574,50 @@ class CycleTest(CommandCase):
         self.serve(self.cycle())
         self.knock()
         self.wait_until_ended()
-        os.rename(self.closer, self.closer + "-away")
-        self.wait_for(lambda: not self.made.commands.cycles, "the close")
-        self.assertIn("No such file or directory; its switch tries it again\n", self.logged())
-        os.rename(self.closer + "-away", self.closer)
+        with mock.patch.object(server, "launch", side_effect=server.CommandError("no memory")):
+            self.wait_for(lambda: not self.made.commands.cycles, "the close")
+        self.assertIn("no memory; its switch tries it again\n", self.logged())
         self.wait_for(lambda: len(self.got()) == 2, "the switch's close")
         self.assertEqual("close 10.55.0.2 22", self.got()[1])
+
+    def test_a_close_that_fails_is_tried_again(self) -> None:
+        """After two seconds, also when somebody killed it; then nothing is left to close."""
+        for failing in ("exit 3", "kill -9 $$"):
+            self.serve(self.cycle(closing="[ -e once ] || { touch once; %s; }" % failing))
+            self.knock()
+            text = self.wait_until_closed()
+            self.assertRegex(text, "CMD_CYCLE_CLOSE: command returned (3|-9), ")
+            self.assertIn("CMD_CYCLE_CLOSE: command returned 0, ", text)
+            self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got()[-2:])
+            os.unlink(os.path.join(self.directory, "once"))
+        self.assertEqual(4, len(self.got()))
+
+    def test_a_close_that_fails_twice_is_left_to_the_switch(self) -> None:
+        """Which waits for as long as a close may take, and tries once more."""
+        made = self.serve(self.cycle(closing="[ -e may ] || exit 3"), "CMD_EXEC_TIMEOUT 1;")
+        self.knock()
+        self.wait_for(lambda: "has failed twice; its switch tries it again" in
+                      self.stream.getvalue(), "the second failure")
+        self.assertEqual((1, 1), (len(made.commands.switches), len(self.got())))
+        self.script("", "may")
+        self.wait_for(lambda: not made.commands.switches, "the end of the switch")
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
+    def test_a_slow_close_is_not_run_twice(self) -> None:
+        """Its switch waits until it has ended."""
+        self.serve(self.cycle(closing="sleep %d" % (server.SWITCH_SECONDS + 2)))
+        self.knock()
+        self.wait_until_closed()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
+    def test_one_close_for_many_ports_ends_all_that_open(self) -> None:
+        """However many slow ones share it."""
+        made = self.serve(self.cycle(opening="sleep 60").replace("close $IP $PORT", "close $IP"))
+        self.knock("10.55.0.2,tcp/22,tcp/23")
+        self.knock("10.55.0.2,tcp/24")
+        self.assertEqual((1, 3), (len(made.commands.cycles), len(made.commands.running)))
+        self.assertEqual(3, self.wait_until_closed().count("CMD_CYCLE_OPEN: command returned -9"))
+        self.assertEqual(["close 10.55.0.2"], self.got())
 
     def test_a_slow_open_is_ended_by_the_close(self) -> None:
         """Or it would open after it, for ever."""
@@ -586,14 +654,39 @@ class CycleTest(CommandCase):
         self.assertEqual("open 10.55.0.2 22", self.got()[4])
 
     def test_too_many_cycles(self) -> None:
-        """One more than the limit is rejected, all ports of it."""
+        """One more than the limit is rejected, all ports of it; what is open may stay longer.
+
+        Those of another stanza do not count.
+        """
         made = self.serve(self.cycle(seconds=60))
-        made.commands.cycles = dict.fromkeys(range(server.MAX_CYCLES - 1))
-        text = self.knock("10.55.0.2,tcp/22,tcp/23")
+        self.knock()
+        self.wait_until_ended()
+        one = type("Cycle", (), {"stanza": 1, "ends": 1e99})  # type: Any
+        made.commands.cycles.update(dict.fromkeys(range(server.MAX_CYCLES - 2), one))
+        text = self.knock("10.55.0.2,tcp/23,tcp/24")
         self.assertIn("%d wait to close" % (server.MAX_CYCLES - 1), text)
         self.assertEqual(server.MAX_CYCLES - 1, len(made.commands.cycles))
-        made.commands.cycles = {}
-        self.assertEqual([], self.got())
+        self.knock("10.55.0.2,tcp/22,tcp/23")
+        self.assertEqual(server.MAX_CYCLES, len(made.commands.cycles))
+        self.assertIn(" opened ", self.knock())
+        one.stanza = 2
+        self.assertIn(" opened ", self.knock("10.55.0.2,tcp/24"))
+        for key in range(server.MAX_CYCLES - 2):
+            del made.commands.cycles[key]
+        self.wait_until_ended()
+        self.assertEqual(["open 10.55.0.2 22", "open 10.55.0.2 23", "open 10.55.0.2 24"],
+                         self.got())
+
+    def test_a_flush_closes_at_once(self) -> None:
+        """Not only grants; and the server goes on."""
+        made = self.serve(self.cycle(seconds=60))
+        self.knock()
+        self.wait_until_ended()
+        with mock.patch.object(server, "flush_leftovers") as leftovers:
+            made.flush()
+        self.assertTrue(leftovers.called)
+        self.wait_until_closed()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
     def test_no_close(self) -> None:
         """NONE: nothing waits, no switch is set, and each knock opens."""

@@ -96,8 +96,8 @@ TOKENS = (
     ("KEY abc", "KEY", "abc"), ("KEY: abc", "KEY", "abc"), ("KEY\tabc", "KEY", "abc"),
     ("KEY:\t  abc", "KEY", "abc"), ("  KEY abc", "KEY", "abc"), ("\tKEY abc", "KEY", "abc"),
     ("KEY abc  ", "KEY", "abc  "), ("KEY a b\tc", "KEY", "a b\tc"), ("KEY abc;", "KEY", "abc"),
-    ("KEY abc ; rest", "KEY", "abc "), ("KEY a#b", "KEY", "a#b"), ("KEY # x", "KEY", "# x"),
-    ("KEY abc;def", "KEY", "abc"), ("KEY a:b", "KEY", "a:b"), ("KEY : abc", "KEY", ": abc"),
+    ("KEY abc ; # rest", "KEY", "abc "), ("KEY a#b", "KEY", "a#b"), ("KEY # x", "KEY", "# x"),
+    ("KEY abc;#def", "KEY", "abc"), ("KEY a:b", "KEY", "a:b"), ("KEY : abc", "KEY", ": abc"),
     ("KEY \"abc\"", "KEY", "\"abc\""), ("KEY abc\r", "KEY", "abc"), ("KEY a=b", "KEY", "a=b"),
     ("KEY $abc", "KEY", "$abc"), ("KEY \xe9\xff", "KEY", "\xe9\xff"),
     # str.split() would take the bytes a0 and 85 for blanks; C's isspace() does not.
@@ -141,6 +141,20 @@ class LineTest(ConfigCase):
         self.assertEqual("fwknopd.conf:2: VERBOSE: expected a value",
                          self.error_of(conf="#\nVERBOSE ;\n"))
 
+    def test_text_behind_a_semicolon(self) -> None:
+        """Is an error, which does not show it: fwknopd drops it, and with it half of a list."""
+        for line in ("RESTRICT_PORTS tcp/22; tcp/25", "KEY abc;def", "KEY abc ; rest # x"):
+            said = self.error_of("SOURCE ANY\n" + line + "\n")
+            self.assertEqual("access.conf:2: %s: expected nothing, or a # and a comment, behind "
+                             "the semicolon" % line.split()[0], said)
+        for name in ("fwknopd.conf", "access.conf"):  # those that are shipped, with their examples
+            path = os.path.join("/etc/fwknop", name)
+            if os.access(path, os.R_OK):
+                with open(path, encoding="latin-1") as file:
+                    text = re.sub(r"(?m)^#(?=[A-Z_]{3,}:?[ \t]+\S)", "", file.read())
+                found = list(server.read_lines(self.write("x", text), True))
+                self.assertGreater(len(found), 2 if name == "access.conf" else 40)
+
     def test_key_bytes(self) -> None:
         """A KEY is the bytes of its line, blanks at the end and all."""
         for text, _name, value in TOKENS:
@@ -182,8 +196,8 @@ class PeerTest(ConfigCase):
 
     def test_fwknopd_conf(self) -> None:
         """Values, comments, blanks, variables."""
-        conf = ("# comment\n; another\nPCAP_INTF lo;\nPCAP_FILTER     udp port 1234   ; more\n"
-                "MAX_SPA_PACKET_AGE\t77;\n  VERBOSE 0;;\nSYSLOG_IDENTITY my name  # x  ; y\n"
+        conf = ("# comment\n; another\nPCAP_INTF lo;\nPCAP_FILTER     udp port 1234   ; # more\n"
+                "MAX_SPA_PACKET_AGE\t77;\n  VERBOSE 0;;\nSYSLOG_IDENTITY my name  # x  ; # y\n"
                 "FWKNOP_RUN_DIR %s\nDIGEST_FILE $FWKNOP_RUN_DIR/d.cache;\nUDPSERV_PORT 5 \n"
                 "ENABLE_UDP_SERVER Yes;\nSYSLOG_FACILITY LOG_LOCAL3;\r\n" % self.directory)
         code, told = self.peer(conf, KEYED)
@@ -205,7 +219,7 @@ class PeerTest(ConfigCase):
 
     def test_access_conf(self) -> None:
         """Names with and without colon, values with blanks."""
-        lines = ("OPEN_PORTS:\ttcp/22, udp/53 ; x", "FW_ACCESS_TIMEOUT: 7;; 8",
+        lines = ("OPEN_PORTS:\ttcp/22, udp/53 ; # x", "FW_ACCESS_TIMEOUT: 7;; # 8",
                  "REQUIRE_USERNAME bob smith", "MAX_FW_TIMEOUT 12\r")
         code, told = self.peer("PCAP_INTF lo;\n", KEYED + "\n".join(lines) + "\n")
         stanza = self.stanza("\n".join(lines))
@@ -421,7 +435,7 @@ BAD_STANZA = (
     ("open_ports tcp/22", "unknown directive, expected OPEN_PORTS"),
     ("OPEN_PORT tcp/22", "unknown directive"),
     ("PCAP_INTF lo", "unknown directive"), ("%include /no/x", "Access file: '/no/x' was not found"),
-    ("%include_folder /no/x", "/no/x: No such file"), ("%include_keys /no/x", "was not found"),
+    ("%include_folder /no/x", "/no/x: No such file"),
     # No packet can carry these, so the stanza would never open anything.
     ("REQUIRE_USERNAME a,b", "expected"), ("REQUIRE_USERNAME j\xf6rg", "expected"),
     ("REQUIRE_USERNAME " + "u" * 49, "expected"),
@@ -677,7 +691,9 @@ class StanzaTest(ConfigCase):
                              (self.write("fwknopd.conf", ""), self.directory)):
             code, out, err = self.main("-c", conf, "-a", access, "--exit-parse-config")
             with self.subTest(conf=conf, access=access):
-                self.assertEqual((3, "", 1), (code, out, len(err.splitlines())))
+                hint = "\nhint: --init tcp/22 makes one" if access == missing else ""
+                self.assertEqual((3, ""), (code, out))
+                self.assertRegex(err, r"^[^\n]*%s\n$" % hint)
                 self.assertRegex(err, r"%s: \w" % re.escape(missing if missing in (conf, access)
                                                            else self.directory))
 
@@ -898,8 +914,48 @@ class CommandLineTest(ConfigCase):
                              (missing, self.write("a.conf", KEYED))):
             code, out, err = self.main("--init", "tcp/22", "-c", conf, "-a", access)
             self.assertEqual((3, ""), (code, out))
-            self.assertIn("GUARD_PORTS does not hide tcp/22", err)
+            self.assertRegex(err, r"--init: \S+ is there already\nhint: set GUARD_PORTS tcp/22 in")
             self.assertFalse(os.path.exists(missing))
+
+    def test_directives_without_effect(self) -> None:
+        """Are warned of where another firewall, or no NAT, makes them mean nothing."""
+        settings = self.settings("NFT_ACCEPT_CHAINS inet filter input;\nENABLE_RULE_PREPEND Y;\n"
+                                 "ENABLE_IPT_SNAT Y;\nSNAT_TRANSLATE_IP 192.0.2.1;\n")
+        for kind, first in (("iptables", "NFT_ACCEPT_CHAINS has no effect with iptables"),
+                            ("nft", "ENABLE_RULE_PREPEND has no effect with nftables")):
+            self.assertEqual([first, "ENABLE_IPT_SNAT has no effect without ENABLE_IPT_FORWARDING",
+                              "SNAT_TRANSLATE_IP has no effect without ENABLE_IPT_FORWARDING"],
+                             server.idle_directives(settings, kind))
+        self.assertEqual([], server.idle_directives(self.settings(
+            "ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_SNAT Y;\n"), "iptables"))
+
+    def test_warnings_of_what_is_over_or_meant_so(self) -> None:
+        """A stanza that has expired; no age of the packets in a file."""
+        stanza = self.stanza("ACCESS_EXPIRE 01/01/2020")
+        self.assertIn("(stanza #1) has expired (ACCESS_EXPIRE)", stanza.finish())
+        self.assertNotIn("expired", "".join(self.stanza("ACCESS_EXPIRE 01/01/2037").finish()))
+        for lines, warned in (("", True), ("PCAP_FILE /x;\n", False)):
+            found = self.settings("ENABLE_SPA_PACKET_AGING N;\n" + lines)
+            self.assertEqual(warned, "ENABLE_SPA_PACKET_AGING" in "".join(found.warnings()))
+
+    def test_a_list_of_interfaces(self) -> None:
+        """Is no interface."""
+        self.assertEqual("fwknopd.conf:1: PCAP_INTF: expected the name of one interface, or `any`, "
+                         "not 'eth0,eth1'", self.error_of(conf="PCAP_INTF eth0,eth1;\n"))
+
+    def test_the_firewall_is_checked_with_the_files(self) -> None:
+        """What would stop the start stops --exit-parse-config."""
+        code, out, err = self.main_with(KEYED, "FIREWALL_TYPE nft;\n", "--exit-parse-config")
+        self.assertEqual((3, ""), (code, out))
+        self.assertIn("GUARD_PORTS: expected it", err)
+
+    def test_a_start_that_fails_leaves_no_pid(self) -> None:
+        """Nobody is to find it there, and take another process for the server."""
+        run_directory = os.path.join(self.directory, "run")
+        os.makedirs(os.path.join(run_directory, "digest.cache"))
+        code, _, _ = self.main_with(KEYED, "FIREWALL_TYPE none;\n", "-r", run_directory, "-f")
+        self.assertEqual(1, code)
+        self.assertEqual(0, os.path.getsize(os.path.join(run_directory, "fwknopd.pid")))
 
     def test_a_firewall_that_can_not_be(self) -> None:
         """A guard without a firewall, and a program that is none."""

@@ -46,9 +46,10 @@ class FilesCase(ConfigCase):
         return [each.texts["SOURCE"] for each in stanzas]
 
     def refusal(self, *options: str) -> str:
-        """Return why the files are not taken."""
+        """Return why the files are not taken, or why a stanza with a key file opens nothing."""
         try:
-            self.read(*options)
+            for text in [each.void for each in self.read(*options).stanzas if each.void]:
+                return str(text).replace(self.directory + "/", "")
         except server.ConfigError as error:
             return str(error).replace(self.directory + "/", "")
         raise AssertionError("accepted")
@@ -206,6 +207,67 @@ class KeyFileTest(FilesCase):
             with self.subTest(text=text):
                 self.assertIn(expected, said)
                 self.assertNotIn("s3cret", said)
+
+    def test_files_that_are_meant_to_do_harm(self) -> None:
+        """Zero bytes, more than fits the memory, and what has become a pipe since it was found."""
+        self.put(f_conf="", a_conf="SOURCE ANY\n%include_keys HERE/k\n")
+        for text, expected in (
+                ("KEY k\nGPG_DECRYPT_ID a\0b\n", "k:2: GPG_DECRYPT_ID: expected a value without "
+                 "zero bytes"),
+                ("KEY k\0\n", "k:1: KEY: expected a value without zero bytes"),
+                ("\0 k\n", "k:1: expected a value without zero bytes")):
+            self.put(k=text)
+            with self.subTest(text=text):
+                self.assertEqual(expected, self.refusal())
+        with open(self.place("k"), "wb") as file:
+            file.truncate(1 << 40)
+        self.assertEqual("k: expected at most 1048576 bytes", self.refusal())
+        os.unlink(self.place("k"))
+        os.mkfifo(self.place("k"))
+        with mock.patch("os.path.isfile", return_value=True):
+            self.assertEqual("k: expected a regular file", self.refusal())
+        with self.assertRaisesRegex(server.CommandError, "^/bin/echo: embedded null byte"):
+            server.run_program(["/bin/echo", "a\0b"])
+
+    def test_a_bad_file_voids_its_own_stanza(self) -> None:
+        """Nobody else is locked out; the log says which; --exit-parse-config calls it an error."""
+        self.put(f_conf="FIREWALL_TYPE none;\n", a_conf=QUIET + "SOURCE ANY\nOPEN_PORTS tcp/80\n"
+                 "REQUIRE_SOURCE_ADDRESS Y\n%include_keys HERE/k\n" + stanza("10.0.0.3"))
+        for text, problem in (
+                ("KEY k\nHMAC_KEY h\nOPEN_PORTS tcp/22\n", "k:3: OPEN_PORTS: expected only keys"),
+                ("# nothing\n", "a.conf:6: SOURCE: expected a KEY"),
+                ("KEY k\nHMAC_KEY k\n", "a.conf:6: SOURCE: expected an HMAC key that is not"),
+                ("KEY k\nGPG_DECRYPT_ID x\n", "k:2: GPG_DECRYPT_ID: expected GPG_DECRYPT_PW"),
+                ("KEY k3y\n", "a.conf:6: SOURCE: expected a key of its own"),
+                (None, "a.conf:9: %include_keys: Access file: 'k' was not found.")):
+            if text is None:
+                os.unlink(self.place("k"))
+            else:
+                self.put(k=text)
+            with self.subTest(problem=problem):
+                found = self.read()
+                self.assertEqual([False, True, False], [bool(each.void) for each in found.stanzas])
+                self.assertIsNone(found.stanzas[1].keys)
+                self.assertIsNotNone(found.stanzas[2].keys)
+                (said,) = found.voids()
+                self.assertIn(problem, said.replace(self.directory + "/", ""))
+                self.assertRegex(said, r"^\(stanza #2\) .*; this stanza opens nothing$")
+                code, out, err = self.main("-c", self.place("f.conf"), "-a", self.place("a.conf"),
+                                           "--exit-parse-config")
+                self.assertEqual((3, ""), (code, out))
+                self.assertIn(said, err)
+        self.put(k="KEY k\nHMAC_KEY h\n")
+        self.assertEqual([], self.read().voids())
+
+    def test_a_secret_key_that_is_missing_voids_its_own_stanza(self) -> None:
+        """GPG_DECRYPT_ID may stand in a key file, and is looked for when the server starts."""
+        self.put(f_conf="GPG_EXE /bin/false;\n", k="GPG_DECRYPT_ID x\nGPG_ALLOW_NO_PW Y\n"
+                 "GPG_DISABLE_SIG Y\n", a_conf="SOURCE ANY\n%include_keys HERE/k\n" + QUIET)
+        found = self.read()
+        server.open_gpg(found.settings, found.stanzas)
+        self.assertIn("k:1: GPG_DECRYPT_ID: expected a secret key", found.stanzas[0].void)
+        self.assertIsNone(found.stanzas[0].gpg)
+        self.assertEqual("", found.stanzas[1].void)
 
     def test_before_a_stanza(self) -> None:
         """There is nothing that the keys could belong to."""

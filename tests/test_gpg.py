@@ -361,7 +361,7 @@ class FakeGpgCase(ServerCase):
         """Return a server with its GPG stanzas ready."""
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (self.program,
                                                                       self.directory))
-        server.open_gpg(made.settings, made.stanzas, self.log)
+        server.open_gpg(made.settings, made.stanzas)
         for stanza in made.stanzas:
             if stanza.gpg:
                 stanza.gpg.gpg.monotonic = self.clock.mono
@@ -393,6 +393,21 @@ class BoundsTest(FakeGpgCase):
         self.assertEqual([DOOR22], self.firewall.doors())
         self.assertIn("(stanza #1) Incoming SPA data signed by '786C8A06' (fingerprint '%s').\n"
                       % SIGNER, self.logged())
+
+    def test_a_replay_has_no_line_of_its_signer(self) -> None:
+        """Whoever sends a captured packet again and again does not fill the log with it."""
+        made = self.gpg_server()
+        message = self.message(1)
+        for number in range(4):  # other spellings, which gpg has to read
+            made.receive(datagram(strip(message[:50] + bytes([number]) + message[51:])))
+        self.assertEqual({"accepted": 1, "replay": 3}, made.counts)
+        self.assertEqual(1, self.logged().count("Incoming SPA data signed by"))
+        self.clock.pass_seconds(-500)
+        stale = self.packet(2)
+        self.clock.pass_seconds(500)
+        made.receive(datagram(stale))
+        self.assertEqual(1, made.counts["stale"])
+        self.assertNotIn("signed by", self.logged())
 
     def test_the_passphrase_goes_through_a_pipe(self) -> None:
         """Not among the words or in the environment, and gpg.conf and HOME are not asked."""
@@ -448,7 +463,7 @@ class BoundsTest(FakeGpgCase):
         made = self.gpg_server(other * 9 + SIGNED)
         made.receive(datagram(self.packet(1)))
         self.assertEqual([DOOR22], self.firewall.doors())
-        self.assertIn("(stanza #10) user bob", self.logged())
+        self.assertIn("(stanza #10) user 'bob'", self.logged())
         self.assertEqual(1, len(self.runs()))
         self.answer("NODATA 1\n")
         for number in range(2, 30):
@@ -489,6 +504,29 @@ class BoundsTest(FakeGpgCase):
                 made.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
         self.assertEqual(10, len(self.runs()))
         self.assertEqual({"gpg signature": 500}, made.counts)
+
+    def test_packets_with_hmac_of_which_nothing_comes(self) -> None:
+        """Are limited after a while, too, but never by those without HMAC; genuine ones never."""
+        made = self.gpg_server(SIGNED + HMAC + SIGNED)
+        for number in range(30):
+            made.receive(datagram(self.packet(number)))
+        self.assertEqual(server.GPG_BURST, made.counts["accepted"])
+        for number in range(100, 200):
+            made.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
+        self.assertEqual(server.GPG_BURST + 100, made.counts["accepted"])
+        self.answer(GOOD.replace("TRUST_FULLY", "TRUST_UNDEFINED"))
+        made = self.gpg_server(SIGNED + HMAC)
+        payloads = [self.packet(number, b"hmacKey-for-tests") for number in range(100)]
+        before = len(self.runs())
+        for payload in payloads:
+            made.receive(datagram(payload))
+        self.assertEqual(server.GPG_HMAC_SECONDS + server.GPG_BURST, len(self.runs()) - before)
+        self.assertEqual(100 - 65, made.counts["gpg too fast"])
+        self.assertEqual(65, len(made.memory.refused))
+        self.clock.pass_seconds(30)
+        self.answer(GOOD)  # what was not looked at is not refused for ever
+        made.receive(datagram(payloads[-1]))
+        self.assertEqual(1, made.counts["accepted"])
 
     def test_a_gpg_that_hangs(self) -> None:
         """Is killed; the packet is rejected, and the next one has its turn."""
@@ -554,7 +592,7 @@ class BoundsTest(FakeGpgCase):
             text = self.logged()
             self.assertEqual(2, made.counts["accepted"], text)
             for each in number:
-                self.assertIn("(stanza #%d) user bob" % each, text)
+                self.assertIn("(stanza #%d) user 'bob'" % each, text)
             self.clock.pass_seconds(100)
         made = self.gpg_server(symmetric)
         made.receive(datagram(self.packet(1, b"hmacKey-for-tests")))
@@ -674,7 +712,7 @@ class RealGpgCase(ServerCase):
                                                                           options))
         os.chmod(program, 0o700)
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (program, self.ring.home))
-        server.open_gpg(made.settings, made.stanzas, self.log)
+        server.open_gpg(made.settings, made.stanzas)
         self.counted()
         return made
 

@@ -232,9 +232,9 @@ class MatrixTest(unittest.TestCase):
         """Each case must have been opened by its own stanza, for its user, port and time."""
         for case in self.cases:
             with self.subTest(case=case._replace(key=b"", hmac_key=b"")):
-                line = self.server.wait_for("user user%d (" % case.number, start)
+                line = self.server.wait_for("user 'user%d' (" % case.number, start)
                 self.assertEqual(
-                    "(stanza #%d) user user%d (client 3.0.0) opened %s -> 0.0.0.0/0 tcp/%d "
+                    "(stanza #%d) user 'user%d' (client 3.0.0) opened %s -> 0.0.0.0/0 tcp/%d "
                     "for %d seconds" % (case.number, case.number, CLIENT4, case.port, case.seconds),
                     line,
                 )

@@ -214,8 +214,8 @@ class ListTest(ControlTest):
                 self.assertEqual([], self.listed(server))
                 self.knock(server, "-A", "tcp/22", "-U", "alice")
                 self.knock(server, "-A", "tcp/80", "-U", "bob", "-a", OTHER4, keys=OTHER_KEYS)
-                alice = ["tcp", CLIENT4, "0.0.0.0/0", "22", "stanza #1, user alice"]
-                bob = ["tcp", OTHER4, "0.0.0.0/0", "80", "stanza #2, user bob"]
+                alice = ["tcp", CLIENT4, "0.0.0.0/0", "22", "stanza #1, user 'alice'"]
+                bob = ["tcp", OTHER4, "0.0.0.0/0", "80", "stanza #2, user 'bob'"]
                 self.assertEqual([alice, bob], self.listed(server))
                 self.knock(server, "-A", "tcp/22", "-U", "eve", "-f", "5", keys=OTHER_KEYS)
                 self.assertEqual([alice, bob], self.listed(server))  # it was open for longer
@@ -223,7 +223,7 @@ class ListTest(ControlTest):
                 self.assertEqual([alice, bob], self.listed(server))
                 server.start()
                 self.knock(server, "-A", "tcp/22", "-U", "carol", "-f", "90", keys=OTHER_KEYS)
-                alice[4] = "stanza #2, user carol"
+                alice[4] = "stanza #2, user 'carol'"
                 self.assertEqual([alice, bob], self.listed(server))
                 os.unlink(os.path.join(server.directory, "run", "grants"))
                 self.assertEqual(["-", "-"], [row[4] for row in self.listed(server)])
@@ -276,10 +276,10 @@ class ListTest(ControlTest):
         for config in BACKENDS:
             server = Server(self.host, config)
             self.assertEqual([], self.listed(server))
-        server.configure(access="SOURCE ANY\n%include_keys /no/keys\n")
+        server.configure(access="SOURCE ANY\n%include /no/keys\n")
         code, text = server.command("--fw-list")
         self.assertEqual(3, code, text)
-        self.assertIn("access.conf:2: %include_keys: Access file: '/no/keys' was not found.", text)
+        self.assertIn("access.conf:2: %include: Access file: '/no/keys' was not found.", text)
 
 
 @needs_root
@@ -288,7 +288,7 @@ class SignalTest(ControlTest):
     """Signals, the lock, and the digest cache."""
 
     def test_usr1_tells_and_goes_on(self) -> None:
-        """Packets by reason and grants, since when; the server serves on."""
+        """Packets by reason and grants (none with -t), since when; the server serves on."""
         server = Server(self.host, "", STANZA, "-t").start()
         self.knock(server, "-A", "tcp/22")
         self.knock(server, "-A", "tcp/22", keys=["--key-rijndael", "k", "--key-hmac", "x"],
@@ -298,7 +298,7 @@ class SignalTest(ControlTest):
             server.send_signal(signal.SIGUSR1)
             self.assertRegex(
                 server.wait_for("Packets seen", mark),
-                r"^Packets seen: %d accepted, 1 wrong HMAC; 1 grants are open; "
+                r"^Packets seen: %d accepted; rejected: 1 wrong HMAC; 0 grants are open; "
                 r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$" % accepted)
             self.knock(server, "-A", "tcp/22")
         self.assertEqual(0, server.command("-S")[0])

@@ -221,14 +221,20 @@ class Site:
         return self.server.wait_for(expect, mark)
 
     def knock6(
-        self, kind: int, access: str, nat: str = "", seconds: int = 0, expect: str = " opened "
+        self,
+        kind: int,
+        access: str,
+        nat: str = "",
+        seconds: int = 0,
+        expect: str = " opened ",
+        address: str = CLIENT6,
     ) -> str:
-        """Knock for the IPv6 address, which the real client can't."""
+        """Knock for an IPv6 address, which the real client can't."""
         self.count += 1
         mark, extra = self.server.mark(), [b64(nat.encode())] if nat else []
         extra += [b"%d" % seconds] if kind in (3, 4, 6) else []
         packet = Sender(KEY.encode(), HMAC_KEY.encode()).packet(
-            "%s,%s" % (CLIENT6, access),
+            "%s,%s" % (address, access),
             kind,
             extra,
             timestamp=int(time.time()),
@@ -375,7 +381,7 @@ class ForwardTest(NatTest):
                 places = {
                     "FORWARD": "inet filter forward" if nft else "FWKNOP_FORWARD",
                     "DNAT": "inet spa_nat prerouting" if nft else "FWKNOP_PREROUTING",
-                    "SNAT": "inet spa_nat prerouting" if nft else "FWKNOP_MASQUERADE",
+                    "SNAT": "inet spa_nat postrouting" if nft else "FWKNOP_MASQUERADE",
                 }
                 for kind, place in places.items():
                     self.assertRegex(
@@ -410,6 +416,43 @@ class ForwardTest(NatTest):
                 self.assertNotIn("looking whether", site.server.log())
 
         self.check_all(SETUPS, check)
+
+    def test_what_is_routed_through_goes_on(self) -> None:
+        """Only what is sent to the gateway itself is led elsewhere, whoever is named as client."""
+        cases = (("", "tcp/22"), ("FORWARD_ALL Y\n", "tcp/9"))
+
+        def check(case: Tuple[Setup, Tuple[str, str]]) -> None:
+            """One backend: a key holder names the inner host as the client, and leads to OTHER4."""
+            setup, (access, asked) = case
+            with Site(setup, access=access) as site:
+                inner, host = site.gateway.inner, site.host
+                if setup.backend == NFT:
+                    host.run("nft", "insert rule inet filter forward iifname eth1 accept")
+                else:
+                    for program in (setup.backend, six(setup.backend)):
+                        host.run(program, "-I", "FORWARD", "-i", "eth1", "-j", "ACCEPT")
+                    # A jump like fwknopd's, which a start mends.
+                    site.server.stop(signal.SIGKILL)
+                    for program in (setup.backend, six(setup.backend)):
+                        jump = ("PREROUTING", "-j", "FWKNOP_PREROUTING")
+                        host.run(program, "-t", "nat", "-I", *jump)
+                    site.server.start()
+                    self.assertNotIn("PREROUTING -j FWKNOP_PREROUTING", site.rules())
+                outside = site.client.start(sys.executable, "-I", "-S", "-c", INNER, 22, 8080)
+                outside.wait_for("listening")
+                site.knock("-a", INNER4, "-A", asked, "-N", OTHER4 + ",8080")
+                site.knock6(2, asked, OTHER6 + ",8080", address=INNER6)
+                for there, gate, source in (
+                    (CLIENT4, GATE4, INNER4),
+                    (CLIENT6, GATE6, INNER6),
+                ):
+                    mark = outside.mark()
+                    for address, port in ((there, 22), (gate, 22 if access else 8080)):
+                        self.assertTrue(inner.connect(address, 22).answers())
+                        outside.wait_for("%d from %s." % (port, source), mark)
+                        mark = outside.mark()
+
+        in_parallel(self, list(itertools.product(BACKENDS, cases)), check)
 
     def test_force_nat(self) -> None:
         """Leads to where the stanza says, whatever the packet asks for."""
@@ -631,7 +674,7 @@ class LifeTest(NatTest):
                     run = functools.partial(site.host.run, setup.backend, "-t", "nat")
                     attacks = [
                         "-F FWKNOP_PREROUTING",
-                        "-D PREROUTING -j FWKNOP_PREROUTING",
+                        "-D PREROUTING -m addrtype --dst-type LOCAL -j FWKNOP_PREROUTING",
                         "-F FWKNOP_MASQUERADE",
                     ]
                 for attack in attacks:
@@ -667,6 +710,38 @@ class LifeTest(NatTest):
                 self.assertNotRegex(site.rules(), "FWKNOP_(FORW|PRE)|spa_nat|forward.*spa")
 
         self.check_all(SETUPS, check)
+
+    def test_a_flush_reaches_what_earlier_settings_left(self) -> None:
+        """Of another backend, too: with --fw-flush, and with FLUSH_IPT_AT_INIT."""
+
+        def check(case: Tuple[Setup, bool]) -> None:
+            """One backend, then none or another one without NAT."""
+            setup, other = case
+            for at_start in (False, True):
+                with Site(setup) as site:
+                    site.knock("-A", "tcp/22", "-N", INNER4 + ",8080", "-f", "300")
+                    site.knock6(4, "tcp/22", INNER6 + ",8080", 300)
+                    site.leads_in(22, 8080)
+                    site.server.stop(signal.SIGKILL)
+                    config = setup._replace(mode="guard").config().replace("tcp/22, ", "")
+                    if other:
+                        config = "GUARD_PORTS tcp/24;\nFIREWALL_TYPE %s;\n" % (
+                            "iptables" if setup.backend == NFT else "nft")
+                    config = re.sub("(ENABLE_IPT|NFT_FORWARD).*", "", config)
+                    site.server.configure(config + "FLUSH_IPT_AT_INIT Y;\n" * at_start)
+                    if at_start:
+                        site.server.start()
+                    else:
+                        code, text = site.server.command("--fw-flush")
+                        self.assertEqual(0, code, text)
+                    mark = site.inner.mark()
+                    site.client.probe(("", SERVER4, 22), ("", SERVER6, 22))
+                    self.assertEqual("", site.inner.output(mark))
+                    self.assertNotRegex(site.rules(), r"spa_nat|_exp_\d+ -j DNAT|_exp_.*FORWARD")
+
+        cases = [(BACKENDS[0], False), (BACKENDS[0], True), (BACKENDS[1], False),
+                 (BACKENDS[2], False), (BACKENDS[1], True)]
+        in_parallel(self, cases, check)
 
     def test_a_kernel_that_forwards_nothing(self) -> None:
         """Is warned of at the start, as soon as NAT is enabled."""

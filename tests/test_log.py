@@ -148,8 +148,16 @@ class PacketLineTest(LogCase):
 
     def test_who_opened(self) -> None:
         """A line of ours: the stanza, the user and his client."""
-        self.assert_line(r"\(stanza #1\) user bob \(client \S+\) opened %s for 30 seconds" % DOOR,
+        self.assert_line(r"\(stanza #1\) user 'bob' \(client \S+\) opened %s for 30 seconds" % DOOR,
                          self.after("opened"))
+
+
+    def test_a_user_with_words_of_ours(self) -> None:
+        """A name can't end its quotes."""
+        made = self.serve(STANZA)
+        self.packet(made, user="a' (client 9) opened all")
+        self.assert_line(r"\(stanza #1\) user 'a\\x27 \(client 9\) opened all' \(client 3\.0\.0\) "
+                         "opened .*", self.lines())
 
 
 class LifeLineTest(LogCase):
@@ -175,6 +183,8 @@ class LifeLineTest(LogCase):
                          self.after_signal(signal.SIGHUP, made, again))
         self.assertEqual(["Got SIGHUP. Re-reading configs.", "a:1: X: unknown directive; going on "
                           "with the old settings"], self.after_signal(signal.SIGHUP, made, fail))
+        self.assertRegex(self.after_signal(signal.SIGHUP, made, lambda: 1 // 0)[1],
+                         r"^internal error: ZeroDivisionError in line \d+; going on with the old ")
         self.assertTrue(made.running)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.assertEqual(["Gracefully leaving the fwknopd event loop.", "Got %s. Exiting..."
@@ -193,12 +203,13 @@ class LifeLineTest(LogCase):
             self.assertEqual(1, len(lines), lines)
             return lines[0]
 
-        self.assertRegex(told(), r"^Packets seen: none; 0 grants are open; since "
-                         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
+        self.assertRegex(told(), r"^Packets seen: 0 accepted; rejected: none; 0 grants are "
+                         r"open; since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
         payload = self.packet(made)
         for _ in range(30):  # more than have a line of their own
             self.packet(made, payload)
-        self.assertRegex(told(), "^Packets seen: 1 accepted, 30 replay; 1 grants are open; since ")
+        self.assertRegex(told(), "^Packets seen: 1 accepted; rejected: 30 replay; 1 grants are "
+                         "open; since ")
         self.assertTrue(made.running)
         made.grants.flush()
         self.assertRegex(told(), "; 0 grants are open; ")
@@ -235,6 +246,7 @@ class OpenersTest(LogCase):
         made = self.serve(STANZA)
         path = server.openers_file(made.settings)
         with mock.patch.object(server, "OPENERS_BYTES", 500):
+            made.openers_limit = 500
             self.knock(made, 3, "alice")
             size = os.stat(path).st_size
             self.clock.pass_seconds(10)
@@ -242,9 +254,30 @@ class OpenersTest(LogCase):
                 self.clock.pass_seconds(1)
                 self.knock(made, 2, "bob")
         self.assertLess(os.stat(path).st_size, 500 + 2 * size)
-        self.assertEqual([("10.1.0.0", "stanza #1, user bob"), ("10.1.0.1", "stanza #1, user bob"),
-                          ("10.1.0.2", "stanza #1, user alice")], sorted(self.openers(made)))
+        self.assertEqual([("10.1.0.0", "stanza #1, user 'bob'"),
+                          ("10.1.0.1", "stanza #1, user 'bob'"),
+                          ("10.1.0.2", "stanza #1, user 'alice'")], sorted(self.openers(made)))
         self.assertEqual(0o600, os.stat(path).st_mode & 0o777)
+
+    def test_it_is_tidied_each_time_it_has_doubled(self) -> None:
+        """Not with each packet, when much is open: each would cost as much as all before it."""
+        made = self.serve(STANZA)
+        with mock.patch.object(server, "OPENERS_BYTES", 500), \
+                mock.patch.object(server, "grant_words", side_effect=server.grant_words) as words:
+            made.openers_limit = 500
+            self.knock(made, 200, "alice")
+        self.assertLess(words.call_count, 200 + 2 * 200)
+        self.assertEqual(200, len(self.openers(made)))
+        self.assertNotIn("-", [opener for _, opener in self.openers(made)])
+
+    def test_doors_in_another_form(self) -> None:
+        """A firewall that keeps a door without an address of it has its opener all the same."""
+        made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_DESTINATION_RULE Y;\n")
+        self.firewall.form = (  # type: ignore[assignment]
+            lambda door: door._replace(destination=None))
+        self.packet(made)
+        self.assertEqual(1, len(self.openers(made)))
+        self.assertNotIn("-", [opener for _, opener in self.openers(made)])
 
     def test_without_the_file(self) -> None:
         """A grant is listed without a name; one that can't be written down opens all the same."""
@@ -263,7 +296,7 @@ class OpenersTest(LogCase):
         made = self.serve(STANZA)
         self.knock(made, 1, "alice")
         self.packet(made, user="bob", kind=3, extra=[b"5"], text="10.1.0.0,tcp/22")
-        self.assertEqual([("10.1.0.0", "stanza #1, user alice")], self.openers(made))
+        self.assertEqual([("10.1.0.0", "stanza #1, user 'alice'")], self.openers(made))
 
 
 class KillTest(LogCase):

@@ -285,7 +285,7 @@ class IptablesTest(NatCase):
 
     def rule(self, place: Any, made: Any, dated: bool = False) -> str:
         """Return the rule of a door in a place."""
-        program = server.Iptables(made.source.version, "iptables")
+        program = server.Iptables("iptables")
         program.dated = dated
         return str(program.rule(place, server.Grant(made, 1795370290, 0.0)))
 
@@ -441,10 +441,12 @@ class NftTest(unittest.TestCase):
         for number, creation, rule in (
                 (0, "add map inet spa_nat spa4_dnat { type ipv4_addr . inet_proto . inet_service : "
                     "ipv4_addr . inet_service; flags timeout; }",
-                 "prerouting dnat ip to ip saddr . meta l4proto . th dport map @spa4_dnat"),
+                 "prerouting fib daddr type local dnat ip to ip saddr . meta l4proto . th dport "
+                 "map @spa4_dnat"),
                 (3, "add map inet spa_nat spa6_56_dnat_all { type ipv6_addr : ipv6_addr; "
-                    "flags timeout; }", "prerouting dnat ip6 to ip6 saddr & ffff:ffff:ffff:ff00:: "
-                                        "map @spa6_56_dnat_all"),
+                    "flags timeout; }",
+                 "prerouting fib daddr type local dnat ip6 to "
+                 "ip6 saddr & ffff:ffff:ffff:ff00:: map @spa6_56_dnat_all"),
                 (7, "add map inet spa_nat spa4_to_snat { type ipv4_addr . ipv4_addr . inet_proto . "
                     "inet_service : ipv4_addr; flags timeout; }",
                  "postrouting snat ip to ip saddr . ip daddr . meta l4proto . th dport map "
@@ -505,6 +507,37 @@ class GrantsTest(NatCase):
         with self.assertRaises(server.CommandError):
             self.grants.open([second], 100)
         self.assertEqual([first], list(self.grants.live))
+
+    def test_nobody_leads_another_stanzas_clients_elsewhere(self) -> None:
+        """Neither by the same entrance nor by a wider one, while it is open; the same is no harm.
+
+        A longer time does not make a door another stanza's, and nobody owns what was open before.
+        """
+        mine, theirs = (nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.2", port)
+                        for port in (80, 81))
+        self.grants.open([mine], 100, 1)
+        everything = nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.3")._replace(**ALL)
+        for bad in (theirs, everything, nat_door("DNAT", "10.55.0.0/24 tcp/22", "10.66.0.3", 80),
+                    nat_door("DNAT", "10.55.0.2/32 tcp/22 10.55.0.1", "10.66.0.3", 80)):
+            with self.assertRaisesRegex(server.PacketRejected, "^10.55.0.2 -> 0.0.0.0/0 tcp/22 "
+                                        "leads to 10.66.0.2:80 already, by another") as caught:
+                self.grants.open([door("10.55.0.2/32 tcp/81"), bad], 100, 2)
+            self.assertEqual("NAT", caught.exception.reason)
+        others = [nat_door("DNAT", text, "10.66.0.3", 80) for text in (
+            "10.55.0.3/32 tcp/22", "10.55.0.2/32 tcp/23", "10.55.0.2/32 udp/22", "::1/128 tcp/22")]
+        self.grants.open([mine] + others, 200, 2)
+        self.assertIn("DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:80 200", self.live())
+        with self.assertRaises(server.PacketRejected):
+            self.grants.open([theirs], 100, 2)
+        self.grants.open([theirs], 100, 1)
+        self.assertNotIn(mine, self.grants.live)
+        self.grants.move(self.firewall)
+        with self.assertRaises(server.PacketRejected):
+            self.grants.open([mine], 100, 1)
+        self.clock.pass_seconds(101)
+        self.grants.expire()
+        self.grants.open([mine], 100, 2)
+        self.assertIn(mine, self.grants.live)
 
     def test_words(self) -> None:
         """The log has fwknop's word for each kind."""
@@ -605,11 +638,15 @@ class NameTest(NatCase):
         self.logged()
         self.knock("inner.example")
         self.assertIn("(stanza #1) too many NAT hosts are looked up", self.logged())
+        self.made.stanzas[0].number = 2  # another one's are not too many
+        self.knock("unknown.example")
+        self.assertNotIn("too many", self.logged())
+        self.made.stanzas[0].number = 1
         self.gate.set()
         while self.made.resolver.busy:
             self.turn()
         said = self.logged()
-        self.assertEqual(server.MAX_LOOKUPS - 1,
+        self.assertEqual(server.MAX_LOOKUPS,
                          said.count("Unable to resolve Hostname in NAT SPA message"))
         self.assertIn("(127.0.0.1 is not the address of one host)", said)
         self.assertEqual([], self.firewall.doors())

@@ -96,8 +96,9 @@ class ReadmeTest(unittest.TestCase):
 
     def test_options_that_it_names_exist(self):
         """Long options in the text are options of a script."""
-        known = {"--datestop", "--homedir", "--import", "--lsign-key",  # of iptables and gpg
-                 "--on-calendar", "--user"}  # of systemd-run
+        known = {"--datestop", "--homedir", "--import", "--lsign-key", "--batch",  # iptables, gpg
+                 "--passphrase", "--quick-gen-key", "--quick-add-key",
+                 "--on-calendar", "--user"}  # systemd-run
         for name in ("spa_server", "spa_client"):
             known |= {"--" + option.long for option in load_script(name).OPTIONS if option.long}
         with open(os.path.join(TOP, "keygen.py"), encoding="ascii") as file:

@@ -18,6 +18,7 @@ import tempfile
 import types
 import unittest
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
+from unittest import mock
 
 from tests.support import load_script, run, skip
 from tests.test_packet import NOW, Sender, b64
@@ -60,7 +61,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
         self.failures, self.failing_closes, self.failing_flushes, self.prepared = 0, 0, 0, 0
         self.whole, self.most = True, 0
 
-    def describe(self) -> str:
+    def describe(self, door: Any = None) -> str:
         """Return where grants go."""
         return "FWKNOP_INPUT"
 
@@ -379,7 +380,7 @@ class ReceiveTest(ServerCase):
                 self.knock(made, sender, source, text=text)
                 self.assertEqual([NOW + seconds],
                                  [grant.expires for grant in self.firewall.grants()])
-                self.assertIn("(stanza #%d) user bob" % number, self.logged())
+                self.assertIn("(stanza #%d) user 'bob'" % number, self.logged())
 
     def test_nothing_opens_for_strangers(self) -> None:
         """No stanza for the source; wrong HMAC; wrong key; each with fwknopd's words."""
@@ -454,7 +455,7 @@ class ReceiveTest(ServerCase):
         self.assertEqual({"user": 9}, made.counts)
         self.knock(made, user="{pyuser}")
         self.assertEqual([DOOR22], self.firewall.doors())
-        self.assertIn("user {pyuser} ", self.logged())
+        self.assertIn("user '{pyuser}' ", self.logged())
 
     def test_control_characters_never_reach_the_log(self) -> None:
         """A message of a holder of the keys may hold any byte."""
@@ -487,13 +488,39 @@ class ReceiveTest(ServerCase):
         self.assertNotIn("error", made.counts)
         self.assertLess(len(self.logged().splitlines()), 30)
 
-    def test_stale_packets_are_known_within_bounds(self) -> None:
+    def test_refused_packets_are_known_within_bounds(self) -> None:
         """The memory of them does not grow."""
         made = self.serve("SOURCE ANY\n" + KEYS)
-        for number in range(server.STALE_KNOWN + 50):
-            made.memory.stale["%d" % number] = None
+        for number in range(server.REFUSED_KNOWN + 50):
+            made.memory.refused["%d" % number] = "stale"
         made.receive(datagram(Sender().packet(timestamp=NOW - 500)))
-        self.assertEqual(server.STALE_KNOWN, len(made.memory.stale))
+        self.assertEqual(server.REFUSED_KNOWN, len(made.memory.refused))
+
+    def test_what_is_known_as_refused(self) -> None:
+        """Any packet that an HMAC proves and that opened nothing, and then for the same reason.
+
+        One of the same HMAC key, which another stanza can decrypt, is not among them.
+        """
+        other = KEYS.replace("s3cretRijndael", "another")
+        rows = (
+            ({"timestamp": NOW - 500}, Sender(), "stale", KEYS),
+            ({"timestamp": NOW + 500}, Sender(), "from the future", KEYS),
+            ({"timestamp": NOW - 100}, Sender(), "before memory", KEYS),
+            ({}, Sender(key=b"wrong"), "wrong key", KEYS),
+            ({}, Sender(hmac_key=b"wrong"), "", KEYS), ({}, Sender(), "", KEYS),
+            ({}, Sender(), "", other + "SOURCE ANY\n" + KEYS),
+            ({}, Sender(key=b"wrong", hmac_key=b""), "", "KEY k\n"))  # type: Any
+        for fields, sender, reason, stanzas in rows:
+            made = self.serve("SOURCE ANY\n" + stanzas)
+            made.memory.began = self.clock.mono_time - 10
+            with self.subTest(fields=fields, reason=reason):
+                self.knock(made, sender, **fields)
+                payload = self.knock(made, sender, **fields)
+                self.assertEqual([reason] * 2 * bool(reason), list(made.memory.refused.values()))
+                if reason:
+                    made.stanzas[0].keys.open = None
+                    made.receive(datagram(payload))
+                    self.assertEqual({reason: 3}, made.counts)
 
     def test_a_failing_firewall(self) -> None:
         """Opens nothing, is an error in the log, and the packet stays remembered."""
@@ -1034,6 +1061,19 @@ class GrantsTest(ServerCase):
         self.assertEqual(set(doors), set(self.firewall.rules))
         self.assertIn(self.firewall.most, range(1, server.OPEN_AT_ONCE + 1))
 
+    def test_a_stanza_has_its_limit(self) -> None:
+        """Many doors of one keep no other out, and what is open already may be extended."""
+        doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(1000)]
+        self.grants.open(doors, 30, 1)
+        for more in ([self.ssh], [doors[0], self.ssh]):
+            with self.assertRaisesRegex(server.PacketRejected, "^1000 doors of this stanza") as no:
+                self.grants.open(more, 30, 1)
+            self.assertEqual("grants", no.exception.reason)
+        self.grants.open([doors[0]], 60, 1)
+        self.grants.open([self.ssh], 60, 2)
+        self.assertEqual(["tcp/22"] * 2, self.later(31))
+        self.grants.open(doors[1:], 30, 1)
+
     def test_check_adopts_what_is_too_much(self) -> None:
         """A grant that nobody here knows of is closed in time, too."""
         stranger = server.Grant(self.ssh, 0, self.clock.mono() + 5)
@@ -1103,7 +1143,7 @@ class LifeTest(ServerCase):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.sendto(payload, ("127.0.0.1", port))
         for capture in made.captures:
-            made.make_drain(capture)()
+            made.drain(capture)
 
     def test_udp_socket(self) -> None:
         """A datagram with its addresses, from the socket to the door."""
@@ -1154,7 +1194,9 @@ class LifeTest(ServerCase):
                 door("10.55.0.2/32 tcp/22"), NOW + 30, 5030.0)}
             made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n"
                               % self.free_port())
-            made.start(flush)
+            with mock.patch.object(server, "flush_leftovers") as leftovers:
+                made.start(flush)
+            self.assertEqual(flush, leftovers.called)
             self.assertEqual((left, left), (len(self.firewall.rules), len(made.grants.live)))
             for capture in made.captures:
                 capture.close()
@@ -1400,9 +1442,9 @@ class CaptureTest(ServerCase):
 class IptablesTest(unittest.TestCase):
     """Rules as text, there and back. What the kernel makes of them is tested live."""
 
-    def program(self, version: int = 4, dated: bool = True) -> Any:
-        """Return the programs of an IP version, which are not started."""
-        made = server.Iptables(version, "iptables")
+    def program(self, dated: bool = True) -> Any:
+        """Return the programs, which are not started."""
+        made = server.Iptables("iptables")
         made.dated = dated
         return made
 
@@ -1439,7 +1481,7 @@ class IptablesTest(unittest.TestCase):
                                draw.choice(("tcp", "udp")), draw.randint(1, 65535))
             grant = server.Grant(made, draw.randrange(1, 2 ** 31), 0.0)
             place = server.Place("filter", "MYSPA", "ACCEPT", draw.choice((True, False)))
-            text = self.program(version, draw.choice((True, False))).rule(place, grant)
+            text = self.program(draw.choice((True, False))).rule(place, grant)
             self.assertEqual((made, grant.expires), server.parse_rule("-A MYSPA " + text, place))
             self.assertIsNone(server.parse_rule("-A OTHER " + text, place))
 
@@ -1528,8 +1570,8 @@ class NftTest(unittest.TestCase):
     def test_set_language(self) -> None:
         """Declaration and match have the same fields, and a prefix masks the source."""
         shape = server.Shape(6, 56, True)
-        self.assertEqual("spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . inet_service; "
-                         "flags timeout; }", shape.declaration())
+        self.assertEqual("add set inet spa spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . "
+                         "inet_service; flags timeout; }", shape.creation(server.GUARD_TABLE))
         self.assertEqual("ip6 saddr & ffff:ffff:ffff:ff00:: . ip6 daddr . meta l4proto . th dport "
                          "@spa6_56_to", shape.match())
         self.assertEqual("ip saddr . meta l4proto . th dport @spa4",
