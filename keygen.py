@@ -690,9 +690,15 @@ def check_options(options: argparse.Namespace) -> Dict[str, Any]:
     return given
 
 
+def tell(text: str) -> None:
+    """Print a line on standard error; that nobody reads it must not leave work half done."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def warn(text: str) -> None:
     """Tell the administrator on standard error, and go on."""
-    print(f"keygen.py: warning: {text}", file=sys.stderr)
+    tell(f"keygen.py: warning: {text}")
 
 
 def warn_of_readers(path: str, status_mode: int) -> None:
@@ -740,10 +746,10 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
         commits = [stack.enter_context(prepared_file(path, change, create))
                    for path, change in changes]
         write_out(printed())
-        for commit, (path, _) in zip(commits, changes):
-            mode = commit()
-            print(f"[+] {done}: {path}", file=sys.stderr)
-            warn_of_readers(path, stat.S_IFREG | mode)
+        modes = [commit() for commit in commits]
+    for mode, (path, _) in zip(modes, changes):
+        tell(f"[+] {done}: {path}")
+        warn_of_readers(path, stat.S_IFREG | mode)
 
 
 def give_stanzas(plan: StanzaPlan, keys: Keys, options: argparse.Namespace) -> None:

@@ -468,8 +468,9 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
 def is_public(address: bytes) -> bool:
     """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
 
-    Not so: loopback, private (RFC 1918), link-local, shared by carriers (RFC 6598), unique local
-    (RFC 4193), multicast. IPv6 hands out public addresses below 2000::/3 only (RFC 4291).
+    Not so: loopback, private (RFC 1918), link-local, shared by carriers (RFC 6598, 7335), those of
+    tunnels (RFC 2544), unique local (RFC 4193), multicast. IPv6 hands out public addresses below
+    2000::/3 only (RFC 4291).
     """
     if address[:12] == b"\0" * 10 + b"\xff\xff":  # IPv4 inside IPv6
         address = address[12:]
@@ -478,7 +479,8 @@ def is_public(address: bytes) -> bool:
     first, second = address[0], address[1]
     return not (first in (0, 10, 127) or first >= 224 or (first == 100 and second >> 6 == 1)
                 or (first == 169 and second == 254) or (first == 172 and second >> 4 == 1)
-                or (first == 192 and second == 168))
+                or (first == 192 and second == 168) or address[:3] == b"\xc0\0\0"
+                or (first == 198 and second >> 1 == 9))
 
 
 # ======================================================================================
@@ -1402,11 +1404,17 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     return []
 
 
-def write_private(path: str, text: str, flags: int) -> None:
-    """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
+def write_private(path: str, text: str, flags: int,
+                  like: "Optional[os.stat_result]" = None) -> None:
+    """Write a file; a new one is for its owner only, who is that of `like`.
+
+    `flags` say what becomes of an old one.
+    """
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "wb") as file:
             file.write(encode_text(text))
+            if like is not None and hasattr(os, "fchown"):  # by path, it might be another's by now
+                os.fchown(file.fileno(), like.st_uid, like.st_gid)
             if flags & os.O_EXCL:
                 file.flush()
                 os.fsync(file.fileno())
@@ -1419,11 +1427,11 @@ def replace_file(path: str, text: str) -> None:
     """Put a file that only its owner can read in the place of another one, whole or not at all."""
     path = os.path.realpath(path)
     new = "%s.%d.updated" % (path, os.getpid())
-    write_private(new, text, os.O_EXCL)
+    status = os.stat(path) if os.path.exists(path) else None
+    if status is not None and status.st_mode >> 12 != 0o10:  # S_IFREG
+        raise SpaError("%s: expected a file" % path)
+    write_private(new, text, os.O_EXCL, status)
     try:
-        if hasattr(os, "chown") and os.path.exists(path):
-            status = os.stat(path)
-            os.chown(new, status.st_uid, status.st_gid)
         os.replace(new, path)
     except OSError as error:
         os.unlink(new)
@@ -1501,6 +1509,8 @@ def read_line(descriptor: int) -> bytes:
     """One line from an open file, and not a byte more: the next may be the other key."""
     line = b""
     try:
+        if descriptor > 2:
+            os.set_inheritable(descriptor, False)  # it is not for what --exec runs
         while not line.endswith(b"\n"):
             byte = os.read(descriptor, 1)
             if not byte:
@@ -1622,6 +1632,15 @@ def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
         say(lines)
 
 
+def effective_user() -> str:
+    """The name of who runs this, where there is such a thing."""
+    try:
+        import pwd
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except (ImportError, KeyError):
+        return ""
+
+
 def find_user(settings: Settings) -> str:
     """The user name for the packet: the one set, or that of who runs this (fwknop spec 2.1)."""
     if settings.user is not None:
@@ -1631,7 +1650,7 @@ def find_user(settings: Settings) -> str:
         try:
             name = os.getlogin()
         except (OSError, AttributeError):
-            name = os.environ.get("USER") or "NO_USER"
+            name = effective_user() or os.environ.get("USER") or "NO_USER"
     try:
         return parse_user(name)
     except ValueError as problem:
@@ -1727,13 +1746,17 @@ def choose_family(settings: Settings) -> int:
     return {"4": socket.AF_INET, "6": socket.AF_INET6}.get(settings.family, 0)
 
 
+MAX_ADDRESSES = 16  # of one server: who answers for its name must not make us send without end
+
+
 def find_addresses(host: str, port: int, family: int) -> "List[Address]":
     """The addresses of a host, each once; SpaError when the resolver knows none."""
     try:
         found = socket.getaddrinfo(encode_host(host), port, family, socket.SOCK_DGRAM)
     except (OSError, ValueError) as error:
         raise SpaError("%s: %s" % (host, reason(error))) from None
-    return list({(each[0], each[4]): None for each in found})
+    addresses = {(each[0], each[4]): None for each in found}  # type: Dict[Address, None]
+    return list(addresses)[:MAX_ADDRESSES]
 
 
 def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket]":
@@ -1827,18 +1850,23 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     return own
 
 
+NAT64 = b"\0\x64\xff\x9b"  # 64:ff9b::/32, of which IPv6 behind a translator to IPv4 is made
+
+
 def own_address(link: "socket.socket") -> "Optional[str]":
     """The address under which the server must see this link, or None: NAT may be on the way.
 
-    There is none if ours is public, or if the server is on the same network: reached without a
-    router, or for IPv6, where Linux does not obey SO_DONTROUTE, with the same first 64 bits.
+    There is none if ours is public and the server's is no NAT64 (RFC 6052), or if the server is
+    near: with the same first 24 or 64 bits, and reached without a router. Neither alone will do: a
+    tunnel's route has no router, and for IPv6 Linux does not obey SO_DONTROUTE.
     """
     names = [str(name[0]).partition("%")[0] for name in (link.getsockname(), link.getpeername())]
     own, server = (socket.inet_pton(link.family, name) for name in names)
     if is_public(own):
-        return names[0]
-    if is_public(server) or (link.family == socket.AF_INET6 and own[:8] != server[:8]):
-        return None  # also where SO_DONTROUTE is accepted and nothing done about it
+        return None if server.startswith(NAT64) else names[0]
+    near = 8 if link.family == socket.AF_INET6 else 3
+    if is_public(server) or own[:near] != server[:near]:
+        return None
     try:
         open_socket(link.family, link.getpeername(), True).close()
     except OSError:

@@ -325,8 +325,11 @@ class Packets(Case):
         with mock.patch.object(client.os, "getlogin", lambda: "g"):
             self.assertEqual(user(USER="u"), "g")
         with mock.patch.object(client.os, "getlogin", side_effect=OSError):
-            self.assertEqual(user(USER="u"), "u")
-            self.assertEqual(user(), "NO_USER")
+            with mock.patch.object(client, "effective_user", lambda: "e"):
+                self.assertEqual(user(USER="u"), "e")
+            with mock.patch.object(client, "effective_user", lambda: ""):
+                self.assertEqual(user(USER="u"), "u")
+                self.assertEqual(user(), "NO_USER")
         self.assertEqual(user("-U", "jim", SPOOF_USER="s"), "jim")
         self.assertEqual(user("-U", "x" * 40), "x" * 29)
         self.assertEqual(user(LOGNAME="x" * 48), "x" * 48)
@@ -916,7 +919,9 @@ class Network(Case):
                 ("0.0.0.0", False), ("10.0.0.1", False), ("127.0.0.1", False),
                 ("100.64.0.0", False), ("100.127.255.255", False), ("169.254.9.9", False),
                 ("172.16.0.0", False), ("172.31.255.255", False), ("192.168.1.1", False),
-                ("224.0.0.1", False), ("255.255.255.255", False),
+                ("224.0.0.1", False), ("255.255.255.255", False), ("192.0.0.2", False),
+                ("192.0.1.1", True), ("198.18.0.1", False), ("198.19.255.255", False),
+                ("198.17.0.1", True), ("198.20.0.1", True),
                 ("2001:db8::1", True), ("2a00::1", True), ("3fff::1", True), ("::1", False),
                 ("::", False), ("fe80::1", False), ("fd00::1", False), ("fc00::1", False),
                 ("ff02::1", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True)):
@@ -937,6 +942,8 @@ class Network(Case):
         self.assertEqual(self.own("8.8.8.8", "9.9.9.9", True), "8.8.8.8")
         self.assertEqual(self.own("192.168.1.2", "192.168.1.3", False), "192.168.1.2")
         self.assertIsNone(self.own("192.168.1.2", "192.168.9.3", True))
+        self.assertIsNone(self.own("10.8.0.2", "10.50.0.9", False))  # a tunnel's route
+        self.assertIsNone(self.own("2001:db8::1", "64:ff9b::808:808", True))  # NAT64
         self.assertIsNone(self.own("192.168.1.2", "8.8.8.8", True))
         self.assertIsNone(self.own("192.168.1.2", "8.8.8.8", False))
         self.assertEqual(self.own("fd77::1", "fd77::2", False), "fd77::1")

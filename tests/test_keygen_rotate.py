@@ -27,7 +27,7 @@ HMAC_KEY of another   # this belongs to the key
 
   #  Work\t
 ; the laptop of joe
-SOURCE          ANY ; everywhere
+SOURCE          ANY ; # everywhere
 OPEN_PORTS      tcp/22
 KEY_BASE64:\tb2xkIGtleQ==;   # made in March
 # not with this port: OPEN_PORTS tcp/80
@@ -201,7 +201,7 @@ class RotateTest(RotateTestCase):
 
     def test_raw_keys(self) -> None:
         """KEY and HMAC_KEY, whose values may have blanks, become base64."""
-        self.path("access", "# work\nSOURCE ANY\nKEY my old key ; x\nHMAC_KEY a # b\n")
+        self.path("access", "# work\nSOURCE ANY\nKEY my old key ; # x\nHMAC_KEY a # b\n")
         self.path("rc", "[work]\nKEY my-old-key\nHMAC_KEY older\n")
         self.rotate(random=counted())
         rc, access = self.texts()
@@ -210,7 +210,7 @@ class RotateTest(RotateTestCase):
         self.assertEqual("[work]\n" + keys, rc)
         self.assertEqual(
             "# work\nSOURCE ANY\n" + keys.rstrip() + "\n\n# old work\n# (until keygen.py --retire "
-            "work)\nSOURCE ANY\nKEY my old key ; x\nHMAC_KEY a # b\n", access)
+            "work)\nSOURCE ANY\nKEY my old key ; # x\nHMAC_KEY a # b\n", access)
 
     def test_lengths(self) -> None:
         """As the stanza's digest wants it, or as said."""
@@ -304,7 +304,7 @@ class RefusedTest(RotateTestCase):
                 ("expected one line # work, found none", ""),
                 ("expected one line # work, found 2", ACCESS + mark + "SOURCE ANY\n"),
                 ("expected SOURCE to follow # work of line 6",
-                 ACCESS.replace("SOURCE          ANY ; everywhere\n", "")),
+                 ACCESS.replace("SOURCE          ANY ; # everywhere\n", "")),
                 ("expected SOURCE to follow # work of line 1", "# work\n# SOURCE ANY\n"),
                 ("expected one KEY_BASE64 (or KEY) in the stanza #  Work", ACCESS.replace(key, "")),
                 ("expected one KEY_BASE64 (or KEY)", ACCESS.replace(key, key + "\nKEY hunter2")),
@@ -403,6 +403,14 @@ class FilesTest(RotateTestCase):
         self.assertEqual((1, (RC, "# saved\n")), (code, self.texts()))
         self.assertEqual(f"keygen.py: {self.access}: was changed by somebody else meanwhile, and "
                          "left as it is\n", err)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
+    def test_nobody_reads_what_it_says(self) -> None:
+        """Both files have the new keys though standard error can't be written."""
+        with open("/dev/full", "w") as full:
+            self.assertEqual(0, subprocess.call(
+                [sys.executable, SCRIPT, "--rotate", "work", *self.both], stderr=full))
+        self.assertEqual([2], self.opened_by(self.packet(self.rc)))
 
     def test_many_at_once(self) -> None:
         """Of four that rotate one name, one does; four that rotate four names all do."""
