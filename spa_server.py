@@ -5067,7 +5067,8 @@ class Gate:
                    ("firewall", "nothing was opened: the firewall failed"))
             raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
-        doors = ", ".join(door.describe() for door in verdict.doors)
+        kept = verdict.doors if by_commands else map(self.grants.firewall.form, verdict.doors)
+        doors = ", ".join(door.describe() for door in kept if door is not None)
         self.log.info("(stanza #%d) user %s (client %s) %s" % (
             stanza.number, packet.user, packet.version,
             "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))

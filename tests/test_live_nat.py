@@ -378,6 +378,8 @@ class ForwardTest(NatTest):
                 said = site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
                 self.assertIn("DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080", said)
                 nft = setup.backend == NFT
+                inner = INNER4 if nft else "0.0.0.0/0"
+                self.assertIn("opened FORWARD 10.55.0.2 -> %s tcp/8080, " % inner, said)
                 places = {
                     "FORWARD": "inet filter forward" if nft else "FWKNOP_FORWARD",
                     "DNAT": "inet spa_nat prerouting" if nft else "FWKNOP_PREROUTING",
@@ -389,7 +391,6 @@ class ForwardTest(NatTest):
                         r"(?m)^Added %s rule to %s for \S+ -> \S+ tcp/\d+, expires at \d{10}$"
                         % (kind, place),
                     )
-                inner = INNER4 if nft else "0.0.0.0/0"
                 self.assertEqual(
                     [
                         "DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080",
