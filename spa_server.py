@@ -119,8 +119,8 @@ class CommandError(SpaError):
     `number` is the kernel's errno, `said` the last line of a program.
     """
 
-    def __init__(self, message: str, number: int = 0, said: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, number: int = 0, said: str = "", hint: str = "") -> None:
+        super().__init__(message, hint)
         self.number, self.said = number, said
 
 
@@ -3810,7 +3810,7 @@ class NftFirewall(Firewall):
             if "No such file or directory" in str(error):
                 raise CommandError("%s: there is no chain %s" % (
                     "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
-                    " ".join(place)), "start after the service that makes it") from None
+                    " ".join(place)), hint="start after the service that makes it") from None
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
