@@ -119,8 +119,8 @@ class CommandError(SpaError):
     `number` is the kernel's errno, `said` the last line of a program.
     """
 
-    def __init__(self, message: str, number: int = 0, said: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, number: int = 0, said: str = "", hint: str = "") -> None:
+        super().__init__(message, hint)
         self.number, self.said = number, said
 
 
@@ -2123,6 +2123,25 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
     return stanzas, warnings
 
 
+def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
+    """What a knock can't change: ports that only a guard would hold, and that it does not.
+
+    Where NAT is enabled, an outer port need not be closed before.
+    """
+    texts = []
+    only_guard = settings.guard_ports and not (
+        settings.nft_accept_chains or settings.is_set(ServerSettings.input_access) or settings.nat)
+    for stanza in stanzas if only_guard else ():
+        ports = stanza.open_ports - settings.guard_ports
+        if ports and not stanza.cycle_open:
+            texts.append("(stanza #%d) %s is not in GUARD_PORTS: a knock changes nothing for it"
+                         % (stanza.number, port_list(ports)))
+        elif not (stanza.open_ports or stanza.cycle_open or stanza.enable_commands):
+            texts.append("(stanza #%d) a knock changes nothing for ports that are not in "
+                         "GUARD_PORTS" % stanza.number)
+    return texts
+
+
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """ConfigError for NAT in a stanza that can't be without another directive (fwknop spec 3.3)."""
     either = "requires either FORCE_NAT or FORWARD_ALL"
@@ -3780,7 +3799,18 @@ class NftFirewall(Firewall):
         try:
             self.run(self.rule_removal(place) + sets + rules)
         except CommandError as error:
+            self.explain_missing(place)
             raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
+
+    def explain_missing(self, place: NftChain) -> None:
+        """Raises the CommandError of a chain that is not there."""
+        try:
+            run_program([self.program, "list", "chain"] + list(place))
+        except CommandError as error:
+            if "No such file or directory" in str(error):
+                raise CommandError("%s: there is no chain %s" % (
+                    "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
+                    " ".join(place)), hint="start after the service that makes it") from None
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
@@ -4163,7 +4193,8 @@ class IptablesFirewall(Firewall):
                 jumps.append(chain)
             changes += ["-D" + line[2:] for line in present if kind == DNAT  # an older one
                         and line != "-A %s %s" % (chain.from_chain, jump)]
-            if kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops:
+            if (kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops
+                    and not self.guard_ports):
                 self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
                                  % (chain.from_chain, program.program))
         program.commit({table: changes})
@@ -5161,7 +5192,8 @@ class Gate:
                    ("firewall", "nothing was opened: the firewall failed"))
             raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
-        doors = ", ".join(door.describe() for door in verdict.doors)
+        kept = verdict.doors if by_commands else map(self.grants.firewall.form, verdict.doors)
+        doors = ", ".join(door.describe() for door in kept if door is not None)
         user = packet.user.replace("'", "\\x27")  # it may try to look like our words
         self.log.info("(stanza #%d) user '%s' (client %s) %s" % (
             stanza.number, user, packet.version,
@@ -5668,12 +5700,12 @@ def guard_warnings(settings: ServerSettings, firewall: Firewall, test: bool, log
 def forwarding_warnings(settings: ServerSettings) -> List[str]:
     """What there is to say of a kernel that does not forward what NAT leads on."""
     texts = []
-    for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
+    for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
         try:
             with open("/proc/sys/" + name) as file:
                 if settings.forwarding and file.read().strip() == "0":
-                    texts.append("ENABLE_IPT_FORWARDING: nothing is forwarded while %s is 0"
-                                 % name.replace("/", "."))
+                    texts.append("ENABLE_IPT_FORWARDING: no IPv%d is forwarded while %s is 0"
+                                 % (version, name.replace("/", ".")))
         except OSError:  # a kernel without IPv6
             continue
     return texts
@@ -5701,8 +5733,10 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
         configuration = read()
         configuration.tell(log)
         firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
+        forwarded = server.settings.forwarding
         server.reload(configuration, firewall)
-        for warning in guard_warnings(configuration.settings, firewall, test, log):
+        for warning in (guard_warnings(configuration.settings, firewall, test, log)
+                        + ([] if forwarded else forwarding_warnings(configuration.settings))):
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
         log.info("Re-starting fwknopd")
@@ -5985,7 +6019,8 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
                           "--init tcp/22 makes one")
     stanzas, more = read_stanzas(*paths, directory=directory)
     check_nat(settings, stanzas)
-    return Configuration(settings, stanzas, settings.warnings() + warnings + more)
+    return Configuration(settings, stanzas, settings.warnings() + warnings + more
+                         + port_warnings(settings, stanzas))
 
 
 def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:

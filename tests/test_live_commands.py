@@ -177,15 +177,16 @@ class CommandTest(CommandCase):
             (STANZA, path, "SPA Command messages are not allowed in the current configuration."),
             (COMMANDS + "REQUIRE_USERNAME nobody-else\n", path, "does not match required username"),
             (COMMANDS, path + " " + " ".join("abcdefghijklmnopqrstuvwxyz12345"), "1 to 30 words"),
-            (COMMANDS, path + "-not", "No such file or directory"),
-            (COMMANDS, self.directory, "Permission denied"),
+            (COMMANDS, "-a " + path, "and begins with a program."),
         ):
             with self.subTest(expect=expect):
                 self.start(access)
                 self.command(words, expect)
                 self.server.stop()
-                self.assertIn("Packets seen: 1 ", self.server.log())
-                self.assertNotIn("accepted", self.server.log())
+                self.assertIn("Packets seen: 0 accepted; rejected: 1 ", self.server.log())
+        self.start(COMMANDS)
+        self.command(path + "-not", "command returned 127, pid_status: 127")
+        self.command(self.directory, "command returned 126, pid_status: 126")
         self.assertEqual([], self.got())
 
     def test_test_mode(self) -> None:

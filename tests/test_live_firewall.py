@@ -943,6 +943,15 @@ class GuardTest(FirewallTest):
 
         self.check_all([setup for setup in ACCEPT_SETUPS if setup.backend != NFT], check)
 
+    def test_a_chain_that_is_not_there(self) -> None:
+        """Is named with its directive, and what to do about it."""
+        with Cable() as cable:
+            server = Server(cable.server, "NFT_ACCEPT_CHAINS inet filter input;\n")
+            code, text = server.command()
+            self.assertEqual(1, code)
+            self.assertIn("NFT_ACCEPT_CHAINS: there is no chain inet filter input", text)
+            self.assertIn("start after the service that makes it", text)
+
     def test_a_broken_iptables_beside_nft(self) -> None:
         """Neither keeps the server from its start nor --unguard from its work."""
         with Cable() as cable:

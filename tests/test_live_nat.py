@@ -378,6 +378,8 @@ class ForwardTest(NatTest):
                 said = site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
                 self.assertIn("DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080", said)
                 nft = setup.backend == NFT
+                inner = INNER4 if nft else "0.0.0.0/0"
+                self.assertIn("opened FORWARD 10.55.0.2 -> %s tcp/8080, " % inner, said)
                 places = {
                     "FORWARD": "inet filter forward" if nft else "FWKNOP_FORWARD",
                     "DNAT": "inet spa_nat prerouting" if nft else "FWKNOP_PREROUTING",
@@ -389,7 +391,6 @@ class ForwardTest(NatTest):
                         r"(?m)^Added %s rule to %s for \S+ -> \S+ tcp/\d+, expires at \d{10}$"
                         % (kind, place),
                     )
-                inner = INNER4 if nft else "0.0.0.0/0"
                 self.assertEqual(
                     [
                         "DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080",
@@ -746,12 +747,24 @@ class LifeTest(NatTest):
     def test_a_kernel_that_forwards_nothing(self) -> None:
         """Is warned of at the start, as soon as NAT is enabled."""
         with Site(Setup(NFT, "guard")) as site:
-            self.assertNotIn("nothing is forwarded", site.server.log())
+            self.assertNotIn("is forwarded while", site.server.log())
             site.server.stop()
             site.gateway.forward(0)
             site.server.start()
-            for name in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
-                self.assertIn("nothing is forwarded while %s is 0" % name, site.server.log())
+            lines = (
+                "no IPv4 is forwarded while net.ipv4.ip_forward is 0",
+                "no IPv6 is forwarded while net.ipv6.conf.all.forwarding is 0",
+            )
+            for line in lines:
+                self.assertIn(line, site.server.log())
+            for flag in "NY":  # and when a reload enables it
+                mark = site.server.mark()
+                site.server.configure(
+                    site.config.replace("FORWARDING Y", "FORWARDING " + flag))
+                site.server.send_signal(signal.SIGHUP)
+                site.server.wait_for("Re-starting fwknopd", mark)
+                for line in lines:
+                    self.assertEqual(flag == "Y", line in site.server.log(mark))
 
 
 @needs_firewalls

@@ -251,6 +251,26 @@ class ConfigTest(ConfigCase):
                 self.assertEqual(1, len(said), err)
                 self.assertIn("/access.conf:4: " + expected, said[0])
 
+    def test_ports_that_no_guard_holds(self) -> None:
+        """Are told, where nothing but the guard could close them."""
+        guard, stanza = "GUARD_PORTS tcp/22, udp/53;\n", "SOURCE ANY\n" + KEYS
+        more = " is not in GUARD_PORTS: a knock changes nothing for it"
+        for conf, access, expected in (
+                (guard, "OPEN_PORTS tcp/22", []), ("", "OPEN_PORTS tcp/23", []),
+                (guard, "OPEN_PORTS tcp/22,tcp/80,tcp/23", ["(stanza #1) tcp/23, tcp/80" + more]),
+                (guard, "", ["(stanza #1) a knock changes nothing for ports that are not in "
+                             "GUARD_PORTS"]),
+                (guard, "ENABLE_CMD_EXEC Y", []),
+                (guard, "OPEN_PORTS tcp/80\nCMD_CYCLE_OPEN /bin/sh\nCMD_CYCLE_CLOSE NONE", []),
+                (guard + "NFT_ACCEPT_CHAINS inet f i;", "OPEN_PORTS tcp/80", []),
+                (guard + "IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, X, 1;", "OPEN_PORTS tcp/8",
+                 []),
+                (guard + "ENABLE_IPT_LOCAL_NAT Y;", "OPEN_PORTS tcp/80", [])):
+            settings = server.ServerSettings()
+            server.read_server_settings(self.write("f.conf", conf), settings)
+            stanzas, _ = server.read_stanzas(self.write("a.conf", stanza + access + "\n"))
+            self.assertEqual(expected, server.port_warnings(settings, stanzas), (conf, access))
+
     def test_stanzas_that_lack_nothing(self) -> None:
         """And what is off needs nothing."""
         for conf, lines in (
