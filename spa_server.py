@@ -4505,7 +4505,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 
 RETRY_SECONDS = 1.0
 OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
-MAX_GRANTS = 1000  # of a stanza: each costs time whenever the firewall is read
+MAX_GRANTS = 10000  # of a stanza: each costs time whenever the firewall is read
 
 
 class Grants:
@@ -4577,8 +4577,11 @@ class Grants:
                         and (other.target, other.target_port) != (door.target, door.target_port)):
                     raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
                                          % (other, other.target_text()), "{stanza}{text}")
+        new = sum(door not in self.live for door in doors)
+        if len(self.live) + new <= MAX_GRANTS:
+            return
         count = sum(grant.stanza == stanza for grant in self.live.values())
-        if count + sum(door not in self.live for door in doors) > MAX_GRANTS:
+        if count + new > MAX_GRANTS:
             raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
                                  % (count, MAX_GRANTS), "{stanza}{text}")
 
