@@ -88,6 +88,7 @@ for port in sys.argv[1:]:
     listener.listen(50)
     threading.Thread(target=serve, args=(listener, port)).start()
 print("listening", flush=True)
+threading.Event().wait()  # the threads of a program that ends can start no others
 """
 
 
