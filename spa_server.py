@@ -6,19 +6,19 @@ access.conf, understands the fwknop clients, and drives nftables or iptables. It
 Python's standard library, and nft or iptables. "fwknop spec 1.4" in a comment is that section of
 the project's own description of fwknop's formats and behaviour, observed from its programs.
 
-The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 21:
+The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 23:
 
-  capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 14
+  capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 16
   form       length and alphabet, before any key is touched                 section 4
-  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 8, 11
-  fresh      too old? seen before? from before this memory began?           section 12
-  remember   on file before a door opens: a crash must not allow a replay   section 12
-  judge      user, address, ports, expiry: what may this packet open?       section 9
-  open       the firewall gets the grant, and ends it by itself             sections 19, 15 to 17
-  or run     instead of opening, where a stanza says so: commands           section 20
-  close      by the kernel when its time has come; by this server too       section 19
+  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 13
+  fresh      too old? seen before? from before this memory began?           section 14
+  remember   on file before a door opens: a crash must not allow a replay   section 14
+  judge      user, address, ports, expiry: what may this packet open?       section 11
+  open       the firewall gets the grant, and ends it by itself             sections 21, 17 to 19
+  or run     instead of opening, where a stanza says so: commands           section 22
+  close      by the kernel when its time has come; by this server too       section 21
 
-Contents. Sections 1 to 9 compute: bytes, text and time go in, values come out; they read the
+Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH and an optional import of
 `cryptography`.
 
@@ -29,26 +29,28 @@ configuration and touch nothing else, apart from the user database, PATH and an 
   5. Directives
   6. Captured packets
   7. fwknopd.conf
-  8. access.conf
-  9. Judgement
+  8. Knock sequences
+  9. access.conf
+  10. knockd.conf
+  11. Judgement
 
 From here on the machine is touched.
 
-  10. Log and programs
-  11. GPG
-  12. Replay memory
-  13. Netlink
-  14. Capture
-  15. Firewall
-  16. nftables
-  17. iptables
-  18. Choice of a firewall
-  19. Grants
-  20. Commands
-  21. Server
-  22. Process
-  23. First configuration
-  24. Command line
+  12. Log and programs
+  13. GPG
+  14. Replay memory
+  15. Netlink
+  16. Capture
+  17. Firewall
+  18. nftables
+  19. iptables
+  20. Choice of a firewall
+  21. Grants
+  22. Commands
+  23. Server
+  24. Process
+  25. First configuration
+  26. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -154,6 +156,19 @@ class Datagram(NamedTuple):
     destination: bytes
     destination_port: int
     protocol: int = 17  # of IP: UDP, or what carried it instead; ICMP has no ports
+
+
+class Hit(NamedTuple):
+    """A packet that may be a step of a knock sequence. Addresses are packed, `flags` are TCP's.
+
+    The port of an ICMP echo request is the number of its data bytes.
+    """
+
+    source: bytes
+    destination: bytes
+    protocol: int
+    port: int
+    flags: int = 0
 
 
 # The kinds of doors: to this host; through it; translating where to; and where from (two).
@@ -1184,6 +1199,7 @@ SCTP, IPV6_FRAGMENT = 132, 44
 IPV4_UDP = struct.Struct(">BxHxxHxBxx4s4sHHH")  # RFC 791 section 3.1 without options, RFC 768
 IPV6_EXTENSIONS = (0, 43, 60)  # hop-by-hop and destination options, routing
 MAX_EXTENSIONS = 8
+ECHO_REQUESTS = ((ICMP, 8), (ICMP6, 128))  # protocol and type (RFC 792, RFC 4443 section 4.1)
 
 
 def decode_ip(packet: bytes) -> Optional[Datagram]:
@@ -1219,6 +1235,34 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
     start = (body[12] >> 4) * 4 if len(body) >= 20 else 0
     if protocol == TCP and 20 <= start < len(body):  # with payload, a SYN as well
         return Datagram(body[start:], source, source_port, destination, destination_port, TCP)
+    return None
+
+
+def decode_hit(packet: bytes) -> Optional[Hit]:
+    """The step of a sequence that an IP packet may be: TCP, UDP or an echo request, of any content.
+
+    None for later fragments, cut headers and everything else. TCP's flags are in octet 13 of its
+    header (RFC 9293 section 3.1).
+    """
+    if len(packet) < 28:
+        return None
+    protocol, start, end = packet[9], (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
+    source, destination = packet[12:16], packet[16:20]
+    if packet[0] >> 4 == 6:
+        source, destination = packet[8:24], packet[24:40]
+        protocol, start = skip_extensions(packet)
+        end = 40 + int.from_bytes(packet[4:6], "big")
+    elif packet[0] >> 4 != 4 or start < 20 or (packet[6] & 0x1F) or packet[7]:
+        return None
+    if len(packet) < start + (20 if protocol == TCP else 8):
+        return None
+    port = packet[start + 2] << 8 | packet[start + 3]
+    if protocol == TCP:
+        return Hit(source, destination, TCP, port, packet[start + 13])
+    if protocol == UDP:
+        return Hit(source, destination, UDP, port)
+    if (protocol, packet[start]) in ECHO_REQUESTS:
+        return Hit(source, destination, ICMP, end - start - 8)
     return None
 
 
@@ -1325,6 +1369,28 @@ def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
     first_fragment = Comparison(6, 2, 0, 0, 0x1FFF)
     return Junction("or", (Junction("and", (IS_IPV4, test(9, 0, True, first_fragment))),
                            Junction("and", (IS_IPV6, test(6, 40, False)))))
+
+
+def ports_filter(protocol: int, ports: Iterable[int]) -> Filter:
+    """What tells packets to some ports of TCP or UDP, in IPv4 not later fragments."""
+    def to_ports(start: int, behind: bool) -> Filter:
+        return Junction("or", tuple(Comparison(start + 2, 2, port, port, behind=behind)
+                                    for port in sorted(ports)))
+
+    four = (IS_IPV4, Comparison(9, 1, protocol, protocol), Comparison(6, 2, 0, 0, 0x1FFF),
+            to_ports(0, True))
+    six = IS_IPV6, Comparison(6, 1, protocol, protocol), to_ports(40, False)
+    return Junction("or", (Junction("and", four), Junction("and", six)))
+
+
+def octet_filter(protocols: Tuple[int, int], place: int, value: int, mask: int = 0xFF) -> Filter:
+    """What tells packets by an octet of their header behind IPv4's and IPv6's, by protocol."""
+    four, six = protocols
+    return Junction("or", (
+        Junction("and", (IS_IPV4, Comparison(9, 1, four, four), Comparison(6, 2, 0, 0, 0x1FFF),
+                         Comparison(place, 1, value, value, mask, behind=True))),
+        Junction("and", (IS_IPV6, Comparison(6, 1, six, six),
+                         Comparison(40 + place, 1, value, value, mask)))))
 
 
 def network_filter(direction: str, network: Network) -> Filter:
@@ -1500,7 +1566,7 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 # 7. fwknopd.conf
 #
 # How this server listens, remembers and drives the firewall (fwknop spec 3.2). What access
-# it grants is in section 8.
+# it grants is in section 9.
 # ======================================================================================
 
 
@@ -1668,6 +1734,8 @@ class ServerSettings(Settings):
                          "pid of the running server, which holds a lock on it")
     digest_file = Directive("DIGEST_FILE", parse_path, "$FWKNOP_RUN_DIR/digest.cache",
                             "packets that were seen")
+    knockd_file = NoDefault("KNOCKD_CONF", parse_path,
+                            "a knockd.conf, whose doors are served as well")
     gpg_home = Directive("GPG_HOME_DIR", parse_home, "~/.gnupg",
                          "keys of gpg, where a stanza names no others")
     gpg_program = NoDefault("GPG_EXE", parse_path, "gpg to run; without it the one in PATH")
@@ -1718,7 +1786,230 @@ def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
 
 
 # ======================================================================================
-# 8. access.conf
+# 8. Knock sequences
+#
+# Ports that a source has to hit in order and in time (knockd spec 1.2, 1.3). A sequence is no
+# secret to those who listen on the way: it hides a service from scanners.
+# ======================================================================================
+
+Step = Tuple[int, int]  # protocol and port; of ICMP the number of data bytes, or ANY_SIZE
+ANY_SIZE = -1
+STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
+STEP_NAMES = {number: name for name, number in STEP_PROTOCOLS.items()}
+MAX_FILTER_PORTS = 100  # that the kernel looks for one by one
+MAX_STEPS = 32
+TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
+MAX_STARTED, MAX_ADVANCED = 65536, 8192  # sources at the first step of a sequence, and further on
+
+
+def parse_steps(text: str) -> Tuple[Step, ...]:
+    """`7000, 8000:udp, 100:icmp`: an echo request with 100 data bytes; `:icmp` takes any.
+
+    A comment may follow, as knockd reads a number up to where it ends.
+    """
+    steps = []
+    for item in text.partition("#")[0].split(","):
+        port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
+        number = STEP_PROTOCOLS.get(protocol if colon else "tcp")
+        sized = number == ICMP and (not port or (port.isdigit() and int(port) <= 65507))
+        expect(sized or (number in (TCP, UDP) and is_port(port)),
+               "ports such as `7000, 8000:udp, 100:icmp`")
+        steps.append((number or 0, int(port) if port else ANY_SIZE))
+    expect(len(steps) <= MAX_STEPS, "at most %d ports" % MAX_STEPS)
+    return tuple(steps)
+
+
+def parse_flags(text: str) -> Tuple[int, int]:
+    """`syn,!ack`: which TCP flags are looked at, and which of them have to be set."""
+    mask = value = 0
+    for item in text.split(",") if text else ():
+        bit = TCP_FLAGS.get(item.lstrip("!").lower(), 0)
+        expect(bool(bit) and not item.startswith("!!"),
+               "fin, syn, rst, psh, ack, urg or ! and one of them, with commas between, no blanks")
+        mask, value = mask | bit, value & ~bit if item.startswith("!") else value | bit
+    return mask, value
+
+
+class Sequence:
+    """Steps that open something, and how far each source has come.
+
+    `seconds` is the time from the first step to the last. `flags` says which TCP segments count;
+    all others are not seen. A wrong step ends an attempt, and is tried as a first one. What is
+    wrong: another port of this sequence; if `strict`, any port of its protocols but those of
+    `others`, the sequences beside it. A step that comes again is none, since hosts send their SYN
+    again; if `exact` it is wrong. Under a flood of first steps only the oldest of these are
+    forgotten, and nobody who is further on.
+    """
+
+    def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
+                 strict: bool = False, exact: bool = False, target: bytes = b"") -> None:
+        self.steps, self.seconds, self.flags = steps, seconds, flags
+        self.strict, self.exact, self.target = strict, exact, target
+        self.others: Set[Step] = set()
+        self.file: Optional[OneTimeFile] = None
+        self.most = MAX_STARTED
+        # Until when, by source, the oldest first; and for those further on, how many steps before.
+        self.started: "collections.OrderedDict[bytes, float]" = collections.OrderedDict()
+        self.advanced: "collections.OrderedDict[bytes, Tuple[int, float]]" = (
+            collections.OrderedDict())
+        self.due = float("inf")  # none of `advanced` ends before
+
+    def take_file(self, path: Optional[str]) -> List[str]:
+        """Takes the steps from a file of sequences, if there is one; returns its warnings."""
+        if path is None:
+            return []
+        self.file = OneTimeFile(path)
+        self.steps = self.file.steps
+        return permission_warnings(path) + self.file.warnings
+
+    def all_steps(self) -> List[Step]:
+        """Those of every line of a file, as they come one after the other."""
+        lines = self.file.lines if self.file else []
+        return [step for _, _, steps in lines for step in steps] or list(self.steps)
+
+    def use_up(self) -> bool:
+        """Before something is opened: goes on to the next line of a file; False after the last.
+
+        SpaError when the line could not be marked, and then nothing may be opened.
+        """
+        if self.file is None:
+            return True
+        self.file.use()
+        self.steps = self.file.steps
+        self.started.clear()
+        self.advanced.clear()
+        return bool(self.steps)
+
+    def is_step(self, place: int, step: Step) -> bool:
+        """Whether this is the step at a place of the sequence."""
+        wanted = self.steps[place]
+        return wanted == step or (wanted[1] == ANY_SIZE and wanted[0] == step[0])
+
+    def is_wrong(self, step: Step) -> bool:
+        """Whether the step, which is not the one that is waited for, ends an attempt."""
+        if self.strict:
+            return step not in self.others and any(step[0] == known for known, _ in self.steps)
+        return any(self.is_step(place, step) for place in range(len(self.steps)))
+
+    def hit(self, hit: Hit, now: float) -> int:
+        """How many steps this one completes, or 0 when it is none; all: the sequence is done."""
+        if hit.protocol == TCP and (hit.flags & self.flags[0]) != self.flags[1]:
+            return 0
+        step, source = (hit.protocol, hit.port), hit.source
+        done, due = self.advanced.get(source) or (1, self.started.get(source, 0.0))
+        if now < due:
+            if self.is_step(done, step):
+                return self.advance(source, done + 1, due)
+            if (not self.exact and self.is_step(done - 1, step)) or not self.is_wrong(step):
+                return 0
+            self.forget(source)
+        if not self.steps or not self.is_step(0, step):
+            return 0
+        self.forget(source)
+        return self.advance(source, 1, now + self.seconds)
+
+    def advance(self, source: bytes, done: int, due: float) -> int:
+        """Takes note of a step; returns `done`."""
+        self.forget(source)
+        if done == 1 < len(self.steps):
+            self.started[source] = due
+            if len(self.started) > self.most:
+                self.started.popitem(last=False)
+        elif done < len(self.steps):
+            self.advanced[source] = done, due
+            self.due = min(self.due, due)
+            if len(self.advanced) > MAX_ADVANCED:
+                self.advanced.popitem(last=False)
+        return done
+
+    def forget(self, source: bytes) -> None:
+        """Ends the attempt of a source, if there is one."""
+        self.started.pop(source, None)
+        self.advanced.pop(source, None)
+
+    def next_due(self) -> float:
+        """When expire() has something to do, or earlier."""
+        return min(next(iter(self.started.values()), self.due), self.due)
+
+    def expire(self, now: float) -> List[Tuple[bytes, int]]:
+        """Forgets the attempts whose time is over, and returns each one's source and step."""
+        over = []
+        while self.started and next(iter(self.started.values())) <= now:
+            over.append((self.started.popitem(last=False)[0], 1))
+        if self.due <= now:
+            over += [(source, done) for source, (done, due) in self.advanced.items() if due <= now]
+            for source, _ in over:
+                self.advanced.pop(source, None)
+            self.due = min((due for _, due in self.advanced.values()), default=float("inf"))
+        return over
+
+
+def sequence_filter(sequences: List[Sequence]) -> Filter:
+    """What the kernel lets pass for these sequences: their ports, or, where one is strict or they
+    are too many, all of a protocol; and of TCP only segments with the flags that count."""
+    wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
+    for sequence in sequences:
+        for protocol, port in sequence.all_steps():
+            key = protocol, sequence.flags if protocol == TCP else (0, 0)
+            wanted.setdefault(key, set()).add(ANY_SIZE if sequence.strict else port)
+    parts: List[Filter] = []
+    for (protocol, (mask, value)), ports in wanted.items():
+        if protocol == ICMP:
+            parts += [octet_filter((ICMP, ICMP6), 0, 8), octet_filter((ICMP, ICMP6), 0, 128)]
+            continue
+        every = ANY_SIZE in ports or len(ports) > MAX_FILTER_PORTS
+        part = protocol_filter(STEP_NAMES[protocol]) if every else ports_filter(protocol, ports)
+        if mask:
+            part = Junction("and", (part, octet_filter((TCP, TCP), 13, value, mask)))
+        parts.append(part)
+    return Junction("or", tuple(parts))
+
+
+class OneTimeFile:
+    """A file of sequences of which each opens once: a line is used up when it begins with `#`.
+
+    What is wrong in it is in `warnings`. ConfigError when nothing is left.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.warnings: List[str] = []
+        # Where each line begins, itself, and its steps; the next one last.
+        self.lines: List[Tuple[int, bytes, Tuple[Step, ...]]] = []
+        place = 0
+        for number, raw in enumerate(read_file(path).encode("latin-1").split(b"\n"), 1):
+            text = raw.strip(b" \t\r")
+            try:
+                if text and not text.startswith(b"#"):
+                    self.lines.insert(0, (place, raw, parse_steps(text.decode("latin-1"))))
+            except ValueError as error:
+                self.warnings.append("%s:%d: %s; this line opens nothing" % (path, number, error))
+            place += len(raw) + 1
+        if not self.lines:
+            raise ConfigError("%s: expected a sequence that is not used up" % path)
+
+    @property
+    def steps(self) -> Tuple[Step, ...]:
+        """Those of the line that is next; none when all are used up."""
+        return self.lines[-1][2] if self.lines else ()
+
+    def use(self) -> None:
+        """Marks the line, on disk before anything is opened; SpaError when that can't be done."""
+        place, raw, _ = self.lines[-1]
+        try:
+            with open(self.path, "r+b", buffering=0) as file:
+                if os.pread(file.fileno(), len(raw), place) != raw:
+                    raise SpaError("%s: somebody changed it; nothing is opened until it is read "
+                                   "again" % self.path)
+                os.pwrite(file.fileno(), b"#", place)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SpaError("%s: %s" % (self.path, error.strerror)) from None
+        self.lines.pop()
+
+
+# ======================================================================================
+# 9. access.conf
 #
 # Who may open what, for how long (fwknop spec 3.3). A stanza is the one place of policy.
 # ======================================================================================
@@ -1907,6 +2198,21 @@ class Stanza(Settings):
     cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long until then, unless the client asks for a time")
 
+    knock_steps = Directive("KNOCK_SEQUENCE", parse_steps, "",
+                            "ports that open OPEN_PORTS when they are hit in this order: "
+                            "7000, 8000:udp, 100:icmp")
+    knock_file = NoDefault("KNOCK_ONE_TIME_FILE", parse_path,
+                           "file with such sequences, of which each opens once")
+    knock_seconds = Directive("KNOCK_TIMEOUT", integer(1, 86400, "seconds"), "25",
+                              "time from the first port to the last, and then for the packet")
+    knock_flags = Directive("KNOCK_TCPFLAGS", parse_flags, "syn,!ack",
+                            "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
+    knock_strict = Flag("KNOCK_STRICT",
+                        "any other port starts the sequence over: scans do not open", "Y")
+    knock_exact = Flag("KNOCK_STRICT_DUPLICATES", "a port that is hit again does so as well")
+    require_knock = Flag("REQUIRE_KNOCK",
+                         "the sequence alone opens nothing: a packet has to follow it")
+
     force_nat = NoDefault("FORCE_NAT", parse_nat_target,
                           "NAT to this `IP PORT`, whatever the packet asks for")
     force_snat = NoDefault("FORCE_SNAT", parse_nat_address,
@@ -1922,7 +2228,9 @@ class Stanza(Settings):
         self.keys: Optional[PacketKeys] = None  # finish() makes them
         self.gpg: Optional[GpgKeys] = None  # open_gpg() does, when the server starts
         self.has_key_file = False  # whether the keys are a user's own affair
+        self.sequence: Optional[Sequence] = None
         self.void = ""  # why it opens nothing
+        self.takes_packets = True  # not only knock sequences
         self.expires: Optional[int] = None
         self.for_all = False  # whether SOURCE and DESTINATION are ANY
         self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
@@ -1932,15 +2240,17 @@ class Stanza(Settings):
         """Checks the stanza as a whole and makes its keys ready; returns warnings."""
         key = self.one_key(Stanza.key, Stanza.key_base64)
         hmac_key = self.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
-        if not key and not self.gpg_decrypt_id:
+        self.takes_packets = bool(key or self.gpg_decrypt_id)
+        texts = self.finish_knock()
+        if not self.takes_packets and (hmac_key or not self.sequence):
             raise self.error(Stanza.source, "expected a KEY or KEY_BASE64 in this stanza, or "
-                             "GPG_DECRYPT_ID")
+                             "GPG_DECRYPT_ID, or KNOCK_SEQUENCE")
         if hmac_key and compare_digest(key, hmac_key):
             raise self.error(Stanza.source, "expected an HMAC key that is not the encryption key")
-        texts = self.finish_gpg(bool(hmac_key)) if self.gpg_decrypt_id else []
+        texts += self.finish_gpg(bool(hmac_key)) if self.gpg_decrypt_id else []
         if key and self.mode != ASYMMETRIC:
             self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
-        elif not self.gpg_decrypt_id:
+        elif key and not self.gpg_decrypt_id:
             raise self.error(Stanza.mode, "expected GPG_DECRYPT_ID, or the mode of KEY")
         self.for_all = self.source.everything and self.destination.everything
         self.expires = min((end for end in (self.expire_epoch, self.expire_date)
@@ -1955,10 +2265,35 @@ class Stanza(Settings):
             texts.append("has expired (ACCESS_EXPIRE)")
         if not self.open_ports:
             texts.append("no OPEN_PORTS: every port may be opened")
-        if not self.require_source:
+        if not self.require_source and self.takes_packets:
             texts.append("Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
                          "'%s'" % self.texts.get("SOURCE", "ANY"))
         return ["(stanza #%d) %s" % (self.number, text) for text in texts]
+
+    def finish_knock(self) -> List[str]:
+        """Makes the stanza's sequence ready; returns warnings."""
+        rows: Tuple[Directive[Any], ...] = (Stanza.knock_steps, Stanza.knock_file)
+        named = [row for row in rows if self.is_set(row)]
+        for row in (Stanza.knock_seconds, Stanza.knock_flags, Stanza.knock_strict,
+                    Stanza.knock_exact, Stanza.require_knock):
+            if self.is_set(row) and not named:
+                raise self.error(row, "expected KNOCK_SEQUENCE with it")
+        if not named:
+            return []
+        if len(named) == 2:
+            raise self.error(named[1], "expected only one of %s and %s" % (
+                rows[0].name, rows[1].name))
+        if not self.open_ports and not self.require_knock:
+            raise self.error(named[0], "expected OPEN_PORTS with it")
+        if not self.takes_packets and (self.require_knock or self.require_username):
+            raise self.error(named[0], "expected a KEY as well: only a packet names a user, and "
+                             "only for a packet there is REQUIRE_KNOCK")
+        self.sequence = Sequence(self.knock_steps, self.knock_seconds, self.knock_flags,
+                                 self.knock_strict, self.knock_exact)
+        texts = self.sequence.take_file(self.knock_file)
+        if len(self.sequence.steps) == 1 and not self.require_knock:
+            texts.append("KNOCK_SEQUENCE of one port: every scan opens")
+        return texts
 
     def give_up(self, error: SpaError) -> None:
         """Makes the stanza void if its keys are in a file of their own; else raises the error.
@@ -1968,7 +2303,7 @@ class Stanza(Settings):
         if not self.has_key_file:
             raise error
         self.void = self.void or str(error)
-        self.keys = self.gpg = None
+        self.keys = self.gpg = self.sequence = None
 
     def finish_gpg(self, hmac: bool) -> List[str]:
         """Checks what there is of GPG; returns warnings."""
@@ -2161,10 +2496,195 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
 
 
 # ======================================================================================
-# 9. Judgement
+# 10. knockd.conf
+#
+# Doors of knockd (knockd spec 1.2): sequences with commands of their own, no firewall. Names are
+# in any case, and a comment has a line of its own, though a number may have one behind it.
+# ======================================================================================
+
+IP_VARIABLE = "%IP%"
+MAX_COMMAND = 4095  # bytes, with addresses in it
+
+
+def number_before_comment(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser that lets a comment follow, as knockd does by reading up to where a number ends."""
+    return lambda text: parse(text.partition("#")[0].rstrip())
+
+
+def parse_shell(text: str) -> str:
+    """A command for /bin/sh, which %IP% does not make too long."""
+    longest = 39  # of the text of an IPv6 address
+    expect(len(text) + text.count(IP_VARIABLE) * (longest - len(IP_VARIABLE)) <= MAX_COMMAND,
+           "at most %d bytes" % MAX_COMMAND)
+    return text
+
+
+def parse_target(text: str) -> bytes:
+    """A packed address."""
+    try:
+        return parse_address(text).packed
+    except ValueError:
+        raise ValueError("expected an IP address") from None
+
+
+def parse_interfaces(text: str) -> Tuple[str, ...]:
+    """A comma list of network interfaces; `any` is all."""
+    names = tuple(parse_interface(name.strip()) for name in text.split(","))
+    return ("any",) if "any" in names else names
+
+
+class KnockdSettings(Settings):
+    """A section of knockd.conf. What it says of itself in a file is `name = value`."""
+
+    @classmethod
+    def row(cls, name: str) -> Optional[Directive[Any]]:
+        """The row of a name in upper or lower case."""
+        return next((row for row in cls.rows()
+                     if name.lower() in map(str.lower, row.names)), None)
+
+    def dump(self) -> str:
+        """What the file set, in its own syntax. Sequences are secrets."""
+        values = {row: self.texts[row.name] for row in self.rows() if self.is_set(row)}
+        return "".join("\t%s\n" % row.name if isinstance(row, Bare) else
+                       "\t%s = %s\n" % (row.name, PLACEHOLDER if row.secret else value)
+                       for row, value in values.items())
+
+
+class Bare(Directive[bool]):
+    """A word that stands alone."""
+
+    def __init__(self, name: str, help: str) -> None:
+        super().__init__(name, bool, "", help)
+
+
+class Steps(Directive[Tuple[Step, ...]]):
+    """A sequence."""
+
+    secret = True
+
+
+class KnockdOptions(KnockdSettings):
+    """The section [options]: what holds for all doors."""
+
+    use_syslog = Bare("UseSyslog", "log to syslog")
+    log_file = NoDefault("LogFile", str, "log to this file")
+    pid_file = Directive("PidFile", str, "/var/run/knockd.pid", "pid of the running server")
+    interfaces = Directive("Interface", parse_interfaces, "any",
+                           "interfaces to listen on, with commas between, or any")
+    exact = Bare("StrictDuplicates", "a port that is hit again starts the sequence over")
+    strict = Bare("Strict", "so does every port that is in no sequence: scans do not open")
+
+
+class KnockdDoor(KnockdSettings):
+    """Any other section: a sequence and what it runs."""
+
+    knock_steps = Steps("Sequence", parse_steps, "", "ports to hit: 7000,8000:udp,9000")
+    knock_file = NoDefault("One_Time_Sequences", str,
+                           "file with such sequences, of which each opens once")
+    knock_seconds = Directive("Seq_Timeout Timeout",
+                              number_before_comment(integer(1, 86400, "seconds")), "25",
+                              "time from the first port to the last")
+    knock_flags = Directive("TCPFlags", parse_flags, "",
+                            "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
+    target = NoDefault("Target", parse_target,
+                       "address that has to be hit; without it any of this host's")
+    start = Directive("Start_Command Command", parse_shell, "",
+                      "what the shell runs when all were hit; %IP% is the client's address")
+    start6 = NoDefault("Start_Command_6 Command_6", parse_shell, "instead, for an IPv6 address")
+    stop_seconds = Directive("Cmd_Timeout", number_before_comment(integer(0, 8388608, "seconds")),
+                             "10", "time from the end of that command to Stop_Command")
+    stop = Directive("Stop_Command", parse_shell, "", "what it then runs")
+    stop6 = NoDefault("Stop_Command_6", parse_shell, "instead, for an IPv6 address")
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__()
+        self.name, self.number = name, -number  # a stanza of access.conf has a positive one
+        self.sequence = Sequence((), 0)
+
+    def take(self, line: Line) -> List[str]:
+        """As in other files, but TCP flags add up."""
+        flags = self.texts.get(KnockdDoor.knock_flags.name)
+        if flags and self.row(line.name) is KnockdDoor.knock_flags:
+            line = line._replace(value=flags + "," + line.value)
+        return super().take(line)
+
+    def finish(self, options: KnockdOptions, line: Line) -> List[str]:
+        """Makes the door's sequence ready; returns warnings. `line` is where the door begins."""
+        if self.is_set(KnockdDoor.knock_steps) == self.is_set(KnockdDoor.knock_file):
+            raise line.error("expected Sequence or One_Time_Sequences in this door, and not both")
+        self.sequence = Sequence(self.knock_steps, self.knock_seconds, self.knock_flags,
+                                 options.strict, options.exact, self.target or b"")
+        return self.sequence.take_file(self.knock_file)
+
+    def commands(self, address: Address) -> List[str]:
+        """What starts and what stops for a client; nothing stops where nothing started."""
+        start, stop = self.start, self.stop
+        if address.version == 6:  # an empty one is one
+            start = self.texts.get(KnockdDoor.start6.name, start)
+            stop = self.texts.get(KnockdDoor.stop6.name, stop)
+        return [text.replace(IP_VARIABLE, str(address)) for text in (start, stop if start else "")]
+
+
+class KnockdFile(NamedTuple):
+    """A knockd.conf."""
+
+    options: KnockdOptions
+    doors: List[KnockdDoor]
+    warnings: List[str]
+
+    def dump(self) -> str:
+        """The file as it was understood."""
+        return "[options]\n%s" % self.options.dump() + "".join(
+            "[%s]\n%s" % (door.name, door.dump()) for door in self.doors)
+
+
+def read_knockd(path: str) -> KnockdFile:
+    """The doors of a knockd.conf; ConfigError names the line that can't be understood."""
+    options, sections = KnockdOptions(), []  # type: KnockdOptions, List[Tuple[KnockdDoor, Line]]
+    section: Optional[KnockdSettings] = None
+    for number, raw in enumerate(read_file(path).split("\n"), 1):
+        text = raw.strip(" \t\r")
+        if not text or text.startswith("#"):
+            continue
+        name, equals, value = (part.strip(" \t") for part in text.partition("="))
+        line = Line(path, number, name.upper(), value)
+        if text.startswith("["):
+            name = text[1:-1]
+            if not text.endswith("]") or not name:
+                raise line.error("expected a section: its name between [ and ]")
+            section = options
+            if name != "options":
+                section = KnockdDoor(name, len(sections) + 1)
+                sections.append((section, line))
+        elif isinstance(KnockdOptions.row(name), Bare):
+            if equals or section is None:
+                raise line.error("expected %s alone, in a section" % name)
+            options.take(line._replace(value="Y"))
+        elif section is None:
+            raise line.error("expected a section first: [options], or a door's [name]")
+        elif not equals or "\0" in text:
+            raise line.error("expected `name = value`")
+        else:
+            section.take(line)
+    warnings = permission_warnings(path)
+    for door, line in sections:
+        warnings += ["[%s] %s" % (door.name, text) for text in door.finish(options, line)]
+    return KnockdFile(options, [door for door, _ in sections], warnings)
+
+
+def separate(sequences: List[Sequence]) -> None:
+    """Tells each sequence which ports belong to others, and shares the memory among them."""
+    for sequence in sequences:
+        sequence.most = max(MAX_STARTED // len(sequences), 4096)
+        sequence.others = {step for other in sequences if other is not sequence
+                           for step in other.all_steps()}
+
+
+# ======================================================================================
+# 11. Judgement
 #
 # What a genuine packet may open: pure functions of packet, stanza, datagram and time, in the
-# order of fwknop spec 3.4. Freshness and replay are in section 12. For NAT, which is at the
+# order of fwknop spec 3.4. Freshness and replay are in section 14. For NAT, which is at the
 # section's end, the settings count as well, and which addresses are this host's.
 # ======================================================================================
 
@@ -2403,7 +2923,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 
 
 # ======================================================================================
-# 10. Log and programs
+# 12. Log and programs
 #
 # Where lines go, and run_program, for the firewall and gpg's list of keys. Programs are also
 # started by Gpg.run and launch, and nowhere else. Nothing secret reaches a line or a command line.
@@ -2411,7 +2931,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-REJECTION_BURST = 20  # lines about rejected packets at once; then one a second
+BURST = 20  # lines of a kind that anybody can cause at once; then one a second
 
 
 class Log:
@@ -2420,10 +2940,18 @@ class Log:
     def __init__(self, stream: Any = None, to_syslog: bool = False, level: int = INFO,
                  monotonic: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.to_syslog, self.level = stream, to_syslog, level
-        self.monotonic = monotonic
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
-        self.quiet_until, self.suppressed = monotonic() - REJECTION_BURST, 0
+        self.path = ""  # of a file that gets the lines as well, with knockd's date
+        self.rejections = Throttle(self, "packets were rejected", monotonic)
+        self.knocks = Throttle(self, "steps of knock sequences came", monotonic)
+
+    def open_syslog(self, name: str, option: str, facility: str) -> None:
+        """Lets lines go to syslog as well, under a name."""
+        if syslog is None:
+            raise SpaError("this Python has no syslog module")
+        syslog.openlog(name, getattr(syslog, option) if option else 0, getattr(syslog, facility))
+        self.to_syslog = True
 
     def write(self, severity: int, text: str) -> None:
         """One line. Control characters, which a packet may have brought, are made visible."""
@@ -2438,6 +2966,12 @@ class Log:
                 pass  # nobody reads it any more; that must not end the server
         if self.to_syslog and syslog is not None:
             syslog.syslog(severity, text)
+        if self.path:
+            try:
+                with open(self.path, "a") as file:  # each time, so that it can be moved away
+                    file.write("[%s] %s\n" % (time.strftime("%Y-%m-%d %H:%M"), text))
+            except OSError:
+                pass
 
     def error(self, text: str) -> None:
         """Something failed."""
@@ -2455,17 +2989,28 @@ class Log:
         """What is said only with VERBOSE."""
         self.write(DEBUG, text)
 
-    def rejection(self) -> bool:
-        """Whether a line about a rejected packet may be written: junk must not fill the disk."""
+
+class Throttle:
+    """Whether a line may be written of which anybody can cause many: they must not fill the disk.
+
+    It tells how many it has held back of `what`.
+    """
+
+    def __init__(self, log: Log, what: str, monotonic: Callable[[], float]) -> None:
+        self.log, self.what, self.monotonic = log, what, monotonic
+        self.quiet_until, self.held_back = monotonic() - BURST, 0
+
+    def allows(self) -> bool:
+        """Whether the next line may be written."""
         now = self.monotonic()
         if now < self.quiet_until:
-            self.suppressed += 1
+            self.held_back += 1
             return False
         # As if the burst had been saved up, a line a second, since quiet_until.
-        self.quiet_until = max(self.quiet_until, now - REJECTION_BURST + 1) + 1
-        if self.suppressed:
-            self.info("%d more packets were rejected without a line in the log" % self.suppressed)
-            self.suppressed = 0
+        self.quiet_until = max(self.quiet_until, now - BURST + 1) + 1
+        if self.held_back:
+            self.log.info("%d more %s without a line in the log" % (self.held_back, self.what))
+            self.held_back = 0
         return True
 
 
@@ -2503,7 +3048,7 @@ def run_program(arguments: List[str], text: str = "") -> str:
 
 
 # ======================================================================================
-# 11. GPG
+# 13. GPG
 #
 # Packets that gpg decrypts and whose signature it checks (fwknop spec 1.11). What it says is
 # read from its status lines (GnuPG's doc/DETAILS), never from words. Its home's gpg.conf is not
@@ -2744,7 +3289,7 @@ def open_gpg(settings: ServerSettings, stanzas: List[Stanza]) -> None:
 
 
 # ======================================================================================
-# 12. Replay memory
+# 14. Replay memory
 #
 # A packet is remembered as long as it could be fresh. Instead of paying for fsync, a packet
 # that was made before this memory began (a new boot, a lost file) is rejected as well. Times
@@ -2961,7 +3506,7 @@ class ReplayMemory:
 
 
 # ======================================================================================
-# 13. Netlink
+# 15. Netlink
 #
 # Messages to the kernel's nf_tables (linux/netlink.h, linux/netfilter/nfnetlink.h and
 # nf_tables.h): a set element in and out in 15 us, where starting nft takes 3 ms. Attributes
@@ -3114,7 +3659,7 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 
 
 # ======================================================================================
-# 14. Capture
+# 16. Capture
 #
 # Where datagrams come from. With CAP_NET_RAW a packet socket: nothing listens, no firewall
 # rule is needed, and the host's firewall may drop the packet. Else UDP sockets. TCP sockets
@@ -3186,6 +3731,14 @@ class PacketCapture(Capture):
     def receive(self) -> Optional[Datagram]:
         """The next datagram."""
         return decode_ip(self.socket.recv(MAX_PACKET))
+
+
+class KnockCapture(PacketCapture):
+    """A packet socket for the steps of knock sequences."""
+
+    def receive(self) -> Optional[Hit]:  # type: ignore[override]
+        """The next one; None for what can be none."""
+        return decode_hit(self.socket.recv(MAX_PACKET))
 
 
 class UdpCapture(Capture):
@@ -3448,6 +4001,9 @@ def capture_lines(settings: ServerSettings, captures: Iterable[Capture]) -> List
         lines.append("Sniffing interface: " + settings.interface)
     if lines:
         lines.append("PCAP filter is: '%s'" % settings.texts.get(row.name, row.default))
+    names = sorted({each.name for each in captures if isinstance(each, KnockCapture)})
+    if names:
+        lines.append("Listening for knock sequences: " + ", ".join(names))
     return lines + ["Kicking off %s server to listen on port %d." % (kind.protocol, port)
                     for kind, port in ((UdpCapture, settings.udp_port),
                                        (TcpCapture, settings.tcp_port)) if kind in kinds]
@@ -3488,21 +4044,54 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     interface = "" if settings.interface == "any" else settings.interface
     # Only a socket for all protocols sees what goes out.
     protocols = (ETH_P_ALL,) if interface or settings.any_direction else (ETH_P_IP, ETH_P_IPV6)
+    return packet_sockets(PacketCapture, interface, protocols, code, settings.promiscuous, log)
+
+
+def packet_sockets(kind: Type[PacketCapture], interface: str, protocols: Tuple[int, ...],
+                   code: bytes, promiscuous: bool, log: Log) -> List[Capture]:
+    """Packet sockets with a filter, for these protocols; none while the interface is missing."""
     try:
-        return [PacketCapture(interface, protocol, code, settings.promiscuous)
-                for protocol in protocols]
+        return [kind(interface, protocol, code, promiscuous) for protocol in protocols]
     except PermissionError:
         raise
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
-            raise SpaError("%s: %s" % (settings.interface, error.strerror)) from None
+            raise SpaError("%s: %s" % (interface or "any", error.strerror)) from None
         log.warning("Interface %s does not exist; it is waited for, and until then no knock is "
                     "heard" % interface)
         return []
 
 
+class Knocks(NamedTuple):
+    """Interfaces, and the sequences to listen for there; perhaps in IPv4 alone."""
+
+    interfaces: Tuple[str, ...]
+    sequences: List[Sequence]
+    four_only: bool
+
+
+def open_knock_captures(knocks: Iterable[Knocks], log: Log) -> List[Capture]:
+    """The packet sockets for knock sequences; SpaError without the right to have any."""
+    captures: List[Capture] = []
+    try:
+        for interfaces, sequences, four_only in knocks:
+            tree = sequence_filter(sequences)
+            if four_only:
+                tree = Junction("and", (IS_IPV4, tree))
+            for name in interfaces if sequences else ():
+                captures += packet_sockets(
+                    KnockCapture, "" if name == "any" else name,
+                    (ETH_P_IP, ETH_P_IPV6) if name == "any" else (ETH_P_ALL,),
+                    compile_filter(tree), False, log)
+    except (PermissionError, AttributeError, SpaError) as error:
+        close_captures(captures, ())
+        raise error if isinstance(error, SpaError) else SpaError(
+            "knock sequences need packet sockets, and so CAP_NET_RAW") from None
+    return captures
+
+
 # ======================================================================================
-# 15. Firewall
+# 17. Firewall
 #
 # What every backend can do, and what its guard needs to know of the host.
 # ======================================================================================
@@ -3618,7 +4207,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 
 
 # ======================================================================================
-# 16. nftables
+# 18. nftables
 #
 # A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
 # tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode in a table of
@@ -3997,7 +4586,7 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 
 
 # ======================================================================================
-# 17. iptables
+# 19. iptables
 #
 # A grant is a rule of fwknop's shape, chain and comment (fwknop spec 3.6), so that
 # `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In
@@ -4369,7 +4958,7 @@ class IptablesFirewall(Firewall):
 
 
 # ======================================================================================
-# 18. Choice of a firewall
+# 20. Choice of a firewall
 #
 # Which backend the settings mean, and the guards that an earlier choice left.
 # ======================================================================================
@@ -4497,7 +5086,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 
 
 # ======================================================================================
-# 19. Grants
+# 21. Grants
 #
 # The register of open doors. The kernel has it too, and ends each grant by itself; this one
 # closes in time where the kernel can't, extends, and puts back what somebody flushed.
@@ -4682,7 +5271,7 @@ class Grants:
 
 
 # ======================================================================================
-# 20. Commands
+# 22. Commands
 #
 # Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
 # open and close in place of the firewall (CMD_CYCLE). The server never waits for one. No kernel
@@ -4696,6 +5285,7 @@ MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
 STOP_SECONDS = 5.0  # how long a clean stop waits for commands
 SWITCH_SECONDS = 2  # how much later than the server its switch closes
+TIME_IS_OVER = "Timer expired"
 
 # The first program that is executed is trusted. The kernel lets this server wait for it, and its
 # owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
@@ -4742,16 +5332,16 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 class Child:
-    """A command that runs, until `due` on the monotonic clock, and what it has printed."""
+    """A command of a cycle that runs, until `due` on the monotonic clock, and what it printed."""
 
-    def __init__(self, kind: str, command: Command, due: float, stanza: int) -> None:
-        self.kind, self.command, self.due, self.stanza = kind, command, due, stanza
+    def __init__(self, cycle: "Cycle", command: Command, due: float, closes: bool) -> None:
+        self.cycle, self.command, self.due, self.closes = cycle, command, due, closes
+        self.kind = cycle.closing_kind if closes else cycle.kind
         self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
         self.signal = signal.SIGTERM  # that ends it when it is due
-        self.closes: Optional[Cycle] = None
 
 
 class Cycle:
@@ -4760,10 +5350,14 @@ class Cycle:
     `limit` is how many seconds each may run, `stanza` and `label` say whose they are.
     """
 
+    closing_kind = "CMD_CYCLE_CLOSE"  # what begins the log's lines of the command that closes
+    waits = False  # whether `seconds` begin when the command that opens has ended
+
     def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
                  opening: Command, closing: Command) -> None:
         self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
-        self.opening, self.closing = opening, closing
+        self.opening_limit = float(limit)
+        self.opening, self.closing, self.seconds = opening, closing, seconds
         self.ends = time.monotonic() + seconds
         self.openings: List[Child] = []  # the last one, and those before that still run
         self.switch: Optional["subprocess.Popen[bytes]"] = None
@@ -4774,6 +5368,61 @@ class Cycle:
         """Whether its command has opened or is about to, and its switch has not closed."""
         return (self.openings[-1].popen.poll() in (None, 0)
                 and self.switch is not None and self.switch.poll() is None)
+
+    def opening_line(self) -> str:
+        """What the log says when it opens."""
+        return ("%sRunning command '%s'%s" if self.kind == "CMD_EXEC" else
+                "%sRunning CMD_CYCLE_OPEN command: %s%s") % (self.label, self.opening,
+                                                             self.opening.runner)
+
+    def waiting_line(self, seconds: int) -> str:
+        """What it says then of the command that will close, if anything."""
+        return "%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s" % (self.label, seconds,
+                                                                        self.closing)
+
+    def closing_lines(self, why: str) -> List[str]:
+        """What it says when it closes: `why` is TIME_IS_OVER or another reason."""
+        return ["%s%s, running CMD_CYCLE_CLOSE command: %s%s" % (
+            self.label, why, self.closing, self.closing.runner)]
+
+    def end_line(self, kind: str, code: int) -> str:
+        """What it says when a command has ended with this code, if anything."""
+        return "%s: command returned %d, pid_status: %d" % (kind, code, code)
+
+
+class KnockdCycle(Cycle):
+    """Start_Command and Stop_Command of a knockd.conf's door; in the log they look as there."""
+
+    waits = True
+
+    def __init__(self, door: KnockdDoor, address: Address, limit: int) -> None:
+        start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None)
+                       for text in door.commands(address)]
+        super().__init__(door.name, door.number, "%s: %s: " % (address, door.name), limit,
+                         door.stop_seconds, start, stop)
+        self.opening_limit = FOR_EVER
+        self.closing_kind = door.name
+
+    def opening_line(self) -> str:
+        """The command."""
+        return self.running_line(self.opening)
+
+    def running_line(self, command: Command) -> str:
+        """The line of a command."""
+        return "%s: running command: %s" % (self.kind, command.words[-1].decode("latin-1"))
+
+    def waiting_line(self, seconds: int) -> str:
+        """Nothing."""
+        return ""
+
+    def closing_lines(self, why: str) -> List[str]:
+        """Why, and the command."""
+        return [self.label + ("command timeout" if why == TIME_IS_OVER else why.lower()),
+                self.running_line(self.closing)]
+
+    def end_line(self, kind: str, code: int) -> str:
+        """Only of those that fail."""
+        return "%s: command returned non-zero status code (%d)" % (kind, code) if code else ""
 
 
 class Commands:
@@ -4791,7 +5440,7 @@ class Commands:
         What only closes later is no new one.
         """
         stanza = cycles[0].stanza
-        run = sum(child.stanza == stanza for child in self.running)
+        run = sum(child.cycle.stanza == stanza for child in self.running)
         wait = sum(cycle.stanza == stanza for cycle in self.cycles.values())
         new = {cycle.closing for cycle in cycles if cycle.closing.words} - set(self.cycles)
         if (run + sum(not self.lasts(cycle) for cycle in cycles) > MAX_RUNNING
@@ -4809,9 +5458,9 @@ class Commands:
         known = self.cycles.get(cycle.closing)
         return known is not None and known.opening == cycle.opening and known.is_open
 
-    def start(self, kind: str, command: Command, limit: int, stanza: int) -> Child:
+    def start(self, cycle: Cycle, command: Command, limit: float, closes: bool) -> Child:
         """Starts a command whose output and end come to the log; it has `limit` seconds."""
-        child = Child(kind, command, time.monotonic() + limit, stanza)
+        child = Child(cycle, command, time.monotonic() + limit, closes)
         self.running.append(child)
         self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
         return child
@@ -4835,10 +5484,13 @@ class Commands:
         for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
             self.log.info("%s: %s" % (child.kind, line))
         code = child.popen.returncode
-        self.log.write(WARNING if code else INFO, "%s: command returned %d, pid_status: %d"
-                       % (child.kind, code, code))
-        if child.closes is not None:
-            self.finish_close(child.closes, code)
+        line = child.cycle.end_line(child.kind, code)
+        if line:
+            self.log.write(WARNING if code else INFO, line)
+        if child.closes:
+            self.finish_close(child.cycle, code)
+        elif child.cycle.waits and child.cycle in self.cycles.values():
+            self.wait_again(child.cycle, child.cycle.seconds)
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
@@ -4852,7 +5504,10 @@ class Commands:
                 end_group(child.popen, child.signal)
                 child.signal, child.due = signal.SIGKILL, now + GRACE_SECONDS
         for cycle in [cycle for cycle in self.cycles.values() if now >= cycle.ends]:
-            self.close(cycle, "Timer expired")
+            if cycle.waits and cycle.openings[-1].popen.poll() is None:
+                self.wait_again(cycle, max(cycle.seconds, 1))
+            else:
+                self.close(cycle, TIME_IS_OVER)
         self.switches = [switch for switch in self.switches if switch.poll() is None]
 
     def open(self, cycle: Cycle) -> None:
@@ -4872,12 +5527,9 @@ class Commands:
         else:
             if known:
                 cycle.openings = [each for each in known.openings if each.popen.poll() is None]
-            self.log.info(("%sRunning command '%s'%s" if cycle.kind == "CMD_EXEC" else
-                           "%sRunning CMD_CYCLE_OPEN command: %s%s")
-                          % (cycle.label, cycle.opening, cycle.opening.runner))
+            self.log.info(cycle.opening_line())
             try:
-                cycle.openings.append(self.start(cycle.kind, cycle.opening, cycle.limit,
-                                                 cycle.stanza))
+                cycle.openings.append(self.start(cycle, cycle.opening, cycle.opening_limit, False))
             except CommandError:
                 self.end_switch(cycle)
                 raise
@@ -4885,8 +5537,19 @@ class Commands:
             self.end_switch(known)
         if cycle.closing.words:
             self.cycles[cycle.closing] = cycle
-            self.log.info("%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s"
-                          % (cycle.label, seconds, cycle.closing))
+            line = cycle.waiting_line(seconds)
+            if line:
+                self.log.info(line)
+
+    def wait_again(self, cycle: Cycle, seconds: int) -> None:
+        """Lets a cycle close in so many seconds from now, and not before."""
+        ends = time.monotonic() + seconds
+        try:
+            if ends > cycle.ends + SWITCH_SECONDS / 2:  # its switch must not close earlier
+                self.set_switch(cycle, seconds + SWITCH_SECONDS)
+            cycle.ends = max(ends, cycle.ends)
+        except CommandError as error:
+            self.log.error(str(error))
 
     def set_switch(self, cycle: Cycle, seconds: int) -> None:
         """Gives a cycle a switch, in place of the one that it may have."""
@@ -4910,11 +5573,12 @@ class Commands:
         del self.cycles[cycle.closing]
         for child in cycle.openings:
             end_group(child.popen, signal.SIGKILL)  # or it might open after this
-        self.log.info("%s%s, running CMD_CYCLE_CLOSE command: %s%s"
-                      % (cycle.label, why, cycle.closing, cycle.closing.runner))
+        for line in cycle.closing_lines(why):
+            self.log.info(line)
         code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
-            self.log.warning("CMD_CYCLE_CLOSE: its switch has run it, which returned %d" % code)
+            self.log.warning("%s: its switch has run it, which returned %d"
+                             % (cycle.closing_kind, code))
         if code != 0:
             self.start_close(cycle, cycle.closing)
 
@@ -4922,9 +5586,7 @@ class Commands:
         """Starts the command that closes a cycle."""
         try:
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
-            child = self.start("CMD_CYCLE_CLOSE", command, cycle.limit + SWITCH_SECONDS,
-                               cycle.stanza)
-            child.closes = cycle
+            self.start(cycle, command, cycle.limit + SWITCH_SECONDS, True)
         except CommandError as error:
             self.leave_to_switch(cycle, str(error))
 
@@ -4970,22 +5632,65 @@ class Commands:
 
 
 # ======================================================================================
-# 21. Server
+# 23. Server
 #
 # The spine: what happens to a datagram, in its order, and the loop around it.
 # ======================================================================================
 
 MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
+MAX_OWN = 1000  # addresses of which it is known whether they are this host's
+KNOCKER = "a knock sequence"  # who opened
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
 
 class Configuration(NamedTuple):
-    """Both files as they were read."""
+    """All files as they were read."""
 
     settings: ServerSettings
     stanzas: List[Stanza]
     warnings: List[str]
+    knockd: Optional[KnockdFile] = None
+    four_only: bool = False  # whether knocks count in IPv4 only
+
+    @property
+    def words(self) -> "Words":
+        """What it says of itself: as knockd, when that is all it is."""
+        return FWKNOPD if self.stanzas or self.knockd is None else Words(
+            "knockd", "starting up, listening on " + ",".join(self.knockd.options.interfaces), "",
+            "re-reading config file: " + str(self.settings.knockd_file), "", "", "shutting down")
+
+    def knocks(self) -> List[Knocks]:
+        """The sequences of stanzas and of knockd's doors, and where to listen for them."""
+        found = [Knocks((self.settings.interface,),
+                        [stanza.sequence for stanza in self.stanzas if stanza.sequence],
+                        self.four_only)]
+        if self.knockd:
+            found.append(Knocks(self.knockd.options.interfaces,
+                                [door.sequence for door in self.knockd.doors], self.four_only))
+        return found
+
+    @property
+    def takes_packets(self) -> bool:
+        """Whether there is something to open by packets."""
+        return any(stanza.takes_packets for stanza in self.stanzas)
+
+    def open_captures(self, log: Log, current: Iterable[Capture] = (),
+                      same: bool = False) -> List[Capture]:
+        """What to listen on or to read, for packets and for knock sequences.
+
+        `same`: for packets, those of `current`.
+        """
+        captures = [each for each in current if not isinstance(each, KnockCapture)] * same
+        if self.takes_packets and not same:
+            captures = open_captures(self.settings, log, current)
+        if self.settings.capture_file:
+            return captures
+        try:
+            return captures + open_knock_captures(self.knocks(), log)
+        except SpaError:
+            close_captures(captures, current)
+            raise
 
     def voids(self) -> List[str]:
         """What is wrong with stanzas that open nothing for it."""
@@ -4998,6 +5703,23 @@ class Configuration(NamedTuple):
             log.error(text)
         for text in self.warnings:
             log.warning(text)
+
+
+class Words(NamedTuple):
+    """What a server says of itself in the log."""
+
+    program: str
+    starting: str
+    started: str
+    rereading: str
+    restarted: str
+    leaving: str
+    ended: str
+
+
+FWKNOPD = Words("fwknopd", "Starting fwknopd", "Starting fwknopd main event loop.",
+                "Got SIGHUP. Re-reading configs.", "Re-starting fwknopd",
+                "Gracefully leaving the fwknopd event loop.", "Shutting Down fwknopd.")
 
 
 def resolve_name(name: str, version: int,
@@ -5065,12 +5787,16 @@ class Gate:
         self.settings, self.stanzas = configuration.settings, configuration.stanzas
         self.log = log
         self.grants = Grants(firewall, log)
-        self.memory = open_memory(self.settings, log)
+        self.memory = (open_memory(self.settings, log) if configuration.takes_packets else
+                       ReplayMemory(None, None, log))
         self.selector = selectors.DefaultSelector()
         self.commands = Commands(self.selector, log, test)
         self.resolver = Resolver(self.selector)
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.candidates = 0  # packets of the right form so far
+        # Until when a stanza's sequence counts for the packet that has to follow it, by source.
+        self.knocked: "collections.OrderedDict[Tuple[int, bytes], float]" = (
+            collections.OrderedDict())
         self.openers_limit = OPENERS_BYTES
 
     def receive(self, datagram: Datagram) -> None:
@@ -5114,7 +5840,7 @@ class Gate:
         tried: Optional[Stanza] = None
         gpg = is_gpg(datagram.payload)
         for stanza in self.stanzas:
-            if not (stanza.for_all or stanza.admits(datagram)):
+            if not (stanza.for_all or stanza.admits(datagram)) or not stanza.takes_packets:
                 continue
             found = True
             keys = stanza.gpg if gpg else stanza.keys
@@ -5160,6 +5886,10 @@ class Gate:
 
     def allow(self, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens what the packet may open, perhaps later: when the name of its NAT host is known."""
+        if (stanza.require_knock and packet.version
+                and self.knocked.get((stanza.number, datagram.source), 0.0) < time.monotonic()):
+            raise PacketRejected("no knock", "No knock sequence came before the packet "
+                                 "(REQUIRE_KNOCK).")
         try:
             verdict = judge(packet, stanza, datagram, self.settings.destination_rule, time.time(),
                             NatRules(self.settings, is_own_address))
@@ -5197,12 +5927,14 @@ class Gate:
         self.counts["accepted"] += 1
         kept = verdict.doors if by_commands else map(self.grants.firewall.form, verdict.doors)
         doors = ", ".join(door.describe() for door in kept if door is not None)
-        user = packet.user.replace("'", "\\x27")  # it may try to look like our words
-        self.log.info("(stanza #%d) user '%s' (client %s) %s" % (
-            stanza.number, user, packet.version,
-            "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
+        who = client = KNOCKER
+        if packet.version:
+            user = packet.user.replace("'", "\\x27")  # it may try to look like our words
+            who, client = "user '%s'" % user, "user '%s' (client %s)" % (user, packet.version)
+        self.log.info("(stanza #%d) %s %s" % (
+            stanza.number, client, "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
         if not by_commands:
-            self.note_opener("stanza #%d, user '%s'" % (stanza.number, user), verdict.doors)
+            self.note_opener("stanza #%d, %s" % (stanza.number, who), verdict.doors)
 
     def cycles(self, verdict: Verdict, packet: Packet, stanza: Stanza,
                datagram: Datagram) -> List[Cycle]:
@@ -5251,7 +5983,7 @@ class Gate:
         rejection = why if isinstance(why, PacketRejected) else internal_error(why)
         self.counts[rejection.reason] += 1
         level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
-        if level > self.log.level or not self.log.rejection():
+        if level > self.log.level or not self.log.rejections.allows():
             return
         stanza = stanza or rejection.stanza
         self.log.write(level, rejection.form.format(
@@ -5259,7 +5991,102 @@ class Gate:
             stanza="(stanza #%d) " % stanza if stanza else ""))
 
 
-class Server(Gate):
+class KnockGate(Gate):
+    """What becomes of a hit: the last step of a sequence opens, runs, or lets a packet follow."""
+
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
+                 test: bool = False) -> None:
+        super().__init__(configuration, firewall, log, test)
+        self.own: Dict[bytes, bool] = {}  # whether an address is one of this host's
+        self.own_until = 0.0
+        self.listen_for(configuration)
+
+    def listen_for(self, configuration: Configuration) -> None:
+        """Goes on with the sequences of a configuration; what had been knocked is forgotten."""
+        self.configuration = configuration
+        doors = configuration.knockd.doors if configuration.knockd else []
+        owners: List[Union[Stanza, KnockdDoor]] = [*configuration.stanzas, *doors]
+        self.sequences = [(owner.sequence, owner) for owner in owners if owner.sequence]
+        separate([sequence for sequence, _ in self.sequences])
+        self.knocked.clear()
+
+    def is_ours(self, packed: bytes, now: float) -> bool:
+        """Whether an address is one of this host's, as the kernel says, or said a second ago."""
+        if now > self.own_until or len(self.own) > MAX_OWN:
+            self.own.clear()
+            self.own_until = now + 1
+        if packed not in self.own:
+            self.own[packed] = is_own_address(parse_address(socket_text(packed)))
+        return self.own[packed]
+
+    def knock(self, hit: Hit) -> None:
+        """One hit on its way through all sequences."""
+        now = time.monotonic()
+        for sequence, owner in self.sequences:
+            try:
+                if (hit.destination == sequence.target if sequence.target else
+                        self.is_ours(hit.destination, now)):
+                    done = sequence.hit(hit, now)
+                    if done:
+                        self.step(sequence, owner, hit, done)
+            except Exception as error:  # a mistake of ours must not let one packet end the server
+                self.reject(hit_datagram(hit), error, max(owner.number, 0))
+
+    def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], hit: Hit,
+             done: int) -> None:
+        """Takes note of a step; the last one opens, once a line of a file is marked."""
+        source, last = socket_text(hit.source), done == len(sequence.steps)
+        door = owner if isinstance(owner, KnockdDoor) else None
+        name = door.name if door else "(stanza #%d)" % owner.number
+        if self.log.knocks.allows() or done > 1:
+            self.log.write(INFO if door or last else DEBUG,
+                           "%s: %s: Stage %d" % (source, name, done))
+        if not last:
+            return
+        self.log.info("%s: %s: OPEN SESAME" % (source, name))
+        try:
+            if not sequence.use_up():
+                self.log.warning("no more sequences left in the one time sequences file for door "
+                                 "%s --> disabling the door" % name)
+            if isinstance(owner, Stanza):
+                self.open_stanza(owner, hit)
+            else:
+                cycle = KnockdCycle(owner, parse_address(source), self.settings.command_seconds)
+                if cycle.opening.words:
+                    self.commands.run([cycle])
+                self.counts["accepted"] += 1
+        except SpaError as error:
+            self.log.error("%s: nothing is opened: %s" % (name, error))
+            self.counts["knock"] += 1
+
+    def open_stanza(self, stanza: Stanza, hit: Hit) -> None:
+        """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
+        datagram = hit_datagram(hit)
+        if not stanza.for_all and not stanza.admits(datagram):
+            raise PacketRejected("source", "No access data found for source IP: %s"
+                                 % socket_text(hit.source))
+        if stanza.require_knock:
+            self.knocked[stanza.number, hit.source] = time.monotonic() + stanza.knock_seconds
+            self.knocked.move_to_end((stanza.number, hit.source))
+            if len(self.knocked) > MAX_STARTED:
+                self.knocked.popitem(last=False)
+            return
+        self.allow(Packet(
+            "", stanza.require_username, 0, "", ACCESS, "", None, None, 0, "",
+            parse_address(socket_text(hit.source)), tuple(sorted(stanza.open_ports)), ""),
+            stanza, datagram)
+
+    def expire_knocks(self) -> None:
+        """Forgets the attempts whose time is over."""
+        now = time.monotonic()
+        for sequence, owner in self.sequences:
+            for source, done in sequence.expire(now):
+                if isinstance(owner, KnockdDoor) and self.log.knocks.allows():
+                    self.log.info("%s: %s: sequence timeout (stage %d)"
+                                  % (socket_text(source), owner.name, done))
+
+
+class Server(KnockGate):
     """The loop around the gate: captures, the firewall's state, reload, start and stop."""
 
     def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
@@ -5276,7 +6103,7 @@ class Server(Gate):
     def listen(self, captures: List[Capture], settings: ServerSettings) -> None:
         """Reads from `captures` from now on; those before that are not among them are closed."""
         old, self.captures = self.captures, captures
-        for line in capture_lines(settings, captures):
+        for line in capture_lines(settings, captures) if self.stanzas else ():
             self.log.info(line)
         for capture in old:
             if capture not in captures:
@@ -5284,16 +6111,18 @@ class Server(Gate):
                 capture.close()
         for capture in captures:
             if capture not in old:
-                self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
+                take = self.knock if isinstance(capture, KnockCapture) else self.receive
+                self.selector.register(capture, selectors.EVENT_READ,
+                                       partial(self.drain, capture, take))
 
-    def drain(self, capture: Capture) -> None:
+    def drain(self, capture: Capture, take: Callable[[Any], None]) -> None:
         """Reads from a capture until nothing is there, or others have waited long enough."""
         end = time.monotonic() + BATCH_SECONDS
         try:
             while self.running and time.monotonic() < end:
                 datagram = capture.receive()
                 if datagram is not None:
-                    self.receive(datagram)
+                    take(datagram)
                     if 0 < self.settings.packet_limit <= self.candidates:
                         self.finish("Packet count limit (%d) reached. Exiting..."
                                     % self.settings.packet_limit)
@@ -5309,7 +6138,8 @@ class Server(Gate):
 
     def finish(self, why: str) -> None:
         """Lets the server's loop end."""
-        self.log.info("Gracefully leaving the fwknopd event loop.")
+        if self.configuration.words.leaving:
+            self.log.info(self.configuration.words.leaving)
         self.log.write(ERROR if self.exit_code else INFO, why)
         self.running = False
 
@@ -5319,18 +6149,26 @@ class Server(Gate):
         return any(isinstance(capture, UdpCapture) for capture in self.captures)
 
     def check_links(self) -> None:
-        """Listens anew when the interface that was named is there again, or is another one."""
+        """Listens anew when an interface that was named is there again, or is another one."""
         drain_socket(self.link_events)
-        if self.on_udp or self.settings.capture_file or self.settings.interface == "any":
+        self.own.clear()
+        if self.settings.capture_file:
             return
-        try:
-            index = socket.if_nametoindex(self.settings.interface)
-        except OSError:
-            return
-        if [capture.index for capture in self.captures
-                if isinstance(capture, PacketCapture)] != [index]:
+        named = {name for knocks in self.configuration.knocks() if knocks.sequences
+                 for name in knocks.interfaces}
+        if not self.on_udp:
+            named.add(self.settings.interface)
+        indices = set()
+        for name in named - {"any"}:
             try:
-                self.listen(open_captures(self.settings, self.log, self.captures), self.settings)
+                indices.add(socket.if_nametoindex(name))
+            except OSError:
+                continue
+        if not indices <= {capture.index for capture in self.captures
+                           if isinstance(capture, PacketCapture)}:
+            try:
+                self.listen(self.configuration.open_captures(self.log, self.captures),
+                            self.settings)
             except SpaError as error:
                 self.log.error(str(error))
 
@@ -5379,21 +6217,22 @@ class Server(Gate):
             rows += [ServerSettings.interface, ServerSettings.packet_filter,
                      ServerSettings.any_direction, ServerSettings.promiscuous,
                      ServerSettings.udp_server]
-        captures = None
-        if changed(*rows) and not settings.capture_file:
-            captures = open_captures(settings, self.log, self.captures)
+        same = (settings.capture_file or not changed(*rows)) and (
+            configuration.takes_packets == self.configuration.takes_packets)
+        captures = configuration.open_captures(self.log, self.captures, same)
         stood = firewall.guarded()
         try:
             firewall.prepare()
         except CommandError:
-            close_captures(captures or [], self.captures)
+            close_captures(captures, self.captures)
             if firewall.guard_ports and not stood:
                 firewall.unguard()
             raise
-        if captures is not None:
+        if captures != self.captures:
             self.listen(captures, settings)
         self.grants.move(firewall)
         self.settings, self.stanzas = settings, configuration.stanzas
+        self.listen_for(configuration)
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
@@ -5403,7 +6242,7 @@ class Server(Gate):
 
     def start(self, flush: bool) -> None:
         """Makes the firewall ready, goes on with the grants it has or closes them, and listens."""
-        captures = open_captures(self.settings, self.log)  # fails before anything is changed
+        captures = self.configuration.open_captures(self.log)  # fails before anything is changed
         self.grants.firewall.prepare()
         if flush:
             self.flush()
@@ -5430,14 +6269,16 @@ class Server(Gate):
         """Waits for the next thing to do, and does it."""
         next_end = self.grants.next_end()
         due = min([self.check_due, FOR_EVER if next_end is None else next_end,
-                   self.commands.next_due()] + [capture.due for capture in self.captures])
+                   self.commands.next_due()] + [capture.due for capture in self.captures]
+                  + [sequence.next_due() for sequence, _ in self.sequences])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         for capture in self.captures:
             if time.monotonic() >= capture.due:
-                self.drain(capture)
+                self.drain(capture, self.receive)
         self.grants.expire()
         self.commands.look()
+        self.expire_knocks()
         if time.monotonic() >= self.check_due:
             self.check_firewall()
 
@@ -5466,6 +6307,11 @@ class Server(Gate):
                 self.grants.flush()
             finally:
                 self.grants.firewall.remove()
+
+
+def hit_datagram(hit: Hit) -> Datagram:
+    """A datagram without content that came where the hit did."""
+    return Datagram(b"", hit.source, 0, hit.destination, hit.port, hit.protocol)
 
 
 def internal_error(error: Exception) -> PacketRejected:
@@ -5534,7 +6380,7 @@ def make_directory(path: str) -> None:
 
 
 # ======================================================================================
-# 22. Process
+# 24. Process
 #
 # Pid file, signals, background and reload.
 # ======================================================================================
@@ -5543,8 +6389,8 @@ def make_directory(path: str) -> None:
 class PidFile:
     """A file that holds the server's pid, and a lock as long as the server lives."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, program: str = "fwknopd") -> None:
+        self.path, self.program = path, program
         self.file: Optional[int] = None
 
     def lock(self) -> None:
@@ -5562,7 +6408,8 @@ class PidFile:
             except OSError:
                 time.sleep(wait)
         os.close(file)
-        raise SpaError("An instance of fwknopd is already running: (PID=%s)." % self.read())
+        raise SpaError("An instance of %s is already running: (PID=%s)."
+                       % (self.program, self.read()))
 
     def write(self) -> None:
         """Writes the pid of this process."""
@@ -5649,7 +6496,7 @@ def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log:
     settings = configuration.settings
     log.level = DEBUG if settings.verbose else INFO
     firewall = choose_firewall(settings, configuration.stanzas, test, log)
-    pid_file = PidFile(settings.pid_file)
+    pid_file = PidFile(settings.pid_file, configuration.words.program)
     pid_file.lock()
     try:
         if rotate:
@@ -5669,13 +6516,14 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     configuration.tell(log)
     for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
-    log.info("Starting fwknopd")
+    log.info(configuration.words.starting)
     server = Server(configuration, firewall, log, test)
     signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
     if firewall.guard_ports:
         log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
-    log.info("Starting fwknopd main event loop.")
+    if configuration.words.started:
+        log.info(configuration.words.started)
     if ready is not None:
         os.write(ready, b"1")
         os.close(ready)
@@ -5688,7 +6536,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     try:
         server.stop()
     finally:
-        log.info("Shutting Down fwknopd.")
+        log.info(server.configuration.words.ended)
     return server.exit_code
 
 
@@ -5731,7 +6579,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     if number != signal.SIGHUP:
         server.finish("Got %s. Exiting..." % signal.Signals(number).name)
         return
-    log.info("Got SIGHUP. Re-reading configs.")
+    log.info(server.configuration.words.rereading)
     try:
         configuration = read()
         configuration.tell(log)
@@ -5742,7 +6590,8 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
                         + ([] if forwarded else forwarding_warnings(configuration.settings))):
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
-        log.info("Re-starting fwknopd")
+        if configuration.words.restarted:
+            log.info(configuration.words.restarted)
     except Exception as error:  # a mistake of ours in reading must not end the server
         known = isinstance(error, (SpaError, OSError))
         log.error("%s; going on with the old settings" % (error if known else
@@ -5750,7 +6599,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
 
 
 # ======================================================================================
-# 23. First configuration
+# 25. First configuration
 #
 # `--init tcp/22`: keys and both files where there are none, and the client's stanza. More
 # stanzas are keygen.py's work.
@@ -5821,7 +6670,7 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 24. Command line
+# 26. Command line
 #
 # Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
 # ======================================================================================
@@ -5916,6 +6765,7 @@ c config-file       FILE   config_file          fwknopd.conf
 O override-config   FILES  override             files like it with commas between; the last wins
 a access-file       FILE   ACCESS_FILE          access.conf
 - access-folder     DIR    ACCESS_FOLDER        all *.conf in it instead of access.conf
+- knockd-conf       FILE   KNOCKD_CONF          serve the doors of a knockd.conf, too or alone
 i interface         NAME   PCAP_INTF            interface to listen on, or any
 P pcap-filter       FILTER PCAP_FILTER          what to look at, in tcpdump's language
 - pcap-any-direction -     ENABLE_PCAP_ANY_DIRECTION=Y look at what this host sends, too
@@ -5959,6 +6809,23 @@ V version           -      version              print version and SHA-256 of thi
 h help              -      help                 print this
 """
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
+
+# The same for a command line of knockd's, which begins with the name knockd (knockd spec 1.1).
+KNOCKD_OPTION_TABLE = """
+i interface         NAME   interfaces           interfaces to listen on, instead of the file's
+d daemon            -      daemon               serve in the background
+c config            FILE   KNOCKD_CONF          knockd.conf
+D debug             -      VERBOSE=1            say more in the log
+l lookup            -      nothing              of knockd, ignored: names would delay a knock
+p pidfile           FILE   FWKNOP_PID_FILE      pid of the running server; PidFile goes first
+g logfile           FILE   log_file             log to this file; LogFile goes first
+v verbose           -      VERBOSE=1            say more in the log
+4 only-ip-v4        -      four_only            no IPv6
+V version           -      version              print version and SHA-256 of this file
+h help              -      help                 print this
+"""
+KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
+KNOCKD_FILE = "/etc/knockd.conf"
 KILL_SECONDS = 30  # a server may have to wait for a firewall program
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
            "list_all", "flush", "unguard", "key_gen"}
@@ -5974,13 +6841,31 @@ none, prints the client's stanza, hides ssh and serves. SIGHUP reads the files a
 """
 
 
-class Arguments:
-    """The command line: directives that it sets, and words that say what to do."""
+KNOCKD_HELP = """Usage: knockd [options]
 
-    def __init__(self, words: List[str]) -> None:
+Run the commands of a knockd.conf's doors for who hits their ports. This is spa_server.py under the
+name knockd; under its own it does more.
+
+%s
+"""
+
+
+class Arguments:
+    """The command line: directives that it sets, and words that say what to do.
+
+    `program` is the name it was started through: of knockd it takes other options, no more files
+    than knockd.conf, and serves its doors alone.
+    """
+
+    def __init__(self, words: List[str], program: str = "") -> None:
+        self.program = program
+        self.as_knockd = program == "knockd"
+        self.options = KNOCKD_OPTIONS if self.as_knockd else OPTIONS
         self.lines: List[Line] = []
         self.words: Dict[str, str] = {}
-        given, others = parse_options(OPTIONS, words)
+        if self.as_knockd:
+            self.lines.append(Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE))
+        given, others = parse_options(self.options, words)
         if others:
             raise UsageError("unexpected argument '%s'" % others[0], "--help lists the options")
         for option, name, text in given:
@@ -6011,7 +6896,24 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
     Relative paths in them begin at `directory`.
     """
     settings, warnings = read_settings(arguments)
+    knockd = read_knockd(settings.knockd_file) if settings.knockd_file else None
+    four_only = "four_only" in arguments
+    if knockd:
+        warnings += knockd.warnings
+        for row, value in ((KnockdOptions.interfaces, arguments.words.get("interfaces")),
+                           (KnockdOptions.log_file, knockd.options.log_file
+                            or arguments.words.get("log_file"))):
+            if value:
+                knockd.options.take(Line("--" + row.name.lower(), 0, row.name, value))
+        if arguments.as_knockd and (knockd.options.is_set(KnockdOptions.pid_file)
+                                    or not settings.is_set(ServerSettings.pid_file)):
+            path = os.path.join(directory, knockd.options.pid_file)
+            settings.take(Line("PidFile", 0, ServerSettings.pid_file.name, path))
     paths = [settings.access_file]
+    alone = knockd and not settings.is_set(ServerSettings.access_file) and not os.path.exists(
+        settings.access_file)
+    if arguments.as_knockd or (alone and not settings.access_folder):
+        return Configuration(settings, [], settings.warnings() + warnings, knockd, four_only)
     if settings.access_folder:
         try:
             paths = folder_files(settings.access_folder)
@@ -6023,7 +6925,7 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
     stanzas, more = read_stanzas(*paths, directory=directory)
     check_nat(settings, stanzas)
     return Configuration(settings, stanzas, settings.warnings() + warnings + more
-                         + port_warnings(settings, stanzas))
+                         + port_warnings(settings, stanzas), knockd, four_only)
 
 
 def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
@@ -6032,7 +6934,8 @@ def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
     settings = ServerSettings()
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
-    files = [arguments.config_file] * (named or os.path.exists(arguments.config_file))
+    files = [arguments.config_file] * (not arguments.as_knockd and (
+        named or os.path.exists(arguments.config_file)))
     overrides = arguments.words["override"].split(",") if "override" in arguments else []
     for path in files + overrides:
         warnings += read_server_settings(path, settings)
@@ -6197,9 +7100,11 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     elif "check" in arguments:
         print("Configs parsed, exiting.")
     else:
+        knockd = configuration.knockd
         print("\n".join(["# fwknopd.conf\n" + configuration.settings.dump()] + [
             "# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump())
-            for stanza in configuration.stanzas]))
+            for stanza in configuration.stanzas]
+            + (["# knockd.conf\n" + knockd.dump()] if knockd else [])))
 
 
 def serve(arguments: Arguments, log: Log) -> int:
@@ -6207,14 +7112,10 @@ def serve(arguments: Arguments, log: Log) -> int:
     settings = read_settings(arguments)[0]
     if "init" in arguments:
         settings = run_init(arguments, settings)
-    named = os.path.basename(sys.argv[0]) == "fwknopd" and "foreground" not in arguments
+    named = arguments.program == "fwknopd" and "foreground" not in arguments
     daemon = named or "daemon" in arguments
-    if daemon or "syslog" in arguments:
-        if syslog is None:
-            raise SpaError("this Python has no syslog module")
-        syslog.openlog(settings.syslog_identity, syslog.LOG_PID,
-                       getattr(syslog, settings.syslog_facility))
-        log.to_syslog = True
+    if (daemon and not arguments.as_knockd) or "syslog" in arguments:
+        log.open_syslog(settings.syslog_identity, "LOG_PID", settings.syslog_facility)
     log.stream_level = ERROR if daemon else DEBUG
     pid = PidFile(settings.pid_file).running() if named else None
     if pid is not None:  # for scripts that start it again and again, as with fwknopd
@@ -6225,6 +7126,11 @@ def serve(arguments: Arguments, log: Log) -> int:
     def read() -> Configuration:
         configuration = read_configuration(arguments, directory)
         open_gpg(configuration.settings, configuration.stanzas)
+        if configuration.knockd:
+            options = configuration.knockd.options
+            log.path = options.log_file and os.path.join(directory, options.log_file) or ""
+            if options.use_syslog and not log.to_syslog:
+                log.open_syslog("knockd", "", "LOG_DAEMON")
         return configuration
 
     return run_server(read, "test" in arguments, daemon, log, "rotate" in arguments)
@@ -6234,7 +7140,8 @@ def run(arguments: Arguments, log: Log) -> int:
     """Does what the options say; returns the exit code."""
     asked = set(arguments.words)
     if "help" in arguments or "version" in arguments:
-        print(HELP % "\n".join(option.format(option.help) for option in OPTIONS)
+        print((KNOCKD_HELP if arguments.as_knockd else HELP)
+              % "\n".join(option.format(option.help) for option in arguments.options)
               if "help" in arguments else
               "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
     elif "codes" in arguments:
@@ -6256,7 +7163,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """The program: command line in, exit code out."""
     log = Log(sys.stderr)
     try:
-        return run(Arguments(sys.argv[1:] if argv is None else argv), log)
+        return run(Arguments(sys.argv[1:] if argv is None else argv,
+                             os.path.basename(sys.argv[0])), log)
     except (SpaError, OSError) as error:
         log.error("spa_server.py: %s" % error)
         if isinstance(error, SpaError) and error.hint:

@@ -57,8 +57,8 @@ class CommandCase(ServerCase):
             commands.end_switch(cycle)
         for child in commands.running:
             if child.closes:
-                commands.end_switch(child.closes)
-            child.closes = None
+                commands.end_switch(child.cycle)
+            child.closes = False
             server.end_group(child.popen, signal.SIGKILL)
         self.wait_for(lambda: not commands.running and not commands.switches, "an end of all")
 
@@ -437,13 +437,13 @@ class RunTest(CommandCase):
     def test_too_many(self) -> None:
         """A packet that would start too many is rejected, before it starts any."""
         made = self.serve(ALLOWED)
-        one = type("Child", (), {"stanza": 1})  # type: Any
+        one = type("Child", (), {"cycle": mock.Mock(stanza=1)})  # type: Any
         made.commands.running, running = [one] * server.MAX_RUNNING, made.commands.running
         text = self.knock("10.55.0.2,touch %s/got" % self.directory, 0)
         made.commands.running = running
         self.assertIn("too many commands: %d of stanza #1 run" % server.MAX_RUNNING, text)
         self.assertIn("a command could not be started", text)
-        one.stanza = 2  # others keep nobody out
+        one.cycle.stanza = 2  # others keep nobody out
         made.commands.running = [one] * server.MAX_RUNNING
         self.knock("10.55.0.2,id", 0)
         del made.commands.running[:server.MAX_RUNNING]

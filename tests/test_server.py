@@ -586,13 +586,13 @@ class ReceiveTest(ServerCase):
         self.logged()
         for _ in range(1000):
             made.receive(datagram(b"!" * 150))
-        self.assertEqual(server.REJECTION_BURST, len(self.logged().splitlines()))
+        self.assertEqual(server.BURST, len(self.logged().splitlines()))
         self.clock.pass_seconds(1)
         for _ in range(1000):
             made.receive(datagram(b"!" * 150))
         lines = self.logged().splitlines()
         self.assertEqual(2, len(lines))
-        self.assertIn("%d more packets were rejected" % (1000 - server.REJECTION_BURST), lines[0])
+        self.assertIn("%d more packets were rejected" % (1000 - server.BURST), lines[0])
         self.assertEqual({"not an SPA packet": 2000}, made.counts)
         self.knock(made)
         self.assertIn("opened", self.logged(), "what opens is logged, whatever else comes")
