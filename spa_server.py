@@ -2943,8 +2943,9 @@ class Log:
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.path = ""  # of a file that gets the lines as well, with knockd's date
-        self.rejections = Throttle(self, "packets were rejected", monotonic)
-        self.knocks = Throttle(self, "steps of knock sequences came", monotonic)
+        self.rejections = Throttle(self, "more packets were rejected without a line in the log",
+                                   monotonic)
+        self.knocks = Throttle(self, "more knocks came without a line in the log", monotonic)
 
     def open_syslog(self, name: str, option: str, facility: str) -> None:
         """Lets lines go to syslog as well, under a name."""
@@ -2993,7 +2994,7 @@ class Log:
 class Throttle:
     """Whether a line may be written of which anybody can cause many: they must not fill the disk.
 
-    It tells how many it has held back of `what`.
+    It tells how many it has held back, and of what.
     """
 
     def __init__(self, log: Log, what: str, monotonic: Callable[[], float]) -> None:
@@ -3009,7 +3010,7 @@ class Throttle:
         # As if the burst had been saved up, a line a second, since quiet_until.
         self.quiet_until = max(self.quiet_until, now - BURST + 1) + 1
         if self.held_back:
-            self.log.info("%d more %s without a line in the log" % (self.held_back, self.what))
+            self.log.info("%d %s" % (self.held_back, self.what))
             self.held_back = 0
         return True
 
@@ -5932,7 +5933,8 @@ class Gate:
             user = packet.user.replace("'", "\\x27")  # it may try to look like our words
             who, client = "user '%s'" % user, "user '%s' (client %s)" % (user, packet.version)
         self.log.info("(stanza #%d) %s %s" % (
-            stanza.number, client, "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
+            stanza.number, client,
+            "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
         if not by_commands:
             self.note_opener("stanza #%d, %s" % (stanza.number, who), verdict.doors)
 
@@ -6111,12 +6113,12 @@ class Server(KnockGate):
                 capture.close()
         for capture in captures:
             if capture not in old:
-                take = self.knock if isinstance(capture, KnockCapture) else self.receive
-                self.selector.register(capture, selectors.EVENT_READ,
-                                       partial(self.drain, capture, take))
+                self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
 
-    def drain(self, capture: Capture, take: Callable[[Any], None]) -> None:
+    def drain(self, capture: Capture) -> None:
         """Reads from a capture until nothing is there, or others have waited long enough."""
+        take: Callable[[Any], None] = (self.knock if isinstance(capture, KnockCapture) else
+                                       self.receive)
         end = time.monotonic() + BATCH_SECONDS
         try:
             while self.running and time.monotonic() < end:
@@ -6275,7 +6277,7 @@ class Server(KnockGate):
             key.data()
         for capture in self.captures:
             if time.monotonic() >= capture.due:
-                self.drain(capture, self.receive)
+                self.drain(capture)
         self.grants.expire()
         self.commands.look()
         self.expire_knocks()
@@ -7107,6 +7109,13 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
             + (["# knockd.conf\n" + knockd.dump()] if knockd else [])))
 
 
+def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
+    """Lets the log go where a knockd.conf says, too."""
+    log.path = os.path.join(directory, options.log_file) if options.log_file else ""
+    if options.use_syslog and not log.to_syslog:
+        log.open_syslog("knockd", "", "LOG_DAEMON")
+
+
 def serve(arguments: Arguments, log: Log) -> int:
     """Serves, in the background where it was told to or its name is fwknopd."""
     settings = read_settings(arguments)[0]
@@ -7127,10 +7136,7 @@ def serve(arguments: Arguments, log: Log) -> int:
         configuration = read_configuration(arguments, directory)
         open_gpg(configuration.settings, configuration.stanzas)
         if configuration.knockd:
-            options = configuration.knockd.options
-            log.path = options.log_file and os.path.join(directory, options.log_file) or ""
-            if options.use_syslog and not log.to_syslog:
-                log.open_syslog("knockd", "", "LOG_DAEMON")
+            direct_log(log, configuration.knockd.options, directory)
         return configuration
 
     return run_server(read, "test" in arguments, daemon, log, "rotate" in arguments)
