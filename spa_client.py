@@ -1354,12 +1354,22 @@ def printable(text: str) -> str:
     return "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text)
 
 
-def read_private(path: str) -> str:
-    """The text of a file with secrets; warns if others can read it (fwknop spec 2.2)."""
+OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # what whoever started us has open
+
+
+def read_private(path: str, pipe: bool = False) -> str:
+    """The text of a file with secrets; warns if others can read it (fwknop spec 2.2).
+
+    A pipe has to be expected, or a shell's `<(...)`: any other could keep us waiting.
+    """
+    pipe = pipe or path.startswith(OPENED)
+    flags = getattr(os, "O_BINARY", 0) | (0 if pipe else getattr(os, "O_NONBLOCK", 0))
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_mode >> 12 not in ((0o10, 0o1) if pipe else (0o10,)):  # S_IFREG, S_IFIFO
+                raise ConfigError(path, 0, "expected a file")
             if hasattr(os, "geteuid"):
-                status = os.fstat(file.fileno())
                 if status.st_mode & 0o077:
                     warn("%s: permissions should only be user read/write (0600)" % path)
                 if status.st_uid != os.geteuid():
@@ -1404,17 +1414,11 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     return []
 
 
-def write_private(path: str, text: str, flags: int,
-                  like: "Optional[os.stat_result]" = None) -> None:
-    """Write a file; a new one is for its owner only, who is that of `like`.
-
-    `flags` say what becomes of an old one.
-    """
+def write_private(path: str, text: str, flags: int) -> None:
+    """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "wb") as file:
             file.write(encode_text(text))
-            if like is not None and hasattr(os, "fchown"):  # by path, it might be another's by now
-                os.fchown(file.fileno(), like.st_uid, like.st_gid)
             if flags & os.O_EXCL:
                 file.flush()
                 os.fsync(file.fileno())
@@ -1423,18 +1427,53 @@ def write_private(path: str, text: str, flags: int,
                        "it must be a new file" if flags & os.O_EXCL else "") from None
 
 
-def replace_file(path: str, text: str) -> None:
-    """Put a file that only its owner can read in the place of another one, whole or not at all."""
+LOCK_SECONDS = 10.0  # another run needs milliseconds
+
+
+def create_alone(path: str) -> int:
+    """Open a new file that only its owner can read; while it exists, waits for its end."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            if time.monotonic() > end:
+                raise SpaError("%s: another run is writing it" % path,
+                               "if there is none, remove it") from None
+            time.sleep(0.02)
+
+
+def replace_file(path: str, old: str, text: str) -> bool:
+    """Put a file that only its owner can read in the place of one that says `old`.
+
+    Whole or not at all; False if it says something else by now, and "" is none as well. The new
+    file is the lock: nobody who can't write in its directory can keep us waiting.
+    """
     path = os.path.realpath(path)
-    new = "%s.%d.updated" % (path, os.getpid())
-    status = os.stat(path) if os.path.exists(path) else None
-    if status is not None and status.st_mode >> 12 != 0o10:  # S_IFREG
-        raise SpaError("%s: expected a file" % path)
-    write_private(new, text, os.O_EXCL, status)
+    new = path + ".updated"
     try:
-        os.replace(new, path)
+        descriptor = create_alone(new)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(encode_text(text))
+                if os.path.exists(path) and hasattr(os, "fchown"):
+                    status = os.stat(path)  # chown() by path: it might be another's by now
+                    os.fchown(descriptor, status.st_uid, status.st_gid)
+                file.flush()
+                os.fsync(descriptor)
+            now = b""
+            if os.path.exists(path):
+                with open(path, "rb") as other:
+                    now = other.read()
+            if now != encode_text(old):
+                os.unlink(new)
+                return False
+            os.replace(new, path)
+            return True
+        except BaseException:
+            os.unlink(new)
+            raise
     except OSError as error:
-        os.unlink(new)
         raise SpaError("%s: %s" % (path, reason(error))) from None
 
 
@@ -1448,11 +1487,33 @@ def confirm(question: str) -> bool:
     return answer[:1] in (b"y", b"Y")
 
 
-def save_stanza(given: "Dict[str, Given]", force: bool) -> str:
-    """Write options to a stanza of the rc file (fwknop spec 2.3), and return the file's path.
+def choose_values(values: "Dict[str, str]", text: str, stanza: str,
+                  force: bool) -> "Tuple[Dict[str, str], Set[str]]":
+    """What may be written to a stanza of an rc file, and which directives leave it for that.
 
     Before other keys take the place of old ones it asks, unless `force`. An old key that would
     go before the new one, since it is given in another way, is taken out.
+    """
+    wanted, dropped = dict(values), set()  # type: Dict[str, str], Set[str]
+    old = {parse_line(line)[0] for name, lines in parse_stanzas(text)
+           for _, line in lines if name.lower() == stanza.lower()}
+    for name in values:
+        rivals = {name} if name in ("GPG_RECIPIENT", "GPG_SIGNER") else set()
+        for sources in KEY_SOURCES:
+            rivals.update(sources if name in sources else ())
+        rivals &= old - dropped
+        if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
+                                % (rival, stanza)) for rival in sorted(rivals)):
+            dropped |= rivals
+        else:
+            wanted.pop(name)
+    return wanted, dropped - set(wanted)
+
+
+def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
+    """Write options to a stanza of the rc file (fwknop spec 2.3); its path, and what was written.
+
+    When somebody else has changed the file meanwhile, it begins again with what that says.
     """
     named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given, True)
     if named is None or path is None:
@@ -1460,22 +1521,11 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> str:
             "an rc file" if named else "-n or -D, for the name of the stanza"))
     if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError("%s: expected the name of a stanza" % named.option)
-    values, dropped = stanza_values(given), set()  # type: Dict[str, str], Set[str]
-    text = read_private(path) if os.path.exists(path) else ""
-    old = {parse_line(line)[0] for name, lines in parse_stanzas(text)
-           for _, line in lines if name.lower() == named.text.lower()}
-    for name in list(values):
-        rivals = {name} if name in ("GPG_RECIPIENT", "GPG_SIGNER") else set()
-        for sources in KEY_SOURCES:
-            rivals.update(sources if name in sources else ())
-        rivals &= old - dropped
-        if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
-                                % (rival, named.text)) for rival in sorted(rivals)):
-            dropped |= rivals
-        else:
-            values.pop(name)
-    replace_file(path, edit_stanza(text, named.text, values, dropped - set(values)))
-    return path
+    while True:
+        text = read_private(path) if os.path.exists(path) else ""
+        values, dropped = choose_values(stanza_values(given), text, named.text, force)
+        if replace_file(path, text, edit_stanza(text, named.text, values, dropped)):
+            return path, values
 
 
 def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
@@ -1496,7 +1546,7 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
     if server is None:
         raise UsageError("a key file needs -D: its lines begin with the server")
     key = None
-    for line in read_private(path).split("\n"):
+    for line in read_private(path, True).split("\n"):
         line = line.rstrip("\r").lstrip(" \t")
         if line.startswith(server + ":"):
             key = line[len(server) + 1:].lstrip(" \t=") or key
@@ -1621,13 +1671,14 @@ def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
     keys = {name: binascii.b2a_base64(os.urandom(size), newline=False).decode("ascii")
             for name, size in (("KEY_BASE64", settings.key_length), ("HMAC_KEY_BASE64", length))}
     lines = "\n".join("%s: %s" % item for item in keys.items())
-    done = "[+] Wrote Rijndael and HMAC keys to"
     if settings.save_stanza:
         new = {name: Given(text, "-k") for name, text in keys.items()}
-        say("%s rc file: %s" % (done, save_stanza(dict(given, **new), settings.force_stanza)))
+        path, written = save_stanza(dict(given, **new), settings.force_stanza)
+        kinds = [kind for kind, name in zip(("Rijndael", "HMAC"), keys) if name in written]
+        say("[+] Wrote %s keys to rc file: %s" % (" and ".join(kinds) or "no", path))
     if settings.key_gen_file is not None:
         write_private(settings.key_gen_file, lines + "\n", os.O_EXCL)
-        say("%s: %s" % (done, settings.key_gen_file))
+        say("[+] Wrote Rijndael and HMAC keys to: %s" % settings.key_gen_file)
     elif not settings.save_stanza:
         say(lines)
 

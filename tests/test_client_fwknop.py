@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import socket
 import ssl
 import stat
@@ -17,7 +18,7 @@ import unittest
 from typing import Any, List, Tuple
 from unittest import mock
 
-from tests.support import find_pythons, needs_programs
+from tests.support import find_pythons, needs_programs, skip
 from tests.test_client import (BLOCK, HERE, HMAC_KEY, KEY, KEYS, KNOCK, SCRIPT, Case, Receiver,
                                client, fields, python, unseal)
 
@@ -947,6 +948,80 @@ NO_SAVE_ARGS                Y
         for line in self.read("new").splitlines():
             self.assertIn(line.split(": ")[1], self.read())
         self.assertNotEqual(before, self.read())
+
+    def test_what_was_generated_is_what_is_said(self) -> None:
+        """An old key that is to stay is not among what was written."""
+        path = os.path.join(self.home, ".fwknoprc")
+        for answers, said, kept in ((b"n\nn\n", "no", "ef"), (b"y\nn\n", "Rijndael", "f"),
+                                    (b"n\ny\n", "HMAC", "e"),
+                                    (b"y\ny\n", "Rijndael and HMAC", "")):
+            self.write("[h]\nKEY_BASE64 eeee\nHMAC_KEY_BASE64 ffff\n")
+            code, out, _ = self.run_main("-k", "--save-rc-stanza", "-n", "h", stdin=answers)
+            self.assertEqual((0, "[+] Wrote %s keys to rc file: %s" % (said, path)),
+                             (code, out.splitlines()[-1]))
+            self.assertEqual(kept, "".join(key for key in "ef" if " %s\n" % (key * 4)
+                                           in self.read()))
+
+    def test_save_stanza_at_the_same_time(self) -> None:
+        """Runs at once lose no stanza; one that has to begin again asks again."""
+        names = ["n%d" % number for number in range(8)]
+        runs = [subprocess.Popen(
+            [python(), "-I", "-S", SCRIPT, *KNOCK, *KEYS, "-T", "--save-rc-stanza", "-n", name],
+            env=self.environment, stdout=subprocess.DEVNULL) for name in names]
+        self.assertEqual([0] * 8, [each.wait(60) for each in runs])
+        self.assertEqual(set(names), {name for name, _ in client.parse_stanzas(self.read())[1:]})
+        self.assertEqual([".fwknoprc"], os.listdir(self.home))
+        self.write("[work]\n")
+        real, asked = client.edit_stanza, []  # type: Any, List[str]
+
+        def meanwhile(*arguments: Any) -> Any:
+            if not asked:
+                self.write("[other]\n[work]\nKEY theirs\n")
+            return real(*arguments)
+
+        def confirm(question: str) -> bool:
+            asked.append(question.split("'")[1])
+            return True
+
+        with mock.patch.object(client, "edit_stanza", meanwhile), \
+                mock.patch.object(client, "confirm", confirm):
+            self.dump(*KNOCK, *self.STANZA, "--key-rijndael", "ours")
+        self.assertEqual(["KEY"], asked)
+        self.assertRegex(self.read(), r"\A\[other\]\n\[work\]\nKEY +ours\n")
+        self.assertEqual([".fwknoprc"], os.listdir(self.home))
+
+    def test_save_stanza_waits_not_for_ever(self) -> None:
+        """What a run that broke off left is named after a while, and nothing changes."""
+        before = "[work]\nACCESS tcp/1\n"
+        path = self.write(before)
+        self.write("", ".fwknoprc.updated")
+        with mock.patch.object(client, "LOCK_SECONDS", 0.2):
+            self.assertEqual(
+                path + ".updated: another run is writing it (if there is none, remove it)",
+                self.failure(1, *KNOCK, *KEYS, *self.STANZA))
+        self.assertEqual(before, self.read())
+        self.assertEqual("", self.read(".fwknoprc.updated"))
+
+    def test_pipes(self) -> None:
+        """A FIFO for an rc file is refused, where it would hang; what a shell opens is read."""
+        path = os.path.join(self.home, ".fwknoprc")
+        os.mkfifo(path, 0o600)
+        for words in (["-T"], self.STANZA, ["--stanza-list"], ["-l", "-E", path]):
+            self.assertEqual(path + ": expected a file", self.failure(3, *KNOCK, *KEYS, *words))
+        for device in ("/dev/zero", "/dev/null"):
+            for words in (["--rc-file", device], ["-D", "h", "--no-rc-file", "-G", device]):
+                self.assertEqual(device + ": expected a file", self.failure(3, *KNOCK, *words))
+        os.unlink(path)
+        if not shutil.which("bash"):
+            skip("bash is not here")
+        rc, keys = self.write("[default]\nFW_TIMEOUT 9\n", "rc"), self.write("h: %s\n" % KEY, "k")
+        command = "%s -I -S %s -T %s -D h --rc-file <(cat %s) -G <(cat %s)" % (
+            python(), SCRIPT, " ".join(KNOCK), rc, keys)
+        done = subprocess.run(["bash", "-c", command], env=self.environment, timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        shown = fields(done.stdout.decode("ascii"))
+        self.assertEqual("9", shown["Client Timeout"], done.stderr)
+        self.assertIn(shown["Encoded Data"], unseal(shown["Final SPA Data"], KEY, 0))
 
     @needs_programs("fwknop")
     def test_save_stanza_like_the_real_client(self) -> None:
