@@ -2404,15 +2404,17 @@ def knock(settings: Settings) -> "Callable[[], None]":
     return send
 
 
-def knock_and_wait(settings: Settings,
-                   place: "Optional[Tuple[str, int]]") -> "Optional[socket.socket]":
-    """Knock, and connect to `place` if there is one; SpaError if it does not open."""
+def knock_and_wait(settings: Settings, place: "Optional[Tuple[str, int]]",
+                   sent: "Callable[[], None]") -> "Optional[socket.socket]":
+    """Knock, call `sent`, and connect to `place` if there is one; SpaError if it does not open."""
     if place is None:
         knock(settings)
+        sent()
         return None
     import errno
     addresses = find_addresses(place[0], place[1], choose_family(settings))
     again = knock(settings)
+    sent()
     begin, seconds = time.monotonic(), settings.wait or WAIT_SECONDS
     link, error = wait_until_open(addresses, seconds, again)
     if link is None:
@@ -2428,18 +2430,19 @@ def knock_and_wait(settings: Settings,
     return link
 
 
-def knock_at_all(several: "List[Settings]", words: "List[str]",
-                 command: "List[str]") -> "Optional[socket.socket]":
+def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[str]",
+                 sent: "Callable[[], None]") -> "Optional[socket.socket]":
     """Knock at each server; the connection to relay, which is waited for after the last knock.
 
-    With several servers each is tried, and errors are told at once.
+    With several servers each is tried, and errors are told at once. `sent` is called after each
+    packet, before anything is waited for.
     """
     places = [find_place(settings, words, command) for settings in several]
     failed, link = 0, None  # type: int, Optional[socket.socket]
     for number, (settings, place) in enumerate(zip(several, places), 1):
         try:
             link = knock_and_wait(
-                settings, None if settings.relay and number < len(several) else place)
+                settings, None if settings.relay and number < len(several) else place, sent)
         except SpaError as error:
             if len(several) == 1:
                 raise
@@ -2502,9 +2505,8 @@ def run(words: "List[str]") -> bool:
             settings.save_append |= settings is not first  # -B: the packets of all of them
         if first.save_stanza:
             save_stanza(given, first.force_stanza)
-        link = knock_at_all(several, others, command)
-        if not first.test and not first.no_save_args:
-            save_arguments(given, saved)
+        keep = None if first.test or first.no_save_args else saved
+        link = knock_at_all(several, others, command, lambda: save_arguments(given, keep))
         if link is not None and first.relay:
             relay(link)
         if command:

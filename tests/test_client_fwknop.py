@@ -790,6 +790,11 @@ class Files(Case):
         self.assertIn("-A tcp/22", self.read("args"))
         self.assertEqual("192.0.2.7,tcp/22",
                          self.dump("-l", "-E", path, *KEYS)["Message String"])
+        with Receiver() as receiver, mock.patch.object(
+                client, "wait_until_open", side_effect=KeyboardInterrupt):  # once sent, they are
+            self.failure(130, *KNOCK, *KEYS, *receiver.options, "--wait", "9", "-E", path,
+                         "--no-rc-file")
+        self.assertIn(" --wait 9", self.read("args"))
         self.assertIn(".fwknop.run: cannot be read", self.failure(3, "-l"))
         self.assertIn("-l needs a home directory, or -E", self.failure(2, "-l", "--no-home-dir"))
         os.mkdir(os.path.join(self.home, ".fwknop.run"))
