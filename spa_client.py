@@ -1715,6 +1715,9 @@ def find_user(settings: Settings) -> str:
 # ======================================================================================
 
 
+MAX_WORDS = 500  # characters of what a program says; the reason is at the end
+
+
 def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
     """What a program prints when it reads `given`; SpaError with its own words when it fails."""
     import subprocess
@@ -1726,8 +1729,8 @@ def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
         raise SpaError("%s: %s" % (argv[0], reason(error))) from None
     if process.returncode:
         lines = errors.decode("ascii", "backslashreplace").split("\n")
-        words = "; ".join(line.strip() for line in lines if line.strip())
-        raise SpaError(words or "%s: exit code %d" % (argv[0], process.returncode))
+        words = printable("; ".join(line.strip() for line in lines if line.strip()))
+        raise SpaError(words[-MAX_WORDS:] or "%s: exit code %d" % (argv[0], process.returncode))
     return out
 
 
@@ -1748,7 +1751,11 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
         plaintext = passphrase + b"\n" + plaintext
     if settings.gpg_signer is not None:
         argv += ["--sign", "--local-user", settings.gpg_signer]
-    return run_program(argv + ["--encrypt", "--recipient", settings.gpg_recipient or ""], plaintext)
+    argv += ["--encrypt", "--recipient", settings.gpg_recipient or ""]
+    cipher = run_program(argv, plaintext)
+    if not cipher:
+        raise SpaError("%s: it printed nothing" % settings.gpg_exe)
+    return cipher
 
 
 # ======================================================================================

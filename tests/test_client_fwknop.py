@@ -639,6 +639,19 @@ class Gpg(Case):
                          (shown["Encryption Type"], shown["Encryption Mode"]))
         self.assertEqual(("srv", "<NULL>"), (shown["GPG recipient"], shown["GPG signer"]))
 
+    def test_failures(self) -> None:
+        """Its last words, in printable characters, are told; an empty packet is not sent."""
+        words = [*KNOCK, *self.fake(b"")]
+        with Receiver() as receiver:
+            self.assertEqual(words[5] + ": it printed nothing",
+                             self.failure(1, *words, *receiver.options))
+            self.write("#!/bin/sh\nhead -c 100000 /dev/zero | tr '\\000' 'x' >&2\n"
+                       "printf '\\n\\033[31mNo public key\\n' >&2\nexit 2\n", "gpg", 0o700)
+            line = self.failure(1, *words, *receiver.options)
+            self.assertEqual(500, len(line))
+            self.assertRegex(line, r"^x+; \\x1b\[31mNo public key$")
+            self.assertTrue(receiver.silent())
+
     def test_other_keys(self) -> None:
         """What does not begin with hQ is sent whole."""
         shown = self.dump(*KNOCK, *self.fake(b"\x84\x5e\x03xyz"))
