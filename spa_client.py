@@ -1853,8 +1853,13 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
     stream = open_socket(link.family, link.getpeername(), False, NETWORK_SECONDS)
     try:
         stream.sendall(payload)
-        if settings.http_proxy:
-            stream.recv(1)  # before that, it may not have passed it on
+        if settings.http_proxy:  # before it answers, it may not have passed it on
+            try:
+                answer = stream.recv(1)
+            except OSError:
+                answer = b""
+            if not answer:
+                warn("the proxy did not answer: whether it passed the packet on is not known")
     finally:
         stream.close()
     return len(payload)

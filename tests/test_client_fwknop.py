@@ -396,6 +396,41 @@ class Carriers(Case):
                 self.assertTrue(lines[0].startswith("GET " + target), lines)
                 self.assertIn("User-Agent: some agent", lines)
 
+    def test_a_proxy_without_an_answer(self) -> None:
+        """The packet is out of the house: one that closes, resets or is silent is warned of."""
+        reset = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
+        for option in (b"", reset, None):
+            with self.subTest(option), socket.socket() as listener, \
+                    mock.patch.object(client, "NETWORK_SECONDS", 0.3 if option is None else 10):
+                listener.bind(("127.0.0.1", 0))
+                listener.listen(1)
+                came = []  # type: List[bytes]
+
+                def serve(listener: Any, option: Any, came: List[bytes]) -> None:
+                    with listener.accept()[0] as peer:
+                        while not came or not came[0].endswith(b"\r\n\r\n"):
+                            came[:] = [b"".join(came) + peer.recv(4096)]
+                        if option:
+                            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+                        elif option is None:
+                            peer.recv(1)  # until the client has had enough
+
+                thread = threading.Thread(target=serve, args=(listener, option, came), daemon=True)
+                thread.start()
+                self.assertEqual((0, "", "spa_client.py: warning: the proxy did not answer: whether"
+                                  " it passed the packet on is not known\n"), self.run_main(
+                    *KNOCK, *KEYS, "-D", "h", "-H", "127.0.0.1:%d" % listener.getsockname()[1]))
+                thread.join(30)
+                self.assertTrue(came[0].startswith(b"GET http://h/"))
+
+    def test_a_web_server_without_an_answer(self) -> None:
+        """Nobody waits for one, as in fwknop."""
+        with WebServer(b"") as web:
+            web.answer = b""
+            self.assertEqual((0, "", ""), self.run_main(
+                *KNOCK, *KEYS, "-P", "http", "-D", "127.0.0.1", "-p", str(web.port)))
+            self.assertIn("GET /", web.request()[0])
+
     def test_tcp(self) -> None:
         """The packet and nothing else."""
         with socket.socket() as listener:
