@@ -465,6 +465,9 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
             "ask for fewer ports at a time, or use a shorter digest")
 
 
+MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
+
+
 def is_public(address: bytes) -> bool:
     """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
 
@@ -472,7 +475,7 @@ def is_public(address: bytes) -> bool:
     tunnels (RFC 2544), unique local (RFC 4193), multicast. IPv6 hands out public addresses below
     2000::/3 only (RFC 4291).
     """
-    if address[:12] == b"\0" * 10 + b"\xff\xff":  # IPv4 inside IPv6
+    if address[:12] == MAPPED:
         address = address[12:]
     if len(address) == 16:
         return address[0] >> 5 == 1
@@ -1937,6 +1940,18 @@ def own_address(link: "socket.socket") -> "Optional[str]":
     return names[0]
 
 
+def check_own(text: str, where: str) -> str:
+    """Our address as others told it, IPv4 if it was in IPv6; SpaError for one that is nobody's."""
+    own = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    if own[:12] == MAPPED:
+        own = own[12:]
+        text = socket.inet_ntop(socket.AF_INET, own)
+    if (own[0] in (0, 127) or own[0] >= 224) if len(own) == 4 else (
+            own[:15] == bytes(15) or own[0] == 255):
+        raise SpaError("%s: it says that our address is %s, which can't be" % (where, text))
+    return text
+
+
 def resolve_address(settings: Settings, family: int = 0) -> str:
     """Our address: the line of RESOLVE_URL that is one (fwknop spec 2.6); SpaError without any."""
     secure = "" if settings.resolve_http_only else "s"
@@ -1955,9 +1970,10 @@ def resolve_address(settings: Settings, family: int = 0) -> str:
         answer = fetch(page, settings.user_agent, family)
     for line in answer.decode("ascii", "replace").splitlines():
         try:
-            return parse_address(line.strip())
+            found = parse_address(line.strip())
         except ValueError:
             continue
+        return check_own(found, url)
     raise SpaError("%s: no line of the answer is an address" % url)
 
 
@@ -1991,10 +2007,15 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
 
 
 def is_whole(answer: bytes) -> bool:
-    """Whether an answer is as long as its Content-Length says (RFC 9112 section 6.3)."""
+    """Whether an answer is as long as its Content-Length says (RFC 9112 section 6.3).
+
+    ValueError when that says no length; without it, only the end of the connection is the end.
+    """
     head, _, body = answer.lower().partition(b"\r\n\r\n")
     length = head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0].strip()
-    return length.isdigit() and len(body) >= int(length)
+    if length.strip(b"0123456789") or len(length) > 9:
+        raise ValueError("expected a Content-Length of at most 9 digits")
+    return bool(length) and len(body) >= int(length)
 
 
 def start_tls(link: "socket.socket", host: str) -> "Any":
@@ -2048,7 +2069,7 @@ def ask_stun(place: str, family: int) -> str:
                     except socket.timeout:
                         break
                     if own is not None:
-                        return own
+                        return check_own(own, "STUN server " + host)
         except OSError as error:
             problem = reason(error)
     raise SpaError("STUN server %s: %s" % (host, problem), "-a or -s need none")

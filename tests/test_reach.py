@@ -265,6 +265,23 @@ class Stun(Case):
                     unseal(receiver.packet()).split(":")[5]))
                 break_off(stun, thread)
 
+    def test_nobodys_address(self) -> None:
+        """An answer that can't be is refused, and no packet sent."""
+        with Receiver() as stun, Receiver() as receiver:
+            def answer() -> None:
+                question, peer = stun.socket.recvfrom(100)
+                mapped = attribute(1, b"\0\1\0\0\x7f\0\0\1")
+                stun.socket.sendto(response(mapped, identity=question[8:]), peer)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            self.assertEqual(
+                "STUN server 127.0.0.1: it says that our address is 127.0.0.1, which can't be",
+                self.failure(1, "-A", "tcp/22", *KEYS, *receiver.options, "--resolve-stun",
+                             "127.0.0.1:" + stun.options[3]))
+            thread.join(PATIENCE)
+            self.assertTrue(receiver.silent())
+
     def test_no_answer(self) -> None:
         """It asks three times, then says so; nobody there is told at once. No packet is sent."""
         with Receiver() as stun, Receiver() as receiver, \
