@@ -1154,12 +1154,14 @@ def format_man() -> str:
                               roff(about[-1].partition(": ")[2])])
 
 
-# Names are read line by line: `compgen -W` would run what is written in them.
+# Names are read line by line, since `compgen -W` would run what is written in them, and quoted,
+# since what stands on a command line is run as well.
 BASH_COMPLETION = r"""_spa_client() {
-    local name
+    local name quoted
     if [[ $3 == -n || $3 == --named-config ]]; then
         while read -r _ name; do
-            [[ $name == "$2"* ]] && COMPREPLY+=("$name")
+            printf -v quoted %%q "$name"
+            [[ $name == "$2"* || $quoted == "$2"* ]] && COMPREPLY+=("$quoted")
         done < <("$1" --stanza-list 2>/dev/null | grep '^ - ')
     elif [[ $2 == -* ]]; then
         COMPREPLY=($(compgen -W "%s" -- "$2"))
