@@ -35,6 +35,7 @@ import ipaddress
 import os
 import stat
 import sys
+import time
 from typing import (
     Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple)
 
@@ -494,6 +495,7 @@ def retire_stanza(text: str, mark: str) -> str:
 # ======================================================================================
 
 POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directories to open
+LOCK_SECONDS = 10  # another run needs milliseconds; but who can read a directory can lock it, too
 
 
 @contextlib.contextmanager
@@ -517,8 +519,17 @@ def locked_directory(path: str) -> Iterator[None]:
     with errors_named(path):
         fd = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # NFS has no lock for who only reads
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise SpaError(f"{path}: another program keeps it locked") from None
+                time.sleep(0.02)
+            except OSError:  # NFS has no lock for who only reads
+                break
         yield
         with errors_named(path):
             os.fsync(fd)  # or a power cut takes new names away again

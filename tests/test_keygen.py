@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -442,6 +443,19 @@ class CrashTest(FileTestCase):
         self.assertEqual([0o600] * 2, [self.mode(self.path(name)) for name in os.listdir(self.top)])
         self.assertEqual(0, call(*WORK, "--rc-file", rc)[0])
         self.assertEqual(1, self.read(rc).count("[work]"))
+
+    def test_who_holds_the_lock_is_not_waited_for_for_ever(self) -> None:
+        """Anybody who can read a directory can lock it: the file stays, and one line names it."""
+        rc = self.path("rc", "[old]\n")
+        fd = os.open(self.top, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with mock.patch.object(keygen, "LOCK_SECONDS", 0.2):
+            self.assertEqual((1, "", f"keygen.py: {self.top}: another program keeps it locked\n"),
+                             call(*WORK, "--rc-file", rc))
+        self.assertEqual(("[old]\n", ["rc"]), (self.read(rc), os.listdir(self.top)))
+        threading.Timer(0.2, fcntl.flock, (fd, fcntl.LOCK_UN)).start()
+        self.assertEqual(0, call(*WORK, "--rc-file", rc)[0])
 
     def test_many_at_once_lose_no_stanza(self) -> None:
         """Eight runs add to one file that does not exist yet; each stanza is whole."""
