@@ -221,7 +221,7 @@ class WrongOptionTest(unittest.TestCase):
                 ("--username", "expected a user name", ("", "a b", "a:b", "x" * 30, "a#", "\n")),
                 ("--key-len", "expected a number, 1 to 32", ("0", "33", "x")),
                 ("--hmac-key-len", "expected a number, 1 to 128", ("0", "129")),
-                ("--hmac-digest-type", "invalid choice", ("sha", "sha224", "")),
+                ("--hmac-digest-type", "expected one of md5 sha1", ("sha", "sha224", "")),
         ):
             for value in values:
                 with self.subTest(option=option, value=value):
@@ -250,10 +250,16 @@ class WrongOptionTest(unittest.TestCase):
     def test_a_secret_given_by_mistake_is_not_repeated(self) -> None:
         """An option of fwknop's that takes a key is refused by its name alone."""
         for arguments in (["--key-base64-rijndael=c2VjcmV0"], ["--key-hmac", "c2VjcmV0"],
-                          WORK + ["c2VjcmV0"], ["-k", "c2VjcmV0" * 9], WORK + ["--key=c2VjcmV0"]):
+                          WORK + ["c2VjcmV0"], ["-k", "c2VjcmV0" * 9], WORK + ["--key=c2VjcmV0"],
+                          ["-kc2VjcmV0"], ["-k=c2VjcmV0"], ["--qr=c2VjcmV0"], ["-Vc2VjcmV0"],
+                          ["--man=c2VjcmV0'"],
+                          *([f"{names.split()[-1]}=c2VjcmV0/+\"'"] for names, _, parse, _ in
+                            keygen.OPTIONS + keygen.STANZA_OPTIONS
+                            if parse is not keygen.parse_path)):
             code, out, err = call(*arguments)
             self.assertEqual((2, ""), (code, out))
-            self.assertNotIn("c2VjcmV0", err)
+            self.assertRegex(err, r"\Akeygen\.py: [^\n]{10,}\n\Z")
+            self.assertNotIn("c2vjcmv0", err.lower())
 
     def test_help(self) -> None:
         """--help tells about REQUIRE_SOURCE_ADDRESS, on standard output."""
