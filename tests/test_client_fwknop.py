@@ -18,7 +18,7 @@ import unittest
 from typing import Any, List, Tuple
 from unittest import mock
 
-from tests.support import find_pythons, needs_programs, skip
+from tests.support import TOP, find_pythons, needs_programs, skip
 from tests.test_client import (BLOCK, HERE, HMAC_KEY, KEY, KEYS, KNOCK, SCRIPT, Case, Receiver,
                                client, fields, python, unseal)
 
@@ -1169,6 +1169,27 @@ class Systems(Case):
                                   stderr=subprocess.PIPE, timeout=60)
             self.assertEqual((0, b"", b""), (done.returncode, done.stdout, done.stderr))
             self.assertIn("1:", unseal(receiver.packet(), KEY))
+
+    def test_the_fastest_start(self) -> None:
+        """The line of the README, with the file compiled; exit codes and errors are the same."""
+        with open(os.path.join(TOP, "README.md")) as file:
+            line = next(line for line in file if line.startswith("    PYTHONPATH="))
+        place, _, _, *start = shlex.split(line)
+        shutil.copy(SCRIPT, self.home)
+        environment = dict(self.environment, PYTHONPATH=self.home)
+        self.assertEqual(("PYTHONPATH=/usr/local/lib/spa", ["-q", "-n", "gate"]),
+                         (place, start[-3:]))
+        with Receiver() as receiver:
+            self.write("[gate]\nKEY k\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\nSPA_SERVER_PORT %s\n"
+                       % receiver.options[3])
+            for more, expected in ((["-s"], (0, b"", b"")),
+                                   (["-p", "0"], (2, b"", b"spa_client.py: -p: expected a port "
+                                                          b"number, 1 to 65535, not '0'\n"))):
+                done = subprocess.run([python(), "-S", *start, *more], env=environment, timeout=60,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.home)
+                self.assertEqual(expected, (done.returncode, done.stdout, done.stderr))
+            self.assertTrue(unseal(receiver.packet(), "k", 0))
+        self.assertIn("__pycache__", os.listdir(self.home))
 
     def test_what_a_plain_knock_loads(self) -> None:
         """None of the modules that the other ways need."""
