@@ -35,6 +35,7 @@ import ipaddress
 import os
 import stat
 import sys
+import time
 from typing import (
     Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple)
 
@@ -494,6 +495,7 @@ def retire_stanza(text: str, mark: str) -> str:
 # ======================================================================================
 
 POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directories to open
+LOCK_SECONDS = 10  # another run needs milliseconds; but who can read a directory can lock it, too
 
 
 @contextlib.contextmanager
@@ -517,8 +519,17 @@ def locked_directory(path: str) -> Iterator[None]:
     with errors_named(path):
         fd = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # NFS has no lock for who only reads
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise SpaError(f"{path}: another program keeps it locked") from None
+                time.sleep(0.02)
+            except OSError:  # NFS has no lock for who only reads
+                break
         yield
         with errors_named(path):
             os.fsync(fd)  # or a power cut takes new names away again
@@ -633,17 +644,23 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError, so that only main() knows about exit codes."""
-        raise UsageError(message)
+        """Raise UsageError, so that only main() knows about exit codes.
+
+        What argparse puts in quotes was given, and may be a key in the wrong place: it is cut off.
+        """
+        raise UsageError(message.partition(" '")[0].partition(' "')[0])
 
 
-def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """Return `parse` as argparse wants it: the error says what was expected."""
+def checked(parse: Callable[[str], object], choices: str = "") -> Callable[[str], object]:
+    """Return `parse` as argparse wants it: the error says what was expected, not what was given."""
     def convert(text: str) -> object:
         try:
-            return parse(text)
+            value = parse(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+        if choices and value not in choices.split("|"):
+            raise argparse.ArgumentTypeError(f"expected one of {choices.replace('|', ' ')}")
+        return value
     return convert
 
 
@@ -661,8 +678,8 @@ def make_parser() -> argparse.ArgumentParser:
             if names == "-h --help":
                 more = {"action": "help"}
             elif value:
-                choices = value.split("|") if "|" in value else None
-                more = {"metavar": value, "type": checked(parse), "choices": choices}
+                choices = value if "|" in value else ""
+                more = {"metavar": value, "type": checked(parse, choices)}
             group.add_argument(*names.split(), help=help, **more)
     return parser
 
@@ -826,8 +843,8 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     """Do what the command line says; raise SpaError."""
     options, unknown = make_parser().parse_known_args(argv)
     if unknown:  # what follows it may be a secret that was meant for `fwknop`: not shown
-        name = unknown[0].partition("=")[0]
-        raise UsageError(f"unknown option {name}" if name[0] == "-" else "expected one NAME")
+        name = unknown[0].partition("=")[0] if unknown[0][:2] == "--" else unknown[0][:2]
+        raise UsageError(f"unknown option {name}" if name[:1] == "-" else "expected one NAME")
 
     def make(digest: str) -> Keys:
         if (options.key_len or 16) < 16 or (options.hmac_key_len or 16) < 16:

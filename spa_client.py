@@ -465,6 +465,9 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
             "ask for fewer ports at a time, or use a shorter digest")
 
 
+MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
+
+
 def is_public(address: bytes) -> bool:
     """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
 
@@ -472,7 +475,7 @@ def is_public(address: bytes) -> bool:
     tunnels (RFC 2544), unique local (RFC 4193), multicast. IPv6 hands out public addresses below
     2000::/3 only (RFC 4291).
     """
-    if address[:12] == b"\0" * 10 + b"\xff\xff":  # IPv4 inside IPv6
+    if address[:12] == MAPPED:
         address = address[12:]
     if len(address) == 16:
         return address[0] >> 5 == 1
@@ -1151,12 +1154,14 @@ def format_man() -> str:
                               roff(about[-1].partition(": ")[2])])
 
 
-# Names are read line by line: `compgen -W` would run what is written in them.
+# Names are read line by line, since `compgen -W` would run what is written in them, and quoted,
+# since what stands on a command line is run as well.
 BASH_COMPLETION = r"""_spa_client() {
-    local name
+    local name quoted
     if [[ $3 == -n || $3 == --named-config ]]; then
         while read -r _ name; do
-            [[ $name == "$2"* ]] && COMPREPLY+=("$name")
+            printf -v quoted %%q "$name"
+            [[ $name == "$2"* || $quoted == "$2"* ]] && COMPREPLY+=("$quoted")
         done < <("$1" --stanza-list 2>/dev/null | grep '^ - ')
     elif [[ $2 == -* ]]; then
         COMPREPLY=($(compgen -W "%s" -- "$2"))
@@ -1354,12 +1359,22 @@ def printable(text: str) -> str:
     return "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text)
 
 
-def read_private(path: str) -> str:
-    """The text of a file with secrets; warns if others can read it (fwknop spec 2.2)."""
+OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # what whoever started us has open
+
+
+def read_private(path: str, pipe: bool = False) -> str:
+    """The text of a file with secrets; warns if others can read it (fwknop spec 2.2).
+
+    A pipe has to be expected, or a shell's `<(...)`: any other could keep us waiting.
+    """
+    pipe = pipe or path.startswith(OPENED)
+    flags = getattr(os, "O_BINARY", 0) | (0 if pipe else getattr(os, "O_NONBLOCK", 0))
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_mode >> 12 not in ((0o10, 0o1) if pipe else (0o10,)):  # S_IFREG, S_IFIFO
+                raise ConfigError(path, 0, "expected a file")
             if hasattr(os, "geteuid"):
-                status = os.fstat(file.fileno())
                 if status.st_mode & 0o077:
                     warn("%s: permissions should only be user read/write (0600)" % path)
                 if status.st_uid != os.geteuid():
@@ -1404,17 +1419,11 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     return []
 
 
-def write_private(path: str, text: str, flags: int,
-                  like: "Optional[os.stat_result]" = None) -> None:
-    """Write a file; a new one is for its owner only, who is that of `like`.
-
-    `flags` say what becomes of an old one.
-    """
+def write_private(path: str, text: str, flags: int) -> None:
+    """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "wb") as file:
             file.write(encode_text(text))
-            if like is not None and hasattr(os, "fchown"):  # by path, it might be another's by now
-                os.fchown(file.fileno(), like.st_uid, like.st_gid)
             if flags & os.O_EXCL:
                 file.flush()
                 os.fsync(file.fileno())
@@ -1423,18 +1432,53 @@ def write_private(path: str, text: str, flags: int,
                        "it must be a new file" if flags & os.O_EXCL else "") from None
 
 
-def replace_file(path: str, text: str) -> None:
-    """Put a file that only its owner can read in the place of another one, whole or not at all."""
+LOCK_SECONDS = 10.0  # another run needs milliseconds
+
+
+def create_alone(path: str) -> int:
+    """Open a new file that only its owner can read; while it exists, waits for its end."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            if time.monotonic() > end:
+                raise SpaError("%s: another run is writing it" % path,
+                               "if there is none, remove it") from None
+            time.sleep(0.02)
+
+
+def replace_file(path: str, old: str, text: str) -> bool:
+    """Put a file that only its owner can read in the place of one that says `old`.
+
+    Whole or not at all; False if it says something else by now, and "" is none as well. The new
+    file is the lock: nobody who can't write in its directory can keep us waiting.
+    """
     path = os.path.realpath(path)
-    new = "%s.%d.updated" % (path, os.getpid())
-    status = os.stat(path) if os.path.exists(path) else None
-    if status is not None and status.st_mode >> 12 != 0o10:  # S_IFREG
-        raise SpaError("%s: expected a file" % path)
-    write_private(new, text, os.O_EXCL, status)
+    new = path + ".updated"
     try:
-        os.replace(new, path)
+        descriptor = create_alone(new)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(encode_text(text))
+                if os.path.exists(path) and hasattr(os, "fchown"):
+                    status = os.stat(path)  # chown() by path: it might be another's by now
+                    os.fchown(descriptor, status.st_uid, status.st_gid)
+                file.flush()
+                os.fsync(descriptor)
+            now = b""
+            if os.path.exists(path):
+                with open(path, "rb") as other:
+                    now = other.read()
+            if now != encode_text(old):
+                os.unlink(new)
+                return False
+            os.replace(new, path)
+            return True
+        except BaseException:
+            os.unlink(new)
+            raise
     except OSError as error:
-        os.unlink(new)
         raise SpaError("%s: %s" % (path, reason(error))) from None
 
 
@@ -1448,11 +1492,33 @@ def confirm(question: str) -> bool:
     return answer[:1] in (b"y", b"Y")
 
 
-def save_stanza(given: "Dict[str, Given]", force: bool) -> str:
-    """Write options to a stanza of the rc file (fwknop spec 2.3), and return the file's path.
+def choose_values(values: "Dict[str, str]", text: str, stanza: str,
+                  force: bool) -> "Tuple[Dict[str, str], Set[str]]":
+    """What may be written to a stanza of an rc file, and which directives leave it for that.
 
     Before other keys take the place of old ones it asks, unless `force`. An old key that would
     go before the new one, since it is given in another way, is taken out.
+    """
+    wanted, dropped = dict(values), set()  # type: Dict[str, str], Set[str]
+    old = {parse_line(line)[0] for name, lines in parse_stanzas(text)
+           for _, line in lines if name.lower() == stanza.lower()}
+    for name in values:
+        rivals = {name} if name in ("GPG_RECIPIENT", "GPG_SIGNER") else set()
+        for sources in KEY_SOURCES:
+            rivals.update(sources if name in sources else ())
+        rivals &= old - dropped
+        if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
+                                % (rival, stanza)) for rival in sorted(rivals)):
+            dropped |= rivals
+        else:
+            wanted.pop(name)
+    return wanted, dropped - set(wanted)
+
+
+def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
+    """Write options to a stanza of the rc file (fwknop spec 2.3); its path, and what was written.
+
+    When somebody else has changed the file meanwhile, it begins again with what that says.
     """
     named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given, True)
     if named is None or path is None:
@@ -1460,22 +1526,11 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> str:
             "an rc file" if named else "-n or -D, for the name of the stanza"))
     if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError("%s: expected the name of a stanza" % named.option)
-    values, dropped = stanza_values(given), set()  # type: Dict[str, str], Set[str]
-    text = read_private(path) if os.path.exists(path) else ""
-    old = {parse_line(line)[0] for name, lines in parse_stanzas(text)
-           for _, line in lines if name.lower() == named.text.lower()}
-    for name in list(values):
-        rivals = {name} if name in ("GPG_RECIPIENT", "GPG_SIGNER") else set()
-        for sources in KEY_SOURCES:
-            rivals.update(sources if name in sources else ())
-        rivals &= old - dropped
-        if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
-                                % (rival, named.text)) for rival in sorted(rivals)):
-            dropped |= rivals
-        else:
-            values.pop(name)
-    replace_file(path, edit_stanza(text, named.text, values, dropped - set(values)))
-    return path
+    while True:
+        text = read_private(path) if os.path.exists(path) else ""
+        values, dropped = choose_values(stanza_values(given), text, named.text, force)
+        if replace_file(path, text, edit_stanza(text, named.text, values, dropped)):
+            return path, values
 
 
 def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
@@ -1496,7 +1551,7 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
     if server is None:
         raise UsageError("a key file needs -D: its lines begin with the server")
     key = None
-    for line in read_private(path).split("\n"):
+    for line in read_private(path, True).split("\n"):
         line = line.rstrip("\r").lstrip(" \t")
         if line.startswith(server + ":"):
             key = line[len(server) + 1:].lstrip(" \t=") or key
@@ -1621,13 +1676,14 @@ def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
     keys = {name: binascii.b2a_base64(os.urandom(size), newline=False).decode("ascii")
             for name, size in (("KEY_BASE64", settings.key_length), ("HMAC_KEY_BASE64", length))}
     lines = "\n".join("%s: %s" % item for item in keys.items())
-    done = "[+] Wrote Rijndael and HMAC keys to"
     if settings.save_stanza:
         new = {name: Given(text, "-k") for name, text in keys.items()}
-        say("%s rc file: %s" % (done, save_stanza(dict(given, **new), settings.force_stanza)))
+        path, written = save_stanza(dict(given, **new), settings.force_stanza)
+        kinds = [kind for kind, name in zip(("Rijndael", "HMAC"), keys) if name in written]
+        say("[+] Wrote %s keys to rc file: %s" % (" and ".join(kinds) or "no", path))
     if settings.key_gen_file is not None:
         write_private(settings.key_gen_file, lines + "\n", os.O_EXCL)
-        say("%s: %s" % (done, settings.key_gen_file))
+        say("[+] Wrote Rijndael and HMAC keys to: %s" % settings.key_gen_file)
     elif not settings.save_stanza:
         say(lines)
 
@@ -1664,6 +1720,9 @@ def find_user(settings: Settings) -> str:
 # ======================================================================================
 
 
+MAX_WORDS = 500  # characters of what a program says; the reason is at the end
+
+
 def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
     """What a program prints when it reads `given`; SpaError with its own words when it fails."""
     import subprocess
@@ -1675,8 +1734,8 @@ def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
         raise SpaError("%s: %s" % (argv[0], reason(error))) from None
     if process.returncode:
         lines = errors.decode("ascii", "backslashreplace").split("\n")
-        words = "; ".join(line.strip() for line in lines if line.strip())
-        raise SpaError(words or "%s: exit code %d" % (argv[0], process.returncode))
+        words = printable("; ".join(line.strip() for line in lines if line.strip()))
+        raise SpaError(words[-MAX_WORDS:] or "%s: exit code %d" % (argv[0], process.returncode))
     return out
 
 
@@ -1697,7 +1756,11 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
         plaintext = passphrase + b"\n" + plaintext
     if settings.gpg_signer is not None:
         argv += ["--sign", "--local-user", settings.gpg_signer]
-    return run_program(argv + ["--encrypt", "--recipient", settings.gpg_recipient or ""], plaintext)
+    argv += ["--encrypt", "--recipient", settings.gpg_recipient or ""]
+    cipher = run_program(argv, plaintext)
+    if not cipher:
+        raise SpaError("%s: it printed nothing" % settings.gpg_exe)
+    return cipher
 
 
 # ======================================================================================
@@ -1795,8 +1858,13 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
     stream = open_socket(link.family, link.getpeername(), False, NETWORK_SECONDS)
     try:
         stream.sendall(payload)
-        if settings.http_proxy:
-            stream.recv(1)  # before that, it may not have passed it on
+        if settings.http_proxy:  # before it answers, it may not have passed it on
+            try:
+                answer = stream.recv(1)
+            except OSError:
+                answer = b""
+            if not answer:
+                warn("the proxy did not answer: whether it passed the packet on is not known")
     finally:
         stream.close()
     return len(payload)
@@ -1874,6 +1942,18 @@ def own_address(link: "socket.socket") -> "Optional[str]":
     return names[0]
 
 
+def check_own(text: str, where: str) -> str:
+    """Our address as others told it, IPv4 if it was in IPv6; SpaError for one that is nobody's."""
+    own = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    if own[:12] == MAPPED:
+        own = own[12:]
+        text = socket.inet_ntop(socket.AF_INET, own)
+    if (own[0] in (0, 127) or own[0] >= 224) if len(own) == 4 else (
+            own[:15] == bytes(15) or own[0] == 255):
+        raise SpaError("%s: it says that our address is %s, which can't be" % (where, text))
+    return text
+
+
 def resolve_address(settings: Settings, family: int = 0) -> str:
     """Our address: the line of RESOLVE_URL that is one (fwknop spec 2.6); SpaError without any."""
     secure = "" if settings.resolve_http_only else "s"
@@ -1892,9 +1972,10 @@ def resolve_address(settings: Settings, family: int = 0) -> str:
         answer = fetch(page, settings.user_agent, family)
     for line in answer.decode("ascii", "replace").splitlines():
         try:
-            return parse_address(line.strip())
+            found = parse_address(line.strip())
         except ValueError:
             continue
+        return check_own(found, url)
     raise SpaError("%s: no line of the answer is an address" % url)
 
 
@@ -1928,10 +2009,15 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
 
 
 def is_whole(answer: bytes) -> bool:
-    """Whether an answer is as long as its Content-Length says (RFC 9112 section 6.3)."""
+    """Whether an answer is as long as its Content-Length says (RFC 9112 section 6.3).
+
+    ValueError when that says no length; without it, only the end of the connection is the end.
+    """
     head, _, body = answer.lower().partition(b"\r\n\r\n")
     length = head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0].strip()
-    return length.isdigit() and len(body) >= int(length)
+    if length.strip(b"0123456789") or len(length) > 9:
+        raise ValueError("expected a Content-Length of at most 9 digits")
+    return bool(length) and len(body) >= int(length)
 
 
 def start_tls(link: "socket.socket", host: str) -> "Any":
@@ -1985,7 +2071,7 @@ def ask_stun(place: str, family: int) -> str:
                     except socket.timeout:
                         break
                     if own is not None:
-                        return own
+                        return check_own(own, "STUN server " + host)
         except OSError as error:
             problem = reason(error)
     raise SpaError("STUN server %s: %s" % (host, problem), "-a or -s need none")
@@ -2353,15 +2439,17 @@ def knock(settings: Settings) -> "Callable[[], None]":
     return send
 
 
-def knock_and_wait(settings: Settings,
-                   place: "Optional[Tuple[str, int]]") -> "Optional[socket.socket]":
-    """Knock, and connect to `place` if there is one; SpaError if it does not open."""
+def knock_and_wait(settings: Settings, place: "Optional[Tuple[str, int]]",
+                   sent: "Callable[[], None]") -> "Optional[socket.socket]":
+    """Knock, call `sent`, and connect to `place` if there is one; SpaError if it does not open."""
     if place is None:
         knock(settings)
+        sent()
         return None
     import errno
     addresses = find_addresses(place[0], place[1], choose_family(settings))
     again = knock(settings)
+    sent()
     begin, seconds = time.monotonic(), settings.wait or WAIT_SECONDS
     link, error = wait_until_open(addresses, seconds, again)
     if link is None:
@@ -2377,18 +2465,19 @@ def knock_and_wait(settings: Settings,
     return link
 
 
-def knock_at_all(several: "List[Settings]", words: "List[str]",
-                 command: "List[str]") -> "Optional[socket.socket]":
+def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[str]",
+                 sent: "Callable[[], None]") -> "Optional[socket.socket]":
     """Knock at each server; the connection to relay, which is waited for after the last knock.
 
-    With several servers each is tried, and errors are told at once.
+    With several servers each is tried, and errors are told at once. `sent` is called after each
+    packet, before anything is waited for.
     """
     places = [find_place(settings, words, command) for settings in several]
     failed, link = 0, None  # type: int, Optional[socket.socket]
     for number, (settings, place) in enumerate(zip(several, places), 1):
         try:
             link = knock_and_wait(
-                settings, None if settings.relay and number < len(several) else place)
+                settings, None if settings.relay and number < len(several) else place, sent)
         except SpaError as error:
             if len(several) == 1:
                 raise
@@ -2451,9 +2540,8 @@ def run(words: "List[str]") -> bool:
             settings.save_append |= settings is not first  # -B: the packets of all of them
         if first.save_stanza:
             save_stanza(given, first.force_stanza)
-        link = knock_at_all(several, others, command)
-        if not first.test and not first.no_save_args:
-            save_arguments(given, saved)
+        keep = None if first.test or first.no_save_args else saved
+        link = knock_at_all(several, others, command, lambda: save_arguments(given, keep))
         if link is not None and first.relay:
             relay(link)
         if command:

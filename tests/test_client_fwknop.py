@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import socket
 import ssl
 import stat
@@ -17,7 +18,7 @@ import unittest
 from typing import Any, List, Tuple
 from unittest import mock
 
-from tests.support import find_pythons, needs_programs
+from tests.support import TOP, find_pythons, needs_programs, skip
 from tests.test_client import (BLOCK, HERE, HMAC_KEY, KEY, KEYS, KNOCK, SCRIPT, Case, Receiver,
                                client, fields, python, unseal)
 
@@ -395,6 +396,41 @@ class Carriers(Case):
                 self.assertTrue(lines[0].startswith("GET " + target), lines)
                 self.assertIn("User-Agent: some agent", lines)
 
+    def test_a_proxy_without_an_answer(self) -> None:
+        """The packet is out of the house: one that closes, resets or is silent is warned of."""
+        reset = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
+        for option in (b"", reset, None):
+            with self.subTest(option), socket.socket() as listener, \
+                    mock.patch.object(client, "NETWORK_SECONDS", 0.3 if option is None else 10):
+                listener.bind(("127.0.0.1", 0))
+                listener.listen(1)
+                came = []  # type: List[bytes]
+
+                def serve(listener: Any, option: Any, came: List[bytes]) -> None:
+                    with listener.accept()[0] as peer:
+                        while not came or not came[0].endswith(b"\r\n\r\n"):
+                            came[:] = [b"".join(came) + peer.recv(4096)]
+                        if option:
+                            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+                        elif option is None:
+                            peer.recv(1)  # until the client has had enough
+
+                thread = threading.Thread(target=serve, args=(listener, option, came), daemon=True)
+                thread.start()
+                self.assertEqual((0, "", "spa_client.py: warning: the proxy did not answer: whether"
+                                  " it passed the packet on is not known\n"), self.run_main(
+                    *KNOCK, *KEYS, "-D", "h", "-H", "127.0.0.1:%d" % listener.getsockname()[1]))
+                thread.join(30)
+                self.assertTrue(came[0].startswith(b"GET http://h/"))
+
+    def test_a_web_server_without_an_answer(self) -> None:
+        """Nobody waits for one, as in fwknop."""
+        with WebServer(b"") as web:
+            web.answer = b""
+            self.assertEqual((0, "", ""), self.run_main(
+                *KNOCK, *KEYS, "-P", "http", "-D", "127.0.0.1", "-p", str(web.port)))
+            self.assertIn("GET /", web.request()[0])
+
     def test_tcp(self) -> None:
         """The packet and nothing else."""
         with socket.socket() as listener:
@@ -526,11 +562,14 @@ class Resolving(Case):
             with listener.accept()[0] as peer:
                 peer.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n203.0.113.9")
                 peer.settimeout(5)
-                while peer.recv(9999):
-                    pass
+                with contextlib.suppress(ConnectionResetError):  # given up with some of it unread
+                    while peer.recv(9999):
+                        pass
 
-        for head, code in ((b"", 1), (b"Content-Length: 12\r\n", 1), (b"content-length:11\r\n", 0)):
-            with self.subTest(head), socket.socket() as listener, \
+        odd = b"Content-Length: %s\r\n"
+        for head, code in ((b"", 1), (b"Content-Length: 12\r\n", 1), (b"content-length:11\r\n", 0),
+                           (odd % (b"1" * 5000), 2), (odd % b"-11", 2), (odd % b"0x0b", 2)):
+            with self.subTest(head[:30]), socket.socket() as listener, \
                     mock.patch.object(client, "NETWORK_SECONDS", 5 if code == 0 else 0.3):
                 listener.bind(("127.0.0.1", 0))
                 listener.listen(1)
@@ -540,8 +579,22 @@ class Resolving(Case):
                     "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only", "--resolve-url",
                     "http://127.0.0.1:%d/" % listener.getsockname()[1])
                 thread.join(5)
-                self.assertEqual(code, got, err)
-                self.assertEqual(code, err.count("timed out"))
+                self.assertEqual(min(code, 1), got, err)
+                self.assertEqual(code == 1, "timed out" in err)
+                self.assertEqual(code == 2, ": expected a Content-Length of at most" in err)
+
+    def test_nobodys_address(self) -> None:
+        """What can't be ours opens nothing; IPv4 inside IPv6 is IPv4."""
+        for text in ("0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "::", "::1", "ff02::1",
+                     "::ffff:127.0.0.1", "::ffff:0.0.0.0", "0.1.2.3"):
+            with self.subTest(text), WebServer(text.encode()) as web:
+                line = self.failure(1, "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only",
+                                    "--resolve-url", web.url())
+                self.assertEqual("%s: it says that our address is %s, which can't be"
+                                 % (web.url(), text.replace("::ffff:", "")), line)
+        with WebServer(b"::ffff:203.0.113.9") as web:
+            self.assertEqual("203.0.113.9", self.resolved("-R", "--resolve-http-only",
+                                                          "--resolve-url", web.url()))
 
     def test_insecure(self) -> None:
         """http without --resolve-http-only is warned of, https with it is refused."""
@@ -637,6 +690,19 @@ class Gpg(Case):
         self.assertEqual(("2 (GPG)", "7 (Asymmetric)"),
                          (shown["Encryption Type"], shown["Encryption Mode"]))
         self.assertEqual(("srv", "<NULL>"), (shown["GPG recipient"], shown["GPG signer"]))
+
+    def test_failures(self) -> None:
+        """Its last words, in printable characters, are told; an empty packet is not sent."""
+        words = [*KNOCK, *self.fake(b"")]
+        with Receiver() as receiver:
+            self.assertEqual(words[5] + ": it printed nothing",
+                             self.failure(1, *words, *receiver.options))
+            self.write("#!/bin/sh\nhead -c 100000 /dev/zero | tr '\\000' 'x' >&2\n"
+                       "printf '\\n\\033[31mNo public key\\n' >&2\nexit 2\n", "gpg", 0o700)
+            line = self.failure(1, *words, *receiver.options)
+            self.assertEqual(500, len(line))
+            self.assertRegex(line, r"^x+; \\x1b\[31mNo public key$")
+            self.assertTrue(receiver.silent())
 
     def test_other_keys(self) -> None:
         """What does not begin with hQ is sent whole."""
@@ -789,6 +855,11 @@ class Files(Case):
         self.assertIn("-A tcp/22", self.read("args"))
         self.assertEqual("192.0.2.7,tcp/22",
                          self.dump("-l", "-E", path, *KEYS)["Message String"])
+        with Receiver() as receiver, mock.patch.object(
+                client, "wait_until_open", side_effect=KeyboardInterrupt):  # once sent, they are
+            self.failure(130, *KNOCK, *KEYS, *receiver.options, "--wait", "9", "-E", path,
+                         "--no-rc-file")
+        self.assertIn(" --wait 9", self.read("args"))
         self.assertIn(".fwknop.run: cannot be read", self.failure(3, "-l"))
         self.assertIn("-l needs a home directory, or -E", self.failure(2, "-l", "--no-home-dir"))
         os.mkdir(os.path.join(self.home, ".fwknop.run"))
@@ -948,6 +1019,80 @@ NO_SAVE_ARGS                Y
             self.assertIn(line.split(": ")[1], self.read())
         self.assertNotEqual(before, self.read())
 
+    def test_what_was_generated_is_what_is_said(self) -> None:
+        """An old key that is to stay is not among what was written."""
+        path = os.path.join(self.home, ".fwknoprc")
+        for answers, said, kept in ((b"n\nn\n", "no", "ef"), (b"y\nn\n", "Rijndael", "f"),
+                                    (b"n\ny\n", "HMAC", "e"),
+                                    (b"y\ny\n", "Rijndael and HMAC", "")):
+            self.write("[h]\nKEY_BASE64 eeee\nHMAC_KEY_BASE64 ffff\n")
+            code, out, _ = self.run_main("-k", "--save-rc-stanza", "-n", "h", stdin=answers)
+            self.assertEqual((0, "[+] Wrote %s keys to rc file: %s" % (said, path)),
+                             (code, out.splitlines()[-1]))
+            self.assertEqual(kept, "".join(key for key in "ef" if " %s\n" % (key * 4)
+                                           in self.read()))
+
+    def test_save_stanza_at_the_same_time(self) -> None:
+        """Runs at once lose no stanza; one that has to begin again asks again."""
+        names = ["n%d" % number for number in range(8)]
+        runs = [subprocess.Popen(
+            [python(), "-I", "-S", SCRIPT, *KNOCK, *KEYS, "-T", "--save-rc-stanza", "-n", name],
+            env=self.environment, stdout=subprocess.DEVNULL) for name in names]
+        self.assertEqual([0] * 8, [each.wait(60) for each in runs])
+        self.assertEqual(set(names), {name for name, _ in client.parse_stanzas(self.read())[1:]})
+        self.assertEqual([".fwknoprc"], os.listdir(self.home))
+        self.write("[work]\n")
+        real, asked = client.edit_stanza, []  # type: Any, List[str]
+
+        def meanwhile(*arguments: Any) -> Any:
+            if not asked:
+                self.write("[other]\n[work]\nKEY theirs\n")
+            return real(*arguments)
+
+        def confirm(question: str) -> bool:
+            asked.append(question.split("'")[1])
+            return True
+
+        with mock.patch.object(client, "edit_stanza", meanwhile), \
+                mock.patch.object(client, "confirm", confirm):
+            self.dump(*KNOCK, *self.STANZA, "--key-rijndael", "ours")
+        self.assertEqual(["KEY"], asked)
+        self.assertRegex(self.read(), r"\A\[other\]\n\[work\]\nKEY +ours\n")
+        self.assertEqual([".fwknoprc"], os.listdir(self.home))
+
+    def test_save_stanza_waits_not_for_ever(self) -> None:
+        """What a run that broke off left is named after a while, and nothing changes."""
+        before = "[work]\nACCESS tcp/1\n"
+        path = self.write(before)
+        self.write("", ".fwknoprc.updated")
+        with mock.patch.object(client, "LOCK_SECONDS", 0.2):
+            self.assertEqual(
+                path + ".updated: another run is writing it (if there is none, remove it)",
+                self.failure(1, *KNOCK, *KEYS, *self.STANZA))
+        self.assertEqual(before, self.read())
+        self.assertEqual("", self.read(".fwknoprc.updated"))
+
+    def test_pipes(self) -> None:
+        """A FIFO for an rc file is refused, where it would hang; what a shell opens is read."""
+        path = os.path.join(self.home, ".fwknoprc")
+        os.mkfifo(path, 0o600)
+        for words in (["-T"], self.STANZA, ["--stanza-list"], ["-l", "-E", path]):
+            self.assertEqual(path + ": expected a file", self.failure(3, *KNOCK, *KEYS, *words))
+        for device in ("/dev/zero", "/dev/null"):
+            for words in (["--rc-file", device], ["-D", "h", "--no-rc-file", "-G", device]):
+                self.assertEqual(device + ": expected a file", self.failure(3, *KNOCK, *words))
+        os.unlink(path)
+        if not shutil.which("bash"):
+            skip("bash is not here")
+        rc, keys = self.write("[default]\nFW_TIMEOUT 9\n", "rc"), self.write("h: %s\n" % KEY, "k")
+        command = "%s -I -S %s -T %s -D h --rc-file <(cat %s) -G <(cat %s)" % (
+            python(), SCRIPT, " ".join(KNOCK), rc, keys)
+        done = subprocess.run(["bash", "-c", command], env=self.environment, timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        shown = fields(done.stdout.decode("ascii"))
+        self.assertEqual("9", shown["Client Timeout"], done.stderr)
+        self.assertIn(shown["Encoded Data"], unseal(shown["Final SPA Data"], KEY, 0))
+
     @needs_programs("fwknop")
     def test_save_stanza_like_the_real_client(self) -> None:
         """The same options make the same file; each reads what the other wrote."""
@@ -1024,6 +1169,27 @@ class Systems(Case):
                                   stderr=subprocess.PIPE, timeout=60)
             self.assertEqual((0, b"", b""), (done.returncode, done.stdout, done.stderr))
             self.assertIn("1:", unseal(receiver.packet(), KEY))
+
+    def test_the_fastest_start(self) -> None:
+        """The line of the README, with the file compiled; exit codes and errors are the same."""
+        with open(os.path.join(TOP, "README.md")) as file:
+            line = next(line for line in file if line.startswith("    PYTHONPATH="))
+        place, _, _, *start = shlex.split(line)
+        shutil.copy(SCRIPT, self.home)
+        environment = dict(self.environment, PYTHONPATH=self.home)
+        self.assertEqual(("PYTHONPATH=/usr/local/lib/spa", ["-q", "-n", "gate"]),
+                         (place, start[-3:]))
+        with Receiver() as receiver:
+            self.write("[gate]\nKEY k\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\nSPA_SERVER_PORT %s\n"
+                       % receiver.options[3])
+            for more, expected in ((["-s"], (0, b"", b"")),
+                                   (["-p", "0"], (2, b"", b"spa_client.py: -p: expected a port "
+                                                          b"number, 1 to 65535, not '0'\n"))):
+                done = subprocess.run([python(), "-S", *start, *more], env=environment, timeout=60,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.home)
+                self.assertEqual(expected, (done.returncode, done.stdout, done.stderr))
+            self.assertTrue(unseal(receiver.packet(), "k", 0))
+        self.assertIn("__pycache__", os.listdir(self.home))
 
     def test_what_a_plain_knock_loads(self) -> None:
         """None of the modules that the other ways need."""

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -220,7 +221,7 @@ class WrongOptionTest(unittest.TestCase):
                 ("--username", "expected a user name", ("", "a b", "a:b", "x" * 30, "a#", "\n")),
                 ("--key-len", "expected a number, 1 to 32", ("0", "33", "x")),
                 ("--hmac-key-len", "expected a number, 1 to 128", ("0", "129")),
-                ("--hmac-digest-type", "invalid choice", ("sha", "sha224", "")),
+                ("--hmac-digest-type", "expected one of md5 sha1", ("sha", "sha224", "")),
         ):
             for value in values:
                 with self.subTest(option=option, value=value):
@@ -249,10 +250,16 @@ class WrongOptionTest(unittest.TestCase):
     def test_a_secret_given_by_mistake_is_not_repeated(self) -> None:
         """An option of fwknop's that takes a key is refused by its name alone."""
         for arguments in (["--key-base64-rijndael=c2VjcmV0"], ["--key-hmac", "c2VjcmV0"],
-                          WORK + ["c2VjcmV0"], ["-k", "c2VjcmV0" * 9], WORK + ["--key=c2VjcmV0"]):
+                          WORK + ["c2VjcmV0"], ["-k", "c2VjcmV0" * 9], WORK + ["--key=c2VjcmV0"],
+                          ["-kc2VjcmV0"], ["-k=c2VjcmV0"], ["--qr=c2VjcmV0"], ["-Vc2VjcmV0"],
+                          ["--man=c2VjcmV0'"],
+                          *([f"{names.split()[-1]}=c2VjcmV0/+\"'"] for names, _, parse, _ in
+                            keygen.OPTIONS + keygen.STANZA_OPTIONS
+                            if parse is not keygen.parse_path)):
             code, out, err = call(*arguments)
             self.assertEqual((2, ""), (code, out))
-            self.assertNotIn("c2VjcmV0", err)
+            self.assertRegex(err, r"\Akeygen\.py: [^\n]{10,}\n\Z")
+            self.assertNotIn("c2vjcmv0", err.lower())
 
     def test_help(self) -> None:
         """--help tells about REQUIRE_SOURCE_ADDRESS, on standard output."""
@@ -442,6 +449,19 @@ class CrashTest(FileTestCase):
         self.assertEqual([0o600] * 2, [self.mode(self.path(name)) for name in os.listdir(self.top)])
         self.assertEqual(0, call(*WORK, "--rc-file", rc)[0])
         self.assertEqual(1, self.read(rc).count("[work]"))
+
+    def test_who_holds_the_lock_is_not_waited_for_for_ever(self) -> None:
+        """Anybody who can read a directory can lock it: the file stays, and one line names it."""
+        rc = self.path("rc", "[old]\n")
+        fd = os.open(self.top, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with mock.patch.object(keygen, "LOCK_SECONDS", 0.2):
+            self.assertEqual((1, "", f"keygen.py: {self.top}: another program keeps it locked\n"),
+                             call(*WORK, "--rc-file", rc))
+        self.assertEqual(("[old]\n", ["rc"]), (self.read(rc), os.listdir(self.top)))
+        threading.Timer(0.2, fcntl.flock, (fd, fcntl.LOCK_UN)).start()
+        self.assertEqual(0, call(*WORK, "--rc-file", rc)[0])
 
     def test_many_at_once_lose_no_stanza(self) -> None:
         """Eight runs add to one file that does not exist yet; each stanza is whole."""

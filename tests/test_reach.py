@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import threading
 import time
 import unittest
-from typing import Any, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
 from tests.support import find_pythons, load_script, nearest_python, skip
@@ -264,6 +265,23 @@ class Stun(Case):
                 self.assertEqual(b"203.0.113.7,tcp/22", client.decode_base64(
                     unseal(receiver.packet()).split(":")[5]))
                 break_off(stun, thread)
+
+    def test_nobodys_address(self) -> None:
+        """An answer that can't be is refused, and no packet sent."""
+        with Receiver() as stun, Receiver() as receiver:
+            def answer() -> None:
+                question, peer = stun.socket.recvfrom(100)
+                mapped = attribute(1, b"\0\1\0\0\x7f\0\0\1")
+                stun.socket.sendto(response(mapped, identity=question[8:]), peer)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            self.assertEqual(
+                "STUN server 127.0.0.1: it says that our address is 127.0.0.1, which can't be",
+                self.failure(1, "-A", "tcp/22", *KEYS, *receiver.options, "--resolve-stun",
+                             "127.0.0.1:" + stun.options[3]))
+            thread.join(PATIENCE)
+            self.assertTrue(receiver.silent())
 
     def test_no_answer(self) -> None:
         """It asks three times, then says so; nobody there is told at once. No packet is sent."""
@@ -539,6 +557,45 @@ class Quiet(Case):
         self.assertIn("permissions", self.run_main("-T", *KNOCK)[2])  # -q held for one run only
 
 
+class Terminal:
+    """A program on a terminal of its own, at which one can type."""
+
+    def __init__(self, command: List[str], environment: Dict[str, str], directory: str) -> None:
+        import pty
+        code = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+                "os.execvp(sys.argv[1], sys.argv[1:])")
+        self.ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [python(), "-I", "-S", "-c", code, *command], stdin=theirs, stdout=theirs,
+            stderr=theirs, env=environment, cwd=directory, start_new_session=True)
+        os.close(theirs)
+        self.shown = b""
+
+    def type(self, keys: str) -> None:
+        """Press these keys."""
+        os.write(self.ours, keys.encode())
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Read what it prints until something is done."""
+        end = time.monotonic() + PATIENCE
+        while not done():
+            if time.monotonic() > end:
+                raise AssertionError(self.shown)
+            if select.select([self.ours], [], [], 0.05)[0]:
+                try:
+                    self.shown += os.read(self.ours, 65536)
+                except OSError:  # how a terminal ends on Linux
+                    raise AssertionError(self.shown) from None
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+
+
 class Documents(Case):
     """What is printed from the table of options."""
 
@@ -593,7 +650,7 @@ class Documents(Case):
         self.write("[gate]\nKEY k\n[garden]\nKEY k\n[$(touch${IFS}evil)]\nKEY k\n[other]\nKEY k\n")
         ask = ("COMPREPLY=(); _spa_client spa_client.py '%s' '%s'; echo ${COMPREPLY[@]}\n" * 3) % (
             "--wa", "", "ga", "-n", "$", "-n")
-        expected = ["--wait", "--wait-port", "gate", "garden", "$(touch${IFS}evil)"]
+        expected = ["--wait", "--wait-port", "gate", "garden", r"\$\(touch\$\{IFS\}evil\)"]
         with self.subTest("bash"):
             self.assertEqual(expected, self.completions("bash", "\n" + ask))
         with self.subTest("zsh"):
@@ -618,6 +675,42 @@ class Documents(Case):
                     "fish", "\ncomplete -C 'spa_client.py --wa' | string replace -r '\\t.*' ''\n"
                     "complete -C 'spa_client.py -n ga' | sort -r\n")).splitlines()])
         self.assertFalse(os.path.exists(os.path.join(self.home, "evil")))
+
+    NAMES = ["we ird  name", "do$(touch evil)", "back`touch evil`", "it's $(touch evil) isn't",
+             'quo"te $(touch evil) "', "semi;touch evil", "amp&touch evil", "less>evil", "tilde~*?"]
+
+    def test_completed_names(self) -> None:
+        """Typed at the shells themselves: a name is one word, and never a command."""
+        self.write("".join("[%s]\nKEY k\n" % name for name in self.NAMES))
+        log = os.path.join(self.home, "log")
+        program = self.write('#!/bin/sh\n[ "$1" = --stanza-list ] && exec %s -I -S %s "$@"\n'
+                             'printf "%%s\\n" "$@" >%s.new; mv %s.new %s\n'
+                             % (python(), SCRIPT, log, log, log), "spa_client.py", 0o700)
+        environment = dict(self.environment, TERM="dumb", ZDOTDIR=self.home,
+                           PATH=os.path.dirname(program) + ":" + os.environ["PATH"])
+        for shell, words, begin in (
+                ("bash", ["--norc", "--noprofile", "-i"], ""),
+                ("zsh", ["-f", "-i"], "autoload -U compinit && compinit -D -u; "),
+                ("fish", ["--no-config", "-i"], "")):
+            with self.subTest(shell):
+                if not shutil.which(shell):
+                    skip("%s is not here" % shell)
+                completion = self.write(self.run_main("--completion", shell)[1], "completion")
+                with Terminal([shell, *words], environment, self.home) as terminal:
+                    terminal.type("%ssource %s; echo rea''dy\r" % (begin, completion))
+                    terminal.wait(lambda: b"ready" in terminal.shown)
+                    for name in self.NAMES:
+                        terminal.type("spa_client.py -n %s\t\r" % name[:2])
+                        terminal.wait(lambda: os.path.exists(log))
+                        with open(log) as file:
+                            self.assertEqual("-n\n%s\n" % name, file.read())
+                        os.unlink(log)
+                    for name in self.NAMES:
+                        for quote in "'\"":  # what is offered there need not be the name
+                            terminal.type("spa_client.py -n %s%s\t\r\x03" % (quote, name[:2]))
+                    terminal.type("\recho en''d\r")
+                    terminal.wait(lambda: b"end" in terminal.shown)
+                self.assertFalse(os.path.exists(os.path.join(self.home, "evil")))
 
 
 if __name__ == "__main__":
