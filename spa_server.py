@@ -1500,7 +1500,8 @@ SOCK_FILTER = struct.Struct("=HBBI")  # struct sock_filter {u16 code, u8 jt, u8 
 MAX_INSTRUCTIONS = 4000  # the kernel takes 4096; open_packet_captures() adds some
 LONGEST_JUMP = 250
 LOAD = {1: 0x30, 2: 0x28, 4: 0x20}  # byte, half and word (linux/bpf_common.h)
-LOAD_HALF_BEHIND, LOAD_IPV4_LENGTH, MASK = 0x48, 0xB1, 0x54
+LOAD_BEHIND = {1: 0x50, 2: 0x48}  # the same, behind the IPv4 header
+LOAD_IPV4_LENGTH, MASK = 0xB1, 0x54
 JUMP, JUMP_IF_EQUAL, JUMP_IF_GREATER, JUMP_IF_NOT_LESS, RETURN = 0x05, 0x15, 0x25, 0x35, 0x06
 PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
 NOT_OUTGOING = Junction("not", (Comparison(PACKET_TYPE_OFFSET, 4, PACKET_OUTGOING,
@@ -1552,7 +1553,7 @@ class FilterProgram:
             self.branch(JUMP_IF_NOT_LESS, tree.least, len(self.code), when_false)
         if tree.mask != 0xFFFFFFFF:
             self.add(MASK, tree.mask)
-        self.add(LOAD_HALF_BEHIND if tree.behind else LOAD[tree.size], tree.offset)
+        self.add((LOAD_BEHIND if tree.behind else LOAD)[tree.size], tree.offset)
         return self.add(LOAD_IPV4_LENGTH, 0) if tree.behind else len(self.code)
 
 
