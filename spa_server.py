@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Hide ports, and open them for a while to clients that prove in one packet that they hold a key.
 
-This is a server for fwknop's single packet authorization (SPA). It reads fwknopd.conf and
-access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
-Python's standard library, and nft or iptables. "fwknop spec 1.4" in a comment is that section of
-the project's own description of fwknop's formats and behaviour, observed from its programs.
+This is a server for fwknop's single packet authorization (SPA) and for port knocking. It reads
+fwknopd.conf, access.conf and knockd.conf, understands the fwknop clients, and drives nftables or
+iptables. It needs nothing but Python's standard library, and nft or iptables. "fwknop spec 1.4" in
+a comment is that section of the project's own description of fwknop's formats and behaviour,
+observed from its programs; so is "knockd spec".
 
 The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 23:
 
@@ -17,6 +18,9 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   open       the firewall gets the grant, and ends it by itself             sections 21, 17 to 19
   or run     instead of opening, where a stanza says so: commands           section 22
   close      by the kernel when its time has come; by this server too       section 21
+
+A hit of a port takes KnockGate.knock() there instead: is it the next step of a sequence (section
+8), then the last one opens or runs as above.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH and an optional import of
