@@ -1834,6 +1834,12 @@ def parse_flags(text: str) -> Tuple[int, int]:
     return mask, value
 
 
+class Steps(NoDefault[Tuple[Step, ...]]):
+    """A row for a sequence: nobody who reads a log or a dump should be able to knock."""
+
+    secret = True
+
+
 class Sequence:
     """Steps that open something, and how far each source has come.
 
@@ -2202,9 +2208,9 @@ class Stanza(Settings):
     cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long until then, unless the client asks for a time")
 
-    knock_steps = Directive("KNOCK_SEQUENCE", parse_steps, "",
-                            "ports that open OPEN_PORTS when they are hit in this order: "
-                            "7000, 8000:udp, 100:icmp")
+    knock_steps = Steps("KNOCK_SEQUENCE", parse_steps,
+                        "ports that open OPEN_PORTS when they are hit in this order: "
+                        "7000, 8000:udp, 100:icmp")
     knock_file = NoDefault("KNOCK_ONE_TIME_FILE", parse_path,
                            "file with such sequences, of which each opens once")
     knock_seconds = Directive("KNOCK_TIMEOUT", integer(1, 86400, "seconds"), "25",
@@ -2292,7 +2298,7 @@ class Stanza(Settings):
         if not self.takes_packets and (self.require_knock or self.require_username):
             raise self.error(named[0], "expected a KEY as well: only a packet names a user, and "
                              "only for a packet there is REQUIRE_KNOCK")
-        self.sequence = Sequence(self.knock_steps, self.knock_seconds, self.knock_flags,
+        self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
                                  self.knock_strict, self.knock_exact)
         texts = self.sequence.take_file(self.knock_file)
         if len(self.sequence.steps) == 1 and not self.require_knock:
@@ -2561,12 +2567,6 @@ class Bare(Directive[bool]):
         super().__init__(name, bool, "", help)
 
 
-class Steps(Directive[Tuple[Step, ...]]):
-    """A sequence."""
-
-    secret = True
-
-
 class KnockdOptions(KnockdSettings):
     """The section [options]: what holds for all doors."""
 
@@ -2582,7 +2582,7 @@ class KnockdOptions(KnockdSettings):
 class KnockdDoor(KnockdSettings):
     """Any other section: a sequence and what it runs."""
 
-    knock_steps = Steps("Sequence", parse_steps, "", "ports to hit: 7000,8000:udp,9000")
+    knock_steps = Steps("Sequence", parse_steps, "ports to hit: 7000,8000:udp,9000")
     knock_file = NoDefault("One_Time_Sequences", str,
                            "file with such sequences, of which each opens once")
     knock_seconds = Directive("Seq_Timeout Timeout",
@@ -2614,9 +2614,9 @@ class KnockdDoor(KnockdSettings):
 
     def finish(self, options: KnockdOptions, line: Line) -> List[str]:
         """Makes the door's sequence ready; returns warnings. `line` is where the door begins."""
-        if self.is_set(KnockdDoor.knock_steps) == self.is_set(KnockdDoor.knock_file):
+        if bool(self.knock_steps) == bool(self.knock_file):
             raise line.error("expected Sequence or One_Time_Sequences in this door, and not both")
-        self.sequence = Sequence(self.knock_steps, self.knock_seconds, self.knock_flags,
+        self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
                                  options.strict, options.exact, self.target or b"")
         return self.sequence.take_file(self.knock_file)
 
