@@ -1246,7 +1246,7 @@ def decode_hit(packet: bytes) -> Optional[Hit]:
     """The step of a sequence that an IP packet may be: TCP, UDP or an echo request, of any content.
 
     None for later fragments, cut headers and everything else. TCP's flags are in octet 13 of its
-    header (RFC 9293 section 3.1).
+    header (RFC 9293 section 3.1). An echo request has to be whole, since its size counts.
     """
     if len(packet) < 28:
         return None
@@ -1265,7 +1265,8 @@ def decode_hit(packet: bytes) -> Optional[Hit]:
         return Hit(source, destination, TCP, port, packet[start + 13])
     if protocol == UDP:
         return Hit(source, destination, UDP, port)
-    if (protocol, packet[start]) in ECHO_REQUESTS:
+    fragment = packet[0] >> 4 == 4 and packet[6] & 0x20  # the first, which has not all the data
+    if (protocol, packet[start]) in ECHO_REQUESTS and end >= start + 8 and not fragment:
         return Hit(source, destination, ICMP, end - start - 8)
     return None
 
@@ -1802,6 +1803,7 @@ STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
 STEP_NAMES = {number: name for name, number in STEP_PROTOCOLS.items()}
 MAX_FILTER_PORTS = 100  # that the kernel looks for one by one
 MAX_STEPS = 32
+MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
 MAX_STARTED, MAX_ADVANCED = 65536, 8192  # sources at the first step of a sequence, and further on
 
@@ -1815,7 +1817,7 @@ def parse_steps(text: str) -> Tuple[Step, ...]:
     for item in text.partition("#")[0].split(","):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
         number = STEP_PROTOCOLS.get(protocol if colon else "tcp")
-        sized = number == ICMP and (not port or (port.isdigit() and int(port) <= 65507))
+        sized = number == ICMP and (port in ("", "0") or (is_port(port) and int(port) <= MAX_ECHO))
         expect(sized or (number in (TCP, UDP) and is_port(port)),
                "ports such as `7000, 8000:udp, 100:icmp`")
         steps.append((number or 0, int(port) if port else ANY_SIZE))
@@ -1978,7 +1980,7 @@ def sequence_filter(sequences: List[Sequence]) -> Filter:
 class OneTimeFile:
     """A file of sequences of which each opens once: a line is used up when it begins with `#`.
 
-    What is wrong in it is in `warnings`. ConfigError when nothing is left.
+    What is wrong in it is in `warnings`. ConfigError when nothing is left, or it is no file.
     """
 
     def __init__(self, path: str) -> None:
@@ -1987,14 +1989,16 @@ class OneTimeFile:
         # Where each line begins, itself, and its steps; the next one last.
         self.lines: List[Tuple[int, bytes, Tuple[Step, ...]]] = []
         place = 0
-        for number, raw in enumerate(read_file(path).encode("latin-1").split(b"\n"), 1):
+        text_of_file = read_file(path, theirs=True)  # a regular one, since it is written to
+        for number, raw in enumerate(text_of_file.encode("latin-1").split(b"\n"), 1):
             text = raw.strip(b" \t\r")
             try:
                 if text and not text.startswith(b"#"):
-                    self.lines.insert(0, (place, raw, parse_steps(text.decode("latin-1"))))
+                    self.lines.append((place, raw, parse_steps(text.decode("latin-1"))))
             except ValueError as error:
                 self.warnings.append("%s:%d: %s; this line opens nothing" % (path, number, error))
             place += len(raw) + 1
+        self.lines.reverse()
         if not self.lines:
             raise ConfigError("%s: expected a sequence that is not used up" % path)
 
@@ -2539,7 +2543,7 @@ def parse_target(text: str) -> bytes:
 
 def parse_interfaces(text: str) -> Tuple[str, ...]:
     """A comma list of network interfaces; `any` is all."""
-    names = tuple(parse_interface(name.strip()) for name in text.split(","))
+    names = tuple(dict.fromkeys(parse_interface(name.strip()) for name in text.split(",")))
     return ("any",) if "any" in names else names
 
 
@@ -2666,8 +2670,8 @@ def read_knockd(path: str) -> KnockdFile:
             options.take(line._replace(value="Y"))
         elif section is None:
             raise line.error("expected a section first: [options], or a door's [name]")
-        elif not equals or "\0" in text:
-            raise line.error("expected `name = value`")
+        elif "\0" in text or not (value or (equals and "COMMAND" in line.name)):
+            raise line.error("expected `name = value`; only a command may be none")
         else:
             section.take(line)
     warnings = permission_warnings(path)
