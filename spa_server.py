@@ -1899,9 +1899,10 @@ class Sequence:
 
     def is_wrong(self, step: Step) -> bool:
         """Whether the step, which is not the one that is waited for, ends an attempt."""
-        if self.strict:
-            return step not in self.others and any(step[0] == known for known, _ in self.steps)
-        return any(self.is_step(place, step) for place in range(len(self.steps)))
+        if any(self.is_step(place, step) for place in range(len(self.steps))):
+            return True
+        return (self.strict and any(step[0] == known for known, _ in self.steps)
+                and self.others.isdisjoint((step, (step[0], ANY_SIZE))))
 
     def hit(self, hit: Hit, now: float) -> int:
         """How many steps this one completes, or 0 when it is none; all: the sequence is done."""
