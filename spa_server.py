@@ -3744,7 +3744,12 @@ class PacketCapture(Capture):
 
 
 class KnockCapture(PacketCapture):
-    """A packet socket for the steps of knock sequences."""
+    """A packet socket for the steps of some sequences. Others may have one at the same place."""
+
+    def __init__(self, sequences: List[Sequence], interface: str, protocol: int, code: bytes,
+                 promiscuous: bool) -> None:
+        super().__init__(interface, protocol, code, promiscuous)
+        self.sequences = sequences
 
     def receive(self) -> Optional[Hit]:  # type: ignore[override]
         """The next one; None for what can be none."""
@@ -4057,7 +4062,7 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     return packet_sockets(PacketCapture, interface, protocols, code, settings.promiscuous, log)
 
 
-def packet_sockets(kind: Type[PacketCapture], interface: str, protocols: Tuple[int, ...],
+def packet_sockets(kind: Callable[..., PacketCapture], interface: str, protocols: Tuple[int, ...],
                    code: bytes, promiscuous: bool, log: Log) -> List[Capture]:
     """Packet sockets with a filter, for these protocols; none while the interface is missing."""
     try:
@@ -4085,12 +4090,14 @@ def open_knock_captures(knocks: Iterable[Knocks], log: Log) -> List[Capture]:
     captures: List[Capture] = []
     try:
         for interfaces, sequences, four_only in knocks:
+            if not sequences:
+                continue
             tree = sequence_filter(sequences)
             if four_only:
                 tree = Junction("and", (IS_IPV4, tree))
-            for name in interfaces if sequences else ():
+            for name in interfaces:
                 captures += packet_sockets(
-                    KnockCapture, "" if name == "any" else name,
+                    partial(KnockCapture, sequences), "" if name == "any" else name,
                     (ETH_P_IP, ETH_P_IPV6) if name == "any" else (ETH_P_ALL,),
                     compile_filter(tree), False, log)
     except (PermissionError, AttributeError, SpaError) as error:
@@ -5695,6 +5702,8 @@ class Configuration(NamedTuple):
         if self.takes_packets and not same:
             captures = open_captures(self.settings, log, current)
         if self.settings.capture_file:
+            if any(knocks.sequences for knocks in self.knocks()):
+                log.warning("PCAP_FILE: no knock sequence is heard in a file")
             return captures
         try:
             return captures + open_knock_captures(self.knocks(), log)
@@ -6017,8 +6026,8 @@ class KnockGate(Gate):
         self.configuration = configuration
         doors = configuration.knockd.doors if configuration.knockd else []
         owners: List[Union[Stanza, KnockdDoor]] = [*configuration.stanzas, *doors]
-        self.sequences = [(owner.sequence, owner) for owner in owners if owner.sequence]
-        separate([sequence for sequence, _ in self.sequences])
+        self.owners = {owner.sequence: owner for owner in owners if owner.sequence}
+        separate(list(self.owners))
         self.knocked.clear()
 
     def is_ours(self, packed: bytes, now: float) -> bool:
@@ -6030,10 +6039,11 @@ class KnockGate(Gate):
             self.own[packed] = is_own_address(parse_address(socket_text(packed)))
         return self.own[packed]
 
-    def knock(self, hit: Hit) -> None:
-        """One hit on its way through all sequences."""
+    def knock(self, hit: Hit, sequences: Iterable[Sequence]) -> None:
+        """One hit on its way through the sequences that are listened for where it came in."""
         now = time.monotonic()
-        for sequence, owner in self.sequences:
+        for sequence in sequences:
+            owner = self.owners[sequence]
             try:
                 if (hit.destination == sequence.target if sequence.target else
                         self.is_ours(hit.destination, now)):
@@ -6090,7 +6100,7 @@ class KnockGate(Gate):
     def expire_knocks(self) -> None:
         """Forgets the attempts whose time is over."""
         now = time.monotonic()
-        for sequence, owner in self.sequences:
+        for sequence, owner in self.owners.items():
             for source, done in sequence.expire(now):
                 if isinstance(owner, KnockdDoor) and self.log.knocks.allows():
                     self.log.info("%s: %s: sequence timeout (stage %d)"
@@ -6126,8 +6136,9 @@ class Server(KnockGate):
 
     def drain(self, capture: Capture) -> None:
         """Reads from a capture until nothing is there, or others have waited long enough."""
-        take: Callable[[Any], None] = (self.knock if isinstance(capture, KnockCapture) else
-                                       self.receive)
+        take: Callable[[Any], None] = (
+            partial(self.knock, sequences=capture.sequences) if isinstance(capture, KnockCapture)
+            else self.receive)
         end = time.monotonic() + BATCH_SECONDS
         try:
             while self.running and time.monotonic() < end:
@@ -6167,7 +6178,7 @@ class Server(KnockGate):
             return
         named = {name for knocks in self.configuration.knocks() if knocks.sequences
                  for name in knocks.interfaces}
-        if not self.on_udp:
+        if self.configuration.takes_packets and not self.on_udp:
             named.add(self.settings.interface)
         indices = set()
         for name in named - {"any"}:
@@ -6281,7 +6292,7 @@ class Server(KnockGate):
         next_end = self.grants.next_end()
         due = min([self.check_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
-                  + [sequence.next_due() for sequence, _ in self.sequences])
+                  + [sequence.next_due() for sequence in self.owners])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         for capture in self.captures:
