@@ -2941,6 +2941,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 BURST = 20  # lines of a kind that anybody can cause at once; then one a second
+STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
 
 
 class Log:
@@ -2954,7 +2955,8 @@ class Log:
         self.path = ""  # of a file that gets the lines as well, with knockd's date
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
-        self.knocks = Throttle(self, "more knocks came without a line in the log", monotonic)
+        what = "more knocks came without a line in the log"  # first steps, and those behind them
+        self.knocks = Throttle(self, what, monotonic), Throttle(self, what, monotonic, STEP_BURST)
 
     def open_syslog(self, name: str, option: str, facility: str) -> None:
         """Lets lines go to syslog as well, under a name."""
@@ -3006,9 +3008,10 @@ class Throttle:
     It tells how many it has held back, and of what.
     """
 
-    def __init__(self, log: Log, what: str, monotonic: Callable[[], float]) -> None:
-        self.log, self.what, self.monotonic = log, what, monotonic
-        self.quiet_until, self.held_back = monotonic() - BURST, 0
+    def __init__(self, log: Log, what: str, monotonic: Callable[[], float],
+                 burst: int = BURST) -> None:
+        self.log, self.what, self.monotonic, self.burst = log, what, monotonic, burst
+        self.quiet_until, self.held_back = monotonic() - burst, 0
 
     def allows(self) -> bool:
         """Whether the next line may be written."""
@@ -3017,7 +3020,7 @@ class Throttle:
             self.held_back += 1
             return False
         # As if the burst had been saved up, a line a second, since quiet_until.
-        self.quiet_until = max(self.quiet_until, now - BURST + 1) + 1
+        self.quiet_until = max(self.quiet_until, now - self.burst + 1) + 1
         if self.held_back:
             self.log.info("%d %s" % (self.held_back, self.what))
             self.held_back = 0
@@ -6059,12 +6062,16 @@ class KnockGate(Gate):
         source, last = socket_text(hit.source), done == len(sequence.steps)
         door = owner if isinstance(owner, KnockdDoor) else None
         name = door.name if door else "(stanza #%d)" % owner.number
-        if self.log.knocks.allows() or done > 1:
-            self.log.write(INFO if door or last else DEBUG,
-                           "%s: %s: Stage %d" % (source, name, done))
+        if last and isinstance(owner, Stanza) and not (
+                owner.for_all or owner.admits(hit_datagram(hit))):
+            raise PacketRejected("source", "No access data found for source IP: %s" % source)
+        level = INFO if door or last else DEBUG
+        if level <= self.log.level and self.log.knocks[done > 1].allows():
+            self.log.write(level, "%s: %s: Stage %d" % (source, name, done))
+            if last:
+                self.log.info("%s: %s: OPEN SESAME" % (source, name))
         if not last:
             return
-        self.log.info("%s: %s: OPEN SESAME" % (source, name))
         try:
             if not sequence.use_up():
                 self.log.warning("no more sequences left in the one time sequences file for door "
@@ -6077,15 +6084,12 @@ class KnockGate(Gate):
                     self.commands.run([cycle])
                 self.counts["accepted"] += 1
         except SpaError as error:
-            self.log.error("%s: nothing is opened: %s" % (name, error))
             self.counts["knock"] += 1
+            if self.log.rejections.allows():
+                self.log.error("%s: nothing is opened: %s" % (name, error))
 
     def open_stanza(self, stanza: Stanza, hit: Hit) -> None:
         """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
-        datagram = hit_datagram(hit)
-        if not stanza.for_all and not stanza.admits(datagram):
-            raise PacketRejected("source", "No access data found for source IP: %s"
-                                 % socket_text(hit.source))
         if stanza.require_knock:
             self.knocked[stanza.number, hit.source] = time.monotonic() + stanza.knock_seconds
             self.knocked.move_to_end((stanza.number, hit.source))
@@ -6095,14 +6099,14 @@ class KnockGate(Gate):
         self.allow(Packet(
             "", stanza.require_username, 0, "", ACCESS, "", None, None, 0, "",
             parse_address(socket_text(hit.source)), tuple(sorted(stanza.open_ports)), ""),
-            stanza, datagram)
+            stanza, hit_datagram(hit))
 
     def expire_knocks(self) -> None:
         """Forgets the attempts whose time is over."""
         now = time.monotonic()
         for sequence, owner in self.owners.items():
             for source, done in sequence.expire(now):
-                if isinstance(owner, KnockdDoor) and self.log.knocks.allows():
+                if isinstance(owner, KnockdDoor) and self.log.knocks[done > 1].allows():
                     self.log.info("%s: %s: sequence timeout (stage %d)"
                                   % (socket_text(source), owner.name, done))
 
