@@ -5465,8 +5465,8 @@ class Commands:
         new = {cycle.closing for cycle in cycles if cycle.closing.words} - set(self.cycles)
         if (run + sum(not self.lasts(cycle) for cycle in cycles) > MAX_RUNNING
                 or wait + len(new) > MAX_CYCLES):
-            raise CommandError("too many commands: %d of stanza #%d run, and %d wait to close"
-                               % (run, stanza, wait))
+            raise CommandError("too many commands: %d of %s run, and %d wait to close" % (
+                run, "stanza #%d" % stanza if stanza > 0 else cycles[0].kind, wait))
         for cycle in cycles:
             if self.test:
                 self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
@@ -5509,8 +5509,10 @@ class Commands:
             self.log.write(WARNING if code else INFO, line)
         if child.closes:
             self.finish_close(child.cycle, code)
-        elif child.cycle.waits and child.cycle in self.cycles.values():
-            self.wait_again(child.cycle, child.cycle.seconds)
+            return
+        cycle = self.cycles.get(child.cycle.closing)  # as it is since somebody knocked again
+        if cycle and cycle.waits and cycle.openings[-1] is child:
+            self.wait_again(cycle, cycle.seconds)
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
