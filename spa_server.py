@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Hide ports, and open them for a while to clients that prove in one packet that they hold a key.
 
-This is a server for fwknop's single packet authorization (SPA). It reads fwknopd.conf and
-access.conf, understands the fwknop clients, and drives nftables or iptables. It needs nothing but
-Python's standard library, and nft or iptables. "fwknop spec 1.4" in a comment is that section of
-the project's own description of fwknop's formats and behaviour, observed from its programs.
+This is a server for fwknop's single packet authorization (SPA) and for port knocking. It reads
+fwknopd.conf, access.conf and knockd.conf, understands the fwknop clients, and drives nftables or
+iptables. It needs nothing but Python's standard library, and nft or iptables. "fwknop spec 1.4" in
+a comment is that section of the project's own description of fwknop's formats and behaviour,
+observed from its programs; so is "knockd spec".
 
 The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 23:
 
@@ -17,6 +18,9 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   open       the firewall gets the grant, and ends it by itself             sections 21, 17 to 19
   or run     instead of opening, where a stanza says so: commands           section 22
   close      by the kernel when its time has come; by this server too       section 21
+
+A hit of a port takes KnockGate.knock() there instead: is it the next step of a sequence (section
+8), then the last one opens or runs as above.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH and an optional import of
@@ -1242,7 +1246,7 @@ def decode_hit(packet: bytes) -> Optional[Hit]:
     """The step of a sequence that an IP packet may be: TCP, UDP or an echo request, of any content.
 
     None for later fragments, cut headers and everything else. TCP's flags are in octet 13 of its
-    header (RFC 9293 section 3.1).
+    header (RFC 9293 section 3.1). An echo request has to be whole, since its size counts.
     """
     if len(packet) < 28:
         return None
@@ -1261,7 +1265,8 @@ def decode_hit(packet: bytes) -> Optional[Hit]:
         return Hit(source, destination, TCP, port, packet[start + 13])
     if protocol == UDP:
         return Hit(source, destination, UDP, port)
-    if (protocol, packet[start]) in ECHO_REQUESTS:
+    fragment = packet[0] >> 4 == 4 and packet[6] & 0x20  # the first, which has not all the data
+    if (protocol, packet[start]) in ECHO_REQUESTS and end >= start + 8 and not fragment:
         return Hit(source, destination, ICMP, end - start - 8)
     return None
 
@@ -1799,6 +1804,7 @@ STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
 STEP_NAMES = {number: name for name, number in STEP_PROTOCOLS.items()}
 MAX_FILTER_PORTS = 100  # that the kernel looks for one by one
 MAX_STEPS = 32
+MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
 MAX_STARTED, MAX_ADVANCED = 65536, 8192  # sources at the first step of a sequence, and further on
 
@@ -1812,7 +1818,7 @@ def parse_steps(text: str) -> Tuple[Step, ...]:
     for item in text.partition("#")[0].split(","):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
         number = STEP_PROTOCOLS.get(protocol if colon else "tcp")
-        sized = number == ICMP and (not port or (port.isdigit() and int(port) <= 65507))
+        sized = number == ICMP and (port in ("", "0") or (is_port(port) and int(port) <= MAX_ECHO))
         expect(sized or (number in (TCP, UDP) and is_port(port)),
                "ports such as `7000, 8000:udp, 100:icmp`")
         steps.append((number or 0, int(port) if port else ANY_SIZE))
@@ -1829,6 +1835,12 @@ def parse_flags(text: str) -> Tuple[int, int]:
                "fin, syn, rst, psh, ack, urg or ! and one of them, with commas between, no blanks")
         mask, value = mask | bit, value & ~bit if item.startswith("!") else value | bit
     return mask, value
+
+
+class Steps(NoDefault[Tuple[Step, ...]]):
+    """A row for a sequence: nobody who reads a log or a dump should be able to knock."""
+
+    secret = True
 
 
 class Sequence:
@@ -1888,9 +1900,10 @@ class Sequence:
 
     def is_wrong(self, step: Step) -> bool:
         """Whether the step, which is not the one that is waited for, ends an attempt."""
-        if self.strict:
-            return step not in self.others and any(step[0] == known for known, _ in self.steps)
-        return any(self.is_step(place, step) for place in range(len(self.steps)))
+        if any(self.is_step(place, step) for place in range(len(self.steps))):
+            return True
+        return (self.strict and any(step[0] == known for known, _ in self.steps)
+                and self.others.isdisjoint((step, (step[0], ANY_SIZE))))
 
     def hit(self, hit: Hit, now: float) -> int:
         """How many steps this one completes, or 0 when it is none; all: the sequence is done."""
@@ -1969,7 +1982,7 @@ def sequence_filter(sequences: List[Sequence]) -> Filter:
 class OneTimeFile:
     """A file of sequences of which each opens once: a line is used up when it begins with `#`.
 
-    What is wrong in it is in `warnings`. ConfigError when nothing is left.
+    What is wrong in it is in `warnings`. ConfigError when nothing is left, or it is no file.
     """
 
     def __init__(self, path: str) -> None:
@@ -1978,14 +1991,16 @@ class OneTimeFile:
         # Where each line begins, itself, and its steps; the next one last.
         self.lines: List[Tuple[int, bytes, Tuple[Step, ...]]] = []
         place = 0
-        for number, raw in enumerate(read_file(path).encode("latin-1").split(b"\n"), 1):
+        text_of_file = read_file(path, theirs=True)  # a regular one, since it is written to
+        for number, raw in enumerate(text_of_file.encode("latin-1").split(b"\n"), 1):
             text = raw.strip(b" \t\r")
             try:
                 if text and not text.startswith(b"#"):
-                    self.lines.insert(0, (place, raw, parse_steps(text.decode("latin-1"))))
+                    self.lines.append((place, raw, parse_steps(text.decode("latin-1"))))
             except ValueError as error:
                 self.warnings.append("%s:%d: %s; this line opens nothing" % (path, number, error))
             place += len(raw) + 1
+        self.lines.reverse()
         if not self.lines:
             raise ConfigError("%s: expected a sequence that is not used up" % path)
 
@@ -2199,9 +2214,9 @@ class Stanza(Settings):
     cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long until then, unless the client asks for a time")
 
-    knock_steps = Directive("KNOCK_SEQUENCE", parse_steps, "",
-                            "ports that open OPEN_PORTS when they are hit in this order: "
-                            "7000, 8000:udp, 100:icmp")
+    knock_steps = Steps("KNOCK_SEQUENCE", parse_steps,
+                        "ports that open OPEN_PORTS when they are hit in this order: "
+                        "7000, 8000:udp, 100:icmp")
     knock_file = NoDefault("KNOCK_ONE_TIME_FILE", parse_path,
                            "file with such sequences, of which each opens once")
     knock_seconds = Directive("KNOCK_TIMEOUT", integer(1, 86400, "seconds"), "25",
@@ -2289,7 +2304,7 @@ class Stanza(Settings):
         if not self.takes_packets and (self.require_knock or self.require_username):
             raise self.error(named[0], "expected a KEY as well: only a packet names a user, and "
                              "only for a packet there is REQUIRE_KNOCK")
-        self.sequence = Sequence(self.knock_steps, self.knock_seconds, self.knock_flags,
+        self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
                                  self.knock_strict, self.knock_exact)
         texts = self.sequence.take_file(self.knock_file)
         if len(self.sequence.steps) == 1 and not self.require_knock:
@@ -2530,7 +2545,7 @@ def parse_target(text: str) -> bytes:
 
 def parse_interfaces(text: str) -> Tuple[str, ...]:
     """A comma list of network interfaces; `any` is all."""
-    names = tuple(parse_interface(name.strip()) for name in text.split(","))
+    names = tuple(dict.fromkeys(parse_interface(name.strip()) for name in text.split(",")))
     return ("any",) if "any" in names else names
 
 
@@ -2558,12 +2573,6 @@ class Bare(Directive[bool]):
         super().__init__(name, bool, "", help)
 
 
-class Steps(Directive[Tuple[Step, ...]]):
-    """A sequence."""
-
-    secret = True
-
-
 class KnockdOptions(KnockdSettings):
     """The section [options]: what holds for all doors."""
 
@@ -2579,7 +2588,7 @@ class KnockdOptions(KnockdSettings):
 class KnockdDoor(KnockdSettings):
     """Any other section: a sequence and what it runs."""
 
-    knock_steps = Steps("Sequence", parse_steps, "", "ports to hit: 7000,8000:udp,9000")
+    knock_steps = Steps("Sequence", parse_steps, "ports to hit: 7000,8000:udp,9000")
     knock_file = NoDefault("One_Time_Sequences", str,
                            "file with such sequences, of which each opens once")
     knock_seconds = Directive("Seq_Timeout Timeout",
@@ -2611,9 +2620,9 @@ class KnockdDoor(KnockdSettings):
 
     def finish(self, options: KnockdOptions, line: Line) -> List[str]:
         """Makes the door's sequence ready; returns warnings. `line` is where the door begins."""
-        if self.is_set(KnockdDoor.knock_steps) == self.is_set(KnockdDoor.knock_file):
+        if bool(self.knock_steps) == bool(self.knock_file):
             raise line.error("expected Sequence or One_Time_Sequences in this door, and not both")
-        self.sequence = Sequence(self.knock_steps, self.knock_seconds, self.knock_flags,
+        self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
                                  options.strict, options.exact, self.target or b"")
         return self.sequence.take_file(self.knock_file)
 
@@ -2663,8 +2672,8 @@ def read_knockd(path: str) -> KnockdFile:
             options.take(line._replace(value="Y"))
         elif section is None:
             raise line.error("expected a section first: [options], or a door's [name]")
-        elif not equals or "\0" in text:
-            raise line.error("expected `name = value`")
+        elif "\0" in text or not (value or (equals and "COMMAND" in line.name)):
+            raise line.error("expected `name = value`; only a command may be none")
         else:
             section.take(line)
     warnings = permission_warnings(path)
@@ -2933,6 +2942,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 BURST = 20  # lines of a kind that anybody can cause at once; then one a second
+STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
 
 
 class Log:
@@ -2946,7 +2956,8 @@ class Log:
         self.path = ""  # of a file that gets the lines as well, with knockd's date
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
-        self.knocks = Throttle(self, "more knocks came without a line in the log", monotonic)
+        what = "more knocks came without a line in the log"  # first steps, and those behind them
+        self.knocks = Throttle(self, what, monotonic), Throttle(self, what, monotonic, STEP_BURST)
 
     def open_syslog(self, name: str, option: str, facility: str) -> None:
         """Lets lines go to syslog as well, under a name."""
@@ -2998,9 +3009,10 @@ class Throttle:
     It tells how many it has held back, and of what.
     """
 
-    def __init__(self, log: Log, what: str, monotonic: Callable[[], float]) -> None:
-        self.log, self.what, self.monotonic = log, what, monotonic
-        self.quiet_until, self.held_back = monotonic() - BURST, 0
+    def __init__(self, log: Log, what: str, monotonic: Callable[[], float],
+                 burst: int = BURST) -> None:
+        self.log, self.what, self.monotonic, self.burst = log, what, monotonic, burst
+        self.quiet_until, self.held_back = monotonic() - burst, 0
 
     def allows(self) -> bool:
         """Whether the next line may be written."""
@@ -3009,7 +3021,7 @@ class Throttle:
             self.held_back += 1
             return False
         # As if the burst had been saved up, a line a second, since quiet_until.
-        self.quiet_until = max(self.quiet_until, now - BURST + 1) + 1
+        self.quiet_until = max(self.quiet_until, now - self.burst + 1) + 1
         if self.held_back:
             self.log.info("%d %s" % (self.held_back, self.what))
             self.held_back = 0
@@ -3736,7 +3748,12 @@ class PacketCapture(Capture):
 
 
 class KnockCapture(PacketCapture):
-    """A packet socket for the steps of knock sequences."""
+    """A packet socket for the steps of some sequences. Others may have one at the same place."""
+
+    def __init__(self, sequences: List[Sequence], interface: str, protocol: int, code: bytes,
+                 promiscuous: bool) -> None:
+        super().__init__(interface, protocol, code, promiscuous)
+        self.sequences = sequences
 
     def receive(self) -> Optional[Hit]:  # type: ignore[override]
         """The next one; None for what can be none."""
@@ -4049,7 +4066,7 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     return packet_sockets(PacketCapture, interface, protocols, code, settings.promiscuous, log)
 
 
-def packet_sockets(kind: Type[PacketCapture], interface: str, protocols: Tuple[int, ...],
+def packet_sockets(kind: Callable[..., PacketCapture], interface: str, protocols: Tuple[int, ...],
                    code: bytes, promiscuous: bool, log: Log) -> List[Capture]:
     """Packet sockets with a filter, for these protocols; none while the interface is missing."""
     try:
@@ -4077,12 +4094,14 @@ def open_knock_captures(knocks: Iterable[Knocks], log: Log) -> List[Capture]:
     captures: List[Capture] = []
     try:
         for interfaces, sequences, four_only in knocks:
+            if not sequences:
+                continue
             tree = sequence_filter(sequences)
             if four_only:
                 tree = Junction("and", (IS_IPV4, tree))
-            for name in interfaces if sequences else ():
+            for name in interfaces:
                 captures += packet_sockets(
-                    KnockCapture, "" if name == "any" else name,
+                    partial(KnockCapture, sequences), "" if name == "any" else name,
                     (ETH_P_IP, ETH_P_IPV6) if name == "any" else (ETH_P_ALL,),
                     compile_filter(tree), False, log)
     except (PermissionError, AttributeError, SpaError) as error:
@@ -5447,8 +5466,8 @@ class Commands:
         new = {cycle.closing for cycle in cycles if cycle.closing.words} - set(self.cycles)
         if (run + sum(not self.lasts(cycle) for cycle in cycles) > MAX_RUNNING
                 or wait + len(new) > MAX_CYCLES):
-            raise CommandError("too many commands: %d of stanza #%d run, and %d wait to close"
-                               % (run, stanza, wait))
+            raise CommandError("too many commands: %d of %s run, and %d wait to close" % (
+                run, "stanza #%d" % stanza if stanza > 0 else cycles[0].kind, wait))
         for cycle in cycles:
             if self.test:
                 self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
@@ -5491,8 +5510,10 @@ class Commands:
             self.log.write(WARNING if code else INFO, line)
         if child.closes:
             self.finish_close(child.cycle, code)
-        elif child.cycle.waits and child.cycle in self.cycles.values():
-            self.wait_again(child.cycle, child.cycle.seconds)
+            return
+        cycle = self.cycles.get(child.cycle.closing)  # as it is since somebody knocked again
+        if cycle and cycle.waits and cycle.openings[-1] is child:
+            self.wait_again(cycle, cycle.seconds)
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
@@ -5687,6 +5708,8 @@ class Configuration(NamedTuple):
         if self.takes_packets and not same:
             captures = open_captures(self.settings, log, current)
         if self.settings.capture_file:
+            if any(knocks.sequences for knocks in self.knocks()):
+                log.warning("PCAP_FILE: no knock sequence is heard in a file")
             return captures
         try:
             return captures + open_knock_captures(self.knocks(), log)
@@ -6009,8 +6032,8 @@ class KnockGate(Gate):
         self.configuration = configuration
         doors = configuration.knockd.doors if configuration.knockd else []
         owners: List[Union[Stanza, KnockdDoor]] = [*configuration.stanzas, *doors]
-        self.sequences = [(owner.sequence, owner) for owner in owners if owner.sequence]
-        separate([sequence for sequence, _ in self.sequences])
+        self.owners = {owner.sequence: owner for owner in owners if owner.sequence}
+        separate(list(self.owners))
         self.knocked.clear()
 
     def is_ours(self, packed: bytes, now: float) -> bool:
@@ -6022,10 +6045,11 @@ class KnockGate(Gate):
             self.own[packed] = is_own_address(parse_address(socket_text(packed)))
         return self.own[packed]
 
-    def knock(self, hit: Hit) -> None:
-        """One hit on its way through all sequences."""
+    def knock(self, hit: Hit, sequences: Iterable[Sequence]) -> None:
+        """One hit on its way through the sequences that are listened for where it came in."""
         now = time.monotonic()
-        for sequence, owner in self.sequences:
+        for sequence in sequences:
+            owner = self.owners[sequence]
             try:
                 if (hit.destination == sequence.target if sequence.target else
                         self.is_ours(hit.destination, now)):
@@ -6041,12 +6065,16 @@ class KnockGate(Gate):
         source, last = socket_text(hit.source), done == len(sequence.steps)
         door = owner if isinstance(owner, KnockdDoor) else None
         name = door.name if door else "(stanza #%d)" % owner.number
-        if self.log.knocks.allows() or done > 1:
-            self.log.write(INFO if door or last else DEBUG,
-                           "%s: %s: Stage %d" % (source, name, done))
+        if last and isinstance(owner, Stanza) and not (
+                owner.for_all or owner.admits(hit_datagram(hit))):
+            raise PacketRejected("source", "No access data found for source IP: %s" % source)
+        level = INFO if door or last else DEBUG
+        if level <= self.log.level and self.log.knocks[done > 1].allows():
+            self.log.write(level, "%s: %s: Stage %d" % (source, name, done))
+            if last:
+                self.log.info("%s: %s: OPEN SESAME" % (source, name))
         if not last:
             return
-        self.log.info("%s: %s: OPEN SESAME" % (source, name))
         try:
             if not sequence.use_up():
                 self.log.warning("no more sequences left in the one time sequences file for door "
@@ -6059,15 +6087,12 @@ class KnockGate(Gate):
                     self.commands.run([cycle])
                 self.counts["accepted"] += 1
         except SpaError as error:
-            self.log.error("%s: nothing is opened: %s" % (name, error))
             self.counts["knock"] += 1
+            if self.log.rejections.allows():
+                self.log.error("%s: nothing is opened: %s" % (name, error))
 
     def open_stanza(self, stanza: Stanza, hit: Hit) -> None:
         """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
-        datagram = hit_datagram(hit)
-        if not stanza.for_all and not stanza.admits(datagram):
-            raise PacketRejected("source", "No access data found for source IP: %s"
-                                 % socket_text(hit.source))
         if stanza.require_knock:
             self.knocked[stanza.number, hit.source] = time.monotonic() + stanza.knock_seconds
             self.knocked.move_to_end((stanza.number, hit.source))
@@ -6077,14 +6102,14 @@ class KnockGate(Gate):
         self.allow(Packet(
             "", stanza.require_username, 0, "", ACCESS, "", None, None, 0, "",
             parse_address(socket_text(hit.source)), tuple(sorted(stanza.open_ports)), ""),
-            stanza, datagram)
+            stanza, hit_datagram(hit))
 
     def expire_knocks(self) -> None:
         """Forgets the attempts whose time is over."""
         now = time.monotonic()
-        for sequence, owner in self.sequences:
+        for sequence, owner in self.owners.items():
             for source, done in sequence.expire(now):
-                if isinstance(owner, KnockdDoor) and self.log.knocks.allows():
+                if isinstance(owner, KnockdDoor) and self.log.knocks[done > 1].allows():
                     self.log.info("%s: %s: sequence timeout (stage %d)"
                                   % (socket_text(source), owner.name, done))
 
@@ -6118,8 +6143,9 @@ class Server(KnockGate):
 
     def drain(self, capture: Capture) -> None:
         """Reads from a capture until nothing is there, or others have waited long enough."""
-        take: Callable[[Any], None] = (self.knock if isinstance(capture, KnockCapture) else
-                                       self.receive)
+        take: Callable[[Any], None] = (
+            partial(self.knock, sequences=capture.sequences) if isinstance(capture, KnockCapture)
+            else self.receive)
         end = time.monotonic() + BATCH_SECONDS
         try:
             while self.running and time.monotonic() < end:
@@ -6159,7 +6185,7 @@ class Server(KnockGate):
             return
         named = {name for knocks in self.configuration.knocks() if knocks.sequences
                  for name in knocks.interfaces}
-        if not self.on_udp:
+        if self.configuration.takes_packets and not self.on_udp:
             named.add(self.settings.interface)
         indices = set()
         for name in named - {"any"}:
@@ -6273,7 +6299,7 @@ class Server(KnockGate):
         next_end = self.grants.next_end()
         due = min([self.check_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
-                  + [sequence.next_due() for sequence, _ in self.sequences])
+                  + [sequence.next_due() for sequence in self.owners])
         for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         for capture in self.captures:

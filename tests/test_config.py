@@ -274,7 +274,9 @@ GPG_HOME_DIR GPG_EXE GPG_DECRYPT_ID GPG_DECRYPT_PW GPG_ALLOW_NO_PW GPG_REQUIRE_S
 GPG_IGNORE_SIG_VERIFY_ERROR GPG_REMOTE_ID GPG_FINGERPRINT_ID
 """.split()
 OUR_NAMES = ("FIREWALL_TYPE GUARD_PORTS NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PACKET_LIMIT "
-             "ACCESS_PREFIX4 ACCESS_PREFIX6").split()
+             "KNOCKD_CONF ACCESS_PREFIX4 ACCESS_PREFIX6 KNOCK_SEQUENCE KNOCK_ONE_TIME_FILE "
+             "KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT KNOCK_STRICT_DUPLICATES "
+             "REQUIRE_KNOCK").split()
 
 # Defaults of spec 3.2 and 3.3 of the directives that are supported here; "" is unset.
 SPEC_DEFAULTS = {
@@ -364,7 +366,7 @@ BAD_SERVER = (
     ("ENABLE_DESTINATION_RULE -", "Y or N"), ("ENABLE_RULE_PREPEND 0", "Y or N"),
     ("ENABLE_IPT_OUTPUT off", "Y or N"), ("FLUSH_IPT_AT_INIT -", "Y or N"),
     ("FLUSH_IPT_AT_EXIT -", "Y or N"), ("ENABLE_DIGEST_PERSISTENCE x", "Y or N"),
-    ("ACCESS_FOLDER folder", "absolute"),
+    ("ACCESS_FOLDER folder", "absolute"), ("KNOCKD_CONF knockd.conf", "absolute"),
     ("GPG_HOME_DIR gnupg", "absolute"), ("GPG_EXE gpg", "absolute"),
     ("CMD_EXEC_TIMEOUT 0", "1 to 86400"), ("CMD_EXEC_TIMEOUT 1m", "1 to 86400"),
     ("SUDO_EXE sudo", "absolute"), ("NO_SUCH_NAME 1", "unknown directive"),
@@ -436,6 +438,11 @@ BAD_STANZA = (
     ("OPEN_PORT tcp/22", "unknown directive"),
     ("PCAP_INTF lo", "unknown directive"), ("%include /no/x", "Access file: '/no/x' was not found"),
     ("%include_folder /no/x", "/no/x: No such file"),
+    ("KNOCK_SEQUENCE 7000,70000", "ports such as"), ("KNOCK_SEQUENCE ssh", "ports such as"),
+    ("KNOCK_ONE_TIME_FILE codes", "an absolute path"), ("KNOCK_TIMEOUT 0", "seconds, 1 to 86400"),
+    ("KNOCK_TCPFLAGS syn,ece", "fin, syn, rst"), ("KNOCK_STRICT 1", "Y or N"),
+    ("KNOCK_STRICT_DUPLICATES x", "Y or N"),
+    ("REQUIRE_KNOCK maybe", "Y or N"),
     # No packet can carry these, so the stanza would never open anything.
     ("REQUIRE_USERNAME a,b", "expected"), ("REQUIRE_USERNAME j\xf6rg", "expected"),
     ("REQUIRE_USERNAME " + "u" * 49, "expected"),
@@ -481,9 +488,9 @@ class DirectiveTest(ConfigCase):
 
     def test_every_directive_has_a_row(self) -> None:
         """All names of the spec and our own, and each in the right file."""
-        for name in SERVER_NAMES + OUR_NAMES[:5]:
+        for name in SERVER_NAMES + OUR_NAMES[:6]:
             self.assertIsNotNone(server.ServerSettings.row(name), name)
-        for name in STANZA_NAMES + OUR_NAMES[5:]:
+        for name in STANZA_NAMES + OUR_NAMES[6:]:
             self.assertIsNotNone(server.Stanza.row(name), name)
         known = [name for table in (server.ServerSettings, server.Stanza)
                  for row in table.rows() for name in row.names]

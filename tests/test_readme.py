@@ -48,7 +48,7 @@ def generated(text):
     """`text` with every marked part replaced by what the code says."""
     server = load_script("spa_server")
     parts = {"table: client": table(client_rows())}
-    for name in ("ServerSettings", "Stanza"):
+    for name in ("ServerSettings", "Stanza", "KnockdOptions", "KnockdDoor"):
         settings = getattr(server, name)
         parts["table: " + name] = table(server_rows(settings))
     parts["ignored: ServerSettings"] = names(server.ServerSettings, server.Ignored)
