@@ -5680,7 +5680,7 @@ class Configuration(NamedTuple):
     def words(self) -> "Words":
         """What it says of itself: as knockd, when that is all it is."""
         return FWKNOPD if self.stanzas or self.knockd is None else Words(
-            "knockd", "starting up, listening on " + ",".join(self.knockd.options.interfaces), "",
+            "knockd", "", "starting up, listening on " + ",".join(self.knockd.options.interfaces),
             "re-reading config file: " + str(self.settings.knockd_file), "", "", "shutting down")
 
     def knocks(self) -> List[Knocks]:
@@ -6545,7 +6545,8 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     configuration.tell(log)
     for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
-    log.info(configuration.words.starting)
+    if configuration.words.starting:
+        log.info(configuration.words.starting)
     server = Server(configuration, firewall, log, test)
     signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
