@@ -2939,7 +2939,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # started by Gpg.run and launch, and nowhere else. Nothing secret reaches a line or a command line.
 # ======================================================================================
 
-ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
+ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # severities of RFC 5424 section 6.2.1
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 BURST = 20  # lines of a kind that anybody can cause at once; then one a second
 STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
@@ -2954,6 +2954,7 @@ class Log:
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.path = ""  # of a file that gets the lines as well, with knockd's date
+        self.usual = INFO  # the severity of usual lines in syslog
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
         what = "more knocks came without a line in the log"  # first steps, and those behind them
@@ -2978,7 +2979,7 @@ class Log:
             except (OSError, ValueError):
                 pass  # nobody reads it any more; that must not end the server
         if self.to_syslog and syslog is not None:
-            syslog.syslog(severity, text)
+            syslog.syslog(self.usual if severity == INFO else severity, text)
         if self.path:
             try:
                 with open(self.path, "a") as file:  # each time, so that it can be moved away
@@ -5681,7 +5682,8 @@ class Configuration(NamedTuple):
         """What it says of itself: as knockd, when that is all it is."""
         return FWKNOPD if self.stanzas or self.knockd is None else Words(
             "knockd", "", "starting up, listening on " + ",".join(self.knockd.options.interfaces),
-            "re-reading config file: " + str(self.settings.knockd_file), "", "", "shutting down")
+            "re-reading config file: " + str(self.settings.knockd_file), "", "", "shutting down",
+            DEBUG)
 
     def knocks(self) -> List[Knocks]:
         """The sequences of stanzas and of knockd's doors, and where to listen for them."""
@@ -5740,6 +5742,7 @@ class Words(NamedTuple):
     restarted: str
     leaving: str
     ended: str
+    level: int = INFO  # of what knockd has no words for
 
 
 FWKNOPD = Words("fwknopd", "Starting fwknopd", "Starting fwknopd main event loop.",
@@ -6169,7 +6172,7 @@ class Server(KnockGate):
         """Lets the server's loop end."""
         if self.configuration.words.leaving:
             self.log.info(self.configuration.words.leaving)
-        self.log.write(ERROR if self.exit_code else INFO, why)
+        self.log.write(ERROR if self.exit_code else self.configuration.words.level, why)
         self.running = False
 
     @property
@@ -6325,7 +6328,7 @@ class Server(KnockGate):
 
         What commands opened is closed in any case: nobody would remember to close it.
         """
-        self.log.info(self.report())
+        self.log.write(self.configuration.words.level, self.report())
         self.memory.close()
         if self.grants.firewall.guard_ports:
             self.log.info("Closed to everybody from now on, until --unguard: "
@@ -7142,6 +7145,7 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
     log.path = os.path.join(directory, options.log_file) if options.log_file else ""
     if options.use_syslog and not log.to_syslog:
         log.open_syslog("knockd", "", "LOG_DAEMON")
+        log.usual = NOTICE
 
 
 def serve(arguments: Arguments, log: Log) -> int:
