@@ -7,20 +7,18 @@ the same knocks: what one line of a table says of knockd and of ours is one pack
 import itertools
 import os
 import re
-import shutil
 import signal
 import socket
-import stat
 import sys
+import threading
 import time
 import unittest
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Tuple
 
 from tests.netns import (
     CLIENT4,
     CLIENT6,
     FWKNOP,
-    KEYS,
     OTHER4,
     OTHER6,
     SERVER4,
@@ -34,10 +32,13 @@ from tests.netns import (
     in_parallel,
     wait_for,
 )
-from tests.support import TOP, needs_programs, needs_root
+from tests.support import needs_programs, needs_root
 from tests.test_live_firewall import NFT, Setup, Site
 
-REAL, NAMED, BESIDE = "knockd", "ours, called knockd", "ours, --knockd-conf beside a stanza"
+REAL, NAMED = "knockd", "ours, called knockd"
+ALONE, BESIDE = "ours, --knockd-conf", "ours, --knockd-conf beside a stanza"
+NO_FILES = 'if [ -d /etc/fwknop ]; then mount -t tmpfs none /etc/fwknop; fi; exec "$@"'
+ON_ETH0 = "Interface = eth0"
 NO_FIREWALL = "FIREWALL_TYPE none;\n"
 SESAME = "%s: %s: OPEN SESAME"
 DOOR = "[door]\nsequence = 7000,8000,9000\nseq_timeout = 20\ntcpflags = syn\n"
@@ -90,9 +91,9 @@ def read(path: str) -> str:
 
 
 class Knockd:
-    """A knockd.conf on a host, and who serves it: the real knockd, or ours in one of two ways."""
+    """A knockd.conf on a host, and who serves it: the real knockd, or ours in one of three."""
 
-    def __init__(self, host: Host, kind: str, doors: str, options: str = "Interface = eth0") -> None:
+    def __init__(self, host: Host, kind: str, doors: str, options: str = ON_ETH0) -> None:
         self.host, self.kind, self.stanza = host, kind, STANZA
         self.directory = host.path("knockd")
         os.mkdir(self.directory)
@@ -102,7 +103,7 @@ class Knockd:
         self.configure(doors, options)
         self.process = None  # type: Optional[Process]
 
-    def configure(self, doors: str, options: str = "Interface = eth0") -> None:
+    def configure(self, doors: str, options: str = ON_ETH0) -> None:
         """Write the file anew."""
         files = "LogFile = %s\nPidFile = %s\n" % (self.log_file, self.pid_file)
         write(self.conf, "[options]\n%s%s\n%s%s" % (files, options, READY, doors))
@@ -116,6 +117,9 @@ class Knockd:
             if not os.path.exists(name):
                 os.symlink(SPA_SERVER[-1], name)
             return [sys.executable, name, "-c", self.conf]
+        if self.kind == ALONE:
+            hidden = ["unshare", "-m", "sh", "-c", NO_FILES, "sh", *SPA_SERVER]
+            return [*hidden, "-p", self.pid_file, "-r", self.directory, "--knockd-conf", self.conf]
         files = Server(self.host, NO_FIREWALL, self.stanza).files
         return [*SPA_SERVER, *files, "--knockd-conf", self.conf]
 
@@ -243,18 +247,21 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             else:
                 for program in ("iptables", "ip6tables"):
                     host.run(program, "-A", "INPUT", "-p", "tcp", "--dport", "22", "-j", "DROP")
-            door = "[Door 1]\n%s\nSeq_Timeout = 9\nCmd_Timeout = 3 # seconds\n%s"
+            door = "[Door 1]\n%s\nSeq_Timeout = 9\nCmd_Timeout = 4 # seconds\n%s"
             server = Knockd(host, kind, door % (sequence, lines)).start(client)
             ports = re.findall(r"\d+[:\w]*", sequence.partition("\n")[0].lower())
-            for source, other, address in ((CLIENT4, OTHER4, SERVER4), (CLIENT6, OTHER6, SERVER6)):
-                self.assertFalse(client.reaches(address, 22))
-                began = time.monotonic()
+            families = (("", SERVER4, 22), ("", SERVER6, 22))
+            self.assertFalse(any(client.probe(*families)))
+            began = time.monotonic()
+            for _, address, _ in families:
                 client.run("knock", address, *ports)
-                wait_for(lambda: client.reaches(address, 22, source), "access")  # noqa: B023
-                self.assertFalse(client.reaches(address, 22, other))
+            wait_for(lambda: all(client.probe(*families)), "access")
+            others = client.probe((OTHER4, SERVER4, 22), (OTHER6, SERVER6, 22))
+            self.assertFalse(any(others))
+            for source in (CLIENT4, CLIENT6):
                 server.wait_for("%s: Door 1: command timeout" % source)
-                self.assertGreater(time.monotonic(), began + 2.9)
-                wait_for(lambda: not client.reaches(address, 22, source), "no access")  # noqa: B023
+                self.assertGreater(time.monotonic(), began + 3.9)
+            wait_for(lambda: not any(client.probe(*families)), "no access")
             self.assertNotIn("non-zero", server.log())
             self.assertEqual(0, server.stop())
 
@@ -263,7 +270,7 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             self,
             [
                 (NAMED, self.IPTABLES, tcp),
-                (BESIDE, self.SETS, "sequence = 7000:udp, 8000:tcp, 9000:UDP"),
+                (ALONE, self.SETS, "sequence = 7000:udp, 8000:tcp, 9000:UDP"),
             ],
             check,
         )
@@ -457,27 +464,24 @@ class StanzaTest(KnockCase):
     def test_a_sequence_is_a_way_to_a_grant(self) -> None:
         """Closed, open for who knocked, closed again; killed, the kernel closes."""
 
-        def check(setup: Setup) -> None:
+        def check(case: Tuple[str, str, bool]) -> None:
             """One firewall in one mode."""
-            with Site(setup, access=STANZA_KNOCK + "FW_ACCESS_TIMEOUT 4\n") as site:
+            backend, mode, killed = case
+            with Site(Setup(backend, mode), access=STANZA_KNOCK + "FW_ACCESS_TIMEOUT 4\n") as site:
                 self.assertTrue(site.all_closed())
-                for killed in (False, True):
-                    mark, began = site.server.mark(), time.monotonic()
-                    site.client.run("knock", SERVER4, *PORTS)
-                    site.server.wait_for(KNOCKED % CLIENT4, mark)
-                    site.client.run("knock", SERVER6, *PORTS)
-                    site.server.wait_for(KNOCKED % CLIENT6, mark)
-                    wait_for(site.is_open, "access")
-                    if killed:
-                        site.server.stop(signal.SIGKILL)
-                    closed = site.wait_closed(("", SERVER4, 22), ("", SERVER6, 22))
-                    self.assertGreater(closed, began + 3.9)
-                    self.assertTrue(site.all_closed())
+                began = time.monotonic()
+                for source, address in ((CLIENT4, SERVER4), (CLIENT6, SERVER6)):
+                    site.client.run("knock", address, *PORTS)
+                    site.server.wait_for(KNOCKED % source)
+                wait_for(site.is_open, "access")
+                if killed:
+                    site.server.stop(signal.SIGKILL)
+                closed = site.wait_closed(("", SERVER4, 22), ("", SERVER6, 22))
+                self.assertGreater(closed, began + 3.9)
+                self.assertTrue(site.all_closed())
 
         backends = (NFT, "iptables-nft")
-        in_parallel(
-            self, [Setup(*pair) for pair in itertools.product(backends, ("accept", "guard"))], check
-        )
+        in_parallel(self, itertools.product(backends, ("accept", "guard"), (False, True)), check)
 
     def test_a_packet_after_a_sequence(self) -> None:
         """With REQUIRE_KNOCK neither opens alone, and only from the same address."""
@@ -597,3 +601,318 @@ class OneTimeTest(KnockCase):
         client.run("knock", SERVER4, "7001", "8001")
         server.wait_for("(stanza #1): nothing is opened: %s: No such file" % path, mark)
         self.assertNotIn(" opened ", server.log(mark))
+
+
+@needs_root
+@needs_programs("ip", "knock", "ping")
+class ReachTest(KnockCase):
+    """Where hits come in, and for whom they are."""
+
+    DOORS = (
+        "[door]\nsequence = 7000,8000\ntcpflags = syn\n"
+        "[icmp]\nsequence = 100:icmp, :icmp, 7002:udp\n"
+        "[target]\nsequence = 7100,7200\ntarget = 10.55.0.9\n"
+    )
+
+    def setUp(self) -> None:
+        """Connect the hosts, and start a server that hears all and one that hears two cables."""
+        self.both = self.cable()
+        self.client, self.host = self.both.client, self.both.server
+        self.plug(1)
+        self.named = Knockd(self.host, NAMED, self.DOORS, "Interface = eth0, late")
+        self.every = Knockd(self.host, NAMED, self.DOORS, "Interface = any")
+        for server in (self.every, self.named):
+            server.start(self.client)
+
+    def plug(self, number: int, name: str = "") -> None:
+        """Connect the hosts by one more cable, whose addresses are 10.56.`number`.1 and .2."""
+        name = name or "eth%d" % number
+        there = "type veth peer name %s netns %s" % (name, self.host.name)
+        self.client.run("ip", "link", "add", name, *there.split())
+        for host, last in ((self.host, 1), (self.client, 2)):
+            host.run("ip", "addr", "add", "10.56.%d.%d/24" % (number, last), "dev", name)
+            host.run("ip", "link", "set", name, "up")
+
+    def opened(self, source: str, door: str = "door") -> List[int]:
+        """Return how often a source has opened a door, of all interfaces and of those named."""
+        settle(self.client, [self.every, self.named])
+        return [server.opened(source, door) for server in (self.every, self.named)]
+
+    def knock(self, address: str, *ports: str) -> None:
+        """Let the real knock hit a sequence."""
+        self.client.run("knock", address, *(ports or ("7000", "8000")))
+
+    def test_icmp(self) -> None:
+        """Echo requests of a size, of any, and a datagram; IPv4 and IPv6."""
+        for address, source in ((SERVER4, CLIENT4), (SERVER6, CLIENT6)):
+            for first in ("99", "100"):
+                for size in (first, "7"):
+                    self.client.run("ping", "-c", "1", "-s", size, address)
+                self.knock(address, "7002:udp")
+                self.assertEqual([int(first == "100")] * 2, self.opened(source, "icmp"))
+
+    def test_interfaces(self) -> None:
+        """Those that are named, also one that comes later and one that comes back; or all."""
+        self.knock("10.56.1.1")
+        self.assertEqual([1, 0], self.opened("10.56.1.2"))
+        for count in (1, 2):
+            self.plug(2, "late")
+
+            def opens(before: int = self.opened("10.56.2.2")[1]) -> bool:
+                """Knock there, and say whether that opens."""
+                self.knock("10.56.2.1")
+                return self.opened("10.56.2.2")[1] > before
+
+            wait_for(opens, "an interface that was added")
+            self.client.run("ip", "link", "del", "late")
+            self.knock(SERVER4)
+            self.assertEqual([count, count], self.opened(CLIENT4))
+
+    def test_addresses(self) -> None:
+        """Only this host's count, as soon as they are; of a door with a target only that."""
+        self.host.run("ip", "link", "set", "eth0", "promisc", "on")
+        link = self.host.run("cat", "/sys/class/net/eth0/address").strip()
+        self.client.run("ip", "neigh", "add", "10.55.0.9", "lladdr", link, "dev", "eth0")
+        self.knock("10.55.0.9")
+        self.assertEqual([0, 0], self.opened(CLIENT4))
+        self.knock(SERVER4, "7100", "7200")
+        self.assertEqual([0, 0], self.opened(CLIENT4, "target"))
+        self.host.run("ip", "addr", "add", "10.55.0.9/24", "dev", "eth0")
+
+        def opens() -> bool:
+            """Knock, and say whether both have opened."""
+            self.knock("10.55.0.9")
+            return 0 not in self.opened(CLIENT4)
+
+        wait_for(opens, "an address that was added")
+        self.knock("10.55.0.9", "7100", "7200")
+        self.assertEqual([1, 1], self.opened(CLIENT4, "target"))
+        self.host.run("ip", "link", "set", "eth0", "promisc", "off")
+
+    def test_forwarded(self) -> None:
+        """What goes through this host to another one is no hit here."""
+        inner = Host(self.host.name + "i", self.both.temporary.name)
+        self.addCleanup(inner.remove)
+        there = "type veth peer name eth0 netns %s" % inner.name
+        self.host.run("ip", "link", "add", "in0", *there.split())
+        self.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        for host, name, last in ((self.host, "in0", 1), (inner, "eth0", 2)):
+            host.run("ip", "addr", "add", "10.66.0.%d/24" % last, "dev", name)
+            host.run("ip", "link", "set", name, "up")
+        inner.run("ip", "route", "add", "default", "via", "10.66.0.1")
+        self.client.run("ip", "route", "add", "10.66.0.0/24", "via", SERVER4)
+        inner.listen(7000, 8000)
+        hit(self.client, CLIENT4, "7000:open", "8000:open", server="10.66.0.2")
+        self.assertEqual([0, 0], self.opened(CLIENT4))
+        self.knock("10.66.0.1")  # of this host, on the other side
+        self.assertEqual([1, 1], self.opened(CLIENT4))
+
+
+def resident(process: Optional[Process]) -> int:
+    """Return the kilobytes of memory that a process has resident."""
+    assert process is not None
+    status = read("/proc/%d/status" % process.popen.pid)
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+@needs_root
+@needs_programs("ip", "knock", "iptables")
+class FloodTest(KnockCase):
+    """First hits from everywhere."""
+
+    def test_a_flood_of_first_hits(self) -> None:
+        """An honest client comes through, memory and log stay small."""
+        cable = self.cable()
+        client = cable.client
+        cable.server.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "DROP")
+        server = Knockd(cable.server, NAMED, DOOR).start(client)
+        before = resident(server.process)
+        flood = client.start(
+            sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, "7000", "4", "15000"
+        )
+        wait_for(lambda: resident(server.process) > before + 500, "a flood")
+        client.run("knock", "-d", "500", SERVER4, "7000", "8000", "9000")
+        ended = flood.popen.poll() is not None
+        server.wait_for(SESAME % (CLIENT4, "door"))
+        wait_for(lambda: flood.popen.poll() is not None, "its end")
+        settle(client, [server])
+        self.assertFalse(ended)
+        self.assertGreater(int(flood.output()), 10000)
+        self.assertLess(resident(server.process), before + 40000)
+        self.assertLess(len(server.lines()), 100)
+
+
+@needs_root
+@needs_programs("ip", "knock", "knockd")
+class LogTest(KnockCase):
+    """What stands in the log."""
+
+    DOORS = (
+        "[door]\nsequence = 7000,8000,9000\nseq_timeout = 2\ntcpflags = syn\n"
+        "start_command = : start %IP%\ncmd_timeout = 1\nstop_command = : stop %IP%\n"
+        "[a fault]\nsequence = 7100:udp,7200\nstart_command = exit 3\n"
+        "start_command_6 = exit 4\n"
+        "[nothing]\nsequence = 7300\ntcpflags = syn\nstop_command = echo never\n"
+    )
+
+    def syslog(self, path: str) -> List[str]:
+        """Return what comes to a socket like syslog's, as it comes."""
+        got = []  # type: List[str]
+        log, end = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
+        log.bind(path)
+        end.connect(path)
+
+        def listen() -> None:
+            """Take what comes."""
+            with log, end:
+                for text in iter(lambda: log.recv(1000), b""):
+                    got.append(text.decode())
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(end.send, b"")
+        return got
+
+    def test_lines(self) -> None:
+        """Of one life, ours has the same lines as the real knockd, in the file and in syslog."""
+        cable = self.cable()
+        client = cable.client
+        servers, logs = [], []  # type: List[Knockd], List[List[str]]
+        for kind in (REAL, NAMED):
+            server = Knockd(cable.server, kind, self.DOORS, "UseSyslog\nInterface = eth0")
+            path = os.path.join(server.directory, "syslog")
+            logs.append(self.syslog(path))
+            code = (
+                "mkdir $0.dev && mount --rbind /dev $0.dev && mount -t tmpfs dev /dev &&"
+                " ln -s $0 /dev/log && ln -s $0.dev/null $0.dev/urandom /dev && exec \"$@\""
+            )
+            servers.append(server.start(client, "unshare", "-m", "sh", "-c", code, path))
+
+        def live(text: str) -> None:
+            """Wait until both have logged this."""
+            for server in servers:
+                server.wait_for(text)
+
+        client.run("knock", SERVER4, "7000", "8000", "9000")
+        live(CLIENT4 + ": door: command timeout")
+        live("door: running command: : stop " + CLIENT4)
+        client.run("knock", SERVER6, "7000", "8000", "9000")
+        live(CLIENT6 + ": door: command timeout")
+        live("door: running command: : stop " + CLIENT6)
+        for address, status in ((SERVER4, 3), (SERVER6, 4)):
+            client.run("knock", address, "7100:udp", "7200")
+            live("a fault: command returned non-zero status code (%d)" % status)
+        client.run("knock", SERVER4, "7300")
+        live(SESAME % (CLIENT4, "nothing"))
+        client.run("knock", SERVER4, "7000", "8000")
+        servers[1].wait_for(": door: sequence timeout (stage 2)")
+        client.run("knock", SERVER4, "7300")  # only then knockd looks at the clock
+        live(": door: sequence timeout (stage 2)")
+        settle(client, servers)
+        for server in servers:
+            assert server.process is not None
+            server.process.popen.send_signal(signal.SIGHUP)
+            server.wait_for("re-reading config file: ")
+        settle(client, servers)
+        for server in servers:
+            server.stop()
+        real, ours = (
+            [line.replace(server.conf, "CONF") for line in server.lines()] for server in servers
+        )
+        self.assertEqual(real, ours)
+        for server, lines in zip(servers, logs):
+            form = re.compile(r"<(\d+)>\w{3} [ \d]\d \d\d:\d\d:\d\d knockd: (.*)")
+            found = [form.match(line) for line in lines]
+            text = [each.group(2).replace(server.conf, "CONF") for each in found if each]
+            text = [line for line in text if ": ready: " not in line and "re-opening" not in line]
+            self.assertEqual(real, text, server.kind)
+            self.assertLessEqual(
+                {each.group(1) for each in found if each and " non-zero " not in each.group(2)},
+                {"29"},
+            )
+
+    def test_it_says_more_with_debug(self) -> None:
+        """Why it ended, and what came of the knocks."""
+        cable = self.cable()
+        server = Knockd(cable.server, NAMED, DOOR).start(cable.client)
+        server.stop(signal.SIGINT)
+        self.assertNotIn("SIGINT", server.log())
+        process = cable.server.start(*server.command(), "-D")
+        process.wait_for("starting up, listening on eth0")
+        self.assertEqual(0, process.end())
+        self.assertIn("Got SIGTERM. Exiting...\nPackets seen: 0 accepted; ", process.output())
+
+
+@needs_root
+@needs_programs("ip", "setpriv")
+class BadTest(KnockCase):
+    """What keeps a server from starting."""
+
+    def test_bad_files(self) -> None:
+        """File, line and what was expected; nothing is run, and nothing listens."""
+        host = self.cable().server
+        server = Knockd(host, NAMED, "")
+        path = os.path.join(server.directory, "got")
+        for text, line, expected in (
+            ("[door", 1, "expected a section: its name between [ and ]"),
+            ("sequence = 7000", 1, "expected a section first: "),
+            ("[door]\nsequence = 7000,", 2, "SEQUENCE: expected ports such as "),
+            ("[door]\nsequence = 7000\ntcpflags = syn, ack", 3, "TCPFLAGS: expected fin, "),
+            ("[door]\nsequence = 7000\nopen = x", 3, "OPEN: "),
+            ("[door]\ncommand = touch %s" % path, 1, "expected Sequence or One_Time_Sequences"),
+            ("[door]\none_time_sequences = /nonexistent", 0, "/nonexistent: No such file"),
+            ("[options]\nUseSyslog = 1", 2, "expected UseSyslog alone"),
+        ):
+            with self.subTest(text):
+                write(server.conf, text + "\n")
+                code, said = host.run_code(*server.command())
+                self.assertEqual(3, code, said)
+                self.assertIn("%s:%d: " % (server.conf, line) if line else "", said)
+                self.assertIn(expected, said)
+                self.assertEqual(1, len(said.splitlines()), said)
+                self.assertEqual("", server.log())
+        self.assertFalse(os.path.exists(path))
+        os.remove(server.conf)
+        code, said = host.run_code(*server.command())
+        self.assertEqual((3, True), (code, server.conf + ": No such file" in said), said)
+
+    def test_without_cap_net_raw(self) -> None:
+        """There is no other way to hear knocks, and it says so."""
+        host = self.cable().server
+        less = ["setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-net_raw"]
+        for kind in (NAMED, BESIDE):
+            server = Knockd(host, kind, DOOR)
+            code, said = host.run_code(*less, *server.command())
+            self.assertEqual(1, code, said)
+            self.assertIn("knock sequences need packet sockets, and so CAP_NET_RAW\n", said)
+            self.assertNotIn("starting up", said)
+            self.assertNotIn("Traceback", said)
+
+    def test_a_second_server(self) -> None:
+        """It does not start beside the first, whose pid file it would take."""
+        cable = self.cable()
+        server = Knockd(cable.server, NAMED, DOOR).start(cable.client)
+        code, said = cable.server.run_code(*server.command())
+        assert server.process is not None
+        pid = server.process.popen.pid
+        self.assertEqual(1, code)
+        self.assertIn("An instance of knockd is already running: (PID=%d)." % pid, said)
+        self.assertEqual("%d\n" % pid, read(server.pid_file))
+
+    def test_an_interface_without_a_file(self) -> None:
+        """-i goes before Interface, LogFile before -g; -d serves in the background."""
+        cable = self.cable()
+        host, client = cable.server, cable.client
+        server = Knockd(host, NAMED, DOOR, "Interface = nonexistent")
+        other = os.path.join(server.directory, "other")
+        host.run(*server.command(), "-d", "-i", "eth0", "-g", other)
+        self.addCleanup(lambda: os.kill(int(read(server.pid_file)), signal.SIGKILL))
+        self.assertEqual(["starting up, listening on eth0"], server.lines())
+        client.run("knock", SERVER4, "7000", "8000", "9000")
+        server.wait_for(SESAME % (CLIENT4, "door"))
+        self.assertEqual("", read(other))
+
+
+if __name__ == "__main__":
+    unittest.main()
