@@ -1801,7 +1801,7 @@ Step = Tuple[int, int]  # protocol and port; of ICMP the number of data bytes, o
 ANY_SIZE = -1
 STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
 STEP_NAMES = {number: name for name, number in STEP_PROTOCOLS.items()}
-MAX_FILTER_PORTS = 100  # that the kernel looks for one by one
+MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # that the kernel looks for one by one
 MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
@@ -1971,19 +1971,22 @@ class Sequence:
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
     """What the kernel lets pass for these sequences: their ports, or, where one is strict or they
-    are too many, all of a protocol; and of TCP only segments with the flags that count."""
+    are too many, all of a protocol; and of TCP segments with the flags that count, unless there are
+    too many of those."""
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
+    few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
     for sequence in sequences:
         for protocol, port in sequence.all_steps():
-            key = protocol, sequence.flags if protocol == TCP else (0, 0)
+            key = protocol, sequence.flags if protocol == TCP and few else (0, 0)
             wanted.setdefault(key, set()).add(ANY_SIZE if sequence.strict else port)
+    many = sum(map(len, wanted.values())) > MAX_FILTER_PORTS
     parts: List[Filter] = []
     for (protocol, (mask, value)), ports in wanted.items():
         if protocol == ICMP:
             parts += [octet_filter((ICMP, ICMP6), 0, 8), octet_filter((ICMP, ICMP6), 0, 128)]
             continue
-        every = ANY_SIZE in ports or len(ports) > MAX_FILTER_PORTS
-        part = protocol_filter(STEP_NAMES[protocol]) if every else ports_filter(protocol, ports)
+        part = (protocol_filter(STEP_NAMES[protocol]) if many or ANY_SIZE in ports else
+                ports_filter(protocol, ports))
         if mask:
             part = Junction("and", (part, octet_filter((TCP, TCP), 13, value, mask)))
         parts.append(part)
