@@ -1802,7 +1802,7 @@ Step = Tuple[int, int]  # protocol and port; of ICMP the number of data bytes, o
 ANY_SIZE = -1
 STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
 STEP_NAMES = {number: name for name, number in STEP_PROTOCOLS.items()}
-MAX_FILTER_PORTS = 100  # that the kernel looks for one by one
+MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # that the kernel looks for one by one
 MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
@@ -1868,12 +1868,24 @@ class Sequence:
         self.due = float("inf")  # none of `advanced` ends before
 
     def take_file(self, path: Optional[str]) -> List[str]:
-        """Takes the steps from a file of sequences, if there is one; returns its warnings."""
-        if path is None:
-            return []
-        self.file = OneTimeFile(path)
-        self.steps = self.file.steps
-        return permission_warnings(path) + self.file.warnings
+        """Takes the steps from a file of sequences, if there is one; returns warnings."""
+        texts = []
+        if path is not None:
+            self.file = OneTimeFile(path)
+            self.steps = self.file.steps
+            texts = permission_warnings(path) + self.file.warnings
+        if self.falls_to_scans():
+            texts.append("a port scan hits this sequence in its order; let it go up and down")
+        return texts
+
+    def falls_to_scans(self) -> bool:
+        """Whether a scan of all ports one after the other is enough for the steps."""
+        for way in (1, -1):
+            gaps = [(after[1] - before[1]) * way if after[0] == before[0] else 0
+                    for before, after in zip(self.steps, self.steps[1:])]
+            if all(gap == 1 or (gap > 1 and not self.strict) for gap in gaps):
+                return True
+        return False
 
     def all_steps(self) -> List[Step]:
         """Those of every line of a file, as they come one after the other."""
@@ -1960,19 +1972,22 @@ class Sequence:
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
     """What the kernel lets pass for these sequences: their ports, or, where one is strict or they
-    are too many, all of a protocol; and of TCP only segments with the flags that count."""
+    are too many, all of a protocol; and of TCP segments with the flags that count, unless there are
+    too many of those."""
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
+    few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
     for sequence in sequences:
         for protocol, port in sequence.all_steps():
-            key = protocol, sequence.flags if protocol == TCP else (0, 0)
+            key = protocol, sequence.flags if protocol == TCP and few else (0, 0)
             wanted.setdefault(key, set()).add(ANY_SIZE if sequence.strict else port)
+    many = sum(map(len, wanted.values())) > MAX_FILTER_PORTS
     parts: List[Filter] = []
     for (protocol, (mask, value)), ports in wanted.items():
         if protocol == ICMP:
             parts += [octet_filter((ICMP, ICMP6), 0, 8), octet_filter((ICMP, ICMP6), 0, 128)]
             continue
-        every = ANY_SIZE in ports or len(ports) > MAX_FILTER_PORTS
-        part = protocol_filter(STEP_NAMES[protocol]) if every else ports_filter(protocol, ports)
+        part = (protocol_filter(STEP_NAMES[protocol]) if many or ANY_SIZE in ports else
+                ports_filter(protocol, ports))
         if mask:
             part = Junction("and", (part, octet_filter((TCP, TCP), 13, value, mask)))
         parts.append(part)
@@ -2299,17 +2314,22 @@ class Stanza(Settings):
         if len(named) == 2:
             raise self.error(named[1], "expected only one of %s and %s" % (
                 rows[0].name, rows[1].name))
-        if not self.open_ports and not self.require_knock:
-            raise self.error(named[0], "expected OPEN_PORTS with it")
-        if not self.takes_packets and (self.require_knock or self.require_username):
-            raise self.error(named[0], "expected a KEY as well: only a packet names a user, and "
-                             "only for a packet there is REQUIRE_KNOCK")
+        checks: List[Tuple[Directive[Any], bool, str]] = [
+            (Stanza.require_knock, self.takes_packets, "a KEY as well, for the packet to follow")
+        ] if self.require_knock else [
+            (named[0], bool(self.open_ports), "OPEN_PORTS with it"),
+            (Stanza.restrict_ports, self.open_ports.isdisjoint(self.restrict_ports),
+             "none of OPEN_PORTS, all of which the sequence opens"),
+            (Stanza.require_username, not self.require_username,
+             "REQUIRE_KNOCK Y with it, since a sequence names no user"),
+            (Stanza.open_seconds, bool(self.open_seconds or self.cycle_seconds),
+             "more than 0, since a sequence asks for no time")]
+        for row, right, text in checks:
+            if not right:
+                raise self.error(row, "expected " + text)
         self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
                                  self.knock_strict, self.knock_exact)
-        texts = self.sequence.take_file(self.knock_file)
-        if len(self.sequence.steps) == 1 and not self.require_knock:
-            texts.append("KNOCK_SEQUENCE of one port: every scan opens")
-        return texts
+        return self.sequence.take_file(self.knock_file)
 
     def give_up(self, error: SpaError) -> None:
         """Makes the stanza void if its keys are in a file of their own; else raises the error.
@@ -7143,6 +7163,11 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
 def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
     """Lets the log go where a knockd.conf says, too."""
     log.path = os.path.join(directory, options.log_file) if options.log_file else ""
+    try:
+        if log.path:
+            open(log.path, "a").close()
+    except OSError as error:  # as in knockd, no reason not to serve
+        log.error("%s: %s; it gets no lines" % (log.path, error.strerror))
     if options.use_syslog and not log.to_syslog:
         log.open_syslog("knockd", "", "LOG_DAEMON")
         log.usual = NOTICE
