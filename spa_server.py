@@ -5433,7 +5433,10 @@ class Cycle:
 
 
 class KnockdCycle(Cycle):
-    """Start_Command and Stop_Command of a knockd.conf's door; in the log they look as there."""
+    """Start_Command and Stop_Command of a knockd.conf's door; in the log they look as there.
+
+    They may leave programs that go on: what these print is read, or SIGPIPE would end them.
+    """
 
     waits = True
 
@@ -5473,6 +5476,7 @@ class Commands:
     def __init__(self, selector: selectors.BaseSelector, log: Log, test: bool) -> None:
         self.selector, self.log, self.test = selector, log, test
         self.running: List[Child] = []
+        self.survived: List[Child] = []  # that have ended before what they have started
         self.cycles: Dict[Command, Cycle] = {}  # what is open, by what closes it
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
 
@@ -5520,7 +5524,10 @@ class Commands:
     def finish(self, child: Child) -> None:
         """Logs the output and the end of a command that has ended, in fwknop's words."""
         self.running.remove(child)
-        self.read(child, last=True)
+        self.read(child, last=not child.cycle.waits)
+        self.survived = [each for each in self.survived + [child] if not each.output.closed]
+        if len(self.survived) > MAX_RUNNING:
+            self.read(self.survived[0], last=True)
         lines = child.printed[:MAX_OUTPUT].decode("latin-1").splitlines()
         more = len(child.printed) > MAX_OUTPUT or len(lines) > MAX_OUTPUT_LINES
         for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
