@@ -7,6 +7,7 @@ the same knocks: what one line of a table says of knockd and of ours is one pack
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -274,6 +275,40 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             ],
             check,
         )
+
+    @needs_programs("knockd")
+    def test_the_file_of_the_package(self) -> None:
+        """The doors that knockd comes with open a port and close it again."""
+        cable = self.cable()
+        client, host = cable.client, cable.server
+        server = Knockd(host, NAMED, "")
+        shutil.copy("/etc/knockd.conf", server.conf)
+        more = ["-g", server.log_file, "-p", server.pid_file, "-i", "eth0"]
+        process = host.start(*server.command(), *more)
+        process.wait_for("starting up, listening on eth0")
+
+        def rules() -> int:
+            """Return how many rules let the client in."""
+            return host.run("iptables", "-S", "INPUT").count("-s %s/32 " % CLIENT4)
+
+        for ports, count in (("7000 8000 9000", 1), ("9000 8000 7000", 0), ("7000 8000 9000", 1)):
+            client.run("knock", SERVER4, *ports.split())
+            wait_for(lambda: rules() == count, "a rule")  # noqa: B023
+        self.assertEqual(0, process.end())
+        self.assertEqual(1, rules())
+
+    def test_what_a_command_leaves(self) -> None:
+        """A program that it has started in the background goes on, though it prints."""
+        cable = self.cable()
+        server = Knockd(cable.server, NAMED, "")
+        path = os.path.join(server.directory, "got")
+        command = "(sleep 0.3; seq 99999; echo $? > %s.new; mv %s.new %s) &" % (path, path, path)
+        server.configure("[door]\nsequence = 7000,8000\ncommand = %s\n" % command)
+        server.start(cable.client)
+        cable.client.run("knock", SERVER4, "7000", "8000")
+        wait_for(lambda: read(path), "its end")
+        self.assertEqual("0\n", read(path))
+        self.assertLess(len(server.lines()), 10)
 
     def test_stop_commands(self) -> None:
         """One start and one stop, at its time, whatever becomes of the server meanwhile."""
@@ -665,6 +700,9 @@ class ReachTest(KnockCase):
 
             wait_for(opens, "an interface that was added")
             self.client.run("ip", "link", "del", "late")
+            self.host.run("ip", "link", "set", "eth0", "down")
+            self.host.run("ip", "link", "set", "eth0", "up")
+            wait_for(lambda: not self.client.run_code("ping", "-c1", "-W1", SERVER4)[0], "a link")
             self.knock(SERVER4)
             self.assertEqual([count, count], self.opened(CLIENT4))
 
