@@ -1505,7 +1505,8 @@ SOCK_FILTER = struct.Struct("=HBBI")  # struct sock_filter {u16 code, u8 jt, u8 
 MAX_INSTRUCTIONS = 4000  # the kernel takes 4096; open_packet_captures() adds some
 LONGEST_JUMP = 250
 LOAD = {1: 0x30, 2: 0x28, 4: 0x20}  # byte, half and word (linux/bpf_common.h)
-LOAD_HALF_BEHIND, LOAD_IPV4_LENGTH, MASK = 0x48, 0xB1, 0x54
+LOAD_BEHIND = {1: 0x50, 2: 0x48}  # the same, behind the IPv4 header
+LOAD_IPV4_LENGTH, MASK = 0xB1, 0x54
 JUMP, JUMP_IF_EQUAL, JUMP_IF_GREATER, JUMP_IF_NOT_LESS, RETURN = 0x05, 0x15, 0x25, 0x35, 0x06
 PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
 NOT_OUTGOING = Junction("not", (Comparison(PACKET_TYPE_OFFSET, 4, PACKET_OUTGOING,
@@ -1557,7 +1558,7 @@ class FilterProgram:
             self.branch(JUMP_IF_NOT_LESS, tree.least, len(self.code), when_false)
         if tree.mask != 0xFFFFFFFF:
             self.add(MASK, tree.mask)
-        self.add(LOAD_HALF_BEHIND if tree.behind else LOAD[tree.size], tree.offset)
+        self.add((LOAD_BEHIND if tree.behind else LOAD)[tree.size], tree.offset)
         return self.add(LOAD_IPV4_LENGTH, 0) if tree.behind else len(self.code)
 
 
@@ -2958,7 +2959,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # started by Gpg.run and launch, and nowhere else. Nothing secret reaches a line or a command line.
 # ======================================================================================
 
-ERROR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # severities of RFC 5424 section 6.2.1
+ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # severities of RFC 5424 section 6.2.1
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 BURST = 20  # lines of a kind that anybody can cause at once; then one a second
 STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
@@ -2973,6 +2974,7 @@ class Log:
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.path = ""  # of a file that gets the lines as well, with knockd's date
+        self.usual = INFO  # the severity of usual lines in syslog
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
         what = "more knocks came without a line in the log"  # first steps, and those behind them
@@ -2997,7 +2999,7 @@ class Log:
             except (OSError, ValueError):
                 pass  # nobody reads it any more; that must not end the server
         if self.to_syslog and syslog is not None:
-            syslog.syslog(severity, text)
+            syslog.syslog(self.usual if severity == INFO else severity, text)
         if self.path:
             try:
                 with open(self.path, "a") as file:  # each time, so that it can be moved away
@@ -5431,7 +5433,10 @@ class Cycle:
 
 
 class KnockdCycle(Cycle):
-    """Start_Command and Stop_Command of a knockd.conf's door; in the log they look as there."""
+    """Start_Command and Stop_Command of a knockd.conf's door; in the log they look as there.
+
+    They may leave programs that go on: what these print is read, or SIGPIPE would end them.
+    """
 
     waits = True
 
@@ -5471,6 +5476,7 @@ class Commands:
     def __init__(self, selector: selectors.BaseSelector, log: Log, test: bool) -> None:
         self.selector, self.log, self.test = selector, log, test
         self.running: List[Child] = []
+        self.survived: List[Child] = []  # that have ended before what they have started
         self.cycles: Dict[Command, Cycle] = {}  # what is open, by what closes it
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
 
@@ -5518,7 +5524,10 @@ class Commands:
     def finish(self, child: Child) -> None:
         """Logs the output and the end of a command that has ended, in fwknop's words."""
         self.running.remove(child)
-        self.read(child, last=True)
+        self.read(child, last=not child.cycle.waits)
+        self.survived = [each for each in self.survived + [child] if not each.output.closed]
+        if len(self.survived) > MAX_RUNNING:
+            self.read(self.survived[0], last=True)
         lines = child.printed[:MAX_OUTPUT].decode("latin-1").splitlines()
         more = len(child.printed) > MAX_OUTPUT or len(lines) > MAX_OUTPUT_LINES
         for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
@@ -5699,8 +5708,9 @@ class Configuration(NamedTuple):
     def words(self) -> "Words":
         """What it says of itself: as knockd, when that is all it is."""
         return FWKNOPD if self.stanzas or self.knockd is None else Words(
-            "knockd", "starting up, listening on " + ",".join(self.knockd.options.interfaces), "",
-            "re-reading config file: " + str(self.settings.knockd_file), "", "", "shutting down")
+            "knockd", "", "starting up, listening on " + ",".join(self.knockd.options.interfaces),
+            "re-reading config file: " + str(self.settings.knockd_file), "", "", "shutting down",
+            DEBUG)
 
     def knocks(self) -> List[Knocks]:
         """The sequences of stanzas and of knockd's doors, and where to listen for them."""
@@ -5759,6 +5769,7 @@ class Words(NamedTuple):
     restarted: str
     leaving: str
     ended: str
+    level: int = INFO  # of what knockd has no words for
 
 
 FWKNOPD = Words("fwknopd", "Starting fwknopd", "Starting fwknopd main event loop.",
@@ -6188,7 +6199,7 @@ class Server(KnockGate):
         """Lets the server's loop end."""
         if self.configuration.words.leaving:
             self.log.info(self.configuration.words.leaving)
-        self.log.write(ERROR if self.exit_code else INFO, why)
+        self.log.write(ERROR if self.exit_code else self.configuration.words.level, why)
         self.running = False
 
     @property
@@ -6344,7 +6355,7 @@ class Server(KnockGate):
 
         What commands opened is closed in any case: nobody would remember to close it.
         """
-        self.log.info(self.report())
+        self.log.write(self.configuration.words.level, self.report())
         self.memory.close()
         if self.grants.firewall.guard_ports:
             self.log.info("Closed to everybody from now on, until --unguard: "
@@ -6564,7 +6575,8 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     configuration.tell(log)
     for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
-    log.info(configuration.words.starting)
+    if configuration.words.starting:
+        log.info(configuration.words.starting)
     server = Server(configuration, firewall, log, test)
     signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
@@ -7165,6 +7177,7 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
         log.error("%s: %s; it gets no lines" % (log.path, error.strerror))
     if options.use_syslog and not log.to_syslog:
         log.open_syslog("knockd", "", "LOG_DAEMON")
+        log.usual = NOTICE
 
 
 def serve(arguments: Arguments, log: Log) -> int:

@@ -1,7 +1,10 @@
 """Speed, side by side with the peers that are installed, in one run on one machine.
 
     sudo python3 -m tests.bench            all rows
-    sudo python3 -m tests.bench client     one of: open junk client proxy start
+    sudo python3 -m tests.bench client     one of: open junk knock client proxy start
+
+`knock` is for knock sequences, ours beside knockd: from the last of three SYNs to the first answer,
+and the CPU for each first hit of a flood from many addresses.
 
 Each row prints medians, and for the peers the ratio to ours. Machines are noisy: compare ratios,
 and numbers of one run only. Traffic stays in network namespaces that are made for it.
@@ -19,6 +22,8 @@ from typing import Callable, Dict, List, Optional
 from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT, SPA_SERVER,
                          Cable, Host, Process, Server, wait_for)
 from tests.support import load_script
+from tests.test_live_knock import FLOOD as FLOOD_OF_HITS
+from tests.test_live_knock import NAMED, REAL, Knockd
 
 ROUNDS = 21
 JUNK_SECONDS = 4.0
@@ -45,6 +50,35 @@ for line in sys.stdin:
     probe.connect((server, int(port)))
     begin = time.perf_counter()
     knocker.sendto(packet.encode(), (server, knock_port))
+    while time.perf_counter() < begin + 5:
+        try:
+            probe.send(b"x")
+            if select.select([probe], [], [], 0.0002)[0]:
+                probe.recv(10)
+                print("%.3f" % ((time.perf_counter() - begin) * 1000), flush=True)
+                break
+        except ConnectionRefusedError:
+            pass
+    else:
+        print("never", flush=True)
+    time.sleep(0.2)
+"""
+
+# Hits ports 7000, 8000, 9000 from each address, then probes UDP port 20000; prints milliseconds.
+KNOCKED = """
+import select, socket, sys, time
+server = sys.argv[1]
+for source in sys.argv[2:]:
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe.bind((source, 0))
+    probe.connect((server, 20000))
+    for port in (7000, 8000, 9000):
+        hit = socket.socket()
+        hit.setblocking(False)
+        hit.bind((source, 0))
+        begin = time.perf_counter()
+        hit.connect_ex((server, port))
+        hit.close()
     while time.perf_counter() < begin + 5:
         try:
             probe.send(b"x")
@@ -206,6 +240,77 @@ def bench_open() -> None:
                 rows[name] = measure_open(cable)
                 process.end()
     show("knock to open, median of %d" % ROUNDS, rows, "ms")
+
+
+KNOCK_DOOR = """[door]
+sequence = 7000,8000,9000
+tcpflags = syn
+start_command = iptables -I INPUT -s %IP% -p udp --dport 20000 -j ACCEPT
+cmd_timeout = 20
+stop_command = iptables -D INPUT -s %IP% -p udp --dport 20000 -j ACCEPT
+"""
+KNOCK_STANZA = ("SOURCE ANY\nKNOCK_SEQUENCE 7000,8000,9000\nOPEN_PORTS udp/20000\n"
+                "FW_ACCESS_TIMEOUT 300\n")
+FIRST_HITS, HIT_SECONDS = 5000, 4.0  # a second, and how many seconds
+
+
+def measure_knock(cable: Cable) -> float:
+    """Milliseconds from the last of three hits to the first answer of the port, median."""
+    sources = ["10.55.0.%d" % (number + 20) for number in range(ROUNDS)]
+    for source in sources:
+        cable.client.run("ip", "addr", "add", source + "/24", "dev", "eth0")
+    echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, 20000, 20001)
+    echo.wait_for("ready")
+    answers = cable.client.run(sys.executable, "-I", "-S", "-c", KNOCKED, SERVER4,
+                               *sources).split()
+    if "never" in answers or len(answers) != ROUNDS:
+        raise AssertionError("not all sequences opened: %s" % answers)
+    return median([float(answer) for answer in answers])
+
+
+def bench_knock() -> None:
+    """Sequences: to open, and a flood of first hits; knockd runs the same commands as ours."""
+    rows: Dict[str, Optional[float]] = {}
+    for name, config, rules in (
+            ("spa_server.py, stanza, nft", "FIREWALL_TYPE nft;\n"
+             "NFT_ACCEPT_CHAINS inet filter input;\n", DROP),
+            ("spa_server.py, stanza, iptables", "FIREWALL_TYPE iptables;\n", "iptables")):
+        with Cable() as cable:
+            drop_all(cable.server, rules)
+            server = Server(cable.server, config, KNOCK_STANZA).start()
+            rows[name] = measure_knock(cable)
+            server.stop()
+    kinds = {"spa_server.py, knockd.conf, runs iptables": NAMED, "knockd, runs iptables": REAL}
+    for name, kind in kinds.items():
+        rows[name] = None
+        if kind == NAMED or shutil.which("knockd"):
+            with Cable() as cable:
+                drop_all(cable.server, "iptables")
+                knockd = Knockd(cable.server, kind, KNOCK_DOOR).start(cable.client)
+                rows[name] = measure_knock(cable)
+                knockd.stop(signal.SIGKILL)  # at SIGTERM, knockd waits for a command that waits
+    show("last hit of a sequence to open, median of %d" % ROUNDS, rows, "ms")
+    flood: Dict[str, Optional[float]] = {}
+    for name, kind in (("spa_server.py", NAMED), ("knockd", REAL)):
+        flood[name] = flood_of_hits(kind) if kind == NAMED or shutil.which("knockd") else None
+    show("CPU for a first hit, %d a second from as many addresses" % FIRST_HITS, flood, "us")
+
+
+def flood_of_hits(kind: str) -> float:
+    """Microseconds of CPU for each hit that was heard."""
+    with Cable() as cable:
+        drop_all(cable.server, "iptables")
+        knockd = Knockd(cable.server, kind, KNOCK_DOOR).start(cable.client)
+        assert knockd.process is not None
+        pid = knockd.process.popen.pid
+        before = cpu_seconds(pid)
+        sent = int(cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD_OF_HITS, SERVER4, 7000,
+                                    HIT_SECONDS, FIRST_HITS))
+        wait_until_idle(pid)
+        used = cpu_seconds(pid) - before
+        knockd.process.end(signal.SIGKILL)
+        heard = knockd.log().count("door: Stage 1") if kind == REAL else sent  # ours logs not all
+        return used / heard * 1e6
 
 
 def drop_all(host: Host, rules: str) -> None:
@@ -387,8 +492,8 @@ def bench_start() -> None:
 
 
 ROWS: Dict[str, Callable[[], None]] = {"open": bench_open, "junk": bench_junk,
-                                       "client": bench_client, "proxy": bench_proxy,
-                                       "start": bench_start}
+                                       "knock": bench_knock, "client": bench_client,
+                                       "proxy": bench_proxy, "start": bench_start}
 
 
 def main(words: List[str]) -> int:
