@@ -1,0 +1,444 @@
+"""Knock sequences: which hits open, what is remembered of them, and what opens then.
+
+How they are configured is in test_knock_conf.py. Time is given to a sequence; the commands of
+knockd's doors are small scripts that really run.
+"""
+
+import ipaddress
+import os
+import random
+import signal
+import socket
+import stat
+import time
+import unittest
+from typing import Any, Dict, Iterable, List, Optional, Tuple  # noqa: F401  (in type comments)
+from unittest import mock
+
+from tests.support import load_script, needs_root
+from tests.test_capture import extension, icmp, tcp
+from tests.test_commands import CommandCase
+from tests.test_packet import Sender
+from tests.test_server import (CLIENT, HOST, KEYS, ServerCase, datagram, ipv4, ipv6, run_filter,
+                               udp)
+
+server = load_script("spa_server")  # type: Any
+TCP, UDP, ICMP, ANY = server.TCP, server.UDP, server.ICMP, server.ANY_SIZE
+SYN, ACK = 2, 16
+SYN_ONLY = (SYN | ACK, SYN)  # the flags of KNOCK_TCPFLAGS' default
+ONE, TWO = b"\x0a\x37\0\x02", ipaddress.ip_address("fd55::2").packed
+
+
+def hit(step: Any, source: bytes = ONE, flags: int = SYN) -> Any:
+    """Return a hit of a port of TCP, or of a step."""
+    protocol, port = step if isinstance(step, tuple) else (TCP, step)
+    return server.Hit(source, b"\x0a\x37\0\1", protocol, port, flags if protocol == TCP else 0)
+
+
+def sequence(text: str, seconds: float = 25, flags: Tuple[int, int] = SYN_ONLY, strict: bool = False,
+             exact: bool = False) -> Any:
+    """Return the sequence of a text."""
+    return server.Sequence(server.parse_steps(text), seconds, flags, strict, exact)
+
+
+def hits(text: str) -> Iterable[Tuple[float, Any]]:
+    """Return times and hits of a text: 7000, 8000u (UDP), 9000a (SYN, ACK), 9000f (FIN), 9000v (from
+    the same host in IPv6), +SECONDS.
+    """
+    now = 0.0
+    for word in text.split():
+        now += 0.001
+        if word[0] == "+":
+            now += float(word[1:])
+            continue
+        port, mark = int(word.rstrip("uafv")), word.lstrip("0123456789")
+        yield now, hit((UDP if mark == "u" else TCP, port), TWO if mark == "v" else ONE,
+                       {"a": SYN | ACK, "f": 1}.get(mark, SYN))
+
+
+def opened(made: Any, text: str) -> int:
+    """Return how often the hits of a text complete a sequence."""
+    return sum(made.hit(each, now) == len(made.steps) for now, each in hits(text))
+
+
+# Each row of the table of knockd spec 1.3, with the door 7000,8000,9000 unless another is named:
+# (stimulus, hits, how often knockd opens, how often ours does, how often a strict one of ours)
+TABLE = (
+    ("no delay", "7000 8000 9000", 1, 1, 1),
+    ("ports of no door between", "7000 7001 8000 4444 9000", 1, 1, 0),
+    ("a listed port out of turn", "7000 9000 8000 9000", 0, 0, 0),
+    ("begun anew after that", "7000 9000 7000 8000 9000", 1, 1, 1),
+    ("a SYN that came twice", "7000 7000 8000 9000", 0, 1, 1),
+    ("a SYN that came three times", "7000 7000 7000 8000 9000", 1, 1, 1),
+    ("each SYN twice, as blocking connects send them", "7000 +1 7000 8000 +1 8000 9000", 0, 1, 1),
+    ("UDP to a port of TCP", "7000 8000u 8000 9000", 1, 1, 1),
+    ("segments with other flags", "7000 7000f 9000a 4444a 8000 9000", 1, 1, 1),
+    ("half by IPv6", "7000 8000 9000v", 0, 0, 0),
+    ("from the first to the last in time", "7000 +12 8000 +12 9000", 1, 1, 1),
+    ("too late", "7000 +12 8000 +13 9000", 0, 0, 0),
+    ("a wrong hit, and it is a first one", "7000 8000 7000 8000 9000", 0, 1, 1),
+)
+
+
+class SequenceTest(unittest.TestCase):
+    """What a sequence makes of hits."""
+
+    def test_the_table_of_knockd(self) -> None:
+        """Row by row: where ours differs, it is by its promises (a) to (e) there."""
+        for stimulus, text, _, ours, strict in TABLE:
+            with self.subTest(stimulus=stimulus):
+                self.assertEqual(ours, opened(sequence("7000,8000,9000"), text))
+                self.assertEqual(strict, opened(sequence("7000,8000,9000", strict=True), text))
+
+    def test_rows_of_other_doors(self) -> None:
+        """7000,7000; one port; several protocols; a first port that is the last as well."""
+        for steps, text, count in (
+                ("7000,7000", "7000 7000", 1), ("7000,7000", "7000 7000 7000", 1),
+                ("7000,7000", "7000 7000 7000 7000", 2), ("7000", "7000 7000 7000", 3),
+                ("7000,7000,7000", "7000 7000", 0), ("7000,7000,8000", "7000 7000 7000 8000", 1),
+                ("7000:udp,8000,9000:udp", "7000u 8000 9000u", 1),
+                ("7000:udp,8000,9000:udp", "7000 8000 9000u", 0),
+                ("7000,8000,7000", "7000 7000 8000 8000 7000", 1),
+                ("1,2,1,3", "1 2 1 2 1 3", 0), ("1,2,1,3", "1 2 1 3", 1)):
+            for strict in (False, True):
+                with self.subTest(steps=steps, text=text, strict=strict):
+                    self.assertEqual(count, opened(sequence(steps, strict=strict), text))
+
+    def test_exact(self) -> None:
+        """StrictDuplicates: a port that comes again is wrong; it may be a new first one."""
+        for text, count in (("7000 8000 9000", 1), ("7000 8000 8000 9000", 0),
+                            ("7000 7000 8000 9000", 1), ("7000 8000 9000 9000", 1)):
+            self.assertEqual(count, opened(sequence("7000,8000,9000", exact=True), text), text)
+        self.assertEqual(1, opened(sequence("7000,7000", exact=True), "7000 7000"))
+
+    def test_flags(self) -> None:
+        """Set and clear; without any each segment counts; UDP and ICMP have none."""
+        for flags, given, seen in (
+                ((2, 2), 2, True), ((2, 2), 18, True), ((18, 2), 18, False), ((18, 2), 2 | 0xC0, True),
+                ((0, 0), 16, True), ((0, 0), 4, True), ((2, 0), 2, False), ((63, 41), 41, True)):
+            made = server.Sequence(((TCP, 7000), (UDP, 1)), 5, flags)
+            self.assertEqual(int(seen), made.hit(hit(7000, flags=given), 1.0), (flags, given))
+        self.assertEqual(2, made.hit(hit((UDP, 1)), 1.0))
+
+    def test_icmp(self) -> None:
+        """Sizes of echo requests, any size, in both families."""
+        for source in (ONE, TWO):
+            made = sequence("100:icmp,:icmp,7000", strict=True)
+            self.assertEqual([0, 1, 2, 2, 3], [
+                made.hit(hit(step, source), 1.0) or done for done, step in zip(
+                    (0, 0, 0, 2, 0), ((ICMP, 99), (ICMP, 100), (ICMP, 5), (ICMP, 6), 7000))])
+
+    def test_time(self) -> None:
+        """Less than a second counts, from the first hit, and not by whole seconds."""
+        for seconds, second, third, count in ((1, 0.5, 0.999, 1), (1, 0.2, 1.0, 0), (1, 0.9, 1.7, 0),
+                                              (25, 24.0, 24.999, 1), (25, 0.1, 25.0, 0)):
+            made = sequence("1,2,3", seconds)
+            start = 1000.93
+            done = [made.hit(hit(port), start + at) for port, at in ((1, 0), (2, second), (3, third))]
+            self.assertEqual(count, done.count(3), (seconds, second, third))
+        made = sequence("1,2", 5)
+        made.hit(hit(1), 10.0)
+        made.hit(hit(1), 14.0)  # a repeated one gives no more time
+        self.assertEqual(0, made.hit(hit(2), 15.5))
+        self.assertEqual([1, 2], [made.hit(hit(port), 16.0) for port in (1, 2)])
+
+    def test_neighbours(self) -> None:
+        """Shared prefixes in either order, and ports of others that do not reset; own ones do."""
+        for first, second in (("7000,8000", "7000,8000,9000"), ("7000,8000,9000", "7000,8000")):
+            pair = [sequence(first, strict=True), sequence(second, strict=True)]
+            server.separate(pair)
+            self.assertEqual([1, 1], [opened(each, "7000 8000 9000") for each in pair])
+        pair = [sequence("1,2,3", strict=True), sequence("11,12,:icmp", strict=True)]
+        server.separate(pair)
+        self.assertEqual([1, 1], [opened(each, "1 11 2 12 3") + (
+            each.hit(hit((ICMP, 5)), 0.5) == 3) for each in pair])
+        self.assertEqual(0, opened(pair[0], "1 4 2 3"))
+        pair = [sequence("1,2,3", strict=True), sequence("3,2,1", strict=True)]
+        server.separate(pair)
+        self.assertEqual(0, opened(pair[0], "1 3 2 3"))
+        icmps = [sequence("9:icmp,8:icmp", strict=True), sequence("1,:icmp")]
+        server.separate(icmps)
+        self.assertEqual([1, 0, 2], [icmps[0].hit(hit((ICMP, size)), 1.0) for size in (9, 77, 8)])
+
+    def test_scans(self) -> None:
+        """All 65,535 ports up, down and in any order open nothing that is strict."""
+        mixed = list(range(1, 65536))
+        random.Random(1).shuffle(mixed)
+        everything = list(range(1, 65536))
+        for steps in ("7000,8000,9000", "9000,8000,7000", "7000,8000", "22,80,443,8080"):
+            for ports in (everything, everything[::-1], mixed):
+                made = sequence(steps, strict=True)
+                last = len(made.steps)
+                self.assertNotIn(last, [made.hit(hit(port), 1.0) for port in ports])
+        made = sequence("7000,8000,9000")  # or the test shows nothing
+        self.assertIn(3, [made.hit(hit(port), 1.0) for port in everything])
+
+    def test_against_a_model(self) -> None:
+        """Random hits of few ports and sources, with a slow model that keeps lists of hits."""
+        chance = random.Random(5)
+        for _ in range(400):
+            steps = tuple((TCP, chance.randrange(1, 4)) for _ in range(chance.randrange(1, 5)))
+            strict, exact = chance.random() < 0.5, chance.random() < 0.5
+            made = server.Sequence(steps, 10, (0, 0), strict, exact)
+            seen = {}  # type: Dict[bytes, List[Any]]
+            began, now = {}, 100.0  # type: Dict[bytes, float], float
+            for _ in range(40):
+                now += chance.choice((0.1, 0.4, 3.0))
+                source, step = chance.choice((ONE, TWO)), (TCP, chance.randrange(1, 6))
+                old = tuple(seen.get(source, ())) if now < began.get(source, 0) + 10 else ()
+                new = old + (step,)
+                if new == steps[:len(new)]:
+                    expected = len(new)
+                elif old and ((old[-1] == step and not exact) or not (strict or step in steps)):
+                    expected, new = 0, old
+                else:
+                    new = (step,) if step == steps[0] else ()
+                    expected = len(new)
+                if len(new) == 1 and expected:
+                    began[source] = now
+                seen[source] = [] if new == steps else list(new)
+                self.assertEqual(expected, made.hit(hit(step, source), now), (steps, old, step))
+                if chance.random() < 0.1:
+                    made.expire(now)
+
+    def test_flood(self) -> None:
+        """200,000 spoofed first hits: bounded, and an honest client of late or further on opens."""
+        made = sequence("7000,8000,9000", strict=True)
+        server.separate([made])
+        most = server.MAX_STARTED
+        early, late, further = b"\xfe\0\0\1", b"\xfe\0\0\2", b"\xfe\0\0\3"
+        made.hit(hit(7000, further), 1.0)
+        made.hit(hit(8000, further), 1.0)
+        made.hit(hit(7000, early), 1.0)
+        for number in range(200000):
+            if number == 200000 - most + 1:
+                made.hit(hit(7000, late), 2.0)
+            made.hit(hit(7000, number.to_bytes(4, "big")), 2.0)
+        self.assertEqual((most, 1), (len(made.started), len(made.advanced)))
+        self.assertEqual([3, 2, 0], [made.hit(hit(port, source), 3.0) for port, source in (
+            (9000, further), (8000, late), (8000, early))])
+        self.assertEqual(3, made.hit(hit(9000, late), 3.0))
+        for number in range(server.MAX_ADVANCED + 1000):  # by somebody who knows two steps
+            for port in (7000, 8000):
+                made.hit(hit(port, number.to_bytes(4, "big")), 4.0)
+        self.assertEqual(server.MAX_ADVANCED, len(made.advanced))
+        count = len(made.started) + len(made.advanced)
+        self.assertEqual(count, len(made.expire(100.0)))
+        self.assertEqual((0, 0), (len(made.started), len(made.advanced)))
+
+    def test_memory_is_shared(self) -> None:
+        """Many sequences have less each, and never too little."""
+        for count, most in ((1, server.MAX_STARTED), (4, server.MAX_STARTED // 4), (1000, 4096)):
+            made = [sequence("1,2") for _ in range(count)]
+            server.separate(made)
+            self.assertEqual({most}, {each.most for each in made})
+
+    def test_expiry(self) -> None:
+        """What is over is told once, none is missed, and there is nothing to do before its time."""
+        made = sequence("1,2,3", 5)
+        self.assertEqual(float("inf"), made.next_due())
+        for number, at in ((1, 10.0), (2, 11.0), (3, 12.0)):
+            made.hit(hit(1, bytes([number])), at)
+        made.hit(hit(2, b"\3"), 12.5)
+        made.hit(hit(2, b"\1"), 14.0)
+        told = []  # type: List[Tuple[float, bytes, int]]
+        for _ in range(10):
+            due = made.next_due()
+            if due == float("inf"):
+                break
+            told += [(due, source, done) for source, done in made.expire(due)]
+            self.assertGreater(made.next_due(), due, "a busy loop")
+        self.assertEqual([(15.0, b"\1", 2), (16.0, b"\2", 1), (17.0, b"\3", 2)], told)
+        self.assertEqual(({}, {}), (dict(made.started), dict(made.advanced)))
+        made.hit(hit(1), 20.0)
+        made.hit(hit(2), 20.0)
+        made.hit(hit(3), 20.0)  # done, so that nothing can be over
+        self.assertEqual([], made.expire(made.next_due()))
+        self.assertEqual(float("inf"), made.next_due())
+
+    def test_random_expiry(self) -> None:
+        """next_due() never is later than an attempt ends, and expire() leaves none that is over."""
+        chance, made, now = random.Random(3), sequence("1,2,3", 5), 0.0
+        for _ in range(3000):
+            now += chance.random()
+            made.hit(hit(chance.choice((1, 2, 3, 1)), bytes([chance.randrange(30)])), now)
+            ends = list(made.started.values()) + [due for _, due in made.advanced.values()]
+            self.assertLessEqual(made.next_due(), min(ends, default=float("inf")))
+            if chance.random() < 0.3:
+                made.expire(now)
+                self.assertGreater(made.next_due(), now)
+                self.assertFalse([due for _, due in made.advanced.values() if due <= now])
+
+
+# ------------------------------------------------------------------- what comes from the network
+
+class HitTest(unittest.TestCase):
+    """Packets in, hits out, and the kernel's filter before them."""
+
+    def check(self, packet: bytes, *expected: Any) -> None:
+        """Fail unless the packet is a hit of this protocol, port and flags; or none."""
+        made = server.decode_hit(packet)
+        self.assertEqual(expected, () if made is None else (made.protocol, made.port, made.flags))
+        if made is not None:
+            six = packet[0] >> 4 == 6
+            self.assertEqual((packet[8:24], packet[24:40]) if six else (packet[12:16], packet[16:20]),
+                             (made.source, made.destination))
+
+    def test_protocols(self) -> None:
+        """TCP with its flags, UDP of any content, echo requests with their size; both families."""
+        for wrap, echo, number in ((ipv4, 8, 1), (ipv6, 128, 58)):
+            self.check(wrap(tcp(b"", 7000, 9, SYN), 6), TCP, 7000, SYN)
+            self.check(wrap(tcp(b"xyz", 1, 9, 0x3F, b"\1" * 40), 6), TCP, 1, 0x3F)
+            self.check(wrap(udp(b"\0", 8000)), UDP, 8000, 0)
+            self.check(wrap(udp(b"", 65535)), UDP, 65535, 0)
+            self.check(wrap(icmp(b"", echo), number), ICMP, 0, 0)
+            self.check(wrap(icmp(b"x" * 100, echo), number), ICMP, 100, 0)
+            self.check(wrap(icmp(b"x", echo + 1), number))
+            self.check(wrap(icmp(b"x", 3), number))
+            self.check(wrap(udp(b"x"), 132))
+        self.check(ipv4(udp(b"x", 7), options=b"\1" * 40), UDP, 7, 0)
+        self.check(ipv6(extension(17) + udp(b"x", 7), 0), UDP, 7, 0)
+        self.check(ipv6(extension(60, 16) + extension(6, 24) + tcp(b"", 7, 9, SYN), 43), TCP, 7, SYN)
+
+    def test_no_hits(self) -> None:
+        """Fragments, cut headers, wrong lengths; the size of a part of an echo request is none."""
+        whole = tcp(b"", 7000, 9, SYN)
+        self.check(ipv4(whole, 6, 0x2000), TCP, 7000, SYN)  # its first fragment
+        self.check(ipv4(whole, 6, 0x2001))
+        self.check(ipv4(whole, 6, 0x0100))
+        self.check(ipv4(icmp(b"x" * 100), 1, 0x2000))
+        self.check(ipv6(extension(6) + whole, 44))
+        for packet in (ipv4(whole, 6), ipv6(whole, 6), ipv4(udp(b"")), ipv4(icmp(b""), 1),
+                       ipv6(icmp(b"", 128), 58), ipv4(whole, 6, 0, b"\1" * 20)):
+            self.assertIsNotNone(server.decode_hit(packet))
+            for size in range(len(packet)):
+                self.check(packet[:size])
+        self.check(b"\x44" + ipv4(whole, 6)[1:])
+        self.check(b"\x55" + ipv4(whole, 6)[1:])
+        short = bytearray(ipv4(icmp(b"x" * 9), 1))
+        for length in (0, 20, 27):
+            short[2:4] = length.to_bytes(2, "big")
+            self.check(bytes(short))
+        short[2:4] = b"\0\x1c"
+        self.check(bytes(short), ICMP, 0, 0)
+
+    def test_any_bytes(self) -> None:
+        """Nothing that comes is an error."""
+        chance = random.Random(9)
+        found = 0
+        for _ in range(20000):
+            packet = bytearray(chance.getrandbits(8) for _ in range(chance.randrange(90)))
+            if packet:
+                packet[0] = chance.choice((0x45, 0x46, 0x60, packet[0]))
+            if len(packet) > 9 and chance.random() < 0.7:
+                packet[6] = chance.choice((0, 6, 17, 43, 44, 58, 60))
+                packet[7:8], packet[9] = b"\0", chance.choice((1, 6, 17, 58))
+            made = server.decode_hit(bytes(packet))
+            if made is not None:
+                found += 1
+                self.assertIn((made.protocol, len(made.source)), [
+                    (protocol, size) for protocol in (TCP, UDP, ICMP) for size in (4, 16)])
+        self.assertGreater(found, 500)
+
+    def packets(self) -> List[bytes]:
+        """Return packets of all kinds to a few ports."""
+        found = []
+        for port in (1, 7000, 7001, 8000, 9000, 65535):
+            for wrap in (ipv4, ipv6):
+                found += [wrap(tcp(b"", port, 9, flags), 6) for flags in (0, 1, 2, 16, 18, 0xC2)]
+                found += [wrap(udp(b"x", port)), wrap(udp(b"x", 9, port)), wrap(udp(b"x", port), 132)]
+            found += [ipv4(tcp(b"", port, 9, SYN), 6, 0x2000, b"\1" * 8),
+                      ipv4(tcp(b"", port, 9, SYN), 6, 0x2001), ipv4(udp(b"x", port), 17, 0x1FFF)]
+        for kind in (0, 3, 8, 128, 129):
+            found += [ipv4(icmp(b"x" * 100, kind), 1), ipv6(icmp(b"x" * 100, kind), 58),
+                      ipv4(icmp(b"x", kind), 1, 0x2001)]
+        return found + [b"", b"\x45", ipv4(udp(b"x"))[:21], ipv6(udp(b"x"))[:41]]
+
+    def test_filters(self) -> None:
+        """The kernel lets all pass that a sequence looks at, and of what is left as little as it can.
+
+        Its program and matches() agree on every packet.
+        """
+        for texts, flags, strict, passing in (
+                (["7000,8000,9000"], SYN_ONLY, False, {TCP}), (["7000"], (0, 0), False, {TCP}),
+                (["7000,8000:udp"], SYN_ONLY, False, {TCP, UDP}), ([":icmp"], SYN_ONLY, False, {ICMP}),
+                (["100:icmp,7000"], (63, 2), False, {ICMP, TCP}), (["1,2"], SYN_ONLY, True, {TCP}),
+                (["7000:udp"], SYN_ONLY, True, {UDP}), (["1:udp", "7000", "9:icmp"], (2, 2), False,
+                                                        {TCP, UDP, ICMP})):
+            made = [sequence(text, flags=flags, strict=strict) for text in texts]
+            tree = server.sequence_filter(made)
+            code, seen = server.compile_filter(tree), set()
+            wanted = {step for each in made for step in each.steps}
+            for packet in self.packets():
+                passed = run_filter(code, packet)
+                try:
+                    self.assertEqual(passed, server.matches(tree, packet), (texts, packet.hex()))
+                except IndexError:
+                    self.assertFalse(passed)
+                self.assertFalse(run_filter(code, packet, server.PACKET_OUTGOING))
+                got = server.decode_hit(packet)
+                if got is None:
+                    continue
+                looked_at = any((strict and got.protocol == protocol) or (protocol, port) in (
+                    (got.protocol, got.port), (got.protocol, ANY)) for protocol, port in wanted)
+                if got.protocol == TCP and (got.flags & flags[0]) != flags[1]:
+                    looked_at = False
+                plain = packet[0] in (0x45, 0x47, 0x60)
+                if got.protocol == ICMP:
+                    looked_at = any(protocol == ICMP for protocol, _ in wanted)
+                self.assertEqual(looked_at and plain, passed, (texts, got))
+                seen |= {got.protocol} if passed else set()
+            self.assertEqual(passing, seen)
+
+    def doors(self, count: int, flags: int) -> List[Any]:
+        """Return doors of 32 ports, with so many sets of flags."""
+        chance = random.Random(count)
+        return [server.Sequence(tuple((chance.choice((TCP, UDP)), chance.randrange(1, 65536))
+                                      for _ in range(32)), 5, (each % flags, each % flags))
+                for each in range(count)]
+
+    def test_many_doors(self) -> None:
+        """However many, the kernel can take the program, and every port passes."""
+        for count, flags in ((1, 1), (9, 9), (10, 1), (40, 1), (40, 40), (64, 64), (200, 33)):
+            with self.subTest(count=count, flags=flags):
+                made = self.doors(count, flags)
+                code = server.compile_filter(server.sequence_filter(made))
+                self.assertLessEqual(len(code) // 8, server.MAX_INSTRUCTIONS)
+                for each in made[::7]:
+                    for protocol, port in each.steps[::9]:
+                        body = (udp(b"", port) if protocol == UDP else
+                                tcp(b"", port, 9, each.flags[1]))
+                        self.assertTrue(run_filter(code, ipv4(body, protocol)))
+                        self.assertTrue(run_filter(code, ipv6(body, protocol)))
+
+    @needs_root
+    def test_a_packet_socket(self) -> None:
+        """The kernel takes the largest program, and what it lets pass are the hits."""
+        for made in (self.doors(40, 40), self.doors(9, 9)):
+            for each in server.open_knock_captures([server.Knocks(("lo", "any"), made, False)],
+                                                   server.Log()):
+                self.assertEqual(made, each.sequences)
+                each.close()
+        for four_only in (False, True):
+            (capture,) = server.open_knock_captures([server.Knocks(
+                ("lo",), [sequence("61234,61235:udp,61236")], four_only)], server.Log())
+            self.addCleanup(capture.close)
+            for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+                for kind, port in ((socket.SOCK_STREAM, 61234), (socket.SOCK_STREAM, 61235),
+                                   (socket.SOCK_DGRAM, 61235), (socket.SOCK_STREAM, 61236)):
+                    with socket.socket(family, kind) as opened_socket:
+                        opened_socket.connect_ex((address, port))
+                        if kind == socket.SOCK_DGRAM:
+                            opened_socket.send(b"")
+            got = []
+            while True:
+                try:
+                    each = capture.receive()
+                except BlockingIOError:
+                    break
+                if each and each.port in (61234, 61235, 61236):
+                    got.append((len(each.source), each.protocol, each.port, each.flags))
+            of_four = [(4, TCP, 61234, SYN), (4, UDP, 61235, 0), (4, TCP, 61236, SYN)]
+            self.assertEqual(of_four if four_only else of_four + [
+                (16, TCP, 61234, SYN), (16, UDP, 61235, 0), (16, TCP, 61236, SYN)],
+                [each for each in got if each[3] in (SYN, 0)], got)
