@@ -9,6 +9,10 @@ gpg for GPG, a web server, wget or a STUN server for our address, the command be
 writes the files that you name, ~/.fwknoprc for --save-rc-stanza, and after a knock its options,
 without keys, to ~/.fwknop.run for -l (--no-save-args: it does not).
 
+It also hits ports in their order, as `knock` does for knockd: with KNOCK_SEQUENCE before it sends
+the packet, or instead of one if there are no keys. --knock takes the command line of `knock`, as
+this file does when it is started through a link of that name.
+
 The way of a packet:
 
   * The command line is read with the table of options, and ~/.fwknoprc with the table of
@@ -17,6 +21,7 @@ The way of a packet:
   * The two keys come from there, from key files, or from a prompt.
   * The server's name is looked up, and for each of its addresses, IPv4 and IPv6, what follows is
     done once: a server takes the same packet for a replay the second time.
+  * The ports of KNOCK_SEQUENCE are hit, at one address after the other.
   * A socket is connected (UDP: nothing is sent by that).
   * The address to open for is what -a or -s say, or the socket's own address, but only if the
     server must see the same one: no NAT can be in between.
@@ -49,7 +54,7 @@ touch the machine: files, terminal, programs, network, standard output.
 
 Exit codes: 0 the packet was sent (or what else was asked for is done); 1 it was not, or the port
 did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop knows only 0 and 1.
---exec ends with the code of its command.
+--exec ends with the code of its command. As `knock`: 1 for all that is wrong.
 """
 
 import binascii
@@ -655,6 +660,46 @@ def parse_access(text: str) -> str:
     return text
 
 
+PING_BYTES = 56  # in an echo request of any length, as in that of `ping`
+
+
+def parse_hit(text: str) -> "Tuple[str, int]":
+    """Protocol and port of `7000`, `ssh` or `8000:udp`; of `100:icmp` or `:icmp` the data bytes."""
+    port, colon, protocol = text.partition(":")
+    protocol = protocol.lower() if colon else "tcp"
+    if protocol == "icmp":
+        return protocol, number_parser(0, 65507, "bytes")(port) if port else PING_BYTES
+    if protocol not in ("tcp", "udp"):
+        raise ValueError("expected tcp, udp or icmp")
+    return protocol, parse_port(port) if is_decimal(port) else socket.getservbyname(port, protocol)
+
+
+def parse_hits(text: str) -> "List[Tuple[str, int]]":
+    """The hits of a knock sequence with commas in between. It is half a secret: no error tells it.
+
+    For the server, too, there are at most 32 (knockd spec 1.2).
+    """
+    hits = []
+    for number, item in enumerate(text.split(","), 1):
+        try:
+            hits.append(parse_hit(item))
+        except (OSError, ValueError):
+            raise ValueError("number %d of the ports: expected PORT, PORT:udp or BYTES:icmp, PORT "
+                             "from 1 to 65535 or the name of a service" % number) from None
+    if len(hits) > 32:
+        raise ValueError("expected at most 32 ports")
+    return hits
+
+
+def parse_delay(text: str) -> "Tuple[int, int]":
+    """The least and the most milliseconds of `100` or `100-300`."""
+    least, dash, most = text.partition("-")
+    parse = number_parser(0, 60000, "milliseconds such as 100, or a range such as 100-300")
+    if parse(most if dash else least) < parse(least):
+        raise ValueError("expected the lower number first")
+    return parse(least), parse(most if dash else least)
+
+
 def parse_address(text: str) -> str:
     """An IPv4 or IPv6 address, in the form servers expect."""
     if ":" in text:
@@ -716,7 +761,7 @@ class Given:
         self.text, self.option, self.path, self.line = text, option, path, line
 
 
-SECRET = (encode_text, decode_base64)  # what these have parsed is not shown in errors
+SECRET = (encode_text, decode_base64, parse_hits)  # what these have parsed is not shown in errors
 
 
 class Directive:
@@ -804,6 +849,10 @@ class Settings:
     resolve_http_only = flag("RESOLVE_HTTP_ONLY", "without encryption")
     wget = optional("WGET_CMD", parse_text, "program to ask it with")
     no_save_args = flag("NO_SAVE_ARGS", "do not write ~/.fwknop.run for -l")
+    sequence = optional("KNOCK_SEQUENCE", parse_hits,
+                        "hit these first, or with no keys only: 7000,8000:udp,100:icmp")
+    delay = setting("KNOCK_DELAY", parse_delay, "50",
+                    "milliseconds after a hit, or a range to draw from: 100-300")
 
     test = flag("test", "print the packet, do not send it")
     quiet = flag("quiet", "print nothing but errors")
@@ -844,13 +893,16 @@ class Settings:
             self.protocol = "http"
         if self.allow_ip is None and (self.resolve_http or self.resolve_https):
             self.allow_ip = RESOLVE
+        self.only_knocks = self.sequence is not None and not (
+            self.mode == GPG or self.stdin or self.fd is not None
+            or any(name in given for sources in KEY_SOURCES for name in sources))
 
     def check(self) -> None:
         """Raise UsageError for values that do not go together."""
         raw = self.protocol in RAW_CARRIERS
         nat = self.nat_access or self.nat_local or self.nat_port or self.nat_rand_port
         for wrong, message in (
-                (self.access is None and self.command is None,
+                (self.access is None and self.command is None and not self.only_knocks,
                  "no ports to open given (-A tcp/22, for example)"),
                 (self.server is None and not self.test,
                  "Must use --destination unless --test mode is used"),
@@ -945,6 +997,9 @@ K  key-gen-file         FILE      key_gen_file
 -  hmac-key-len         BYTES     hmac_key_length
 T  test                 -         test=Y
 q  quiet                -         quiet=Y
+-  knock                -         knock=Y               as the first option: be `knock` (--knock -h)
+-  knock-sequence       PORTS     KNOCK_SEQUENCE
+-  knock-delay          MS        KNOCK_DELAY
 -  wait                 SECONDS   wait
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
@@ -1077,6 +1132,26 @@ def parse_options(options: "List[Option]",
 
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
+# The same for --knock: the options of `knock`, and what it lacks. Behind them: host and ports.
+KNOCK_OPTION_TABLE = """
+u  udp                  -         udp=Y                 UDP for ports without :tcp, :udp or :icmp
+d  delay                MS        KNOCK_DELAY
+4  ipv4                 -         family=4              use IPv4 to the server
+6  ipv6                 -         family=6              use IPv6 to the server
+v  verbose              -         VERBOSE=Y             print each hit
+T  test                 -         test=Y                print the hits, do not send them
+q  quiet                -         quiet=Y
+-  wait                 SECONDS   wait
+-  wait-port            PORT      wait_port             the TCP port to try
+-  exec                 -         exec=Y
+-  knock                -         knock=Y               what a link named knock to this file means
+V  version              -         version=Y             print version and SHA-256 of this file
+h  help                 -         help=Y                print this
+"""
+KNOCK_OPTIONS = [Option(row) for row in KNOCK_OPTION_TABLE.strip().split("\n")]
+USAGE = "-A PORTS [-s | -a ADDRESS] -D HOST [options]"
+KNOCK_USAGE = "--knock [options] HOST PORT[:tcp|:udp|:icmp] ..."
+
 # What is left out when a command line is kept: keys, and what is about this one run.
 NOT_KEPT = SECRET_NAMES | {"last_command", "show_last", "quiet", "relay", "exec"}
 
@@ -1092,15 +1167,37 @@ Knock from            with
 """
 
 
-def parse_command_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
+def parse_command_line(words: "List[str]", options: "List[Option]" = OPTIONS,
+                       ) -> "Tuple[Dict[str, Given], List[str], List[str]]":
     """What the options set, the words that belong to none, and the command behind --exec."""
     end = words.index("--exec") if "--exec" in words else len(words)
-    found, others = parse_options(OPTIONS, words[:end + 1])
+    found, others = parse_options(options, words[:end + 1])
     given = {}  # type: Dict[str, Given]
     for option, name, text in found:
         if option.text not in (RESOLVE, STUN) or option.name not in given:
             given[option.name] = Given(text, name)  # -a and -s go before -R (fwknop spec 2.1)
     return given, others, words[end + 1:]
+
+
+def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
+    """The same for a command line of `knock`, whose words are a host and ports (knockd spec 1.8).
+
+    Unlike there, :tcp stays TCP under -u. No file is read or written.
+    """
+    given, others, command = parse_command_line(words, KNOCK_OPTIONS)
+    if {"help", "version"} & set(given):
+        return given, [], command
+    if len(others) < 2:
+        raise UsageError("expected a host and ports", "--help says more")
+    host, ports = others[0], ",".join(others[1:]).split(",")
+    if "udp" in given:
+        ports = [port if ":" in port else port + ":udp" for port in ports]
+    given.update(no_rc_file=Given("Y"), NO_SAVE_ARGS=Given("Y"))
+    given.setdefault("KNOCK_DELAY", Given("0"))
+    given["SPA_SERVER"] = Given(
+        host[1:-1] if host.startswith("[") and host.endswith("]") else host, "HOST")
+    given["KNOCK_SEQUENCE"] = Given(",".join(ports), "PORT")
+    return given, [], command
 
 
 def format_arguments(given: "Dict[str, Given]") -> str:
@@ -1127,13 +1224,13 @@ def explain(option: Option) -> str:
     return option.help or ROWS[option.name].help
 
 
-def format_help() -> str:
+def format_help(as_knock: bool) -> str:
     """What --help prints."""
-    lines = ["Usage: spa_client.py -A PORTS [-s | -a ADDRESS] -D HOST [options]", ""]
-    for option in OPTIONS:
+    usages = [KNOCK_USAGE] if as_knock else [USAGE, KNOCK_USAGE]
+    lines = ["Usage: spa_client.py " + usage for usage in usages] + [""]
+    for option in KNOCK_OPTIONS if as_knock else OPTIONS:
         lines.append(option.format(explain(option)))
-    lines.append(EXAMPLES.rstrip())
-    return "\n".join(lines)
+    return "\n".join(lines + [EXAMPLES.rstrip()] * (not as_knock))
 
 
 def format_man() -> str:
@@ -1146,10 +1243,12 @@ def format_man() -> str:
     about = (__doc__ or "\n\n").split("\n\n")
     lines = [".TH SPA_CLIENT 1 \"\" \"spa_client.py %s\"" % VERSION, ".SH NAME",
              roff(about[0].replace(":", " -", 1)), ".SH SYNOPSIS", ".B spa_client.py",
-             roff("-A PORTS [-s | -a ADDRESS] -D HOST [options]"), ".SH DESCRIPTION",
-             roff(about[1]), ".SH OPTIONS"]
-    for option in OPTIONS:
-        lines += [".TP", ".B " + roff(option.format("").strip()), roff(explain(option))]
+             roff(USAGE), ".br", ".B spa_client.py", roff(KNOCK_USAGE), ".SH DESCRIPTION",
+             roff(about[1]), ".PP", roff(about[2])]
+    for title, options in (("OPTIONS", OPTIONS), ("OPTIONS OF --knock", KNOCK_OPTIONS)):
+        lines.append(".SH " + roff(title))
+        for option in options:
+            lines += [".TP", ".B " + roff(option.format("").strip()), roff(explain(option))]
     return "\n".join(lines + [".SH EXAMPLES", ".nf", roff(EXAMPLES), ".fi", ".SH EXIT STATUS",
                               roff(about[-1].partition(": ")[2])])
 
@@ -1245,8 +1344,9 @@ def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
             raise ConfigError(path, number, "%s: expected a value" % name)
         if suspicious and name in SECRET_NAMES:
             warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
-                 "follows: keys with these characters must be given as base64"
-                 % (path, number, name))
+                 "follows: %s" % (path, number, name, "no blanks around commas"
+                                  if name == "KNOCK_SEQUENCE" else
+                                  "keys with these characters must be given as base64"))
         given[name] = Given(value, "", path, number)
     return given
 
@@ -1886,6 +1986,79 @@ def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
         raw.close()
 
 
+def open_ping(family: int) -> "socket.socket":
+    """A socket for echo requests, raw only where users may have no other; SpaError without one."""
+    number = socket.IPPROTO_ICMPV6 if family == socket.AF_INET6 else socket.IPPROTO_ICMP
+    try:
+        return socket.socket(family, socket.SOCK_DGRAM, number)
+    except OSError:
+        try:
+            return socket.socket(family, socket.SOCK_RAW, number)
+        except OSError as error:
+            raise SpaError("ICMP: %s" % reason(error),
+                           "it needs root, or a group in net.ipv4.ping_group_range") from None
+
+
+def send_hit(link: "socket.socket", protocol: str, port: int) -> None:
+    """One hit at the host of the link, as `knock` does it (knockd spec 1.8).
+
+    TCP: a SYN, never sent again, since the socket is closed at once. UDP: a byte, 0. ICMP: an echo
+    request with `port` bytes of data (RFC 792; RFC 4443, whose checksum is the system's affair).
+    """
+    peer = link.getpeername()
+    if protocol == "icmp":
+        kind = 128 if link.family == socket.AF_INET6 else ICMP_ECHO
+        request = struct.pack(">BBHHH", kind, 0, 0, os.getpid() & 0xFFFF, 1) + bytes(port)
+        ping = open_ping(link.family)
+        try:
+            ping.sendto(request[:2] + checksum(request) + request[4:], (peer[0], 0) + peer[2:])
+        finally:
+            ping.close()
+        return
+    try:
+        hit = open_socket(link.family, (peer[0], port) + peer[2:], False,
+                          0 if protocol == "tcp" else None)
+    except ConnectionRefusedError:
+        return  # a near host has answered already
+    try:
+        if protocol == "udp":
+            hit.send(b"\0")
+    finally:
+        hit.close()
+
+
+def pause(delay: "Tuple[int, int]") -> None:
+    """Wait for so many milliseconds: at least, and at most."""
+    random = int.from_bytes(os.urandom(7), "big") % (delay[1] - delay[0] + 1)
+    time.sleep((delay[0] + random) / 1000)
+
+
+def hit_sequence(settings: Settings, addresses: "List[Address]") -> None:
+    """Hit all of KNOCK_SEQUENCE, at one address after the other; SpaError if that works at none."""
+    hits, host = settings.sequence or [], settings.server or ""
+    verbose = settings.verbose and not (settings.quiet or settings.relay)
+    done, problem = False, None  # type: bool, Optional[SpaError]
+    for link in open_links(host, addresses):
+        try:
+            if "icmp" in dict(hits):
+                open_ping(link.family).close()  # half a sequence is worth nothing
+            for number, (protocol, port) in enumerate(hits):
+                if number:
+                    pause(settings.delay)
+                if verbose:
+                    say("hitting %s %s:%d" % (protocol, link.getpeername()[0], port))
+                send_hit(link, protocol, port)
+            done = True
+        except OSError as error:
+            problem = SpaError("%s: %s" % (host, reason(error)))
+        except SpaError as error:
+            problem = error
+    if problem is not None and not done:
+        raise problem
+    if problem is not None:
+        warn("one address of %s was not hit: %s" % (host, problem))
+
+
 def random_port() -> int:
     """A port from 10000 up (fwknop spec 1.14)."""
     return 10000 + int.from_bytes(os.urandom(7), "big") % 55536
@@ -2120,24 +2293,29 @@ def find_place(settings: Settings, words: "List[str]",
     return settings.server, port
 
 
-def wait_until_open(addresses: "List[Address]", seconds: int,
-                    knock: "Callable[[], None]") -> "Tuple[Optional[socket.socket], int]":
+def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[], None]",
+                    alone: bool = False) -> "Tuple[Optional[socket.socket], int]":
     """The connection to the first address that takes one; else None and the last error number.
 
     A datagram may get lost, so `knock` is called every second. Connections are tried more often
-    than the kernel repeats a SYN, and older ones not given up at once: the way may be long.
+    than the kernel repeats a SYN, and older ones not given up at once: the way may be long. But a
+    knock sequence has to be `alone`: a SYN in between would break it.
     """
     import select
-    begin, now, knock_at, try_at, pause, error = time.monotonic(), 0.0, KNOCK_AGAIN, 0.0, TRY[0], 0
+    again = TRY_SECONDS if alone else KNOCK_AGAIN
+    begin, now, knock_at, try_at, pause, error = time.monotonic(), 0.0, again, 0.0, TRY[0], 0
     waiting = {}  # type: Dict[socket.socket, float]
     try:
         while now < seconds:
             if now >= knock_at:
-                knock_at = now + KNOCK_AGAIN
+                while alone and waiting:
+                    waiting.popitem()[0].close()
                 try:
                     knock()
                 except SpaError:
                     pass  # the first one was sent, and this network may come back
+                now = time.monotonic() - begin
+                knock_at = now + again
             if now >= try_at:
                 try_at, pause = now + pause, min(pause * 2, TRY[1])
                 for family, address in addresses:
@@ -2418,24 +2596,40 @@ def send_packets(settings: Settings, keys: "Tuple[Optional[bytes], Optional[byte
 
 
 def knock(settings: Settings) -> "Callable[[], None]":
-    """Make packets and send them; what does so again. With -T one packet is only printed."""
-    keys = find_keys(settings)
+    """Hit ports, make packets and send them, as the settings say; what does so again.
+
+    With -T the hits and one packet are only printed.
+    """
+    keys = (None, None) if settings.only_knocks else find_keys(settings)
     host, port = settings.http_proxy or (settings.server or "", 0)
-    asked = settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN))
+    asked = not settings.only_knocks and (
+        settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
     addresses, chosen = [], {}  # type: List[Address], Dict[Any, str]
     if host and (asked or not settings.test):
         addresses = find_addresses(host, port or settings.port, choose_family(settings))
+    doors = addresses
+    if settings.sequence and settings.http_proxy and not settings.test:
+        doors = find_addresses(settings.server or "", settings.port, choose_family(settings))
 
     def send() -> None:
+        if settings.sequence:
+            hit_sequence(settings, doors)
+        if settings.only_knocks:
+            return
+        if settings.sequence:
+            pause(settings.delay)  # the packet must not be the first to be seen
         send_packets(settings, keys, host, addresses, chosen)
 
-    if settings.test:
+    if not settings.test:
+        send()
+        return send
+    for protocol, number in settings.sequence or ():
+        say("would hit %s %s:%d" % (protocol, settings.server or "", number))
+    if not settings.only_knocks:
         links = open_links(host, addresses)
         say(build(settings, keys, choose_address(settings, next(links) if addresses else None))[1])
         say("test mode enabled, SPA packet not actually sent."
             + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
-    else:
-        send()
     return send
 
 
@@ -2451,7 +2645,7 @@ def knock_and_wait(settings: Settings, place: "Optional[Tuple[str, int]]",
     again = knock(settings)
     sent()
     begin, seconds = time.monotonic(), settings.wait or WAIT_SECONDS
-    link, error = wait_until_open(addresses, seconds, again)
+    link, error = wait_until_open(addresses, seconds, again, settings.sequence is not None)
     if link is None:
         why = {0: "nothing answers. The server rejected the knock (its log says why), opened for"
                   " another address than ours, or does not get our packets",
@@ -2501,9 +2695,11 @@ def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
     return [Settings(merge(read_layers(layer) + [layer])) for layer in layers]
 
 
-def run(words: "List[str]") -> bool:
+def run(words: "List[str]", as_knock: bool) -> bool:
     """Do what a command line says, or raise SpaError; tells whether a packet was sent."""
-    given, others, command = parse_command_line(words)
+    given, others, command = (parse_knock_line if as_knock else parse_command_line)(words)
+    if "knock" in given and not as_knock:
+        raise UsageError("--knock: expected before all other options")
     Notes.wanted = "quiet" not in given
     saved = given["save_args_file"].text if "save_args_file" in given else home_file(
         given, ".fwknop.run")
@@ -2517,7 +2713,7 @@ def run(words: "List[str]") -> bool:
             return False
         given, others, command = parse_command_line(kept + words)
     if "help" in given:
-        say(format_help())
+        say(format_help(as_knock))
     elif "version" in given:
         print_version()
     elif "man" in given:
@@ -2552,12 +2748,14 @@ def run(words: "List[str]") -> bool:
 
 def main(argv: "Optional[List[str]]" = None) -> int:
     """The exit code of a command line: see the docstring of this file."""
+    words = sys.argv[1:] if argv is None else argv
+    as_knock = os.path.basename(sys.argv[0]) == "knock" or words[:1] == ["--knock"]
     try:
-        sent = run(sys.argv[1:] if argv is None else argv)
+        sent = run(words, as_knock)
         return 0 if flush() or sent else 1
     except SpaError as error:
         tell(str(error))
-        return error.code
+        return 1 if as_knock else error.code
     except (OSError, ValueError) as error:
         tell(reason(error))
         return 1
