@@ -5602,7 +5602,7 @@ class Commands:
         try:
             if ends > cycle.ends + SWITCH_SECONDS / 2 and not closed:  # it must not close earlier
                 self.set_switch(cycle, seconds + SWITCH_SECONDS)
-            cycle.ends = max(ends, cycle.ends)
+            cycle.ends = ends
         except CommandError as error:
             self.log.error(str(error))
 
