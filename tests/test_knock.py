@@ -1,7 +1,6 @@
-"""Knock sequences: which hits open, what is remembered of them, and what opens then.
+"""Knock sequences: which hits complete one, what is remembered of them, and what is used up.
 
-How they are configured is in test_knock_conf.py. Time is given to a sequence; the commands of
-knockd's doors are small scripts that really run.
+How they are configured is in test_knock_conf.py, what they open in test_knock_open.py.
 """
 
 import ipaddress
@@ -11,13 +10,12 @@ import socket
 import stat
 import time
 import unittest
-from typing import Any, Dict, Iterable, List, Optional, Tuple  # noqa: F401  (in type comments)
+from typing import Any, Dict, Iterable, List, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
 from tests.support import load_script, needs_root
 from tests.test_capture import extension, icmp, tcp
-from tests.test_commands import CommandCase
-from tests.test_server import (CLIENT, HOST, KEYS, ServerCase, ipv4, ipv6, run_filter, udp)
+from tests.test_server import ServerCase, ipv4, ipv6, run_filter, udp
 
 server = load_script("spa_server")  # type: Any
 TCP, UDP, ICMP, ANY = server.TCP, server.UDP, server.ICMP, server.ANY_SIZE
@@ -39,8 +37,9 @@ def sequence(text: str, seconds: float = 25, flags: Tuple[int, int] = SYN_ONLY,
 
 
 def hits(text: str) -> Iterable[Tuple[float, Any]]:
-    """Return times and hits of a text: 7000, 8000u (UDP), 9000a (SYN, ACK), 9000f (FIN), 9000v (from
-    the same host in IPv6), +SECONDS.
+    """Return times and hits of a text: 7000, 8000u, 9000a, 9000f, 9000v, +SECONDS.
+
+    The letters are UDP, SYN with ACK, FIN, and the same host in IPv6.
     """
     now = 0.0
     for word in text.split():
@@ -81,7 +80,10 @@ class SequenceTest(unittest.TestCase):
     """What a sequence makes of hits."""
 
     def test_the_table_of_knockd(self) -> None:
-        """Row by row: where ours differs, it is by its promises (a) to (e) there."""
+        """Row by row; ours differs where a SYN comes again, or a wrong hit is a first one."""
+        self.assertEqual(["a SYN that came twice", "each SYN twice, as blocking connects send them",
+                          "a wrong hit, and it is a first one"],
+                         [stimulus for stimulus, _, theirs, ours, _ in TABLE if theirs != ours])
         for stimulus, text, _, ours, strict in TABLE:
             with self.subTest(stimulus=stimulus):
                 self.assertEqual(ours, opened(sequence("7000,8000,9000"), text))
@@ -111,7 +113,8 @@ class SequenceTest(unittest.TestCase):
     def test_flags(self) -> None:
         """Set and clear; without any each segment counts; UDP and ICMP have none."""
         for flags, given, seen in (
-                ((2, 2), 2, True), ((2, 2), 18, True), ((18, 2), 18, False), ((18, 2), 2 | 0xC0, True),
+                ((2, 2), 2, True), ((2, 2), 18, True), ((18, 2), 18, False),
+                ((18, 2), 2 | 0xC0, True),
                 ((0, 0), 16, True), ((0, 0), 4, True), ((2, 0), 2, False), ((63, 41), 41, True)):
             made = server.Sequence(((TCP, 7000), (UDP, 1)), 5, flags)
             self.assertEqual(int(seen), made.hit(hit(7000, flags=given), 1.0), (flags, given))
@@ -127,11 +130,12 @@ class SequenceTest(unittest.TestCase):
 
     def test_time(self) -> None:
         """Less than a second counts, from the first hit, and not by whole seconds."""
-        for seconds, second, third, count in ((1, 0.5, 0.999, 1), (1, 0.2, 1.0, 0), (1, 0.9, 1.7, 0),
-                                              (25, 24.0, 24.999, 1), (25, 0.1, 25.0, 0)):
+        for seconds, second, third, count in (
+                (1, 0.5, 0.999, 1), (1, 0.2, 1.0, 0), (1, 0.9, 1.7, 0), (25, 24.0, 24.999, 1),
+                (25, 0.1, 25.0, 0)):
             made = sequence("1,2,3", seconds)
-            start = 1000.93
-            done = [made.hit(hit(port), start + at) for port, at in ((1, 0), (2, second), (3, third))]
+            done = [made.hit(hit(port), 1000.93 + at)
+                    for port, at in ((1, 0), (2, second), (3, third))]
             self.assertEqual(count, done.count(3), (seconds, second, third))
         made = sequence("1,2", 5)
         made.hit(hit(1), 10.0)
@@ -278,8 +282,8 @@ class HitTest(unittest.TestCase):
         self.assertEqual(expected, () if made is None else (made.protocol, made.port, made.flags))
         if made is not None:
             six = packet[0] >> 4 == 6
-            self.assertEqual((packet[8:24], packet[24:40]) if six else (packet[12:16], packet[16:20]),
-                             (made.source, made.destination))
+            addresses = packet[8:40] if six else packet[12:20]
+            self.assertEqual(addresses, made.source + made.destination)
 
     def test_protocols(self) -> None:
         """TCP with its flags, UDP of any content, echo requests with their size; both families."""
@@ -295,7 +299,8 @@ class HitTest(unittest.TestCase):
             self.check(wrap(udp(b"x"), 132))
         self.check(ipv4(udp(b"x", 7), options=b"\1" * 40), UDP, 7, 0)
         self.check(ipv6(extension(17) + udp(b"x", 7), 0), UDP, 7, 0)
-        self.check(ipv6(extension(60, 16) + extension(6, 24) + tcp(b"", 7, 9, SYN), 43), TCP, 7, SYN)
+        self.check(ipv6(extension(60, 16) + extension(6, 24) + tcp(b"", 7, 9, SYN), 43),
+                   TCP, 7, SYN)
 
     def test_no_hits(self) -> None:
         """Fragments, cut headers, wrong lengths; the size of a part of an echo request is none."""
@@ -343,7 +348,8 @@ class HitTest(unittest.TestCase):
         for port in (1, 7000, 7001, 8000, 9000, 65535):
             for wrap in (ipv4, ipv6):
                 found += [wrap(tcp(b"", port, 9, flags), 6) for flags in (0, 1, 2, 16, 18, 0xC2)]
-                found += [wrap(udp(b"x", port)), wrap(udp(b"x", 9, port)), wrap(udp(b"x", port), 132)]
+                found += [wrap(udp(b"x", port)), wrap(udp(b"x", 9, port)),
+                          wrap(udp(b"x", port), 132)]
             found += [ipv4(tcp(b"", port, 9, SYN), 6, 0x2000, b"\1" * 8),
                       ipv4(tcp(b"", port, 9, SYN), 6, 0x2001), ipv4(udp(b"x", port), 17, 0x1FFF)]
         for kind in (0, 3, 8, 128, 129):
@@ -352,13 +358,14 @@ class HitTest(unittest.TestCase):
         return found + [b"", b"\x45", ipv4(udp(b"x"))[:21], ipv6(udp(b"x"))[:41]]
 
     def test_filters(self) -> None:
-        """The kernel lets all pass that a sequence looks at, and of what is left as little as it can.
+        """The kernel lets all pass that a sequence looks at, and as little else as it can.
 
         Its program and matches() agree on every packet.
         """
         for texts, flags, strict, passing in (
                 (["7000,8000,9000"], SYN_ONLY, False, {TCP}), (["7000"], (0, 0), False, {TCP}),
-                (["7000,8000:udp"], SYN_ONLY, False, {TCP, UDP}), ([":icmp"], SYN_ONLY, False, {ICMP}),
+                (["7000,8000:udp"], SYN_ONLY, False, {TCP, UDP}),
+                ([":icmp"], SYN_ONLY, False, {ICMP}),
                 (["100:icmp,7000"], (63, 2), False, {ICMP, TCP}), (["1,2"], SYN_ONLY, True, {TCP}),
                 (["7000:udp"], SYN_ONLY, True, {UDP}), (["1:udp", "7000", "9:icmp"], (2, 2), False,
                                                         {TCP, UDP, ICMP})):
@@ -443,6 +450,12 @@ class HitTest(unittest.TestCase):
 
 # ------------------------------------------------------------------- sequences that open once
 
+def make_fifo(path: str) -> None:
+    """Put a FIFO in the place of an empty directory."""
+    os.rmdir(path)
+    os.mkfifo(path)
+
+
 class OneTimeTest(ServerCase):
     """A file of sequences: which line is marked, and when."""
 
@@ -462,9 +475,11 @@ class OneTimeTest(ServerCase):
     def test_marks(self) -> None:
         """The line that was used, whatever stands around it, and nothing else."""
         for text, marked in (
-                (b" 1,2\n 3,4\n", b"#1,2\n 3,4\n"), (b"1,2\n3,4", b"#,2\n3,4"), (b"#1,2\n 3,4", b"#1,2\n#3,4"),
+                (b" 1,2\n 3,4\n", b"#1,2\n 3,4\n"), (b"1,2\n3,4", b"#,2\n3,4"),
+                (b"#1,2\n 3,4", b"#1,2\n#3,4"),
                 (b"\n \t\r\n# x\r\n 3,4:udp\r\n", b"\n \t\r\n# x\r\n#3,4:udp\r\n"),
-                (b"70000\n 1,2\n", b"70000\n#1,2\n"), (b"x\xff\n\xe9\n 1,2\n", b"x\xff\n\xe9\n#1,2\n"),
+                (b"70000\n 1,2\n", b"70000\n#1,2\n"),
+                (b"x\xff\n\xe9\n 1,2\n", b"x\xff\n\xe9\n#1,2\n"),
                 (b"  # x\n\t7:icmp", b"  # x\n#7:icmp")):
             with self.subTest(text=text):
                 made = server.OneTimeFile(self.write(text))
@@ -475,9 +490,10 @@ class OneTimeTest(ServerCase):
         """The first usable line first; each once; the last one leaves none; so does a restart."""
         path = self.write(b"# codes\n 1,2\nbad\n 3,4\n 5,6\n")
         made = sequence("9,9")
-        self.assertEqual(["%s:3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens "
-                          "nothing" % path, "a port scan hits this sequence in its order; let it go up "
-                          "and down"], made.take_file(path))
+        self.assertEqual([
+            path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens nothing",
+            "a port scan hits this sequence in its order; let it go up and down"],
+            made.take_file(path))
         self.assertEqual([(TCP, port) for port in (5, 6, 3, 4, 1, 2)], made.all_steps())
         for first, more in ((1, True), (3, True), (5, False)):
             self.assertEqual(((TCP, first), (TCP, first + 1)), made.steps)
@@ -487,11 +503,11 @@ class OneTimeTest(ServerCase):
             self.assertEqual(({}, {}), (dict(made.started), dict(made.advanced)))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
         self.assertEqual([0] * 6, [made.hit(hit(port), 2.0) for port in range(1, 7)])
-        with self.assertRaisesRegex(server.ConfigError, "codes: expected a sequence that is not used"):
+        with self.assertRaisesRegex(server.ConfigError, "codes: expected a sequence that is"):
             server.OneTimeFile(path)
 
     def test_what_can_not_be_marked_opens_nothing(self) -> None:
-        """Changed meanwhile, gone, or not to be written: an error, and the line stays the next one."""
+        """Changed meanwhile, gone, or not to be written: an error, and the line stays next."""
         path = self.write(b" 1,2\n 3,4\n")
         made = server.OneTimeFile(path)
         for change in (b" 1,3\n 3,4\n", b" 1,", b"", b"#1,2\n 3,4\n", b"\n 1,2\n 3,4\n"):
@@ -500,7 +516,7 @@ class OneTimeTest(ServerCase):
                 made.use()
             self.assertEqual(change, self.read())
         for spoil in (lambda: os.unlink(path), lambda: os.mkdir(path),
-                      lambda: (os.rmdir(path), os.mkfifo(path))):
+                      lambda: make_fifo(path)):
             spoil()
             with self.assertRaises(server.SpaError):
                 made.use()
@@ -513,17 +529,18 @@ class OneTimeTest(ServerCase):
         with mock.patch.object(server.os, "fsync", side_effect=lambda _: calls.append(self.read())):
             made.use()
         self.assertEqual([b"#1,2\n 3,4\n"], calls)
-        with mock.patch.object(server.os, "fsync", side_effect=OSError(5, "Input/output error")):
-            with self.assertRaisesRegex(server.SpaError, "codes: Input/output error"):
-                made.use()
+        failing = mock.patch.object(server.os, "fsync", side_effect=OSError(5, "I/O error"))
+        with failing, self.assertRaisesRegex(server.SpaError, "codes: I/O error"):
+            made.use()
         self.assertEqual(((TCP, 3), (TCP, 4)), made.steps)
 
     def test_files_that_are_none(self) -> None:
         """Nothing there, a directory, a FIFO that nobody writes to, one without a sequence."""
         path = self.write(b"# 1,2\n\n70000\n")
-        for spoil, expected in ((lambda: None, "expected a sequence"), (lambda: os.unlink(path), "No such"),
-                                (lambda: os.mkdir(path), "Is a directory"),
-                                (lambda: (os.rmdir(path), os.mkfifo(path)), "a regular file")):
+        for spoil, expected in (
+                (lambda: None, "expected a sequence"), (lambda: os.unlink(path), "No such"),
+                (lambda: os.mkdir(path), "Is a directory"),
+                (lambda: make_fifo(path), "a regular file")):
             spoil()
             with self.assertRaisesRegex(server.ConfigError, "^%s: .*%s" % (path, expected)):
                 server.OneTimeFile(path)
@@ -537,415 +554,6 @@ class OneTimeTest(ServerCase):
         self.assertLess(time.monotonic() - begin, 5)
         self.assertEqual(19999, len(made.file.lines))
         self.assertLess(len(server.compile_filter(server.sequence_filter([made]))) // 8, 100)
-
-
-# ------------------------------------------------------------------- what opens
-
-SEQUENCE = "KNOCK_SEQUENCE 7000,9000,8000\n"
-ALL_THREE = (7000, 9000, 8000)
-KEYLESS = "SOURCE ANY\nOPEN_PORTS tcp/22\n" + SEQUENCE
-KEYED = "SOURCE ANY\n" + KEYS
-OPENED = "10.55.0.2 -> 0.0.0.0/0 tcp/22"
-
-
-class KnockCase(CommandCase):
-    """A server for sequences, whose address is HOST, and hits at it."""
-
-    def serve_for(self, access: str = "", knockd: str = "", conf: str = "") -> Any:
-        """Return a server for an access.conf, a knockd.conf, or both."""
-        self.made = ServerCase.serve(self, access or KEYED, conf)
-        self.made.memory.began -= 1000
-        self.addCleanup(self.end_all, self.made)
-        sockets = mock.patch.object(server, "open_knock_captures", return_value=[])
-        sockets.start()
-        self.addCleanup(sockets.stop)
-        configuration = self.made.configuration
-        if knockd:
-            path = os.path.join(self.directory, "knockd.conf")
-            with open(path, "w") as stream:
-                stream.write(knockd)
-            configuration = configuration._replace(knockd=server.read_knockd(path))
-        if not access:
-            self.made.stanzas = []
-            configuration = configuration._replace(stanzas=[])
-        self.made.listen_for(configuration)
-        self.made.own_until = float("inf")
-        for text in (HOST, "fd55::1"):
-            self.made.own[ipaddress.ip_address(text).packed] = True
-        return self.made
-
-    def hit(self, *ports: Any, source: str = CLIENT, destination: str = "",
-            flags: int = SYN) -> str:
-        """Hit these ports, and return what the server logged."""
-        for port in ports:
-            protocol, number = port if isinstance(port, tuple) else (TCP, port)
-            self.made.knock(server.Hit(
-                ipaddress.ip_address(source).packed, ipaddress.ip_address(
-                    destination or (HOST if "." in source else "fd55::1")).packed,
-                protocol, number, flags if protocol == TCP else 0), list(self.made.owners))
-        return self.logged()
-
-
-class StanzaTest(KnockCase):
-    """A sequence is one more way to a grant."""
-
-    def test_opens(self) -> None:
-        """OPEN_PORTS, for as long as the stanza says, by the firewall; both families."""
-        made = self.serve_for(KEYLESS + "OPEN_PORTS udp/53,tcp/22\nFW_ACCESS_TIMEOUT 7\n")
-        self.assertEqual("", self.hit(*ALL_THREE[:2]))
-        text = self.hit(ALL_THREE[2])
-        self.assertEqual([OPENED, OPENED.replace("tcp/22", "udp/53")], self.firewall.doors())
-        self.assertIn("10.55.0.2: (stanza #1): Stage 3\n10.55.0.2: (stanza #1): OPEN SESAME\n", text)
-        self.assertIn("(stanza #1) a knock sequence opened %s, %s for 7 seconds\n" % (
-            OPENED, OPENED.replace("tcp/22", "udp/53")), text)
-        self.hit(*ALL_THREE, source="fd55::2")
-        self.assertIn("fd55::2 -> ::/0 tcp/22", self.firewall.doors())
-        with open(server.openers_file(made.settings)) as stream:
-            self.assertIn("\tstanza #1, a knock sequence\n", stream.read())
-        self.clock.pass_seconds(7)
-        made.grants.expire()
-        self.assertEqual({}, self.firewall.rules)
-
-    def test_policy(self) -> None:
-        """SOURCE, DESTINATION, expiry, prefixes, flags and foreign addresses."""
-        for lines, source, expected in (
-                ("SOURCE 10.55.0.0/24\n", CLIENT, [OPENED]), ("SOURCE 10.56.0.0/24\n", CLIENT, []),
-                ("SOURCE ANY\nDESTINATION 10.55.0.1\n", CLIENT, [OPENED]),
-                ("SOURCE ANY\nDESTINATION 10.55.0.9\n", CLIENT, []),
-                ("SOURCE ANY\nACCESS_EXPIRE_EPOCH 1000\n", CLIENT, []),
-                ("SOURCE ANY\nACCESS_PREFIX4 24\n", CLIENT, ["10.55.0.0/24 -> 0.0.0.0/0 tcp/22"]),
-                ("SOURCE fd55::/16\n", "fd55::2", ["fd55::2 -> ::/0 tcp/22"])):
-            with self.subTest(lines=lines):
-                self.firewall.rules = {}
-                self.serve_for(lines + "OPEN_PORTS tcp/22\n" + SEQUENCE)
-                text = self.hit(*ALL_THREE, source=source)
-                self.assertEqual(expected, self.firewall.doors())
-                if not expected:
-                    self.assertRegex(text, "No access data found for source IP|has expired")
-        self.firewall.rules = {}
-        self.serve_for(KEYLESS)
-        self.hit(*ALL_THREE, flags=SYN | ACK)
-        self.made.own[ipaddress.ip_address("10.55.0.77").packed] = False
-        self.hit(*ALL_THREE, destination="10.55.0.77")
-        self.hit(*ALL_THREE[:2])
-        self.hit(1, ALL_THREE[2])
-        self.assertEqual([], self.firewall.doors())
-
-    def test_expired_stanzas_and_strangers_use_up_no_line(self) -> None:
-        """Who is not in SOURCE is rejected before a one-time sequence is marked."""
-        path = os.path.join(self.directory, "codes")
-        with open(path, "w") as stream:
-            stream.write(" 1,3,2\n 4,6,5\n")
-        self.serve_for("SOURCE 10.55.0.2\nOPEN_PORTS tcp/22\nKNOCK_ONE_TIME_FILE %s\n" % path)
-        text = self.hit(1, 3, 2, source="10.55.0.3")
-        self.assertIn("No access data found for source IP: 10.55.0.3", text)
-        self.assertNotIn("SESAME", text)
-        self.assertEqual(" 1,3,2\n 4,6,5\n", self.read("codes"))
-        self.assertIn("SESAME", self.hit(1, 3, 2))
-        self.assertEqual("#1,3,2\n 4,6,5\n", self.read("codes"))
-        self.assertEqual([OPENED], self.firewall.doors())
-        self.firewall.rules = {}
-        self.made.grants.live.clear()
-        self.assertEqual("", self.hit(1, 3, 2))
-        with open(path, "w") as stream:
-            stream.write("changed\n")
-        self.assertIn("(stanza #1): nothing is opened: %s: somebody changed it" % path, self.hit(4, 6, 5))
-        self.assertEqual([], self.firewall.doors())
-        with open(path, "w") as stream:
-            stream.write("#1,3,2\n 4,6,5\n")
-        self.assertIn("no more sequences left in the one time sequences file for door (stanza #1) "
-                      "--> disabling the door\n", self.hit(4, 6, 5))
-        self.assertEqual([OPENED], self.firewall.doors())
-        self.assertEqual("", self.hit(4, 6, 5))
-
-    def test_beside_keys(self) -> None:
-        """Packets for other stanzas go on; a keyless stanza takes none."""
-        for order in ((KEYLESS, KEYED), (KEYED, KEYLESS)):
-            self.firewall.rules = {}
-            self.serve_for("".join(order))
-            self.assertIn("opened 10.55.0.2 -> 0.0.0.0/0 tcp/23", self.knock("10.55.0.2,tcp/23"))
-            self.assertIn("a knock sequence opened " + OPENED, self.hit(*ALL_THREE))
-        self.serve_for(KEYLESS)
-        self.assertIn("No access data found for source IP", self.knock())
-
-    def test_require_knock(self) -> None:
-        """The sequence, then the packet, from the same address, in time, and no reload between."""
-        made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\nREQUIRE_USERNAME bob\n")
-        refused = "No knock sequence came before the packet (REQUIRE_KNOCK).\n"
-        self.assertIn(refused, self.knock())
-        self.assertIn("OPEN SESAME", self.hit(*ALL_THREE))
-        self.assertEqual({}, self.firewall.rules)
-        self.assertIn(refused, self.knock(source="10.55.0.3"))
-        self.assertIn("does not match required username", self.knock(user="joe"))
-        self.assertIn("user 'bob' (client 3.0.0) opened " + OPENED, self.knock())
-        (key,) = made.knocked
-        self.assertAlmostEqual(25, made.knocked[key] - time.monotonic(), delta=5)
-        made.knocked[key] = time.monotonic() - 0.01
-        self.assertIn(refused, self.knock("10.55.0.2,tcp/24"))
-        self.hit(*ALL_THREE)
-        self.assertIn(" opened ", self.knock("10.55.0.2,tcp/25"))
-        made.reload(made.configuration, self.firewall)
-        self.assertIn(refused, self.knock("10.55.0.2,tcp/26"))
-        self.assertEqual(4, made.counts["no knock"])
-
-    def test_require_knock_is_bounded(self) -> None:
-        """However many have knocked, and the latest stay."""
-        made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\n")
-        with mock.patch.object(server, "MAX_STARTED", 10):
-            for number in range(30):
-                self.hit(*ALL_THREE, source="10.55.1.%d" % number)
-        self.assertEqual(10, len(made.knocked))
-        self.assertIn(" opened ", self.knock("10.55.0.2,tcp/25", source="10.55.1.29"))
-
-    def test_reload_forgets_steps(self) -> None:
-        """Sequences begin anew with the new files."""
-        made = self.serve_for(KEYLESS)
-        self.hit(*ALL_THREE[:2])
-        made.reload(made.configuration._replace(stanzas=self.stanzas(KEYLESS)), self.firewall)
-        self.hit(ALL_THREE[2])
-        self.assertEqual([], self.firewall.doors())
-        self.hit(*ALL_THREE)
-        self.assertEqual([OPENED], self.firewall.doors())
-
-    def test_nat(self) -> None:
-        """FORCE_NAT holds for a sequence as for a packet."""
-        self.serve_for(KEYLESS + "FORCE_NAT 10.66.0.2 2222\n", conf="ENABLE_IPT_FORWARDING Y;\n")
-        text = self.hit(*ALL_THREE)
-        self.assertIn("DNAT %s to 10.66.0.2:2222" % OPENED, text)
-
-    def test_cycle_commands(self) -> None:
-        """CMD_CYCLE_OPEN runs instead of the firewall."""
-        path = self.script('echo "$*" >> got')
-        self.serve_for(KEYLESS + "CMD_CYCLE_OPEN %s open $SRC $PORT\nCMD_CYCLE_CLOSE %s close $SRC\n"
-                       "CMD_CYCLE_TIMER 60\n" % (path, path))
-        self.assertIn("a knock sequence opened", self.hit(*ALL_THREE))
-        self.wait_until_ended()
-        self.made.commands.stop()
-        self.assertEqual("open 10.55.0.2 22\nclose 10.55.0.2\n", self.read("got"))
-        self.assertEqual({}, self.firewall.rules)
-
-    def test_a_firewall_that_fails(self) -> None:
-        """Is told, and the next knock may open."""
-        self.serve_for(KEYLESS)
-        self.firewall.failures = 2
-        self.assertIn("nothing was opened: the firewall failed", self.hit(*ALL_THREE))
-        self.hit(*ALL_THREE)
-        self.assertEqual([OPENED], self.firewall.doors())
-
-    def test_a_mistake_does_not_end_the_server(self) -> None:
-        """Nor does it keep a hit from the sequences after it."""
-        made = self.serve_for(KEYLESS + KEYLESS)
-        first = next(iter(made.owners))
-        with mock.patch.object(first, "hit", side_effect=ZeroDivisionError("oh")):
-            text = self.hit(*ALL_THREE)
-        self.assertIn("(stanza #1) ", text)
-        self.assertIn("ZeroDivisionError", text)
-        self.assertEqual([OPENED], self.firewall.doors())
-
-    def test_floods_do_not_fill_the_log(self) -> None:
-        """First steps, further ones, and openings of one port; what was opened is always told."""
-        made = self.serve_for(KEYLESS)
-        for number in range(2000):
-            self.hit(7000, source="10.1.%d.%d" % divmod(number, 256))
-        made.log.level = server.DEBUG
-        for number in range(2000):
-            made.knock(server.Hit(number.to_bytes(4, "big"), ipaddress.ip_address(HOST).packed, TCP,
-                                  7000, SYN), list(made.owners))
-        self.assertLessEqual(len(self.logged().splitlines()), server.BURST)
-        for number in range(2000):
-            made.knock(server.Hit(number.to_bytes(4, "big"), ipaddress.ip_address(HOST).packed, TCP,
-                                  9000, SYN), list(made.owners))
-        self.assertLessEqual(len(self.logged().splitlines()), server.STEP_BURST)
-        self.clock.pass_seconds(1.5)
-        self.assertIn("1000 more knocks came without a line in the log\n", self.hit(8000, source="0.0.0.9"))
-
-    def test_captures(self) -> None:
-        """A hit meets the sequences of the socket that heard it, and no others, so that it counts
-        once where stanzas and doors listen at the same place.
-        """
-        made = self.serve_for(KEYLESS.replace("7000,9000,8000", "7000,7000"),
-                              "[d]\nSequence = 7000,7000\n")
-        stanza, door = made.owners
-        for each in (stanza, door):
-            made.knock(hit(7000), [each])
-        self.assertEqual([], self.firewall.doors())
-        self.assertEqual([1, 1], [len(each.started) for each in (stanza, door)])
-        self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
-                                              made.configuration.knocks()])
-
-
-DOOR = "[d]\nSequence = 7000,9000,8000\n"
-
-
-class DoorTest(KnockCase):
-    """A knockd.conf's door: commands, and knockd's lines in the log."""
-
-    def door(self, start: str = "echo start %IP% >> got", stop: str = "echo stop %IP% >> got",
-             seconds: int = 0, more: str = "") -> Any:
-        """Return a server with one door, whose commands run in the test's directory."""
-        lines = "".join("%s = %s\n" % (name, text and "cd %s; %s" % (self.directory, text))
-                        for name, text in (("Start_Command", start), ("Stop_Command", stop)))
-        return self.serve_for("", DOOR + lines + "Cmd_Timeout = %d\n%s" % (seconds, more))
-
-    def wait_until_closed(self) -> str:
-        """Wait until all is over, and return the log."""
-        commands = self.made.commands
-        self.wait_for(lambda: not (commands.cycles or commands.running or commands.switches), "the end")
-        return self.logged()
-
-    def test_log(self) -> None:
-        """Every line as knockd has it, and no other."""
-        self.door()
-        text = self.hit(*ALL_THREE) + self.wait_until_closed()
-        command = "d: running command: cd %s; echo %%s 10.55.0.2 >> got" % self.directory
-        self.assertEqual([
-            "10.55.0.2: d: Stage 1", "10.55.0.2: d: Stage 2", "10.55.0.2: d: Stage 3",
-            "10.55.0.2: d: OPEN SESAME", command % "start", "10.55.0.2: d: command timeout",
-            command % "stop"], text.splitlines())
-        self.assertEqual("start 10.55.0.2\nstop 10.55.0.2\n", self.read("got"))
-        self.assertEqual(1, self.made.counts["accepted"])
-
-    def test_output_and_codes(self) -> None:
-        """What a command prints, and how it failed; the stop runs all the same."""
-        self.door("echo said; exit 3", "echo no")
-        text = self.hit(*ALL_THREE) + self.wait_until_closed()
-        self.assertIn("d: said\n", text)
-        self.assertIn("d: command returned non-zero status code (3)\n", text)
-        self.assertEqual(1, text.count("d: no\n"))
-        self.assertNotIn("pid_status", text)
-
-    def test_sequence_timeout(self) -> None:
-        """Its line, for each stage, when the time has come."""
-        self.door()
-        self.hit(7000, source="fd55::2")
-        self.hit(*ALL_THREE[:2])
-        later = time.monotonic() + 25.1
-        with mock.patch.object(server.time, "monotonic", return_value=later):
-            self.made.expire_knocks()
-        self.assertEqual(["fd55::2: d: sequence timeout (stage 1)", "10.55.0.2: d: sequence timeout "
-                          "(stage 2)"], self.logged().splitlines())
-
-    def test_families(self) -> None:
-        """The commands of IPv6 for its clients, empty ones too."""
-        for more, expected in (
-                ("", "start fd55::2\nstop fd55::2\n"), ("Start_Command_6 =\n", ""),
-                ("Stop_Command_6 =\n", "start fd55::2\n"),
-                ("Command_6 = echo six %%IP%% >> %s/got\n" % self.directory, "six fd55::2\nstop fd55::2\n")):
-            with self.subTest(more=more):
-                self.door(more=more)
-                text = self.hit(*ALL_THREE, source="fd55::2")
-                self.assertIn("fd55::2: d: OPEN SESAME\n", text)
-                self.wait_until_closed()
-                self.assertEqual(expected, self.read("got"))
-                if expected:
-                    os.unlink(os.path.join(self.directory, "got"))
-
-    def test_time_of_the_stop(self) -> None:
-        """From the end of a slow Start_Command, also when it is knocked for again meanwhile."""
-        self.door("sleep 1; touch begun; echo start >> got", "touch ended; echo stop >> got", 1)
-        self.hit(*ALL_THREE)
-        self.hit(*ALL_THREE)
-        self.wait_until_closed()
-        begun, ended = (os.stat(os.path.join(self.directory, name)).st_mtime
-                        for name in ("begun", "ended"))
-        self.assertGreater(ended - begun, 0.9)
-        self.assertEqual("start\nstop\n", self.read("got"))
-
-    def test_again_while_open(self) -> None:
-        """It is not started again, and closes once and later; each door by itself."""
-        made = self.door(seconds=60, more=DOOR.replace("[d]", "[e]") + "Command = :\n")
-        self.hit(*ALL_THREE)
-        self.wait_until_ended()
-        (cycle,) = made.commands.cycles.values()
-        cycle.ends -= 30
-        self.assertNotIn("d: running", self.hit(*ALL_THREE))
-        self.wait_until_ended()
-        (cycle,) = made.commands.cycles.values()
-        self.assertGreater(cycle.ends - time.monotonic(), 50)
-        self.hit(*ALL_THREE, source="10.55.0.3")
-        self.assertEqual(2, len(made.commands.cycles))
-        made.commands.stop()
-        self.assertEqual(["start 10.55.0.2"] + ["start 10.55.0.3"], [
-            line for line in self.read("got").splitlines() if "start" in line])
-        self.assertEqual(2, self.read("got").count("stop"))
-
-    def test_without_a_stop(self) -> None:
-        """Each knock runs the command; without a start there is no stop, and only the lines."""
-        self.door(stop="")
-        for _ in range(2):
-            self.hit(*ALL_THREE)
-            self.wait_until_closed()
-        self.assertEqual("start 10.55.0.2\n" * 2, self.read("got"))
-        self.door(start="")
-        self.assertTrue(self.hit(*ALL_THREE).endswith("OPEN SESAME\n"))
-        self.assertEqual(({}, []), (self.made.commands.cycles, self.made.commands.running))
-
-    def test_the_switch(self) -> None:
-        """It stops what the server no longer can; a clean stop and a reload leave nothing open."""
-        made = self.door(seconds=0)
-        self.hit(*ALL_THREE)
-        (cycle,) = made.commands.cycles.values()
-        end = time.monotonic() + 20
-        while "stop" not in self.read("got") and time.monotonic() < end:
-            time.sleep(0.05)  # the server does not look: it is gone
-        self.assertEqual("start 10.55.0.2\nstop 10.55.0.2\n", self.read("got"))
-        cycle.switch.wait(20)
-        self.assertIn("d: its switch has run it, which returned 0\n", self.wait_until_closed())
-        made = self.door(seconds=60)
-        self.hit(*ALL_THREE)
-        self.wait_until_ended()
-        made.reload(made.configuration._replace(knockd=None), self.firewall)
-        self.assertEqual(1, len(made.commands.cycles))
-        made.commands.stop()
-        self.assertEqual(4, len(self.read("got").splitlines()))
-        self.assertIn("10.55.0.2: d: shutting down\n", self.logged())
-
-    def test_too_many(self) -> None:
-        """Of one door: nothing is run, the door is named, and the log does not fill."""
-        made = self.door()
-        one = type("Child", (), {"cycle": mock.Mock(stanza=-1)})  # type: Any
-        made.commands.running = [one] * server.MAX_RUNNING
-        text = "".join(self.hit(*ALL_THREE) for _ in range(50))
-        made.commands.running = []
-        self.assertIn("d: nothing is opened: too many commands: %d of d run" % server.MAX_RUNNING, text)
-        self.assertLessEqual(text.count("nothing is opened"), server.BURST)
-        self.assertEqual((50, ""), (made.counts["knock"], self.read("got")))
-
-    def test_one_time(self) -> None:
-        """Marked before it runs; after the last the others go on."""
-        path = os.path.join(self.directory, "codes")
-        with open(path, "w") as stream:
-            stream.write(" 1,3,2\n")
-        self.serve_for("", "[o]\nOne_Time_Sequences = %s\nCommand = cat %s > %s/got\n[p]\nSequence = 9\n"
-                       % (path, path, self.directory))
-        text = self.hit(1, 3, 2, source="fd55::2") + self.wait_until_ended()
-        self.assertEqual("#1,3,2\n", self.read("got"))
-        self.assertIn("no more sequences left in the one time sequences file for door o --> disabling "
-                      "the door\n", text)
-        self.assertIn("10.55.0.2: p: OPEN SESAME", self.hit(1, 3, 2, 9))
-
-    def test_target(self) -> None:
-        """That address alone, be it this host's or not; without it any of this host's."""
-        self.serve_for("", "[t]\nSequence = 1\nTarget = 10.55.0.50\n[a]\nSequence = 1\n")
-        self.made.own[ipaddress.ip_address("10.55.0.50").packed] = False
-        self.assertEqual(["10.55.0.2: t: Stage 1", "10.55.0.2: t: OPEN SESAME"],
-                         self.hit(1, destination="10.55.0.50").splitlines())
-        self.assertEqual(["10.55.0.2: a: Stage 1", "10.55.0.2: a: OPEN SESAME"],
-                         self.hit(1).splitlines())
-
-    def test_own_addresses(self) -> None:
-        """The kernel is asked at most once a second for an address, and for so many at most."""
-        made = self.door()
-        asked = []  # type: List[Any]
-        with mock.patch.object(server, "is_own_address", side_effect=asked.append):
-            made.own.clear()
-            made.own_until = 0.0
-            for now in (10.0, 10.5, 11.0, 11.2):
-                made.is_ours(ONE, now)
-            self.assertEqual(2, len(asked))
-            for number in range(3000):
-                made.is_ours(number.to_bytes(4, "big"), 11.3)
-            self.assertLessEqual(len(made.own), server.MAX_OWN + 1)
 
 
 if __name__ == "__main__":
