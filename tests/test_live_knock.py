@@ -470,6 +470,26 @@ class TableTest(KnockCase):
         self.assertEqual([0] * 4, [server.opened(CLIENT4) for server in servers])
         self.assertEqual([0] * 4, [server.opened(CLIENT6) for server in servers])
 
+    def test_doors_and_clients_do_not_disturb_each_other(self) -> None:
+        """Who comes to the end, or to a door whose sequence begins alike, spoils nobody's knock."""
+        cable = self.cable()
+        client = cable.client
+        doors = (
+            "[short]\nsequence = 7000,8000\ntcpflags = syn\n"
+            "[long]\nsequence = 7000,8000,9000\ntcpflags = syn\n"
+        )
+        servers = self.servers(cable, doors)
+        sources = ["10.55.0.20", "10.55.0.21"]
+        for source in sources:
+            client.run("ip", "addr", "add", source + "/24", "dev", "eth0")
+        hit(client, sources[0], "7000")
+        hit(client, sources[1], "7000", "8000")
+        hit(client, sources[0], "8000", "9000")
+        settle(client, servers)
+        for door, knockds in (("short", 1), ("long", 0)):
+            opened = [server.opened(sources[0], door) for server in servers]
+            self.assertEqual([knockds, 1, 1, 1], opened, door)
+
     def test_repeated_syns_and_a_scan(self) -> None:
         """Connects that wait at a firewall that drops; a scan of all ports."""
 
