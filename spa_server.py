@@ -2704,10 +2704,12 @@ def read_knockd(path: str) -> KnockdFile:
 
 def separate(sequences: List[Sequence]) -> None:
     """Tells each sequence which ports belong to others, and shares the memory among them."""
+    every = {step for sequence in sequences for step in sequence.all_steps()}
     for sequence in sequences:
         sequence.most = max(MAX_STARTED // len(sequences), 4096)
-        sequence.others = {step for other in sequences if other is not sequence
-                           for step in other.all_steps()}
+        # Its own are looked at first, but for those of a file whose turn has not come.
+        sequence.others = every if sequence.file is None else {
+            step for other in sequences if other is not sequence for step in other.all_steps()}
 
 
 # ======================================================================================
@@ -5595,8 +5597,10 @@ class Commands:
     def wait_again(self, cycle: Cycle, seconds: int) -> None:
         """Lets a cycle close in so many seconds from now, and not before."""
         ends = time.monotonic() + seconds
+        code = cycle.switch.poll() if cycle.switch else None
+        closed = code is not None and code >= 0  # by its switch, since this server was late
         try:
-            if ends > cycle.ends + SWITCH_SECONDS / 2:  # its switch must not close earlier
+            if ends > cycle.ends + SWITCH_SECONDS / 2 and not closed:  # it must not close earlier
                 self.set_switch(cycle, seconds + SWITCH_SECONDS)
             cycle.ends = ends
         except CommandError as error:

@@ -1,26 +1,21 @@
-"""Knock sequences: which hits open, what is remembered of them, and what opens then.
+"""Knock sequences: which hits complete one, what is remembered of them, and what is used up.
 
-How they are configured is in test_knock_conf.py. Time is given to a sequence; the commands of
-knockd's doors are small scripts that really run.
+How they are configured is in test_knock_conf.py, what they open in test_knock_open.py.
 """
 
 import ipaddress
 import os
 import random
-import signal
 import socket
 import stat
 import time
 import unittest
-from typing import Any, Dict, Iterable, List, Optional, Tuple  # noqa: F401  (in type comments)
+from typing import Any, Dict, Iterable, List, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
 from tests.support import load_script, needs_root
 from tests.test_capture import extension, icmp, tcp
-from tests.test_commands import CommandCase
-from tests.test_packet import Sender
-from tests.test_server import (CLIENT, HOST, KEYS, ServerCase, datagram, ipv4, ipv6, run_filter,
-                               udp)
+from tests.test_server import ServerCase, ipv4, ipv6, run_filter, udp
 
 server = load_script("spa_server")  # type: Any
 TCP, UDP, ICMP, ANY = server.TCP, server.UDP, server.ICMP, server.ANY_SIZE
@@ -35,15 +30,16 @@ def hit(step: Any, source: bytes = ONE, flags: int = SYN) -> Any:
     return server.Hit(source, b"\x0a\x37\0\1", protocol, port, flags if protocol == TCP else 0)
 
 
-def sequence(text: str, seconds: float = 25, flags: Tuple[int, int] = SYN_ONLY, strict: bool = False,
-             exact: bool = False) -> Any:
+def sequence(text: str, seconds: float = 25, flags: Tuple[int, int] = SYN_ONLY,
+             strict: bool = False, exact: bool = False) -> Any:
     """Return the sequence of a text."""
     return server.Sequence(server.parse_steps(text), seconds, flags, strict, exact)
 
 
 def hits(text: str) -> Iterable[Tuple[float, Any]]:
-    """Return times and hits of a text: 7000, 8000u (UDP), 9000a (SYN, ACK), 9000f (FIN), 9000v (from
-    the same host in IPv6), +SECONDS.
+    """Return times and hits of a text: 7000, 8000u, 9000a, 9000f, 9000v, +SECONDS.
+
+    The letters are UDP, SYN with ACK, FIN, and the same host in IPv6.
     """
     now = 0.0
     for word in text.split():
@@ -84,7 +80,10 @@ class SequenceTest(unittest.TestCase):
     """What a sequence makes of hits."""
 
     def test_the_table_of_knockd(self) -> None:
-        """Row by row: where ours differs, it is by its promises (a) to (e) there."""
+        """Row by row; ours differs where a SYN comes again, or a wrong hit is a first one."""
+        self.assertEqual(["a SYN that came twice", "each SYN twice, as blocking connects send them",
+                          "a wrong hit, and it is a first one"],
+                         [stimulus for stimulus, _, theirs, ours, _ in TABLE if theirs != ours])
         for stimulus, text, _, ours, strict in TABLE:
             with self.subTest(stimulus=stimulus):
                 self.assertEqual(ours, opened(sequence("7000,8000,9000"), text))
@@ -114,7 +113,8 @@ class SequenceTest(unittest.TestCase):
     def test_flags(self) -> None:
         """Set and clear; without any each segment counts; UDP and ICMP have none."""
         for flags, given, seen in (
-                ((2, 2), 2, True), ((2, 2), 18, True), ((18, 2), 18, False), ((18, 2), 2 | 0xC0, True),
+                ((2, 2), 2, True), ((2, 2), 18, True), ((18, 2), 18, False),
+                ((18, 2), 2 | 0xC0, True),
                 ((0, 0), 16, True), ((0, 0), 4, True), ((2, 0), 2, False), ((63, 41), 41, True)):
             made = server.Sequence(((TCP, 7000), (UDP, 1)), 5, flags)
             self.assertEqual(int(seen), made.hit(hit(7000, flags=given), 1.0), (flags, given))
@@ -130,11 +130,12 @@ class SequenceTest(unittest.TestCase):
 
     def test_time(self) -> None:
         """Less than a second counts, from the first hit, and not by whole seconds."""
-        for seconds, second, third, count in ((1, 0.5, 0.999, 1), (1, 0.2, 1.0, 0), (1, 0.9, 1.7, 0),
-                                              (25, 24.0, 24.999, 1), (25, 0.1, 25.0, 0)):
+        for seconds, second, third, count in (
+                (1, 0.5, 0.999, 1), (1, 0.2, 1.0, 0), (1, 0.9, 1.7, 0), (25, 24.0, 24.999, 1),
+                (25, 0.1, 25.0, 0)):
             made = sequence("1,2,3", seconds)
-            start = 1000.93
-            done = [made.hit(hit(port), start + at) for port, at in ((1, 0), (2, second), (3, third))]
+            done = [made.hit(hit(port), 1000.93 + at)
+                    for port, at in ((1, 0), (2, second), (3, third))]
             self.assertEqual(count, done.count(3), (seconds, second, third))
         made = sequence("1,2", 5)
         made.hit(hit(1), 10.0)
@@ -165,7 +166,7 @@ class SequenceTest(unittest.TestCase):
         mixed = list(range(1, 65536))
         random.Random(1).shuffle(mixed)
         everything = list(range(1, 65536))
-        for steps in ("7000,8000,9000", "9000,8000,7000", "7000,8000", "22,80,443,8080"):
+        for steps in ("7000,8000,9000", "9000,7000"):
             for ports in (everything, everything[::-1], mixed):
                 made = sequence(steps, strict=True)
                 last = len(made.steps)
@@ -281,8 +282,8 @@ class HitTest(unittest.TestCase):
         self.assertEqual(expected, () if made is None else (made.protocol, made.port, made.flags))
         if made is not None:
             six = packet[0] >> 4 == 6
-            self.assertEqual((packet[8:24], packet[24:40]) if six else (packet[12:16], packet[16:20]),
-                             (made.source, made.destination))
+            addresses = packet[8:40] if six else packet[12:20]
+            self.assertEqual(addresses, made.source + made.destination)
 
     def test_protocols(self) -> None:
         """TCP with its flags, UDP of any content, echo requests with their size; both families."""
@@ -298,7 +299,8 @@ class HitTest(unittest.TestCase):
             self.check(wrap(udp(b"x"), 132))
         self.check(ipv4(udp(b"x", 7), options=b"\1" * 40), UDP, 7, 0)
         self.check(ipv6(extension(17) + udp(b"x", 7), 0), UDP, 7, 0)
-        self.check(ipv6(extension(60, 16) + extension(6, 24) + tcp(b"", 7, 9, SYN), 43), TCP, 7, SYN)
+        self.check(ipv6(extension(60, 16) + extension(6, 24) + tcp(b"", 7, 9, SYN), 43),
+                   TCP, 7, SYN)
 
     def test_no_hits(self) -> None:
         """Fragments, cut headers, wrong lengths; the size of a part of an echo request is none."""
@@ -346,7 +348,8 @@ class HitTest(unittest.TestCase):
         for port in (1, 7000, 7001, 8000, 9000, 65535):
             for wrap in (ipv4, ipv6):
                 found += [wrap(tcp(b"", port, 9, flags), 6) for flags in (0, 1, 2, 16, 18, 0xC2)]
-                found += [wrap(udp(b"x", port)), wrap(udp(b"x", 9, port)), wrap(udp(b"x", port), 132)]
+                found += [wrap(udp(b"x", port)), wrap(udp(b"x", 9, port)),
+                          wrap(udp(b"x", port), 132)]
             found += [ipv4(tcp(b"", port, 9, SYN), 6, 0x2000, b"\1" * 8),
                       ipv4(tcp(b"", port, 9, SYN), 6, 0x2001), ipv4(udp(b"x", port), 17, 0x1FFF)]
         for kind in (0, 3, 8, 128, 129):
@@ -355,13 +358,14 @@ class HitTest(unittest.TestCase):
         return found + [b"", b"\x45", ipv4(udp(b"x"))[:21], ipv6(udp(b"x"))[:41]]
 
     def test_filters(self) -> None:
-        """The kernel lets all pass that a sequence looks at, and of what is left as little as it can.
+        """The kernel lets all pass that a sequence looks at, and as little else as it can.
 
         Its program and matches() agree on every packet.
         """
         for texts, flags, strict, passing in (
                 (["7000,8000,9000"], SYN_ONLY, False, {TCP}), (["7000"], (0, 0), False, {TCP}),
-                (["7000,8000:udp"], SYN_ONLY, False, {TCP, UDP}), ([":icmp"], SYN_ONLY, False, {ICMP}),
+                (["7000,8000:udp"], SYN_ONLY, False, {TCP, UDP}),
+                ([":icmp"], SYN_ONLY, False, {ICMP}),
                 (["100:icmp,7000"], (63, 2), False, {ICMP, TCP}), (["1,2"], SYN_ONLY, True, {TCP}),
                 (["7000:udp"], SYN_ONLY, True, {UDP}), (["1:udp", "7000", "9:icmp"], (2, 2), False,
                                                         {TCP, UDP, ICMP})):
@@ -442,3 +446,115 @@ class HitTest(unittest.TestCase):
             self.assertEqual(of_four if four_only else of_four + [
                 (16, TCP, 61234, SYN), (16, UDP, 61235, 0), (16, TCP, 61236, SYN)],
                 [each for each in got if each[3] in (SYN, 0)], got)
+
+
+# ------------------------------------------------------------------- sequences that open once
+
+def make_fifo(path: str) -> None:
+    """Put a FIFO in the place of an empty directory."""
+    os.rmdir(path)
+    os.mkfifo(path)
+
+
+class OneTimeTest(ServerCase):
+    """A file of sequences: which line is marked, and when."""
+
+    def write(self, text: bytes) -> str:
+        """Write the file, and return its path."""
+        path = os.path.join(self.directory, "codes")
+        with open(path, "wb") as stream:
+            stream.write(text)
+        os.chmod(path, 0o600)
+        return path
+
+    def read(self) -> bytes:
+        """Return what is in it."""
+        with open(os.path.join(self.directory, "codes"), "rb") as stream:
+            return stream.read()
+
+    def test_marks(self) -> None:
+        """The line that was used, whatever stands around it, and nothing else."""
+        for text, marked in (
+                (b" 1,2\n 3,4\n", b"#1,2\n 3,4\n"), (b"1,2\n3,4", b"#,2\n3,4"),
+                (b"#1,2\n 3,4", b"#1,2\n#3,4"),
+                (b"\n \t\r\n# x\r\n 3,4:udp\r\n", b"\n \t\r\n# x\r\n#3,4:udp\r\n"),
+                (b"70000\n 1,2\n", b"70000\n#1,2\n"),
+                (b"x\xff\n\xe9\n 1,2\n", b"x\xff\n\xe9\n#1,2\n"),
+                (b"  # x\n\t7:icmp", b"  # x\n#7:icmp")):
+            with self.subTest(text=text):
+                made = server.OneTimeFile(self.write(text))
+                made.use()
+                self.assertEqual(marked, self.read())
+
+    def test_in_order(self) -> None:
+        """The first usable line first; each once; the last one leaves none; so does a restart."""
+        path = self.write(b"# codes\n 1,2\nbad\n 3,4\n 5,6\n")
+        made = sequence("9,9")
+        self.assertEqual([
+            path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens nothing",
+            "a port scan hits this sequence in its order; let it go up and down"],
+            made.take_file(path))
+        self.assertEqual([(TCP, port) for port in (5, 6, 3, 4, 1, 2)], made.all_steps())
+        for first, more in ((1, True), (3, True), (5, False)):
+            self.assertEqual(((TCP, first), (TCP, first + 1)), made.steps)
+            made.hit(hit(first, TWO), 1.0)  # others have to begin the next one anew
+            self.assertEqual([1, 2], [made.hit(hit(port), 1.0) for port in (first, first + 1)])
+            self.assertIs(more, made.use_up())
+            self.assertEqual(({}, {}), (dict(made.started), dict(made.advanced)))
+        self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
+        self.assertEqual([0] * 6, [made.hit(hit(port), 2.0) for port in range(1, 7)])
+        with self.assertRaisesRegex(server.ConfigError, "codes: expected a sequence that is"):
+            server.OneTimeFile(path)
+
+    def test_what_can_not_be_marked_opens_nothing(self) -> None:
+        """Changed meanwhile, gone, or not to be written: an error, and the line stays next."""
+        path = self.write(b" 1,2\n 3,4\n")
+        made = server.OneTimeFile(path)
+        for change in (b" 1,3\n 3,4\n", b" 1,", b"", b"#1,2\n 3,4\n", b"\n 1,2\n 3,4\n"):
+            self.write(change)
+            with self.assertRaisesRegex(server.SpaError, "somebody changed it"):
+                made.use()
+            self.assertEqual(change, self.read())
+        for spoil in (lambda: os.unlink(path), lambda: os.mkdir(path),
+                      lambda: make_fifo(path)):
+            spoil()
+            with self.assertRaises(server.SpaError):
+                made.use()
+        self.assertEqual(((TCP, 1), (TCP, 2)), made.steps)
+
+    def test_on_disk_before_it_opens(self) -> None:
+        """fsync comes after the mark; when it fails the line does not count as used."""
+        path, calls = self.write(b" 1,2\n 3,4\n"), []  # type: str, List[bytes]
+        made = server.OneTimeFile(path)
+        with mock.patch.object(server.os, "fsync", side_effect=lambda _: calls.append(self.read())):
+            made.use()
+        self.assertEqual([b"#1,2\n 3,4\n"], calls)
+        failing = mock.patch.object(server.os, "fsync", side_effect=OSError(5, "I/O error"))
+        with failing, self.assertRaisesRegex(server.SpaError, "codes: I/O error"):
+            made.use()
+        self.assertEqual(((TCP, 3), (TCP, 4)), made.steps)
+
+    def test_files_that_are_none(self) -> None:
+        """Nothing there, a directory, a FIFO that nobody writes to, one without a sequence."""
+        path = self.write(b"# 1,2\n\n70000\n")
+        for spoil, expected in (
+                (lambda: None, "expected a sequence"), (lambda: os.unlink(path), "No such"),
+                (lambda: os.mkdir(path), "Is a directory"),
+                (lambda: make_fifo(path), "a regular file")):
+            spoil()
+            with self.assertRaisesRegex(server.ConfigError, "^%s: .*%s" % (path, expected)):
+                server.OneTimeFile(path)
+        self.assertTrue(stat.S_ISFIFO(os.stat(path).st_mode))
+
+    def test_long_files(self) -> None:
+        """Are read in a moment, and the kernel's filter does not grow with them."""
+        path = self.write(b"".join(b" %d,%d,%d\n" % (n, n + 1, n + 2) for n in range(1, 20000)))
+        begin, made = time.monotonic(), sequence("1")
+        made.take_file(path)
+        self.assertLess(time.monotonic() - begin, 5)
+        self.assertEqual(19999, len(made.file.lines))
+        self.assertLess(len(server.compile_filter(server.sequence_filter([made]))) // 8, 100)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -29,8 +29,8 @@ STEPS = (
 )
 BAD_STEPS = ("", ",", "7000,", ",7000", "7000,,8000", "0", "65536", "70000", "-1", "+1", "1.5", "x",
              "ssh", "7000:", "7000:sctp", "7000:udp:x", "7000:ud p", "7000;8000", "7000 8000",
-             ":tcp", ":udp", "1453:icmp", "65507:icmp", "-1:icmp", "x:icmp", "\xb2", "\xb2:icmp", "000001",
-             "7000\0", PORTS, "# 7000", "tcp/7000")
+             ":tcp", ":udp", "1453:icmp", "65507:icmp", "-1:icmp", "x:icmp", "\xb2", "\xb2:icmp",
+             "000001", "7000\0", PORTS, "# 7000", "tcp/7000")
 FLAGS = (("", (0, 0)), ("syn", (2, 2)), ("SYN,!Ack", (18, 2)), ("!syn", (2, 0)),
          ("fin,syn,rst,psh,ack,urg", (63, 63)), ("syn,!syn", (2, 0)), ("!syn,syn", (2, 2)))
 BAD_FLAGS = ("syn, ack", " syn", "! syn", "syn|ack", "ece", "cwr", "!", "!!syn", "syn,", ",", "x",
@@ -452,7 +452,7 @@ class NameTest(ConfigCase):
         made = self.configuration(["-4", "-l", "-D", "-v", "-d", "-c", path])
         self.assertEqual((True, True, []), (made.four_only, bool(made.settings.verbose),
                                             made.stanzas))
-        self.assertEqual("starting up, listening on eth0,eth1", made.words.starting)
+        self.assertEqual("starting up, listening on eth0,eth1", made.words.started)
         self.assertEqual("re-reading config file: " + path, made.words.rereading)
         self.assertEqual(["/etc/knockd.conf"], [line.value for line in server.Arguments(
             [], "knockd").lines])

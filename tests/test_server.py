@@ -1274,12 +1274,12 @@ def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
         place += 1
         if opcode == 0x06:
             return bool(k > 0)
-        if opcode in (0x20, 0x28, 0x30, 0x48):  # load: word, half, byte; half behind the index
-            size = {0x20: 4, 0x28: 2, 0x30: 1, 0x48: 2}[opcode]
+        if opcode in (0x20, 0x28, 0x30, 0x48, 0x50):  # load: word, half, byte; behind the index
+            size = {0x20: 4, 0x28: 2, 0x30: 1, 0x48: 2, 0x50: 1}[opcode]
             if k == 0xFFFFF000 + 4:
                 accumulator = kind
                 continue
-            at = k + (index if opcode == 0x48 else 0)
+            at = k + (index if opcode in (0x48, 0x50) else 0)
             if at + size > len(packet):
                 return False
             accumulator = int.from_bytes(packet[at:at + size], "big")

@@ -1,0 +1,435 @@
+"""What a knock sequence opens: a stanza's grant, the packet that has to follow, a door's commands.
+
+Which hits make a sequence is in test_knock.py. The firewall is a fake; the commands of knockd's
+doors are small scripts that really run.
+"""
+
+import ipaddress
+import os
+import time
+import unittest
+from typing import Any, List  # noqa: F401  (in type comments)
+from unittest import mock
+
+from tests.support import load_script
+from tests.test_commands import CommandCase
+from tests.test_knock import ACK, ONE, SYN, TCP, hit
+from tests.test_server import CLIENT, HOST, KEYS, ServerCase
+
+server = load_script("spa_server")  # type: Any
+
+SEQUENCE = "KNOCK_SEQUENCE 7000,9000,8000\n"
+ALL_THREE = (7000, 9000, 8000)
+KEYLESS = "SOURCE ANY\nOPEN_PORTS tcp/22\n" + SEQUENCE
+KEYED = "SOURCE ANY\n" + KEYS
+OPENED = "10.55.0.2 -> 0.0.0.0/0 tcp/22"
+
+
+class KnockCase(CommandCase):
+    """A server for sequences, whose address is HOST, and hits at it."""
+
+    def serve_for(self, access: str = "", knockd: str = "", conf: str = "") -> Any:
+        """Return a server for an access.conf, a knockd.conf, or both."""
+        self.made = ServerCase.serve(self, access or KEYED, conf)
+        self.made.memory.began -= 1000
+        self.addCleanup(self.end_all, self.made)
+        sockets = mock.patch.object(server, "open_knock_captures", return_value=[])
+        sockets.start()
+        self.addCleanup(sockets.stop)
+        configuration = self.made.configuration
+        if knockd:
+            path = os.path.join(self.directory, "knockd.conf")
+            with open(path, "w") as stream:
+                stream.write(knockd)
+            configuration = configuration._replace(knockd=server.read_knockd(path))
+        if not access:
+            self.made.stanzas = []
+            configuration = configuration._replace(stanzas=[])
+        self.made.listen_for(configuration)
+        self.made.own_until = float("inf")
+        for text in (HOST, "fd55::1"):
+            self.made.own[ipaddress.ip_address(text).packed] = True
+        return self.made
+
+    def hit(self, *ports: Any, source: str = CLIENT, destination: str = "",
+            flags: int = SYN) -> str:
+        """Hit these ports, and return what the server logged."""
+        for port in ports:
+            protocol, number = port if isinstance(port, tuple) else (TCP, port)
+            self.made.knock(server.Hit(
+                ipaddress.ip_address(source).packed, ipaddress.ip_address(
+                    destination or (HOST if "." in source else "fd55::1")).packed,
+                protocol, number, flags if protocol == TCP else 0), list(self.made.owners))
+        return self.logged()
+
+
+class StanzaTest(KnockCase):
+    """A sequence is one more way to a grant."""
+
+    def test_opens(self) -> None:
+        """OPEN_PORTS, for as long as the stanza says, by the firewall; both families."""
+        made = self.serve_for(KEYLESS + "OPEN_PORTS udp/53,tcp/22\nFW_ACCESS_TIMEOUT 7\n")
+        self.assertEqual("", self.hit(*ALL_THREE[:2]))
+        text = self.hit(ALL_THREE[2])
+        self.assertEqual([OPENED, OPENED.replace("tcp/22", "udp/53")], self.firewall.doors())
+        self.assertIn("10.55.0.2: (stanza #1): Stage 3\n10.55.0.2: (stanza #1): OPEN SESAME\n",
+                      text)
+        self.assertIn("(stanza #1) a knock sequence opened %s, %s for 7 seconds\n" % (
+            OPENED, OPENED.replace("tcp/22", "udp/53")), text)
+        self.hit(*ALL_THREE, source="fd55::2")
+        self.assertIn("fd55::2 -> ::/0 tcp/22", self.firewall.doors())
+        with open(server.openers_file(made.settings)) as stream:
+            self.assertIn("\tstanza #1, a knock sequence\n", stream.read())
+        self.clock.pass_seconds(7)
+        made.grants.expire()
+        self.assertEqual({}, self.firewall.rules)
+
+    def test_policy(self) -> None:
+        """SOURCE, DESTINATION, expiry, prefixes, flags and foreign addresses."""
+        for lines, source, expected in (
+                ("SOURCE 10.55.0.0/24\n", CLIENT, [OPENED]), ("SOURCE 10.56.0.0/24\n", CLIENT, []),
+                ("SOURCE ANY\nDESTINATION 10.55.0.1\n", CLIENT, [OPENED]),
+                ("SOURCE ANY\nDESTINATION 10.55.0.9\n", CLIENT, []),
+                ("SOURCE ANY\nACCESS_EXPIRE_EPOCH 1000\n", CLIENT, []),
+                ("SOURCE ANY\nACCESS_PREFIX4 24\n", CLIENT, ["10.55.0.0/24 -> 0.0.0.0/0 tcp/22"]),
+                ("SOURCE fd55::/16\n", "fd55::2", ["fd55::2 -> ::/0 tcp/22"])):
+            with self.subTest(lines=lines):
+                self.firewall.rules = {}
+                self.serve_for(lines + "OPEN_PORTS tcp/22\n" + SEQUENCE)
+                text = self.hit(*ALL_THREE, source=source)
+                self.assertEqual(expected, self.firewall.doors())
+                if not expected:
+                    self.assertRegex(text, "No access data found for source IP|has expired")
+        self.firewall.rules = {}
+        self.serve_for(KEYLESS)
+        self.hit(*ALL_THREE, flags=SYN | ACK)
+        self.made.own[ipaddress.ip_address("10.55.0.77").packed] = False
+        self.hit(*ALL_THREE, destination="10.55.0.77")
+        self.hit(*ALL_THREE[:2])
+        self.hit(1, ALL_THREE[2])
+        self.assertEqual([], self.firewall.doors())
+
+    def test_expired_stanzas_and_strangers_use_up_no_line(self) -> None:
+        """Who is not in SOURCE is rejected before a one-time sequence is marked."""
+        path = os.path.join(self.directory, "codes")
+        with open(path, "w") as stream:
+            stream.write(" 1,3,2\n 4,6,5\n")
+        self.serve_for("SOURCE 10.55.0.2\nOPEN_PORTS tcp/22\nKNOCK_ONE_TIME_FILE %s\n" % path)
+        text = self.hit(1, 3, 2, source="10.55.0.3")
+        self.assertIn("No access data found for source IP: 10.55.0.3", text)
+        self.assertNotIn("SESAME", text)
+        self.assertEqual(" 1,3,2\n 4,6,5\n", self.read("codes"))
+        self.assertIn("SESAME", self.hit(1, 3, 2))
+        self.assertEqual("#1,3,2\n 4,6,5\n", self.read("codes"))
+        self.assertEqual([OPENED], self.firewall.doors())
+        self.firewall.rules = {}
+        self.made.grants.live.clear()
+        self.assertEqual("", self.hit(1, 3, 2))
+        with open(path, "w") as stream:
+            stream.write("changed\n")
+        self.assertIn("(stanza #1): nothing is opened: %s: somebody changed it" % path,
+                      self.hit(4, 6, 5))
+        self.assertEqual([], self.firewall.doors())
+        with open(path, "w") as stream:
+            stream.write("#1,3,2\n 4,6,5\n")
+        self.assertIn("no more sequences left in the one time sequences file for door (stanza #1) "
+                      "--> disabling the door\n", self.hit(4, 6, 5))
+        self.assertEqual([OPENED], self.firewall.doors())
+        self.assertEqual("", self.hit(4, 6, 5))
+
+    def test_beside_keys(self) -> None:
+        """Packets for other stanzas go on; a keyless stanza takes none."""
+        for order in ((KEYLESS, KEYED), (KEYED, KEYLESS)):
+            self.firewall.rules = {}
+            self.serve_for("".join(order))
+            self.assertIn("opened 10.55.0.2 -> 0.0.0.0/0 tcp/23", self.knock("10.55.0.2,tcp/23"))
+            self.assertIn("a knock sequence opened " + OPENED, self.hit(*ALL_THREE))
+        self.serve_for(KEYLESS)
+        self.assertIn("No access data found for source IP", self.knock())
+
+    def test_require_knock(self) -> None:
+        """The sequence, then the packet, from the same address, in time, and no reload between."""
+        made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\nREQUIRE_USERNAME bob\n")
+        refused = "No knock sequence came before the packet (REQUIRE_KNOCK).\n"
+        self.assertIn(refused, self.knock())
+        self.assertIn("OPEN SESAME", self.hit(*ALL_THREE))
+        self.assertEqual({}, self.firewall.rules)
+        self.assertIn(refused, self.knock(source="10.55.0.3"))
+        self.assertIn("does not match required username", self.knock(user="joe"))
+        self.assertIn("user 'bob' (client 3.0.0) opened " + OPENED, self.knock())
+        (key,) = made.knocked
+        self.assertAlmostEqual(25, made.knocked[key] - time.monotonic(), delta=5)
+        made.knocked[key] = time.monotonic() - 0.01
+        self.assertIn(refused, self.knock("10.55.0.2,tcp/24"))
+        self.hit(*ALL_THREE)
+        self.assertIn(" opened ", self.knock("10.55.0.2,tcp/25"))
+        made.reload(made.configuration, self.firewall)
+        self.assertIn(refused, self.knock("10.55.0.2,tcp/26"))
+        self.assertEqual(4, made.counts["no knock"])
+
+    def test_require_knock_is_bounded(self) -> None:
+        """However many have knocked, and the latest stay."""
+        made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\n")
+        with mock.patch.object(server, "MAX_STARTED", 10):
+            for number in range(30):
+                self.hit(*ALL_THREE, source="10.55.1.%d" % number)
+        self.assertEqual(10, len(made.knocked))
+        self.assertIn(" opened ", self.knock("10.55.0.2,tcp/25", source="10.55.1.29"))
+
+    def test_reload_forgets_steps(self) -> None:
+        """Sequences begin anew with the new files."""
+        made = self.serve_for(KEYLESS)
+        self.hit(*ALL_THREE[:2])
+        made.reload(made.configuration._replace(stanzas=self.stanzas(KEYLESS)), self.firewall)
+        self.hit(ALL_THREE[2])
+        self.assertEqual([], self.firewall.doors())
+        self.hit(*ALL_THREE)
+        self.assertEqual([OPENED], self.firewall.doors())
+
+    def test_nat(self) -> None:
+        """FORCE_NAT holds for a sequence as for a packet."""
+        self.serve_for(KEYLESS + "FORCE_NAT 10.66.0.2 2222\n", conf="ENABLE_IPT_FORWARDING Y;\n")
+        text = self.hit(*ALL_THREE)
+        self.assertIn("DNAT %s to 10.66.0.2:2222" % OPENED, text)
+
+    def test_cycle_commands(self) -> None:
+        """CMD_CYCLE_OPEN runs instead of the firewall."""
+        path = self.script('echo "$*" >> got')
+        self.serve_for(KEYLESS + "CMD_CYCLE_OPEN %s open $SRC $PORT\n"
+                       "CMD_CYCLE_CLOSE %s close $SRC\nCMD_CYCLE_TIMER 60\n" % (path, path))
+        self.assertIn("a knock sequence opened", self.hit(*ALL_THREE))
+        self.wait_until_ended()
+        self.made.commands.stop()
+        self.assertEqual("open 10.55.0.2 22\nclose 10.55.0.2\n", self.read("got"))
+        self.assertEqual({}, self.firewall.rules)
+
+    def test_a_firewall_that_fails(self) -> None:
+        """Is told, and the next knock may open."""
+        self.serve_for(KEYLESS)
+        self.firewall.failures = 2
+        self.assertIn("nothing was opened: the firewall failed", self.hit(*ALL_THREE))
+        self.hit(*ALL_THREE)
+        self.assertEqual([OPENED], self.firewall.doors())
+
+    def test_a_mistake_does_not_end_the_server(self) -> None:
+        """Nor does it keep a hit from the sequences after it."""
+        made = self.serve_for(KEYLESS + KEYLESS)
+        first = next(iter(made.owners))
+        with mock.patch.object(first, "hit", side_effect=ZeroDivisionError("oh")):
+            text = self.hit(*ALL_THREE)
+        self.assertIn("(stanza #1) ", text)
+        self.assertIn("ZeroDivisionError", text)
+        self.assertEqual([OPENED], self.firewall.doors())
+
+    def test_floods_do_not_fill_the_log(self) -> None:
+        """First steps, further ones, and openings of one port; what was opened is always told."""
+        made = self.serve_for(KEYLESS)
+        for number in range(2000):
+            self.hit(7000, source="10.1.%d.%d" % divmod(number, 256))
+        made.log.level = server.DEBUG
+        for number in range(2000):
+            made.knock(server.Hit(number.to_bytes(4, "big"), ipaddress.ip_address(HOST).packed, TCP,
+                                  7000, SYN), list(made.owners))
+        self.assertLessEqual(len(self.logged().splitlines()), server.BURST)
+        for number in range(2000):
+            made.knock(server.Hit(number.to_bytes(4, "big"), ipaddress.ip_address(HOST).packed, TCP,
+                                  9000, SYN), list(made.owners))
+        self.assertLessEqual(len(self.logged().splitlines()), server.STEP_BURST)
+        self.clock.pass_seconds(1.5)
+        self.assertIn("1000 more knocks came without a line in the log\n",
+                      self.hit(8000, source="0.0.0.9"))
+
+    def test_captures(self) -> None:
+        """A hit meets the sequences of the socket that heard it, and no others, so that it counts
+        once where stanzas and doors listen at the same place.
+        """
+        made = self.serve_for(KEYLESS.replace("7000,9000,8000", "7000,7000"),
+                              "[d]\nSequence = 7000,7000\n")
+        stanza, door = made.owners
+        for each in (stanza, door):
+            made.knock(hit(7000), [each])
+        self.assertEqual([], self.firewall.doors())
+        self.assertEqual([1, 1], [len(each.started) for each in (stanza, door)])
+        self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
+                                              made.configuration.knocks()])
+
+
+DOOR = "[d]\nSequence = 7000,9000,8000\n"
+
+
+class DoorTest(KnockCase):
+    """A knockd.conf's door: commands, and knockd's lines in the log."""
+
+    def door(self, start: str = "echo start %IP% >> got", stop: str = "echo stop %IP% >> got",
+             seconds: int = 0, more: str = "") -> Any:
+        """Return a server with one door, whose commands run in the test's directory."""
+        lines = "".join("%s = %s\n" % (name, text and "cd %s; %s" % (self.directory, text))
+                        for name, text in (("Start_Command", start), ("Stop_Command", stop)))
+        return self.serve_for("", DOOR + lines + "Cmd_Timeout = %d\n%s" % (seconds, more))
+
+    def wait_until_closed(self) -> str:
+        """Wait until all is over, and return the log."""
+        commands = self.made.commands
+        self.wait_for(lambda: not (commands.cycles or commands.running or commands.switches),
+                      "the end")
+        return self.logged()
+
+    def test_log(self) -> None:
+        """Every line as knockd has it, and no other."""
+        self.door()
+        text = self.hit(*ALL_THREE) + self.wait_until_closed()
+        command = "d: running command: cd %s; echo %%s 10.55.0.2 >> got" % self.directory
+        self.assertEqual([
+            "10.55.0.2: d: Stage 1", "10.55.0.2: d: Stage 2", "10.55.0.2: d: Stage 3",
+            "10.55.0.2: d: OPEN SESAME", command % "start", "10.55.0.2: d: command timeout",
+            command % "stop"], text.splitlines())
+        self.assertEqual("start 10.55.0.2\nstop 10.55.0.2\n", self.read("got"))
+        self.assertEqual(1, self.made.counts["accepted"])
+
+    def test_output_and_codes(self) -> None:
+        """What a command prints, and how it failed; the stop runs all the same."""
+        self.door("echo said; exit 3", "echo no")
+        text = self.hit(*ALL_THREE) + self.wait_until_closed()
+        self.assertIn("d: said\n", text)
+        self.assertIn("d: command returned non-zero status code (3)\n", text)
+        self.assertEqual(1, text.count("d: no\n"))
+        self.assertNotIn("pid_status", text)
+
+    def test_sequence_timeout(self) -> None:
+        """Its line, for each stage, when the time has come."""
+        self.door()
+        self.hit(7000, source="fd55::2")
+        self.hit(*ALL_THREE[:2])
+        later = time.monotonic() + 25.1
+        with mock.patch.object(server.time, "monotonic", return_value=later):
+            self.made.expire_knocks()
+        self.assertEqual(["fd55::2: d: sequence timeout (stage 1)",
+                          "10.55.0.2: d: sequence timeout (stage 2)"], self.logged().splitlines())
+
+    def test_families(self) -> None:
+        """The commands of IPv6 for its clients, empty ones too."""
+        for more, expected in (
+                ("", "start fd55::2\nstop fd55::2\n"), ("Start_Command_6 =\n", ""),
+                ("Stop_Command_6 =\n", "start fd55::2\n"),
+                ("Command_6 = echo six %%IP%% >> %s/got\n" % self.directory,
+                 "six fd55::2\nstop fd55::2\n")):
+            with self.subTest(more=more):
+                self.door(more=more)
+                text = self.hit(*ALL_THREE, source="fd55::2")
+                self.assertIn("fd55::2: d: OPEN SESAME\n", text)
+                self.wait_until_closed()
+                self.assertEqual(expected, self.read("got"))
+                if expected:
+                    os.unlink(os.path.join(self.directory, "got"))
+
+    def test_time_of_the_stop(self) -> None:
+        """From the end of a slow Start_Command, also when it is knocked for again meanwhile."""
+        self.door("sleep 1; touch begun; echo start >> got", "touch ended; echo stop >> got", 1)
+        self.hit(*ALL_THREE)
+        self.hit(*ALL_THREE)
+        self.wait_until_closed()
+        begun, ended = (os.stat(os.path.join(self.directory, name)).st_mtime
+                        for name in ("begun", "ended"))
+        self.assertGreater(ended - begun, 0.9)
+        self.assertEqual("start\nstop\n", self.read("got"))
+
+    def test_again_while_open(self) -> None:
+        """It is not started again, and closes once and later; each door by itself."""
+        made = self.door(seconds=60, more=DOOR.replace("[d]", "[e]") + "Command = :\n")
+        self.hit(*ALL_THREE)
+        self.wait_until_ended()
+        (cycle,) = made.commands.cycles.values()
+        cycle.ends -= 30
+        self.assertNotIn("d: running", self.hit(*ALL_THREE))
+        self.wait_until_ended()
+        (cycle,) = made.commands.cycles.values()
+        self.assertGreater(cycle.ends - time.monotonic(), 50)
+        self.hit(*ALL_THREE, source="10.55.0.3")
+        self.assertEqual(2, len(made.commands.cycles))
+        made.commands.stop()
+        self.assertEqual(["start 10.55.0.2"] + ["start 10.55.0.3"], [
+            line for line in self.read("got").splitlines() if "start" in line])
+        self.assertEqual(2, self.read("got").count("stop"))
+
+    def test_without_a_stop(self) -> None:
+        """Each knock runs the command; without a start there is no stop, and only the lines."""
+        self.door(stop="")
+        for _ in range(2):
+            self.hit(*ALL_THREE)
+            self.wait_until_closed()
+        self.assertEqual("start 10.55.0.2\n" * 2, self.read("got"))
+        self.door(start="")
+        self.assertTrue(self.hit(*ALL_THREE).endswith("OPEN SESAME\n"))
+        self.assertEqual(({}, []), (self.made.commands.cycles, self.made.commands.running))
+
+    def test_the_switch(self) -> None:
+        """It stops what the server no longer can; a clean stop and a reload leave nothing open."""
+        made = self.door(seconds=0)
+        self.hit(*ALL_THREE)
+        (cycle,) = made.commands.cycles.values()
+        end = time.monotonic() + 20
+        while "stop" not in self.read("got") and time.monotonic() < end:
+            time.sleep(0.05)  # the server does not look: it is gone
+        self.assertEqual("start 10.55.0.2\nstop 10.55.0.2\n", self.read("got"))
+        cycle.switch.wait(20)
+        self.assertIn("d: its switch has run it, which returned 0\n", self.wait_until_closed())
+        made = self.door(seconds=60)
+        self.hit(*ALL_THREE)
+        self.wait_until_ended()
+        made.reload(made.configuration._replace(knockd=None), self.firewall)
+        self.assertEqual(1, len(made.commands.cycles))
+        made.commands.stop()
+        self.assertEqual(4, len(self.read("got").splitlines()))
+        self.assertIn("10.55.0.2: d: shutting down\n", self.logged())
+
+    def test_too_many(self) -> None:
+        """Of one door: nothing is run, the door is named, and the log does not fill."""
+        made = self.door()
+        one = type("Child", (), {"cycle": mock.Mock(stanza=-1)})  # type: Any
+        made.commands.running = [one] * server.MAX_RUNNING
+        text = "".join(self.hit(*ALL_THREE) for _ in range(50))
+        made.commands.running = []
+        self.assertIn("d: nothing is opened: too many commands: %d of d run" % server.MAX_RUNNING,
+                      text)
+        self.assertLessEqual(text.count("nothing is opened"), server.BURST)
+        self.assertEqual((50, ""), (made.counts["knock"], self.read("got")))
+
+    def test_one_time(self) -> None:
+        """Marked before it runs; after the last the others go on."""
+        path = os.path.join(self.directory, "codes")
+        with open(path, "w") as stream:
+            stream.write(" 1,3,2\n")
+        self.serve_for("", "[o]\nOne_Time_Sequences = %s\nCommand = cat %s > %s/got\n[p]\n"
+                       "Sequence = 9\n" % (path, path, self.directory))
+        text = self.hit(1, 3, 2, source="fd55::2") + self.wait_until_ended()
+        self.assertEqual("#1,3,2\n", self.read("got"))
+        self.assertIn("no more sequences left in the one time sequences file for door o --> "
+                      "disabling the door\n", text)
+        self.assertIn("10.55.0.2: p: OPEN SESAME", self.hit(1, 3, 2, 9))
+
+    def test_target(self) -> None:
+        """That address alone, be it this host's or not; without it any of this host's."""
+        self.serve_for("", "[t]\nSequence = 1\nTarget = 10.55.0.50\n[a]\nSequence = 1\n")
+        self.made.own[ipaddress.ip_address("10.55.0.50").packed] = False
+        self.assertEqual(["10.55.0.2: t: Stage 1", "10.55.0.2: t: OPEN SESAME"],
+                         self.hit(1, destination="10.55.0.50").splitlines())
+        self.assertEqual(["10.55.0.2: a: Stage 1", "10.55.0.2: a: OPEN SESAME"],
+                         self.hit(1).splitlines())
+
+    def test_own_addresses(self) -> None:
+        """The kernel is asked at most once a second for an address, and for so many at most."""
+        made = self.door()
+        asked = []  # type: List[Any]
+        with mock.patch.object(server, "is_own_address", side_effect=asked.append):
+            made.own.clear()
+            made.own_until = 0.0
+            for now in (10.0, 10.5, 11.0, 11.2):
+                made.is_ours(ONE, now)
+            self.assertEqual(2, len(asked))
+            for number in range(3000):
+                made.is_ours(number.to_bytes(4, "big"), 11.3)
+            self.assertLessEqual(len(made.own), server.MAX_OWN + 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
