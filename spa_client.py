@@ -661,6 +661,7 @@ def parse_access(text: str) -> str:
 
 
 PING_BYTES = 56  # in an echo request of any length, as in that of `ping`
+MAX_PING_BYTES = 1452  # those of a longer one come in fragments, which the server does not count
 
 
 def parse_hit(text: str) -> "Tuple[str, int]":
@@ -668,7 +669,7 @@ def parse_hit(text: str) -> "Tuple[str, int]":
     port, colon, protocol = text.partition(":")
     protocol = protocol.lower() if colon else "tcp"
     if protocol == "icmp":
-        return protocol, number_parser(0, 65507, "bytes")(port) if port else PING_BYTES
+        return protocol, number_parser(0, MAX_PING_BYTES, "bytes")(port) if port else PING_BYTES
     if protocol not in ("tcp", "udp"):
         raise ValueError("expected tcp, udp or icmp")
     return protocol, parse_port(port) if is_decimal(port) else socket.getservbyname(port, protocol)
@@ -685,7 +686,7 @@ def parse_hits(text: str) -> "List[Tuple[str, int]]":
             hits.append(parse_hit(item))
         except (OSError, ValueError):
             raise ValueError("number %d of the ports: expected PORT, PORT:udp or BYTES:icmp, PORT "
-                             "from 1 to 65535 or the name of a service" % number) from None
+                             "from 1 to 65535 or the name of a service, BYTES up to 1452" % number) from None
     if len(hits) > 32:
         raise ValueError("expected at most 32 ports")
     return hits

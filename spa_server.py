@@ -1880,7 +1880,7 @@ class Sequence:
 
     def falls_to_scans(self) -> bool:
         """Whether a scan of all ports one after the other is enough for the steps."""
-        for way in (1, -1):
+        for way in (1, -1) if self.steps else ():
             gaps = [(after[1] - before[1]) * way if after[0] == before[0] else 0
                     for before, after in zip(self.steps, self.steps[1:])]
             if all(gap == 1 or (gap > 1 and not self.strict) for gap in gaps):
@@ -1997,7 +1997,8 @@ def sequence_filter(sequences: List[Sequence]) -> Filter:
 class OneTimeFile:
     """A file of sequences of which each opens once: a line is used up when it begins with `#`.
 
-    What is wrong in it is in `warnings`. ConfigError when nothing is left, or it is no file.
+    What is wrong in it is in `warnings`. A file that is used up opens nothing, which keeps nobody else
+    out; ConfigError when it is none.
     """
 
     def __init__(self, path: str) -> None:
@@ -2017,7 +2018,7 @@ class OneTimeFile:
             place += len(raw) + 1
         self.lines.reverse()
         if not self.lines:
-            raise ConfigError("%s: expected a sequence that is not used up" % path)
+            self.warnings.append("%s: no sequence is left; this opens nothing" % path)
 
     @property
     def steps(self) -> Tuple[Step, ...]:
@@ -6334,7 +6335,9 @@ class Server(KnockGate):
         due = min([self.check_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
                   + [sequence.next_due() for sequence in self.owners])
-        for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
+        events = self.selector.select(max(0.0, due - time.monotonic()))
+        # Knocks first: a packet that needs one comes right behind it.
+        for key, _ in sorted(events, key=lambda event: type(event[0].fileobj) is not KnockCapture):
             key.data()
         for capture in self.captures:
             if time.monotonic() >= capture.due:

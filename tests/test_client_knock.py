@@ -17,7 +17,8 @@ client = load_script("spa_client")  # type: Any
 
 HOST = "127.0.0.1"
 STANZA = "[home]\nSPA_SERVER 127.0.0.1\nKNOCK_SEQUENCE 7001,7002:udp,7003\nKNOCK_DELAY 0\n"
-EXPECTED = "expected PORT, PORT:udp or BYTES:icmp, PORT from 1 to 65535 or the name of a service"
+EXPECTED = ("expected PORT, PORT:udp or BYTES:icmp, PORT from 1 to 65535 or the name of a service, "
+            "BYTES up to 1452")
 HITS = [("tcp", 7001), ("udp", 7002), ("tcp", 7003)]
 
 
@@ -85,7 +86,7 @@ class CommandLineTest(KnockCase):
     def test_bad_ports(self) -> None:
         """Each is told by its number, exits with 1 and sends nothing, also not those before it."""
         for port in ("70000", "65536", "0", "7002:", "7002:foo", "7002:tcp:udp", "abc-no-service",
-                     "7002:icm", ":udp", ":", "", "65508:icmp", "x:icmp", "1e3", "+7002", "7002 ",
+                     "7002:icm", ":udp", ":", "", "1453:icmp", "x:icmp", "1e3", "+7002", "7002 ",
                      "\u0661", "7001,,7003", "\udcff", "a\0b"):
             with self.subTest(port), mock.patch.object(client, "find_addresses") as found:
                 text = self.failure(1, "--knock", HOST, "7001", port)

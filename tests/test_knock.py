@@ -503,8 +503,10 @@ class OneTimeTest(ServerCase):
             self.assertEqual(({}, {}), (dict(made.started), dict(made.advanced)))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
         self.assertEqual([0] * 6, [made.hit(hit(port), 2.0) for port in range(1, 7)])
-        with self.assertRaisesRegex(server.ConfigError, "codes: expected a sequence that is"):
-            server.OneTimeFile(path)
+        made = server.Sequence((), 5)
+        self.assertEqual(path + ": no sequence is left; this opens nothing",
+                         made.take_file(path)[-1])
+        self.assertEqual([0] * 6, [made.hit(hit(port), 3.0) for port in range(1, 7)])
 
     def test_what_can_not_be_marked_opens_nothing(self) -> None:
         """Changed meanwhile, gone, or not to be written: an error, and the line stays next."""
@@ -535,10 +537,10 @@ class OneTimeTest(ServerCase):
         self.assertEqual(((TCP, 3), (TCP, 4)), made.steps)
 
     def test_files_that_are_none(self) -> None:
-        """Nothing there, a directory, a FIFO that nobody writes to, one without a sequence."""
+        """Nothing there, a directory, a FIFO that nobody writes to."""
         path = self.write(b"# 1,2\n\n70000\n")
         for spoil, expected in (
-                (lambda: None, "expected a sequence"), (lambda: os.unlink(path), "No such"),
+                (lambda: os.unlink(path), "No such"),
                 (lambda: os.mkdir(path), "Is a directory"),
                 (lambda: make_fifo(path), "a regular file")):
             spoil()
