@@ -686,7 +686,8 @@ def parse_hits(text: str) -> "List[Tuple[str, int]]":
             hits.append(parse_hit(item))
         except (OSError, ValueError):
             raise ValueError("number %d of the ports: expected PORT, PORT:udp or BYTES:icmp, PORT "
-                             "from 1 to 65535 or the name of a service, BYTES up to 1452" % number) from None
+                             "from 1 to 65535 or the name of a service, BYTES up to 1452"
+                             % number) from None
     if len(hits) > 32:
         raise ValueError("expected at most 32 ports")
     return hits

@@ -1997,8 +1997,8 @@ def sequence_filter(sequences: List[Sequence]) -> Filter:
 class OneTimeFile:
     """A file of sequences of which each opens once: a line is used up when it begins with `#`.
 
-    What is wrong in it is in `warnings`. A file that is used up opens nothing, which keeps nobody else
-    out; ConfigError when it is none.
+    What is wrong in it is in `warnings`. One that is used up opens nothing, and keeps nobody else
+    out. ConfigError when there is no such file.
     """
 
     def __init__(self, path: str) -> None:
