@@ -7,7 +7,7 @@ iptables. It needs nothing but Python's standard library, and nft or iptables. "
 a comment is that section of the project's own description of fwknop's formats and behaviour,
 observed from its programs; so is "knockd spec".
 
-The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 23:
+The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 24:
 
   capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 16
   form       length and alphabet, before any key is touched                 section 4
@@ -51,10 +51,12 @@ From here on the machine is touched.
   20. Choice of a firewall
   21. Grants
   22. Commands
-  23. Server
-  24. Process
-  25. First configuration
-  26. Command line
+  23. Configuration
+  24. Gate
+  25. Server
+  26. Process
+  27. First configuration
+  28. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -3543,6 +3545,30 @@ class ReplayMemory:
             self.file = None
 
 
+def open_memory(settings: ServerSettings, log: Log) -> ReplayMemory:
+    """The replay memory of the settings; its directory is made when it is missing."""
+    path: Optional[str] = settings.digest_file
+    make_directory(os.path.dirname(settings.digest_file))
+    if not settings.digest_persistence:
+        path = None
+        rotate_digest_cache(settings.digest_file)  # it would not know of the packets seen meanwhile
+    return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log)
+
+
+def rotate_digest_cache(path: str) -> None:
+    """Puts `-old` behind the name of the file, if it is there."""
+    if os.path.exists(path):
+        os.rename(path, path + "-old")
+
+
+def make_directory(path: str) -> None:
+    """Makes a directory that only its owner may look into, if it is missing."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+    except OSError as error:
+        raise SpaError("%s: %s" % (path, error.strerror)) from None
+
+
 # ======================================================================================
 # 15. Netlink
 #
@@ -3694,6 +3720,15 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
         return events
     except (OSError, AttributeError):
         return None
+
+
+def drain_socket(events: Optional[socket.socket]) -> None:
+    """Reads all that is waiting; nobody wants to know what it says."""
+    try:
+        while events is not None:
+            events.recv(65536, socket.MSG_DONTWAIT)
+    except OSError:  # nothing more, or more was lost than fits
+        pass
 
 
 # ======================================================================================
@@ -5315,6 +5350,29 @@ class Grants:
             self.log.warning("Closed %s: the new settings have no place for it" % (grant.door,))
 
 
+OPENERS_BYTES = 65536  # size of a file up to which it is not tidied up
+
+
+def openers_file(settings: ServerSettings) -> str:
+    """The file that says who opened what."""
+    return os.path.join(settings.run_directory, "grants")
+
+
+def grant_words(grant: Grant) -> str:
+    """A grant in words that no other one has."""
+    return "%s %s%d" % (grant.door.describe(), MARK, grant.expires)
+
+
+def read_openers(path: str) -> Dict[str, str]:
+    """Who opened grants, by their words; nothing where no server has written it."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            pairs = [line.rstrip("\n").partition("\t")[::2] for line in file]
+    except OSError:
+        return {}
+    return dict(reversed(pairs))  # who asks for the same again does not become its opener
+
+
 # ======================================================================================
 # 22. Commands
 #
@@ -5688,16 +5746,10 @@ class Commands:
 
 
 # ======================================================================================
-# 23. Server
+# 23. Configuration
 #
-# The spine: what happens to a datagram, in its order, and the loop around it.
+# All files together: what a server listens to by them, and what it says of itself.
 # ======================================================================================
-
-MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
-BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
-MAX_OWN = 1000  # addresses of which it is known whether they are this host's
-KNOCKER = "a knock sequence"  # who opened
-SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 
 
 class Configuration(NamedTuple):
@@ -5780,6 +5832,17 @@ class Words(NamedTuple):
 FWKNOPD = Words("fwknopd", "Starting fwknopd", "Starting fwknopd main event loop.",
                 "Got SIGHUP. Re-reading configs.", "Re-starting fwknopd",
                 "Gracefully leaving the fwknopd event loop.", "Shutting Down fwknopd.")
+
+
+# ======================================================================================
+# 24. Gate
+#
+# What happens to a datagram, or to a knock, in its order.
+# ======================================================================================
+
+MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
+MAX_OWN = 1000  # addresses of which it is known whether they are this host's
+KNOCKER = "a knock sequence"  # who opened
 
 
 def resolve_name(name: str, version: int,
@@ -6149,6 +6212,30 @@ class KnockGate(Gate):
                                   % (socket_text(source), owner.name, done))
 
 
+def hit_datagram(hit: Hit) -> Datagram:
+    """A datagram without content that came where the hit did."""
+    return Datagram(b"", hit.source, 0, hit.destination, hit.port, hit.protocol)
+
+
+def internal_error(error: Exception) -> PacketRejected:
+    """The rejection of a packet by a mistake of ours, with the line that it happened in."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_lineno if trace else 0
+    return PacketRejected("error", "internal error: %s in line %d" % (type(error).__name__, where))
+
+
+# ======================================================================================
+# 25. Server
+#
+# The loop around the gate.
+# ======================================================================================
+
+BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
+SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
+
+
 class Server(KnockGate):
     """The loop around the gate: captures, the firewall's state, reload, start and stop."""
 
@@ -6375,78 +6462,8 @@ class Server(KnockGate):
                 self.grants.firewall.remove()
 
 
-def hit_datagram(hit: Hit) -> Datagram:
-    """A datagram without content that came where the hit did."""
-    return Datagram(b"", hit.source, 0, hit.destination, hit.port, hit.protocol)
-
-
-def internal_error(error: Exception) -> PacketRejected:
-    """The rejection of a packet by a mistake of ours, with the line that it happened in."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = trace.tb_lineno if trace else 0
-    return PacketRejected("error", "internal error: %s in line %d" % (type(error).__name__, where))
-
-
-def drain_socket(events: Optional[socket.socket]) -> None:
-    """Reads all that is waiting; nobody wants to know what it says."""
-    try:
-        while events is not None:
-            events.recv(65536, socket.MSG_DONTWAIT)
-    except OSError:  # nothing more, or more was lost than fits
-        pass
-
-
-OPENERS_BYTES = 65536  # size of a file up to which it is not tidied up
-
-
-def openers_file(settings: ServerSettings) -> str:
-    """The file that says who opened what."""
-    return os.path.join(settings.run_directory, "grants")
-
-
-def grant_words(grant: Grant) -> str:
-    """A grant in words that no other one has."""
-    return "%s %s%d" % (grant.door.describe(), MARK, grant.expires)
-
-
-def read_openers(path: str) -> Dict[str, str]:
-    """Who opened grants, by their words; nothing where no server has written it."""
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            pairs = [line.rstrip("\n").partition("\t")[::2] for line in file]
-    except OSError:
-        return {}
-    return dict(reversed(pairs))  # who asks for the same again does not become its opener
-
-
-def open_memory(settings: ServerSettings, log: Log) -> ReplayMemory:
-    """The replay memory of the settings; its directory is made when it is missing."""
-    path: Optional[str] = settings.digest_file
-    make_directory(os.path.dirname(settings.digest_file))
-    if not settings.digest_persistence:
-        path = None
-        rotate_digest_cache(settings.digest_file)  # it would not know of the packets seen meanwhile
-    return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log)
-
-
-def rotate_digest_cache(path: str) -> None:
-    """Puts `-old` behind the name of the file, if it is there."""
-    if os.path.exists(path):
-        os.rename(path, path + "-old")
-
-
-def make_directory(path: str) -> None:
-    """Makes a directory that only its owner may look into, if it is missing."""
-    try:
-        os.makedirs(path, 0o700, exist_ok=True)
-    except OSError as error:
-        raise SpaError("%s: %s" % (path, error.strerror)) from None
-
-
 # ======================================================================================
-# 24. Process
+# 26. Process
 #
 # Pid file, signals, background and reload.
 # ======================================================================================
@@ -6666,7 +6683,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
 
 
 # ======================================================================================
-# 25. First configuration
+# 27. First configuration
 #
 # `--init tcp/22`: keys and both files where there are none, and the client's stanza. More
 # stanzas are keygen.py's work.
@@ -6737,7 +6754,7 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 26. Command line
+# 28. Command line
 #
 # Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
 # ======================================================================================
