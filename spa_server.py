@@ -19,7 +19,7 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   or run     instead of opening, where a stanza says so: commands           section 22
   close      by the kernel when its time has come; by this server too       section 21
 
-A hit of a port takes KnockGate.knock() there instead: is it the next step of a sequence (section
+A hit of a port takes KnockGate.take_hit() there instead: is it the next step of a sequence (section
 8), then the last one opens or runs as above.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
@@ -673,6 +673,11 @@ class Packet(NamedTuple):
     address: Optional[Address]  # None: where the packet came from
     ports: Tuple[Port, ...]
     command: str
+
+    @property
+    def is_knock(self) -> bool:
+        """Whether it stands for a knock sequence instead of a packet, which has a version."""
+        return not self.version
 
 
 def invalid_data(name: str) -> str:
@@ -1808,7 +1813,8 @@ MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # that the kernel looks for one by
 MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
-MAX_STARTED, MAX_ADVANCED = 65536, 8192  # sources at the first step of a sequence, and further on
+MAX_STARTED, LEAST_STARTED = 65536, 4096  # sources at the first step: of all sequences, and of one
+MAX_ADVANCED = 8192  # those of a sequence that are further on
 
 
 def parse_steps(text: str) -> Tuple[Step, ...]:
@@ -1850,8 +1856,8 @@ class Sequence:
 
     `seconds` is the time from the first step to the last. `flags` says which TCP segments count;
     all others are not seen. A wrong step ends an attempt, and is tried as a first one. What is
-    wrong: another port of this sequence; if `strict`, any port of its protocols but those of
-    `others`, the sequences beside it. A step that comes again is none, since hosts send their SYN
+    wrong: another port of this sequence; if `strict`, any port of its protocols, also one of
+    another sequence. A step that comes again is none, since hosts send their SYN
     again; if `exact` it is wrong. Under a flood of first steps only the oldest of these are
     forgotten, and nobody who is further on.
     """
@@ -1860,7 +1866,6 @@ class Sequence:
                  strict: bool = False, exact: bool = False, target: bytes = b"") -> None:
         self.steps, self.seconds, self.flags = steps, seconds, flags
         self.strict, self.exact, self.target = strict, exact, target
-        self.others: Set[Step] = set()
         self.file: Optional[OneTimeFile] = None
         self.most = MAX_STARTED
         # Until when, by source, the oldest first; and for those further on, how many steps before.
@@ -1870,19 +1875,23 @@ class Sequence:
         self.due = float("inf")  # none of `advanced` ends before
 
     def take_file(self, path: Optional[str]) -> List[str]:
-        """Takes the steps from a file of sequences, if there is one; returns warnings."""
-        texts = []
-        if path is not None:
-            self.file = OneTimeFile(path)
-            self.steps = self.file.steps
-            texts = permission_warnings(path) + self.file.warnings
-        if self.falls_to_scans():
-            texts.append("a port scan hits this sequence in its order; let it go up and down")
-        return texts
+        """Takes the steps from a file of sequences; returns warnings."""
+        if path is None:
+            return []
+        self.file = OneTimeFile(path)
+        self.steps = self.file.steps
+        return permission_warnings(path) + self.file.warnings
+
+    def warnings(self) -> List[str]:
+        """What there is to say of a sequence that hides little."""
+        if len(self.steps) == 1:
+            return ["one port is no secret: a scan of all ports opens it"]
+        return ["a scan of all ports opens it: let its ports rise and fall"
+                + ", or make it strict" * (not self.strict)] * self.falls_to_scans()
 
     def falls_to_scans(self) -> bool:
         """Whether a scan of all ports one after the other is enough for the steps."""
-        for way in (1, -1) if self.steps else ():
+        for way in (1, -1) if len(self.steps) > 1 else ():
             gaps = [(after[1] - before[1]) * way if after[0] == before[0] else 0
                     for before, after in zip(self.steps, self.steps[1:])]
             if all(gap == 1 or (gap > 1 and not self.strict) for gap in gaps):
@@ -1914,10 +1923,9 @@ class Sequence:
 
     def is_wrong(self, step: Step) -> bool:
         """Whether the step, which is not the one that is waited for, ends an attempt."""
-        if any(self.is_step(place, step) for place in range(len(self.steps))):
-            return True
-        return (self.strict and any(step[0] == known for known, _ in self.steps)
-                and self.others.isdisjoint((step, (step[0], ANY_SIZE))))
+        if self.strict:
+            return any(step[0] == known for known, _ in self.steps)
+        return any(self.is_step(place, step) for place in range(len(self.steps)))
 
     def hit(self, hit: Hit, now: float) -> int:
         """How many steps this one completes, or 0 when it is none; all: the sequence is done."""
@@ -2332,7 +2340,11 @@ class Stanza(Settings):
                 raise self.error(row, "expected " + text)
         self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
                                  self.knock_strict, self.knock_exact)
-        return self.sequence.take_file(self.knock_file)
+        try:
+            return self.sequence.take_file(self.knock_file) + (
+                [] if self.require_knock else self.sequence.warnings())
+        except ConfigError as error:
+            raise self.error(Stanza.knock_file, str(error)) from None
 
     def give_up(self, error: SpaError) -> None:
         """Makes the stanza void if its keys are in a file of their own; else raises the error.
@@ -2647,7 +2659,10 @@ class KnockdDoor(KnockdSettings):
             raise line.error("expected Sequence or One_Time_Sequences in this door, and not both")
         self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
                                  options.strict, options.exact, self.target or b"")
-        return self.sequence.take_file(self.knock_file)
+        try:
+            return self.sequence.take_file(self.knock_file) + self.sequence.warnings()
+        except ConfigError as error:
+            raise self.error(KnockdDoor.knock_file, str(error)) from None
 
     def commands(self, address: Address) -> List[str]:
         """What starts and what stops for a client; nothing stops where nothing started."""
@@ -2671,6 +2686,16 @@ class KnockdFile(NamedTuple):
             "[%s]\n%s" % (door.name, door.dump()) for door in self.doors)
 
 
+class KnockdLine(Line):
+    """A line of knockd.conf, where no line holds a key: its name may be shown as it stands."""
+
+    def error(self, text: object) -> SpaError:
+        """The error that this line is wrong in the way that `text` says."""
+        known = self.name[:1].isalpha() and self.name.replace("_", "").isalnum()
+        name = self.name if known else ""
+        return ConfigError("%s:%d: %s%s" % (self.file, self.number, name and name + ": ", text))
+
+
 def read_knockd(path: str) -> KnockdFile:
     """The doors of a knockd.conf; ConfigError names the line that can't be understood."""
     options, sections = KnockdOptions(), []  # type: KnockdOptions, List[Tuple[KnockdDoor, Line]]
@@ -2680,7 +2705,7 @@ def read_knockd(path: str) -> KnockdFile:
         if not text or text.startswith("#"):
             continue
         name, equals, value = (part.strip(" \t") for part in text.partition("="))
-        line = Line(path, number, name.upper(), value)
+        line: Line = KnockdLine(path, number, name, value)
         if text.startswith("["):
             name = text[1:-1]
             if not text.endswith("]") or not name:
@@ -2695,24 +2720,16 @@ def read_knockd(path: str) -> KnockdFile:
             options.take(line._replace(value="Y"))
         elif section is None:
             raise line.error("expected a section first: [options], or a door's [name]")
-        elif "\0" in text or not (value or (equals and "COMMAND" in line.name)):
+        elif "\0" in text or not (value or (equals and "command" in name.lower())):
             raise line.error("expected `name = value`; only a command may be none")
+        elif section is not options and KnockdOptions.row(name) is not None:
+            raise line.error("expected in the section [options]")
         else:
             section.take(line)
     warnings = permission_warnings(path)
     for door, line in sections:
         warnings += ["[%s] %s" % (door.name, text) for text in door.finish(options, line)]
     return KnockdFile(options, [door for door, _ in sections], warnings)
-
-
-def separate(sequences: List[Sequence]) -> None:
-    """Tells each sequence which ports belong to others, and shares the memory among them."""
-    every = {step for sequence in sequences for step in sequence.all_steps()}
-    for sequence in sequences:
-        sequence.most = max(MAX_STARTED // len(sequences), 4096)
-        # Its own are looked at first, but for those of a file whose turn has not come.
-        sequence.others = every if sequence.file is None else {
-            step for other in sequences if other is not sequence for step in other.all_steps()}
 
 
 # ======================================================================================
@@ -2982,8 +2999,9 @@ class Log:
         self.usual = INFO  # the severity of usual lines in syslog
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
-        what = "more knocks came without a line in the log"  # first steps, and those behind them
-        self.knocks = Throttle(self, what, monotonic), Throttle(self, what, monotonic, STEP_BURST)
+        what = "more knocks came without a line in the log"
+        self.first_steps = Throttle(self, what, monotonic)
+        self.further_steps = Throttle(self, what, monotonic, STEP_BURST)
 
     def open_syslog(self, name: str, option: str, facility: str) -> None:
         """Lets lines go to syslog as well, under a name."""
@@ -2993,8 +3011,9 @@ class Log:
         self.to_syslog = True
 
     def write(self, severity: int, text: str) -> None:
-        """One line. Control characters, which a packet may have brought, are made visible."""
-        if severity > self.level:
+        """One line, or none. Control characters, which a packet may have brought, are made visible.
+        """
+        if severity > self.level or not text:
             return
         text = "".join(c if " " <= c <= "~" else "\\x%02x" % ord(c) for c in text)
         if self.stream is not None and severity <= self.stream_level:
@@ -4140,7 +4159,7 @@ def packet_sockets(kind: Callable[..., PacketCapture], interface: str, protocols
         return []
 
 
-class Knocks(NamedTuple):
+class Listening(NamedTuple):
     """Interfaces, and the sequences to listen for there; perhaps in IPv4 alone."""
 
     interfaces: Tuple[str, ...]
@@ -4148,11 +4167,11 @@ class Knocks(NamedTuple):
     four_only: bool
 
 
-def open_knock_captures(knocks: Iterable[Knocks], log: Log) -> List[Capture]:
+def open_knock_captures(listenings: Iterable[Listening], log: Log) -> List[Capture]:
     """The packet sockets for knock sequences; SpaError without the right to have any."""
     captures: List[Capture] = []
     try:
-        for interfaces, sequences, four_only in knocks:
+        for interfaces, sequences, four_only in listenings:
             if not sequences:
                 continue
             tree = sequence_filter(sequences)
@@ -5398,15 +5417,18 @@ RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
 
 
-def launch(command: Command, output: int) -> "subprocess.Popen[bytes]":
+def launch(command: Command, output: int, outlives: bool = False) -> "subprocess.Popen[bytes]":
     """Starts a program in a session of its own; it gets nothing of this process but `output`.
 
-    CommandError when it can't be started.
+    If it `outlives` this server, it goes on when nobody takes its output any more. CommandError
+    when it can't be started.
     """
     def become() -> None:
         """In the child: signals and umask as usual, and then who it is, the user last."""
         for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
+        if outlives:
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.umask(0o022)
         if command.account is not None:
@@ -5440,7 +5462,8 @@ class Child:
     def __init__(self, cycle: "Cycle", command: Command, due: float, closes: bool) -> None:
         self.cycle, self.command, self.due, self.closes = cycle, command, due, closes
         self.kind = cycle.closing_kind if closes else cycle.kind
-        self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE)
+        self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE,
+                            cycle.waits)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
@@ -5496,7 +5519,8 @@ class Cycle:
 class KnockdCycle(Cycle):
     """Start_Command and Stop_Command of a knockd.conf's door; in the log they look as there.
 
-    They may leave programs that go on: what these print is read, or SIGPIPE would end them.
+    Some close what they have opened by themselves, or leave programs that go on: what these print
+    is read, and no SIGPIPE ends them when the server has ended.
     """
 
     waits = True
@@ -5594,9 +5618,7 @@ class Commands:
         for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
             self.log.info("%s: %s" % (child.kind, line))
         code = child.popen.returncode
-        line = child.cycle.end_line(child.kind, code)
-        if line:
-            self.log.write(WARNING if code else INFO, line)
+        self.log.write(WARNING if code else INFO, child.cycle.end_line(child.kind, code))
         if child.closes:
             self.finish_close(child.cycle, code)
             return
@@ -5649,9 +5671,7 @@ class Commands:
             self.end_switch(known)
         if cycle.closing.words:
             self.cycles[cycle.closing] = cycle
-            line = cycle.waiting_line(seconds)
-            if line:
-                self.log.info(line)
+            self.log.info(cycle.waiting_line(seconds))
 
     def wait_again(self, cycle: Cycle, seconds: int) -> None:
         """Lets a cycle close in so many seconds from now, and not before."""
@@ -5764,18 +5784,20 @@ class Configuration(NamedTuple):
     @property
     def words(self) -> "Words":
         """What it says of itself: as knockd, when that is all it is."""
-        return FWKNOPD if self.stanzas or self.knockd is None else Words(
-            "knockd", "", "starting up, listening on " + ",".join(self.knockd.options.interfaces),
-            "re-reading config file: " + str(self.settings.knockd_file), "", "", "shutting down",
-            DEBUG)
+        if self.stanzas or self.knockd is None:
+            return FWKNOPD
+        return Words(
+            program="knockd", starting="", leaving="", restarted="", ended="shutting down",
+            started="starting up, listening on " + ",".join(self.knockd.options.interfaces),
+            rereading="re-reading config file: %s" % self.settings.knockd_file, level=DEBUG)
 
-    def knocks(self) -> List[Knocks]:
+    def listenings(self) -> List[Listening]:
         """The sequences of stanzas and of knockd's doors, and where to listen for them."""
-        found = [Knocks((self.settings.interface,),
+        found = [Listening((self.settings.interface,),
                         [stanza.sequence for stanza in self.stanzas if stanza.sequence],
                         self.four_only)]
         if self.knockd:
-            found.append(Knocks(self.knockd.options.interfaces,
+            found.append(Listening(self.knockd.options.interfaces,
                                 [door.sequence for door in self.knockd.doors], self.four_only))
         return found
 
@@ -5794,11 +5816,11 @@ class Configuration(NamedTuple):
         if self.takes_packets and not same:
             captures = open_captures(self.settings, log, current)
         if self.settings.capture_file:
-            if any(knocks.sequences for knocks in self.knocks()):
+            if any(each.sequences for each in self.listenings()):
                 log.warning("PCAP_FILE: no knock sequence is heard in a file")
             return captures
         try:
-            return captures + open_knock_captures(self.knocks(), log)
+            return captures + open_knock_captures(self.listenings(), log)
         except SpaError:
             close_captures(captures, current)
             raise
@@ -5817,7 +5839,7 @@ class Configuration(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What a server says of itself in the log."""
+    """What a server says of itself in the log, where it says something."""
 
     program: str
     starting: str
@@ -5829,9 +5851,10 @@ class Words(NamedTuple):
     level: int = INFO  # of what knockd has no words for
 
 
-FWKNOPD = Words("fwknopd", "Starting fwknopd", "Starting fwknopd main event loop.",
-                "Got SIGHUP. Re-reading configs.", "Re-starting fwknopd",
-                "Gracefully leaving the fwknopd event loop.", "Shutting Down fwknopd.")
+FWKNOPD = Words(
+    program="fwknopd", starting="Starting fwknopd", started="Starting fwknopd main event loop.",
+    rereading="Got SIGHUP. Re-reading configs.", restarted="Re-starting fwknopd",
+    leaving="Gracefully leaving the fwknopd event loop.", ended="Shutting Down fwknopd.")
 
 
 # ======================================================================================
@@ -6009,7 +6032,7 @@ class Gate:
 
     def allow(self, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens what the packet may open, perhaps later: when the name of its NAT host is known."""
-        if (stanza.require_knock and packet.version
+        if (stanza.require_knock and not packet.is_knock
                 and self.knocked.get((stanza.number, datagram.source), 0.0) < time.monotonic()):
             raise PacketRejected("no knock", "No knock sequence came before the packet "
                                  "(REQUIRE_KNOCK).")
@@ -6051,7 +6074,7 @@ class Gate:
         kept = verdict.doors if by_commands else map(self.grants.firewall.form, verdict.doors)
         doors = ", ".join(door.describe() for door in kept if door is not None)
         who = client = KNOCKER
-        if packet.version:
+        if not packet.is_knock:
             user = packet.user.replace("'", "\\x27")  # it may try to look like our words
             who, client = "user '%s'" % user, "user '%s' (client %s)" % (user, packet.version)
         self.log.info("(stanza #%d) %s %s" % (
@@ -6131,7 +6154,8 @@ class KnockGate(Gate):
         doors = configuration.knockd.doors if configuration.knockd else []
         owners: List[Union[Stanza, KnockdDoor]] = [*configuration.stanzas, *doors]
         self.owners = {owner.sequence: owner for owner in owners if owner.sequence}
-        separate(list(self.owners))
+        for sequence in self.owners:
+            sequence.most = max(MAX_STARTED // len(self.owners), LEAST_STARTED)
         self.knocked.clear()
 
     def is_ours(self, packed: bytes, now: float) -> bool:
@@ -6143,7 +6167,7 @@ class KnockGate(Gate):
             self.own[packed] = is_own_address(parse_address(socket_text(packed)))
         return self.own[packed]
 
-    def knock(self, hit: Hit, sequences: Iterable[Sequence]) -> None:
+    def take_hit(self, hit: Hit, sequences: Iterable[Sequence]) -> None:
         """One hit on its way through the sequences that are listened for where it came in."""
         now = time.monotonic()
         for sequence in sequences:
@@ -6167,7 +6191,7 @@ class KnockGate(Gate):
                 owner.for_all or owner.admits(hit_datagram(hit))):
             raise PacketRejected("source", "No access data found for source IP: %s" % source)
         level = INFO if door or last else DEBUG
-        if level <= self.log.level and self.log.knocks[done > 1].allows():
+        if level <= self.log.level and self.throttle(done).allows():
             self.log.write(level, "%s: %s: Stage %d" % (source, name, done))
             if last:
                 self.log.info("%s: %s: OPEN SESAME" % (source, name))
@@ -6202,12 +6226,16 @@ class KnockGate(Gate):
             parse_address(socket_text(hit.source)), tuple(sorted(stanza.open_ports)), ""),
             stanza, hit_datagram(hit))
 
+    def throttle(self, done: int) -> Throttle:
+        """What holds back lines about a source that has done so many steps."""
+        return self.log.further_steps if done > 1 else self.log.first_steps
+
     def expire_knocks(self) -> None:
         """Forgets the attempts whose time is over."""
         now = time.monotonic()
         for sequence, owner in self.owners.items():
             for source, done in sequence.expire(now):
-                if isinstance(owner, KnockdDoor) and self.log.knocks[done > 1].allows():
+                if isinstance(owner, KnockdDoor) and self.throttle(done).allows():
                     self.log.info("%s: %s: sequence timeout (stage %d)"
                                   % (socket_text(source), owner.name, done))
 
@@ -6266,7 +6294,7 @@ class Server(KnockGate):
     def drain(self, capture: Capture) -> None:
         """Reads from a capture until nothing is there, or others have waited long enough."""
         take: Callable[[Any], None] = (
-            partial(self.knock, sequences=capture.sequences) if isinstance(capture, KnockCapture)
+            partial(self.take_hit, sequences=capture.sequences) if isinstance(capture, KnockCapture)
             else self.receive)
         end = time.monotonic() + BATCH_SECONDS
         try:
@@ -6289,8 +6317,7 @@ class Server(KnockGate):
 
     def finish(self, why: str) -> None:
         """Lets the server's loop end."""
-        if self.configuration.words.leaving:
-            self.log.info(self.configuration.words.leaving)
+        self.log.info(self.configuration.words.leaving)
         self.log.write(ERROR if self.exit_code else self.configuration.words.level, why)
         self.running = False
 
@@ -6305,8 +6332,8 @@ class Server(KnockGate):
         self.own.clear()
         if self.settings.capture_file:
             return
-        named = {name for knocks in self.configuration.knocks() if knocks.sequences
-                 for name in knocks.interfaces}
+        named = {name for each in self.configuration.listenings() if each.sequences
+                 for name in each.interfaces}
         if self.configuration.takes_packets and not self.on_udp:
             named.add(self.settings.interface)
         indices = set()
@@ -6599,15 +6626,13 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     configuration.tell(log)
     for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
         log.warning(warning)
-    if configuration.words.starting:
-        log.info(configuration.words.starting)
+    log.info(configuration.words.starting)
     server = Server(configuration, firewall, log, test)
     signals = catch_signals(server.selector)
     server.start(settings.flush_at_start)
     if firewall.guard_ports:
         log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
-    if configuration.words.started:
-        log.info(configuration.words.started)
+    log.info(configuration.words.started)
     if ready is not None:
         os.write(ready, b"1")
         os.close(ready)
@@ -6674,8 +6699,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
                         + ([] if forwarded else forwarding_warnings(configuration.settings))):
             log.warning(warning)
         log.level = DEBUG if configuration.settings.verbose else INFO
-        if configuration.words.restarted:
-            log.info(configuration.words.restarted)
+        log.info(configuration.words.restarted)
     except Exception as error:  # a mistake of ours in reading must not end the server
         known = isinstance(error, (SpaError, OSError))
         log.error("%s; going on with the old settings" % (error if known else
@@ -7201,6 +7225,7 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
         log.error("%s: %s; it gets no lines" % (log.path, error.strerror))
     if options.use_syslog and not log.to_syslog:
         log.open_syslog("knockd", "", "LOG_DAEMON")
+        log.stream_level = log.stream_level if log.level == DEBUG else ERROR
         log.usual = NOTICE
 
 

@@ -144,22 +144,19 @@ class SequenceTest(unittest.TestCase):
         self.assertEqual([1, 2], [made.hit(hit(port), 16.0) for port in (1, 2)])
 
     def test_neighbours(self) -> None:
-        """Shared prefixes in either order, and ports of others that do not reset; own ones do."""
+        """Shared prefixes in either order; another sequence's ports reset only what is strict."""
         for first, second in (("7000,8000", "7000,8000,9000"), ("7000,8000,9000", "7000,8000")):
             pair = [sequence(first, strict=True), sequence(second, strict=True)]
-            server.separate(pair)
             self.assertEqual([1, 1], [opened(each, "7000 8000 9000") for each in pair])
-        pair = [sequence("1,2,3", strict=True), sequence("11,12,:icmp", strict=True)]
-        server.separate(pair)
-        self.assertEqual([1, 1], [opened(each, "1 11 2 12 3") + (
-            each.hit(hit((ICMP, 5)), 0.5) == 3) for each in pair])
-        self.assertEqual(0, opened(pair[0], "1 4 2 3"))
-        pair = [sequence("1,2,3", strict=True), sequence("3,2,1", strict=True)]
-        server.separate(pair)
-        self.assertEqual(0, opened(pair[0], "1 3 2 3"))
-        icmps = [sequence("9:icmp,8:icmp", strict=True), sequence("1,:icmp")]
-        server.separate(icmps)
-        self.assertEqual([1, 0, 2], [icmps[0].hit(hit((ICMP, size)), 1.0) for size in (9, 77, 8)])
+        for strict, times in ((False, 1), (True, 0)):
+            pair = [sequence("1,2,3", strict=strict), sequence("11,12,13", strict=strict)]
+            self.assertEqual([times] * 2, [opened(each, "1 11 2 12 3 13") for each in pair])
+        # A port between two of a sequence would let a scan through, whoever else has it.
+        pair = [sequence("7000,7002", strict=True), sequence("7001,5000", strict=True)]
+        scan = " ".join(map(str, range(4990, 7010)))
+        self.assertEqual([0, 0], [opened(each, scan) for each in pair])
+        pair = [sequence("9:icmp,8:icmp", strict=True), sequence("1,:icmp")]
+        self.assertEqual([1, 0, 0], [pair[0].hit(hit((ICMP, size)), 1.0) for size in (9, 77, 8)])
 
     def test_scans(self) -> None:
         """All 65,535 ports up, down and in any order open nothing that is strict."""
@@ -205,7 +202,6 @@ class SequenceTest(unittest.TestCase):
     def test_flood(self) -> None:
         """200,000 spoofed first hits: bounded, and an honest client of late or further on opens."""
         made = sequence("7000,8000,9000", strict=True)
-        server.separate([made])
         most = server.MAX_STARTED
         early, late, further = b"\xfe\0\0\1", b"\xfe\0\0\2", b"\xfe\0\0\3"
         made.hit(hit(7000, further), 1.0)
@@ -226,13 +222,6 @@ class SequenceTest(unittest.TestCase):
         count = len(made.started) + len(made.advanced)
         self.assertEqual(count, len(made.expire(100.0)))
         self.assertEqual((0, 0), (len(made.started), len(made.advanced)))
-
-    def test_memory_is_shared(self) -> None:
-        """Many sequences have less each, and never too little."""
-        for count, most in ((1, server.MAX_STARTED), (4, server.MAX_STARTED // 4), (1000, 4096)):
-            made = [sequence("1,2") for _ in range(count)]
-            server.separate(made)
-            self.assertEqual({most}, {each.most for each in made})
 
     def test_expiry(self) -> None:
         """What is over is told once, none is missed, and there is nothing to do before its time."""
@@ -419,12 +408,12 @@ class HitTest(unittest.TestCase):
     def test_a_packet_socket(self) -> None:
         """The kernel takes the largest program, and what it lets pass are the hits."""
         for made in (self.doors(40, 40), self.doors(9, 9)):
-            for each in server.open_knock_captures([server.Knocks(("lo", "any"), made, False)],
+            for each in server.open_knock_captures([server.Listening(("lo", "any"), made, False)],
                                                    server.Log()):
                 self.assertEqual(made, each.sequences)
                 each.close()
         for four_only in (False, True):
-            (capture,) = server.open_knock_captures([server.Knocks(
+            (capture,) = server.open_knock_captures([server.Listening(
                 ("lo",), [sequence("61234,61235:udp,61236")], four_only)], server.Log())
             self.addCleanup(capture.close)
             for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
@@ -490,10 +479,9 @@ class OneTimeTest(ServerCase):
         """The first usable line first; each once; the last one leaves none; so does a restart."""
         path = self.write(b"# codes\n 1,2\nbad\n 3,4\n 5,6\n")
         made = sequence("9,9")
-        self.assertEqual([
-            path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens nothing",
-            "a port scan hits this sequence in its order; let it go up and down"],
-            made.take_file(path))
+        self.assertEqual([path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line "
+                          "opens nothing"], made.take_file(path))
+        self.assertIn("a scan of all ports opens it", made.warnings()[0])
         self.assertEqual([(TCP, port) for port in (5, 6, 3, 4, 1, 2)], made.all_steps())
         for first, more in ((1, True), (3, True), (5, False)):
             self.assertEqual(((TCP, first), (TCP, first + 1)), made.steps)

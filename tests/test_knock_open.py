@@ -56,7 +56,7 @@ class KnockCase(CommandCase):
         """Hit these ports, and return what the server logged."""
         for port in ports:
             protocol, number = port if isinstance(port, tuple) else (TCP, port)
-            self.made.knock(server.Hit(
+            self.made.take_hit(server.Hit(
                 ipaddress.ip_address(source).packed, ipaddress.ip_address(
                     destination or (HOST if "." in source else "fd55::1")).packed,
                 protocol, number, flags if protocol == TCP else 0), list(self.made.owners))
@@ -65,6 +65,13 @@ class KnockCase(CommandCase):
 
 class StanzaTest(KnockCase):
     """A sequence is one more way to a grant."""
+
+    def test_memory_is_shared(self) -> None:
+        """Many sequences remember less each, and never too little."""
+        for count, most in ((1, server.MAX_STARTED), (4, server.MAX_STARTED // 4),
+                            (20, server.LEAST_STARTED)):
+            made = self.serve_for(KEYLESS * count)
+            self.assertEqual([most] * count, [each.most for each in made.owners])
 
     def test_opens(self) -> None:
         """OPEN_PORTS, for as long as the stanza says, by the firewall; both families."""
@@ -228,12 +235,10 @@ class StanzaTest(KnockCase):
             self.hit(7000, source="10.1.%d.%d" % divmod(number, 256))
         made.log.level = server.DEBUG
         for number in range(2000):
-            made.knock(server.Hit(number.to_bytes(4, "big"), ipaddress.ip_address(HOST).packed, TCP,
-                                  7000, SYN), list(made.owners))
+            self.made.take_hit(hit(7000, number.to_bytes(4, "big")), list(made.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.BURST)
         for number in range(2000):
-            made.knock(server.Hit(number.to_bytes(4, "big"), ipaddress.ip_address(HOST).packed, TCP,
-                                  9000, SYN), list(made.owners))
+            self.made.take_hit(hit(9000, number.to_bytes(4, "big")), list(made.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.STEP_BURST)
         self.clock.pass_seconds(1.5)
         self.assertIn("1000 more knocks came without a line in the log\n",
@@ -247,11 +252,11 @@ class StanzaTest(KnockCase):
                               "[d]\nSequence = 7000,7000\n")
         stanza, door = made.owners
         for each in (stanza, door):
-            made.knock(hit(7000), [each])
+            made.take_hit(hit(7000), [each])
         self.assertEqual([], self.firewall.doors())
         self.assertEqual([1, 1], [len(each.started) for each in (stanza, door)])
         self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
-                                              made.configuration.knocks()])
+                                              made.configuration.listenings()])
 
 
 DOOR = "[d]\nSequence = 7000,9000,8000\n"
@@ -361,6 +366,17 @@ class DoorTest(KnockCase):
         self.door(start="")
         self.assertTrue(self.hit(*ALL_THREE).endswith("OPEN SESAME\n"))
         self.assertEqual(({}, []), (self.made.commands.cycles, self.made.commands.running))
+
+    def test_a_start_that_outlives_the_server(self) -> None:
+        """One that closes by itself does so when nobody reads what it prints any more."""
+        made = self.door("while ! test -e gone; do sleep 0.05; done; echo x; echo b >> got", "")
+        self.hit(*ALL_THREE)
+        (child,) = made.commands.running
+        made.commands.selector.unregister(child.output)
+        child.output.close()  # as at the server's death
+        open(os.path.join(self.directory, "gone"), "w").close()
+        self.wait_for(lambda: child.popen.poll() is not None, "the end of the command")
+        self.assertEqual("b\n", self.read("got"))
 
     def test_the_switch(self) -> None:
         """It stops what the server no longer can; a clean stop and a reload leave nothing open."""
