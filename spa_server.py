@@ -2617,7 +2617,7 @@ class KnockdOptions(KnockdSettings):
     interfaces = Directive("Interface", parse_interfaces, "any",
                            "interfaces to listen on, with commas between, or any")
     exact = Bare("StrictDuplicates", "a port that is hit again starts the sequence over")
-    strict = Bare("Strict", "so does every port that is in no sequence: scans do not open")
+    strict = Bare("Strict", "so does every other port: scans do not open")
 
 
 class KnockdDoor(KnockdSettings):
