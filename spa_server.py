@@ -5416,9 +5416,17 @@ RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 # SIGTERM ends only the sleep: whoever ends all processes of the service closes at once.
 SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
 
+# With these two the time begins when a command has ended, whoever lives to see it: its shell holds
+# one end of a pipe as its input, and the switch waits at the other.
+RUN_AT_PIPE = (b"/bin/sh", b"-c", b'"$@" </dev/null; exit $?', b"sh")
+SWITCH_AT_PIPE = (b"/bin/sh", b"-c",
+                  b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
 
-def launch(command: Command, output: int, outlives: bool = False) -> "subprocess.Popen[bytes]":
-    """Starts a program in a session of its own; it gets nothing of this process but `output`.
+
+def launch(command: Command, output: int, outlives: bool = False,
+           source: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
+    """Starts a program in a session of its own; it gets nothing of this process but its output and
+    input (`source`).
 
     If it `outlives` this server, it goes on when nobody takes its output any more. CommandError
     when it can't be started.
@@ -5438,7 +5446,7 @@ def launch(command: Command, output: int, outlives: bool = False) -> "subprocess
 
     try:
         return subprocess.Popen(
-            command.words, bufsize=0, stdin=subprocess.DEVNULL, stdout=output,
+            command.words, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
     except OSError as error:
@@ -5459,11 +5467,13 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command of a cycle that runs, until `due` on the monotonic clock, and what it printed."""
 
-    def __init__(self, cycle: "Cycle", command: Command, due: float, closes: bool) -> None:
+    def __init__(self, cycle: "Cycle", command: Command, due: float, closes: bool,
+                 pipe: Optional[int]) -> None:
         self.cycle, self.command, self.due, self.closes = cycle, command, due, closes
         self.kind = cycle.closing_kind if closes else cycle.kind
-        self.popen = launch(command._replace(words=RUN + command.words), subprocess.PIPE,
-                            cycle.waits)
+        run = RUN if pipe is None else RUN_AT_PIPE
+        self.popen = launch(command._replace(words=run + command.words), subprocess.PIPE,
+                            cycle.waits, subprocess.DEVNULL if pipe is None else pipe)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
@@ -5478,13 +5488,15 @@ class Cycle:
 
     closing_kind = "CMD_CYCLE_CLOSE"  # what begins the log's lines of the command that closes
     waits = False  # whether `seconds` begin when the command that opens has ended
+    most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
     def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
                  opening: Command, closing: Command) -> None:
         self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
         self.opening_limit = float(limit)
         self.opening, self.closing, self.seconds = opening, closing, seconds
-        self.ends = time.monotonic() + seconds
+        self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
+        self.ends = FOR_EVER if self.waits else time.monotonic() + seconds
         self.openings: List[Child] = []  # the last one, and those before that still run
         self.switch: Optional["subprocess.Popen[bytes]"] = None
         self.failed = False  # whether its command that closes has
@@ -5524,6 +5536,7 @@ class KnockdCycle(Cycle):
     """
 
     waits = True
+    most_running, most_open = 100, 1000
 
     def __init__(self, door: KnockdDoor, address: Address, limit: int) -> None:
         start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None)
@@ -5532,6 +5545,7 @@ class KnockdCycle(Cycle):
                          door.stop_seconds, start, stop)
         self.opening_limit = FOR_EVER
         self.closing_kind = door.name
+        self.key = door.number, address, stop
 
     def opening_line(self) -> str:
         """The command."""
@@ -5562,22 +5576,23 @@ class Commands:
         self.selector, self.log, self.test = selector, log, test
         self.running: List[Child] = []
         self.survived: List[Child] = []  # that have ended before what they have started
-        self.cycles: Dict[Command, Cycle] = {}  # what is open, by what closes it
+        self.cycles: Dict[Tuple[Any, ...], Cycle] = {}  # what is open, by its key
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
 
-    def run(self, cycles: List[Cycle]) -> None:
-        """Opens all; CommandError when one can't be started, or they are too many of a stanza.
-
-        What only closes later is no new one.
-        """
-        stanza = cycles[0].stanza
-        run = sum(child.cycle.stanza == stanza for child in self.running)
-        wait = sum(cycle.stanza == stanza for cycle in self.cycles.values())
-        new = {cycle.closing for cycle in cycles if cycle.closing.words} - set(self.cycles)
-        if (run + sum(not self.lasts(cycle) for cycle in cycles) > MAX_RUNNING
-                or wait + len(new) > MAX_CYCLES):
+    def check(self, cycles: List[Cycle]) -> None:
+        """CommandError when these are too many of a stanza. What only closes later is no new one."""
+        first = cycles[0]
+        run = sum(child.cycle.stanza == first.stanza for child in self.running)
+        wait = sum(cycle.stanza == first.stanza for cycle in self.cycles.values())
+        new = {cycle.key for cycle in cycles if cycle.closing.words} - set(self.cycles)
+        if (run + sum(not self.lasts(cycle) for cycle in cycles) > first.most_running
+                or wait + len(new) > first.most_open):
             raise CommandError("too many commands: %d of %s run, and %d wait to close" % (
-                run, "stanza #%d" % stanza if stanza > 0 else cycles[0].kind, wait))
+                run, "stanza #%d" % first.stanza if first.stanza > 0 else first.kind, wait))
+
+    def run(self, cycles: List[Cycle]) -> None:
+        """Opens all; CommandError when one can't be started, or they are too many."""
+        self.check(cycles)
         for cycle in cycles:
             if self.test:
                 self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
@@ -5586,12 +5601,13 @@ class Commands:
 
     def lasts(self, cycle: Cycle) -> bool:
         """Whether what the cycle opens is open, so that it has only to close later."""
-        known = self.cycles.get(cycle.closing)
+        known = self.cycles.get(cycle.key)
         return known is not None and known.opening == cycle.opening and known.is_open
 
-    def start(self, cycle: Cycle, command: Command, limit: float, closes: bool) -> Child:
+    def start(self, cycle: Cycle, command: Command, limit: float, closes: bool,
+              pipe: Optional[int] = None) -> Child:
         """Starts a command whose output and end come to the log; it has `limit` seconds."""
-        child = Child(cycle, command, time.monotonic() + limit, closes)
+        child = Child(cycle, command, time.monotonic() + limit, closes, pipe)
         self.running.append(child)
         self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
         return child
@@ -5622,9 +5638,9 @@ class Commands:
         if child.closes:
             self.finish_close(child.cycle, code)
             return
-        cycle = self.cycles.get(child.cycle.closing)  # as it is since somebody knocked again
-        if cycle and cycle.waits and cycle.openings[-1] is child:
-            self.wait_again(cycle, cycle.seconds)
+        cycle = self.cycles.get(child.cycle.key)  # as it is since somebody knocked again
+        if cycle and cycle.ends == FOR_EVER and cycle.openings[-1] is child:
+            cycle.ends = time.monotonic() + cycle.seconds
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
@@ -5638,10 +5654,7 @@ class Commands:
                 end_group(child.popen, child.signal)
                 child.signal, child.due = signal.SIGKILL, now + GRACE_SECONDS
         for cycle in [cycle for cycle in self.cycles.values() if now >= cycle.ends]:
-            if cycle.waits and cycle.openings[-1].popen.poll() is None:
-                self.wait_again(cycle, max(cycle.seconds, 1))
-            else:
-                self.close(cycle, TIME_IS_OVER)
+            self.close(cycle, TIME_IS_OVER)
         self.switches = [switch for switch in self.switches if switch.poll() is None]
 
     def open(self, cycle: Cycle) -> None:
@@ -5650,45 +5663,45 @@ class Commands:
         Asked for again while it is open, it closes later. The same command is not run twice then:
         of two rules that it adds, the one that closes would delete one.
         """
-        known = self.cycles.get(cycle.closing)
-        if known:
+        known, lasts = self.cycles.get(cycle.key), self.lasts(cycle)
+        if known and lasts and cycle.waits:
+            if known.openings[-1].popen.poll() is None:
+                return  # its time has not begun
+            cycle.ends = time.monotonic() + cycle.seconds
+        if known and known.ends != FOR_EVER:
             cycle.ends = max(cycle.ends, known.ends)
-        seconds = int(cycle.ends - time.monotonic() + 0.999)
-        if cycle.closing.words:
-            self.set_switch(cycle, seconds + SWITCH_SECONDS)
-        if known and self.lasts(cycle):
-            cycle.openings = known.openings
-        else:
-            if known:
-                cycle.openings = [each for each in known.openings if each.popen.poll() is None]
-            self.log.info(cycle.opening_line())
-            try:
-                cycle.openings.append(self.start(cycle, cycle.opening, cycle.opening_limit, False))
-            except CommandError:
-                self.end_switch(cycle)
-                raise
+        seconds = (cycle.seconds if cycle.ends == FOR_EVER else
+                   int(cycle.ends - time.monotonic() + 0.999))
+        pipe = os.pipe() if cycle.waits and cycle.closing.words and not lasts else (None, None)
+        try:
+            if cycle.closing.words:
+                self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
+            if known and lasts:
+                cycle.openings = known.openings
+            else:
+                if known:
+                    cycle.openings = [each for each in known.openings if each.popen.poll() is None]
+                self.log.info(cycle.opening_line())
+                cycle.openings.append(self.start(cycle, cycle.opening, cycle.opening_limit, False,
+                                                 pipe[1]))
+        except CommandError:
+            self.end_switch(cycle)
+            raise
+        finally:
+            for end in filter(None, pipe):
+                os.close(end)
         if known:
             self.end_switch(known)
         if cycle.closing.words:
-            self.cycles[cycle.closing] = cycle
+            self.cycles[cycle.key] = cycle
             self.log.info(cycle.waiting_line(seconds))
 
-    def wait_again(self, cycle: Cycle, seconds: int) -> None:
-        """Lets a cycle close in so many seconds from now, and not before."""
-        ends = time.monotonic() + seconds
-        code = cycle.switch.poll() if cycle.switch else None
-        closed = code is not None and code >= 0  # by its switch, since this server was late
-        try:
-            if ends > cycle.ends + SWITCH_SECONDS / 2 and not closed:  # it must not close earlier
-                self.set_switch(cycle, seconds + SWITCH_SECONDS)
-            cycle.ends = ends
-        except CommandError as error:
-            self.log.error(str(error))
-
-    def set_switch(self, cycle: Cycle, seconds: int) -> None:
+    def set_switch(self, cycle: Cycle, seconds: int, pipe: Optional[int] = None) -> None:
         """Gives a cycle a switch, in place of the one that it may have."""
-        words = SWITCH + (b"%d" % seconds,) + cycle.closing.words
-        switch = launch(Command(words, cycle.closing.account), subprocess.DEVNULL)
+        words = SWITCH if pipe is None else SWITCH_AT_PIPE
+        switch = launch(Command(words + (b"%d" % seconds,) + cycle.closing.words,
+                                cycle.closing.account), subprocess.DEVNULL,
+                        source=subprocess.DEVNULL if pipe is None else pipe)
         self.end_switch(cycle)
         cycle.switch = switch
 
@@ -5704,7 +5717,7 @@ class Commands:
 
         A switch stays until it has closed, and waits meanwhile for as long as that may take.
         """
-        del self.cycles[cycle.closing]
+        del self.cycles[cycle.key]
         for child in cycle.openings:
             end_group(child.popen, signal.SIGKILL)  # or it might open after this
         for line in cycle.closing_lines(why):
