@@ -1814,7 +1814,8 @@ MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
 MAX_STARTED, LEAST_STARTED = 65536, 4096  # sources at the first step: of all sequences, and of one
-MAX_ADVANCED = 8192  # those of a sequence that are further on
+MOST_STARTED_TO_ADVANCED = 8  # how many times as many as those further on
+SWEEP_SECONDS = 0.1  # between two looks at all of these
 
 
 def parse_steps(text: str) -> Tuple[Step, ...]:
@@ -1872,7 +1873,7 @@ class Sequence:
         self.started: "collections.OrderedDict[bytes, float]" = collections.OrderedDict()
         self.advanced: "collections.OrderedDict[bytes, Tuple[int, float]]" = (
             collections.OrderedDict())
-        self.due = float("inf")  # none of `advanced` ends before
+        self.due = float("inf")  # none of `advanced` ends before, but for SWEEP_SECONDS
 
     def take_file(self, path: Optional[str]) -> List[str]:
         """Takes the steps from a file of sequences; returns warnings."""
@@ -1903,14 +1904,15 @@ class Sequence:
         lines = self.file.lines if self.file else []
         return [step for _, _, steps in lines for step in steps] or list(self.steps)
 
-    def use_up(self) -> bool:
+    def use_up(self, test: bool = False) -> bool:
         """Before something is opened: goes on to the next line of a file; False after the last.
 
-        SpaError when the line could not be marked, and then nothing may be opened.
+        SpaError when the line could not be marked, and then nothing may be opened. A `test` leaves
+        the file as it is.
         """
         if self.file is None:
             return True
-        self.file.use()
+        self.file.use(test)
         self.steps = self.file.steps
         self.started.clear()
         self.advanced.clear()
@@ -1920,6 +1922,11 @@ class Sequence:
         """Whether this is the step at a place of the sequence."""
         wanted = self.steps[place]
         return wanted == step or (wanted[1] == ANY_SIZE and wanted[0] == step[0])
+
+    def concerns(self, hit: Hit) -> bool:
+        """Whether a hit could change anything: a first step, or one of a source on its way."""
+        return (hit.source in self.started or hit.source in self.advanced
+                or (bool(self.steps) and self.is_step(0, (hit.protocol, hit.port))))
 
     def is_wrong(self, step: Step) -> bool:
         """Whether the step, which is not the one that is waited for, ends an attempt."""
@@ -1954,7 +1961,7 @@ class Sequence:
         elif done < len(self.steps):
             self.advanced[source] = done, due
             self.due = min(self.due, due)
-            if len(self.advanced) > MAX_ADVANCED:
+            if len(self.advanced) > self.most // MOST_STARTED_TO_ADVANCED:
                 self.advanced.popitem(last=False)
         return done
 
@@ -1976,7 +1983,8 @@ class Sequence:
             over += [(source, done) for source, (done, due) in self.advanced.items() if due <= now]
             for source, _ in over:
                 self.advanced.pop(source, None)
-            self.due = min((due for _, due in self.advanced.values()), default=float("inf"))
+            self.due = max(now + SWEEP_SECONDS, min((due for _, due in self.advanced.values()),
+                                                    default=float("inf")))
         return over
 
 
@@ -2035,16 +2043,20 @@ class OneTimeFile:
         """Those of the line that is next; none when all are used up."""
         return self.lines[-1][2] if self.lines else ()
 
-    def use(self) -> None:
-        """Marks the line, on disk before anything is opened; SpaError when that can't be done."""
+    def use(self, test: bool = False) -> None:
+        """Marks the line, on disk before anything is opened; SpaError when that can't be done.
+
+        A `test` only checks that it could be.
+        """
         place, raw, _ = self.lines[-1]
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 if os.pread(file.fileno(), len(raw), place) != raw:
                     raise SpaError("%s: somebody changed it; nothing is opened until it is read "
                                    "again" % self.path)
-                os.pwrite(file.fileno(), b"#", place)
-                os.fsync(file.fileno())
+                if not test:
+                    os.pwrite(file.fileno(), b"#", place)
+                    os.fsync(file.fileno())
         except OSError as error:
             raise SpaError("%s: %s" % (self.path, error.strerror)) from None
         self.lines.pop()
@@ -2984,6 +2996,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # severities of RFC 5424 section 6.2.1
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 BURST = 20  # lines of a kind that anybody can cause at once; then one a second
+MORE_KNOCKS = "more knocks came without a line in the log"
 STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
 
 
@@ -2999,9 +3012,8 @@ class Log:
         self.usual = INFO  # the severity of usual lines in syslog
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
-        what = "more knocks came without a line in the log"
-        self.first_steps = Throttle(self, what, monotonic)
-        self.further_steps = Throttle(self, what, monotonic, STEP_BURST)
+        self.first_steps = Throttle(self, MORE_KNOCKS, monotonic)
+        self.further_steps = Throttle(self, MORE_KNOCKS, monotonic, STEP_BURST)
 
     def open_syslog(self, name: str, option: str, facility: str) -> None:
         """Lets lines go to syslog as well, under a name."""
@@ -5580,7 +5592,7 @@ class Commands:
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
 
     def check(self, cycles: List[Cycle]) -> None:
-        """CommandError when these are too many of a stanza. What only closes later is no new one."""
+        """CommandError when these are too many of a stanza; what only closes later is none."""
         first = cycles[0]
         run = sum(child.cycle.stanza == first.stanza for child in self.running)
         wait = sum(cycle.stanza == first.stanza for cycle in self.cycles.values())
@@ -5946,7 +5958,8 @@ class Gate:
         self.settings, self.stanzas = configuration.settings, configuration.stanzas
         self.log = log
         self.grants = Grants(firewall, log)
-        self.memory = (open_memory(self.settings, log) if configuration.takes_packets else
+        self.takes_packets = configuration.takes_packets  # or has done so
+        self.memory = (open_memory(self.settings, log) if self.takes_packets else
                        ReplayMemory(None, None, log))
         self.selector = selectors.DefaultSelector()
         self.commands = Commands(self.selector, log, test)
@@ -6045,19 +6058,41 @@ class Gate:
 
     def allow(self, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens what the packet may open, perhaps later: when the name of its NAT host is known."""
-        if (stanza.require_knock and not packet.is_knock
-                and self.knocked.get((stanza.number, datagram.source), 0.0) < time.monotonic()):
-            raise PacketRejected("no knock", "No knock sequence came before the packet "
-                                 "(REQUIRE_KNOCK).")
+        knocks = self.check_knocks(packet, stanza, datagram)
         try:
             verdict = judge(packet, stanza, datagram, self.settings.destination_rule, time.time(),
                             NatRules(self.settings, is_own_address))
             self.open(verdict, packet, stanza, datagram)
+            for knock in knocks:
+                self.knocked.pop(knock, None)
         except NameToResolve as asked:
             name, version = asked.args
             if not self.resolver.look_up(name, version, stanza.number, lambda address: self.go_on(
                     packet, stanza, datagram, address)):
                 raise PacketRejected("NAT", "too many NAT hosts are looked up") from None
+
+    def check_knocks(self, packet: Packet, stanza: Stanza,
+                     datagram: Datagram) -> Set[Tuple[int, bytes]]:
+        """The knocks that REQUIRE_KNOCK asks for, which are used up when the packet opens.
+
+        They come from where the packet comes from, and from whom it opens to: else one knock would
+        do for others.
+        """
+        if not stanza.require_knock or packet.is_knock:
+            return set()
+        wanted = {(stanza.number, datagram.source)}
+        if packet.address is not None:
+            wanted.add((stanza.number, packet.address.packed))
+        for again in (True, False):
+            if all(self.knocked.get(knock, 0.0) >= time.monotonic() for knock in wanted):
+                return wanted
+            if again:
+                self.catch_up()
+        raise PacketRejected("no knock", "No knock sequence came before the packet "
+                             "(REQUIRE_KNOCK).")
+
+    def catch_up(self) -> None:
+        """Takes the hits that are waiting: the packet in hand may have come behind them."""
 
     def go_on(self, packet: Packet, stanza: Stanza, datagram: Datagram,
               address: Optional[Address]) -> None:
@@ -6169,6 +6204,9 @@ class KnockGate(Gate):
         self.owners = {owner.sequence: owner for owner in owners if owner.sequence}
         for sequence in self.owners:
             sequence.most = max(MAX_STARTED // len(self.owners), LEAST_STARTED)
+        # Of the lines about complete sequences; nobody can hold back those of another one.
+        self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.log.rejections.monotonic)
+                          for sequence in self.owners}
         self.knocked.clear()
 
     def is_ours(self, packed: bytes, now: float) -> bool:
@@ -6184,15 +6222,17 @@ class KnockGate(Gate):
         """One hit on its way through the sequences that are listened for where it came in."""
         now = time.monotonic()
         for sequence in sequences:
-            owner = self.owners[sequence]
+            if not sequence.concerns(hit):
+                continue
             try:
                 if (hit.destination == sequence.target if sequence.target else
                         self.is_ours(hit.destination, now)):
                     done = sequence.hit(hit, now)
                     if done:
-                        self.step(sequence, owner, hit, done)
+                        self.step(sequence, self.owners[sequence], hit, done)
             except Exception as error:  # a mistake of ours must not let one packet end the server
-                self.reject(hit_datagram(hit), error, max(owner.number, 0))
+                owner = self.owners.get(sequence)
+                self.reject(hit_datagram(hit), error, max(owner.number, 0) if owner else 0)
 
     def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], hit: Hit,
              done: int) -> None:
@@ -6200,31 +6240,46 @@ class KnockGate(Gate):
         source, last = socket_text(hit.source), done == len(sequence.steps)
         door = owner if isinstance(owner, KnockdDoor) else None
         name = door.name if door else "(stanza #%d)" % owner.number
-        if last and isinstance(owner, Stanza) and not (
-                owner.for_all or owner.admits(hit_datagram(hit))):
-            raise PacketRejected("source", "No access data found for source IP: %s" % source)
+        if last and isinstance(owner, Stanza):
+            self.check_source(owner, hit)
         level = INFO if door or last else DEBUG
-        if level <= self.log.level and self.throttle(done).allows():
+        throttle = self.completed[sequence] if last else self.throttle(done)
+        if level <= self.log.level and throttle.allows():
             self.log.write(level, "%s: %s: Stage %d" % (source, name, done))
             if last:
                 self.log.info("%s: %s: OPEN SESAME" % (source, name))
         if not last:
             return
         try:
-            if not sequence.use_up():
+            cycle = door and KnockdCycle(door, parse_address(source), self.settings.command_seconds)
+            if cycle:
+                self.commands.check([cycle])
+            if not sequence.use_up(self.commands.test):
                 self.log.warning("no more sequences left in the one time sequences file for door "
                                  "%s --> disabling the door" % name)
             if isinstance(owner, Stanza):
                 self.open_stanza(owner, hit)
             else:
-                cycle = KnockdCycle(owner, parse_address(source), self.settings.command_seconds)
-                if cycle.opening.words:
+                if cycle and cycle.opening.words:
                     self.commands.run([cycle])
                 self.counts["accepted"] += 1
         except SpaError as error:
             self.counts["knock"] += 1
             if self.log.rejections.allows():
                 self.log.error("%s: nothing is opened: %s" % (name, error))
+
+    @staticmethod
+    def check_source(stanza: Stanza, hit: Hit) -> None:
+        """Rejects a complete sequence of whom the stanza is not for, before it counts as used."""
+        rejection = None
+        if not (stanza.for_all or stanza.admits(hit_datagram(hit))):
+            rejection = PacketRejected("source", "No access data found for source IP: %s"
+                                       % socket_text(hit.source))
+        elif stanza.expires is not None and time.time() >= stanza.expires:
+            rejection = PacketRejected("expired stanza", "Access stanza has expired.")
+        if rejection:
+            rejection.stanza = stanza.number
+            raise rejection
 
     def open_stanza(self, stanza: Stanza, hit: Hit) -> None:
         """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
@@ -6328,6 +6383,12 @@ class Server(KnockGate):
         except OSError as error:  # the interface went away; link events tell when it is back
             self.log.warning("%s: %s; going on when it is back" % (capture.name, error.strerror))
 
+    def catch_up(self) -> None:
+        """Takes the hits that are waiting."""
+        for capture in self.captures:
+            if isinstance(capture, KnockCapture):
+                self.drain(capture)
+
     def finish(self, why: str) -> None:
         """Lets the server's loop end."""
         self.log.info(self.configuration.words.leaving)
@@ -6410,6 +6471,8 @@ class Server(KnockGate):
                      ServerSettings.udp_server]
         same = (settings.capture_file or not changed(*rows)) and (
             configuration.takes_packets == self.configuration.takes_packets)
+        memory = None if self.takes_packets or not configuration.takes_packets else open_memory(
+            settings, self.log)
         captures = configuration.open_captures(self.log, self.captures, same)
         stood = firewall.guarded()
         try:
@@ -6424,6 +6487,8 @@ class Server(KnockGate):
         self.grants.move(firewall)
         self.settings, self.stanzas = settings, configuration.stanzas
         self.listen_for(configuration)
+        if memory:  # until now there was nothing to remember
+            self.memory, self.takes_packets = memory, True
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
@@ -6462,9 +6527,7 @@ class Server(KnockGate):
         due = min([self.check_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
                   + [sequence.next_due() for sequence in self.owners])
-        events = self.selector.select(max(0.0, due - time.monotonic()))
-        # Knocks first: a packet that needs one comes right behind it.
-        for key, _ in sorted(events, key=lambda event: type(event[0].fileobj) is not KnockCapture):
+        for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
             key.data()
         for capture in self.captures:
             if time.monotonic() >= capture.due:

@@ -6,6 +6,7 @@ doors are small scripts that really run.
 
 import ipaddress
 import os
+import subprocess
 import time
 import unittest
 from typing import Any, List  # noqa: F401  (in type comments)
@@ -164,6 +165,9 @@ class StanzaTest(KnockCase):
         self.assertIn(refused, self.knock(source="10.55.0.3"))
         self.assertIn("does not match required username", self.knock(user="joe"))
         self.assertIn("user 'bob' (client 3.0.0) opened " + OPENED, self.knock())
+        self.assertIn(refused, self.knock("10.55.0.2,tcp/23"))  # one packet for a knock
+        self.hit(*ALL_THREE)
+        self.assertIn(refused, self.knock("66.66.66.66,tcp/23"))  # opens to who has knocked alone
         (key,) = made.knocked
         self.assertAlmostEqual(25, made.knocked[key] - time.monotonic(), delta=5)
         made.knocked[key] = time.monotonic() - 0.01
@@ -172,7 +176,23 @@ class StanzaTest(KnockCase):
         self.assertIn(" opened ", self.knock("10.55.0.2,tcp/25"))
         made.reload(made.configuration, self.firewall)
         self.assertIn(refused, self.knock("10.55.0.2,tcp/26"))
-        self.assertEqual(4, made.counts["no knock"])
+        self.assertEqual(6, made.counts["no knock"])
+
+    def test_a_packet_that_overtakes_the_last_hit(self) -> None:
+        """What waits in the sockets for knocks is taken before the packet is rejected."""
+        made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\n")
+        self.hit(*ALL_THREE[:2])
+        waiting = [hit(ALL_THREE[2])]
+        capture = mock.Mock(spec=server.KnockCapture, sequences=list(made.owners))
+        capture.receive.side_effect = lambda: waiting.pop() if waiting else self.nothing()
+        made.captures.append(capture)
+        self.assertIn(" opened ", self.knock())
+        self.assertEqual([], waiting)
+
+    @staticmethod
+    def nothing() -> None:
+        """A socket in which nothing waits."""
+        raise BlockingIOError
 
     def test_require_knock_is_bounded(self) -> None:
         """However many have knocked, and the latest stay."""
@@ -181,7 +201,7 @@ class StanzaTest(KnockCase):
             for number in range(30):
                 self.hit(*ALL_THREE, source="10.55.1.%d" % number)
         self.assertEqual(10, len(made.knocked))
-        self.assertIn(" opened ", self.knock("10.55.0.2,tcp/25", source="10.55.1.29"))
+        self.assertIn(" opened ", self.knock("10.55.1.29,tcp/25", source="10.55.1.29"))
 
     def test_reload_forgets_steps(self) -> None:
         """Sequences begin anew with the new files."""
@@ -242,7 +262,36 @@ class StanzaTest(KnockCase):
         self.assertLessEqual(len(self.logged().splitlines()), server.STEP_BURST)
         self.clock.pass_seconds(1.5)
         self.assertIn("1000 more knocks came without a line in the log\n",
-                      self.hit(8000, source="0.0.0.9"))
+                      self.hit(9000, source="10.1.0.9"))
+
+    def test_nobody_hides_an_opening(self) -> None:
+        """Neither first steps nor what others complete holds back the lines of a sequence."""
+        made = self.serve_for(KEYLESS + KEYLESS.replace("7000,9000,8000", "5000,6000"))
+        made.log.level = server.DEBUG
+        for number in range(1200):
+            for port in (7000, 9000):
+                made.take_hit(hit(port, number.to_bytes(4, "big")), list(made.owners))
+        for number in range(2 * server.BURST):
+            self.hit(8000, source="0.0.0.%d" % number)
+        self.assertIn("10.55.0.2: (stanza #2): OPEN SESAME\n", self.hit(5000, 6000))
+
+    def test_packets_after_a_start_with_sequences_only(self) -> None:
+        """Are remembered in the file from the reload on, or a restart would take them again."""
+        made = self.serve_for(KEYLESS)
+        path = made.settings.digest_file
+        if os.path.exists(path):
+            os.unlink(path)
+        made.memory, made.takes_packets = server.ReplayMemory(None, None, made.log), False
+        sockets = mock.patch.object(server, "open_captures", return_value=[])
+        sockets.start()
+        self.addCleanup(sockets.stop)
+        stanzas = self.stanzas(KEYED)
+        made.reload(made.configuration._replace(stanzas=stanzas), self.firewall)
+        self.assertEqual((path, True), (made.memory.path, os.path.exists(path)))
+        memory = made.memory
+        made.reload(made.configuration._replace(stanzas=self.stanzas(KEYLESS)), self.firewall)
+        made.reload(made.configuration._replace(stanzas=stanzas), self.firewall)
+        self.assertIs(memory, made.memory)
 
     def test_captures(self) -> None:
         """A hit meets the sequences of the socket that heard it, and no others, so that it counts
@@ -378,6 +427,30 @@ class DoorTest(KnockCase):
         self.wait_for(lambda: child.popen.poll() is not None, "the end of the command")
         self.assertEqual("b\n", self.read("got"))
 
+    def test_the_time_begins_when_start_has_ended(self) -> None:
+        """Also for a server that was killed meanwhile: the start, all of it, and then the stop."""
+        made = self.door("while ! test -e go; do sleep 0.05; done; echo start >> got",
+                         "echo stop >> got")
+        with mock.patch.object(server, "SWITCH_SECONDS", 0):
+            self.hit(*ALL_THREE)
+        (cycle,) = made.commands.cycles.values()
+        self.assertEqual(float("inf"), cycle.ends)
+        with self.assertRaises(subprocess.TimeoutExpired):
+            cycle.switch.wait(0.3)
+        open(os.path.join(self.directory, "go"), "w").close()
+        cycle.switch.wait(20)  # the server does not look: it is gone
+        self.assertEqual("start\nstop\n", self.read("got"))
+
+    def test_doors_with_the_same_stop(self) -> None:
+        """Each closes at its own time, for each client."""
+        made = self.serve_for("", "".join(
+            "[%s]\nSequence = %s\nCommand = true\nCmd_Timeout = 60\nStop_Command = true\n" % each
+            for each in (("a", "7000,9000,8000"), ("b", "5000,6000"))))
+        self.hit(*ALL_THREE)
+        self.hit(5000, 6000)
+        self.hit(5000, 6000, source="10.55.0.3")
+        self.assertEqual(3, len(made.commands.cycles))
+
     def test_the_switch(self) -> None:
         """It stops what the server no longer can; a clean stop and a reload leave nothing open."""
         made = self.door(seconds=0)
@@ -402,10 +475,11 @@ class DoorTest(KnockCase):
         """Of one door: nothing is run, the door is named, and the log does not fill."""
         made = self.door()
         one = type("Child", (), {"cycle": mock.Mock(stanza=-1)})  # type: Any
-        made.commands.running = [one] * server.MAX_RUNNING
+        most = server.KnockdCycle.most_running
+        made.commands.running = [one] * most
         text = "".join(self.hit(*ALL_THREE) for _ in range(50))
         made.commands.running = []
-        self.assertIn("d: nothing is opened: too many commands: %d of d run" % server.MAX_RUNNING,
+        self.assertIn("d: nothing is opened: too many commands: %d of d run" % most,
                       text)
         self.assertLessEqual(text.count("nothing is opened"), server.BURST)
         self.assertEqual((50, ""), (made.counts["knock"], self.read("got")))
@@ -415,8 +489,16 @@ class DoorTest(KnockCase):
         path = os.path.join(self.directory, "codes")
         with open(path, "w") as stream:
             stream.write(" 1,3,2\n")
-        self.serve_for("", "[o]\nOne_Time_Sequences = %s\nCommand = cat %s > %s/got\n[p]\n"
-                       "Sequence = 9\n" % (path, path, self.directory))
+        conf = ("[o]\nOne_Time_Sequences = %s\nCommand = cat %s > %s/got\n[p]\nSequence = 9\n"
+                % (path, path, self.directory))
+        made = self.serve_for("", conf)
+        with mock.patch.object(made.commands, "test", True):
+            self.assertIn("--test mode enabled, not running", self.hit(1, 3, 2))
+        self.assertEqual(" 1,3,2\n", self.read("codes"))
+        made = self.serve_for("", conf)
+        with mock.patch.object(server.KnockdCycle, "most_running", 0):
+            self.assertIn("nothing is opened: too many commands", self.hit(1, 3, 2))
+        self.assertEqual(" 1,3,2\n", self.read("codes"))
         text = self.hit(1, 3, 2, source="fd55::2") + self.wait_until_ended()
         self.assertEqual("#1,3,2\n", self.read("got"))
         self.assertIn("no more sequences left in the one time sequences file for door o --> "
