@@ -259,17 +259,36 @@ class StanzaTest(KnockCase):
                          self.failure(3, "-n", "home"))
         self.assertEqual("--knock-sequence: " + expected,
                          self.failure(2, "-D", HOST, "--knock-sequence", "7001,7002:foo"))
-        self.write(STANZA.replace(",", ", "))
-        code, _, err = self.run_main("-n", "home")
-        self.assertIn("KNOCK_SEQUENCE: it ends at the first blank, ';' or '#', as in fwknop, and "
-                      "something follows: no blanks around commas", err)
-        self.assertIn(expected, err)
-        self.assertNotIn("700", err)
         self.write(STANZA.replace("DELAY 0", "DELAY soon"))
         self.assertIn(":4: KNOCK_DELAY: expected milliseconds", self.failure(3, "-n", "home"))
-        self.assertEqual((3, []), (code, self.sent))
+        self.assertEqual([], self.sent)
         self.write("[home]\nKNOCK_SEQUENCE 7001\n")
         self.assertIn("Must use --destination", self.failure(2, "-n", "home"))
+
+    def test_blanks(self) -> None:
+        """They may stand behind commas, as in access.conf, and a comment may follow."""
+        for text in ("7001, 7002:udp,\t 7003", "7001,7002:udp, 7003  # a ; b, 7004"):
+            self.write(STANZA.replace("7001,7002:udp,7003", text))
+            self.assertEqual("", self.knock("-n", "home"))
+            self.assertEqual(HITS, self.sent)
+        words = ["-D", HOST, "--knock-sequence", "7001, 7002:udp, 7003"]
+        self.knock(*words)
+        self.assertEqual(HITS, self.sent)
+        self.knock("-n", "new", "--save-rc-stanza", *words)
+        self.knock("-n", "new")
+        self.assertEqual(HITS, self.sent)
+
+    def test_half_a_sequence_is_never_sent(self) -> None:
+        """Whatever else stands in the line is one error."""
+        for text, number in (("7001;7003", 1), ("7001 ;7003", 1), ("7001, ; 7003", 2),
+                             ("7001 7003", 1), ("7001#7003", 1),
+                             ("7001, 7003#", 2), ("7001 ,7003", 1), ("7001,7003 ;", 2),
+                             ("7001, #7003", 2), ("# 7001", 1)):
+            with self.subTest(text):
+                path = self.write("[home]\nSPA_SERVER 127.0.0.1\nKNOCK_SEQUENCE %s\n" % text)
+                self.assertEqual("%s:3: KNOCK_SEQUENCE: number %d of the ports: %s"
+                                 % (path, number, EXPECTED), self.failure(3, "-n", "home"))
+                self.assertEqual([], self.sent)
 
     def test_test_mode(self) -> None:
         """-T prints the hits, and the packet if there is one; nothing is sent."""
