@@ -1144,7 +1144,7 @@ v  verbose              -         VERBOSE=Y             print each hit
 T  test                 -         test=Y                print the hits, do not send them
 q  quiet                -         quiet=Y
 -  wait                 SECONDS   wait
--  wait-port            PORT      wait_port             the TCP port to try
+-  wait-port            PORT      wait_port             the TCP port: --wait and --exec need it
 -  exec                 -         exec=Y
 -  knock                -         knock=Y               what a link named knock to this file means
 V  version              -         version=Y             print version and SHA-256 of this file
@@ -1191,6 +1191,8 @@ def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], 
         return given, [], command
     if len(others) < 2:
         raise UsageError("expected a host and ports", "--help says more")
+    if "wait_port" not in given and ("wait" in given or command):
+        raise UsageError("expected --wait-port with --" + ("wait" if "wait" in given else "exec"))
     host, ports = others[0], ",".join(others[1:]).split(",")
     if "udp" in given:
         ports = [port if ":" in port else port + ":udp" for port in ports]

@@ -111,8 +111,8 @@ class CommandLineTest(KnockCase):
                 ([HOST, "7", "-d", "30-10"],
                  "-d: expected the lower number first, not '30-10'"),
                 (["", "7"], "HOST: expected a value, not ''"),
-                ([HOST, "7", "--wait", "5"],
-                 "there is no TCP port in -A to wait for (--wait-port names one)"),
+                ([HOST, "7", "--wait", "5"], "expected --wait-port with --wait"),
+                ([HOST, "7", "--exec", "true"], "expected --wait-port with --exec"),
                 ([HOST, "7", "--exec"], "--exec: expected a command behind it"),
                 (["::1", "7", "-4"], ""), ([HOST, "7", "-6"], "")):
             with self.subTest(words):
@@ -187,6 +187,7 @@ class CommandLineTest(KnockCase):
         self.assertTrue(out.startswith("Usage: spa_client.py --knock [options] HOST PORT["), out)
         for option in client.KNOCK_OPTIONS:
             self.assertRegex(out, r" --%s[ \n]" % option.long)
+        self.assertIn("--wait and --exec need it", out)
         names = [option.short or option.long for option in client.KNOCK_OPTIONS]
         self.assertEqual(len(names), len(set(names)))
         known = set(client.ROWS) | {"help", "version", "knock", "udp"}
