@@ -7,7 +7,6 @@ the same knocks: what one line of a table says of knockd and of ours is one pack
 import itertools
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -51,6 +50,31 @@ from tests.support import needs_programs, needs_root
 from tests.test_live_firewall import NFT, Setup, Site
 
 DOOR = "[door]\nsequence = 7000,8000,9000\nseq_timeout = 20\ntcpflags = syn\n"
+
+# What Debian's package has as /etc/knockd.conf.
+PACKAGE = """\
+[options]
+	UseSyslog
+
+[openSSH]
+	sequence    = 7000,8000,9000
+	seq_timeout = 5
+	command     = /sbin/iptables -A INPUT -s %IP% -p tcp --dport 22 -j ACCEPT
+	tcpflags    = syn
+
+[closeSSH]
+	sequence    = 9000,8000,7000
+	seq_timeout = 5
+	command     = /sbin/iptables -D INPUT -s %IP% -p tcp --dport 22 -j ACCEPT
+	tcpflags    = syn
+
+[openHTTPS]
+	sequence    = 12345,54321,24680,13579
+	seq_timeout = 5
+	command     = /usr/local/sbin/knock_add -i -c INPUT -p tcp -d 443 -f %IP%
+	tcpflags    = syn
+
+"""
 
 # Sends one SYN to each port from 1 up, as a scanner does; what comes back is dropped.
 SCAN = """
@@ -147,13 +171,12 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             check,
         )
 
-    @needs_programs("knockd")
     def test_the_file_of_the_package(self) -> None:
         """The doors that knockd comes with open a port and close it again."""
         cable = self.cable()
         client, host = cable.client, cable.server
         server = Knockd(host, NAMED, "")
-        shutil.copy("/etc/knockd.conf", server.conf)
+        write(server.conf, PACKAGE)
         more = ["-g", server.log_file, "-p", server.pid_file, "-i", "eth0"]
         process = host.start(*server.command(), *more)
         process.wait_for("starting up, listening on eth0")
