@@ -676,14 +676,14 @@ def parse_hit(text: str) -> "Tuple[str, int]":
 
 
 def parse_hits(text: str) -> "List[Tuple[str, int]]":
-    """The hits of a knock sequence with commas in between. It is half a secret: no error tells it.
+    """The hits of `7000, 8000:udp`. The sequence is half a secret: no error tells it.
 
     For the server, too, there are at most 32 (knockd spec 1.2).
     """
     hits = []
     for number, item in enumerate(text.split(","), 1):
         try:
-            hits.append(parse_hit(item))
+            hits.append(parse_hit(item.lstrip(" ")))
         except (OSError, ValueError):
             raise ValueError("number %d of the ports: expected PORT, PORT:udp or BYTES:icmp, PORT "
                              "from 1 to 65535 or the name of a service, BYTES up to 1452"
@@ -852,7 +852,8 @@ class Settings:
     wget = optional("WGET_CMD", parse_text, "program to ask it with")
     no_save_args = flag("NO_SAVE_ARGS", "do not write ~/.fwknop.run for -l")
     sequence = optional("KNOCK_SEQUENCE", parse_hits,
-                        "hit these first, or with no keys only: 7000,8000:udp,100:icmp")
+                        "hit these before the packet; without keys, instead of one: "
+                        "7000, 8000:udp, 100:icmp")
     delay = setting("KNOCK_DELAY", parse_delay, "50",
                     "milliseconds after a hit, or a range to draw from: 100-300")
 
@@ -1144,7 +1145,7 @@ v  verbose              -         VERBOSE=Y             print each hit
 T  test                 -         test=Y                print the hits, do not send them
 q  quiet                -         quiet=Y
 -  wait                 SECONDS   wait
--  wait-port            PORT      wait_port             the TCP port to try
+-  wait-port            PORT      wait_port             the TCP port: --wait and --exec need it
 -  exec                 -         exec=Y
 -  knock                -         knock=Y               what a link named knock to this file means
 V  version              -         version=Y             print version and SHA-256 of this file
@@ -1191,6 +1192,8 @@ def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], 
         return given, [], command
     if len(others) < 2:
         raise UsageError("expected a host and ports", "--help says more")
+    if "wait_port" not in given and ("wait" in given or command):
+        raise UsageError("expected --wait-port with --" + ("wait" if "wait" in given else "exec"))
     host, ports = others[0], ",".join(others[1:]).split(",")
     if "udp" in given:
         ports = [port if ":" in port else port + ":udp" for port in ports]
@@ -1319,14 +1322,18 @@ def parse_stanzas(text: str) -> "List[Tuple[str, List[Tuple[int, str]]]]":
 def parse_line(line: str) -> "Tuple[str, str, bool]":
     """Name and value of `NAME value` or `NAME: value`, and whether more than a comment follows.
 
-    The value ends at the first blank, tab, `;` or `#`, also in the middle of a passphrase.
+    The value ends at the first blank, tab, `;` or `#`, also in the middle of a passphrase. Only
+    that of KNOCK_SEQUENCE, which fwknop does not have, goes on up to a blank and `#`: with blanks
+    behind its commas it must not lose its end.
     """
     name, _, value = line.replace("\t", " ").partition(" ")
-    value = value.lstrip(" ")
+    name, value = name[:-1] if name.endswith(":") else name, value.lstrip(" ")
+    if name == "KNOCK_SEQUENCE":
+        return name, value.partition(" #")[0].rstrip(" "), False
     end = min((value.index(mark) for mark in " ;#" if mark in value), default=len(value))
     rest = value[end:]
     suspicious = bool(rest) and (rest[0] != " " or rest.lstrip(" ")[:1] not in ("", ";", "#"))
-    return (name[:-1] if name.endswith(":") else name), value[:end], suspicious
+    return name, value[:end], suspicious
 
 
 def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
@@ -1346,9 +1353,8 @@ def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
             raise ConfigError(path, number, "%s: expected a value" % name)
         if suspicious and name in SECRET_NAMES:
             warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
-                 "follows: %s" % (path, number, name, "no blanks around commas"
-                                  if name == "KNOCK_SEQUENCE" else
-                                  "keys with these characters must be given as base64"))
+                 "follows: keys with these characters must be given as base64"
+                 % (path, number, name))
         given[name] = Given(value, "", path, number)
     return given
 

@@ -19,11 +19,11 @@ import tempfile
 import time
 from typing import Callable, Dict, List, Optional
 
+from tests.knockd import FLOOD as FLOOD_OF_HITS
+from tests.knockd import NAMED, REAL, Knockd
 from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT, SPA_SERVER,
                          Cable, Host, Process, Server, wait_for)
 from tests.support import load_script
-from tests.test_live_knock import FLOOD as FLOOD_OF_HITS
-from tests.test_live_knock import NAMED, REAL, Knockd
 
 ROUNDS = 21
 JUNK_SECONDS = 4.0
@@ -39,17 +39,17 @@ table inet filter {
 }
 """
 
-# Sends each packet, then probes until the UDP port that it opens answers; prints milliseconds.
+# Behind SEND_PACKET or SEND_HITS: for each line sends what it says from an address, then probes
+# until the UDP port that this opens answers; prints milliseconds.
 OPENED = """
 import select, socket, sys, time
-server, knock_port = sys.argv[1], int(sys.argv[2])
+server = sys.argv[1]
 for line in sys.stdin:
-    port, packet = line.split()
-    knocker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    source, port, knock = line.split()
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe.bind((source, 0))
     probe.connect((server, int(port)))
-    begin = time.perf_counter()
-    knocker.sendto(packet.encode(), (server, knock_port))
+    begin = send(source, knock)
     while time.perf_counter() < begin + 5:
         try:
             probe.send(b"x")
@@ -64,33 +64,24 @@ for line in sys.stdin:
     time.sleep(0.2)
 """
 
-# Hits ports 7000, 8000, 9000 from each address, then probes UDP port 20000; prints milliseconds.
-KNOCKED = """
-import select, socket, sys, time
-server = sys.argv[1]
-for source in sys.argv[2:]:
-    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    probe.bind((source, 0))
-    probe.connect((server, 20000))
-    for port in (7000, 8000, 9000):
+# These send, and return when they began with the last.
+SEND_PACKET = """
+def send(source, packet):
+    knocker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    begin = time.perf_counter()
+    knocker.sendto(packet.encode(), (server, 62201))
+    return begin
+"""
+SEND_HITS = """
+def send(source, ports):
+    for port in ports.split(","):
         hit = socket.socket()
         hit.setblocking(False)
         hit.bind((source, 0))
         begin = time.perf_counter()
-        hit.connect_ex((server, port))
+        hit.connect_ex((server, int(port)))
         hit.close()
-    while time.perf_counter() < begin + 5:
-        try:
-            probe.send(b"x")
-            if select.select([probe], [], [], 0.0002)[0]:
-                probe.recv(10)
-                print("%.3f" % ((time.perf_counter() - begin) * 1000), flush=True)
-                break
-        except ConnectionRefusedError:
-            pass
-    else:
-        print("never", flush=True)
-    time.sleep(0.2)
+    return begin
 """
 
 # Answers UDP datagrams on a range of ports.
@@ -198,18 +189,23 @@ def start_fwknopd(host: Host, udp: bool) -> Process:
     return process
 
 
-def measure_open(cable: Cable) -> float:
-    """Milliseconds from the knock to the first answer of the port, median."""
-    ports = range(20000, 20000 + ROUNDS)
-    echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, ports[0], ports[-1] + 1)
+def measure(cable: Cable, send: str, knocks: List[str]) -> float:
+    """Milliseconds from the end of each knock to the first answer of the port, median."""
+    echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, 20000, 20000 + ROUNDS)
     echo.wait_for("ready")
-    packets = "".join("%d %s\n" % (port, make_packet("udp/%d" % port)) for port in ports)
-    answers = cable.client.run(sys.executable, "-I", "-S", "-c", OPENED, SERVER4, 62201,
-                               input=packets).split()
+    answers = cable.client.run(sys.executable, "-I", "-S", "-c", send + OPENED, SERVER4,
+                               input="".join(knocks)).split()
     echo.end(signal.SIGKILL)
     if "never" in answers or len(answers) != ROUNDS:
         raise AssertionError("not all knocks opened: %s" % answers)
     return median([float(answer) for answer in answers])
+
+
+def measure_open(cable: Cable) -> float:
+    """The same for packets, each for a port of its own."""
+    return measure(cable, SEND_PACKET, [
+        "%s %d %s\n" % (CLIENT4, port, make_packet("udp/%d" % port))
+        for port in range(20000, 20000 + ROUNDS)])
 
 
 def bench_open() -> None:
@@ -255,17 +251,12 @@ FIRST_HITS, HIT_SECONDS = 5000, 4.0  # a second, and how many seconds
 
 
 def measure_knock(cable: Cable) -> float:
-    """Milliseconds from the last of three hits to the first answer of the port, median."""
+    """The same for three hits, each time from an address of its own."""
     sources = ["10.55.0.%d" % (number + 20) for number in range(ROUNDS)]
     for source in sources:
         cable.client.run("ip", "addr", "add", source + "/24", "dev", "eth0")
-    echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, 20000, 20001)
-    echo.wait_for("ready")
-    answers = cable.client.run(sys.executable, "-I", "-S", "-c", KNOCKED, SERVER4,
-                               *sources).split()
-    if "never" in answers or len(answers) != ROUNDS:
-        raise AssertionError("not all sequences opened: %s" % answers)
-    return median([float(answer) for answer in answers])
+    return measure(cable, SEND_HITS,
+                   [source + " 20000 7000,8000,9000\n" for source in sources])
 
 
 def bench_knock() -> None:

@@ -485,7 +485,9 @@ class RcFile(Case):
                 ("KEY ab:c", "KEY", "ab:c", False), ("KEY = abc", "KEY", "=", True),
                 ("KEY : abc", "KEY", ":", True), ("KEY", "KEY", "", False),
                 ("KEY:abc", "KEY:abc", "", False), ('KEY "a"', "KEY", '"a"', False),
-                ("KEY \xa0a", "KEY", "\xa0a", False)):
+                ("KEY \xa0a", "KEY", "\xa0a", False),
+                ("KNOCK_SEQUENCE: 7,\t8 # x", "KNOCK_SEQUENCE", "7, 8", False),
+                ("KNOCK_SEQUENCE 7;8", "KNOCK_SEQUENCE", "7;8", False)):
             self.assertEqual(client.parse_line(line), (name, value, suspicious), line)
 
     def test_good_lines(self) -> None:
