@@ -7325,6 +7325,7 @@ def serve(arguments: Arguments, log: Log) -> int:
         configuration = read_configuration(arguments, directory)
         open_gpg(configuration.settings, configuration.stanzas)
         if configuration.knockd:
+            log.level = DEBUG if configuration.settings.verbose else INFO
             direct_log(log, configuration.knockd.options, directory)
         return configuration
 
