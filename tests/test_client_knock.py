@@ -4,7 +4,6 @@ import os
 import socket
 import struct
 import subprocess
-import time
 import unittest
 from typing import Any, List, Set, Tuple
 from unittest import mock
@@ -452,7 +451,7 @@ class WaitTest(Case):
 
     def test_again_until_it_opens(self) -> None:
         """The whole sequence, also a second time when the first one got lost."""
-        with Door(4) as door:
+        with Door(4) as door, mock.patch.object(client, "TRY_SECONDS", 0.2):
             ports = [door.options[-1] + ":udp"] * 2
             code, out, err = self.run_main("--knock", HOST, *ports, "--wait", "60",
                                            "--wait-port", door.port)
@@ -472,6 +471,7 @@ class WaitTest(Case):
         """Connections that are on their way are given up before it is hit again."""
         open_now = []  # type: List[int]
         links = []  # type: List[Any]
+        now = 0.0
 
         def connect(*_: Any) -> Any:
             links.append(socket.socket())  # never writable: select is told so
@@ -480,14 +480,21 @@ class WaitTest(Case):
         def knock() -> None:
             open_now.append(sum(link.fileno() >= 0 for link in links))
 
+        def sleep(seconds: float) -> None:
+            nonlocal now
+            now += max(seconds, 0.001)
+
         def select(*_: Any) -> Tuple[List[Any], List[Any], List[Any]]:
-            time.sleep(0.02)
+            sleep(0.02)
             return [], [], []
 
         with mock.patch.object(client, "open_socket", connect), \
                 mock.patch.object(client, "TRY_SECONDS", 1.0), \
+                mock.patch.object(client.time, "monotonic", lambda: now), \
+                mock.patch.object(client.time, "sleep", sleep), \
                 mock.patch("select.select", select):
             for alone in (True, False):
+                now = 0.0
                 open_now.clear()
                 self.assertEqual((None, 0), client.wait_until_open(
                     [(socket.AF_INET, (HOST, 9))], 2, knock, alone))

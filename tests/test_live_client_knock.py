@@ -1,11 +1,13 @@
 """Our client's hits: on the wire as those of the real `knock`, for knockd, and for our server."""
 
+import itertools
 import os
 import signal
 import sys
 import unittest
 from typing import Any, List, Tuple
 
+from tests.knockd import read, write
 from tests.netns import (CLIENT4, CLIENT6, KEYS, SERVER4, SERVER6, SPA_CLIENT, STANZA, Cable,
                          Server, wait_for)
 from tests.support import TOP, needs_programs, needs_root
@@ -52,29 +54,45 @@ class Wire:
     """What the server's kernel gets from the client: tcpdump's idea of it."""
 
     def __init__(self, cable: Cable) -> None:
-        self.cable = cable
+        self.client = cable.client
         self.dump = cable.server.start(
-            "tcpdump", "-l", "-n", "-x", "-Q", "in", "-i", "eth0",
+            "tcpdump", "-l", "--immediate-mode", "-n", "-x", "-Q", "in", "-i", "eth0",
             "tcp or udp or icmp[icmptype] == icmp-echo or (icmp6 and ip6[40] == 128)")
         self.dump.wait_for("listening on eth0")
 
-    def seen(self, address: str, start: int) -> List[Seen]:
-        """What came since `start`, when a SYN has come twice that was sent after it.
+    def mark(self) -> None:
+        """Let a part end here."""
+        self.client.send(SERVER4, LATER, "end")
 
-        The client's kernel has by then repeated all that it would ever repeat so early.
+    def packets(self) -> List[Seen]:
+        """What has come so far, but for the last one, which may be half written."""
+        return [decode(bytes.fromhex("".join(
+            "".join(line.split()[1:]) for line in block.splitlines() if "\t0x" in line)))
+            for block in self.dump.output().split(" IP")[1:-1]]
+
+    def parts(self, count: int) -> List[List[Seen]]:
+        """What came up to each of so many marks, and what came after them.
+
+        That is known when a SYN has come twice that was sent after them all: the client's kernel
+        has by then repeated all that it would ever repeat so early.
         """
-        packets = []  # type: List[Seen]
+        later = (TCP, LATER, SYN)
 
-        def done() -> bool:
-            blocks = self.dump.output(start).split(" IP")[1:]
-            packets[:] = [decode(bytes.fromhex("".join(
-                "".join(line.split()[1:]) for line in block.splitlines() if "\t0x" in line)))
-                for block in blocks[:-1]]  # the last one may be half written
-            return sum(port == LATER for _, port, _, _ in packets) >= 2
+        def repeated() -> bool:
+            """Send one, and a mark to be the packet that may be half written."""
+            self.client.reaches(SERVER4, LATER, seconds=1.5)
+            self.mark()
+            return sum(hit[:3] == later for hit in self.packets()) >= 2
 
-        while not done():
-            self.cable.client.reaches(address, LATER, seconds=1.5)
-        return [packet for packet in packets if packet[1] != LATER]
+        wait_for(repeated, "a SYN that is sent again")
+        parts = [[]]  # type: List[List[Seen]]
+        for hit in self.packets():
+            if hit[:2] == (UDP, LATER):
+                parts.append([])
+            elif hit[:3] != later:
+                parts[-1].append(hit)
+        assert len(parts) > count, parts
+        return parts[:count] + [[hit for part in parts[count:] for hit in part]]
 
 
 @needs_root
@@ -86,60 +104,69 @@ class WireTest(unittest.TestCase):
         self.cable = Cable()
         self.addCleanup(self.cable.close)
         self.client = self.cable.client
-        self.cable.server.listen(7777)
+        self.cable.server.listen(*range(7771, 7775))
         self.cable.server.run(
             "nft", "-f", "-", input="table inet t { chain c { type filter hook input priority 0; "
-            "tcp dport != 7777 drop; udp dport 1-9999 drop; }; }")
+            "tcp dport != 7771-7774 drop; udp dport 1-9999 drop; }; }")
         self.wire = Wire(self.cable)
 
-    def hits(self, program: List[str], address: str, *words: str) -> List[Seen]:
-        """What a command line puts on the wire, in order."""
-        mark = self.wire.dump.mark()
+    def hit(self, program: List[str], address: str, *words: str) -> None:
+        """Run a command line, which is to put a part on the wire."""
         self.client.run(*program, address, *words)
-        return self.wire.seen(address, mark)
+        self.wire.mark()
 
     def test_dropped(self) -> None:
         """One SYN with the kernel's options, none repeated; one byte of UDP; both families."""
-        for address in (SERVER4, SERVER6):
-            for words in (["7000", "8000:udp", "9000:tcp", "7000"], ["-u", "8001", "8002"]):
-                with self.subTest(address=address, words=words):
-                    theirs = self.hits(THEIRS, address, *words)
-                    ours = self.hits(OURS, address, *words)
-                    self.assertEqual(theirs, ours)
-                    ports = [int(word.partition(":")[0]) for word in words if word != "-u"]
-                    self.assertEqual(ports, [port for _, port, _, _ in ours])
-                    for protocol, _, flags, rest in ours:
-                        self.assertIn((protocol, flags), ((TCP, SYN), (UDP, 0)))
-                        if protocol == UDP:
-                            self.assertEqual(b"\0", rest)
+        cases = list(itertools.product(ADDRESSES, (
+            ["7000", "8000:udp", "9000:tcp", "7000"], ["-u", "8001", "8002"])))
+        for address, words in cases:
+            for program in (THEIRS, OURS):
+                self.hit(program, address, *words)
+        *parts, rest = self.wire.parts(2 * len(cases))
+        self.assertEqual([], rest)
+        for (address, words), theirs, ours in zip(cases, parts[::2], parts[1::2]):
+            with self.subTest(address=address, words=words):
+                self.assertEqual(theirs, ours)
+                ports = [int(word.partition(":")[0]) for word in words if word != "-u"]
+                self.assertEqual(ports, [port for _, port, _, _ in ours])
+                for protocol, _, flags, data in ours:
+                    self.assertIn((protocol, flags), ((TCP, SYN), (UDP, 0)))
+                    if protocol == UDP:
+                        self.assertEqual(b"\0", data)
 
     def test_open(self) -> None:
         """Where something listens, it is one SYN as well; the rest is up to who is faster."""
-        for address in (SERVER4, SERVER6):
-            for program in (THEIRS, OURS):
-                with self.subTest(address=address, program=program):
-                    flags = [hit[2] for hit in self.hits(program, address, "7777")]
-                    self.assertEqual((SYN, 1), (flags[0], flags.count(SYN)))
+        cases = list(enumerate(itertools.product(ADDRESSES, (THEIRS, OURS)), 7771))
+        for port, (address, program) in cases:
+            self.hit(program, address, str(port))
+        hits = [hit for part in self.wire.parts(len(cases)) for hit in part]
+        for port, case in cases:
+            with self.subTest(case):
+                flags = [hit[2] for hit in hits if hit[1] == port]
+                self.assertEqual((SYN, 1), (flags[0], flags.count(SYN)))
 
     def test_icmp(self) -> None:
         """Echo requests, from root and from who may only ping; else an error and no hit at all."""
-        weak = ["setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw"]
-        for address, protocol, kind in ((SERVER4, ICMP, 8), (SERVER6, ICMP6, 128)):
-            expected = [(TCP, 7000), (protocol, kind), (protocol, kind)]
-            words = ["7000", "100:icmp", ":icmp"]
+        weak = ["setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw", *OURS]
+        words = ["7000", "100:icmp", ":icmp"]
+        for address in ADDRESSES:
             self.client.run("sysctl", "-w", "net.ipv4.ping_group_range=1 0")  # nobody
-            with self.subTest(address):
-                for program in (OURS, weak + OURS):
-                    if program is not OURS:
-                        mark = self.wire.dump.mark()
-                        code, said = self.client.run_code(*program, address, *words)
-                        self.assertEqual(1, code)
-                        self.assertIn("net.ipv4.ping_group_range", said)
-                        self.assertEqual([], self.wire.seen(address, mark))
-                        self.client.run("sysctl", "-w", "net.ipv4.ping_group_range=0 0")
-                    hits = self.hits(program, address, *words)
-                    self.assertEqual(expected, [hit[:2] for hit in hits])
-                    self.assertEqual([bytes(100), bytes(56)], [hit[3] for hit in hits[1:]])
+            self.hit(OURS, address, *words)
+            code, said = self.client.run_code(*weak, address, *words)
+            self.assertEqual(1, code)
+            self.assertIn("net.ipv4.ping_group_range", said)
+            self.wire.mark()
+            self.client.run("sysctl", "-w", "net.ipv4.ping_group_range=0 0")
+            self.hit(weak, address, *words)
+        *parts, rest = self.wire.parts(6)
+        self.assertEqual([], rest)
+        for place, kinds in ((0, (ICMP, 8)), (3, (ICMP6, 128))):
+            expected = [(TCP, 7000), kinds, kinds]
+            with self.subTest(kinds):
+                for hits, right in zip(parts[place:], (expected, [], expected)):
+                    self.assertEqual(right, [hit[:2] for hit in hits])
+                    self.assertEqual([bytes(100), bytes(56)][:len(right)],
+                                     [hit[3] for hit in hits[1:]])
 
     def test_no_route(self) -> None:
         """An error, where `knock` ends with 0."""
@@ -160,25 +187,18 @@ class KnockCase(ReachCase):
 
     def named(self, text: str, *words: str, **options: Any) -> Tuple[int, str]:
         """Exit code and output of our client with this rc file and its stanza [home]."""
-        path = self.client.path("rc")
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(text)
+        path = write(self.client.path("rc"), text)
         program = [word for word in SPA_CLIENT if word != "--no-rc-file"]
         return self.client.run_code(*program, "--rc-file", path, "-n", "home", *words, **options)
 
     def write_knockd_conf(self, more: str = "") -> str:
         """The path of a knockd.conf, whose sequence may have more steps before the last."""
-        self.log, path = self.host.path("log"), self.host.path("knockd.conf")
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(KNOCKD % (self.log, more))
-        return path
+        self.log = self.host.path("log")
+        return write(self.host.path("knockd.conf"), KNOCKD % (self.log, more))
 
     def read_log(self) -> str:
-        """What the log of knockd.conf says; it may not be there yet."""
-        if not os.path.exists(self.log):
-            return ""
-        with open(self.log) as file:
-            return file.read()
+        """What the log of knockd.conf says."""
+        return read(self.log)
 
     def wait_door(self, source: str, count: int) -> None:
         """Wait until the door has opened so often for an address."""
