@@ -898,6 +898,7 @@ class Settings:
             self.allow_ip = RESOLVE
         self.only_knocks = self.sequence is not None and not (
             self.mode == GPG or self.stdin or self.fd is not None
+            or "USE_HMAC" in given or "ALLOW_IP" in given  # which only packets have
             or any(name in given for sources in KEY_SOURCES for name in sources))
 
     def check(self) -> None:

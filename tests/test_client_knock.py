@@ -217,6 +217,14 @@ class StanzaTest(KnockCase):
         self.knock("-n", "home")
         self.assertEqual(HITS, self.sent)
 
+    def test_a_key_that_is_missing(self) -> None:
+        """Where other directives are a packet's, its key is asked for: a mistake sends nothing."""
+        for line in ("USE_HMAC Y\n", "ALLOW_IP 192.0.2.7\n"):
+            self.write(STANZA + "ACCESS tcp/22\n" + line)
+            self.sent.clear()
+            code, _, err = self.run_main("-n", "home")
+            self.assertEqual((False, []), (code == 0, self.sent), err)
+
     def test_then_a_packet(self) -> None:
         """With keys it follows, after a pause; wherever the keys come from."""
         text = STANZA + "ACCESS tcp/22\nALLOW_IP 192.0.2.7\n"
