@@ -852,8 +852,7 @@ class Settings:
     wget = optional("WGET_CMD", parse_text, "program to ask it with")
     no_save_args = flag("NO_SAVE_ARGS", "do not write ~/.fwknop.run for -l")
     sequence = optional("KNOCK_SEQUENCE", parse_hits,
-                        "hit these before the packet; without keys, instead of one: "
-                        "7000, 8000:udp, 100:icmp")
+                        "hit these before the packet; without keys, instead of one")
     delay = setting("KNOCK_DELAY", parse_delay, "50",
                     "milliseconds after a hit, or a range to draw from: 100-300")
 
