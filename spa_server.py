@@ -5394,6 +5394,15 @@ def grant_words(grant: Grant) -> str:
     return "%s %s%d" % (grant.door.describe(), MARK, grant.expires)
 
 
+def find_opener(openers: Dict[str, str], grant: Grant) -> str:
+    """Who opened a grant; what a kernel says of its end may be a second off."""
+    for shift in (0, 1, -1):
+        opener = openers.get(grant_words(grant._replace(expires=grant.expires + shift)))
+        if opener:
+            return opener
+    return "-"
+
+
 def read_openers(path: str) -> Dict[str, str]:
     """Who opened grants, by their words; nothing where no server has written it."""
     try:
@@ -7153,7 +7162,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
         lines.append("%-4d %-10s %-4s --  %-20s %-20s %s dpt:%s /* %s%d */%s %d seconds left, %s"
                      % (number, target, protocol, source, destination, protocol, port, MARK,
                         grant.expires, extra, max(0, grant.ends - now),
-                        openers.get(grant_words(grant), "-")))
+                        find_opener(openers, grant)))
     return "\n".join(lines)
 
 

@@ -355,6 +355,7 @@ class SignalTest(ControlTest):
         self.client.run(*FWKNOP, *KEYS, *options, "-B", path, "-T")
         with open(path) as file:
             packet = file.read().strip()
+        made = int(time.time())
         mark = server.mark()
         self.client.send(SERVER4, 62201, packet)
         server.wait_for(" opened ", mark)
@@ -364,6 +365,7 @@ class SignalTest(ControlTest):
         server.wait_for("Replay detected", mark)
         self.assertEqual(["digest.cache", "fwknopd.pid"], self.state(server))
         server.stop()
+        wait_for(lambda: int(time.time()) > made, "the next second, in which a memory can begin")
         server.start("--rotate-digest-cache")
         self.assertEqual(["digest.cache", "digest.cache-old", "fwknopd.pid"], self.state(server))
         self.client.send(SERVER4, 62201, packet)

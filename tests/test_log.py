@@ -4,6 +4,7 @@ Each line is fwknop spec 3.10's, whole, or with words of ours after it where a r
 real fwknopd writes the same is shown by tests/test_live_control.py.
 """
 
+import ipaddress
 import os
 import re
 import signal
@@ -229,6 +230,15 @@ class LifeLineTest(LogCase):
 
 class OpenersTest(LogCase):
     """The file from which --fw-list knows who opened what."""
+
+    def test_an_end_that_is_a_second_off(self) -> None:
+        """The kernel's time and ours are rounded at different moments; two seconds are another."""
+        door = server.Door(ipaddress.ip_network("10.55.0.2/32"), None, "tcp", 22)
+        grant = server.Grant(door, 1000, 0.0)
+        openers = {server.grant_words(grant): "stanza #1, user 'joe'"}
+        found = [server.find_opener(openers, grant._replace(expires=expires)).split(",")[0]
+                 for expires in range(998, 1003)]
+        self.assertEqual(["-", "stanza #1", "stanza #1", "stanza #1", "-"], found)
 
     def knock(self, made: Any, count: int, user: str) -> None:
         """Open a port for as many addresses, one after the other."""
