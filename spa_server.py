@@ -1821,10 +1821,13 @@ SWEEP_SECONDS = 0.1  # between two looks at all of these
 def parse_steps(text: str) -> Tuple[Step, ...]:
     """`7000, 8000:udp, 100:icmp`: an echo request with 100 data bytes; `:icmp` takes any.
 
-    A comment may follow, as knockd reads a number up to where it ends.
+    A comment may follow a blank, as knockd reads a number up to where it ends. Without the blank it
+    would be half a sequence.
     """
     steps = []
-    for item in text.partition("#")[0].split(","):
+    listed, mark, _ = text.partition("#")
+    expect(not mark or listed[-1:] in ("", " ", "\t"), "a blank before the # of a comment")
+    for item in listed.split(","):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
         number = STEP_PROTOCOLS.get(protocol if colon else "tcp")
         sized = number == ICMP and (port in ("", "0") or (is_port(port) and int(port) <= MAX_ECHO))
@@ -1858,9 +1861,9 @@ class Sequence:
     `seconds` is the time from the first step to the last. `flags` says which TCP segments count;
     all others are not seen. A wrong step ends an attempt, and is tried as a first one. What is
     wrong: another port of this sequence; if `strict`, any port of its protocols, also one of
-    another sequence. A step that comes again is none, since hosts send their SYN
-    again; if `exact` it is wrong. Under a flood of first steps only the oldest of these are
-    forgotten, and nobody who is further on.
+    another sequence. A step that comes again is none, since hosts send their SYN again; if `exact`
+    it is wrong. Under a flood of first steps only the oldest of these are forgotten, and nobody who
+    is further on.
     """
 
     def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
@@ -5417,9 +5420,9 @@ def read_openers(path: str) -> Dict[str, str]:
 # 22. Commands
 #
 # Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
-# open and close in place of the firewall (CMD_CYCLE). The server never waits for one. No kernel
-# ends what a command opened, so a dead man's switch is set first: a process that closes it,
-# should this server not live to do so.
+# open and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors). The
+# server never waits for one. No kernel ends what a command opened, so a dead man's switch is
+# set first: a process that closes it, should this server not live to do so.
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -5644,7 +5647,7 @@ class Commands:
             child.output.close()
 
     def finish(self, child: Child) -> None:
-        """Logs the output and the end of a command that has ended, in fwknop's words."""
+        """Logs the output and the end of a command that has ended, in its cycle's words."""
         self.running.remove(child)
         self.read(child, last=not child.cycle.waits)
         self.survived = [each for each in self.survived + [child] if not each.output.closed]
@@ -5709,8 +5712,9 @@ class Commands:
             self.end_switch(cycle)
             raise
         finally:
-            for end in filter(None, pipe):
-                os.close(end)
+            for end in pipe:
+                if end is not None:  # which 0 is not either
+                    os.close(end)
         if known:
             self.end_switch(known)
         if cycle.closing.words:
@@ -5828,11 +5832,11 @@ class Configuration(NamedTuple):
     def listenings(self) -> List[Listening]:
         """The sequences of stanzas and of knockd's doors, and where to listen for them."""
         found = [Listening((self.settings.interface,),
-                        [stanza.sequence for stanza in self.stanzas if stanza.sequence],
-                        self.four_only)]
+                           [stanza.sequence for stanza in self.stanzas if stanza.sequence],
+                           self.four_only)]
         if self.knockd:
             found.append(Listening(self.knockd.options.interfaces,
-                                [door.sequence for door in self.knockd.doors], self.four_only))
+                                   [door.sequence for door in self.knockd.doors], self.four_only))
         return found
 
     @property

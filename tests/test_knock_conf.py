@@ -30,7 +30,7 @@ STEPS = (
 BAD_STEPS = ("", ",", "7000,", ",7000", "7000,,8000", "0", "65536", "70000", "-1", "+1", "1.5", "x",
              "ssh", "7000:", "7000:sctp", "7000:udp:x", "7000:ud p", "7000;8000", "7000 8000",
              ":tcp", ":udp", "1453:icmp", "65507:icmp", "-1:icmp", "x:icmp", "\xb2", "\xb2:icmp",
-             "000001", "7000\0", PORTS, "# 7000", "tcp/7000")
+             "000001", "7000\0", PORTS, "# 7000", "tcp/7000", "7000#9000")
 FLAGS = (("", (0, 0)), ("syn", (2, 2)), ("SYN,!Ack", (18, 2)), ("!syn", (2, 0)),
          ("fin,syn,rst,psh,ack,urg", (63, 63)), ("syn,!syn", (2, 0)), ("!syn,syn", (2, 2)))
 BAD_FLAGS = ("syn, ack", " syn", "! syn", "syn|ack", "ece", "cwr", "!", "!!syn", "syn,", ",", "x",
@@ -54,7 +54,7 @@ class ParserTest(ConfigCase):
                     server.parse_steps(text)
                 self.assertIn(str(caught.exception), (
                     "expected ports such as `7000, 8000:udp, 100:icmp`",
-                    "expected at most 32 ports"))
+                    "expected at most 32 ports", "expected a blank before the # of a comment"))
 
     def test_flags(self) -> None:
         """Set, clear, in any case; the last of two wins; none at all."""
