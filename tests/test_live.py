@@ -235,7 +235,8 @@ class MatrixTest(unittest.TestCase):
                 line = self.server.wait_for("user 'user%d' (" % case.number, start)
                 self.assertEqual(
                     "(stanza #%d) user 'user%d' (client 3.0.0) opened %s -> 0.0.0.0/0 tcp/%d "
-                    "for %d seconds" % (case.number, case.number, CLIENT4, case.port, case.seconds),
+                    "for %d seconds; --test mode enabled, skipping firewall manipulation"
+                    % (case.number, case.number, CLIENT4, case.port, case.seconds),
                     line,
                 )
 
