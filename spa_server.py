@@ -5340,11 +5340,15 @@ class Grants:
             self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
                           % (self.firewall.describe(grant.door), grant.expires, grant.door))
 
-    def check(self) -> None:
-        """Puts back what somebody took from the firewall: first our rules, then what is due."""
+    def check(self) -> bool:
+        """Puts back what somebody took from the firewall: first our rules, then what is due.
+
+        Returns whether nothing was missing.
+        """
         if not self.firewall.keeps:
-            return
-        if not self.firewall.intact():
+            return True
+        intact = self.firewall.intact()
+        if not intact:
             self.log.warning("Somebody changed our rules in the firewall (%s); putting them back"
                              % self.firewall.describe())
             self.firewall.prepare()
@@ -5359,6 +5363,7 @@ class Grants:
             self.firewall.open(lost[start:start + OPEN_AT_ONCE], [])
         if lost:
             self.log.warning("Put back %d grants that somebody took from the firewall" % len(lost))
+        return intact and not lost
 
     def flush(self) -> None:
         """Closes everything, also what this server does not know of.
@@ -6360,6 +6365,7 @@ def internal_error(error: Exception) -> PacketRejected:
 
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
+CHECK_SHARE = 0.25  # of the time goes into that, unless there is something to put back
 
 
 class Server(KnockGate):
@@ -6372,7 +6378,7 @@ class Server(KnockGate):
         self.since = time.time()
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
-        self.check_due = 0.0
+        self.check_due = self.check_rest = 0.0  # when the next look is due, and not before when
         self.check_wait = RETRY_SECONDS
         self.running, self.exit_code = True, 0
 
@@ -6455,28 +6461,33 @@ class Server(KnockGate):
 
     def hear_firewall(self) -> None:
         """Somebody changed the firewall: it is looked at soon, and once for a series of changes."""
+        changed = False
         try:
             while self.firewall_events is not None:
                 for _, port, _ in netlink_messages(self.firewall_events.recv(65536)):
-                    if port != self.grants.firewall.netlink_port:
-                        due = time.monotonic() + SETTLE_SECONDS
-                        self.check_due = min(self.check_due, due)
+                    changed = changed or port != self.grants.firewall.netlink_port
         except BlockingIOError:
             pass
         except OSError:  # more was announced than fits
-            self.check_due = 0.0
+            changed = True
+        if changed:
+            due = max(time.monotonic() + SETTLE_SECONDS, self.check_rest)
+            self.check_due = min(self.check_due, due)
 
     def check_firewall(self) -> None:
         """Puts back what somebody took from the firewall; what fails is tried again."""
+        began = time.monotonic()
         try:
-            self.grants.check()
+            all_well = self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
             drain_socket(self.firewall_events)  # what the attempt itself announced
             self.check_due = time.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
         else:
-            self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+            now = time.monotonic()
+            self.check_due = now + self.grants.firewall.poll_seconds
+            self.check_rest = now + (now - began) * (1 / CHECK_SHARE - 1) * all_well
             self.check_wait = RETRY_SECONDS
 
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import types
 import unittest
+from functools import partial
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
@@ -1198,6 +1199,33 @@ class LifeTest(ServerCase):
         self.knock(made, port)
         self.assertEqual(1, len(self.firewall.doors()))
         self.assertEqual(port, made.settings.udp_port)
+
+    def test_a_firewall_that_takes_long_to_read(self) -> None:
+        """Is read again the later for it, so that packets have most of the time; but soon if it is
+        read quickly, or if something was missing.
+        """
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        made.firewall_events.close()
+        made.firewall_events, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(kernel.close)
+        self.addCleanup(made.firewall_events.close)
+        made.firewall_events.setblocking(False)
+        self.firewall.netlink_port = 55
+
+        def check(seconds: float, all_well: bool) -> bool:
+            self.clock.pass_seconds(seconds)
+            return all_well
+
+        for seconds, all_well, wait in ((0.01, True, server.SETTLE_SECONDS), (2, True, 6.0),
+                                        (2, False, server.SETTLE_SECONDS)):
+            with mock.patch.object(server.time, "monotonic", self.clock.mono), \
+                    mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
+                made.check_firewall()
+                for port in (55, 77):  # the first is ours
+                    self.assertEqual(server.POLL_SECONDS, made.check_due - self.clock.mono())
+                    kernel.send(struct.pack("=IHHII", 16, 0, 0, 0, port))
+                    made.hear_firewall()
+                self.assertAlmostEqual(wait, made.check_due - self.clock.mono())
 
     def test_stop(self) -> None:
         """Closes all grants, unless FLUSH_IPT_AT_EXIT is N."""
