@@ -1,10 +1,12 @@
 """Speed, side by side with the peers that are installed, in one run on one machine.
 
     sudo python3 -m tests.bench            all rows
-    sudo python3 -m tests.bench client     one of: open junk knock client proxy start
+    sudo python3 -m tests.bench client     one of: open junk flood many knock client proxy start
 
-`knock` is for knock sequences, ours beside knockd: from the last of three SYNs to the first answer,
-and the CPU for each first hit of a flood from many addresses.
+`flood` counts the honest packets that open, each sent once, while junk comes. `many` is for 1,000
+stanzas and for thousands of grants: what the next one costs, and how late the last is closed when
+1,000 end together. `knock` is for knock sequences, ours beside knockd: from the last of three SYNs
+to the first answer, and the CPU for each first hit of a flood from many addresses.
 
 Each row prints medians, and for the peers the ratio to ours. Machines are noisy: compare ratios,
 and numbers of one run only. Traffic stays in network namespaces that are made for it.
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from typing import Callable, Dict, List, Optional
 
 from tests.knockd import FLOOD as FLOOD_OF_HITS
@@ -116,6 +119,26 @@ while time.monotonic() < end:
 print(sent)
 """
 
+# The same, so many a second, until it is ended.
+PACED_FLOOD = """
+import socket, sys, time
+packets = [line.strip().encode() for line in sys.stdin]
+flood = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+flood.connect((sys.argv[1], 62201))
+rate, begin, sent = int(sys.argv[2]), time.monotonic(), 0
+print("ready", flush=True)
+while True:
+    if sent < rate * (time.monotonic() - begin):
+        for packet in packets[:50]:
+            try:
+                flood.send(packet)
+            except OSError:
+                pass
+        sent += 50
+    else:
+        time.sleep(0.0005)
+"""
+
 # Takes connections on two ports: fills those on the first, empties those on the second.
 PIPE = """
 import socket, sys, threading
@@ -165,11 +188,11 @@ def show(title: str, rows: Dict[str, Optional[float]], unit: str) -> None:
     sys.stdout.flush()
 
 
-def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY) -> str:
-    """An SPA packet of our client's, made now."""
+def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY, seconds: int = 0) -> str:
+    """An SPA packet of our client's, made now, that asks to open for so long."""
     client = load_script("spa_client")
-    message = client.Message(client.random_digits(), "bench", int(time.time()), 1,
-                             "%s,%s" % (CLIENT4, access))
+    message = client.Message(client.random_digits(), "bench", int(time.time()), 3 if seconds else 1,
+                             "%s,%s" % (CLIENT4, access), "", seconds)
     plaintext = client.add_digest(client.encode_message(message), "SHA256")
     data = client.encrypt_salted("CBC", key.encode(), os.urandom(8), plaintext)
     return str(client.seal(data, hmac_key.encode(), "SHA256"))
@@ -322,25 +345,34 @@ def cpu_seconds(pid: int) -> float:
 
 def bench_junk() -> None:
     """CPU for a packet that opens nothing, when more come than can be looked at."""
-    wrong = "\n".join(make_packet("tcp/22", hmac_key="wrong") for _ in range(200))
     garbage = "\n".join("!" + os.urandom(100).hex() for _ in range(200))
-    for title, packets in (("wrong key", wrong), ("garbage", garbage)):
-        rows: Dict[str, Optional[float]] = {}
-        for name, config in (("spa_server.py, packet socket", ""),
-                             ("spa_server.py, UDP server", "ENABLE_UDP_SERVER Y;\n")):
-            with Cable() as cable:
-                server = Server(cable.server, "FIREWALL_TYPE none;\n" + config, STANZA).start()
-                pid = server.running().popen.pid
-                before = cpu_seconds(pid)
-                cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, JUNK_SECONDS,
-                                 input=packets)
-                wait_until_idle(pid)
-                used = cpu_seconds(pid) - before
-                server.stop()
-                seen = server.wait_for("Packets seen: ").partition("rejected: ")[2].split()
-                rows[name] = used / int(seen[0]) * 1e6
+    for title, packets in (("wrong key", wrong_keys()), ("garbage", garbage)):
+        rows: Dict[str, Optional[float]] = {
+            name: junk_ours(packets, config, STANZA) for name, config in (
+                ("spa_server.py, packet socket", ""),
+                ("spa_server.py, UDP server", "ENABLE_UDP_SERVER Y;\n"))}
         rows["fwknopd, UDP server"] = junk_fwknopd(packets) if shutil.which("fwknopd") else None
         show("CPU for a junk packet (%s), saturated" % title, rows, "us")
+
+
+def wrong_keys() -> str:
+    """Packets of the right form that nobody's keys have made."""
+    return "\n".join(make_packet("tcp/22", hmac_key="wrong") for _ in range(200))
+
+
+def junk_ours(packets: str, config: str, access: str) -> float:
+    """Microseconds of CPU for each packet that our server looked at."""
+    with Cable() as cable:
+        server = Server(cable.server, "FIREWALL_TYPE none;\n" + config, access).start()
+        pid = server.running().popen.pid
+        before = cpu_seconds(pid)
+        cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, JUNK_SECONDS,
+                         input=packets)
+        wait_until_idle(pid)
+        used = cpu_seconds(pid) - before
+        server.stop()
+        seen = server.wait_for("Packets seen: ").partition("rejected: ")[2].split()
+        return used / int(seen[0]) * 1e6
 
 
 def wait_until_idle(pid: int) -> None:
@@ -365,6 +397,109 @@ def junk_fwknopd(packets: str) -> float:
                     if ":F2F9 " in line)
         process.end()
         return used / (sent - int(line.split()[-1])) * 1e6
+
+
+FLOODS = (3000, 30000, 100000)  # junk packets a second
+HONEST, HONEST_SECONDS = 20, 0.2  # knocks during a flood, and between two of them
+
+
+def bench_flood() -> None:
+    """How many of some honest packets, each sent once, open while junk with a wrong key comes."""
+    servers: Dict[str, Callable[[Host], Process]] = {
+        "spa_server.py, packet socket": partial(start_ours, ""),
+        "spa_server.py, UDP server": partial(start_ours, "ENABLE_UDP_SERVER Y;\n")}
+    if shutil.which("fwknopd"):
+        servers.update({"fwknopd, pcap": partial(start_fwknopd, udp=False),
+                        "fwknopd, UDP server": partial(start_fwknopd, udp=True)})
+    for rate in FLOODS:
+        rows: Dict[str, Optional[float]] = {name: survive(rate, start)
+                                            for name, start in servers.items()}
+        show("of %d knocks under %d junk packets a second opened" % (HONEST, rate), rows, "")
+
+
+def start_ours(config: str, host: Host) -> Process:
+    """Ours with our stanza, on iptables."""
+    return Server(host, "FIREWALL_TYPE iptables;\n" + config, STANZA).start().running()
+
+
+def survive(rate: int, start: Callable[[Host], Process]) -> float:
+    """How many honest knocks of HONEST opened their port on a server that `start` starts."""
+    with Cable() as cable:
+        drop_all(cable.server, "iptables")
+        cable.server.run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "62201", "-j", "ACCEPT")
+        process = start(cable.server)
+        flood = subprocess.Popen(
+            cable.client.command([sys.executable, "-I", "-S", "-c", PACED_FLOOD, SERVER4, rate]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+        assert flood.stdin and flood.stdout
+        with flood:
+            flood.stdin.write(wrong_keys())
+            flood.stdin.close()
+            flood.stdout.readline()
+            for port in range(20000, 20000 + HONEST):
+                cable.client.send(SERVER4, 62201, make_packet("udp/%d" % port))
+                time.sleep(HONEST_SECONDS)
+            flood.kill()
+        wait_until_idle(process.popen.pid)
+        rules = cable.server.run("iptables", "-S")
+        process.end()
+        return float(sum("--dport %d " % port in rules for port in range(20000, 20000 + HONEST)))
+
+
+MANY_STANZAS, MANY_GRANTS, ENDING, IDLE_SECONDS = 1000, 5000, 1000, 5
+
+
+def bench_many() -> None:
+    """1,000 stanzas; 5,000 grants; 1,000 grants that end together."""
+    stanzas = "".join("SOURCE ANY\nKEY key%d\nHMAC_KEY hmac%d\n" % (number, number)
+                      for number in range(MANY_STANZAS))
+    show("CPU for a junk packet (wrong key), %d stanzas" % MANY_STANZAS,
+         {"spa_server.py": junk_ours(wrong_keys(), "", stanzas)}, "us")
+    accept = "FIREWALL_TYPE nft;\nNFT_ACCEPT_CHAINS inet filter input;\n"
+    for name, config, rules in (("nft", accept, DROP),
+                                ("iptables", "FIREWALL_TYPE iptables;\n", "iptables")):
+        with Cable() as cable:
+            drop_all(cable.server, rules)
+            server = Server(cable.server, config, STANZA).start()
+            open_ports(cable, server, range(30000, 30000 + MANY_GRANTS))
+            pid = server.running().popen.pid
+            wait_until_idle(pid)
+            before = cpu_seconds(pid)
+            time.sleep(IDLE_SECONDS)
+            idle = (cpu_seconds(pid) - before) / IDLE_SECONDS * 100
+            show("%d grants open, %s: the next one, median" % (MANY_GRANTS, name),
+                 {"spa_server.py": measure_open(cable)}, "ms")
+            show("and nothing to do", {"spa_server.py": idle}, "% CPU")
+            server.stop(signal.SIGKILL)
+        with Cable() as cable:
+            drop_all(cable.server, rules)
+            server = Server(cable.server, config, STANZA).start()
+            show("%d grants end together, %s: the last is closed so late" % (ENDING, name),
+                 {"spa_server.py": end_together(cable, server)}, "ms")
+            server.stop()
+
+
+def open_ports(cable: Cable, server: Server, ports: range, end: float = 0.0) -> float:
+    """Opens ports by a packet each, until some second after `end`; returns when the last one ends.
+
+    Both are epoch seconds.
+    """
+    last = 0.0
+    for port in ports:
+        seconds = int(end - time.time()) + 1 if end else 0
+        cable.client.send(SERVER4, 62201, make_packet("udp/%d" % port, seconds=seconds))
+        last = max(last, time.time() + seconds)
+        if port % 50 == 0:
+            server.wait_for("udp/%d for " % port)
+    server.wait_for("udp/%d for " % ports[-1], patience=120)
+    return last
+
+
+def end_together(cable: Cable, server: Server) -> float:
+    """Milliseconds from the end of many grants until the server has closed the last of them."""
+    last = open_ports(cable, server, range(30000, 30000 + ENDING), time.time() + 30)
+    wait_for(lambda: server.log().count("Removed rule") == ENDING, "the end of all grants", 120)
+    return (time.time() - last) * 1000
 
 
 def timed(command: List[str]) -> Callable[[], float]:
@@ -482,9 +617,9 @@ def bench_start() -> None:
     show("most memory resident (VmHWM)", memory, "MB")
 
 
-ROWS: Dict[str, Callable[[], None]] = {"open": bench_open, "junk": bench_junk,
-                                       "knock": bench_knock, "client": bench_client,
-                                       "proxy": bench_proxy, "start": bench_start}
+ROWS: Dict[str, Callable[[], None]] = {
+    "open": bench_open, "junk": bench_junk, "flood": bench_flood, "many": bench_many,
+    "knock": bench_knock, "client": bench_client, "proxy": bench_proxy, "start": bench_start}
 
 
 def main(words: List[str]) -> int:

@@ -6,6 +6,7 @@ would open stands in its log and nothing has to end.
 
 import base64
 import concurrent.futures
+import functools
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import time
 import unittest
 from typing import Any, List, NamedTuple
 
+from tests.bench import HONEST, start_ours, survive
 from tests.netns import (
     CLIENT4,
     CLIENT6,
@@ -472,6 +474,18 @@ class CaptureTest(LiveTest):
         self.assertIn("listening on UDP port 62201 instead", server.log())
         server.knock(self.client, *KNOCK4)
         server.knock(self.client, *KNOCK6)
+
+
+@needs_root
+@needs_programs("ip", "iptables")
+class FloodTest(unittest.TestCase):
+    """Junk does not keep honest packets out."""
+
+    def test_honest_packets_under_a_flood(self) -> None:
+        """Each is sent once, and each opens, from the packet socket and from the UDP socket."""
+        for config in ("", "ENABLE_UDP_SERVER Y;\n"):
+            with self.subTest(config=config):
+                self.assertEqual(HONEST, survive(3000, functools.partial(start_ours, config)))
 
 
 @needs_root
