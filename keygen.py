@@ -20,7 +20,7 @@ Contents. Sections 1 to 4 only compute; 5 and 6 touch files and standard output.
   2. Keys and stanzas
   3. QR code (ISO/IEC 18004:2015)
   4. Changes to a file's text
-  5. Files
+  5. Files and standard output
   6. Command line
 
 Exit codes: 0 done; 1 a file or standard output could not be used; 2 a wrong option; 3 what a file
@@ -37,7 +37,7 @@ import stat
 import sys
 import time
 from typing import (
-    Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple)
+    Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union)
 
 VERSION = "0.1.0"
 
@@ -489,13 +489,47 @@ def retire_stanza(text: str, mark: str) -> str:
 
 
 # ======================================================================================
-# 5. Files
+# 5. Files and standard output
 #
-# Gives a file its new text so that a crash leaves the old or the new one.
+# Gives a file its new text so that a crash leaves the old or the new one. Files are prepared, what
+# has to be printed is printed, and the files are committed last: what fails half-way has written
+# nothing.
 # ======================================================================================
 
 POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directories to open
-LOCK_SECONDS = 10  # another run needs milliseconds; but who can read a directory can lock it, too
+LOCK_TRIES = 500  # ten seconds; another run needs milliseconds, but any reader can lock a directory
+
+
+def tell(text: str) -> None:
+    """Print a line on standard error; that nobody reads it must not leave work half done."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn_of_readers(name: str, file: Union[str, int]) -> None:
+    """Warn of a regular file with keys, by path or descriptor, that is not for its owner alone."""
+    mode = os.stat(file).st_mode
+    if POSIX and stat.S_ISREG(mode) and mode & 0o077:
+        tell(f"keygen.py: warning: {name} is open to others (mode {stat.S_IMODE(mode):04o}): "
+             "chmod 600")
+
+
+def write_out(text: str) -> None:
+    """Write to standard output and see it leave, so that keys do not get lost unnoticed."""
+    if not text:
+        return
+    if not sys.stdout:
+        raise SpaError("standard output is closed")
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a test's buffer has no fileno
+        if "KEY_BASE64" in text:
+            warn_of_readers("standard output", sys.stdout.fileno())
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # or the interpreter tries it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SpaError(f"standard output: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -509,32 +543,24 @@ def errors_named(path: str) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-@contextlib.contextmanager
-def locked_directory(path: str) -> Iterator[None]:
-    """Keep other runs from changing files in a directory; without locks, their change is seen."""
-    if not POSIX:
-        yield
-        return
+def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
+    """Return a directory's descriptor, open until the stack's end: till then only we change files.
+
+    Without locks (Windows, some network file systems) the change of another run is only noticed.
+    """
     import fcntl
     with errors_named(path):
         fd = os.open(path, os.O_RDONLY)
-    try:
-        end = time.monotonic() + LOCK_SECONDS
-        while True:
+        stack.callback(os.close, fd)
+        for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return fd
             except BlockingIOError:
-                if time.monotonic() > end:
-                    raise SpaError(f"{path}: another program keeps it locked") from None
                 time.sleep(0.02)
             except OSError:  # NFS has no lock for who only reads
-                break
-        yield
-        with errors_named(path):
-            os.fsync(fd)  # or a power cut takes new names away again
-    finally:
-        os.close(fd)
+                return fd
+        raise SpaError("another program keeps it locked")
 
 
 def read_file(path: str, create: bool) -> Optional[bytes]:
@@ -547,50 +573,67 @@ def read_file(path: str, create: bool) -> Optional[bytes]:
         return stream.read()
 
 
-@contextlib.contextmanager
-def prepared_file(path: str, change: Callable[[str], str],
-                  create: bool) -> Iterator[Callable[[], int]]:
-    """Put what `change` makes of a file onto the disk beside it, for the time of a with statement.
+def prepare_file(path: str, change: Callable[[str], str], create: bool,
+                 stack: contextlib.ExitStack) -> Callable[[], None]:
+    """Put what `change` makes of a file onto the disk beside it, until the stack's end.
 
-    Its target is a function that puts that in the file's place, and returns its mode. Appending
-    could leave half a line with a key in it, which would stop a server from starting. A new file
-    gets mode 0600, an old one keeps mode and owner. What somebody else changed meanwhile stays.
+    Return a function that puts that in the file's place. Appending could leave half a line with a
+    key in it, which would stop a server from starting. A new file gets mode 0600, an old one keeps
+    mode and owner. What somebody else changed meanwhile stays.
     """
-    with errors_named(path):
-        old = read_file(path, create)
-        text = change((old or b"").decode("latin-1")).encode("latin-1")  # each byte as it is
-        status = os.stat(path) if old is not None else None
-        copy = f"{path}.{os.getpid()}.new"
-        fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    mode = stat.S_IMODE(status.st_mode) if status else 0o600
+    copy = f"{path}.{os.getpid()}.new"
 
-    def commit() -> int:
+    def discard() -> None:
+        with contextlib.suppress(OSError):  # it has the file's name, if all went well
+            os.unlink(copy)
+
+    def commit() -> None:
         with errors_named(path):
             if read_file(path, create) != old:
                 raise SpaError("was changed by somebody else meanwhile, and left as it is")
             os.replace(copy, path)
-        return mode
 
-    try:
-        with errors_named(path), open(fd, "wb") as stream:
+    with errors_named(path):
+        old = read_file(path, create)
+        text = change((old or b"").decode("latin-1")).encode("latin-1")  # each byte as it is
+        fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        stack.callback(discard)
+        with open(fd, "wb") as stream:
             if POSIX:
-                if status and status[4:6] != os.fstat(fd)[4:6]:
+                status = os.stat(fd if old is None else path)
+                if status[4:6] != os.fstat(fd)[4:6]:
                     os.fchown(fd, status.st_uid, status.st_gid)
-                os.fchmod(fd, mode)
+                os.fchmod(fd, 0o600 if old is None else stat.S_IMODE(status.st_mode))
             stream.write(text)
             stream.flush()
             os.fsync(fd)
-        yield commit
-    finally:
-        with contextlib.suppress(OSError):  # it has the file's name, if all went well
-            os.unlink(copy)
+    return commit
+
+
+def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
+                 printed: Callable[[], str], create: bool = False) -> None:
+    """Change the files that have a path, all or none, after `printed()` was written."""
+    changes = [(os.path.realpath(path), change) for path, change in changes if path]
+    directories = sorted({os.path.dirname(path) for path, _ in changes}) if POSIX else []
+    with contextlib.ExitStack() as stack:
+        locked = [lock_directory(path, stack) for path in directories]
+        commits = [prepare_file(path, change, create, stack) for path, change in changes]
+        write_out(printed())
+        for commit in commits:
+            commit()
+        for path, fd in zip(directories, locked):
+            with errors_named(path):
+                os.fsync(fd)  # or a power cut takes new names away again
+    for path, _ in changes:
+        tell(f"[+] {done}: {path}")
+        with errors_named(path):
+            warn_of_readers(path, path)
 
 
 # ======================================================================================
 # 6. Command line
 #
-# Checks every option first, then prepares the files, prints, and commits the files last: what
-# fails half-way has written nothing.
+# Checks every option first; then does what was asked for.
 # ======================================================================================
 
 Option = Tuple[str, str, Callable[[str], object], str]
@@ -707,41 +750,6 @@ def check_options(options: argparse.Namespace) -> Dict[str, Any]:
     return given
 
 
-def tell(text: str) -> None:
-    """Print a line on standard error; that nobody reads it must not leave work half done."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def warn(text: str) -> None:
-    """Tell the administrator on standard error, and go on."""
-    tell(f"keygen.py: warning: {text}")
-
-
-def warn_of_readers(path: str, status_mode: int) -> None:
-    """Warn of a regular file with keys that is not for its owner alone."""
-    if POSIX and stat.S_ISREG(status_mode) and status_mode & 0o077:
-        warn(f"{path} is open to others (mode {stat.S_IMODE(status_mode):04o}): chmod 600")
-
-
-def write_out(text: str) -> None:
-    """Write to standard output and see it leave, so that keys do not get lost unnoticed."""
-    if not text:
-        return
-    if not sys.stdout:
-        raise SpaError("standard output is closed")
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a test's buffer has no fileno
-        if "KEY_BASE64" in text:
-            warn_of_readers("standard output", os.fstat(sys.stdout.fileno()).st_mode)
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError, ValueError):  # or the interpreter tries it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SpaError(f"standard output: {error.strerror}") from error
-
-
 def picture(keys: Keys) -> str:
     """Return the QR code of the text that phone apps import (fwknop spec 4.1), for this console."""
     try:
@@ -751,22 +759,6 @@ def picture(keys: Keys) -> str:
     rows = qr_symbol(f"KEY_BASE64:{keys.key} HMAC_KEY_BASE64:{keys.hmac_key}".encode("ascii"), "L")
     return ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Who sees this picture has the keys\n"
             + terminal_text(rows, blocks))
-
-
-def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
-                 printed: Callable[[], str], create: bool = False) -> None:
-    """Change the files that have a path, all or none, after `printed()` was written."""
-    changes = [(os.path.realpath(path), change) for path, change in changes if path]
-    with contextlib.ExitStack() as stack:
-        for directory in sorted({os.path.dirname(path) for path, _ in changes}):
-            stack.enter_context(locked_directory(directory))
-        commits = [stack.enter_context(prepared_file(path, change, create))
-                   for path, change in changes]
-        write_out(printed())
-        modes = [commit() for commit in commits]
-    for mode, (path, _) in zip(modes, changes):
-        tell(f"[+] {done}: {path}")
-        warn_of_readers(path, stat.S_IFREG | mode)
 
 
 def give_stanzas(plan: StanzaPlan, keys: Keys, options: argparse.Namespace) -> None:
@@ -848,7 +840,7 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
 
     def make(digest: str) -> Keys:
         if (options.key_len or 16) < 16 or (options.hmac_key_len or 16) < 16:
-            warn("a key of less than 16 bytes can be guessed")
+            tell("keygen.py: warning: a key of less than 16 bytes can be guessed")
         return make_keys(digest, options.key_len or KEY_BYTES, options.hmac_key_len or 0, random)
 
     given = check_options(options)

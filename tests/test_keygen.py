@@ -456,7 +456,7 @@ class CrashTest(FileTestCase):
         fd = os.open(self.top, os.O_RDONLY)
         self.addCleanup(os.close, fd)
         fcntl.flock(fd, fcntl.LOCK_EX)
-        with mock.patch.object(keygen, "LOCK_SECONDS", 0.2):
+        with mock.patch.object(keygen, "LOCK_TRIES", 10):
             self.assertEqual((1, "", f"keygen.py: {self.top}: another program keeps it locked\n"),
                              call(*WORK, "--rc-file", rc))
         self.assertEqual(("[old]\n", ["rc"]), (self.read(rc), os.listdir(self.top)))
