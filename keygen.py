@@ -37,7 +37,7 @@ import stat
 import sys
 import time
 from typing import (
-    Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union)
+    Callable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union)
 
 VERSION = "0.1.0"
 
@@ -45,16 +45,20 @@ VERSION = "0.1.0"
 # ======================================================================================
 # 1. What an option may say
 #
-# One parser for each kind of value; its ValueError says what was expected. The limits are
-# those of fwknop's client and server: a stanza that is printed here works with both.
+# A parser for each kind of value. Its error says what was expected, and never what was given: that
+# may be a key in the wrong place. The limits are those of fwknop's client and server: a stanza that
+# is printed here works with both.
 # ======================================================================================
 
 class SpaError(Exception):
     """Told to the administrator in one line, without a traceback: exit code 1."""
 
 
-class UsageError(SpaError):
-    """A wrong option, found before anything was made or written: exit code 2."""
+class UsageError(SpaError, argparse.ArgumentTypeError):
+    """A wrong option, found before anything was made or written: exit code 2.
+
+    Of the parsers' errors argparse says the option, too.
+    """
 
 
 class ConfigError(SpaError):
@@ -65,32 +69,39 @@ class ConfigError(SpaError):
 # 29 characters, a source address of 15 and an HMAC of SHA-512 leave 223 bytes of plaintext.
 MAX_ACCESS_LENGTH = 60
 DIGITS = frozenset("0123456789")
-NAME_ALPHABET = DIGITS.union("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-@")
-HOST_ALPHABET = NAME_ALPHABET.union(":%") - {"@"}
+LETTERS = DIGITS.union("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def word(kind: str, limit: int, signs: str) -> Callable[[str], str]:
+    """Return a parser of words that are no option, and that fwknop and a shell take as they are."""
+    def parse(text: str) -> str:
+        if not 1 <= len(text) <= limit or text[0] in "-." or set(text) - LETTERS.union(signs):
+            raise UsageError(f"expected {kind}, 1 to {limit} letters, digits or any of {signs}")
+        return text
+    return parse
 
 
 def parse_name(text: str) -> str:
-    """Return the name of a stanza, fit for `[name]`, for `# name` and for a shell command."""
-    if not 1 <= len(text) <= 64 or text[0] in "-." or not NAME_ALPHABET.issuperset(text):
-        raise ValueError("expected a name, 1 to 64 letters, digits or any of . _ - @")
+    """Return the name of a stanza, fit for `[name]` and for `# name`."""
     if text.lower() == "default":
-        raise ValueError("expected another name: [default] holds the defaults of all stanzas")
-    return text
+        raise UsageError("expected another name: [default] holds the defaults of all stanzas")
+    return word("a name", 64, "._-@")(text)
 
 
-def parse_host(text: str) -> str:
-    """Return the server's name or address; fwknop's rc file ends a value at a blank, # or ;."""
-    if not 1 <= len(text) <= 253 or text.startswith("-") or not HOST_ALPHABET.issuperset(text):
-        raise ValueError("expected a host name (xn--... if it is not ASCII) or an address")
-    return text
+def one_of(choices: str) -> Callable[[str], str]:
+    """Return a parser of words such as `bash|zsh|fish`, in any case."""
+    def parse(text: str) -> str:
+        if text.lower() not in choices.split("|"):
+            raise UsageError(f"expected one of {choices.replace('|', ' ')}")
+        return text.lower()
+    return parse
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
     """Return a parser of decimal numbers from low to high."""
     def parse(text: str) -> int:
-        digits = 0 < len(text) < 10 and DIGITS.issuperset(text)
-        if not digits or not low <= int(text) <= high:
-            raise ValueError(f"expected a number, {low} to {high}")
+        if not (0 < len(text) < 10 and DIGITS.issuperset(text) and low <= int(text) <= high):
+            raise UsageError(f"expected a number, {low} to {high}")
         return int(text)
     return parse
 
@@ -103,15 +114,13 @@ def parse_access(text: str) -> str:
     """
     entries: List[str] = []
     for item in text.split(","):
-        protocol, slash, port = item.partition("/")
-        if protocol not in ("tcp", "udp") or not slash:
-            raise ValueError("expected tcp/PORT or udp/PORT, separated by commas, without blanks")
-        entry = f"{protocol}/{integer(1, 65535)(port)}"
-        if entry in entries:
-            raise ValueError(f"expected {entry} only once")
-        entries.append(entry)
+        if item[:4] not in ("tcp/", "udp/"):
+            raise UsageError("expected tcp/PORT or udp/PORT, separated by commas, without blanks")
+        entries.append(f"{item[:4]}{integer(1, 65535)(item[4:])}")
+    if len(set(entries)) < len(entries):
+        raise UsageError("expected each port only once")
     if len(",".join(entries)) > MAX_ACCESS_LENGTH:
-        raise ValueError(f"expected at most {MAX_ACCESS_LENGTH} characters: a packet has no room")
+        raise UsageError(f"expected at most {MAX_ACCESS_LENGTH} characters: a packet has no room")
     return ",".join(entries)
 
 
@@ -124,27 +133,20 @@ def parse_source(text: str) -> str:
             raise ValueError
         return ",".join(str(ipaddress.ip_network(item, strict=False)) for item in text.split(","))
     except ValueError:
-        raise ValueError("expected ANY, or networks like 192.0.2.0/24 with commas") from None
-
-
-def parse_username(text: str) -> str:
-    """Return a user name that fwknop's client does not cut and its server does not reject."""
-    if not 1 <= len(text) <= 29 or not NAME_ALPHABET.issuperset(text):
-        raise ValueError("expected a user name, 1 to 29 letters, digits or any of . _ - @")
-    return text
+        raise UsageError("expected ANY, or networks like 192.0.2.0/24 with commas") from None
 
 
 def parse_path(text: str) -> str:
     """Return a path; `~` is the home directory, for shells that leave it."""
     if not text:
-        raise ValueError("expected a path")
+        raise UsageError("expected a path")
     return os.path.expanduser(text)
 
 
 # ======================================================================================
 # 2. Keys and stanzas
 #
-# Makes the keys and says them in fwknop's two formats. Does not check the options: see 1.
+# Makes the keys and says them in fwknop's formats. Does not check the options: see 1.
 # ======================================================================================
 
 # The lengths `fwknop --key-gen` uses. It has none for SHA-3: 64 bytes are as long as the longest
@@ -155,75 +157,54 @@ HMAC_KEY_BYTES = {
     "md5": 16, "sha1": 20, "sha256": 64, "sha384": 128, "sha512": 128,
     "sha3_256": 64, "sha3_512": 64,
 }
-DEFAULT_SPA_PORT = 62201
+
 
 
 class Keys(NamedTuple):
-    """The two secrets that a client and a server share, in base64, and the HMAC's digest."""
+    """The two secrets that a client and a server share, in base64."""
 
     key: str
     hmac_key: str
-    digest: str
 
 
-class StanzaPlan(NamedTuple):
-    """What the two stanzas of one user say, besides the keys; every value already checked."""
-
-    name: str
-    server: str
-    access: str
-    port: int = DEFAULT_SPA_PORT
-    source: str = "ANY"
-    timeout: int = 30  # seconds that a port stays open
-    username: str = ""
-    any_source: bool = False
-
-
-def make_keys(digest: str = "sha256", key_bytes: int = KEY_BYTES, hmac_key_bytes: int = 0,
-              random: Callable[[int], bytes] = os.urandom) -> Keys:
-    """Return fresh keys; an hmac_key_bytes of 0 means the length that suits the digest."""
-    key = random(key_bytes)
-    hmac_key = random(hmac_key_bytes or HMAC_KEY_BYTES[digest])
+def make_keys(options: argparse.Namespace, digest: str, random: Callable[[int], bytes]) -> Keys:
+    """Return fresh keys of the lengths that the options say, or else suit the HMAC's digest."""
+    sizes = options.key_len or KEY_BYTES, options.hmac_key_len or HMAC_KEY_BYTES[digest]
+    key, hmac_key = (binascii.b2a_base64(random(size), newline=False).decode("ascii")
+                     for size in sizes)
     if key == hmac_key:  # fwknop refuses such a pair; two honest draws are never equal
         raise SpaError("the random source gave the same bytes twice")
-    text, hmac_text = (binascii.b2a_base64(raw, newline=False).decode("ascii")
-                       for raw in (key, hmac_key))
-    return Keys(text, hmac_text, digest)
+    return Keys(key, hmac_key)
 
 
-def stanza_text(first_line: str, *rows: Tuple[str, object]) -> str:
-    """Return a stanza without its empty values, in the columns of `fwknop --save-rc-stanza`."""
-    lines = [f"{name:<24}    {value}\n" for name, value in rows if value]
-    return first_line + "\n" + "".join(lines)
+def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[str, str]:
+    """Return the client's stanza for ~/.fwknoprc, and the server's for access.conf.
 
-
-def client_stanza(plan: StanzaPlan, keys: Keys) -> str:
-    """Return the stanza for ~/.fwknoprc, its directives in the order in which fwknop saves them."""
-    return stanza_text(
-        f"[{plan.name}]",
-        ("SPA_SERVER_PORT", plan.port if plan.port != DEFAULT_SPA_PORT else ""),
-        ("ALLOW_IP", "source" if plan.any_source else ""),
-        ("SPOOF_USER", plan.username),
-        ("ACCESS", plan.access),
-        ("SPA_SERVER", plan.server),
+    What has no value is left out. Columns and order are those of `fwknop --save-rc-stanza`.
+    """
+    client = (
+        ("SPA_SERVER_PORT", options.port if options.port != 62201 else ""),
+        ("ALLOW_IP", "source" if options.any_source else ""),
+        ("SPOOF_USER", options.username),
+        ("ACCESS", options.access),
+        ("SPA_SERVER", options.server),
         ("KEY_BASE64", keys.key),
-        ("HMAC_DIGEST_TYPE", keys.digest.upper()),
+        ("HMAC_DIGEST_TYPE", digest.upper()),
         ("HMAC_KEY_BASE64", keys.hmac_key),
         ("USE_HMAC", "Y"))
-
-
-def server_stanza(plan: StanzaPlan, keys: Keys) -> str:
-    """Return the stanza for access.conf, with the name as a comment in its first line."""
-    return stanza_text(
-        f"# {plan.name}",
-        ("SOURCE", plan.source),
-        ("OPEN_PORTS", plan.access),
+    server = (
+        ("SOURCE", options.source or "ANY"),
+        ("OPEN_PORTS", options.access),
         ("KEY_BASE64", keys.key),
         ("HMAC_KEY_BASE64", keys.hmac_key),
-        ("HMAC_DIGEST_TYPE", keys.digest.upper()),
-        ("FW_ACCESS_TIMEOUT", plan.timeout),
-        ("REQUIRE_SOURCE_ADDRESS", "N" if plan.any_source else "Y"),
-        ("REQUIRE_USERNAME", plan.username))
+        ("HMAC_DIGEST_TYPE", digest.upper()),
+        ("FW_ACCESS_TIMEOUT", options.timeout or 30),
+        ("REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"),
+        ("REQUIRE_USERNAME", options.username))
+    client_text, server_text = (
+        "".join(f"{name:<24}    {value}\n" for name, value in rows if value)
+        for rows in (client, server))
+    return f"[{options.name}]\n{client_text}", f"# {options.name}\n{server_text}"
 
 
 def key_lines(keys: Keys) -> str:
@@ -650,19 +631,24 @@ OPTIONS: Tuple[Option, ...] = (
     ("--retire", "NAME", parse_name, "remove that second stanza from the access file"),
     ("--key-len", "BYTES", integer(1, 32), "length of the encryption key (default: 32)"),
     ("--hmac-key-len", "BYTES", integer(1, 128), "length of the HMAC key (default: by digest)"),
-    ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str.lower, "of the HMAC (default: sha256)"),
+    ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str, "of the HMAC (default: sha256)"),
     ("--rc-file", "PATH", parse_path, "write the client's stanza to this file"),
     ("--access-file", "PATH", parse_path, "write the server's stanza to this file"),
 )
 STANZA_OPTIONS: Tuple[Option, ...] = (
-    ("--server", "HOST", parse_host, "the server's name or address (required)"),
+    ("--server", "HOST", word("a host name (xn--... if not ASCII) or an address", 253, "._-:%"),
+     "the server's name or address (required)"),
     ("--access", "LIST", parse_access, "what may be opened, like tcp/22,udp/53 (required)"),
     ("--port", "PORT", integer(1, 65535), "port the server listens on (default: 62201)"),
     ("--source", "NETWORKS", parse_source, "where packets may come from (default: ANY)"),
     ("--timeout", "SECONDS", integer(1, 8388608), "how long a port stays open (default: 30)"),
-    ("--username", "USER", parse_username, "let the packet name this user, and require it"),
+    ("--username", "USER", word("a user name", 29, "._-@"),  # fwknop's client cuts longer ones
+     "let the packet name this user, and require it"),
     ("--any-source", "", str, "open for the address the packet came from"),
 )
+# What the two may be given with; a new stanza takes all the rest.
+TAKES = {"--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
+         "--retire": "--access-file"}
 HINTS = """\
 The server's stanza says REQUIRE_SOURCE_ADDRESS Y: the encrypted packet has to name the address to
 open for, so that nobody who catches a packet can send it from an address of his own. The client
@@ -694,60 +680,43 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message.partition(" '")[0].partition(' "')[0])
 
 
-def checked(parse: Callable[[str], object], choices: str = "") -> Callable[[str], object]:
-    """Return `parse` as argparse wants it: the error says what was expected, not what was given."""
-    def convert(text: str) -> object:
-        try:
-            value = parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        if choices and value not in choices.split("|"):
-            raise argparse.ArgumentTypeError(f"expected one of {choices.replace('|', ' ')}")
-        return value
-    return convert
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser; what was not given is None."""
+    """Return the parser; what was not given is None or False."""
     parser = Parser(prog="keygen.py", description=str(__doc__).partition("\n")[0], epilog=HINTS,
                     add_help=False, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", metavar="NAME", type=checked(parse_name),
+    parser.add_argument("name", nargs="?", metavar="NAME", type=parse_name,
                         help="name of the stanzas; without it only two keys are printed")
     for group, rows in ((parser, OPTIONS),
                         (parser.add_argument_group("in the stanzas"), STANZA_OPTIONS)):
         for names, value, parse, help in rows:
-            more: Dict[str, Any] = {"action": "store_const", "const": True}
-            if names == "-h --help":
-                more = {"action": "help"}
-            elif value:
-                choices = value if "|" in value else ""
-                more = {"metavar": value, "type": checked(parse, choices)}
-            group.add_argument(*names.split(), help=help, **more)
+            if value:
+                group.add_argument(*names.split(), metavar=value, help=help,
+                                   type=one_of(value) if "|" in value else parse)
+            else:
+                group.add_argument(*names.split(), action="store_true", help=help)
     return parser
 
 
-def check_options(options: argparse.Namespace) -> Dict[str, Any]:
-    """Return what goes into the stanzas; raise UsageError for what does not go together."""
-    given = {field: value for field, value in vars(options).items()
-             if field in StanzaPlan._fields and value is not None}
+def check_options(options: argparse.Namespace) -> None:
+    """Raise UsageError for what does not go together."""
+    given = {"--" + field.replace("_", "-") for field, value in vars(options).items() if value}
     files = [os.path.realpath(path) for path in (options.rc_file, options.access_file) if path]
     if len(set(files)) < len(files):
         raise UsageError("--rc-file and --access-file have to be two files")
-    if options.rotate or options.retire:
-        if given or options.hmac_digest_type or (options.rotate and options.retire):
-            raise UsageError("--rotate and --retire take one NAME, and nothing of a new stanza")
-        if not files:
-            raise UsageError("--rotate and --retire need --access-file")
-        if options.retire and (options.rc_file or options.qr or options.key_len
-                               or options.hmac_key_len):
-            raise UsageError("--retire takes --access-file and nothing else")
-    elif "name" not in given and (given or files):
+    for task, others in TAKES.items():
+        if task in given:
+            if not given <= {task, *others.split()}:
+                raise UsageError(f"{task} takes {others} and nothing else")
+            if not files:
+                raise UsageError(f"{task} needs --access-file")
+            return
+    if options.name:
+        for name in ("--server", "--access"):
+            if name not in given:
+                raise UsageError(f"a stanza needs {name}")
+    elif not given <= {"--qr", "--key-len", "--hmac-key-len", "--hmac-digest-type"}:
         raise UsageError("a stanza needs a NAME")
-    for field in ("server", "access") if "name" in given else ():
-        if field not in given:
-            raise UsageError(f"a stanza needs --{field}")
-    return given
 
 
 def picture(keys: Keys) -> str:
@@ -761,26 +730,26 @@ def picture(keys: Keys) -> str:
             + terminal_text(rows, blocks))
 
 
-def give_stanzas(plan: StanzaPlan, keys: Keys, options: argparse.Namespace) -> None:
+def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
     """Print both stanzas, or append them to the files that were named."""
-    client, server = client_stanza(plan, keys), server_stanza(plan, keys)
+    client, server = make_stanzas(options, digest, keys)
     printed = []
     if not options.rc_file:
-        told = "" if plan.any_source else (
+        told = "" if options.any_source else (
             "# fwknop's own client has to be told its address: "
-            f"fwknop -n {plan.name} -R, or -a ADDRESS\n")
+            f"fwknop -n {options.name} -R, or -a ADDRESS\n")
         printed.append("# For ~/.fwknoprc of the client (Windows: %USERPROFILE%\\.fwknoprc). "
-                       f"To knock: spa_client.py -n {plan.name}\n{told}{client}")
+                       f"To knock: spa_client.py -n {options.name}\n{told}{client}")
     if not options.access_file:
         printed.append(f"# For access.conf of the server, which then has to read it\n{server}")
     if options.qr:
         printed.append(picture(keys))
     change_files([(options.rc_file, lambda text: add_stanza(text, client)),
                   (options.access_file, lambda text: add_stanza(text, server))],
-                 f"Wrote the stanza of {plan.name} to", lambda: "\n".join(printed), create=True)
+                 f"Wrote the stanza of {options.name} to", lambda: "\n".join(printed), create=True)
 
 
-def rotate(options: argparse.Namespace, make: Callable[[str], Keys]) -> None:
+def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
     """Put new keys into the files that were named, and print them if one was not.
 
     access.conf comes first: a crash after it leaves a client whose old keys are still good.
@@ -789,7 +758,7 @@ def rotate(options: argparse.Namespace, make: Callable[[str], Keys]) -> None:
     made: List[Keys] = []
 
     def make_once(digest: str) -> Keys:
-        made[:] = made or [make(digest)]
+        made[:] = made or [make_keys(options, digest, random)]
         return made[0]
 
     def printed() -> str:
@@ -833,37 +802,35 @@ def man_page() -> str:
 
 def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     """Do what the command line says; raise SpaError."""
-    options, unknown = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(argv)
     if unknown:  # what follows it may be a secret that was meant for `fwknop`: not shown
         name = unknown[0].partition("=")[0] if unknown[0][:2] == "--" else unknown[0][:2]
         raise UsageError(f"unknown option {name}" if name[:1] == "-" else "expected one NAME")
-
-    def make(digest: str) -> Keys:
-        if (options.key_len or 16) < 16 or (options.hmac_key_len or 16) < 16:
-            tell("keygen.py: warning: a key of less than 16 bytes can be guessed")
-        return make_keys(digest, options.key_len or KEY_BYTES, options.hmac_key_len or 0, random)
-
-    given = check_options(options)
+    if options.help:
+        return write_out(parser.format_help())
     if options.version:
         with open(__file__, "rb") as stream:
             sha256 = hashlib.sha256(stream.read()).hexdigest()
-        write_out(f"keygen.py {VERSION}\nsha256 {sha256}\n")
-    elif options.man:
-        write_out(man_page())
-    elif options.completion:
-        write_out(completion(options.completion))
-    elif options.retire:
-        change_files([(options.access_file,
-                       lambda text: retire_stanza(text, f"# old {options.retire}"))],
-                     f"Removed the old keys of {options.retire} from", str)
-    elif options.rotate:
-        rotate(options, make)
-    else:
-        keys = make(options.hmac_digest_type or "sha256")
-        if given:
-            give_stanzas(StanzaPlan(**given), keys, options)
-        else:
-            write_out(key_lines(keys) + (picture(keys) if options.qr else ""))
+        return write_out(f"keygen.py {VERSION}\nsha256 {sha256}\n")
+    if options.man:
+        return write_out(man_page())
+    if options.completion:
+        return write_out(completion(options.completion))
+    check_options(options)
+    if min(options.key_len or 16, options.hmac_key_len or 16) < 16:
+        tell("keygen.py: warning: a key of less than 16 bytes can be guessed")
+    if options.rotate:
+        return rotate(options, random)
+    if options.retire:
+        return change_files([(options.access_file,
+                              lambda text: retire_stanza(text, f"# old {options.retire}"))],
+                            f"Removed the old keys of {options.retire} from", str)
+    digest = options.hmac_digest_type or "sha256"
+    keys = make_keys(options, digest, random)
+    if options.name:
+        return give_stanzas(options, digest, keys)
+    return write_out(key_lines(keys) + (picture(keys) if options.qr else ""))
 
 
 def main(argv: Optional[Sequence[str]] = None,
@@ -872,7 +839,7 @@ def main(argv: Optional[Sequence[str]] = None,
     try:
         run(argv, random)
     except SpaError as error:
-        print(f"keygen.py: {error}", file=sys.stderr)
+        tell(f"keygen.py: {error}")
         return 2 if isinstance(error, UsageError) else 3 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
