@@ -183,7 +183,7 @@ def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[
     What has no value is left out. Columns and order are those of `fwknop --save-rc-stanza`.
     """
     client = (
-        ("SPA_SERVER_PORT", options.port if options.port != 62201 else ""),
+        ("SPA_SERVER_PORT", options.port),
         ("ALLOW_IP", "source" if options.any_source else ""),
         ("SPOOF_USER", options.username),
         ("ACCESS", options.access),

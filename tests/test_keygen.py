@@ -186,9 +186,12 @@ class StanzaTest(unittest.TestCase):
         client, server = map(dict, map(directives, self.stanzas("--access", "tcp/022,udp/0053")))
         self.assertEqual(("tcp/22,udp/53",) * 2, (client["ACCESS"], server["OPEN_PORTS"]))
 
-    def test_the_default_port_is_not_written(self) -> None:
-        """62201 is what every client takes."""
-        self.assertNotIn("SPA_SERVER_PORT", "".join(self.stanzas("--port", "62201")))
+    def test_a_port_that_is_said_is_written(self) -> None:
+        """Also 62201, since [default] may say another; if none is said, what [default] says holds."""
+        self.assertNotIn("SPA_SERVER_PORT", "".join(self.stanzas()))
+        client, server = self.stanzas("--port", "62201")
+        self.assertEqual("62201", dict(directives(client))["SPA_SERVER_PORT"])
+        self.assertNotIn("SPA_SERVER_PORT", server)
 
 
 class WrongOptionTest(unittest.TestCase):
