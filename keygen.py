@@ -37,7 +37,7 @@ import stat
 import sys
 import time
 from typing import (
-    Callable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union)
+    Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple, Union)
 
 VERSION = "0.1.0"
 
@@ -160,56 +160,48 @@ HMAC_KEY_BYTES = {
 
 
 
-class Keys(NamedTuple):
-    """The two secrets that a client and a server share, in base64."""
-
-    key: str
-    hmac_key: str
+Keys = Dict[str, str]  # KEY_BASE64 and HMAC_KEY_BASE64, the secrets of a client and a server
+DIRECTIVE = "{:<24}    {}"  # the columns of `fwknop --save-rc-stanza`
 
 
 def make_keys(options: argparse.Namespace, digest: str, random: Callable[[int], bytes]) -> Keys:
     """Return fresh keys of the lengths that the options say, or else suit the HMAC's digest."""
-    sizes = options.key_len or KEY_BYTES, options.hmac_key_len or HMAC_KEY_BYTES[digest]
-    key, hmac_key = (binascii.b2a_base64(random(size), newline=False).decode("ascii")
-                     for size in sizes)
-    if key == hmac_key:  # fwknop refuses such a pair; two honest draws are never equal
-        raise SpaError("the random source gave the same bytes twice")
-    return Keys(key, hmac_key)
+    sizes = {"KEY_BASE64": options.key_len or KEY_BYTES,
+             "HMAC_KEY_BASE64": options.hmac_key_len or HMAC_KEY_BYTES[digest]}
+    return {name: binascii.b2a_base64(random(size), newline=False).decode("ascii")
+            for name, size in sizes.items()}
+
+
+def key_lines(keys: Keys) -> str:
+    """Return both keys as `fwknop --key-gen` prints them, which is as both files take them."""
+    return "".join(f"{name}: {key}\n" for name, key in keys.items())
 
 
 def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[str, str]:
-    """Return the client's stanza for ~/.fwknoprc, and the server's for access.conf.
-
-    What has no value is left out. Columns and order are those of `fwknop --save-rc-stanza`.
-    """
+    """Return the client's stanza for ~/.fwknoprc, and the server's for access.conf."""
     client = (
         ("SPA_SERVER_PORT", options.port),
         ("ALLOW_IP", "source" if options.any_source else ""),
         ("SPOOF_USER", options.username),
         ("ACCESS", options.access),
         ("SPA_SERVER", options.server),
-        ("KEY_BASE64", keys.key),
+        ("KEY_BASE64", keys["KEY_BASE64"]),
         ("HMAC_DIGEST_TYPE", digest.upper()),
-        ("HMAC_KEY_BASE64", keys.hmac_key),
+        ("HMAC_KEY_BASE64", keys["HMAC_KEY_BASE64"]),
         ("USE_HMAC", "Y"))
     server = (
         ("SOURCE", options.source or "ANY"),
         ("OPEN_PORTS", options.access),
-        ("KEY_BASE64", keys.key),
-        ("HMAC_KEY_BASE64", keys.hmac_key),
+        ("KEY_BASE64", keys["KEY_BASE64"]),
+        ("HMAC_KEY_BASE64", keys["HMAC_KEY_BASE64"]),
         ("HMAC_DIGEST_TYPE", digest.upper()),
         ("FW_ACCESS_TIMEOUT", options.timeout or 30),
         ("REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"),
         ("REQUIRE_USERNAME", options.username))
     client_text, server_text = (
-        "".join(f"{name:<24}    {value}\n" for name, value in rows if value)
+        "".join(DIRECTIVE.format(*row) + "\n" for row in rows if row[1])
         for rows in (client, server))
     return f"[{options.name}]\n{client_text}", f"# {options.name}\n{server_text}"
-
-
-def key_lines(keys: Keys) -> str:
-    """Return both keys as `fwknop --key-gen` prints them, which is as both files take them."""
-    return f"KEY_BASE64: {keys.key}\nHMAC_KEY_BASE64: {keys.hmac_key}\n"
 
 
 # ======================================================================================
@@ -401,13 +393,10 @@ def split_line(line: str) -> Tuple[str, str, str]:
 
 
 def add_stanza(text: str, stanza: str) -> str:
-    """Return the text with a stanza at its end; refuse a mark or keys that it has already."""
-    lines = stanza.split("\n")
-    for at in find_marks(text.split("\n"), lines[0]):
-        raise ConfigError(f"has a stanza {lines[0]} already, in line {at + 1}")
-    secrets = {word for name, word, _ in map(split_line, lines) if "KEY_" in name}
-    if secrets.intersection(text.split()):
-        raise ConfigError(f"has the keys of {lines[0]} already")
+    """Return the text with a stanza at its end; refuse a mark that it has already."""
+    mark = stanza.partition("\n")[0]
+    for at in find_marks(text.split("\n"), mark):
+        raise ConfigError(f"has a stanza {mark} already, in line {at + 1}")
     return text + ("" if not text else "\n" if text.endswith("\n") else "\n\n") + stanza
 
 
@@ -436,16 +425,16 @@ def replace_keys(stanza: List[str], make: Callable[[str], Keys]) -> List[str]:
     """Return the lines of a stanza with the keys that `make` returns for its HMAC's digest."""
     new, split = list(stanza), [split_line(line) for line in stanza]
     where = f"in the stanza {stanza[0].strip()}"
-    digest = ([word.lower() for name, word, _ in split if name == "HMAC_DIGEST_TYPE"]
-              or ["sha256"])[-1]
+    digest = {name: word for name, word, _ in split}.get("HMAC_DIGEST_TYPE", "sha256").lower()
     if digest not in HMAC_KEY_BYTES:
         raise ConfigError(f"expected HMAC_DIGEST_TYPE {', '.join(HMAC_KEY_BYTES)} {where}")
-    for kind, key in zip(("KEY", "HMAC_KEY"), make(digest)):
-        found = [at for at, (name, _, _) in enumerate(split) if name in (kind, kind + "_BASE64")]
+    for name, key in make(digest).items():
+        raw = name.replace("_BASE64", "")
+        found = [at for at, (said, _, _) in enumerate(split) if said in (name, raw)]
         if len(found) != 1:
-            raise ConfigError(f"expected one {kind}_BASE64 (or {kind}) {where}")
-        name, _, behind = split[found[0]]  # behind a raw key may be more of it
-        new[found[0]] = f"{kind + '_BASE64':<24}    {key}{behind if name != kind else ''}"
+            raise ConfigError(f"expected one {name} (or {raw}) {where}")
+        said, _, behind = split[found[0]]  # behind a raw key may be more of it
+        new[found[0]] = DIRECTIVE.format(name, key) + (behind if said == name else "")
     return new
 
 
@@ -618,27 +607,25 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
 # ======================================================================================
 
 Option = Tuple[str, str, Callable[[str], object], str]
-# Names, value ("" if there is none, "a|b" for a choice), parser, help. From these tables come the
+# Names, value ("" if there is none, "a|b" for a choice), parser, help. From this table come the
 # command line, --help, --man and --completion.
 OPTIONS: Tuple[Option, ...] = (
     ("-h --help", "", str, "print this and exit"),
     ("-V --version", "", str, "print the version and this file's SHA-256"),
     ("--completion", "bash|zsh|fish", str, "print what completes these options in a shell"),
     ("--man", "", str, "print the manual page, for `man -l -`"),
+    ("--rotate", "NAME", parse_name,
+     "put new keys into the stanzas of that name; access.conf keeps the old ones beside them"),
+    ("--retire", "NAME", parse_name, "remove the stanza of the old keys from the access file"),
     ("--qr", "", str, "print the keys as a QR code for phone apps, too"),
-    ("--rotate", "NAME", parse_name, "replace the keys in the stanzas of that name, in one file or "
-                                     "both; in access.conf a second stanza keeps the old ones"),
-    ("--retire", "NAME", parse_name, "remove that second stanza from the access file"),
     ("--key-len", "BYTES", integer(1, 32), "length of the encryption key (default: 32)"),
     ("--hmac-key-len", "BYTES", integer(1, 128), "length of the HMAC key (default: by digest)"),
     ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str, "of the HMAC (default: sha256)"),
     ("--rc-file", "PATH", parse_path, "write the client's stanza to this file"),
     ("--access-file", "PATH", parse_path, "write the server's stanza to this file"),
-)
-STANZA_OPTIONS: Tuple[Option, ...] = (
     ("--server", "HOST", word("a host name (xn--... if not ASCII) or an address", 253, "._-:%"),
-     "the server's name or address (required)"),
-    ("--access", "LIST", parse_access, "what may be opened, like tcp/22,udp/53 (required)"),
+     "the server's name or address; a stanza needs it"),
+    ("--access", "LIST", parse_access, "what may be opened, like tcp/22,udp/53; a stanza needs it"),
     ("--port", "PORT", integer(1, 65535), "port the server listens on (default: 62201)"),
     ("--source", "NETWORKS", parse_source, "where packets may come from (default: ANY)"),
     ("--timeout", "SECONDS", integer(1, 8388608), "how long a port stays open (default: 30)"),
@@ -646,7 +633,7 @@ STANZA_OPTIONS: Tuple[Option, ...] = (
      "let the packet name this user, and require it"),
     ("--any-source", "", str, "open for the address the packet came from"),
 )
-# What the two may be given with; a new stanza takes all the rest.
+# What these may be given with; a new stanza takes all the others.
 TAKES = {"--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
          "--retire": "--access-file"}
 HINTS = """\
@@ -687,14 +674,12 @@ def make_parser() -> argparse.ArgumentParser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", metavar="NAME", type=parse_name,
                         help="name of the stanzas; without it only two keys are printed")
-    for group, rows in ((parser, OPTIONS),
-                        (parser.add_argument_group("in the stanzas"), STANZA_OPTIONS)):
-        for names, value, parse, help in rows:
-            if value:
-                group.add_argument(*names.split(), metavar=value, help=help,
-                                   type=one_of(value) if "|" in value else parse)
-            else:
-                group.add_argument(*names.split(), action="store_true", help=help)
+    for names, value, parse, help in OPTIONS:
+        if value:
+            parser.add_argument(*names.split(), metavar=value, help=help,
+                                type=one_of(value) if "|" in value else parse)
+        else:
+            parser.add_argument(*names.split(), action="store_true", help=help)
     return parser
 
 
@@ -721,11 +706,9 @@ def check_options(options: argparse.Namespace) -> None:
 
 def picture(keys: Keys) -> str:
     """Return the QR code of the text that phone apps import (fwknop spec 4.1), for this console."""
-    try:
-        blocks = bool("\u2580\u2584\u2588".encode(getattr(sys.stdout, "encoding", "") or "ascii"))
-    except (UnicodeEncodeError, LookupError):
-        blocks = False
-    rows = qr_symbol(f"KEY_BASE64:{keys.key} HMAC_KEY_BASE64:{keys.hmac_key}".encode("ascii"), "L")
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    blocks = b"?" not in "\u2580\u2584\u2588".encode(encoding, "replace")
+    rows = qr_symbol(" ".join(f"{name}:{key}" for name, key in keys.items()).encode("ascii"), "L")
     return ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Who sees this picture has the keys\n"
             + terminal_text(rows, blocks))
 
@@ -754,18 +737,16 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
 
     access.conf comes first: a crash after it leaves a client whose old keys are still good.
     """
-    name = options.rotate
-    made: List[Keys] = []
+    name, keys = options.rotate, {}  # type: str, Keys
 
     def make_once(digest: str) -> Keys:
-        made[:] = made or [make_keys(options, digest, random)]
-        return made[0]
+        keys.update(keys or make_keys(options, digest, random))
+        return keys
 
     def printed() -> str:
-        both = options.rc_file and options.access_file
-        heading = f"# The new keys of {name}, for its stanza in the other file\n"
-        return ("" if both else heading + key_lines(made[0])) + (
-            picture(made[0]) if options.qr else "")
+        other = "" if options.rc_file and options.access_file else (
+            f"# The new keys of {name}, for its stanza in the other file\n" + key_lines(keys))
+        return other + (picture(keys) if options.qr else "")
 
     change_files([(options.access_file, lambda text: rotate_stanza(text, f"# {name}", make_once)),
                   (options.rc_file, lambda text: rotate_stanza(text, f"[{name}]", make_once))],
@@ -775,7 +756,7 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
 def completion(shell: str) -> str:
     """Return what makes a shell complete these options; zsh takes what bash does."""
     rows = [(name, value, value.replace("|", " ") if "|" in value else "", help)
-            for names, value, _, help in OPTIONS + STANZA_OPTIONS for name in names.split()]
+            for names, value, _, help in OPTIONS for name in names.split()]
     if shell == "fish":
         return "complete -c keygen.py -f\n" + "".join(
             "complete -c keygen.py -{} {} -d '{}'{}\n".format(
@@ -791,7 +772,7 @@ def man_page() -> str:
     """Return the manual page: the docstring of this file, the options, and the hints of --help."""
     title, text = str(__doc__).split("\n\n", 1)
     rows = "".join(f"@TP\n@B {names} {value}\n{help}\n"
-                   for names, value, _, help in OPTIONS + STANZA_OPTIONS)
+                   for names, value, _, help in OPTIONS)
     page = (f"@TH KEYGEN.PY 1\n@SH NAME\nkeygen.py - {title}\n@SH DESCRIPTION\n@ad l\n"
             f"{text.split('Contents.')[0]}@SH OPTIONS\n{rows}@SH NOTES\n{HINTS}"
             f"@SH EXIT STATUS\n{text.split('Exit codes: ')[1]}")
