@@ -543,54 +543,55 @@ def read_file(path: str, create: bool) -> Optional[bytes]:
         return stream.read()
 
 
-def prepare_file(path: str, change: Callable[[str], str], create: bool,
-                 stack: contextlib.ExitStack) -> Callable[[], None]:
-    """Put what `change` makes of a file onto the disk beside it, until the stack's end.
+def write_copy(path: str, text: bytes, stack: contextlib.ExitStack) -> str:
+    """Put the new text of a file onto the disk beside it, until the stack's end; return its path.
 
-    Return a function that puts that in the file's place. Appending could leave half a line with a
-    key in it, which would stop a server from starting. A new file gets mode 0600, an old one keeps
-    mode and owner. What somebody else changed meanwhile stays.
+    Appending could leave half a line with a key in it, which would stop a server from starting. A
+    new file gets mode 0600, an old one keeps mode and owner.
     """
-    copy = f"{path}.{os.getpid()}.new"
-
     def discard() -> None:
         with contextlib.suppress(OSError):  # it has the file's name, if all went well
             os.unlink(copy)
 
-    def commit() -> None:
-        with errors_named(path):
-            if read_file(path, create) != old:
-                raise SpaError("was changed by somebody else meanwhile, and left as it is")
-            os.replace(copy, path)
-
-    with errors_named(path):
-        old = read_file(path, create)
-        text = change((old or b"").decode("latin-1")).encode("latin-1")  # each byte as it is
-        fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        stack.callback(discard)
-        with open(fd, "wb") as stream:
-            if POSIX:
-                status = os.stat(fd if old is None else path)
+    copy = f"{path}.{os.getpid()}.new"
+    fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    stack.callback(discard)
+    with open(fd, "wb") as stream:
+        if POSIX:
+            os.fchmod(fd, 0o600)  # whatever the umask is
+            if os.path.exists(path):
+                status = os.stat(path)
                 if status[4:6] != os.fstat(fd)[4:6]:
                     os.fchown(fd, status.st_uid, status.st_gid)
-                os.fchmod(fd, 0o600 if old is None else stat.S_IMODE(status.st_mode))
-            stream.write(text)
-            stream.flush()
-            os.fsync(fd)
-    return commit
+                os.fchmod(fd, stat.S_IMODE(status.st_mode))
+        stream.write(text)
+        stream.flush()
+        os.fsync(fd)
+    return copy
 
 
 def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
                  printed: Callable[[], str], create: bool = False) -> None:
-    """Change the files that have a path, all or none, after `printed()` was written."""
+    """Change the files that have a path, all or none, after `printed()` was written.
+
+    What somebody else changed meanwhile stays.
+    """
     changes = [(os.path.realpath(path), change) for path, change in changes if path]
     directories = sorted({os.path.dirname(path) for path, _ in changes}) if POSIX else []
+    ready = []
     with contextlib.ExitStack() as stack:
         locked = [lock_directory(path, stack) for path in directories]
-        commits = [prepare_file(path, change, create, stack) for path, change in changes]
+        for path, change in changes:
+            with errors_named(path):
+                old = read_file(path, create)
+                text = change((old or b"").decode("latin-1"))  # each byte as it is
+                ready.append((path, old, write_copy(path, text.encode("latin-1"), stack)))
         write_out(printed())
-        for commit in commits:
-            commit()
+        for path, old, copy in ready:
+            with errors_named(path):
+                if read_file(path, create) != old:
+                    raise SpaError("was changed by somebody else meanwhile, and left as it is")
+                os.replace(copy, path)
         for path, fd in zip(directories, locked):
             with errors_named(path):
                 os.fsync(fd)  # or a power cut takes new names away again
