@@ -15,13 +15,12 @@ The way of a key: os.urandom makes it, base64 makes it text, and a stanza carrie
 output, or into a file that only its owner can read. No key is ever taken from a command line,
 and none appears in an error.
 
-Contents. Sections 1 to 4 only compute; 5 and 6 touch files and standard output.
-  1. What an option may say
-  2. Keys and stanzas
-  3. QR code (ISO/IEC 18004:2015)
-  4. Changes to a file's text
-  5. Files and standard output
-  6. Command line
+Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
+  1. Keys and stanzas
+  2. QR code (ISO/IEC 18004:2015)
+  3. Changes to a file's text
+  4. Files and standard output
+  5. Command line
 
 Exit codes: 0 done; 1 a file or standard output could not be used; 2 a wrong option; 3 what a file
 says does not allow it.
@@ -43,22 +42,19 @@ VERSION = "0.1.0"
 
 
 # ======================================================================================
-# 1. What an option may say
+# 1. Keys and stanzas
 #
-# A parser for each kind of value. Its error says what was expected, and never what was given: that
-# may be a key in the wrong place. The limits are those of fwknop's client and server: a stanza that
-# is printed here works with both.
+# A parser for each kind of value in a stanza; then the keys, and both stanzas in fwknop's formats.
+# A parser's error says what was expected, and never what was given: that may be a key in the wrong
+# place. The limits are those of fwknop's client and server: what is printed here works with both.
 # ======================================================================================
 
 class SpaError(Exception):
     """Told to the administrator in one line, without a traceback: exit code 1."""
 
 
-class UsageError(SpaError, argparse.ArgumentTypeError):
-    """A wrong option, found before anything was made or written: exit code 2.
-
-    Of the parsers' errors argparse says the option, too.
-    """
+class UsageError(SpaError, argparse.ArgumentTypeError):  # argparse says whose value it is
+    """A wrong option, found before anything was made or written: exit code 2."""
 
 
 class ConfigError(SpaError):
@@ -143,12 +139,6 @@ def parse_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-# ======================================================================================
-# 2. Keys and stanzas
-#
-# Makes the keys and says them in fwknop's formats. Does not check the options: see 1.
-# ======================================================================================
-
 # The lengths `fwknop --key-gen` uses. It has none for SHA-3: 64 bytes are as long as the longest
 # digest (more adds no strength, RFC 2104 section 3) and fit into one block of both SHA-3 digests
 # (136 and 72 bytes), so the key is used as it is and not hashed first.
@@ -205,7 +195,7 @@ def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[
 
 
 # ======================================================================================
-# 3. QR code (ISO/IEC 18004:2015)
+# 2. QR code (ISO/IEC 18004:2015)
 #
 # Makes the picture that phone apps read: byte mode, and of the 40 versions (sizes) the 15
 # smallest, of 17 + 4 * version modules a side, which hold up to 520 bytes.
@@ -367,7 +357,7 @@ def terminal_text(rows: Symbol, blocks: bool) -> str:
 
 
 # ======================================================================================
-# 4. Changes to a file's text
+# 3. Changes to a file's text
 #
 # Each takes the text of a file and returns another, or raises ConfigError. A stanza is found by
 # its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment `# name` above
@@ -459,7 +449,7 @@ def retire_stanza(text: str, mark: str) -> str:
 
 
 # ======================================================================================
-# 5. Files and standard output
+# 4. Files and standard output
 #
 # Gives a file its new text so that a crash leaves the old or the new one. Files are prepared, what
 # has to be printed is printed, and the files are committed last: what fails half-way has written
@@ -602,7 +592,7 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
 
 
 # ======================================================================================
-# 6. Command line
+# 5. Command line
 #
 # Checks every option first; then does what was asked for.
 # ======================================================================================
@@ -698,9 +688,8 @@ def check_options(options: argparse.Namespace) -> None:
                 raise UsageError(f"{task} needs --access-file")
             return
     if options.name:
-        for name in ("--server", "--access"):
-            if name not in given:
-                raise UsageError(f"a stanza needs {name}")
+        if not given >= {"--server", "--access"}:
+            raise UsageError("a stanza needs --server and --access")
     elif not given <= {"--qr", "--key-len", "--hmac-key-len", "--hmac-digest-type"}:
         raise UsageError("a stanza needs a NAME")
 
@@ -716,21 +705,20 @@ def picture(keys: Keys) -> str:
 
 def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
     """Print both stanzas, or append them to the files that were named."""
+    name, printed = options.name, []
     client, server = make_stanzas(options, digest, keys)
-    printed = []
     if not options.rc_file:
-        told = "" if options.any_source else (
-            "# fwknop's own client has to be told its address: "
-            f"fwknop -n {options.name} -R, or -a ADDRESS\n")
-        printed.append("# For ~/.fwknoprc of the client (Windows: %USERPROFILE%\\.fwknoprc). "
-                       f"To knock: spa_client.py -n {options.name}\n{told}{client}")
+        told = "" if options.any_source else " -R"  # fwknop does not find its address by itself
+        printed.append(
+            "# For ~/.fwknoprc of the client (Windows: %USERPROFILE%\\.fwknoprc). To knock:\n"
+            f"# spa_client.py -n {name}, or fwknop -n {name}{told}\n{client}")
     if not options.access_file:
         printed.append(f"# For access.conf of the server, which then has to read it\n{server}")
     if options.qr:
         printed.append(picture(keys))
     change_files([(options.rc_file, lambda text: add_stanza(text, client)),
                   (options.access_file, lambda text: add_stanza(text, server))],
-                 f"Wrote the stanza of {options.name} to", lambda: "\n".join(printed), create=True)
+                 f"Wrote the stanza of {name} to", lambda: "\n".join(printed), create=True)
 
 
 def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
