@@ -36,7 +36,7 @@ import stat
 import sys
 import time
 from typing import (
-    Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple, Union)
+    Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple)
 
 VERSION = "0.1.0"
 
@@ -64,8 +64,7 @@ class ConfigError(SpaError):
 # A request longer than this does not fit into fwknop's packet in the worst case: a user name of
 # 29 characters, a source address of 15 and an HMAC of SHA-512 leave 223 bytes of plaintext.
 MAX_ACCESS_LENGTH = 60
-DIGITS = frozenset("0123456789")
-LETTERS = DIGITS.union("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+LETTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 def word(kind: str, limit: int, signs: str) -> Callable[[str], str]:
@@ -96,7 +95,7 @@ def one_of(choices: str) -> Callable[[str], str]:
 def integer(low: int, high: int) -> Callable[[str], int]:
     """Return a parser of decimal numbers from low to high."""
     def parse(text: str) -> int:
-        if not (0 < len(text) < 10 and DIGITS.issuperset(text) and low <= int(text) <= high):
+        if not (0 < len(text) < 10 and set(text) <= set("0123456789") and low <= int(text) <= high):
             raise UsageError(f"expected a number, {low} to {high}")
         return int(text)
     return parse
@@ -169,29 +168,22 @@ def key_lines(keys: Keys) -> str:
 
 def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[str, str]:
     """Return the client's stanza for ~/.fwknoprc, and the server's for access.conf."""
-    client = (
-        ("SPA_SERVER_PORT", options.port),
-        ("ALLOW_IP", "source" if options.any_source else ""),
-        ("SPOOF_USER", options.username),
-        ("ACCESS", options.access),
-        ("SPA_SERVER", options.server),
-        ("KEY_BASE64", keys["KEY_BASE64"]),
-        ("HMAC_DIGEST_TYPE", digest.upper()),
-        ("HMAC_KEY_BASE64", keys["HMAC_KEY_BASE64"]),
-        ("USE_HMAC", "Y"))
-    server = (
-        ("SOURCE", options.source or "ANY"),
-        ("OPEN_PORTS", options.access),
-        ("KEY_BASE64", keys["KEY_BASE64"]),
-        ("HMAC_KEY_BASE64", keys["HMAC_KEY_BASE64"]),
-        ("HMAC_DIGEST_TYPE", digest.upper()),
-        ("FW_ACCESS_TIMEOUT", options.timeout or 30),
-        ("REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"),
-        ("REQUIRE_USERNAME", options.username))
-    client_text, server_text = (
-        "".join(DIRECTIVE.format(*row) + "\n" for row in rows if row[1])
-        for rows in (client, server))
-    return f"[{options.name}]\n{client_text}", f"# {options.name}\n{server_text}"
+    rows = (  # name in the client's stanza, name in the server's, value
+        ("", "SOURCE", options.source or "ANY"),
+        ("SPA_SERVER_PORT", "", options.port),
+        ("ALLOW_IP", "", "source" if options.any_source else ""),
+        ("SPOOF_USER", "REQUIRE_USERNAME", options.username),
+        ("ACCESS", "OPEN_PORTS", options.access),
+        ("SPA_SERVER", "", options.server),
+        ("KEY_BASE64", "KEY_BASE64", keys["KEY_BASE64"]),
+        ("HMAC_DIGEST_TYPE", "HMAC_DIGEST_TYPE", digest.upper()),
+        ("HMAC_KEY_BASE64", "HMAC_KEY_BASE64", keys["HMAC_KEY_BASE64"]),
+        ("USE_HMAC", "", "Y"),
+        ("", "FW_ACCESS_TIMEOUT", options.timeout or 30),
+        ("", "REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"))
+    client, server = ("".join(DIRECTIVE.format(row[side], row[2]) + "\n"
+                              for row in rows if row[side] and row[2]) for side in (0, 1))
+    return f"[{options.name}]\n{client}", f"# {options.name}\n{server}"
 
 
 # ======================================================================================
@@ -466,9 +458,8 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def warn_of_readers(name: str, file: Union[str, int]) -> None:
-    """Warn of a regular file with keys, by path or descriptor, that is not for its owner alone."""
-    mode = os.stat(file).st_mode
+def warn_of_readers(name: str, mode: int) -> None:
+    """Warn of a regular file with keys that is not for its owner alone."""
     if POSIX and stat.S_ISREG(mode) and mode & 0o077:
         tell(f"keygen.py: warning: {name} is open to others (mode {stat.S_IMODE(mode):04o}): "
              "chmod 600")
@@ -482,7 +473,7 @@ def write_out(text: str) -> None:
         raise SpaError("standard output is closed")
     with contextlib.suppress(OSError, ValueError):  # ValueError: a test's buffer has no fileno
         if "KEY_BASE64" in text:
-            warn_of_readers("standard output", sys.stdout.fileno())
+            warn_of_readers("standard output", os.fstat(sys.stdout.fileno()).st_mode)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -554,6 +545,7 @@ def write_copy(path: str, text: bytes, stack: contextlib.ExitStack) -> str:
                 if status[4:6] != os.fstat(fd)[4:6]:
                     os.fchown(fd, status.st_uid, status.st_gid)
                 os.fchmod(fd, stat.S_IMODE(status.st_mode))
+                warn_of_readers(path, status.st_mode)
         stream.write(text)
         stream.flush()
         os.fsync(fd)
@@ -567,10 +559,10 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
     What somebody else changed meanwhile stays.
     """
     changes = [(os.path.realpath(path), change) for path, change in changes if path]
-    directories = sorted({os.path.dirname(path) for path, _ in changes}) if POSIX else []
     ready = []
     with contextlib.ExitStack() as stack:
-        locked = [lock_directory(path, stack) for path in directories]
+        locked = [lock_directory(directory, stack) for directory in
+                  sorted({os.path.dirname(path) for path, _ in changes}) if POSIX]
         for path, change in changes:
             with errors_named(path):
                 old = read_file(path, create)
@@ -582,13 +574,11 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
                 if read_file(path, create) != old:
                     raise SpaError("was changed by somebody else meanwhile, and left as it is")
                 os.replace(copy, path)
-        for path, fd in zip(directories, locked):
-            with errors_named(path):
+        for fd in locked:
+            with contextlib.suppress(OSError):  # not every file system can do that
                 os.fsync(fd)  # or a power cut takes new names away again
     for path, _ in changes:
         tell(f"[+] {done}: {path}")
-        with errors_named(path):
-            warn_of_readers(path, path)
 
 
 # ======================================================================================
@@ -651,10 +641,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError, so that only main() knows about exit codes.
-
-        What argparse puts in quotes was given, and may be a key in the wrong place: it is cut off.
-        """
+        """Raise UsageError without what stands in quotes: it was given, and may be a key."""
         raise UsageError(message.partition(" '")[0].partition(' "')[0])
 
 

@@ -154,7 +154,7 @@ class StanzaTest(unittest.TestCase):
             directives(client))
         self.assertEqual(
             [("SOURCE", "ANY"), ("OPEN_PORTS", "tcp/22"), ("KEY_BASE64", key),
-             ("HMAC_KEY_BASE64", hmac_key), ("HMAC_DIGEST_TYPE", "SHA256"),
+             ("HMAC_DIGEST_TYPE", "SHA256"), ("HMAC_KEY_BASE64", hmac_key),
              ("FW_ACCESS_TIMEOUT", "30"), ("REQUIRE_SOURCE_ADDRESS", "Y")], directives(server))
         self.assertIn("fwknop -n work -R", client)
 
