@@ -626,15 +626,6 @@ asks a web site. --any-source gives that protection up, for a client that cannot
 --rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
 above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
 """
-COMPLETION = """\
-_keygen() {{
-    local found='{names}'
-    case ${{COMP_WORDS[COMP_CWORD-1]}} in
-{cases}    esac
-    COMPREPLY=($(compgen -W "$found" -- "${{COMP_WORDS[COMP_CWORD]}}"))
-}}
-complete -o default -F _keygen keygen.py
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -731,17 +722,13 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
 
 def completion(shell: str) -> str:
     """Return what makes a shell complete these options; zsh takes what bash does."""
-    rows = [(name, value, value.replace("|", " ") if "|" in value else "", help)
-            for names, value, _, help in OPTIONS for name in names.split()]
+    rows = [(name, value, help) for names, value, _, help in OPTIONS for name in names.split()]
     if shell == "fish":
-        return "complete -c keygen.py -f\n" + "".join(
-            "complete -c keygen.py -{} {} -d '{}'{}\n".format(
-                "l" if name[1] == "-" else "s", name.strip("-"), help.replace("'", "\\'"),
-                " -r -F" if value == "PATH" else value and f" -x -a '{words}'")
-            for name, value, words, help in rows)
-    cases = "".join(f"    {name}) found='{words}';;\n" for name, value, words, _ in rows if value)
-    text = COMPLETION.format(names=" ".join(row[0] for row in rows), cases=cases)
-    return "autoload -U +X bashcompinit && bashcompinit\n" * (shell == "zsh") + text
+        return "".join("complete -c keygen.py -{} {} -d '{}'{}\n".format(
+            "l" if name[:2] == "--" else "s", name.strip("-"), help.replace("'", "\\'"),
+            " -r" if value else "") for name, value, help in rows)
+    begin = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return f"{begin}complete -o default -W '{' '.join(row[0] for row in rows)}' keygen.py\n"
 
 
 def man_page() -> str:
