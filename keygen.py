@@ -454,8 +454,9 @@ LOCK_TRIES = 500  # ten seconds; another run needs milliseconds, but any reader 
 
 def tell(text: str) -> None:
     """Print a line on standard error; that nobody reads it must not leave work half done."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it is None if it was closed
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def warn_of_readers(name: str, mode: int) -> None:

@@ -499,6 +499,14 @@ class OutputTest(FileTestCase):
         self.assertEqual((1, b"keygen.py: standard output is closed\n"),
                          (answer.returncode, answer.stderr))
 
+    def test_standard_error_is_closed(self) -> None:
+        """What is meant for it does not get among the keys; exit codes stay."""
+        answer = program(*WORK, "--rc-file", self.path("rc"), preexec_fn=lambda: os.close(2))
+        self.assertEqual(0, answer.returncode)
+        self.assertNotIn(b"[+]", answer.stdout)
+        answer = program("--nonsense", preexec_fn=lambda: os.close(2))
+        self.assertEqual((2, b""), (answer.returncode, answer.stdout))
+
 
 class FwknopTest(FileTestCase):
     """The real client and the real server read what is printed here."""
