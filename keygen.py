@@ -35,8 +35,7 @@ import os
 import stat
 import sys
 import time
-from typing import (
-    Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple)
+from typing import Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 VERSION = "0.1.0"
 
@@ -142,13 +141,8 @@ def parse_path(text: str) -> str:
 # digest (more adds no strength, RFC 2104 section 3) and fit into one block of both SHA-3 digests
 # (136 and 72 bytes), so the key is used as it is and not hashed first.
 KEY_BYTES = 32
-HMAC_KEY_BYTES = {
-    "md5": 16, "sha1": 20, "sha256": 64, "sha384": 128, "sha512": 128,
-    "sha3_256": 64, "sha3_512": 64,
-}
-
-
-
+HMAC_KEY_BYTES = {"md5": 16, "sha1": 20, "sha256": 64, "sha384": 128, "sha512": 128,
+                  "sha3_256": 64, "sha3_512": 64}
 Keys = Dict[str, str]  # KEY_BASE64 and HMAC_KEY_BASE64, the secrets of a client and a server
 DIRECTIVE = "{:<24}    {}"  # the columns of `fwknop --save-rc-stanza`
 
@@ -443,9 +437,8 @@ def retire_stanza(text: str, mark: str) -> str:
 # ======================================================================================
 # 4. Files and standard output
 #
-# Gives a file its new text so that a crash leaves the old or the new one. Files are prepared, what
-# has to be printed is printed, and the files are committed last: what fails half-way has written
-# nothing.
+# Gives a file its new text so that a crash leaves the old or the new one. The files take their new
+# text last, when all else went well: what fails half-way has written nothing.
 # ======================================================================================
 
 POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directories to open
@@ -585,13 +578,12 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
 # ======================================================================================
 # 5. Command line
 #
-# Checks every option first; then does what was asked for.
+# Checks every option first, then does what was asked for.
 # ======================================================================================
 
-Option = Tuple[str, str, Callable[[str], object], str]
 # Names, value ("" if there is none, "a|b" for a choice), parser, help. From this table come the
 # command line, --help, --man and --completion.
-OPTIONS: Tuple[Option, ...] = (
+OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
     ("-h --help", "", str, "print this and exit"),
     ("-V --version", "", str, "print the version and this file's SHA-256"),
     ("--completion", "bash|zsh|fish", str, "print what completes these options in a shell"),
@@ -615,14 +607,14 @@ OPTIONS: Tuple[Option, ...] = (
      "let the packet name this user, and require it"),
     ("--any-source", "", str, "open for the address the packet came from"),
 )
-# What these may be given with; a new stanza takes all the others.
+# What may stand beside these; a new stanza takes all the others.
 TAKES = {"--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
          "--retire": "--access-file"}
 HINTS = """\
-The server's stanza says REQUIRE_SOURCE_ADDRESS Y: the encrypted packet has to name the address to
-open for, so that nobody who catches a packet can send it from an address of his own. The client
-spa_client.py finds its address by itself; fwknop has to be told, with -a ADDRESS or with -R, which
-asks a web site. --any-source gives that protection up, for a client that cannot know its address.
+The server's stanza says REQUIRE_SOURCE_ADDRESS Y: a packet has to name the address to open for, so
+that nobody who catches one can send it from his own. spa_client.py finds its address by itself;
+fwknop has to be told, with -a ADDRESS or with -R, which asks a web site. --any-source gives that
+protection up, for a client that cannot know its address.
 
 --rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
 above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
@@ -735,8 +727,7 @@ def completion(shell: str) -> str:
 def man_page() -> str:
     """Return the manual page: the docstring of this file, the options, and the hints of --help."""
     title, text = str(__doc__).split("\n\n", 1)
-    rows = "".join(f"@TP\n@B {names} {value}\n{help}\n"
-                   for names, value, _, help in OPTIONS)
+    rows = "".join(f"@TP\n@B {names} {value}\n{help}\n" for names, value, _, help in OPTIONS)
     page = (f"@TH KEYGEN.PY 1\n@SH NAME\nkeygen.py - {title}\n@SH DESCRIPTION\n@ad l\n"
             f"{text.split('Contents.')[0]}@SH OPTIONS\n{rows}@SH NOTES\n{HINTS}"
             f"@SH EXIT STATUS\n{text.split('Exit codes: ')[1]}")
