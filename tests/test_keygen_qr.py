@@ -5,18 +5,16 @@ encoder: a mistake would have to be made twice.
 """
 
 import functools
-import io
 import itertools
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import unittest
-from contextlib import redirect_stdout
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Tuple
 
-from tests.support import TOP, load_script, needs_programs
+from tests.support import load_script, needs_programs
+from tests.test_keygen import WORK, FileTestCase, call, program
 
 keygen = load_script("keygen")
 
@@ -225,20 +223,19 @@ class StandardTest(unittest.TestCase):
         """Each of the four rules of table 11, on symbols made for it."""
         def symbol(*rows: str) -> List[bytearray]:
             return [bytearray(map(int, row)) for row in rows]
+
+        def squares(rows: List[str]) -> int:
+            return sum(len({rows[y + i][x + j] for i in (0, 1) for j in (0, 1)}) == 1
+                       for y in range(11) for x in range(11))
         light = symbol(*["0" * 21] * 21)
         self.assertEqual(42 * (3 + 16) + 3 * 400 + 10 * 10, keygen.penalty(light))
         chess = ["01" * 6, "10" * 6] * 6
         self.assertEqual(0, keygen.penalty(symbol(*chess)))
         for row, score in (("000001010101", 3), ("000000101010", 4)):  # with its neighbour: squares
             rows = [row if at == 6 else line for at, line in enumerate(chess)]
-            squares = sum(len({rows[y][x], rows[y][x + 1], rows[y + 1][x], rows[y + 1][x + 1]}) == 1
-                          for y in range(11) for x in range(11))
-            self.assertEqual(score + 3 * squares, keygen.penalty(symbol(*rows)))
-        finder = [list(line) for line in chess]
-        finder[6][:11] = "10111010000"
-        squares = sum(len({finder[y + i][x + j] for i in (0, 1) for j in (0, 1)}) == 1
-                      for y in range(11) for x in range(11))
-        self.assertEqual(40 + 3 * squares, keygen.penalty(symbol(*map("".join, finder))))
+            self.assertEqual(score + 3 * squares(rows), keygen.penalty(symbol(*rows)))
+        finder = chess[:6] + ["10111010000" + chess[6][11:]] + chess[7:]
+        self.assertEqual(40 + 3 * squares(finder), keygen.penalty(symbol(*finder)))
 
     def test_the_mask_with_the_least_penalty_is_taken(self) -> None:
         """Of all eight, for texts that differ in which it is."""
@@ -294,14 +291,19 @@ class DecodeTest(unittest.TestCase):
 
 # ------------------------------------------------------------------- on a terminal
 
+def picture_lines(text: str) -> List[str]:
+    """Return the lines with colours, of all that is printed."""
+    return [line for line in text.splitlines() if line.startswith("\033")]
+
+
 def shown(text: str) -> List[List[int]]:
-    """Return what a terminal shows: rows of square pixels, 1 for a dark one; both colours are set.
+    """Return the picture that a terminal shows: rows of square pixels, 1 for a dark one.
 
     A colour that was not said is no pixel but a KeyError: it could be the terminal's own.
     """
     colours = {"30": 1, "40": 1, "38;5;16": 1, "97": 0, "107": 0, "48;5;231": 0}
     pixels: List[List[int]] = []
-    for line in text.splitlines():
+    for line in picture_lines(text):
         upper, lower, front, back = [], [], "", ""
         for escape, letter in re.findall("\033\\[([0-9;]+)m|(.)", line):
             if escape:
@@ -318,7 +320,7 @@ def shown(text: str) -> List[List[int]]:
 def modules(text: str) -> List[bytearray]:
     """Return the symbol that a terminal shows, after looking at its quiet zone."""
     pixels = shown(text)
-    if "#" in text:  # two characters wide, one high: each is as high as wide
+    if "#" in "".join(picture_lines(text)):  # two characters, which are as high as wide together
         pixels = [row[::2] for row in pixels[::2]]
     inside = [row[4:-4] for row in pixels][4:len(pixels[0]) - 4]
     edge = sum(map(sum, pixels)) - sum(map(sum, inside))
@@ -326,67 +328,50 @@ def modules(text: str) -> List[bytearray]:
     return [bytearray(row) for row in inside]
 
 
-def program(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
-    """Run keygen.py with this environment."""
-    return subprocess.run([sys.executable, "-S", os.path.join(TOP, "keygen.py"), *arguments],
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=60, env={**os.environ, **environment})
-
-
-class TerminalTest(unittest.TestCase):
+class TerminalTest(FileTestCase):
     """What --qr prints."""
 
     def check(self, out: str) -> None:
         """Decode the picture, and compare it with the keys that are printed before it."""
         keys = re.findall(r"^(?:HMAC_)?KEY_BASE64:? +(\S+)$", out, re.M)[:2]
-        picture = "".join(line + "\n" for line in out.splitlines() if line.startswith("\033"))
-        text, version, level, _ = decode(modules(picture))
+        text, version, level, _ = decode(modules(out))
         self.assertEqual(f"KEY_BASE64:{keys[0]} HMAC_KEY_BASE64:{keys[1]}", text.decode())
         self.assertEqual((8, "L"), (version, level))
 
     def test_blocks_where_the_encoding_has_them(self) -> None:
         """57 columns and 29 lines: it fits a terminal of 80 by 30."""
         for encoding in ("utf-8", "cp437"):
-            answer = program("--qr", PYTHONIOENCODING=encoding)
+            answer = program("--qr", encoding=encoding)
             self.assertEqual((0, b""), (answer.returncode, answer.stderr))
             out = answer.stdout.decode(encoding)
             self.check(out)
-            lines = [re.sub("\033.*?m", "", line) for line in out.splitlines() if "\033" in line]
+            lines = [re.sub("\033.*?m", "", line) for line in picture_lines(out)]
             self.assertEqual((29, {57}), (len(lines), {len(line) for line in lines}))
             self.assertNotIn("#", "".join(lines))
 
     def test_ascii_elsewhere(self) -> None:
         """Not one byte beyond ASCII."""
         for encoding in ("ascii", "latin-1", "cp1252"):
-            answer = program("--qr", PYTHONIOENCODING=encoding)
+            answer = program("--qr", encoding=encoding)
             self.assertEqual((0, b""), (answer.returncode, answer.stderr))
             self.check(answer.stdout.decode("ascii"))
 
     def test_with_stanzas(self) -> None:
         """Behind both, or alone when both went to files; a warning if others can read it."""
-        work = ["work", "--server", "gate.example", "--access", "tcp/22", "--qr"]
-        answer = program(*work, PYTHONIOENCODING="utf-8")
+        answer = program(*WORK, "--qr", encoding="utf-8")
         self.check(answer.stdout.decode().split("\n\n", 1)[1])
-        with tempfile.TemporaryDirectory() as top:
-            rc, access, out = (os.path.join(top, name) for name in ("rc", "access", "out"))
-            with open(out, "wb") as stream:
-                os.fchmod(stream.fileno(), 0o644)
-                answer = subprocess.run(
-                    [sys.executable, os.path.join(TOP, "keygen.py"), *work, "--rc-file", rc,
-                     "--access-file", access], stdout=stream, stderr=subprocess.PIPE, timeout=60,
-                    env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-            self.assertEqual(0, answer.returncode)
-            self.assertIn(b"standard output is open to others", answer.stderr)
-            with open(rc) as keys, open(out, encoding="utf-8") as picture:
-                self.check(keys.read() + picture.read())
+        rc, out = self.path("rc"), self.path("out", "", 0o644)
+        with open(out, "wb") as stream:
+            answer = program(*WORK, "--qr", "--rc-file", rc, "--access-file", self.path("access"),
+                             encoding="utf-8", stdout=stream)
+        self.assertEqual(0, answer.returncode)
+        self.assertIn(b"standard output is open to others", answer.stderr)
+        self.check(self.read(rc) + self.read(out))
 
     def test_longest_keys(self) -> None:
         """All that the options allow has a picture."""
-        out = io.StringIO()
-        with redirect_stdout(out):
-            self.assertEqual(0, keygen.main(["--qr", "--hmac-key-len", "128"]))
-        picture = [line for line in out.getvalue().splitlines() if line.startswith("\033")]
-        self.assertEqual(244, len(decode(modules("\n".join(picture)))[0]))
+        code, out, _ = call("--qr", "--hmac-key-len", "128")
+        self.assertEqual((0, 244), (code, len(decode(modules(out))[0])))
 
 
 @needs_programs("zbarimg")
@@ -432,12 +417,10 @@ class ZbarTest(unittest.TestCase):
     def test_what_the_terminal_shows(self) -> None:
         """Both ways to draw, as the program prints them."""
         for encoding in ("utf-8", "ascii"):
-            out = program("--qr", PYTHONIOENCODING=encoding).stdout.decode(encoding)
+            out = program("--qr", encoding=encoding).stdout.decode(encoding)
             keys = re.findall(r"KEY_BASE64: (\S+)", out)
-            picture = "\n".join(line for line in out.splitlines() if line.startswith("\033"))
-            image: Any = shown(picture)
             self.assertEqual([f"KEY_BASE64:{keys[0]} HMAC_KEY_BASE64:{keys[1]}"],
-                             self.scan([image]))
+                             self.scan([shown(out)]))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,15 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import unittest
 from typing import Any, List, Tuple
 from unittest import mock
 
-from tests.support import TOP, load_script, needs_programs, needs_root, run
-from tests.test_keygen import FileTestCase, call_all, counted, program
+from tests.support import TOP, load_script, needs_programs, run
+from tests.test_keygen import SCRIPT, WORK, FileTestCase, all_at_once, call_all, counted
 
 keygen: Any = load_script("keygen")
 server: Any = load_script("spa_server")
-SCRIPT = os.path.join(TOP, "keygen.py")
-WORK = ["work", "--server", "gate.example", "--access", "tcp/22"]
 
 # What people make of their files: other stanzas, other spellings, remarks everywhere.
 ACCESS = """\
@@ -76,15 +73,19 @@ class RotateTestCase(FileTestCase):
 
     def texts(self) -> Tuple[str, str]:
         """Return what both files say."""
-        with open(self.rc, encoding="utf-8", newline="") as rc, \
-                open(self.access, encoding="utf-8", newline="") as access:
-            return rc.read(), access.read()
+        return self.read(self.rc), self.read(self.access)
 
     def rotate(self, *more: str, random: Any = None) -> str:
         """Rotate the keys in both files, or those of `more`, and return standard output."""
         code, out, err = call_all("--rotate", "work", *(more or self.both), random=random)
         self.assertEqual(0, code, err)
         return out
+
+    def retire(self) -> str:
+        """Retire the old keys, and return standard error."""
+        code, out, err = call_all("--retire", "work", "--access-file", self.access)
+        self.assertEqual((0, ""), (code, out), err)
+        return err
 
     def packet(self, rc: str) -> bytes:
         """Return a packet of spa_client.py for [work] of an rc file."""
@@ -115,9 +116,7 @@ class RotateTest(RotateTestCase):
         self.assertEqual("", self.rotate())
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
         self.assertEqual([3], self.opened_by(self.packet(old_rc)))
-        code, out, err = call_all("--retire", "work", "--access-file", self.access)
-        self.assertEqual((0, "", f"[+] Removed the old keys of work from: {self.access}\n"),
-                         (code, out, err))
+        self.assertEqual(f"[+] Removed the old keys of work from: {self.access}\n", self.retire())
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
         self.assertEqual([], self.opened_by(self.packet(old_rc)))
 
@@ -135,7 +134,7 @@ class RotateTest(RotateTestCase):
         place = expected.index("# ---- the others")
         self.assertEqual(expected[:place] + "\n# old work\n# (until keygen.py --retire work)\n"
                          + ACCESS[begin:end] + expected[place:], access)
-        self.assertEqual(0, call_all("--retire", "work", "--access-file", self.access)[0])
+        self.retire()
         self.assertEqual((rc, expected), self.texts())
 
     def test_every_line_end(self) -> None:
@@ -149,7 +148,7 @@ class RotateTest(RotateTestCase):
             self.rotate()
             self.assertEqual([2], self.opened_by(self.packet(self.rc)))
             self.assertEqual([3], self.opened_by(self.packet(self.path("old", rc))))
-            self.assertEqual(0, call_all("--retire", "work", "--access-file", self.access)[0])
+            self.retire()
             self.assertEqual([2], self.opened_by(self.packet(self.rc)))
             self.assertNotIn(OLD[0], self.texts()[1])
             self.assertEqual(len(access.split("\n")), len(self.texts()[1].split("\n")))
@@ -165,10 +164,10 @@ class RotateTest(RotateTestCase):
         self.assertEqual(0, call_all("more", *WORK[1:], *files)[0])
         self.assertEqual(["# home", "# work", "# old WORK", "# (until keygen.py --retire WORK)",
                           "# lab", "# more"], re.findall("^#.*", self.read(access), re.M))
-        self.assertEqual(0, call_all("--retire", "work", "--access-file", access)[0])
+        self.access = access
+        self.retire()
         self.assertEqual(len(before.split("\n")), self.read(access).rpartition("\n\n#")[0].count(
             "\n") + 2)
-        self.access = access
         self.assertEqual([2], self.opened_by(self.packet(rc)))
 
     def test_again_only_after_retire(self) -> None:
@@ -179,7 +178,7 @@ class RotateTest(RotateTestCase):
         self.assertEqual((3, "", before), (code, out, self.texts()))
         self.assertEqual(f"keygen.py: {self.access}: has # old work in line 17: --retire work "
                          "when all its clients have the new keys\n", err)
-        self.assertEqual(0, call_all("--retire", "work", "--access-file", self.access)[0])
+        self.retire()
         self.rotate()
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
 
@@ -194,7 +193,7 @@ class RotateTest(RotateTestCase):
         self.assertEqual([4], self.opened_by(self.packet(self.path("old", RC))))
         code, _, err = call_all("--rotate", "work", *self.both)
         self.assertEqual(3, code, err)
-        self.assertEqual(0, call_all("--retire", "work", "--access-file", self.access)[0])
+        self.retire()
         self.assertEqual(text[:begin].rstrip(), self.texts()[1].partition("# ----")[0].rstrip())
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
         self.assertNotIn(OLD[0], self.texts()[1])
@@ -246,14 +245,12 @@ class RotateTest(RotateTestCase):
     @needs_programs("fwknopd")
     def test_fwknopd_reads_both_stanzas(self) -> None:
         """The real server takes the file in between, too."""
-        access, config = self.path("my-access"), self.path("fwknopd.conf", "")
+        access = self.path("my-access")
         self.assertEqual(0, call_all(*WORK, "--access-file", access)[0])
         self.rotate("--access-file", access)
-        answer = run(["fwknopd", "-D", "--exit-parse-config", "-c", config, "-a", access,
-                      "-r", self.top])
-        self.assertEqual(0, answer.returncode, answer.stdout + answer.stderr)
-        self.assertEqual(["1", "2"], re.findall(r"SOURCE \((\d)\):", answer.stdout))
-        self.assertEqual(2, answer.stdout.count("OPEN_PORTS:  tcp/22"), answer.stdout)
+        said = self.fwknopd_reads(access)
+        self.assertEqual(["1", "2"], re.findall(r"SOURCE \((\d)\):", said))
+        self.assertEqual(2, said.count("OPEN_PORTS: tcp/22"), said)
 
 
 class RefusedTest(RotateTestCase):
@@ -261,16 +258,14 @@ class RefusedTest(RotateTestCase):
 
     def check(self, code: int, expected: str, *arguments: str) -> None:
         """Run keygen.py, which has to fail so, and look at both files and at what it says."""
-        before = {name: self.read(self.path(name)) if name in ("rc", "access") else ""
-                  for name in os.listdir(self.top)}
+        before = self.texts(), sorted(os.listdir(self.top))
         found, out, err = call_all(*arguments)
         self.assertEqual((code, ""), (found, out), err)
         self.assertRegex(err, r"\Akeygen\.py: [^\n]+\n\Z")
         self.assertIn(expected, err)
         for secret in OLD + ("am9l", "first stanza", "hunter2"):
             self.assertNotIn(secret, err)
-        self.assertEqual(before, {name: self.read(self.path(name)) if name in ("rc", "access")
-                                  else "" for name in os.listdir(self.top)})
+        self.assertEqual(before, (self.texts(), sorted(os.listdir(self.top))))
 
     def test_command_lines(self) -> None:
         """--rotate and --retire take what belongs to them."""
@@ -368,13 +363,6 @@ class FilesTest(RotateTestCase):
                                                 os.path.islink(self.rc)))
         self.assertEqual(["rc"], os.listdir(self.path("dots")))
 
-    @needs_root
-    def test_owners_stay(self) -> None:
-        """When root rotates a user's keys."""
-        os.chown(self.rc, 12345, 23456)
-        self.rotate()
-        self.assertEqual((12345, 23456), (os.stat(self.rc).st_uid, os.stat(self.rc).st_gid))
-
     def test_a_crash_between_the_files_locks_nobody_out(self) -> None:
         """access.conf is first, and has the keys that the rc file still has."""
         real, calls = os.replace, []
@@ -415,16 +403,6 @@ class FilesTest(RotateTestCase):
 
     def test_many_at_once(self) -> None:
         """Of four that rotate one name, one does; four that rotate four names all do."""
-        def all_at_once(runs: List[List[str]]) -> List[int]:
-            codes: List[int] = []
-            threads = [threading.Thread(
-                target=lambda words=words: codes.append(program(*words).returncode))
-                for words in runs]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            return sorted(codes)
         self.assertEqual([0, 3, 3, 3], all_at_once([["--rotate", "work", *self.both]] * 4))
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
         files = ["--rc-file", self.path("my-rc"), "--access-file", self.path("my-access")]
@@ -434,13 +412,6 @@ class FilesTest(RotateTestCase):
         self.assertEqual(4, self.read(files[3]).count("# old n"))
         self.assertEqual(8, len(server.read_stanzas(files[3])[0]))
         self.assertEqual(["access", "my-access", "my-rc", "rc"], sorted(os.listdir(self.top)))
-
-    def test_home(self) -> None:
-        """`~` is the home directory, where no shell has put it in: `--rc-file=~/.fwknoprc`."""
-        with mock.patch.dict(os.environ, {"HOME": self.top}):
-            code, out, _ = call_all(*WORK, "--rc-file=~/.fwknoprc")
-        self.assertEqual(0, code)
-        self.assertIn("[work]", self.read(self.path(".fwknoprc")))
 
 
 # What Windows lacks is taken away; a directory cannot be opened, and nothing that is open replaced.

@@ -5,37 +5,34 @@ import pty
 import re
 import select
 import subprocess
-import tempfile
 import time
 import unittest
 from typing import Dict, List
 
 from tests.support import needs_programs, run
-from tests.test_keygen import call_all, program
+from tests.test_keygen import FileTestCase, call_all, program
 
 
-class ShellTest(unittest.TestCase):
+class ShellTest(FileTestCase):
     """--completion and --man say what --help says."""
 
     def setUp(self) -> None:
         """Collect the long options of --help."""
+        super().setUp()
         self.options = set(re.findall(r"--[a-z][a-z-]+", program("--help").stdout.decode()))
         self.assertGreater(len(self.options), 15)
 
     def complete(self, shell: str, *words: str) -> List[str]:
         """Return what a shell offers behind words, the last of which is not finished."""
-        with tempfile.TemporaryDirectory() as top:
-            path = os.path.join(top, "completion")
-            with open(path, "wb") as stream:
-                stream.write(program("--completion", shell).stdout)
-            if shell == "fish":
-                command = 'source $argv[1]; complete -C (string join " " -- $argv[2..-1])'
-                answer = run(["fish", "--no-config", "-c", command, path, *words], cwd=top,
-                             env={**os.environ, "HOME": top})
-            else:
-                command = ('complete() { options=("$@"); unset "options[-1]"; }; source "$1"; '
-                           'compgen "${options[@]}" -- "${@: -1}"')
-                answer = run(["bash", "--norc", "-c", command, "bash", path, *words], cwd=top)
+        path = self.path("completion", program("--completion", shell).stdout)
+        if shell == "fish":
+            command = 'source $argv[1]; complete -C (string join " " -- $argv[2..-1])'
+            answer = run(["fish", "--no-config", "-c", command, path, *words], cwd=self.top,
+                         env={**os.environ, "HOME": self.top})
+        else:
+            command = ('complete() { options=("$@"); unset "options[-1]"; }; source "$1"; '
+                       'compgen "${options[@]}" -- "${@: -1}"')
+            answer = run(["bash", "--norc", "-c", command, "bash", path, *words], cwd=self.top)
         self.assertEqual((0, ""), (answer.returncode, answer.stderr))
         return sorted(line.partition("\t")[0] for line in answer.stdout.splitlines() if line)
 
@@ -56,25 +53,22 @@ class ShellTest(unittest.TestCase):
     @needs_programs("zsh")
     def test_zsh(self) -> None:
         """In zsh, typed on a terminal: its emulation of bash's completion has no other way in."""
-        with tempfile.TemporaryDirectory() as top:
-            path = os.path.join(top, "completion")
-            with open(path, "wb") as stream:
-                stream.write(program("--completion", "zsh").stdout)
-            ours, theirs = pty.openpty()
-            self.addCleanup(os.close, ours)
-            zsh = subprocess.Popen(["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs,
-                                   cwd=top, start_new_session=True,
-                                   env={**os.environ, "ZDOTDIR": top, "TERM": "dumb"})
-            os.close(theirs)
-            try:
-                self.type(ours, f"autoload -U compinit && compinit -D -u; source {path}; "
-                                "echo rea''dy\n", "ready")
-                self.type(ours, "keygen.py work --r\t\t", r"--rc-file *--retire *--rotate")
-                self.type(ours, "\x15keygen.py --reti\t", "--retire ")
-                self.type(ours, "\x15keygen.py --rc-file comp\t", "completion")
-            finally:
-                zsh.kill()
-                zsh.wait()
+        path = self.path("completion", program("--completion", "zsh").stdout)
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        zsh = subprocess.Popen(["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs,
+                               cwd=self.top, start_new_session=True,
+                               env={**os.environ, "ZDOTDIR": self.top, "TERM": "dumb"})
+        os.close(theirs)
+        try:
+            self.type(ours, f"autoload -U compinit && compinit -D -u; source {path}; "
+                            "echo rea''dy\n", "ready")
+            self.type(ours, "keygen.py work --r\t\t", r"--rc-file *--retire *--rotate")
+            self.type(ours, "\x15keygen.py --reti\t", "--retire ")
+            self.type(ours, "\x15keygen.py --rc-file comp\t", "completion")
+        finally:
+            zsh.kill()
+            zsh.wait()
 
     def type(self, terminal: int, keys: str, expected: str) -> None:
         """Type, and wait until the terminal shows what is expected."""
