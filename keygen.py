@@ -60,9 +60,6 @@ class ConfigError(SpaError):
     """A file whose text does not allow what was asked for; it stays as it is: exit code 3."""
 
 
-# A request longer than this does not fit into fwknop's packet in the worst case: a user name of
-# 29 characters, a source address of 15 and an HMAC of SHA-512 leave 223 bytes of plaintext.
-MAX_ACCESS_LENGTH = 60
 LETTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -104,7 +101,9 @@ def parse_access(text: str) -> str:
     """Return a list such as `tcp/22,udp/53`, each entry once, ports without leading zeros.
 
     A repeated entry is refused because fwknopd counts matches: its `OPEN_PORTS tcp/22,tcp/22`
-    rejects a request for tcp/22 and lets one for tcp/22,tcp/9999 pass.
+    rejects a request for tcp/22 and lets one for tcp/22,tcp/9999 pass. A longer list does not fit
+    into fwknop's packet in the worst case: a user name of 29 characters, a source address of 15
+    and an HMAC of SHA-512 leave 223 bytes of plaintext.
     """
     entries: List[str] = []
     for item in text.split(","):
@@ -113,8 +112,8 @@ def parse_access(text: str) -> str:
         entries.append(f"{item[:4]}{integer(1, 65535)(item[4:])}")
     if len(set(entries)) < len(entries):
         raise UsageError("expected each port only once")
-    if len(",".join(entries)) > MAX_ACCESS_LENGTH:
-        raise UsageError(f"expected at most {MAX_ACCESS_LENGTH} characters: a packet has no room")
+    if len(",".join(entries)) > 60:
+        raise UsageError("expected at most 60 characters: a packet has no room")
     return ",".join(entries)
 
 
@@ -697,7 +696,8 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
 
     access.conf comes first: a crash after it leaves a client whose old keys are still good.
     """
-    name, keys = options.rotate, {}  # type: str, Keys
+    name = options.rotate
+    keys: Keys = {}
 
     def make_once(digest: str) -> Keys:
         keys.update(keys or make_keys(options, digest, random))

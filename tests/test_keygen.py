@@ -193,6 +193,10 @@ class StanzaTest(unittest.TestCase):
             self.assertEqual(client[name], server[name])
         self.assertEqual("SHA512", client["HMAC_DIGEST_TYPE"])
 
+    def test_any_source_is_written_as_fwknop_does(self) -> None:
+        """In capitals."""
+        self.assertEqual("ANY", dict(directives(self.stanzas("--source", "any")[1]))["SOURCE"])
+
     def test_ports_are_written_without_leading_zeros(self) -> None:
         """As they are compared by the server."""
         client, server = map(dict, map(directives, self.stanzas("--access", "tcp/022,udp/0053")))
@@ -475,6 +479,12 @@ class CrashTest(FileTestCase):
         self.assertEqual(("[old]\n", ["rc"]), (self.read(rc), os.listdir(self.top)))
         threading.Timer(0.2, fcntl.flock, (fd, fcntl.LOCK_UN)).start()
         self.assertEqual(0, call(*WORK, "--rc-file", rc)[0])
+
+    def test_a_file_system_without_locks(self) -> None:
+        """NFS has none for who only reads: the stanza is written all the same."""
+        with mock.patch.object(fcntl, "flock", side_effect=OSError(9, "Bad file descriptor")):
+            self.assertEqual((0, ""), call(*WORK, "--rc-file", self.path("rc"))[::2])
+        self.assertIn("[work]", self.read(self.path("rc")))
 
     def test_many_at_once_lose_no_stanza(self) -> None:
         """Eight runs add to one file that does not exist yet; each stanza is whole."""
