@@ -507,10 +507,10 @@ def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
         raise SpaError("another program keeps it locked")
 
 
-def read_file(path: str, create: bool) -> Optional[bytes]:
-    """Return what a regular file holds; None if there is none, and one may be created."""
+def read_file(path: str, create: bool) -> bytes:
+    """Return what a regular file holds: nothing if there is none, and one may be created."""
     if create and not os.path.lexists(path):
-        return None
+        return b""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise SpaError("not a regular file")
     with open(path, "rb") as stream:
@@ -559,8 +559,8 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
         for path, change in changes:
             with errors_named(path):
                 old = read_file(path, create)
-                text = change((old or b"").decode("latin-1"))  # each byte as it is
-                ready.append((path, old, write_copy(path, text.encode("latin-1"), stack)))
+                new = change(old.decode("latin-1")).encode("latin-1")  # each byte as it is
+                ready.append((path, old, write_copy(path, new, stack)))
         write_out(printed())
         for path, old, copy in ready:
             with errors_named(path):
