@@ -15,6 +15,14 @@ The way of a key: os.urandom makes it, base64 makes it text, and a stanza carrie
 output, or into a file that only its owner can read. No key is ever taken from a command line,
 and none appears in an error.
 
+The server's stanza says REQUIRE_SOURCE_ADDRESS Y: a packet has to name the address to open for, so
+that nobody who catches one can send it from his own. spa_client.py finds its address by itself;
+fwknop has to be told, with -a ADDRESS or with -R, which asks a web site. --any-source gives that
+protection up, for a client that cannot know its address.
+
+--rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
+above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
+
 Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
   1. Keys and stanzas
   2. QR code (ISO/IEC 18004:2015)
@@ -609,15 +617,6 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
 # What may stand beside these; a new stanza takes all the others.
 TAKES = {"--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
          "--retire": "--access-file"}
-HINTS = """\
-The server's stanza says REQUIRE_SOURCE_ADDRESS Y: a packet has to name the address to open for, so
-that nobody who catches one can send it from his own. spa_client.py finds its address by itself;
-fwknop has to be told, with -a ADDRESS or with -R, which asks a web site. --any-source gives that
-protection up, for a client that cannot know its address.
-
---rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
-above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -630,8 +629,9 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser; what was not given is None or False."""
-    parser = Parser(prog="keygen.py", description=str(__doc__).partition("\n")[0], epilog=HINTS,
-                    add_help=False, allow_abbrev=False,
+    title, _, text = str(__doc__).partition("\n\n")
+    parser = Parser(usage="keygen.py [NAME] [options]", description=title, add_help=False,
+                    epilog=text.partition("Contents.")[0], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", metavar="NAME", type=parse_name,
                         help="name of the stanzas; without it only two keys are printed")
@@ -725,11 +725,11 @@ def completion(shell: str) -> str:
 
 
 def man_page() -> str:
-    """Return the manual page: the docstring of this file, the options, and the hints of --help."""
+    """Return the manual page: the docstring of this file, and the options."""
     title, text = str(__doc__).split("\n\n", 1)
     rows = "".join(f"@TP\n@B {names} {value}\n{help}\n" for names, value, _, help in OPTIONS)
     page = (f"@TH KEYGEN.PY 1\n@SH NAME\nkeygen.py - {title}\n@SH DESCRIPTION\n@ad l\n"
-            f"{text.split('Contents.')[0]}@SH OPTIONS\n{rows}@SH NOTES\n{HINTS}"
+            f"{text.split('Contents.')[0]}@SH OPTIONS\n{rows}"
             f"@SH EXIT STATUS\n{text.split('Exit codes: ')[1]}")
     for plain, roff in (("\\", "\\e"), ("-", "\\-"), ("\n\n", "\n@PP\n"), ("\n@", "\n.")):
         page = page.replace(plain, roff)

@@ -281,9 +281,10 @@ class WrongOptionTest(unittest.TestCase):
             self.assertNotIn("c2vjcmv0", err.lower())
 
     def test_help(self) -> None:
-        """--help tells about REQUIRE_SOURCE_ADDRESS, on standard output."""
+        """--help tells about REQUIRE_SOURCE_ADDRESS, on standard output, and gives examples."""
         answer = program("--help")
         self.assertEqual((0, b""), (answer.returncode, answer.stderr))
+        self.assertIn(b"keygen.py work --server gate.example --access tcp/22\n", answer.stdout)
         self.assertIn(b"-R", answer.stdout)
         self.assertIn(b"REQUIRE_SOURCE_ADDRESS Y", answer.stdout)
 
