@@ -2763,21 +2763,15 @@ class Verdict(NamedTuple):
     seconds: int
 
 
-class NatRules(NamedTuple):
-    """What judgement needs for NAT: fwknopd.conf, and what tells the addresses of this host."""
-
-    settings: ServerSettings
-    is_own: Callable[[Address], bool]
-
-
-def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: bool,
-          now: float, nat: Optional[NatRules] = None) -> Verdict:
+def judge(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSettings,
+          is_own: Callable[[Address], bool], now: float) -> Verdict:
     """What the packet may do by this stanza; PacketRejected when that is nothing.
 
-    NameToResolve when that depends on the address of the host that it wants NAT to.
+    NameToResolve when that depends on the address of the host that it wants NAT to. `is_own` tells
+    the addresses of this host.
     """
     check_policy(packet, stanza, now)
-    rules = nat_rules(packet, stanza, datagram, nat)
+    with_nat = wants_nat(packet, stanza, datagram, settings)
     if packet.type == COMMAND:
         if not stanza.enable_commands or stanza.cycle_open:
             raise PacketRejected("command", "SPA Command messages are not allowed in the current "
@@ -2788,13 +2782,15 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, destination_rule: 
     address = packet.address or parse_address(socket_text(datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
     network = ipaddress.ip_network("%s/%d" % (address, prefix), strict=False)
-    destination = parse_address(socket_text(datagram.destination)) if destination_rule else None
-    if destination is not None and destination.version != address.version:
-        raise PacketRejected("family", "The packet was sent to %s, which %s can't connect to."
-                             % (destination, address))
+    destination = None
+    if settings.destination_rule:
+        destination = parse_address(socket_text(datagram.destination))
+        if destination.version != address.version:
+            raise PacketRejected("family", "The packet was sent to %s, which %s can't connect to."
+                                 % (destination, address))
     doors = [Door(network, destination, protocol, port) for protocol, port in packet.ports]
-    if rules is not None and not stanza.cycle_open:
-        doors = nat_doors(packet, stanza, datagram, doors, rules)
+    if with_nat and not stanza.cycle_open:
+        doors = nat_doors(packet, stanza, datagram, doors, settings, is_own)
     return Verdict(doors, seconds)
 
 
@@ -2839,32 +2835,38 @@ def no_nat(datagram: Datagram, why: str = "") -> PacketRejected:
                                                    why and " (%s)" % why), "{stanza}{text}")
 
 
-def nat_rules(packet: Packet, stanza: Stanza, datagram: Datagram,
-              nat: Optional[NatRules]) -> Optional[NatRules]:
-    """`nat` when packet or stanza want NAT, else None; rejects what fwknopd.conf does not enable.
+def wants_nat(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSettings) -> bool:
+    """Whether packet or stanza want NAT; rejects a packet's that fwknopd.conf does not enable.
 
     FORWARD_ALL alone does not want it: such a stanza opens ports of this host, too.
     """
-    forced = stanza.force_nat or (stanza.forward_all
-                                  and (stanza.force_snat or stanza.force_masquerade))
-    if packet.type not in NAT_TYPES and not forced:
-        return None
-    if nat is None or (packet.type in NAT_TYPES and not (
-            nat.settings.local_nat if packet.type in LOCAL_NAT_TYPES else nat.settings.forwarding)):
-        raise no_nat(datagram)
-    return nat
+    if packet.type in NAT_TYPES:
+        if not (settings.local_nat if packet.type in LOCAL_NAT_TYPES else settings.forwarding):
+            raise no_nat(datagram)
+        return True
+    return bool(stanza.force_nat or (stanza.forward_all
+                                     and (stanza.force_snat or stanza.force_masquerade)))
 
 
 def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[Door],
-              nat: NatRules) -> List[Door]:
+              settings: ServerSettings, is_own: Callable[[Address], bool]) -> List[Door]:
     """The doors of a packet with NAT, in place of the `access` doors it asks for (fwknop spec 3.6).
 
     Every port leads to the same target. What lets through comes first, then where it leads, then
     where it comes from.
     """
-    settings, version = nat.settings, access[0].source.version
-    address, port = nat_target(packet, stanza, datagram, version, nat)
-    own = address is not None and nat.is_own(address)
+    version = access[0].source.version
+    address: Optional[Address] = None
+    port = 0  # with FORWARD_ALL, packet and stanza need not say where to
+    if stanza.force_nat:
+        address, port = stanza.force_nat
+    elif packet.nat:
+        address = nat_host(packet.nat[0], packet.type in LOCAL_NAT_TYPES, datagram, version,
+                           settings, is_own)
+        port = packet.nat[1]
+    if address is not None and address.version != version:
+        raise no_nat(datagram, "%s is not IPv%d" % (address, version))
+    own = address is not None and is_own(address)
     if own and any((door.protocol, port) in stanza.restrict_ports for door in access):
         raise no_nat(datagram, "port %d is in RESTRICT_PORTS" % port)
     new = stanza.force_snat or (None if stanza.force_masquerade else settings.snat_address)
@@ -2887,49 +2889,34 @@ def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[D
     return list(dict.fromkeys(through + onward + back))
 
 
-def nat_target(packet: Packet, stanza: Stanza, datagram: Datagram, version: int,
-               nat: NatRules) -> Tuple[Optional[Address], int]:
-    """Where NAT leads: FORCE_NAT, or what the packet names; (None, 0) when neither says it."""
-    if stanza.force_nat:
-        address, port = stanza.force_nat
-    elif packet.nat:
-        address, port = nat_host(packet.nat[0], packet, datagram, version, nat), packet.nat[1]
-    else:
-        return None, 0
-    if address.version != version:
-        raise no_nat(datagram, "%s is not IPv%d" % (address, version))
-    return address, port
-
-
-def nat_host(host: str, packet: Packet, datagram: Datagram, version: int,
-             nat: NatRules) -> Address:
+def nat_host(host: str, local: bool, datagram: Datagram, version: int, settings: ServerSettings,
+             is_own: Callable[[Address], bool]) -> Address:
     """The address that a client may be led to by the `host` of its packet.
 
     Forwarding leads to other hosts only: else it would lead around this host's firewall. Local NAT
     leads to this host only: to the address named if it is one of ours, and else to the one that was
     knocked at, since a client may know this host by a name or by the address of a router before it.
     """
-    local = packet.type in LOCAL_NAT_TYPES
     address: Optional[Address] = None
     try:
         address = parse_address(host)
     except ValueError:
         if host and not is_word(host):
             raise no_nat(datagram, "expected a host name") from None
-        if host and not nat.settings.nat_dns:
+        if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
                                  "disabled.", "{stanza}{text}") from None
     if address is not None and (
             address.is_loopback or address.is_multicast or address.is_unspecified
             or address.is_link_local or address == ipaddress.IPv4Address(0xFFFFFFFF)):
         raise no_nat(datagram, "%s is not the address of one host" % address)
-    if local and (address is None or not nat.is_own(address)):
+    if local and (address is None or not is_own(address)):
         address = parse_address(socket_text(datagram.destination))
     if address is None:
         if not host:
             raise no_nat(datagram, "it names no host")
         raise NameToResolve(host, version)
-    if nat.is_own(address) != local:
+    if is_own(address) != local:
         raise no_nat(datagram, "%s is %s address of this host" % (address, "no" if local else "an"))
     return address
 
@@ -6094,8 +6081,7 @@ class Gate:
         """Opens what the packet may open, perhaps later: when the name of its NAT host is known."""
         knocks = self.check_knocks(packet, stanza, datagram)
         try:
-            verdict = judge(packet, stanza, datagram, self.settings.destination_rule, time.time(),
-                            NatRules(self.settings, is_own_address))
+            verdict = judge(packet, stanza, datagram, self.settings, is_own_address, time.time())
             self.open(verdict, packet, stanza, datagram)
             for knock in knocks:
                 self.knocked.pop(knock, None)

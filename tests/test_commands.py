@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: F401  (in
 from unittest import mock
 
 from tests.support import load_script
-from tests.test_packet import NOW, Sender
+from tests.test_packet import NOW, Sender, judge
 from tests.test_server import CLIENT, KEYS, ServerCase, datagram
 
 server = load_script("spa_server")  # type: Any
@@ -209,7 +209,7 @@ class WordsTest(CommandCase):
             with self.subTest(lines=lines, text=text):
                 packet, stanza = self.packet(text, 0), self.stanza(lines)
                 try:
-                    self.assertEqual(([], 0), server.judge(packet, stanza, datagram(), False, NOW))
+                    self.assertEqual(([], 0), judge(packet, stanza, datagram()))
                     words = [word.decode("latin-1") for word in
                              server.client_command(packet, stanza, "SUDO").words]
                 except server.PacketRejected as rejection:
@@ -221,8 +221,8 @@ class WordsTest(CommandCase):
         for lines, text, kind, timeout, expected in CYCLES:
             with self.subTest(lines=lines, text=text, timeout=timeout):
                 try:
-                    seconds = server.judge(self.packet(text, kind, timeout), self.stanza(lines),
-                                           datagram(), False, NOW).seconds
+                    seconds = judge(self.packet(text, kind, timeout), self.stanza(lines),
+                                    datagram()).seconds
                 except server.PacketRejected as rejection:
                     seconds = rejection.reason
                 self.assertEqual(expected, seconds)
@@ -234,7 +234,7 @@ class WordsTest(CommandCase):
                 stanza = self.stanza("CMD_CYCLE_OPEN %s %s\nCMD_CYCLE_CLOSE %s x %s\n"
                                      "CMD_CYCLE_TIMER 7\n%s" % (SH, template, SH, template, lines))
                 came = datagram(b"", source, "10.55.0.1" if "." in source else "::1")
-                doors, seconds = server.judge(self.packet(text, 1), stanza, came, False, NOW)
+                doors, seconds = judge(self.packet(text, 1), stanza, came)
                 made = server.cycle_commands(stanza, doors[0], came, seconds, NOW)
                 self.assertEqual([SH + " " + expected, SH + " x " + expected],
                                  [str(command) for command in made])

@@ -183,10 +183,9 @@ class JudgeTest(NatCase):
         stanza = self.stanzas("SOURCE ANY\n" + KEYS + lines + "\n")[0]
         settings = self.settings(conf)
         server.check_nat(settings, [stanza])
-        rules = server.NatRules(settings, lambda each: str(each) in OWN)
         try:
-            doors, seconds = server.judge(self.packet(kind, text, nat), stanza, came,
-                                          settings.destination_rule, NOW, rules)
+            doors, seconds = server.judge(self.packet(kind, text, nat), stanza, came, settings,
+                                          lambda each: str(each) in OWN, NOW)
         except server.PacketRejected as rejection:
             return str(rejection)
         except server.NameToResolve as asked:
@@ -209,14 +208,6 @@ class JudgeTest(NatCase):
         came = datagram(destination="10.77.0.1")
         found = self.judge(LOCAL, "", 5, "10.55.0.2,tcp/2222", "gate.example,22", came)
         self.assertEqual(REFUSED + " (10.77.0.1 is no address of this host)", found)
-
-    def test_without_rules(self) -> None:
-        """No NAT, and no port of this host instead."""
-        for lines, kind in (("FORCE_NAT 10.1.1.1 80", 1), ("", 2)):
-            stanza = self.stanzas("SOURCE ANY\n" + KEYS + lines + "\n")[0]
-            packet = self.packet(kind, "10.55.0.2,tcp/22", "10.1.1.1,80" if kind == 2 else None)
-            with self.assertRaisesRegex(server.PacketRejected, REFUSED):
-                server.judge(packet, stanza, datagram(), False, NOW)
 
     def test_own_addresses(self) -> None:
         """As the kernel knows them."""

@@ -131,6 +131,12 @@ def admit(payload: bytes, keys: Any) -> Tuple[Any, bytes]:
     return unlock(payload, keys)
 
 
+def judge(packet: Any, stanza: Any, came: Any, settings: Any = None) -> Any:
+    """Return the server's verdict, by these settings or the defaults; no address is its own."""
+    return server.judge(packet, stanza, came, settings or server.ServerSettings(),
+                        lambda address: False, NOW)
+
+
 @functools.lru_cache(maxsize=None)
 def symmetric_vectors() -> Tuple[Dict[str, Any], ...]:
     """Return the real client's packets that are not GPG's."""
@@ -620,10 +626,10 @@ class FieldTest(unittest.TestCase):
         for kind, text, extra, _nat, _timeout, _auth in TYPES:
             packet = self.accepts(Sender().packet(text, kind, extra), Sender())
             if kind in (1, 3):
-                self.assertTrue(server.judge(packet, stanza, datagram, False, NOW)[0])
+                self.assertTrue(judge(packet, stanza, datagram)[0])
                 continue
             with self.subTest(kind=kind), self.assertRaises(server.PacketRejected) as caught:
-                server.judge(packet, stanza, datagram, False, NOW)
+                judge(packet, stanza, datagram)
             self.assertIn("requested NAT access, but is not enabled/supported" if kind else
                           "not allowed", str(caught.exception))
             seen.add(kind)

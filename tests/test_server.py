@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comm
 from unittest import mock
 
 from tests.support import load_script, run, skip
-from tests.test_packet import NOW, Sender, b64
+from tests.test_packet import NOW, Sender, b64, judge
 
 server = load_script("spa_server")  # type: Any
 CLIENT, HOST = "10.55.0.2", "10.55.0.1"
@@ -264,8 +264,10 @@ class JudgeTest(ServerCase):
     def judge(self, lines: str, packet: Any, came: Any, rule: bool = False) -> str:
         """Return what is opened, or the reason of the rejection."""
         stanza = self.stanzas("SOURCE ANY\n" + KEYS + lines + "\n")[0]
+        settings = server.ServerSettings()
+        settings.take(server.Line("", 1, "ENABLE_DESTINATION_RULE", "NY"[rule]))
         try:
-            doors, seconds = server.judge(packet, stanza, came, rule, NOW)
+            doors, seconds = judge(packet, stanza, came, settings)
         except server.PacketRejected as rejection:
             return str(rejection.reason)
         sources = {str(door.source).replace("/32", "").replace("/128", "") for door in doors}
