@@ -1368,41 +1368,30 @@ def protocol_filter(name: str) -> Filter:
     return Junction("or", (four, six))
 
 
-def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
-    """What tells ports, in IPv4 not of later fragments, in IPv6 not behind extension headers."""
-    numbers = (FILTER_PROTOCOLS[protocol],) if protocol else (TCP, UDP, SCTP)
-
-    def test(next_header: int, base: int, behind: bool, *more: Filter) -> Filter:
-        known = Junction("or", tuple(Comparison(next_header, 1, n, n) for n in numbers))
-        return Junction("and", (known, *more, both(
-            lambda place: Comparison(place, 2, low, high, behind=behind),
-            direction, base, base + 2)))
-
-    first_fragment = Comparison(6, 2, 0, 0, 0x1FFF)
-    return Junction("or", (Junction("and", (IS_IPV4, test(9, 0, True, first_fragment))),
-                           Junction("and", (IS_IPV6, test(6, 40, False)))))
+def one_of(offset: int, size: int, values: Iterable[int], behind: bool = False) -> Filter:
+    """A test of a field for some values."""
+    return Junction("or", tuple(Comparison(offset, size, value, value, behind=behind)
+                                for value in sorted(values)))
 
 
-def ports_filter(protocol: int, ports: Iterable[int]) -> Filter:
-    """What tells packets to some ports of TCP or UDP, in IPv4 not later fragments."""
-    def to_ports(start: int, behind: bool) -> Filter:
-        return Junction("or", tuple(Comparison(start + 2, 2, port, port, behind=behind)
-                                    for port in sorted(ports)))
+def transport_filter(four: Iterable[int], six: Iterable[int],
+                     test: Callable[[int, bool], Filter]) -> Filter:
+    """What tells packets of some protocols of IPv4 and of IPv6 by what is behind the IP header.
 
-    four = (IS_IPV4, Comparison(9, 1, protocol, protocol), Comparison(6, 2, 0, 0, 0x1FFF),
-            to_ports(0, True))
-    six = IS_IPV6, Comparison(6, 1, protocol, protocol), to_ports(40, False)
-    return Junction("or", (Junction("and", four), Junction("and", six)))
-
-
-def octet_filter(protocols: Tuple[int, int], place: int, value: int, mask: int = 0xFF) -> Filter:
-    """What tells packets by an octet of their header behind IPv4's and IPv6's, by protocol."""
-    four, six = protocols
+    `test` makes the test of that from where it begins and Comparison's `behind`. Not of later
+    fragments, and in IPv6 not behind extension headers.
+    """
     return Junction("or", (
-        Junction("and", (IS_IPV4, Comparison(9, 1, four, four), Comparison(6, 2, 0, 0, 0x1FFF),
-                         Comparison(place, 1, value, value, mask, behind=True))),
-        Junction("and", (IS_IPV6, Comparison(6, 1, six, six),
-                         Comparison(40 + place, 1, value, value, mask)))))
+        Junction("and", (IS_IPV4, one_of(9, 1, four), Comparison(6, 2, 0, 0, 0x1FFF),
+                         test(0, True))),
+        Junction("and", (IS_IPV6, one_of(6, 1, six), test(40, False)))))
+
+
+def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
+    """What tells ports."""
+    numbers = (FILTER_PROTOCOLS[protocol],) if protocol else (TCP, UDP, SCTP)
+    return transport_filter(numbers, numbers, lambda start, behind: both(
+        lambda place: Comparison(place, 2, low, high, behind=behind), direction, start, start + 2))
 
 
 def network_filter(direction: str, network: Network) -> Filter:
@@ -1808,7 +1797,6 @@ def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
 Step = Tuple[int, int]  # protocol and port; of ICMP the number of data bytes, or ANY_SIZE
 ANY_SIZE = -1
 STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
-STEP_NAMES = {number: name for name, number in STEP_PROTOCOLS.items()}
 MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # that the kernel looks for one by one
 MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
@@ -2002,17 +1990,22 @@ def sequence_filter(sequences: List[Sequence]) -> Filter:
             key = protocol, sequence.flags if protocol == TCP and few else (0, 0)
             wanted.setdefault(key, set()).add(ANY_SIZE if sequence.strict else port)
     many = sum(map(len, wanted.values())) > MAX_FILTER_PORTS
-    parts: List[Filter] = []
-    for (protocol, (mask, value)), ports in wanted.items():
-        if protocol == ICMP:
-            parts += [octet_filter((ICMP, ICMP6), 0, 8), octet_filter((ICMP, ICMP6), 0, 128)]
-            continue
-        part = (protocol_filter(STEP_NAMES[protocol]) if many or ANY_SIZE in ports else
-                ports_filter(protocol, ports))
-        if mask:
-            part = Junction("and", (part, octet_filter((TCP, TCP), 13, value, mask)))
-        parts.append(part)
-    return Junction("or", tuple(parts))
+    return Junction("or", tuple(
+        step_filter(protocol, flags, set() if many or ANY_SIZE in ports else ports)
+        for (protocol, flags), ports in wanted.items()))
+
+
+def step_filter(protocol: int, flags: Tuple[int, int], ports: Set[int]) -> Filter:
+    """What tells steps of a protocol to these ports, or to all if there are none."""
+    def test(start: int, behind: bool) -> Filter:
+        if protocol == ICMP:  # echo requests
+            return one_of(start, 1, (8, 128), behind)
+        tests = [one_of(start + 2, 2, ports, behind)] if ports else []
+        tests += [Comparison(start + 13, 1, value, value, mask, behind)] if mask else []
+        return Junction("and", tuple(tests))
+
+    mask, value = flags
+    return transport_filter((protocol,), (ICMP6 if protocol == ICMP else protocol,), test)
 
 
 class OneTimeFile:
