@@ -1207,42 +1207,53 @@ class Networks:
 
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58  # protocol numbers of IP, https://www.iana.org/protocols
 SCTP, IPV6_FRAGMENT = 132, 44
-IPV4_UDP = struct.Struct(">BxHxxHxBxx4s4sHHH")  # RFC 791 section 3.1 without options, RFC 768
+IPV4 = struct.Struct(">BxHxxHxBxx4s4s")  # RFC 791 section 3.1, without options
 IPV6_EXTENSIONS = (0, 43, 60)  # hop-by-hop and destination options, routing
 MAX_EXTENSIONS = 8
 ECHO_REQUESTS = ((ICMP, 8), (ICMP6, 128))  # protocol and type (RFC 792, RFC 4443 section 4.1)
 
 
-def decode_ip(packet: bytes) -> Optional[Datagram]:
-    """The datagram in an IP packet; None for fragments, cut packets and what can't carry SPA.
+def decode_header(packet: bytes) -> Optional[Tuple[int, int, int, int, bytes, bytes]]:
+    """Protocol of an IP packet, where it begins and ends, fragment, source and destination.
 
-    RFC 791 section 3.1 and RFC 8200 section 4; then RFC 768, RFC 9293 section 3.1, or the 8 bytes
-    of RFC 792 and RFC 4443. Checksums are not looked at: fwknop's raw packets have none.
+    The fragment is 0 for a whole packet, else IPv4's flag and offset. None when it can hold none.
+    RFC 791 section 3.1, RFC 8200 sections 3 and 4.
     """
     if len(packet) < 28:
         return None
-    (first, end, fragment, protocol, source, destination, source_port, destination_port,
-     length) = IPV4_UDP.unpack_from(packet)
-    if first == 0x45 and protocol == UDP and not fragment & 0x3FFF:  # nearly all there is
-        payload = packet[28:20 + length]
-        if len(payload) != length - 8:
-            return None
-        return Datagram(payload, source, source_port, destination, destination_port)
-    start = (first & 15) * 4
-    if first >> 4 == 6:
-        source, destination = packet[8:24], packet[24:40]
-        protocol, start = skip_extensions(packet)
+    if packet[0] >> 4 == 6:
+        protocol, start = packet[6], 40
+        for _ in range(MAX_EXTENSIONS):
+            if protocol not in IPV6_EXTENSIONS or len(packet) < start + 8:
+                break
+            protocol, start = packet[start], start + 8 * (packet[start + 1] + 1)
         end = 40 + int.from_bytes(packet[4:6], "big")
-    elif first >> 4 != 4 or start < 20 or fragment & 0x3FFF:
+        return protocol, start, end, 0, packet[8:24], packet[24:40]
+    first, end, fragment, protocol, source, destination = IPV4.unpack_from(packet)
+    start = (first & 15) * 4
+    if first >> 4 != 4 or start < 20:
         return None
+    return protocol, start, end, fragment & 0x3FFF, source, destination
+
+
+def decode_ip(packet: bytes) -> Optional[Datagram]:
+    """The datagram in an IP packet; None for fragments, cut packets and what can't carry SPA.
+
+    RFC 768, RFC 9293 section 3.1, or the 8 bytes of RFC 792 and RFC 4443. Checksums are not looked
+    at: fwknop's raw packets have none.
+    """
+    header = decode_header(packet)
+    if header is None:
+        return None
+    protocol, start, end, fragment, source, destination = header
     body = packet[start:end]
-    if len(body) < 8 or len(body) != end - start:
+    if fragment or len(body) < 8 or len(body) != end - start:
         return None
-    if protocol == (ICMP6 if first >> 4 == 6 else ICMP):  # fwknopd logs port 0, too
-        return Datagram(body[8:], source, 0, destination, 0, protocol)
     source_port, destination_port, length = struct.unpack_from(">HHH", body)
     if protocol == UDP and 8 <= length <= len(body):
         return Datagram(body[8:length], source, source_port, destination, destination_port)
+    if protocol == (ICMP if len(source) == 4 else ICMP6):  # fwknopd logs port 0, too
+        return Datagram(body[8:], source, 0, destination, 0, protocol)
     start = (body[12] >> 4) * 4 if len(body) >= 20 else 0
     if protocol == TCP and 20 <= start < len(body):  # with payload, a SYN as well
         return Datagram(body[start:], source, source_port, destination, destination_port, TCP)
@@ -1255,37 +1266,20 @@ def decode_hit(packet: bytes) -> Optional[Hit]:
     None for later fragments, cut headers and everything else. TCP's flags are in octet 13 of its
     header (RFC 9293 section 3.1). An echo request has to be whole, since its size counts.
     """
-    if len(packet) < 28:
+    header = decode_header(packet)
+    if header is None:
         return None
-    protocol, start, end = packet[9], (packet[0] & 15) * 4, int.from_bytes(packet[2:4], "big")
-    source, destination = packet[12:16], packet[16:20]
-    if packet[0] >> 4 == 6:
-        source, destination = packet[8:24], packet[24:40]
-        protocol, start = skip_extensions(packet)
-        end = 40 + int.from_bytes(packet[4:6], "big")
-    elif packet[0] >> 4 != 4 or start < 20 or (packet[6] & 0x1F) or packet[7]:
-        return None
-    if len(packet) < start + (20 if protocol == TCP else 8):
+    protocol, start, end, fragment, source, destination = header
+    if fragment & 0x1FFF or len(packet) < start + (20 if protocol == TCP else 8):
         return None
     port = packet[start + 2] << 8 | packet[start + 3]
     if protocol == TCP:
         return Hit(source, destination, TCP, port, packet[start + 13])
     if protocol == UDP:
         return Hit(source, destination, UDP, port)
-    fragment = packet[0] >> 4 == 4 and packet[6] & 0x20  # the first, which has not all the data
     if (protocol, packet[start]) in ECHO_REQUESTS and end >= start + 8 and not fragment:
         return Hit(source, destination, ICMP, end - start - 8)
     return None
-
-
-def skip_extensions(packet: bytes) -> Tuple[int, int]:
-    """Number and place of the protocol behind the IPv6 headers (RFC 8200 section 4)."""
-    protocol, start = packet[6], 40
-    for _ in range(MAX_EXTENSIONS):
-        if protocol not in IPV6_EXTENSIONS or len(packet) < start + 8:
-            break
-        protocol, start = packet[start], start + 8 * (packet[start + 1] + 1)
-    return protocol, start
 
 
 # Length of a frame's header, and where EtherType and direction stand, if they do.
