@@ -409,7 +409,7 @@ MAX_KEY_BYTES, LEGACY_KEY_BYTES, MAX_HMAC_KEY_BYTES = 32, 16, 128
 MAX_PASSPHRASE_BYTES = 255  # gpg's
 PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
-ASYMMETRIC = "ASYMMETRIC"  # the mode that is GPG
+ASYMMETRIC = "Asymmetric"  # the mode that is GPG
 NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data is invalid"
 
 
@@ -901,10 +901,13 @@ def parse_port(text: str) -> Port:
 def parse_address(text: str) -> Address:
     """An IPv4 or IPv6 address; one that IPv6 wraps around IPv4 comes out as the IPv4 address."""
     octets = text.split(".")
-    # inet_aton() reads 010 as eight, Python before 3.9.5 as ten: it can't be told what was meant.
-    if "%" in text or (len(octets) == 4 and any(len(o) > 1 and o[0] == "0" for o in octets)):
-        raise ValueError("expected an IP address without leading zeros or scope")
-    address = ipaddress.ip_address(text)
+    try:
+        # inet_aton() reads 010 as eight, Python before 3.9.5 as ten: nobody can tell what is meant.
+        if "%" in text or (len(octets) == 4 and any(len(o) > 1 and o[0] == "0" for o in octets)):
+            raise ValueError
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError("expected an IP address") from None
     return getattr(address, "ipv4_mapped", None) or address
 
 
@@ -951,13 +954,7 @@ class Flag(Directive[bool]):
     """Y or N, by its first letter as in fwknopd."""
 
     def __init__(self, names: str, help: str, default: str = "N") -> None:
-        super().__init__(names, self.parse_flag, default, help)
-
-    @staticmethod
-    def parse_flag(text: str) -> bool:
-        """Whether it is Y."""
-        expect(text[:1].upper() in ("Y", "N"), "Y or N")
-        return text[:1].upper() == "Y"
+        super().__init__(names, lambda text: choice("Y", "N")(text[:1]) == "Y", default, help)
 
 
 class NoDefault(Directive[Optional[T]]):
@@ -985,14 +982,14 @@ class Line(NamedTuple):
     number: int
     name: str
     value: str
+    characters: str = NAME_CHARACTERS  # of a name that is shown: any other may be a part of a key
 
     def error(self, text: object) -> SpaError:
         """The error that this line is wrong in the way that `text` says."""
         if not self.number:
             return UsageError("%s: %s" % (self.file, text))
         name = self.name.rstrip(":")
-        # What does not begin with a name may be a part of a key, and is not shown.
-        named = (name[:1].isalpha() and not name.strip(NAME_CHARACTERS)) or name in INCLUDES
+        named = (name[:1].isalpha() and not name.strip(self.characters)) or name in INCLUDES
         return ConfigError("%s:%d: %s%s" % (self.file, self.number,
                                             self.name + ": " if named else "", text))
 
@@ -1613,12 +1610,8 @@ def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
 
 def parse_nat_address(text: str) -> Address:
     """An address that NAT can lead to, or let come from."""
-    try:
-        address = parse_address(text)
-        if address.is_unspecified or address.is_multicast:
-            raise ValueError
-    except ValueError:
-        raise ValueError("expected the IP address of a host") from None
+    address = parse_address(text)
+    expect(not (address.is_unspecified or address.is_multicast), "the IP address of a host")
     return address
 
 
@@ -2081,15 +2074,7 @@ class Key(Directive[Secret]):
 
 def parse_digest(text: str) -> Digest:
     """A digest or HMAC type by its name."""
-    expect(text.upper() in DIGESTS, ", ".join(DIGESTS))
-    return DIGESTS[text.upper()]
-
-
-def parse_mode(text: str) -> str:
-    """An encryption mode by its name; `Asymmetric` is GPG."""
-    expect(text.upper() in MODES + (ASYMMETRIC,),
-           ", ".join(MODES) + ", or Asymmetric, which is GPG")
-    return text.upper()
+    return DIGESTS[choice(*DIGESTS)(text)]
 
 
 def parse_user(text: str) -> str:
@@ -2192,7 +2177,7 @@ class Stanza(Settings):
     hmac_key_base64 = Key("HMAC_KEY_BASE64", MAX_HMAC_KEY_BYTES, "HMAC key in base64", encoded=True)
     hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
-    mode = Directive("ENCRYPTION_MODE", parse_mode, "CBC",
+    mode = Directive("ENCRYPTION_MODE", choice(*MODES, ASYMMETRIC), "CBC",
                      "CBC, ECB, CFB, OFB, CTR or legacy; Asymmetric: GPG only")
     open_seconds = Directive("FW_ACCESS_TIMEOUT", integer(0, 8388608, "seconds"), "30",
                              "how long to open; 0: only for as long as the client asks")
@@ -2557,6 +2542,7 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
 
 IP_VARIABLE = "%IP%"
 MAX_COMMAND = 4095  # bytes, with addresses in it
+KNOCKD_CHARACTERS = NAME_CHARACTERS + NAME_CHARACTERS.lower()  # of names; no line has a key
 
 
 def number_before_comment(parse: Callable[[str], T]) -> Callable[[str], T]:
@@ -2570,14 +2556,6 @@ def parse_shell(text: str) -> str:
     expect(len(text) + text.count(IP_VARIABLE) * (longest - len(IP_VARIABLE)) <= MAX_COMMAND,
            "at most %d bytes" % MAX_COMMAND)
     return text
-
-
-def parse_target(text: str) -> bytes:
-    """A packed address."""
-    try:
-        return parse_address(text).packed
-    except ValueError:
-        raise ValueError("expected an IP address") from None
 
 
 def parse_interfaces(text: str) -> Tuple[str, ...]:
@@ -2633,7 +2611,7 @@ class KnockdDoor(KnockdSettings):
                               "time from the first port to the last")
     knock_flags = Directive("TCPFlags", parse_flags, "",
                             "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
-    target = NoDefault("Target", parse_target,
+    target = NoDefault("Target", lambda text: parse_address(text).packed,
                        "address that has to be hit; without it any of this host's")
     start = Directive("Start_Command Command", parse_shell, "",
                       "what the shell runs when all were hit; %IP% is the client's address")
@@ -2688,16 +2666,6 @@ class KnockdFile(NamedTuple):
             "[%s]\n%s" % (door.name, door.dump()) for door in self.doors)
 
 
-class KnockdLine(Line):
-    """A line of knockd.conf, where no line holds a key: its name may be shown as it stands."""
-
-    def error(self, text: object) -> SpaError:
-        """The error that this line is wrong in the way that `text` says."""
-        known = self.name[:1].isalpha() and self.name.replace("_", "").isalnum()
-        name = self.name if known else ""
-        return ConfigError("%s:%d: %s%s" % (self.file, self.number, name and name + ": ", text))
-
-
 def read_knockd(path: str) -> KnockdFile:
     """The doors of a knockd.conf; ConfigError names the line that can't be understood."""
     options, sections = KnockdOptions(), []  # type: KnockdOptions, List[Tuple[KnockdDoor, Line]]
@@ -2707,7 +2675,7 @@ def read_knockd(path: str) -> KnockdFile:
         if not text or text.startswith("#"):
             continue
         name, equals, value = (part.strip(" \t") for part in text.partition("="))
-        line: Line = KnockdLine(path, number, name, value)
+        line = Line(path, number, name, value, KNOCKD_CHARACTERS)
         if text.startswith("["):
             name = text[1:-1]
             if not text.endswith("]") or not name:
