@@ -1038,6 +1038,19 @@ class Settings:
         """Whether a file or an option set this directive."""
         return row.name in self.texts
 
+    def only_one(self, *rows: Directive[Any]) -> Any:
+        """The value of the one that is set of directives that exclude each other."""
+        named = [row for row in rows if self.is_set(row)] or [rows[0]]
+        if len(named) > 1:
+            raise self.error(named[1], "expected only one of %s and %s" % (named[0].name,
+                                                                           named[1].name))
+        return getattr(self, named[0].attribute)
+
+    def require(self, right: object, row: Directive[Any], what: str) -> None:
+        """ConfigError that `what` was expected, at the line that set `row`, unless `right`."""
+        if not right:
+            raise self.error(row, "expected " + what)
+
     def error(self, row: Directive[Any], text: str) -> SpaError:
         """The error that the value of `row` can't stay as it is, at the line that set it."""
         line = self.lines.get(row.name)
@@ -1842,10 +1855,12 @@ class Sequence:
     """
 
     def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
-                 strict: bool = False, exact: bool = False, target: bytes = b"") -> None:
-        self.steps, self.seconds, self.flags = steps, seconds, flags
+                 strict: bool = False, exact: bool = False, target: bytes = b"",
+                 path: Optional[str] = None) -> None:
+        self.file = None if path is None else OneTimeFile(path)
+        self.steps = self.file.steps if self.file else steps
+        self.seconds, self.flags = seconds, flags
         self.strict, self.exact, self.target = strict, exact, target
-        self.file: Optional[OneTimeFile] = None
         self.most = MAX_STARTED
         # Until when, by source, the oldest first; and for those further on, how many steps before.
         self.started: "collections.OrderedDict[bytes, float]" = collections.OrderedDict()
@@ -1853,29 +1868,20 @@ class Sequence:
             collections.OrderedDict())
         self.due = float("inf")  # none of `advanced` ends before, but for SWEEP_SECONDS
 
-    def take_file(self, path: Optional[str]) -> List[str]:
-        """Takes the steps from a file of sequences; returns warnings."""
-        if path is None:
-            return []
-        self.file = OneTimeFile(path)
-        self.steps = self.file.steps
-        return permission_warnings(path) + self.file.warnings
-
-    def warnings(self) -> List[str]:
-        """What there is to say of a sequence that hides little."""
+    def warnings(self, alone: bool) -> List[str]:
+        """What is wrong in its file; and, if it opens `alone`, that it hides little."""
+        texts = self.file.warnings if self.file else []
+        if not alone or not self.steps:
+            return texts
         if len(self.steps) == 1:
-            return ["one port is no secret: a scan of all ports opens it"]
-        return ["a scan of all ports opens it: let its ports rise and fall"
-                + ", or make it strict" * (not self.strict)] * self.falls_to_scans()
-
-    def falls_to_scans(self) -> bool:
-        """Whether a scan of all ports one after the other is enough for the steps."""
-        for way in (1, -1) if len(self.steps) > 1 else ():
+            return texts + ["one port is no secret: a scan of all ports opens it"]
+        for way in (1, -1):  # of a scan of all ports one after the other
             gaps = [(after[1] - before[1]) * way if after[0] == before[0] else 0
                     for before, after in zip(self.steps, self.steps[1:])]
             if all(gap == 1 or (gap > 1 and not self.strict) for gap in gaps):
-                return True
-        return False
+                return texts + ["a scan of all ports opens it: let its ports rise and fall"
+                                + ", or make it strict" * (not self.strict)]
+        return texts
 
     def all_steps(self) -> List[Step]:
         """Those of every line of a file, as they come one after the other."""
@@ -1966,6 +1972,16 @@ class Sequence:
         return over
 
 
+def open_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
+                  target: bytes = b"") -> Sequence:
+    """The sequence of a stanza or a door; ConfigError when its file can't be read."""
+    try:
+        return Sequence(owner.knock_steps or (), owner.knock_seconds, owner.knock_flags, strict,
+                        exact, target, owner.knock_file)
+    except ConfigError as error:
+        raise owner.error(type(owner).knock_file, str(error)) from None
+
+
 def sequence_filter(sequences: List[Sequence]) -> Filter:
     """What the kernel lets pass for these sequences: their ports, or, where one is strict or they
     are too many, all of a protocol; and of TCP segments with the flags that count, unless there are
@@ -2004,7 +2020,7 @@ class OneTimeFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.warnings: List[str] = []
+        self.warnings = permission_warnings(path)
         # Where each line begins, itself, and its steps; the next one last.
         self.lines: List[Tuple[int, bytes, Tuple[Step, ...]]] = []
         place = 0
@@ -2267,71 +2283,94 @@ class Stanza(Settings):
 
     def finish(self) -> List[str]:
         """Checks the stanza as a whole and makes its keys ready; returns warnings."""
-        key = self.one_key(Stanza.key, Stanza.key_base64)
-        hmac_key = self.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
+        key: Secret = self.only_one(Stanza.key, Stanza.key_base64)
+        hmac_key: Secret = self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
         self.takes_packets = bool(key or self.gpg_decrypt_id)
+        self.check_needs()
         texts = self.finish_knock()
-        if not self.takes_packets and (hmac_key or not self.sequence):
-            raise self.error(Stanza.source, "expected a KEY or KEY_BASE64 in this stanza, or "
-                             "GPG_DECRYPT_ID, or KNOCK_SEQUENCE")
-        if hmac_key and compare_digest(key, hmac_key):
-            raise self.error(Stanza.source, "expected an HMAC key that is not the encryption key")
-        texts += self.finish_gpg(bool(hmac_key)) if self.gpg_decrypt_id else []
+        self.require(self.takes_packets or (self.sequence and not hmac_key), Stanza.source,
+                     "a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, or KNOCK_SEQUENCE")
+        self.require(not (hmac_key and compare_digest(key, hmac_key)), Stanza.source,
+                     "an HMAC key that is not the encryption key")
+        if self.gpg_decrypt_id:
+            self.require(self.gpg_passphrase or self.gpg_no_passphrase, Stanza.gpg_decrypt_id,
+                         "GPG_DECRYPT_PW as well, or GPG_ALLOW_NO_PW Y")
+            self.require(self.gpg_disable_sig or self.gpg_remote_ids or self.gpg_fingerprints,
+                         Stanza.gpg_decrypt_id, "GPG_REMOTE_ID or GPG_FINGERPRINT_ID as well: "
+                         "who may sign; or GPG_DISABLE_SIG Y")
+        elif self.mode == ASYMMETRIC:
+            self.require(not key, Stanza.mode, "GPG_DECRYPT_ID, or the mode of KEY")
         if key and self.mode != ASYMMETRIC:
             self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
-        elif key and not self.gpg_decrypt_id:
-            raise self.error(Stanza.mode, "expected GPG_DECRYPT_ID, or the mode of KEY")
         self.for_all = self.source.everything and self.destination.everything
         self.expires = min((end for end in (self.expire_epoch, self.expire_date)
                             if end is not None), default=None)
-        texts += self.check_commands()
-        if self.keys and not hmac_key:
-            texts.append("no HMAC_KEY: anybody can make this server decrypt, and fwknop's packets "
-                         "without HMAC can be forged in part; keygen.py makes both keys")
-        if self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES:
-            texts.append("Warning: truncating encryption key in legacy mode to 16 bytes")
-        if self.expires is not None and time.time() >= self.expires:
-            texts.append("has expired (ACCESS_EXPIRE)")
-        if not self.open_ports:
-            texts.append("no OPEN_PORTS: every port may be opened")
-        if not self.require_source and self.takes_packets:
-            texts.append("Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
-                         "'%s'" % self.texts.get("SOURCE", "ANY"))
-        return ["(stanza #%d) %s" % (self.number, text) for text in texts]
+        return ["(stanza #%d) %s" % (self.number, text)
+                for text in texts + self.warnings(key, hmac_key)]
+
+    def check_needs(self) -> None:
+        """ConfigError for a directive that needs another one, which is not there."""
+        needs: List[Tuple[Directive[Any], ...]] = [  # a directive, and one of these
+            (Stanza.command_group, Stanza.command_user),
+            (Stanza.sudo_user, Stanza.enable_sudo), (Stanza.sudo_group, Stanza.enable_sudo),
+            (Stanza.cycle_close, Stanza.cycle_open), (Stanza.cycle_seconds, Stanza.cycle_open),
+            (Stanza.cycle_open, Stanza.cycle_close)]
+        needs += [(Stanza.cycle_open, Stanza.cycle_seconds)] * bool(self.cycle_close)
+        needs += [(row, Stanza.knock_steps, Stanza.knock_file) for row in (
+            Stanza.knock_seconds, Stanza.knock_flags, Stanza.knock_strict, Stanza.knock_exact,
+            Stanza.require_knock)]
+        for row, *needed in needs:
+            self.require(not self.is_set(row) or any(map(self.is_set, needed)), row,
+                         "%s with it" % needed[0].name)
 
     def finish_knock(self) -> List[str]:
-        """Makes the stanza's sequence ready; returns warnings."""
-        rows: Tuple[Directive[Any], ...] = (Stanza.knock_steps, Stanza.knock_file)
-        named = [row for row in rows if self.is_set(row)]
-        for row in (Stanza.knock_seconds, Stanza.knock_flags, Stanza.knock_strict,
-                    Stanza.knock_exact, Stanza.require_knock):
-            if self.is_set(row) and not named:
-                raise self.error(row, "expected KNOCK_SEQUENCE with it")
-        if not named:
+        """Makes the stanza's sequence ready, if it has one; returns warnings."""
+        if not self.only_one(Stanza.knock_steps, Stanza.knock_file):
             return []
-        if len(named) == 2:
-            raise self.error(named[1], "expected only one of %s and %s" % (
-                rows[0].name, rows[1].name))
-        checks: List[Tuple[Directive[Any], bool, str]] = [
-            (Stanza.require_knock, self.takes_packets, "a KEY as well, for the packet to follow")
-        ] if self.require_knock else [
-            (named[0], bool(self.open_ports), "OPEN_PORTS with it"),
-            (Stanza.restrict_ports, self.open_ports.isdisjoint(self.restrict_ports),
-             "none of OPEN_PORTS, all of which the sequence opens"),
-            (Stanza.require_username, not self.require_username,
-             "REQUIRE_KNOCK Y with it, since a sequence names no user"),
-            (Stanza.open_seconds, bool(self.open_seconds or self.cycle_seconds),
-             "more than 0, since a sequence asks for no time")]
-        for row, right, text in checks:
-            if not right:
-                raise self.error(row, "expected " + text)
-        self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
-                                 self.knock_strict, self.knock_exact)
-        try:
-            return self.sequence.take_file(self.knock_file) + (
-                [] if self.require_knock else self.sequence.warnings())
-        except ConfigError as error:
-            raise self.error(Stanza.knock_file, str(error)) from None
+        if self.require_knock:
+            self.require(self.takes_packets, Stanza.require_knock,
+                         "a KEY as well, for the packet to follow")
+        else:
+            self.require(self.open_ports, Stanza.knock_file if self.knock_file else
+                         Stanza.knock_steps, "OPEN_PORTS with it")
+            self.require(self.open_ports.isdisjoint(self.restrict_ports), Stanza.restrict_ports,
+                         "none of OPEN_PORTS, all of which the sequence opens")
+            self.require(not self.require_username, Stanza.require_username,
+                         "REQUIRE_KNOCK Y with it, since a sequence names no user")
+            self.require(self.open_seconds or self.cycle_seconds, Stanza.open_seconds,
+                         "more than 0, since a sequence asks for no time")
+        self.sequence = open_sequence(self, self.knock_strict, self.knock_exact)
+        return self.sequence.warnings(alone=not self.require_knock)
+
+    def warnings(self, key: Secret, hmac_key: Secret) -> List[str]:
+        """What this stanza does that the administrator may not expect."""
+        gpg = bool(self.gpg_decrypt_id)
+        return [text for applies, text in (
+            (gpg and not hmac_key,
+             "no HMAC_KEY: anybody can make this server start gpg, and while somebody does, knocks "
+             "are rejected; keygen.py makes a key"),
+            (gpg and self.gpg_disable_sig,
+             "GPG_DISABLE_SIG Y: " + (
+                 "only the HMAC tells who made a packet" if hmac_key else "without HMAC_KEY, "
+                 "everybody who has the public key of GPG_DECRYPT_ID can open what this stanza "
+                 "lets open")),
+            (gpg and not self.gpg_require_sig,
+             "GPG_REQUIRE_SIG N has no effect, as in fwknopd: GPG_DISABLE_SIG has"),
+            (key and self.mode == ASYMMETRIC,
+             "ENCRYPTION_MODE Asymmetric: the KEY of this stanza opens nothing"),
+            (self.enable_commands and not (self.command_user or self.enable_sudo),
+             "ENABLE_CMD_EXEC Y without CMD_EXEC_USER: who holds its keys runs commands as root"),
+            (self.keys and not hmac_key,
+             "no HMAC_KEY: anybody can make this server decrypt, and fwknop's packets without HMAC "
+             "can be forged in part; keygen.py makes both keys"),
+            (self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES,
+             "Warning: truncating encryption key in legacy mode to 16 bytes"),
+            (self.expires is not None and time.time() >= self.expires,
+             "has expired (ACCESS_EXPIRE)"),
+            (not self.open_ports, "no OPEN_PORTS: every port may be opened"),
+            (self.takes_packets and not self.require_source,
+             "Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: '%s'"
+             % self.texts.get("SOURCE", "ANY"))) if applies]
 
     def give_up(self, error: SpaError) -> None:
         """Makes the stanza void if its keys are in a file of their own; else raises the error.
@@ -2342,49 +2381,6 @@ class Stanza(Settings):
             raise error
         self.void = self.void or str(error)
         self.keys = self.gpg = self.sequence = None
-
-    def finish_gpg(self, hmac: bool) -> List[str]:
-        """Checks what there is of GPG; returns warnings."""
-        if not self.gpg_passphrase and not self.gpg_no_passphrase:
-            raise self.error(Stanza.gpg_decrypt_id, "expected GPG_DECRYPT_PW as well, or "
-                             "GPG_ALLOW_NO_PW Y")
-        if not self.gpg_disable_sig and not self.gpg_remote_ids and not self.gpg_fingerprints:
-            raise self.error(Stanza.gpg_decrypt_id, "expected GPG_REMOTE_ID or GPG_FINGERPRINT_ID "
-                             "as well: who may sign; or GPG_DISABLE_SIG Y")
-        texts = []
-        if not hmac:
-            texts.append("no HMAC_KEY: anybody can make this server start gpg, and while somebody "
-                         "does, knocks are rejected; keygen.py makes a key")
-        if self.gpg_disable_sig:
-            texts.append("GPG_DISABLE_SIG Y: " + (
-                "only the HMAC tells who made a packet" if hmac else "without HMAC_KEY, everybody "
-                "who has the public key of GPG_DECRYPT_ID can open what this stanza lets open"))
-        if not self.gpg_require_sig:
-            texts.append("GPG_REQUIRE_SIG N has no effect, as in fwknopd: GPG_DISABLE_SIG has")
-        if self.mode == ASYMMETRIC and (self.key or self.key_base64):
-            texts.append("ENCRYPTION_MODE Asymmetric: the KEY of this stanza opens nothing")
-        return texts
-
-    def one_key(self, raw: Directive[Secret], base64: Directive[Secret]) -> Secret:
-        """The key of two directives that exclude each other, empty when neither is set."""
-        if self.is_set(raw) and self.is_set(base64):
-            raise self.error(base64, "expected only one of %s and %s" % (raw.name, base64.name))
-        key: Secret = getattr(self, (raw if self.is_set(raw) else base64).attribute)
-        return key
-
-    def check_commands(self) -> List[str]:
-        """Checks that what belongs together among the directives of commands is there; warnings."""
-        needs: List[Tuple[Directive[Any], Directive[Any]]] = [
-            (Stanza.command_group, Stanza.command_user),
-            (Stanza.sudo_user, Stanza.enable_sudo), (Stanza.sudo_group, Stanza.enable_sudo),
-            (Stanza.cycle_close, Stanza.cycle_open), (Stanza.cycle_seconds, Stanza.cycle_open),
-            (Stanza.cycle_open, Stanza.cycle_close)]
-        needs += [(Stanza.cycle_open, Stanza.cycle_seconds)] * bool(self.cycle_close)
-        for row, needed in needs:
-            if self.is_set(row) and not self.is_set(needed):
-                raise self.error(row, "expected %s with it" % needed.name)
-        return ["ENABLE_CMD_EXEC Y without CMD_EXEC_USER: who holds its keys runs commands as root"
-                ] * (self.enable_commands and not (self.command_user or self.enable_sudo))
 
     @property
     def account(self) -> Optional[Account]:
@@ -2637,12 +2633,8 @@ class KnockdDoor(KnockdSettings):
         """Makes the door's sequence ready; returns warnings. `line` is where the door begins."""
         if bool(self.knock_steps) == bool(self.knock_file):
             raise line.error("expected Sequence or One_Time_Sequences in this door, and not both")
-        self.sequence = Sequence(self.knock_steps or (), self.knock_seconds, self.knock_flags,
-                                 options.strict, options.exact, self.target or b"")
-        try:
-            return self.sequence.take_file(self.knock_file) + self.sequence.warnings()
-        except ConfigError as error:
-            raise self.error(KnockdDoor.knock_file, str(error)) from None
+        self.sequence = open_sequence(self, options.strict, options.exact, self.target or b"")
+        return self.sequence.warnings(alone=True)
 
     def commands(self, address: Address) -> List[str]:
         """What starts and what stops for a client; nothing stops where nothing started."""
@@ -3240,7 +3232,7 @@ class GpgKeys(Keys):
     """What opens the GPG packets of one stanza."""
 
     def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg) -> None:
-        hmac_key = stanza.one_key(Stanza.hmac_key, Stanza.hmac_key_base64)
+        hmac_key = stanza.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
         hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
         super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
                          stanza.hmac_type, gpg_prefix)

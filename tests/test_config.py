@@ -638,8 +638,8 @@ class StanzaTest(ConfigCase):
                 ("KEY x\nHMAC_KEY_BASE64 " + HMAC64, b"x", bytes(range(64, 128)))):
             with self.subTest(lines=lines):
                 stanza = self.stanzas("SOURCE ANY\n" + lines + "\n")[0]
-                found = bytes(stanza.one_key(server.Stanza.key, server.Stanza.key_base64)), bytes(
-                    stanza.one_key(server.Stanza.hmac_key, server.Stanza.hmac_key_base64))
+                found = bytes(stanza.only_one(server.Stanza.key, server.Stanza.key_base64)), bytes(
+                    stanza.only_one(server.Stanza.hmac_key, server.Stanza.hmac_key_base64))
                 self.assertEqual((key, hmac_key), found)
                 self.assertEqual(bool(hmac_key), stanza.keys.hmac is not None)
 

@@ -479,10 +479,12 @@ class OneTimeTest(ServerCase):
     def test_in_order(self) -> None:
         """The first usable line first; each once; the last one leaves none; so does a restart."""
         path = self.write(b"# codes\n 1,2\nbad\n 3,4\n 5,6\n")
-        made = sequence("9,9")
-        self.assertEqual([path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line "
-                          "opens nothing"], made.take_file(path))
-        self.assertIn("a scan of all ports opens it", made.warnings()[0])
+        made = server.Sequence((), 5, path=path)
+        told = (path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens "
+                "nothing")
+        self.assertEqual([told], made.warnings(alone=False))
+        self.assertEqual(told, made.warnings(alone=True)[0])
+        self.assertIn("a scan of all ports opens it", made.warnings(alone=True)[1])
         self.assertEqual([(TCP, port) for port in (5, 6, 3, 4, 1, 2)], made.all_steps())
         for first, more in ((1, True), (3, True), (5, False)):
             self.assertEqual(((TCP, first), (TCP, first + 1)), made.steps)
@@ -492,9 +494,9 @@ class OneTimeTest(ServerCase):
             self.assertEqual(({}, {}), (dict(made.started), dict(made.advanced)))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
         self.assertEqual([0] * 6, [made.hit(hit(port), 2.0) for port in range(1, 7)])
-        made = server.Sequence((), 5)
+        made = server.Sequence((), 5, path=path)
         self.assertEqual(path + ": no sequence is left; this opens nothing",
-                         made.take_file(path)[-1])
+                         made.warnings(alone=True)[-1])
         self.assertEqual([0] * 6, [made.hit(hit(port), 3.0) for port in range(1, 7)])
 
     def test_what_can_not_be_marked_opens_nothing(self) -> None:
@@ -540,8 +542,7 @@ class OneTimeTest(ServerCase):
     def test_long_files(self) -> None:
         """Are read in a moment, and the kernel's filter does not grow with them."""
         path = self.write(b"".join(b" %d,%d,%d\n" % (n, n + 1, n + 2) for n in range(1, 20000)))
-        begin, made = time.monotonic(), sequence("1")
-        made.take_file(path)
+        begin, made = time.monotonic(), server.Sequence((), 5, path=path)
         self.assertLess(time.monotonic() - begin, 5)
         self.assertEqual(19999, len(made.file.lines))
         self.assertLess(len(server.compile_filter(server.sequence_filter([made]))) // 8, 100)
