@@ -509,32 +509,27 @@ def decode_base64(text: bytes) -> bytes:
     return binascii.a2b_base64(text + b"=" * (-len(text) % 4))
 
 
-def block_cipher(key: bytes, library: Any = None) -> Any:
-    """What encrypts and decrypts single blocks with `key`, by `library` where there is one."""
-    return LibraryAes(key, library) if library else AesInverse(key)
-
-
 class LibraryAes:
-    """Aes, done by the modules that `import_cryptography` returned."""
-
-    def __init__(self, key: bytes, library: Any) -> None:
-        cipher = library.Cipher(library.algorithms.AES(key), library.modes.ECB())
-        self.encrypt_block = cipher.encryptor().update
-        self.decrypt_block = cipher.decryptor().update
-
-
-def import_cryptography() -> Any:
-    """The module of `cryptography` that has the ciphers, or None.
+    """AesInverse, done by `cryptography`.
 
     Its import takes longer (80 ms) than our AES needs for a hundred packets, and 6 MB. With an HMAC
     only genuine packets are decrypted, so it is worth it only for a stanza without one.
     """
+
+    def __init__(self, key: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+        cipher = Cipher(algorithms.AES(key), modes.ECB())
+        self.encrypt_block = cipher.encryptor().update
+        self.decrypt_block = cipher.decryptor().update
+
+
+def fastest_cipher() -> Any:
+    """LibraryAes, or AesInverse where it does not work."""
     try:
-        from cryptography.hazmat.primitives import ciphers
-        from cryptography.hazmat.primitives.ciphers import algorithms, modes  # noqa: F401
+        LibraryAes(bytes(16))
     except Exception:  # a broken installation raises anything; ours does the same work
-        return None
-    return ciphers
+        return AesInverse
+    return LibraryAes
 
 
 def xor(left: bytes, right: bytes) -> bytes:
@@ -546,19 +541,15 @@ def xor(left: bytes, right: bytes) -> bytes:
 def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
     """`text` (whole blocks) decrypted in `mode`, with its padding (NIST SP 800-38A section 6)."""
     blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
-    pairs = zip(blocks, [iv] + blocks)
-    if mode == "ECB":
-        return b"".join(map(cipher.decrypt_block, blocks))
-    if mode == "CFB":
-        return b"".join(xor(block, cipher.encrypt_block(before)) for block, before in pairs)
-    if mode in ("OFB", "CTR"):
-        plain, counter = b"", iv
+    if mode in ("CFB", "OFB", "CTR"):
+        plain, given = b"", iv
         for block in blocks:
-            output = cipher.encrypt_block(counter)
+            output = cipher.encrypt_block(given)
             plain += xor(block, output)
-            counter = output if mode == "OFB" else next_counter(counter)
+            given = {"CFB": block, "OFB": output, "CTR": next_counter(given)}[mode]
         return plain
-    return b"".join(xor(cipher.decrypt_block(block), before) for block, before in pairs)
+    decrypted = map(cipher.decrypt_block, blocks)
+    return b"".join(decrypted if mode == "ECB" else map(xor, decrypted, [iv] + blocks))
 
 
 def next_counter(counter: bytes) -> bytes:
@@ -614,7 +605,7 @@ class PacketKeys(Keys):
         self.secret, self.mode = key, mode
         if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
             self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
-        self.library = None if hmac_key else import_cryptography()
+        self.cipher = AesInverse if hmac_key else fastest_cipher()
 
     def open(self, ciphertext: bytes) -> bytes:
         """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
@@ -626,7 +617,7 @@ class PacketKeys(Keys):
         if len(ciphertext) % 16 or len(ciphertext) < 48:
             raise self.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
-        cipher = block_cipher(key, self.library)
+        cipher = self.cipher(key)
         try:
             expect(decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit(), "digits")
             return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
@@ -960,8 +951,10 @@ class Flag(Directive[bool]):
 class NoDefault(Directive[Optional[T]]):
     """A row that is None until it is set."""
 
-    def __init__(self, names: str, parse: Callable[[str], T], help: str) -> None:
+    def __init__(self, names: str, parse: Callable[[str], T], help: str,
+                 secret: bool = False) -> None:
         super().__init__(names, lambda text: parse(text) if text else None, "", help)
+        self.secret = secret
 
 
 class Ignored(Directive[str]):
@@ -988,10 +981,10 @@ class Line(NamedTuple):
         """The error that this line is wrong in the way that `text` says."""
         if not self.number:
             return UsageError("%s: %s" % (self.file, text))
-        name = self.name.rstrip(":")
+        name = self.name.rstrip(";:")
         named = (name[:1].isalpha() and not name.strip(self.characters)) or name in INCLUDES
-        return ConfigError("%s:%d: %s%s" % (self.file, self.number,
-                                            self.name + ": " if named else "", text))
+        return ConfigError("%s:%d: %s%s" % (
+            self.file, self.number, self.name.rstrip(";") + ": " if named else "", text))
 
 
 class Settings:
@@ -1108,19 +1101,17 @@ def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
     end, which belong to a key. `theirs` says whether the file may be a user's own.
     """
     for number, raw in enumerate(read_file(path, theirs).split("\n"), 1):
-        line = raw.partition("\r")[0].lstrip(" \t")
-        if not line or line[0] in "#;":
+        text = raw.partition("\r")[0].lstrip(" \t")
+        if not text or text[0] in "#;":
             continue
-        name = line.replace("\t", " ").partition(" ")[0]
-        value, _, rest = line[len(name):].lstrip(" \t").partition(";")
-        name = name.rstrip(":") if colon else name
-        if not value.strip(" \t") or "\0" in line:
-            raise Line(path, number, name.rstrip(";:"), "").error(
-                "expected a value" + " without zero bytes" * ("\0" in line))
+        name = text.replace("\t", " ").partition(" ")[0]
+        value, _, rest = text[len(name):].lstrip(" \t").partition(";")
+        line = Line(path, number, name.rstrip(":") if colon else name, value)
+        if not value.strip(" \t") or "\0" in text:
+            raise line.error("expected a value" + " without zero bytes" * ("\0" in text))
         if rest.lstrip(" \t;")[:1] not in ("", "#"):
-            raise Line(path, number, name, "").error("expected nothing, or a # and a comment, "
-                                                     "behind the semicolon")
-        yield Line(path, number, name, value)
+            raise line.error("expected nothing, or a # and a comment, behind the semicolon")
+        yield line
 
 
 def permission_warnings(path: str) -> List[str]:
@@ -1837,12 +1828,6 @@ def parse_flags(text: str) -> Tuple[int, int]:
     return mask, value
 
 
-class Steps(NoDefault[Tuple[Step, ...]]):
-    """A row for a sequence: nobody who reads a log or a dump should be able to knock."""
-
-    secret = True
-
-
 class Sequence:
     """Steps that open something, and how far each source has come.
 
@@ -1983,18 +1968,18 @@ def open_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
 
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
-    """What the kernel lets pass for these sequences: their ports, or, where one is strict or they
-    are too many, all of a protocol; and of TCP segments with the flags that count, unless there are
-    too many of those."""
+    """What the kernel lets pass for these sequences: their ports, or all of a protocol where one
+    is strict, of TCP segments those with the flags that count; all of their protocols if that is
+    too much to tell."""
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
-    few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
     for sequence in sequences:
         for protocol, port in sequence.all_steps():
-            key = protocol, sequence.flags if protocol == TCP and few else (0, 0)
+            key = protocol, sequence.flags if protocol == TCP else (0, 0)
             wanted.setdefault(key, set()).add(ANY_SIZE if sequence.strict else port)
-    many = sum(map(len, wanted.values())) > MAX_FILTER_PORTS
+    if len(wanted) > MAX_FILTER_FLAGS or sum(map(len, wanted.values())) > MAX_FILTER_PORTS:
+        wanted = {(protocol, (0, 0)): {ANY_SIZE} for protocol, _ in wanted}
     return Junction("or", tuple(
-        step_filter(protocol, flags, set() if many or ANY_SIZE in ports else ports)
+        step_filter(protocol, flags, set() if ANY_SIZE in ports else ports)
         for (protocol, flags), ports in wanted.items()))
 
 
@@ -2243,9 +2228,9 @@ class Stanza(Settings):
     cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long until then, unless the client asks for a time")
 
-    knock_steps = Steps("KNOCK_SEQUENCE", parse_steps,
-                        "ports that open OPEN_PORTS when they are hit in this order: "
-                        "7000, 8000:udp, 100:icmp")
+    knock_steps = NoDefault("KNOCK_SEQUENCE", parse_steps,
+                            "ports that open OPEN_PORTS when they are hit in this order: "
+                            "7000, 8000:udp, 100:icmp", secret=True)
     knock_file = NoDefault("KNOCK_ONE_TIME_FILE", parse_path,
                            "file with such sequences, of which each opens once")
     knock_seconds = Directive("KNOCK_TIMEOUT", integer(1, 86400, "seconds"), "25",
@@ -2599,7 +2584,8 @@ class KnockdOptions(KnockdSettings):
 class KnockdDoor(KnockdSettings):
     """Any other section: a sequence and what it runs."""
 
-    knock_steps = Steps("Sequence", parse_steps, "ports to hit: 7000,8000:udp,9000")
+    knock_steps = NoDefault("Sequence", parse_steps, "ports to hit: 7000,8000:udp,9000",
+                            secret=True)
     knock_file = NoDefault("One_Time_Sequences", str,
                            "file with such sequences, of which each opens once")
     knock_seconds = Directive("Seq_Timeout Timeout",
