@@ -154,7 +154,11 @@ class TooFast(PacketRejected):
 
 
 class Datagram(NamedTuple):
-    """What came in: payload, and where from and to. Addresses are packed: 4 bytes or 16."""
+    """What came in: payload, and where from and to. Addresses are packed: 4 bytes or 16.
+
+    One that may be a step of a knock sequence (a hit) comes without payload and source port. The
+    port of an ICMP echo request is then the number of its data bytes.
+    """
 
     payload: bytes
     source: bytes
@@ -162,19 +166,7 @@ class Datagram(NamedTuple):
     destination: bytes
     destination_port: int
     protocol: int = 17  # of IP: UDP, or what carried it instead; ICMP has no ports
-
-
-class Hit(NamedTuple):
-    """A packet that may be a step of a knock sequence. Addresses are packed, `flags` are TCP's.
-
-    The port of an ICMP echo request is the number of its data bytes.
-    """
-
-    source: bytes
-    destination: bytes
-    protocol: int
-    port: int
-    flags: int = 0
+    flags: int = 0  # TCP's, of a hit
 
 
 # The kinds of doors: to this host; through it; translating where to; and where from (two).
@@ -1261,7 +1253,7 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
     return None
 
 
-def decode_hit(packet: bytes) -> Optional[Hit]:
+def decode_hit(packet: bytes) -> Optional[Datagram]:
     """The step of a sequence that an IP packet may be: TCP, UDP or an echo request, of any content.
 
     None for later fragments, cut headers and everything else. TCP's flags are in octet 13 of its
@@ -1275,11 +1267,11 @@ def decode_hit(packet: bytes) -> Optional[Hit]:
         return None
     port = packet[start + 2] << 8 | packet[start + 3]
     if protocol == TCP:
-        return Hit(source, destination, TCP, port, packet[start + 13])
+        return Datagram(b"", source, 0, destination, port, TCP, packet[start + 13])
     if protocol == UDP:
-        return Hit(source, destination, UDP, port)
+        return Datagram(b"", source, 0, destination, port)
     if (protocol, packet[start]) in ECHO_REQUESTS and end >= start + 8 and not fragment:
-        return Hit(source, destination, ICMP, end - start - 8)
+        return Datagram(b"", source, 0, destination, end - start - 8, ICMP)
     return None
 
 
@@ -1892,10 +1884,10 @@ class Sequence:
         wanted = self.steps[place]
         return wanted == step or (wanted[1] == ANY_SIZE and wanted[0] == step[0])
 
-    def concerns(self, hit: Hit) -> bool:
+    def concerns(self, hit: Datagram) -> bool:
         """Whether a hit could change anything: a first step, or one of a source on its way."""
         return (hit.source in self.started or hit.source in self.advanced
-                or (bool(self.steps) and self.is_step(0, (hit.protocol, hit.port))))
+                or (bool(self.steps) and self.is_step(0, (hit.protocol, hit.destination_port))))
 
     def is_wrong(self, step: Step) -> bool:
         """Whether the step, which is not the one that is waited for, ends an attempt."""
@@ -1903,11 +1895,11 @@ class Sequence:
             return any(step[0] == known for known, _ in self.steps)
         return any(self.is_step(place, step) for place in range(len(self.steps)))
 
-    def hit(self, hit: Hit, now: float) -> int:
+    def hit(self, hit: Datagram, now: float) -> int:
         """How many steps this one completes, or 0 when it is none; all: the sequence is done."""
         if hit.protocol == TCP and (hit.flags & self.flags[0]) != self.flags[1]:
             return 0
-        step, source = (hit.protocol, hit.port), hit.source
+        step, source = (hit.protocol, hit.destination_port), hit.source
         done, due = self.advanced.get(source) or (1, self.started.get(source, 0.0))
         if now < due:
             if self.is_step(done, step):
@@ -1917,7 +1909,6 @@ class Sequence:
             self.forget(source)
         if not self.steps or not self.is_step(0, step):
             return 0
-        self.forget(source)
         return self.advance(source, 1, now + self.seconds)
 
     def advance(self, source: bytes, done: int, due: float) -> int:
@@ -3768,7 +3759,7 @@ class KnockCapture(PacketCapture):
         super().__init__(interface, protocol, code, promiscuous)
         self.sequences = sequences
 
-    def receive(self) -> Optional[Hit]:  # type: ignore[override]
+    def receive(self) -> Optional[Datagram]:
         """The next one; None for what can be none."""
         return decode_hit(self.socket.recv(MAX_PACKET))
 
@@ -6172,7 +6163,7 @@ class KnockGate(Gate):
             self.own[packed] = is_own_address(parse_address(socket_text(packed)))
         return self.own[packed]
 
-    def take_hit(self, hit: Hit, sequences: Iterable[Sequence]) -> None:
+    def take_hit(self, hit: Datagram, sequences: Iterable[Sequence]) -> None:
         """One hit on its way through the sequences that are listened for where it came in."""
         now = time.monotonic()
         for sequence in sequences:
@@ -6186,9 +6177,9 @@ class KnockGate(Gate):
                         self.step(sequence, self.owners[sequence], hit, done)
             except Exception as error:  # a mistake of ours must not let one packet end the server
                 owner = self.owners.get(sequence)
-                self.reject(hit_datagram(hit), error, max(owner.number, 0) if owner else 0)
+                self.reject(hit, error, max(owner.number, 0) if owner else 0)
 
-    def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], hit: Hit,
+    def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], hit: Datagram,
              done: int) -> None:
         """Takes note of a step; the last one opens, once a line of a file is marked."""
         source, last = socket_text(hit.source), done == len(sequence.steps)
@@ -6223,10 +6214,10 @@ class KnockGate(Gate):
                 self.log.error("%s: nothing is opened: %s" % (name, error))
 
     @staticmethod
-    def check_source(stanza: Stanza, hit: Hit) -> None:
+    def check_source(stanza: Stanza, hit: Datagram) -> None:
         """Rejects a complete sequence of whom the stanza is not for, before it counts as used."""
         rejection = None
-        if not (stanza.for_all or stanza.admits(hit_datagram(hit))):
+        if not (stanza.for_all or stanza.admits(hit)):
             rejection = PacketRejected("source", "No access data found for source IP: %s"
                                        % socket_text(hit.source))
         elif stanza.expires is not None and time.time() >= stanza.expires:
@@ -6235,7 +6226,7 @@ class KnockGate(Gate):
             rejection.stanza = stanza.number
             raise rejection
 
-    def open_stanza(self, stanza: Stanza, hit: Hit) -> None:
+    def open_stanza(self, stanza: Stanza, hit: Datagram) -> None:
         """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
         if stanza.require_knock:
             self.knocked[stanza.number, hit.source] = time.monotonic() + stanza.knock_seconds
@@ -6246,7 +6237,7 @@ class KnockGate(Gate):
         self.allow(Packet(
             "", stanza.require_username, 0, "", ACCESS, "", None, None, 0, "",
             parse_address(socket_text(hit.source)), tuple(sorted(stanza.open_ports)), ""),
-            stanza, hit_datagram(hit))
+            stanza, hit)
 
     def throttle(self, done: int) -> Throttle:
         """What holds back lines about a source that has done so many steps."""
@@ -6260,11 +6251,6 @@ class KnockGate(Gate):
                 if isinstance(owner, KnockdDoor) and self.throttle(done).allows():
                     self.log.info("%s: %s: sequence timeout (stage %d)"
                                   % (socket_text(source), owner.name, done))
-
-
-def hit_datagram(hit: Hit) -> Datagram:
-    """A datagram without content that came where the hit did."""
-    return Datagram(b"", hit.source, 0, hit.destination, hit.port, hit.protocol)
 
 
 def internal_error(error: Exception) -> PacketRejected:

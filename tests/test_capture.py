@@ -378,6 +378,7 @@ class DecodeTest(unittest.TestCase):
                 packet[24:40] if six else packet[16:20],
                 ports[1],
                 protocol,
+                0,
             ),
             tuple(found),
         )

@@ -27,7 +27,8 @@ ONE, TWO = b"\x0a\x37\0\x02", ipaddress.ip_address("fd55::2").packed
 def hit(step: Any, source: bytes = ONE, flags: int = SYN) -> Any:
     """Return a hit of a port of TCP, or of a step."""
     protocol, port = step if isinstance(step, tuple) else (TCP, step)
-    return server.Hit(source, b"\x0a\x37\0\1", protocol, port, flags if protocol == TCP else 0)
+    return server.Datagram(b"", source, 0, b"\x0a\x37\0\1", port, protocol,
+                           flags if protocol == TCP else 0)
 
 
 def sequence(text: str, seconds: float = 25, flags: Tuple[int, int] = SYN_ONLY,
@@ -269,7 +270,8 @@ class HitTest(unittest.TestCase):
     def check(self, packet: bytes, *expected: Any) -> None:
         """Fail unless the packet is a hit of this protocol, port and flags; or none."""
         made = server.decode_hit(packet)
-        self.assertEqual(expected, () if made is None else (made.protocol, made.port, made.flags))
+        self.assertEqual(expected, () if made is None else (
+            made.protocol, made.destination_port, made.flags))
         if made is not None:
             six = packet[0] >> 4 == 6
             addresses = packet[8:40] if six else packet[12:20]
@@ -374,7 +376,8 @@ class HitTest(unittest.TestCase):
                 if got is None:
                     continue
                 looked_at = any((strict and got.protocol == protocol) or (protocol, port) in (
-                    (got.protocol, got.port), (got.protocol, ANY)) for protocol, port in wanted)
+                    (got.protocol, got.destination_port), (got.protocol, ANY))
+                                for protocol, port in wanted)
                 if got.protocol == TCP and (got.flags & flags[0]) != flags[1]:
                     looked_at = False
                 plain = packet[0] in (0x45, 0x47, 0x60)
@@ -430,8 +433,9 @@ class HitTest(unittest.TestCase):
                     each = capture.receive()
                 except BlockingIOError:
                     break
-                if each and each.port in (61234, 61235, 61236):
-                    got.append((len(each.source), each.protocol, each.port, each.flags))
+                if each and each.destination_port in (61234, 61235, 61236):
+                    got.append((len(each.source), each.protocol, each.destination_port,
+                                each.flags))
             of_four = [(4, TCP, 61234, SYN), (4, UDP, 61235, 0), (4, TCP, 61236, SYN)]
             self.assertEqual(of_four if four_only else of_four + [
                 (16, TCP, 61234, SYN), (16, UDP, 61235, 0), (16, TCP, 61236, SYN)],

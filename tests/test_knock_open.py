@@ -57,10 +57,10 @@ class KnockCase(CommandCase):
         """Hit these ports, and return what the server logged."""
         for port in ports:
             protocol, number = port if isinstance(port, tuple) else (TCP, port)
-            self.made.take_hit(server.Hit(
-                ipaddress.ip_address(source).packed, ipaddress.ip_address(
+            self.made.take_hit(server.Datagram(
+                b"", ipaddress.ip_address(source).packed, 0, ipaddress.ip_address(
                     destination or (HOST if "." in source else "fd55::1")).packed,
-                protocol, number, flags if protocol == TCP else 0), list(self.made.owners))
+                number, protocol, flags if protocol == TCP else 0), list(self.made.owners))
         return self.logged()
 
 
