@@ -1784,9 +1784,8 @@ MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # that the kernel looks for one by
 MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
-MAX_STARTED, LEAST_STARTED = 65536, 4096  # sources at the first step: of all sequences, and of one
-MOST_STARTED_TO_ADVANCED = 8  # how many times as many as those further on
-SWEEP_SECONDS = 0.1  # between two looks at all of these
+MAX_STARTED, LEAST_STARTED = 65536, 4096  # sources on their way: of all sequences, and of one
+MOST_SPARED = 100  # of those further on, when one at the first step is looked for to be forgotten
 
 
 def parse_steps(text: str) -> Tuple[Step, ...]:
@@ -1839,11 +1838,9 @@ class Sequence:
         self.seconds, self.flags = seconds, flags
         self.strict, self.exact, self.target = strict, exact, target
         self.most = MAX_STARTED
-        # Until when, by source, the oldest first; and for those further on, how many steps before.
-        self.started: "collections.OrderedDict[bytes, float]" = collections.OrderedDict()
-        self.advanced: "collections.OrderedDict[bytes, Tuple[int, float]]" = (
+        # How many steps each source has done, and until when it counts; the oldest first.
+        self.attempts: "collections.OrderedDict[bytes, Tuple[int, float]]" = (
             collections.OrderedDict())
-        self.due = float("inf")  # none of `advanced` ends before, but for SWEEP_SECONDS
 
     def warnings(self, alone: bool) -> List[str]:
         """What is wrong in its file; and, if it opens `alone`, that it hides little."""
@@ -1875,19 +1872,16 @@ class Sequence:
             return True
         self.file.use(test)
         self.steps = self.file.steps
-        self.started.clear()
-        self.advanced.clear()
+        self.attempts.clear()
         return bool(self.steps)
 
     def is_step(self, place: int, step: Step) -> bool:
-        """Whether this is the step at a place of the sequence."""
-        wanted = self.steps[place]
-        return wanted == step or (wanted[1] == ANY_SIZE and wanted[0] == step[0])
+        """Whether this is the step at a place of the sequence, which may have none."""
+        return place < len(self.steps) and self.steps[place] in (step, (step[0], ANY_SIZE))
 
     def concerns(self, hit: Datagram) -> bool:
         """Whether a hit could change anything: a first step, or one of a source on its way."""
-        return (hit.source in self.started or hit.source in self.advanced
-                or (bool(self.steps) and self.is_step(0, (hit.protocol, hit.destination_port))))
+        return hit.source in self.attempts or self.is_step(0, (hit.protocol, hit.destination_port))
 
     def is_wrong(self, step: Step) -> bool:
         """Whether the step, which is not the one that is waited for, ends an attempt."""
@@ -1900,51 +1894,45 @@ class Sequence:
         if hit.protocol == TCP and (hit.flags & self.flags[0]) != self.flags[1]:
             return 0
         step, source = (hit.protocol, hit.destination_port), hit.source
-        done, due = self.advanced.get(source) or (1, self.started.get(source, 0.0))
+        done, due = self.attempts.get(source, (0, 0.0))
         if now < due:
             if self.is_step(done, step):
                 return self.advance(source, done + 1, due)
             if (not self.exact and self.is_step(done - 1, step)) or not self.is_wrong(step):
                 return 0
-            self.forget(source)
-        if not self.steps or not self.is_step(0, step):
+            del self.attempts[source]
+        if not self.is_step(0, step):
             return 0
+        self.attempts.pop(source, None)  # its time is over, and the new attempt is the last
         return self.advance(source, 1, now + self.seconds)
 
     def advance(self, source: bytes, done: int, due: float) -> int:
         """Takes note of a step; returns `done`."""
-        self.forget(source)
-        if done == 1 < len(self.steps):
-            self.started[source] = due
-            if len(self.started) > self.most:
-                self.started.popitem(last=False)
-        elif done < len(self.steps):
-            self.advanced[source] = done, due
-            self.due = min(self.due, due)
-            if len(self.advanced) > self.most // MOST_STARTED_TO_ADVANCED:
-                self.advanced.popitem(last=False)
+        if done == len(self.steps):
+            self.attempts.pop(source, None)
+        else:
+            self.attempts[source] = done, due
+        seen = 0
+        while len(self.attempts) > self.most:
+            oldest, attempt = self.attempts.popitem(last=False)
+            seen += 1
+            if attempt[0] > 1 and seen <= MOST_SPARED:
+                self.attempts[oldest] = attempt  # the last from now on
         return done
 
-    def forget(self, source: bytes) -> None:
-        """Ends the attempt of a source, if there is one."""
-        self.started.pop(source, None)
-        self.advanced.pop(source, None)
-
     def next_due(self) -> float:
-        """When expire() has something to do, or earlier."""
-        return min(next(iter(self.started.values()), self.due), self.due)
+        """When expire() has something to do."""
+        return next((due for _, due in self.attempts.values()), float("inf"))
 
     def expire(self, now: float) -> List[Tuple[bytes, int]]:
-        """Forgets the attempts whose time is over, and returns each one's source and step."""
+        """Forgets the attempts whose time is over, and returns each one's source and step.
+
+        Those that were spared in a flood come later, but hit() knows that they are over.
+        """
         over = []
-        while self.started and next(iter(self.started.values())) <= now:
-            over.append((self.started.popitem(last=False)[0], 1))
-        if self.due <= now:
-            over += [(source, done) for source, (done, due) in self.advanced.items() if due <= now]
-            for source, _ in over:
-                self.advanced.pop(source, None)
-            self.due = max(now + SWEEP_SECONDS, min((due for _, due in self.advanced.values()),
-                                                    default=float("inf")))
+        while self.attempts and self.next_due() <= now:
+            source, (done, _) = self.attempts.popitem(last=False)
+            over.append((source, done))
         return over
 
 

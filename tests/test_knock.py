@@ -209,21 +209,20 @@ class SequenceTest(unittest.TestCase):
         made.hit(hit(8000, further), 1.0)
         made.hit(hit(7000, early), 1.0)
         for number in range(200000):
-            if number == 200000 - most + 1:
+            if number == 200000 - most + 2:  # "further" is one of the most
                 made.hit(hit(7000, late), 2.0)
             made.hit(hit(7000, number.to_bytes(4, "big")), 2.0)
-        self.assertEqual((most, 1), (len(made.started), len(made.advanced)))
+        self.assertEqual(most, len(made.attempts))
         self.assertEqual([3, 2, 0], [made.hit(hit(port, source), 3.0) for port, source in (
             (9000, further), (8000, late), (8000, early))])
         self.assertEqual(3, made.hit(hit(9000, late), 3.0))
-        most_advanced = most // server.MOST_STARTED_TO_ADVANCED
-        for number in range(most_advanced + 1000):  # by somebody who knows two steps
+        for number in range(most + 1000):  # by somebody who knows two steps
             for port in (7000, 8000):
                 made.hit(hit(port, number.to_bytes(4, "big")), 4.0)
-        self.assertEqual(most_advanced, len(made.advanced))
-        count = len(made.started) + len(made.advanced)
-        self.assertEqual(count, len(made.expire(100.0)))
-        self.assertEqual((0, 0), (len(made.started), len(made.advanced)))
+        self.assertEqual(most, len(made.attempts))
+        self.assertEqual([1, 2, 3], [made.hit(hit(port, late), 4.0) for port in (7000, 8000, 9000)])
+        self.assertEqual(most - 1, len(made.expire(100.0)))
+        self.assertEqual(0, len(made.attempts))
 
     def test_expiry(self) -> None:
         """What is over is told once, none is missed, and there is nothing to do before its time."""
@@ -241,7 +240,7 @@ class SequenceTest(unittest.TestCase):
             told += [(due, source, done) for source, done in made.expire(due)]
             self.assertGreater(made.next_due(), due, "a busy loop")
         self.assertEqual([(15.0, b"\1", 2), (16.0, b"\2", 1), (17.0, b"\3", 2)], told)
-        self.assertEqual(({}, {}), (dict(made.started), dict(made.advanced)))
+        self.assertEqual({}, dict(made.attempts))
         made.hit(hit(1), 20.0)
         made.hit(hit(2), 20.0)
         made.hit(hit(3), 20.0)  # done, so that nothing can be over
@@ -254,12 +253,12 @@ class SequenceTest(unittest.TestCase):
         for _ in range(3000):
             now += chance.random()
             made.hit(hit(chance.choice((1, 2, 3, 1)), bytes([chance.randrange(30)])), now)
-            ends = list(made.started.values()) + [due for _, due in made.advanced.values()]
+            ends = [due for _, due in made.attempts.values()]
             self.assertLessEqual(made.next_due(), min(ends, default=float("inf")))
             if chance.random() < 0.3:
                 made.expire(now)
                 self.assertGreater(made.next_due(), now)
-                self.assertFalse([due for _, due in made.advanced.values() if due <= now])
+                self.assertFalse([due for _, due in made.attempts.values() if due <= now])
 
 
 # ------------------------------------------------------------------- what comes from the network
@@ -495,7 +494,7 @@ class OneTimeTest(ServerCase):
             made.hit(hit(first, TWO), 1.0)  # others have to begin the next one anew
             self.assertEqual([1, 2], [made.hit(hit(port), 1.0) for port in (first, first + 1)])
             self.assertIs(more, made.use_up())
-            self.assertEqual(({}, {}), (dict(made.started), dict(made.advanced)))
+            self.assertEqual({}, dict(made.attempts))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
         self.assertEqual([0] * 6, [made.hit(hit(port), 2.0) for port in range(1, 7)])
         made = server.Sequence((), 5, path=path)

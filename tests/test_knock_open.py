@@ -316,7 +316,7 @@ class StanzaTest(KnockCase):
         for each in (stanza, door):
             made.take_hit(hit(7000), [each])
         self.assertEqual([], self.firewall.doors())
-        self.assertEqual([1, 1], [len(each.started) for each in (stanza, door)])
+        self.assertEqual([1, 1], [len(each.attempts) for each in (stanza, door)])
         self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
                                               made.configuration.listenings()])
 
