@@ -1023,18 +1023,16 @@ class Settings:
         """Whether a file or an option set this directive."""
         return row.name in self.texts
 
-    def only_one(self, *rows: Directive[Any]) -> Any:
-        """The value of the one that is set of directives that exclude each other."""
-        named = [row for row in rows if self.is_set(row)] or [rows[0]]
-        if len(named) > 1:
-            raise self.error(named[1], "expected only one of %s and %s" % (named[0].name,
-                                                                           named[1].name))
-        return getattr(self, named[0].attribute)
-
     def require(self, right: object, row: Directive[Any], what: str) -> None:
         """ConfigError that `what` was expected, at the line that set `row`, unless `right`."""
         if not right:
             raise self.error(row, "expected " + what)
+
+    def only_one(self, first: Directive[Any], second: Directive[Any]) -> Any:
+        """The value of the one that is set of two directives that exclude each other."""
+        both = self.is_set(first) and self.is_set(second)
+        self.require(not both, second, "only one of %s and %s" % (first.name, second.name))
+        return getattr(self, (second if self.is_set(second) else first).attribute)
 
     def error(self, row: Directive[Any], text: str) -> SpaError:
         """The error that the value of `row` can't stay as it is, at the line that set it."""
@@ -1744,22 +1742,21 @@ class ServerSettings(Settings):
 
     def warnings(self) -> List[str]:
         """What these settings do that the administrator may not expect."""
-        texts = []
-        if not self.aging and not self.capture_file:
-            texts.append("ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay "
-                         "memory is never pruned, and packets older than it are accepted again")
-        if not self.digest_persistence:
-            texts.append("ENABLE_DIGEST_PERSISTENCE N: packets are remembered only while this "
-                         "process lives; older ones are rejected" if self.aging else
-                         "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen")
-        if self.access_folder and self.is_set(ServerSettings.access_file):
-            texts.append("ACCESS_FILE %s is not read: there is an ACCESS_FOLDER" % self.access_file)
-        if self.http and self.forwarded_for:
-            texts.append("ENABLE_X_FORWARDED_FOR Y: who reaches the port past your proxy can give "
-                         "any address as the source")
-        if self.promiscuous and self.interface == "any":
-            texts.append("ENABLE_PCAP_PROMISC Y needs one interface as PCAP_INTF")
-        return texts
+        return [text for applies, text in (
+            (not self.aging and not self.capture_file,
+             "ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay memory is "
+             "never pruned, and packets older than it are accepted again"),
+            (not self.digest_persistence,
+             "ENABLE_DIGEST_PERSISTENCE N: packets are remembered only while this process lives; "
+             "older ones are rejected" if self.aging else
+             "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen"),
+            (self.access_folder and self.is_set(ServerSettings.access_file),
+             "ACCESS_FILE %s is not read: there is an ACCESS_FOLDER" % self.access_file),
+            (self.http and self.forwarded_for,
+             "ENABLE_X_FORWARDED_FOR Y: who reaches the port past your proxy can give any address "
+             "as the source"),
+            (self.promiscuous and self.interface == "any",
+             "ENABLE_PCAP_PROMISC Y needs one interface as PCAP_INTF")) if applies]
 
 
 def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
@@ -2535,10 +2532,9 @@ class KnockdSettings(Settings):
 
     def dump(self) -> str:
         """What the file set, in its own syntax. Sequences are secrets."""
-        values = {row: self.texts[row.name] for row in self.rows() if self.is_set(row)}
-        return "".join("\t%s\n" % row.name if isinstance(row, Bare) else
-                       "\t%s = %s\n" % (row.name, PLACEHOLDER if row.secret else value)
-                       for row, value in values.items())
+        return "".join("\t%s\n" % row.name if isinstance(row, Bare) else "\t%s = %s\n" % (
+            row.name, PLACEHOLDER if row.secret else self.texts[row.name])
+            for row in self.rows() if self.is_set(row))
 
 
 class Bare(Directive[bool]):
@@ -2582,9 +2578,10 @@ class KnockdDoor(KnockdSettings):
     stop = Directive("Stop_Command", parse_shell, "", "what it then runs")
     stop6 = NoDefault("Stop_Command_6", parse_shell, "instead, for an IPv6 address")
 
-    def __init__(self, name: str, number: int) -> None:
+    def __init__(self, line: Line, name: str, number: int) -> None:
         super().__init__()
-        self.name, self.number = name, -number  # a stanza of access.conf has a positive one
+        self.line, self.name = line, name  # where the door begins
+        self.number = -number  # a stanza of access.conf has a positive one
         self.sequence = Sequence((), 0)
 
     def take(self, line: Line) -> List[str]:
@@ -2594,12 +2591,12 @@ class KnockdDoor(KnockdSettings):
             line = line._replace(value=flags + "," + line.value)
         return super().take(line)
 
-    def finish(self, options: KnockdOptions, line: Line) -> List[str]:
-        """Makes the door's sequence ready; returns warnings. `line` is where the door begins."""
+    def finish(self, options: KnockdOptions) -> List[str]:
+        """Makes the door's sequence ready; returns warnings."""
         if bool(self.knock_steps) == bool(self.knock_file):
-            raise line.error("expected Sequence or One_Time_Sequences in this door, and not both")
+            raise self.line.error("expected Sequence or One_Time_Sequences, and only one of them")
         self.sequence = open_sequence(self, options.strict, options.exact, self.target or b"")
-        return self.sequence.warnings(alone=True)
+        return ["[%s] %s" % (self.name, text) for text in self.sequence.warnings(alone=True)]
 
     def commands(self, address: Address) -> List[str]:
         """What starts and what stops for a client; nothing stops where nothing started."""
@@ -2625,7 +2622,7 @@ class KnockdFile(NamedTuple):
 
 def read_knockd(path: str) -> KnockdFile:
     """The doors of a knockd.conf; ConfigError names the line that can't be understood."""
-    options, sections = KnockdOptions(), []  # type: KnockdOptions, List[Tuple[KnockdDoor, Line]]
+    made = KnockdFile(KnockdOptions(), [], permission_warnings(path))
     section: Optional[KnockdSettings] = None
     for number, raw in enumerate(read_file(path).split("\n"), 1):
         text = raw.strip(" \t\r")
@@ -2637,34 +2634,33 @@ def read_knockd(path: str) -> KnockdFile:
             name = text[1:-1]
             if not text.endswith("]") or not name:
                 raise line.error("expected a section: its name between [ and ]")
-            section = options
+            section = made.options
             if name != "options":
-                section = KnockdDoor(name, len(sections) + 1)
-                sections.append((section, line))
+                section = KnockdDoor(line, name, len(made.doors) + 1)
+                made.doors.append(section)
         elif isinstance(KnockdOptions.row(name), Bare):
             if equals or section is None:
                 raise line.error("expected %s alone, in a section" % name)
-            options.take(line._replace(value="Y"))
+            made.options.take(line._replace(value="Y"))
         elif section is None:
             raise line.error("expected a section first: [options], or a door's [name]")
         elif "\0" in text or not (value or (equals and "command" in name.lower())):
             raise line.error("expected `name = value`; only a command may be none")
-        elif section is not options and KnockdOptions.row(name) is not None:
+        elif section is not made.options and KnockdOptions.row(name) is not None:
             raise line.error("expected in the section [options]")
         else:
             section.take(line)
-    warnings = permission_warnings(path)
-    for door, line in sections:
-        warnings += ["[%s] %s" % (door.name, text) for text in door.finish(options, line)]
-    return KnockdFile(options, [door for door, _ in sections], warnings)
+    for door in made.doors:
+        made.warnings.extend(door.finish(made.options))
+    return made
 
 
 # ======================================================================================
 # 11. Judgement
 #
-# What a genuine packet may open: pure functions of packet, stanza, datagram and time, in the
-# order of fwknop spec 3.4. Freshness and replay are in section 14. For NAT, which is at the
-# section's end, the settings count as well, and which addresses are this host's.
+# What a genuine packet may open: pure functions of packet, stanza, datagram, settings, time, and
+# which addresses are this host's, in the order of fwknop spec 3.4. Freshness and replay are in
+# section 14.
 # ======================================================================================
 
 
@@ -2689,7 +2685,10 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSe
             raise PacketRejected("command", "SPA Command messages are not allowed in the current "
                                  "configuration.")
         return Verdict([], 0)
-    check_ports(packet, stanza)
+    wanted = set(packet.ports)
+    if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
+        raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
+                             "access.conf. (%s)" % port_list(packet.ports))
     seconds = open_seconds(packet, stanza, now)
     address = packet.address or parse_address(socket_text(datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
@@ -2715,14 +2714,6 @@ def check_policy(packet: Packet, stanza: Stanza, now: float) -> None:
     if stanza.require_username and packet.user != stanza.require_username:
         raise PacketRejected("user", "Username in SPA data (%s) does not match required "
                              "username: %s" % (packet.user, stanza.require_username))
-
-
-def check_ports(packet: Packet, stanza: Stanza) -> None:
-    """Rejects ports that OPEN_PORTS lacks or RESTRICT_PORTS has."""
-    wanted = set(packet.ports)
-    if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
-        raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
-                             "access.conf. (%s)" % port_list(packet.ports))
 
 
 def open_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
