@@ -706,19 +706,15 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
     `/` (fwknop spec 1.14). In a list of addresses only the last is what the proxy that sent this
     saw; the others are what it was told, by the client in the end.
     """
-    line, _, rest = request.partition(b"\n")
+    header, end, _ = request.replace(b"\r\n", b"\n").partition(b"\n\n")
+    line, *lines = header.split(b"\n")
     target = (line.split(None, 2) + [b""])[1]
     if target[:7].lower() == b"http://":
         target = b"/" + target[7:].partition(b"/")[2]
-    fields = {}
-    for header in rest.split(b"\n"):
-        name, _, value = header.partition(b":")
-        if not name.strip():  # the end of the header
-            break
-        fields[name.lower()] = value.strip()
-    agent, forwarded = fields.get(b"user-agent", b""), fields.get(b"x-forwarded-for")
-    if b"\n\r\n" not in request and b"\n\n" not in request:
-        forwarded = None  # what was cut off might say something else
+    fields = {name.lower(): value.strip()
+              for name, _, value in (each.partition(b":") for each in lines)}
+    agent = fields.get(b"user-agent", b"")
+    forwarded = fields.get(b"x-forwarded-for") if end else None  # what was cut off might say more
     if not target.startswith(b"/") or not (any_agent or agent.startswith(b"Fwknop")):
         raise NotSpa("not an SPA packet", 4098)
     return (target[1:].replace(b"-", b"+").replace(b"_", b"/"),
@@ -1175,8 +1171,7 @@ class Networks:
                 parse_address(item.partition("/")[0].strip())
                 network = ipaddress.ip_network(item.strip(), strict=False)
             except ValueError:
-                raise ValueError("expected ANY, or IP addresses and networks with commas "
-                                 "between") from None
+                raise ValueError("expected ANY, or IP addresses and networks with commas") from None
             pair = int(network.netmask), int(network.network_address)
             self.masks[network.max_prefixlen // 8].append(pair)
 
@@ -1660,9 +1655,10 @@ class ServerSettings(Settings):
                             "ports that are closed to everybody without a grant: tcp/22, udp/1194")
     nft_accept_chains = Directive("NFT_ACCEPT_CHAINS", parse_nft_chains, "",
                                   "chains of the host's nftables for grants: inet filter input")
+    nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
+                                   "the same for what NAT forwards: inet filter forward")
     firewall_program = NoDefault("FIREWALL_EXE", parse_path,
-                                 "iptables or nft to run, which auto then takes; without it the "
-                                 "one in PATH")
+                                 "iptables or nft to run, also by auto; else the one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
                              "target, table, from-chain, position, chain, position")
@@ -1680,9 +1676,6 @@ class ServerSettings(Settings):
     masquerade_access = Directive("IPT_MASQUERADE_ACCESS", parse_iptables_chain,
                                   "MASQUERADE, nat, POSTROUTING, 1, FWKNOP_MASQUERADE, 1",
                                   "the same for the address of the way out")
-    nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
-                                   "chains of the host's nftables for what NAT forwards: "
-                                   "inet filter forward")
     forwarding = Flag("ENABLE_IPT_FORWARDING",
                       "NAT to hosts behind this one (message types 2 and 4)")
     local_nat = Flag("ENABLE_IPT_LOCAL_NAT",
@@ -1709,8 +1702,7 @@ class ServerSettings(Settings):
                                 "LOG_DAEMON, LOG_LOCAL0 to LOG_LOCAL7")
     run_directory = Directive("FWKNOP_RUN_DIR", parse_path, "/run/fwknop", "where state is kept")
     conf_directory = Directive("FWKNOP_CONF_DIR", parse_path, "/etc/fwknop", "where files are read")
-    access_file = Directive("ACCESS_FILE", parse_path, "$FWKNOP_CONF_DIR/access.conf",
-                            "the stanzas")
+    access_file = Directive("ACCESS_FILE", parse_path, "$FWKNOP_CONF_DIR/access.conf", "stanzas")
     access_folder = NoDefault("ACCESS_FOLDER", parse_path,
                               "its *.conf, sorted by name, are read instead of ACCESS_FILE")
     pid_file = Directive("FWKNOP_PID_FILE", parse_path, "$FWKNOP_RUN_DIR/fwknopd.pid",
@@ -2183,8 +2175,7 @@ class Stanza(Settings):
                                "keys that may sign: ids of 8, 16 or 40 hex digits, with commas")
     gpg_fingerprints = Directive("GPG_FINGERPRINT_ID", key_ids(40), "",
                                  "the same by whole fingerprints; with both, both must fit")
-    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect, as in fwknopd; see GPG_DISABLE_SIG",
-                           "Y")
+    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect; see GPG_DISABLE_SIG", "Y")
     gpg_disable_sig = Flag("GPG_DISABLE_SIG", "do not ask who signed")
     gpg_any_trust = Flag("GPG_IGNORE_SIG_VERIFY_ERROR",
                          "signers may be untrusted in gpg's eyes, or expired")
@@ -2434,8 +2425,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
         files.read(path)
     stanzas = files.stanzas
     if not stanzas:
-        raise ConfigError("%s: expected a stanza, which begins with a SOURCE line"
-                          % ", ".join(paths))
+        raise ConfigError("%s: expected a stanza, which begins with SOURCE" % ", ".join(paths))
     warnings = files.warnings
     for stanza in stanzas:
         try:
@@ -2559,8 +2549,7 @@ class KnockdOptions(KnockdSettings):
 class KnockdDoor(KnockdSettings):
     """Any other section: a sequence and what it runs."""
 
-    knock_steps = NoDefault("Sequence", parse_steps, "ports to hit: 7000,8000:udp,9000",
-                            secret=True)
+    knock_steps = NoDefault("Sequence", parse_steps, "ports: 7000,8000:udp,9000", secret=True)
     knock_file = NoDefault("One_Time_Sequences", str,
                            "file with such sequences, of which each opens once")
     knock_seconds = Directive("Seq_Timeout Timeout",
