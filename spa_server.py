@@ -1936,18 +1936,18 @@ def open_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
 
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
-    """What the kernel lets pass for these sequences: their ports, or all of a protocol where one
-    is strict, of TCP segments those with the flags that count; all of their protocols if that is
-    too much to tell."""
+    """What the kernel lets pass for these sequences: their ports, or, where one is strict or they
+    are too many, all of a protocol; and of TCP segments with the flags that count, unless there are
+    too many of those."""
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
+    few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
     for sequence in sequences:
         for protocol, port in sequence.all_steps():
-            key = protocol, sequence.flags if protocol == TCP else (0, 0)
+            key = protocol, sequence.flags if protocol == TCP and few else (0, 0)
             wanted.setdefault(key, set()).add(ANY_SIZE if sequence.strict else port)
-    if len(wanted) > MAX_FILTER_FLAGS or sum(map(len, wanted.values())) > MAX_FILTER_PORTS:
-        wanted = {(protocol, (0, 0)): {ANY_SIZE} for protocol, _ in wanted}
+    many = sum(map(len, wanted.values())) > MAX_FILTER_PORTS
     return Junction("or", tuple(
-        step_filter(protocol, flags, set() if ANY_SIZE in ports else ports)
+        step_filter(protocol, flags, set() if many or ANY_SIZE in ports else ports)
         for (protocol, flags), ports in wanted.items()))
 
 
