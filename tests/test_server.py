@@ -1448,7 +1448,7 @@ class CaptureTest(ServerCase):
         """Addresses, ports and payload, with options and with padding behind them."""
         body = udp(b"payload")
         for packet in (ipv4(body), ipv4(body, options=b"\1" * 8), ipv4(body) + bytes(20)):
-            self.assertEqual((b"payload", b"\x0a\x37\0\2", 40000, b"\x0a\x37\0\1", 62201, 17),
+            self.assertEqual((b"payload", b"\x0a\x37\0\2", 40000, b"\x0a\x37\0\1", 62201, 17, 0),
                              tuple(self.receive(packet)))
         found = self.receive(ipv6(body))
         self.assertEqual((b"payload", "fd55::2", "fd55::1"),
