@@ -243,7 +243,7 @@ class Grant(NamedTuple):
 # 2. AES (FIPS 197)
 #
 # The block cipher alone, from the standard. Modes are in section 3. `cryptography` is used
-# instead of it where many packets have to be decrypted (section 3, block_cipher).
+# instead of it where many packets have to be decrypted (section 3, fastest_cipher).
 # ======================================================================================
 
 # --- shared: aes -- the same text in spa_server.py and spa_client.py --
@@ -1774,7 +1774,7 @@ MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
 MAX_STARTED, LEAST_STARTED = 65536, 4096  # sources on their way: of all sequences, and of one
-MOST_SPARED = 100  # of those further on, when one at the first step is looked for to be forgotten
+MOST_SPARED = 16  # of those further on, when one at the first step is looked for to be forgotten
 
 
 def parse_steps(text: str) -> Tuple[Step, ...]:
