@@ -2464,20 +2464,18 @@ def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
 
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """ConfigError for NAT in a stanza that can't be without another directive (fwknop spec 3.3)."""
-    either = "requires either FORCE_NAT or FORWARD_ALL"
-    snat = "requires ENABLE_IPT_SNAT in fwknopd.conf"
     for stanza in stanzas:
-        forced = bool(stanza.force_nat) or stanza.forward_all
-        for row, possible, text in (
-                (Stanza.force_nat, settings.forwarding or settings.local_nat,
-                 "requires either ENABLE_IPT_FORWARDING or ENABLE_IPT_LOCAL_NAT in fwknopd.conf"),
-                (Stanza.forward_all, settings.forwarding,
-                 "requires ENABLE_IPT_FORWARDING in fwknopd.conf"),
-                (Stanza.force_snat, forced, either), (Stanza.force_masquerade, forced, either),
-                (Stanza.force_snat, settings.snat, snat),
-                (Stanza.force_masquerade, settings.snat, snat)):
+        forced = stanza.force_nat or stanza.forward_all
+        for row, possible, needed in (
+                (Stanza.force_nat, settings.nat,
+                 "either ENABLE_IPT_FORWARDING or ENABLE_IPT_LOCAL_NAT in fwknopd.conf"),
+                (Stanza.forward_all, settings.forwarding, "ENABLE_IPT_FORWARDING in fwknopd.conf"),
+                (Stanza.force_snat, forced, "either FORCE_NAT or FORWARD_ALL"),
+                (Stanza.force_masquerade, forced, "either FORCE_NAT or FORWARD_ALL"),
+                (Stanza.force_snat, settings.snat, "ENABLE_IPT_SNAT in fwknopd.conf"),
+                (Stanza.force_masquerade, settings.snat, "ENABLE_IPT_SNAT in fwknopd.conf")):
             if getattr(stanza, row.attribute) and not possible:
-                raise stanza.error(row, text)
+                raise stanza.error(row, "requires " + needed)
 
 
 # ======================================================================================
