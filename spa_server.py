@@ -1194,6 +1194,7 @@ class Networks:
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58  # protocol numbers of IP, https://www.iana.org/protocols
 SCTP, IPV6_FRAGMENT = 132, 44
 IPV4 = struct.Struct(">BxHxxHxBxx4s4s")  # RFC 791 section 3.1, without options
+PORTS = struct.Struct(">HHH")  # and for UDP the length (RFC 768)
 IPV6_EXTENSIONS = (0, 43, 60)  # hop-by-hop and destination options, routing
 MAX_EXTENSIONS = 8
 ECHO_REQUESTS = ((ICMP, 8), (ICMP6, 128))  # protocol and type (RFC 792, RFC 4443 section 4.1)
@@ -1235,7 +1236,7 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
     body = packet[start:end]
     if fragment or len(body) < 8 or len(body) != end - start:
         return None
-    source_port, destination_port, length = struct.unpack_from(">HHH", body)
+    source_port, destination_port, length = PORTS.unpack_from(body)
     if protocol == UDP and 8 <= length <= len(body):
         return Datagram(body[8:length], source, source_port, destination, destination_port)
     if protocol == (ICMP if len(source) == 4 else ICMP6):  # fwknopd logs port 0, too
