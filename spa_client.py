@@ -106,8 +106,28 @@ class ConfigError(SpaError):
 
     code = 3
 
-    def __init__(self, path: str, line: int, message: str, hint: str = "") -> None:
-        super().__init__("%s:%s %s" % (path, "%d:" % line if line else "", message), hint)
+    def __init__(self, path: str, line: int, message: str) -> None:
+        super().__init__("%s:%s %s" % (path, "%d:" % line if line else "", message))
+
+
+class ErrorsOf:
+    """`with ErrorsOf(name):` makes of what the system refuses inside a SpaError with that name."""
+
+    def __init__(self, name: str, hint: str = "") -> None:
+        self.name, self.hint = name, hint
+
+    def __enter__(self) -> None:
+        """Nothing is to be done before."""
+
+    def __exit__(self, kind: object, error: "Optional[BaseException]", trace: object) -> None:
+        """Errors of other kinds go on as they are."""
+        if isinstance(error, (OSError, ValueError)):
+            raise SpaError("%s: %s" % (self.name, reason(error)), self.hint) from None
+
+
+def reason(error: Exception) -> str:
+    """Why the system refused, in its own words."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 # ======================================================================================
@@ -340,25 +360,21 @@ def encrypt_blocks(mode: str, key: bytes, iv: bytes, blocks: bytes) -> bytes:
 
     CFB feeds back all 128 bits, CTR counts the 16 bytes of the IV as one big-endian number.
     """
-    encrypt, register, out = Aes(key).encrypt_block, iv, []
+    encrypt, register, out = Aes(key).encrypt_block, iv, b""
     for position in range(0, len(blocks), BLOCK):
         block = blocks[position:position + BLOCK]
-        if mode == "ECB":
-            out.append(encrypt(block))
-        elif mode in ("CBC", "legacy"):
-            register = encrypt(exclusive_or(block, register))
-            out.append(register)
-        elif mode == "CFB":
-            register = exclusive_or(block, encrypt(register))
-            out.append(register)
-        elif mode == "OFB":
-            register = encrypt(register)
-            out.append(exclusive_or(block, register))
-        else:  # CTR
-            out.append(exclusive_or(block, encrypt(register)))
+        if mode in ("ECB", "CBC", "legacy"):
+            register = encrypt(block if mode == "ECB" else exclusive_or(block, register))
+            out += register
+            continue
+        stream = encrypt(register)
+        out += exclusive_or(block, stream)
+        if mode == "CTR":
             count = (int.from_bytes(register, "big") + 1) % (1 << 8 * BLOCK)
             register = count.to_bytes(BLOCK, "big")
-    return b"".join(out)
+        else:
+            register = stream if mode == "OFB" else out[-BLOCK:]
+    return out
 
 
 def exclusive_or(left: bytes, right: bytes) -> bytes:
@@ -472,23 +488,39 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
 
 MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
 
+# Networks of IPv4 that are met in many places: loopback, private (RFC 1918), link-local, shared by
+# carriers (RFC 6598, 7335), those of tunnels (RFC 2544), multicast.
+NOT_PUBLIC = ("0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12"
+              " 192.0.0.0/24 192.168.0.0/16 198.18.0.0/15 224.0.0.0/3")
+
 
 def is_public(address: bytes) -> bool:
     """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
 
-    Not so: loopback, private (RFC 1918), link-local, shared by carriers (RFC 6598, 7335), those of
-    tunnels (RFC 2544), unique local (RFC 4193), multicast. IPv6 hands out public addresses below
-    2000::/3 only (RFC 4291).
+    IPv6 hands out public addresses below 2000::/3 only (RFC 4291).
     """
     if address[:12] == MAPPED:
         address = address[12:]
     if len(address) == 16:
         return address[0] >> 5 == 1
-    first, second = address[0], address[1]
-    return not (first in (0, 10, 127) or first >= 224 or (first == 100 and second >> 6 == 1)
-                or (first == 169 and second == 254) or (first == 172 and second >> 4 == 1)
-                or (first == 192 and second == 168) or address[:3] == b"\xc0\0\0"
-                or (first == 198 and second >> 1 == 9))
+    for network in NOT_PUBLIC.split():
+        base, _, bits = network.partition("/")
+        differ = int.from_bytes(exclusive_or(address, socket.inet_aton(base)), "big")
+        if not differ >> 32 - int(bits):
+            return False
+    return True
+
+
+def put_checksum(data: bytes, place: int, pseudo: bytes = b"") -> bytes:
+    """The data with the Internet checksum of RFC 1071, also over a pseudo header, at its place.
+
+    Two zero bytes must be there. The sum is never 0: that would mean that there is none (RFC 768).
+    """
+    words = pseudo + data + b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(">%dH" % (len(words) // 2), words))
+    total = (total & 0xFFFF) + (total >> 16)
+    sum_ = ~(total + (total >> 16)) & 0xFFFF
+    return data[:place] + struct.pack(">H", sum_ or 0xFFFF) + data[place + 2:]
 
 
 # ======================================================================================
@@ -510,15 +542,7 @@ def encode_request(target: str, host: str, agent: str) -> bytes:
                        "Connection: close\r\n\r\n" % (target, agent, host))
 
 
-def checksum(data: bytes) -> bytes:
-    """The Internet checksum of RFC 1071, two bytes."""
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(">%dH" % (len(data) // 2), data))
-    total = (total & 0xFFFF) + (total >> 16)
-    return struct.pack(">H", ~(total + (total >> 16)) & 0xFFFF)
-
-
-def encode_raw(carrier: str, payload: bytes, addresses: "Tuple[bytes, bytes]",
+def encode_raw(carrier: str, payload: bytes, addresses: bytes,
                ports: "Tuple[int, int]", icmp: "Tuple[int, int]" = (0, 0)) -> bytes:
     """An IPv4 packet (RFC 791): ICMP (RFC 792), UDP (RFC 768) or a SYN of TCP (RFC 9293).
 
@@ -528,23 +552,17 @@ def encode_raw(carrier: str, payload: bytes, addresses: "Tuple[bytes, bytes]",
     if carrier == "icmp":
         protocol, place = 1, 2
         number = (ports[0], 1) if icmp[0] == ICMP_ECHO else (0, 0)
-        header = struct.pack(">BBHHH", icmp[0], icmp[1], 0, *number)
+        header = struct.pack(">BBHHH", *icmp, 0, *number)
     elif carrier == "udpraw":
         protocol, place = 17, 6
-        header = struct.pack(">HHHH", ports[0], ports[1], 8 + len(payload), 0)
+        header = struct.pack(">HHHH", *ports, 8 + len(payload), 0)
     else:  # sequence number 1, header of 5 words, SYN, window 32767, as fwknop has them
         protocol, place = 6, 16
-        header = struct.pack(">HHIIBBHHH", ports[0], ports[1], 1, 0, 5 << 4, 2, 32767, 0, 0)
-    length = len(header) + len(payload)
-    pseudo = b"" if carrier == "icmp" else b"".join(addresses) + struct.pack(
-        ">HH", protocol, length)
-    sum_ = checksum(pseudo + header + payload)
-    if carrier == "udpraw" and sum_ == b"\0\0":
-        sum_ = b"\xff\xff"  # 0 would mean that there is none
-    header = header[:place] + sum_ + header[place + 2:]
-    outer = struct.pack(">BBHHHBBH", 0x45, 0, 20 + length, 0, 0, 255, protocol, 0) + b"".join(
-        addresses)
-    return outer[:10] + checksum(outer) + outer[12:] + header + payload
+        header = struct.pack(">HHIIBBHHH", *ports, 1, 0, 5 << 4, 2, 32767, 0, 0)
+    segment = header + payload
+    pseudo = addresses + struct.pack(">HH", protocol, len(segment)) if protocol != 1 else b""
+    outer = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment), 0, 0, 255, protocol, 0)
+    return put_checksum(outer + addresses, 10) + put_checksum(segment, place, pseudo)
 
 
 # ======================================================================================
@@ -1492,11 +1510,6 @@ def read_private(path: str, pipe: bool = False) -> str:
         raise ConfigError(path, 0, "cannot be read: %s" % reason(error)) from None
 
 
-def reason(error: Exception) -> str:
-    """Why the system refused, in its own words."""
-    return getattr(error, "strerror", None) or str(error)
-
-
 def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
     """The path of a file in the home directory; None without one, or with --no-home-dir."""
     home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
@@ -1529,15 +1542,12 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
 
 def write_private(path: str, text: str, flags: int) -> None:
     """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "wb") as file:
-            file.write(encode_text(text))
-            if flags & os.O_EXCL:
-                file.flush()
-                os.fsync(file.fileno())
-    except (OSError, ValueError) as error:
-        raise SpaError("%s: %s" % (path, reason(error)),
-                       "it must be a new file" if flags & os.O_EXCL else "") from None
+    with ErrorsOf(path, "it must be a new file" if flags & os.O_EXCL else ""), os.fdopen(
+            os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "wb") as file:
+        file.write(encode_text(text))
+        if flags & os.O_EXCL:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 LOCK_SECONDS = 10.0  # another run needs milliseconds
@@ -1664,23 +1674,21 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
         if line.startswith(server + ":"):
             key = line[len(server) + 1:].lstrip(" \t=") or key
     if key is None:
-        raise ConfigError(path, 0, "no key for %s" % server, "expected a line `%s: KEY`" % server)
+        raise ConfigError(path, 0, "no key for %s (expected a line `%s: KEY`)" % (server, server))
     return encode_text(key)
 
 
 def read_line(descriptor: int) -> bytes:
     """One line from an open file, and not a byte more: the next may be the other key."""
-    line = b""
-    try:
+    line = byte = b""
+    with ErrorsOf("file descriptor %d" % descriptor):
         if descriptor > 2:
             os.set_inheritable(descriptor, False)  # it is not for what --exec runs
-        while not line.endswith(b"\n"):
+        while byte != b"\n":
             byte = os.read(descriptor, 1)
             if not byte:
                 break
             line += byte
-    except OSError as error:
-        raise SpaError("file descriptor %d: %s" % (descriptor, reason(error))) from None
     return line
 
 
@@ -1834,12 +1842,10 @@ MAX_WORDS = 500  # characters of what a program says; the reason is at the end
 def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
     """What a program prints when it reads `given`; SpaError with its own words when it fails."""
     import subprocess
-    try:
+    with ErrorsOf(argv[0]):
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
         out, errors = process.communicate(given)
-    except (OSError, ValueError) as error:
-        raise SpaError("%s: %s" % (argv[0], reason(error))) from None
     if process.returncode:
         lines = errors.decode("ascii", "backslashreplace").split("\n")
         words = printable("; ".join(line.strip() for line in lines if line.strip()))
@@ -1922,10 +1928,9 @@ MAX_ADDRESSES = 16  # of one server: who answers for its name must not make us s
 
 def find_addresses(host: str, port: int, family: int) -> "List[Address]":
     """The addresses of a host, each once; SpaError when the resolver knows none."""
-    try:
-        found = socket.getaddrinfo(encode_host(host), port, family, socket.SOCK_DGRAM)
-    except (OSError, ValueError) as error:
-        raise SpaError("%s: %s" % (host, reason(error))) from None
+    name = encode_host(host)
+    with ErrorsOf(host):
+        found = socket.getaddrinfo(name, port, family, socket.SOCK_DGRAM)
     addresses = {(each[0], each[4]): None for each in found}  # type: Dict[Address, None]
     return list(addresses)[:MAX_ADDRESSES]
 
@@ -1980,12 +1985,12 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
 
 def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
     """Send it with headers of our own (root can); how many bytes went out."""
-    source, peer = settings.spoof_source or link.getsockname()[0], link.getpeername()[0]
-    datagram = encode_raw(
-        settings.protocol, payload,
-        (socket.inet_pton(socket.AF_INET, source), socket.inet_pton(socket.AF_INET, peer)),
-        (settings.source_port or 0, settings.port),
-        (settings.icmp_type, settings.icmp_code))
+    peer = link.getpeername()[0]
+    addresses = socket.inet_aton(settings.spoof_source or link.getsockname()[0]) + socket.inet_aton(
+        peer)
+    datagram = encode_raw(settings.protocol, payload, addresses,
+                          (settings.source_port or 0, settings.port),
+                          (settings.icmp_type, settings.icmp_code))
     raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     try:
         raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
@@ -2000,11 +2005,8 @@ def open_ping(family: int) -> "socket.socket":
     try:
         return socket.socket(family, socket.SOCK_DGRAM, number)
     except OSError:
-        try:
+        with ErrorsOf("ICMP", "it needs root, or a group in net.ipv4.ping_group_range"):
             return socket.socket(family, socket.SOCK_RAW, number)
-        except OSError as error:
-            raise SpaError("ICMP: %s" % reason(error),
-                           "it needs root, or a group in net.ipv4.ping_group_range") from None
 
 
 def send_hit(link: "socket.socket", protocol: str, port: int) -> None:
@@ -2019,7 +2021,7 @@ def send_hit(link: "socket.socket", protocol: str, port: int) -> None:
         request = struct.pack(">BBHHH", kind, 0, 0, os.getpid() & 0xFFFF, 1) + bytes(port)
         ping = open_ping(link.family)
         try:
-            ping.sendto(request[:2] + checksum(request) + request[4:], (peer[0], 0) + peer[2:])
+            ping.sendto(put_checksum(request, 2), (peer[0], 0) + peer[2:])
         finally:
             ping.close()
         return
@@ -2396,7 +2398,7 @@ def relay(link: "socket.socket") -> None:
 def become(command: "List[str]") -> None:
     """Go on as this command (on Windows: run it, and end with its exit code); SpaError if not."""
     flush()
-    try:
+    with ErrorsOf("--exec: " + command[0]):
         if os.name == "nt":
             import subprocess
             raise SystemExit(subprocess.call(command))
@@ -2404,8 +2406,6 @@ def become(command: "List[str]") -> None:
         for name in ("SIGPIPE", "SIGXFSZ"):  # ignored by Python, and so by what follows it
             signal.signal(getattr(signal, name), signal.SIG_DFL)
         os.execvp(command[0], command)
-    except OSError as error:
-        raise SpaError("--exec: %s: %s" % (command[0], reason(error))) from None
 
 
 # ======================================================================================

@@ -332,7 +332,7 @@ def add_up(data: bytes) -> int:
 class Carriers(Case):
     """The bytes around a packet."""
 
-    ADDRESSES = socket.inet_aton("192.0.2.1"), socket.inet_aton("198.51.100.2")
+    ADDRESSES = socket.inet_aton("192.0.2.1") + socket.inet_aton("198.51.100.2")
 
     def encode(self, carrier: str, payload: bytes, *more: Any) -> Tuple[bytes, bytes]:
         """The header behind that of IPv4, which is checked, and what follows it."""
@@ -340,7 +340,7 @@ class Carriers(Case):
         (version, _, length, _, fragment, ttl, protocol, _) = struct.unpack(">BBHHHBBH", data[:12])
         self.assertEqual((0x45, len(data), 0, 255), (version, length, fragment, ttl))
         self.assertEqual({"icmp": 1, "udpraw": 17, "tcpraw": 6}[carrier], protocol)
-        self.assertEqual(b"".join(self.ADDRESSES), data[12:20])
+        self.assertEqual(self.ADDRESSES, data[12:20])
         self.assertEqual(0xFFFF, add_up(data[:20]))
         pseudo = data[12:20] + struct.pack(">BBH", 0, protocol, len(data) - 20)
         self.assertEqual(0xFFFF, add_up((b"" if carrier == "icmp" else pseudo) + data[20:]))

@@ -10,6 +10,7 @@ from unittest import mock
 
 from tests.support import load_script, skip
 from tests.test_client import KEYS, KNOCK, SCRIPT, Case, Receiver, python
+from tests.test_client_fwknop import add_up
 from tests.test_reach import Door
 
 client = load_script("spa_client")  # type: Any
@@ -380,7 +381,7 @@ class Listening(Case):
             (request, where), _ = ping.sendto.call_args
             self.assertEqual((address[0], 0) + address[2:], where)
             self.assertEqual((kind, 0, 1), struct.unpack(">BBxxxxH", request[:8])[:3])
-            self.assertEqual((bytes(101), b"\0\0"), (request[8:], client.checksum(request)))
+            self.assertEqual((bytes(101), 0xFFFF), (request[8:], add_up(request)))
             opened.assert_called_once_with(family)
             ping.close.assert_called_once_with()
 
