@@ -964,7 +964,7 @@ def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
     merged = {}  # type: Dict[str, Given]
     for layer in layers:
         for sources in KEY_SOURCES:
-            if any(name in layer for name in sources):
+            if not layer.keys().isdisjoint(sources):
                 for name in sources:
                     merged.pop(name, None)
         merged.update(layer)
@@ -1321,20 +1321,21 @@ def format_completion(shell: str) -> str:
 DEFAULT_STANZA = "default"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"  # what names of directives are made of
 
+HEADER = "[]"
 
-def parse_stanzas(text: str) -> "List[Tuple[str, List[Tuple[int, str]]]]":
-    """The stanzas of an rc file: names, and lines that say something with their numbers.
 
-    The stanza with the empty name holds what stands before the first name.
+def scan(text: str) -> "Iterator[Tuple[int, str, str, str]]":
+    """Of each line of an rc file its number, itself, the stanza it is in, and what it says.
+
+    That is "" for blank lines and comments, HEADER for the name of a stanza; "" is the stanza of
+    the lines before the first name.
     """
-    stanzas = [("", [])]  # type: List[Tuple[str, List[Tuple[int, str]]]]
+    stanza = ""
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip(" \t\r")
-        if line.startswith("[") and "]" in line:
-            stanzas.append((line[1:line.index("]")], []))
-        elif line and line[0] not in "#;":
-            stanzas[-1][1].append((number, line))
-    return stanzas
+        says = line.strip(" \t\r")
+        if says.startswith("[") and "]" in says:
+            stanza, says = says[1:says.index("]")], HEADER
+        yield number, line, stanza, "" if says[:1] in ("#", ";") else says
 
 
 def parse_line(line: str) -> "Tuple[str, str, bool]":
@@ -1354,15 +1355,20 @@ def parse_line(line: str) -> "Tuple[str, str, bool]":
     return name, value[:end], suspicious
 
 
-def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
-                 warn: "Callable[[str], None]") -> "Dict[str, Given]":
-    """The directives of one stanza; ConfigError names the line that is none.
+def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given]]":
+    """The directives of the stanza `wanted`, whatever the case of its letters; None without one.
 
-    Keys that may have lost their end are reported to `warn`, without any part of them.
+    ConfigError names the line that is none. Of keys that may have lost their end it warns, without
+    any part of them.
     """
-    given = {}  # type: Dict[str, Given]
-    for number, line in lines:
-        name, value, suspicious = parse_line(line)
+    given = None  # type: Optional[Dict[str, Given]]
+    for number, _, stanza, says in scan(text):
+        if stanza.lower() != wanted.lower():
+            continue
+        given = {} if given is None else given
+        if says in ("", HEADER):
+            continue
+        name, value, suspicious = parse_line(says)
         if name not in DIRECTIVE_NAMES:
             known = name.upper() in DIRECTIVE_NAMES or not name.strip(LETTERS)
             raise ConfigError(path, number, "%sexpected the name of a directive"
@@ -1375,27 +1381,6 @@ def parse_stanza(lines: "List[Tuple[int, str]]", path: str,
                  % (path, number, name))
         given[name] = Given(value, "", path, number)
     return given
-
-
-def select_layers(text: str, path: str, named: "Optional[str]", warn: "Callable[[str], None]",
-                  new: bool = False) -> "List[Dict[str, Given]]":
-    """The layers in force: [default], and the stanza `named`, whatever the case of its letters.
-
-    ConfigError when there is no such stanza, unless it may be `new`.
-    """
-    stanzas = parse_stanzas(text)
-    if stanzas[0][1]:
-        warn("%s:%d: ignored, since it stands before the first [stanza]"
-             % (path, stanzas[0][1][0][0]))
-    layers = []
-    for wanted in (DEFAULT_STANZA, named):
-        if wanted is None:
-            continue
-        found = [lines for name, lines in stanzas[1:] if name.lower() == wanted.lower()]
-        if not found and wanted is named and not new:
-            raise ConfigError(path, 0, "named configuration stanza [%s] was not found" % named)
-        layers += [parse_stanza(lines, path, warn) for lines in found]
-    return layers
 
 
 def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
@@ -1419,27 +1404,21 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
     A value takes the place of the old one, or stands behind the last line of the stanza, which
     is made if there is none. Lines of the directives in `dropped` are left out.
     """
-    lines = []  # type: List[str]
-    inside, waiting, place = False, dict(values), None
-    for line in text.rstrip("\n").split("\n"):
-        bare = line.strip(" \t\r")
-        header = bare.startswith("[") and "]" in bare
-        if header:
-            inside = bare[1:bare.index("]")].lower() == stanza.lower()
-        says = inside and not header and bare[:1] not in ("", "#", ";")
-        name = parse_line(bare)[0] if says else ""
+    lines, place, waiting = [], 0, dict(values)  # type: List[str], int, Dict[str, str]
+    for _, line, inside, says in scan(text.rstrip("\n")):
+        name = parse_line(says)[0] if inside.lower() == stanza.lower() else ""
         if name in dropped:
             continue
         if name in values:
-            mark = min((bare.index(mark) for mark in (" #", " ;", "\t#", "\t;") if mark in bare),
-                       default=len(bare))
-            comment = bare[len(bare[:mark].rstrip(" \t")):]
+            mark = min((says.index(mark) for mark in (" #", " ;", "\t#", "\t;") if mark in says),
+                       default=len(says))
+            comment = says[len(says[:mark].rstrip(" \t")):]
             line = "%-24s    %s%s" % (name, values[name], comment)
             waiting.pop(name, None)
         lines.append(line)
-        if says or (header and inside):
+        if name:
             place = len(lines)
-    if place is None:
+    if not place:
         lines += [""] * bool(text.strip()) + ["[%s]" % stanza]
         place = len(lines)
     lines[place:place] = ["%-24s    %s" % item for item in waiting.items()]
@@ -1530,14 +1509,23 @@ def rc_path(given: "Dict[str, Given]", new: bool = False) -> "Optional[str]":
 
 
 def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
-    """The layers of the rc file for this command line."""
-    path, named = rc_path(given), given.get("named_config")
-    new = "save_stanza" in given
-    if path is not None and not (new and not os.path.exists(path)):
-        return select_layers(read_private(path), path, named.text if named else None, warn, new)
-    if named is not None and not new:
-        raise UsageError("-n needs an rc file, and there is none")
-    return []
+    """The layers of the rc file for this command line: [default], and the stanza of -n."""
+    path, named, new = rc_path(given), given.get("named_config"), "save_stanza" in given
+    if path is None or (new and not os.path.exists(path)):
+        if named is not None and not new:
+            raise UsageError("-n needs an rc file, and there is none")
+        return []
+    text = read_private(path)
+    for number, _, stanza, says in scan(text):
+        if says and not stanza:
+            warn("%s:%d: ignored, since it stands before the first [stanza]" % (path, number))
+            break
+    layers = [parse_stanza(text, path, DEFAULT_STANZA)]
+    if named is not None:
+        layers.append(parse_stanza(text, path, named.text))
+        if layers[1] is None and not new:
+            raise ConfigError(path, 0, "named configuration stanza [%s] was not found" % named.text)
+    return [layer for layer in layers if layer is not None]
 
 
 def write_private(path: str, text: str, flags: int) -> None:
@@ -1549,8 +1537,7 @@ def write_private(path: str, text: str, flags: int) -> None:
             file.flush()
             os.fsync(file.fileno())
 
-
-LOCK_SECONDS = 10.0  # another run needs milliseconds
+LOCK_SECONDS = 10.0  # another run needs milliseconds, unless it asks
 
 
 def create_alone(path: str) -> int:
@@ -1566,38 +1553,57 @@ def create_alone(path: str) -> int:
             time.sleep(0.02)
 
 
-def replace_file(path: str, old: str, text: str) -> bool:
-    """Put a file that only its owner can read in the place of one that says `old`.
+def choose_values(values: "Dict[str, str]", text: str, stanza: str,
+                  force: bool) -> "Tuple[Dict[str, str], Set[str]]":
+    """What may be written to a stanza of an rc file, and which directives leave it for that.
 
-    Whole or not at all; False if it says something else by now, and "" is none as well. The new
-    file is the lock: nobody who can't write in its directory can keep us waiting.
+    Before other keys take the place of old ones it asks, unless `force`. An old key that would
+    go before the new one, since it is given in another way, is taken out.
     """
-    path = os.path.realpath(path)
-    new = path + ".updated"
-    try:
+    wanted, dropped = dict(values), set()  # type: Dict[str, str], Set[str]
+    old = {parse_line(says)[0] for _, _, name, says in scan(text) if name.lower() == stanza.lower()}
+    for name in values:
+        for sources in KEY_SOURCES + (("GPG_RECIPIENT",), ("GPG_SIGNER",)):
+            rivals = sorted(old.intersection(sources) - dropped) if name in sources else []
+            if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
+                                    % (rival, stanza)) for rival in rivals):
+                dropped.update(rivals)
+            else:
+                wanted.pop(name)
+    return wanted, dropped - set(wanted)
+
+
+def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
+    """Write options to a stanza of the rc file (fwknop spec 2.3); its path, and what was written.
+
+    Whole or not at all. The new file is the lock: nobody who can't write in its directory can keep
+    us waiting.
+    """
+    named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given, True)
+    if named is None or path is None:
+        raise UsageError("--save-rc-stanza needs %s" % (
+            "an rc file" if named else "-n or -D, for the name of the stanza"))
+    if not named.text or set("[],\r\n") & set(named.text):
+        raise UsageError("%s: expected the name of a stanza" % named.option)
+    values, real = stanza_values(given), os.path.realpath(path)
+    new = real + ".updated"
+    with ErrorsOf(real):
         descriptor = create_alone(new)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(encode_text(text))
-                if os.path.exists(path) and hasattr(os, "fchown"):
-                    status = os.stat(path)  # chown() by path: it might be another's by now
+                text = read_private(real) if os.path.exists(real) else ""
+                values, dropped = choose_values(values, text, named.text, force)
+                file.write(encode_text(edit_stanza(text, named.text, values, dropped)))
+                if os.path.exists(real) and hasattr(os, "fchown"):
+                    status = os.stat(real)
                     os.fchown(descriptor, status.st_uid, status.st_gid)
                 file.flush()
                 os.fsync(descriptor)
-            now = b""
-            if os.path.exists(path):
-                with open(path, "rb") as other:
-                    now = other.read()
-            if now != encode_text(old):
-                os.unlink(new)
-                return False
-            os.replace(new, path)
-            return True
+            os.replace(new, real)
         except BaseException:
             os.unlink(new)
             raise
-    except OSError as error:
-        raise SpaError("%s: %s" % (path, reason(error))) from None
+    return path, values
 
 
 def confirm(question: str) -> bool:
@@ -1608,47 +1614,6 @@ def confirm(question: str) -> bool:
     if not answer.endswith(b"\n"):
         raise SpaError("standard input ended without an answer", "--force-stanza does not ask")
     return answer[:1] in (b"y", b"Y")
-
-
-def choose_values(values: "Dict[str, str]", text: str, stanza: str,
-                  force: bool) -> "Tuple[Dict[str, str], Set[str]]":
-    """What may be written to a stanza of an rc file, and which directives leave it for that.
-
-    Before other keys take the place of old ones it asks, unless `force`. An old key that would
-    go before the new one, since it is given in another way, is taken out.
-    """
-    wanted, dropped = dict(values), set()  # type: Dict[str, str], Set[str]
-    old = {parse_line(line)[0] for name, lines in parse_stanzas(text)
-           for _, line in lines if name.lower() == stanza.lower()}
-    for name in values:
-        rivals = {name} if name in ("GPG_RECIPIENT", "GPG_SIGNER") else set()
-        for sources in KEY_SOURCES:
-            rivals.update(sources if name in sources else ())
-        rivals &= old - dropped
-        if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
-                                % (rival, stanza)) for rival in sorted(rivals)):
-            dropped |= rivals
-        else:
-            wanted.pop(name)
-    return wanted, dropped - set(wanted)
-
-
-def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
-    """Write options to a stanza of the rc file (fwknop spec 2.3); its path, and what was written.
-
-    When somebody else has changed the file meanwhile, it begins again with what that says.
-    """
-    named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given, True)
-    if named is None or path is None:
-        raise UsageError("--save-rc-stanza needs %s" % (
-            "an rc file" if named else "-n or -D, for the name of the stanza"))
-    if not named.text or set("[],\r\n") & set(named.text):
-        raise UsageError("%s: expected the name of a stanza" % named.option)
-    while True:
-        text = read_private(path) if os.path.exists(path) else ""
-        values, dropped = choose_values(stanza_values(given), text, named.text, force)
-        if replace_file(path, text, edit_stanza(text, named.text, values, dropped)):
-            return path, values
 
 
 def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
@@ -2490,7 +2455,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
     path = rc_path(given)
     if path is None:
         raise UsageError("--stanza-list needs an rc file, and there is none")
-    names = [name for name, _ in parse_stanzas(read_private(path))[1:]]
+    names = [name for _, _, name, says in scan(read_private(path)) if says == HEADER]
     say("\n".join(["The following stanzas are configured in %s :" % path] + [
         " - " + name for name in names if name.lower() != DEFAULT_STANZA]))
 
