@@ -2401,45 +2401,60 @@ def flush() -> bool:
         return False
 
 
+DUMP = """SPA Field Values:
+=================
+   Random Value: {message.random}
+       Username: {message.user}
+      Timestamp: {message.timestamp}
+    FKO Version: {version}
+   Message Type: {message.number} ({kind})
+ Message String: {message.text}
+     Nat Access: {nat}
+    Server Auth: <NULL>
+ Client Timeout: {message.timeout}
+    Digest Type: {digest.number} ({digest.name})
+      HMAC Type: {hmac}
+Encryption Type: {encryption}
+Encryption Mode: {number} ({mode})
+{gpg}   Encoded Data: {text}
+SPA Data Digest: {sum}
+           HMAC: {tag}
+ Final SPA Data: {packet}
+"""
+GPG_DUMP = """     GPG signer: {signer}
+  GPG recipient: {recipient}
+   GPG home dir: {home}
+        GPG exe: {exe}
+"""
+WAY_DUMP = """
+Generating SPA packet:
+            protocol: {protocol}
+         source port: {source}
+    destination port: {port}
+             IP/host: {host}"""
+
+
 def format_dump(message: Message, settings: Settings, packet: str, tag_length: int) -> str:
     """The "SPA Field Values" of fwknop's -T and -v, and for -v "Generating SPA packet"."""
-    text = encode_message(message)
-    hmac_number, hmac_name = 0, "None"
-    if tag_length:
-        hmac_number, hmac_name = DIGESTS[settings.hmac_type].number, settings.hmac_type
-    rows = [  # type: List[Tuple[str, object]]
-        ("Random Value", message.random),
-        ("Username", message.user),
-        ("Timestamp", message.timestamp),
-        ("FKO Version", PROTOCOL_VERSION),
-        ("Message Type", "%d (%s)" % (message.number, MESSAGE_TYPES[message.number])),
-        ("Message String", message.text),
-        ("Nat Access", message.nat or "<NULL>"),
-        ("Server Auth", "<NULL>"),
-        ("Client Timeout", message.timeout),
-        ("Digest Type", "%d (%s)" % (DIGESTS[settings.digest_type].number, settings.digest_type)),
-        ("HMAC Type", "%d (%s)" % (hmac_number, hmac_name)),
-        ("Encryption Type", "2 (GPG)" if settings.mode == GPG else "1 (Rijndael)"),
-        ("Encryption Mode", "%d (%s)" % (MODES[settings.mode], settings.mode)),
-    ]
+    text, null, gpg = encode_message(message), "<NULL>", ""
+    hmac = DIGESTS[settings.hmac_type]
     if settings.mode == GPG:
-        rows += [("GPG signer", settings.gpg_signer or "<NULL>"),
-                 ("GPG recipient", settings.gpg_recipient),
-                 ("GPG home dir", settings.gpg_home or "<NULL>"), ("GPG exe", settings.gpg_exe)]
-    rows += [
-        ("Encoded Data", text.decode("ascii")),
-        ("SPA Data Digest", message_digest(text, settings.digest_type)),
-        ("HMAC", packet[len(packet) - tag_length:] or "<NULL>"),
-        ("Final SPA Data", packet),
-    ]
-    lines = ["SPA Field Values:", "================="] + ["%15s: %s" % row for row in rows] + [""]
+        gpg = GPG_DUMP.format(signer=settings.gpg_signer or null, recipient=settings.gpg_recipient,
+                              home=settings.gpg_home or null, exe=settings.gpg_exe)
+    dump = DUMP.format(
+        message=message, version=PROTOCOL_VERSION, kind=MESSAGE_TYPES[message.number],
+        nat=message.nat or null, digest=DIGESTS[settings.digest_type],
+        hmac="%d (%s)" % (hmac.number, hmac.name) if tag_length else "0 (None)",
+        encryption="2 (GPG)" if gpg else "1 (Rijndael)", number=MODES[settings.mode],
+        mode=settings.mode, gpg=gpg, text=text.decode("ascii"),
+        sum=message_digest(text, settings.digest_type),
+        tag=packet[len(packet) - tag_length:] or null, packet=packet)
     if settings.verbose:
         raw = settings.protocol in RAW_CARRIERS
-        rows = [("protocol", settings.protocol),
-                ("source port", settings.source_port if raw else "<OS assigned>"),
-                ("destination port", settings.port), ("IP/host", settings.server or "")]
-        lines += ["Generating SPA packet:"] + ["%20s: %s" % row for row in rows]
-    return "\n".join(lines)
+        dump += WAY_DUMP.format(
+            protocol=settings.protocol, source=settings.source_port if raw else "<OS assigned>",
+            port=settings.port, host=settings.server or "")
+    return dump
 
 
 def print_version() -> None:
