@@ -913,6 +913,13 @@ class Settings:
             self.protocol = "http"
         if self.allow_ip is None and (self.resolve_http or self.resolve_https):
             self.allow_ip = RESOLVE
+        self.verbose = self.verbose and not (self.quiet or self.relay)
+        if self.rand_port:
+            self.port = random_port()
+        if self.nat_rand_port:
+            self.nat_port = random_port()
+        if self.protocol in RAW_CARRIERS and not self.source_port:
+            self.source_port = random_port()
         self.only_knocks = self.sequence is not None and not (
             self.mode == GPG or self.stdin or self.fd is not None
             or "USE_HMAC" in given or "ALLOW_IP" in given  # which only packets have
@@ -946,6 +953,8 @@ class Settings:
             if wrong:
                 named = self.given.get("named_config")
                 raise UsageError(("[%s] " % named.text if named else "") + message)
+        if self.source_port and not raw:
+            warn("the source port is ignored: it is for raw carriers (-P udpraw)")
 
 
 DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
@@ -1950,13 +1959,12 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
 
 def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
     """Send it with headers of our own (root can); how many bytes went out."""
-    peer = link.getpeername()[0]
-    addresses = socket.inet_aton(settings.spoof_source or link.getsockname()[0]) + socket.inet_aton(
-        peer)
-    datagram = encode_raw(settings.protocol, payload, addresses,
-                          (settings.source_port or 0, settings.port),
-                          (settings.icmp_type, settings.icmp_code))
-    raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    source, peer = settings.spoof_source or link.getsockname()[0], link.getpeername()[0]
+    datagram = encode_raw(
+        settings.protocol, payload, socket.inet_aton(source) + socket.inet_aton(peer),
+        (settings.source_port or 0, settings.port), (settings.icmp_type, settings.icmp_code))
+    with ErrorsOf(settings.server or "", "it needs root"):
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     try:
         raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
         return raw.sendto(datagram, (peer, 0))
@@ -2006,32 +2014,6 @@ def pause(delay: "Tuple[int, int]") -> None:
     """Wait for so many milliseconds: at least, and at most."""
     random = int.from_bytes(os.urandom(7), "big") % (delay[1] - delay[0] + 1)
     time.sleep((delay[0] + random) / 1000)
-
-
-def hit_sequence(settings: Settings, addresses: "List[Address]") -> None:
-    """Hit all of KNOCK_SEQUENCE, at one address after the other; SpaError if that works at none."""
-    hits, host = settings.sequence or [], settings.server or ""
-    verbose = settings.verbose and not (settings.quiet or settings.relay)
-    done, problem = False, None  # type: bool, Optional[SpaError]
-    for link in open_links(host, addresses):
-        try:
-            if "icmp" in dict(hits):
-                open_ping(link.family).close()  # half a sequence is worth nothing
-            for number, (protocol, port) in enumerate(hits):
-                if number:
-                    pause(settings.delay)
-                if verbose:
-                    say("hitting %s %s:%d" % (protocol, link.getpeername()[0], port))
-                send_hit(link, protocol, port)
-            done = True
-        except OSError as error:
-            problem = SpaError("%s: %s" % (host, reason(error)))
-        except SpaError as error:
-            problem = error
-    if problem is not None and not done:
-        raise problem
-    if problem is not None:
-        warn("one address of %s was not hit: %s" % (host, problem))
 
 
 def random_port() -> int:
@@ -2490,150 +2472,146 @@ def random_digits() -> str:
             return "%016d" % (number % 10 ** 16)
 
 
-def plan(settings: Settings, allow_ip: str) -> "Tuple[int, str, str]":
-    """Type of the message, its text, and where NAT leads (fwknop spec 1.4, 1.5)."""
-    if settings.command is not None:
-        return COMMAND, "%s,%s" % (allow_ip, settings.command), ""
-    access, nat = settings.access or "", ""
-    protocol, _, port = access.split(",")[0].partition("/")
-    number = LOCAL_NAT if settings.nat_local else NAT_ACCESS if settings.nat_access else ACCESS
-    if number != ACCESS:
-        host, inner = settings.nat_access or (settings.server or "", 0)
-        nat = "%s,%d" % (host, inner or int(port))
-    if settings.nat_port:
-        access = "%s/%d" % (protocol, settings.nat_port)
-    if settings.nat_rand_port:
-        settings.nat_rand_port = False  # it is told once, however many packets are made
-        granted = " will grant access to: '%s'" % nat if nat else ""
-        say("[+] Randomly assigned port '%s' on: '%s,%s'%s"
-            % (settings.nat_port, allow_ip, access, granted))
+def make_message(settings: Settings, allow_ip: str) -> Message:
+    """A fresh message that asks to open for `allow_ip` (fwknop spec 1.4, 1.5)."""
+    number, asked, nat = COMMAND, settings.command, ""
+    if asked is None:
+        number, asked = ACCESS, settings.access or ""
+        protocol, _, port = asked.split(",")[0].partition("/")
+        if settings.nat_local or settings.nat_access:
+            number = LOCAL_NAT if settings.nat_local else NAT_ACCESS
+            host, inner = settings.nat_access or (settings.server or "", 0)
+            nat = "%s,%d" % (host, inner or int(port))
+        if settings.nat_port:
+            asked = "%s/%d" % (protocol, settings.nat_port)
+        if settings.nat_rand_port:
+            settings.nat_rand_port = False  # it is told once, however many packets are made
+            say("[+] Randomly assigned port '%s' on: '%s,%s'%s" % (
+                settings.nat_port, allow_ip, asked,
+                " will grant access to: '%s'" % nat if nat else ""))
     if settings.timeout:
         number = {ACCESS: TIMEOUT_ACCESS, NAT_ACCESS: TIMEOUT_NAT_ACCESS,
-                  LOCAL_NAT: TIMEOUT_LOCAL_NAT}[number]
-    return number, "%s,%s" % (allow_ip, access), nat
+                  LOCAL_NAT: TIMEOUT_LOCAL_NAT}.get(number, number)
+    return Message(random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
+                   number, "%s,%s" % (allow_ip, asked), nat, settings.timeout)
 
 
-def build(settings: Settings, keys: "Tuple[Optional[bytes], Optional[bytes]]",
-          allow_ip: str) -> "Tuple[str, str]":
-    """A fresh packet that asks to open for `allow_ip`, and its dump."""
-    number, asked, nat = plan(settings, allow_ip)
-    message = Message(random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
-                      number, asked, nat, settings.timeout)
-    text = encode_message(message)
-    plaintext = add_digest(text, settings.digest_type)
-    if settings.mode == GPG:
-        data = encrypt_gpg(settings, plaintext, keys[0])
-    else:
-        data = encrypt_salted(settings.mode, keys[0] or b"", os.urandom(SALT_LENGTH), plaintext)
-    packet = seal(data, keys[1], settings.hmac_type)
-    tag_length = 0 if keys[1] is None else DIGESTS[settings.hmac_type].text_size
-    check_length(packet, message, settings.digest_type, tag_length, settings.mode)
-    if settings.save_packet is not None:
-        write_private(settings.save_packet, packet + "\n",
-                      os.O_APPEND if settings.save_append else os.O_TRUNC)
-        settings.save_append = True  # the file gets all packets of a knock
-    return packet, format_dump(message, settings, packet, tag_length) if (
-        settings.test or settings.verbose) else ""
+class Knock:
+    """Knocks at one server: keys and addresses are looked for once, each packet is a fresh one."""
 
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.first = settings, True
+        self.keys = (None, None) if settings.only_knocks else find_keys(settings)
+        self.chosen = {}  # type: Dict[Any, str]  # the address to open for, by that of the server
+        self.doors = self.addresses = []  # type: List[Address]
+        self.host, port = settings.http_proxy or (settings.server or "", 0)
+        family, server = choose_family(settings), settings.server or ""
+        asked = not settings.only_knocks and (
+            settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
+        if self.host and (asked or not settings.test):
+            self.doors = self.addresses = find_addresses(self.host, port or settings.port, family)
+        if settings.sequence and settings.http_proxy and not settings.test:
+            self.doors = find_addresses(server, settings.port, family)
 
-def choose_ports(settings: Settings) -> None:
-    """Draw the ports that are to be random, once for all packets of a knock."""
-    raw = settings.protocol in RAW_CARRIERS
-    if settings.rand_port:
-        settings.port = random_port()
-    if settings.nat_rand_port:
-        settings.nat_port = random_port()
-    if raw and not settings.source_port:
-        settings.source_port = random_port()
-    elif settings.source_port and not raw:
-        warn("the source port is ignored: it is for raw carriers (-P udpraw)")
+    def __call__(self) -> None:
+        """Hit ports, and send packets; SpaError if no address of the server could be reached."""
+        settings = self.settings
+        if settings.sequence:
+            self.at_each(settings.server or "", self.doors, self.hit, "was not hit")
+        if settings.sequence and not settings.only_knocks:
+            pause(settings.delay)  # the packet must not be the first to be seen
+        if not settings.only_knocks:
+            self.at_each(self.host, self.addresses, self.send, "got no packet")
+        self.first = False
 
+    def at_each(self, host: str, addresses: "List[Address]",
+                act: "Callable[[socket.socket], None]", complaint: str) -> None:
+        """Do this at each address of a host; SpaError if it can't be done at any."""
+        problems, done = [], False  # type: List[SpaError], bool
+        for link in open_links(host, addresses):
+            try:
+                with ErrorsOf(host):
+                    act(link)
+                done = True
+            except SpaError as problem:
+                problems.append(problem)
+        if problems and not done:
+            raise problems[-1]
+        for each in problems if self.first else ():
+            warn("one address of %s %s: %s" % (host, complaint, each))
 
-def send_packets(settings: Settings, keys: "Tuple[Optional[bytes], Optional[bytes]]", host: str,
-                 addresses: "List[Address]", chosen: "Dict[Any, str]") -> None:
-    """Send a fresh packet to each address of the host; SpaError if none could be sent.
+    def hit(self, link: "socket.socket") -> None:
+        """Hit all of KNOCK_SEQUENCE at one address."""
+        hits = self.settings.sequence or []
+        if "icmp" in dict(hits):
+            open_ping(link.family).close()  # half a sequence is worth nothing
+        for number, (protocol, port) in enumerate(hits):
+            if number:
+                pause(self.settings.delay)
+            if self.settings.verbose:
+                say("hitting %s %s:%d" % (protocol, link.getpeername()[0], port))
+            send_hit(link, protocol, port)
 
-    `chosen` keeps the address to open for, by that of the server, for the next time: then only
-    these get a packet.
-    """
-    sent, problems, first = 0, [], not chosen  # type: int, List[SpaError], bool
-    verbose = settings.verbose and not (settings.quiet or settings.relay)
-    for link in open_links(host, addresses):
-        try:
-            peer = link.getpeername()
-            if first:
-                chosen[peer] = choose_address(settings, link)
-            elif peer not in chosen:
-                continue
-            packet, dump = build(settings, keys, chosen[peer])
-            if verbose:
+    def send(self, link: "socket.socket") -> None:
+        """Send a packet to one address, if it got one the first time."""
+        peer, settings = link.getpeername(), self.settings
+        if self.first:
+            self.chosen[peer] = choose_address(settings, link)
+        if peer in self.chosen:
+            packet, dump = self.build(self.chosen[peer])
+            if settings.verbose:
                 say(dump)
             sent = send_packet(settings, link, packet)
-            if verbose:
+            if settings.verbose:
                 say("send_spa_packet: bytes sent: %d" % sent)
-        except OSError as error:
-            root = isinstance(error, PermissionError) and settings.protocol in RAW_CARRIERS
-            problems.append(SpaError("%s: %s" % (host, reason(error)), "it needs root" * root))
-        except SpaError as error:
-            problems.append(error)
-    for problem in problems:
-        if not sent:
-            raise problem
-        if first:
-            warn("one address of %s got no packet: %s" % (host, problem))
 
+    def build(self, allow_ip: str) -> "Tuple[str, str]":
+        """A fresh packet that asks to open for `allow_ip`, and its dump."""
+        settings, (key, hmac_key) = self.settings, self.keys
+        message = make_message(settings, allow_ip)
+        plaintext = add_digest(encode_message(message), settings.digest_type)
+        if settings.mode == GPG:
+            data = encrypt_gpg(settings, plaintext, key)
+        else:
+            data = encrypt_salted(settings.mode, key or b"", os.urandom(SALT_LENGTH), plaintext)
+        packet = seal(data, hmac_key, settings.hmac_type)
+        tag_length = 0 if hmac_key is None else DIGESTS[settings.hmac_type].text_size
+        check_length(packet, message, settings.digest_type, tag_length, settings.mode)
+        if settings.save_packet is not None:
+            write_private(settings.save_packet, packet + "\n",
+                          os.O_APPEND if settings.save_append else os.O_TRUNC)
+            settings.save_append = True  # the file gets all packets of a knock
+        dumped = settings.test or settings.verbose
+        return packet, format_dump(message, settings, packet, tag_length) if dumped else ""
 
-def knock(settings: Settings) -> "Callable[[], None]":
-    """Hit ports, make packets and send them, as the settings say; what does so again.
-
-    With -T the hits and one packet are only printed.
-    """
-    keys = (None, None) if settings.only_knocks else find_keys(settings)
-    host, port = settings.http_proxy or (settings.server or "", 0)
-    asked = not settings.only_knocks and (
-        settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
-    addresses, chosen = [], {}  # type: List[Address], Dict[Any, str]
-    if host and (asked or not settings.test):
-        addresses = find_addresses(host, port or settings.port, choose_family(settings))
-    doors = addresses
-    if settings.sequence and settings.http_proxy and not settings.test:
-        doors = find_addresses(settings.server or "", settings.port, choose_family(settings))
-
-    def send() -> None:
-        if settings.sequence:
-            hit_sequence(settings, doors)
-        if settings.only_knocks:
-            return
-        if settings.sequence:
-            pause(settings.delay)  # the packet must not be the first to be seen
-        send_packets(settings, keys, host, addresses, chosen)
-
-    if not settings.test:
-        send()
-        return send
-    for protocol, number in settings.sequence or ():
-        say("would hit %s %s:%d" % (protocol, settings.server or "", number))
-    if not settings.only_knocks:
-        links = open_links(host, addresses)
-        say(build(settings, keys, choose_address(settings, next(links) if addresses else None))[1])
-        say("test mode enabled, SPA packet not actually sent."
-            + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
-    return send
+    def show(self) -> None:
+        """Print the hits and a packet, and send nothing (-T)."""
+        settings = self.settings
+        for protocol, number in settings.sequence or ():
+            say("would hit %s %s:%d" % (protocol, settings.server or "", number))
+        if not settings.only_knocks:
+            links = open_links(self.host, self.addresses)
+            link = next(links) if self.addresses else None
+            say(self.build(choose_address(settings, link))[1])
+            say("test mode enabled, SPA packet not actually sent."
+                + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
 
 
 def knock_and_wait(settings: Settings, place: "Optional[Tuple[str, int]]",
                    sent: "Callable[[], None]") -> "Optional[socket.socket]":
     """Knock, call `sent`, and connect to `place` if there is one; SpaError if it does not open."""
+    addresses = find_addresses(*place, choose_family(settings)) if place else []
+    knock = Knock(settings)
+    if settings.test:
+        knock.show()
+    else:
+        knock()
+    sent()
     if place is None:
-        knock(settings)
-        sent()
         return None
     import errno
-    addresses = find_addresses(place[0], place[1], choose_family(settings))
-    again = knock(settings)
-    sent()
     begin, seconds = time.monotonic(), settings.wait or WAIT_SECONDS
-    link, error = wait_until_open(addresses, seconds, again, settings.sequence is not None)
+    link, error = wait_until_open(addresses, seconds, knock, settings.sequence is not None)
     if link is None:
         why = {0: "nothing answers. The server rejected the knock (its log says why), opened for"
                   " another address than ours, or does not get our packets",
@@ -2656,10 +2634,10 @@ def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[s
     """
     places = [find_place(settings, words, command) for settings in several]
     failed, link = 0, None  # type: int, Optional[socket.socket]
-    for number, (settings, place) in enumerate(zip(several, places), 1):
+    for settings, place in zip(several, places):
+        early = settings.relay and settings is not several[-1]
         try:
-            link = knock_and_wait(
-                settings, None if settings.relay and number < len(several) else place, sent)
+            link = knock_and_wait(settings, None if early else place, sent)
         except SpaError as error:
             if len(several) == 1:
                 raise
@@ -2720,7 +2698,6 @@ def run(words: "List[str]", as_knock: bool) -> bool:
             return False
         for settings in several:
             settings.check()
-            choose_ports(settings)
             settings.save_append |= settings is not first  # -B: the packets of all of them
         if first.save_stanza:
             save_stanza(given, first.force_stanza)
