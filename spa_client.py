@@ -1215,7 +1215,7 @@ def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], 
     Unlike there, :tcp stays TCP under -u. No file is read or written.
     """
     given, others, command = parse_command_line(words, KNOCK_OPTIONS)
-    if {"help", "version"} & set(given):
+    if "help" in given or "version" in given:
         return given, [], command
     if len(others) < 2:
         raise UsageError("expected a host and ports", "--help says more")
@@ -1224,11 +1224,11 @@ def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], 
     host, ports = others[0], ",".join(others[1:]).split(",")
     if "udp" in given:
         ports = [port if ":" in port else port + ":udp" for port in ports]
-    given.update(no_rc_file=Given("Y"), NO_SAVE_ARGS=Given("Y"))
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
     given.setdefault("KNOCK_DELAY", Given("0"))
-    given["SPA_SERVER"] = Given(
-        host[1:-1] if host.startswith("[") and host.endswith("]") else host, "HOST")
-    given["KNOCK_SEQUENCE"] = Given(",".join(ports), "PORT")
+    given.update(no_rc_file=Given("Y"), NO_SAVE_ARGS=Given("Y"), SPA_SERVER=Given(host, "HOST"),
+                 KNOCK_SEQUENCE=Given(",".join(ports), "PORT"))
     return given, [], command
 
 
@@ -1310,14 +1310,13 @@ def format_completion(shell: str) -> str:
         return begin + BASH_COMPLETION % " ".join(names)
     if shell != "fish":
         raise UsageError("--completion: expected bash, zsh or fish, not '%s'" % shell)
-    lines = ["complete -c spa_client.py -s n -l named-config -x -a"
+    lines = ["-s n -l named-config -x -a"
              " \"(spa_client.py --stanza-list 2>/dev/null | string replace -fr '^ - ' '')\""]
     for option in OPTIONS:
-        line = "complete -c spa_client.py" + (" -s " + option.short if option.short else "")
-        line += " -l " + option.long if option.long else ""
-        line += " -r" * bool(option.argument)
-        lines.append(line + " -d '%s'" % explain(option).replace("'", ""))
-    return "\n".join(lines)
+        lines.append(" ".join(
+            ["-s " + option.short] * bool(option.short) + ["-l " + option.long] * bool(option.long)
+            + ["-r"] * bool(option.argument) + ["-d '%s'" % explain(option).replace("'", "")]))
+    return "\n".join("complete -c spa_client.py " + line for line in lines)
 
 
 # ======================================================================================
