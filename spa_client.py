@@ -913,12 +913,15 @@ class Settings:
             self.protocol = "http"
         if self.allow_ip is None and (self.resolve_http or self.resolve_https):
             self.allow_ip = RESOLVE
+        raw = self.protocol in RAW_CARRIERS
+        self.ip_version = {"4": socket.AF_INET, "6": socket.AF_INET6}.get(
+            self.family, socket.AF_INET if raw or self.resolve_ipv4 else 0)
         self.verbose = self.verbose and not (self.quiet or self.relay)
         if self.rand_port:
             self.port = random_port()
         if self.nat_rand_port:
             self.nat_port = random_port()
-        if self.protocol in RAW_CARRIERS and not self.source_port:
+        if raw and not self.source_port:
             self.source_port = random_port()
         self.only_knocks = self.sequence is not None and not (
             self.mode == GPG or self.stdin or self.fd is not None
@@ -1584,8 +1587,8 @@ def choose_values(values: "Dict[str, str]", text: str, stanza: str,
 def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
     """Write options to a stanza of the rc file (fwknop spec 2.3); its path, and what was written.
 
-    Whole or not at all. The new file is the lock: nobody who can't write in its directory can keep
-    us waiting.
+    Whole or not at all, and not if somebody else changed it meanwhile. The new file is the lock:
+    nobody who can't write in its directory can keep us waiting.
     """
     named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given, True)
     if named is None or path is None:
@@ -1593,13 +1596,19 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
             "an rc file" if named else "-n or -D, for the name of the stanza"))
     if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError("%s: expected the name of a stanza" % named.option)
+
     values, real = stanza_values(given), os.path.realpath(path)
     new = real + ".updated"
+
+    def read() -> str:
+        """The file as it is now."""
+        return read_private(real) if os.path.exists(real) else ""
+
     with ErrorsOf(real):
         descriptor = create_alone(new)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                text = read_private(real) if os.path.exists(real) else ""
+                text = read()
                 values, dropped = choose_values(values, text, named.text, force)
                 file.write(encode_text(edit_stanza(text, named.text, values, dropped)))
                 if os.path.exists(real) and hasattr(os, "fchown"):
@@ -1607,6 +1616,8 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
                     os.fchown(descriptor, status.st_uid, status.st_gid)
                 file.flush()
                 os.fsync(descriptor)
+            if read() != text:
+                raise SpaError("%s: somebody else has changed it meanwhile" % path)
             os.replace(new, real)
         except BaseException:
             os.unlink(new)
@@ -1684,8 +1695,17 @@ def prompt_key(prompt: str) -> bytes:
         os.write(2, b"\n")
 
 
-def ask_key(settings: Settings, what: str, options: str) -> bytes:
-    """A key from --fd, --stdin or the terminal; `options` are what could have given it."""
+def choose_key(settings: Settings, what: str, options: str, path: "Optional[str]",
+               *given: "Optional[bytes]") -> bytes:
+    """The first key that is given, or that of a key file, or that from --fd, --stdin or a prompt.
+
+    The error without any tells `what` is missing, and which `options` could have given it.
+    """
+    for key in given:
+        if key is not None:
+            return key
+    if path is not None:
+        return read_key_file(path, settings.server)
     if settings.fd is not None or settings.stdin:
         key = read_line(settings.fd or 0).rstrip(b"\r\n")
     elif os.isatty(0):
@@ -1697,43 +1717,30 @@ def ask_key(settings: Settings, what: str, options: str) -> bytes:
     return key
 
 
-def find_key(settings: Settings) -> "Optional[bytes]":
-    """The encryption key, or the passphrase of the GPG key to sign with (fwknop spec 2.5).
-
-    b"" for one without passphrase; None if none is needed: no signature, or gpg asks its agent.
-    """
-    sources = [settings.key, settings.key_base64]
-    if settings.mode == GPG:
-        if settings.gpg_signer is None or settings.gpg_agent:
-            return None
-        sources[:0] = [settings.gpg_passphrase, settings.gpg_passphrase_base64]
-        if settings.gpg_no_passphrase:
-            return b""
-    for key in sources:
-        if key is not None:
-            return key
-    if settings.key_file is not None:
-        return read_key_file(settings.key_file, settings.server)
-    if settings.mode == GPG:
-        return ask_key(settings, "passphrase for signing", "--gpg-agent, --gpg-no-signing-pw")
-    return ask_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael")
-
-
 def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
-    """What find_key() finds, and the HMAC key, if there is to be one (fwknop spec 2.5).
+    """The encryption key, or the passphrase of GPG_SIGNER, and the HMAC key (fwknop spec 2.5).
 
-    An HMAC is used when any HMAC key is given, by USE_HMAC, and by --hmac-digest-type.
+    The first is b"" for a signer without passphrase; None if none is needed: no signature, or gpg
+    asks its agent. An HMAC is used when any HMAC key is given, by USE_HMAC, and by
+    --hmac-digest-type; else there is no key for it.
     """
-    hmac_key = settings.hmac_key if settings.hmac_key is not None else settings.hmac_key_base64
-    if hmac_key is None and settings.hmac_key_file is not None:
-        hmac_key = read_key_file(settings.hmac_key_file, settings.server)
     named = settings.given.get("HMAC_DIGEST_TYPE")
-    wanted = settings.use_hmac or hmac_key is not None or (named is not None and named.option)
+    hmac_keys, hmac_file = (settings.hmac_key, settings.hmac_key_base64), settings.hmac_key_file
+    wanted = (settings.use_hmac or hmac_keys != (None, None) or hmac_file is not None
+              or (named is not None and named.option))
     if settings.mode == "legacy" and wanted:
         raise UsageError("legacy encryption mode is incompatible with HMAC usage")
-    key = find_key(settings)
-    if hmac_key is None and wanted:
-        hmac_key = ask_key(settings, "HMAC key", "HMAC_KEY_BASE64, --get-hmac-key or --key-hmac")
+    key, hmac_key, keys = None, None, (settings.key, settings.key_base64)
+    if settings.mode != GPG:
+        key = choose_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael",
+                         settings.key_file, *keys)
+    elif settings.gpg_signer is not None and not settings.gpg_agent:
+        key = b"" if settings.gpg_no_passphrase else choose_key(
+            settings, "passphrase for signing", "--gpg-agent, --gpg-no-signing-pw",
+            settings.key_file, settings.gpg_passphrase, settings.gpg_passphrase_base64, *keys)
+    if wanted:
+        hmac_key = choose_key(settings, "HMAC key", "HMAC_KEY_BASE64, --get-hmac-key or --key-hmac",
+                              hmac_file, *hmac_keys)
     check_keys(key or b"", hmac_key, settings.mode)
     return key, hmac_key
 
@@ -1887,13 +1894,6 @@ def encode_host(host: str) -> bytes:
     except (LookupError, UnicodeError):
         raise SpaError("%s: not an ASCII name" % host,
                        "give the form that begins with xn--") from None
-
-
-def choose_family(settings: Settings) -> int:
-    """What the carrier, -4, -6 and SERVER_RESOLVE_IPV4 say, for getaddrinfo()."""
-    if settings.protocol in RAW_CARRIERS or (settings.family == "0" and settings.resolve_ipv4):
-        return socket.AF_INET
-    return {"4": socket.AF_INET, "6": socket.AF_INET6}.get(settings.family, 0)
 
 
 MAX_ADDRESSES = 16  # of one server: who answers for its name must not make us send without end
@@ -2162,25 +2162,24 @@ def start_tls(link: "socket.socket", host: str) -> "Any":
 
 
 def decode_stun(answer: bytes, identity: bytes) -> "Optional[str]":
-    """The address in a Binding success response (section 5, 6, 14.1, 14.2), or None.
+    """The XOR-MAPPED-ADDRESS of a Binding success response (section 5, 6, 14.2), or None.
 
-    None also for the answer to another question than that with the 12 bytes `identity`. Unknown
-    attributes are skipped: older servers send some.
+    None also for the answer to another question than that with the 12 bytes `identity`.
     """
     if answer[:2] != b"\x01\x01" or answer[4:20] != STUN_MAGIC + identity:
         return None
-    position, found = 20, {}  # type: int, Dict[int, str]
+    position = 20
     while position + 4 <= len(answer):
         kind, length = struct.unpack_from(">HH", answer, position)
         value = answer[position + 4:position + 4 + length]
         position += 4 + (length + 3) // 4 * 4
-        size, family = {1: (4, socket.AF_INET), 2: (16, socket.AF_INET6)}.get(
-            value[1] if len(value) > 1 else 0, (0, 0))
-        if kind in (0x0001, 0x0020) and size and len(value) == 4 + size:
-            raw = exclusive_or(value[4:], STUN_MAGIC + identity) if kind == 0x0020 else value[4:]
-            if any(raw):  # 0.0.0.0 would mean something else in a packet
-                found[kind] = socket.inet_ntop(family, raw)
-    return found.get(0x0020) or found.get(0x0001)
+        family = {(b"\1", 8): socket.AF_INET, (b"\2", 20): socket.AF_INET6}.get(
+            (value[1:2], len(value)))
+        if kind == 0x0020 and family:
+            own = exclusive_or(value[4:], STUN_MAGIC + identity)
+            if any(own):  # 0.0.0.0 would mean something else in a packet
+                return socket.inet_ntop(family, own)
+    return None
 
 
 def ask_stun(place: str, family: int) -> str:
@@ -2263,9 +2262,12 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
     waiting = {}  # type: Dict[socket.socket, float]
     try:
         while now < seconds:
-            if now >= knock_at:
-                while alone and waiting:
-                    waiting.popitem()[0].close()
+            knocking = now >= knock_at
+            for link, end in list(waiting.items()):
+                if end < now or (knocking and alone):
+                    del waiting[link]
+                    link.close()
+            if knocking:
                 try:
                     knock()
                 except SpaError:
@@ -2279,20 +2281,19 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
                         waiting[open_socket(family, address, False, 0)] = now + TRY_SECONDS
                     except OSError as problem:
                         error = problem.errno or 0
-            for link in [link for link in waiting if waiting[link] < now]:
-                waiting.pop(link)
-                link.close()
             patience = max(min(knock_at, try_at, seconds) - now, 0)
-            if not waiting:
-                time.sleep(patience)  # Windows can't select among nothing
-            else:
+            ready = []  # type: List[socket.socket]
+            if waiting:
                 _, writable, failed = select.select([], waiting, waiting, patience)
-                for link in set(writable + failed):
-                    waiting.pop(link)
-                    error = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                    if not error:
-                        return link, 0
-                    link.close()
+                ready = writable + failed
+            else:
+                time.sleep(patience)  # Windows can't select among nothing
+            for link in set(ready):
+                del waiting[link]
+                error = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not error:
+                    return link, 0
+                link.close()
             now = time.monotonic() - begin
         return None, error
     finally:
@@ -2504,7 +2505,7 @@ class Knock:
         self.chosen = {}  # type: Dict[Any, str]  # the address to open for, by that of the server
         self.doors = self.addresses = []  # type: List[Address]
         self.host, port = settings.http_proxy or (settings.server or "", 0)
-        family, server = choose_family(settings), settings.server or ""
+        family, server = settings.ip_version, settings.server or ""
         asked = not settings.only_knocks and (
             settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
         if self.host and (asked or not settings.test):
@@ -2599,7 +2600,7 @@ class Knock:
 def knock_and_wait(settings: Settings, place: "Optional[Tuple[str, int]]",
                    sent: "Callable[[], None]") -> "Optional[socket.socket]":
     """Knock, call `sent`, and connect to `place` if there is one; SpaError if it does not open."""
-    addresses = find_addresses(*place, choose_family(settings)) if place else []
+    addresses = find_addresses(*place, settings.ip_version) if place else []
     knock = Knock(settings)
     if settings.test:
         knock.show()

@@ -1043,6 +1043,21 @@ NO_SAVE_ARGS                Y
             "--stanza-list")[1].splitlines()[1:]})
         self.assertEqual([".fwknoprc"], os.listdir(self.home))
 
+    def test_save_stanza_meanwhile(self) -> None:
+        """What an editor saves while it asks is not lost."""
+        path = self.write("[work]\nKEY old\n")
+        theirs = "[work]\nKEY theirs\n"
+
+        def confirm(question: str) -> bool:
+            self.write(theirs)
+            return True
+
+        with mock.patch.object(client, "confirm", confirm):
+            self.assertEqual(path + ": somebody else has changed it meanwhile", self.failure(
+                1, *KNOCK, *self.STANZA, "--key-rijndael", "ours"))
+        self.assertEqual(theirs, self.read())
+        self.assertEqual([".fwknoprc"], os.listdir(self.home))
+
     def test_save_stanza_waits_not_for_ever(self) -> None:
         """What a run that broke off left is named after a while, and nothing changes."""
         before = "[work]\nACCESS tcp/1\n"

@@ -43,6 +43,12 @@ def response(*attributes: bytes, identity: bytes = IDENTITY, kind: int = 0x0101)
     return struct.pack(">HHI", kind, len(body), 0x2112A442) + identity + body
 
 
+def xor_mapped(*address: int) -> bytes:
+    """The attribute XOR-MAPPED-ADDRESS with an IPv4 address."""
+    return attribute(0x0020, b"\0\1\0\0" + bytes(
+        left ^ right for left, right in zip(address, client.STUN_MAGIC)))
+
+
 class Door(Receiver):
     """A UDP port, and a TCP port that refuses until so many packets have come, and then echoes."""
 
@@ -203,17 +209,16 @@ class Stun(Case):
                          client.decode_stun(STUN6, IDENTITY))
 
     def test_attributes(self) -> None:
-        """MAPPED-ADDRESS of old servers; XOR-MAPPED-ADDRESS goes before it; others are skipped."""
+        """XOR-MAPPED-ADDRESS is read; others are skipped."""
         mapped = attribute(0x0001, b"\0\1\0\0" + bytes([198, 51, 100, 7]))
-        plain = bytes(left ^ right for left, right in zip(bytes([192, 0, 2, 1]),
-                                                          client.STUN_MAGIC))
-        xored = attribute(0x0020, b"\0\1\0\0" + plain)
+        xored = xor_mapped(192, 0, 2, 1)
+        plain = xored[8:]
         old = attribute(0x0005, b"\0\1\0\0" + bytes([9, 9, 9, 9]))
-        for attributes, expected in (((mapped,), "198.51.100.7"), ((mapped, xored), "192.0.2.1"),
+        for attributes, expected in (((mapped,), None), ((mapped, xored), "192.0.2.1"),
                                      ((xored, mapped), "192.0.2.1"), ((old,), None), ((), None),
                                      ((old, attribute(0x8022, b"abc"), xored), "192.0.2.1")):
             self.assertEqual(expected, client.decode_stun(response(*attributes), IDENTITY))
-        nobody = attribute(0x0001, b"\0\1\0\0" + bytes(4))  # in a packet it means another thing
+        nobody = xor_mapped(0, 0, 0, 0)  # in a packet it means another thing
         for wrong in (response(xored, identity=bytes(12)), response(xored, kind=0x0111),
                       response(xored, kind=0x0001), response(nobody), response(xored[:8]), b"",
                       response(attribute(0x0020, b"\0\3\0\0" + plain)), b"\1\1" * 30,
@@ -254,8 +259,8 @@ class Stun(Case):
                     self.assertEqual(b"\0\1\0\0" + client.STUN_MAGIC, question[:8])
                     self.assertEqual(20, len(question))
                     for identity in (bytes(12), question[8:]):
-                        mapped = bytes([0, 1, 0, 0, 203, 0, 113, 7 if any(identity) else 8])
-                        stun.socket.sendto(response(attribute(1, mapped), identity=identity), peer)
+                        mapped = xor_mapped(203, 0, 113, 7 if any(identity) else 8)
+                        stun.socket.sendto(response(mapped, identity=identity), peer)
 
             for words in (["--resolve-stun", place], ["-n", "it"]):
                 thread = threading.Thread(target=answer)
@@ -271,8 +276,7 @@ class Stun(Case):
         with Receiver() as stun, Receiver() as receiver:
             def answer() -> None:
                 question, peer = stun.socket.recvfrom(100)
-                mapped = attribute(1, b"\0\1\0\0\x7f\0\0\1")
-                stun.socket.sendto(response(mapped, identity=question[8:]), peer)
+                stun.socket.sendto(response(xor_mapped(127, 0, 0, 1), identity=question[8:]), peer)
 
             thread = threading.Thread(target=answer)
             thread.start()
