@@ -775,10 +775,10 @@ def parse_short_user(text: str) -> str:
 
 
 class Given:
-    """The text of one value, and where it stood: an option, or a line of a file."""
+    """The text of one value, and where it stood: an option, or with its `line` a file."""
 
-    def __init__(self, text: str, option: str = "", path: str = "", line: int = 0) -> None:
-        self.text, self.option, self.path, self.line = text, option, path, line
+    def __init__(self, text: str, where: str = "", line: int = 0) -> None:
+        self.text, self.where, self.line = text, where, line
 
 
 SECRET = (encode_text, decode_base64, parse_hits)  # what these have parsed is not shown in errors
@@ -801,9 +801,9 @@ class Directive:
             why = str(problem)
             if self.parse not in SECRET:
                 why += ", not '%s'" % given.text
-            if given.option:
-                raise UsageError("%s: %s" % (given.option, why)) from None
-            raise ConfigError(given.path, given.line, "%s: %s" % (self.name, why)) from None
+            if not given.line:
+                raise UsageError("%s: %s" % (given.where, why)) from None
+            raise ConfigError(given.where, given.line, "%s: %s" % (self.name, why)) from None
 
 
 def setting(name: str, parse: "Callable[[str], T]", default: str, help: str) -> "T":
@@ -907,7 +907,7 @@ class Settings:
         for attribute, row in DIRECTIVES.items():
             setattr(self, attribute, row.value(given.get(row.name)))
         recipient = given.get("GPG_RECIPIENT")
-        if self.use_gpg or (recipient is not None and recipient.option):
+        if self.use_gpg or (recipient is not None and not recipient.line):
             self.mode = GPG
         if self.http_proxy and "SPA_SERVER_PROTO" not in given:
             self.protocol = "http"
@@ -963,7 +963,7 @@ class Settings:
 DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
               if isinstance(row, Directive)}
 ROWS = {row.name: row for row in DIRECTIVES.values()}
-DIRECTIVE_NAMES = {name for name in ROWS if name.isupper()}
+DIRECTIVE_NAMES = [name for name in ROWS if name.isupper()]
 
 # In one layer the first of these counts (fwknop spec 2.5); one layer hides all of those below.
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
@@ -1242,9 +1242,9 @@ def format_arguments(given: "Dict[str, Given]") -> str:
     """
     words = ["fwknop"]
     for said in given.values():
-        option = find_option(OPTIONS, said.option)
+        option = find_option(OPTIONS, said.where)
         if option.name not in NOT_KEPT:
-            words += [said.option] + [said.text[len(option.text):]] * bool(option.argument)
+            words += [said.where] + [said.text[len(option.text):]] * bool(option.argument)
     return " ".join(word.replace("\\", "\\\\").replace(" ", "\\ ") for word in words)
 
 
@@ -1360,10 +1360,10 @@ def parse_line(line: str) -> "Tuple[str, str, bool]":
     name, value = name[:-1] if name.endswith(":") else name, value.lstrip(" ")
     if name == "KNOCK_SEQUENCE":
         return name, value.partition(" #")[0].rstrip(" "), False
-    end = min((value.index(mark) for mark in " ;#" if mark in value), default=len(value))
-    rest = value[end:]
-    suspicious = bool(rest) and (rest[0] != " " or rest.lstrip(" ")[:1] not in ("", ";", "#"))
-    return name, value[:end], suspicious
+    word = value.replace(";", " ").replace("#", " ").partition(" ")[0]
+    rest = value[len(word):]
+    suspicious = rest[:1] in (";", "#") or rest.lstrip(" ")[:1] not in ("", ";", "#")
+    return name, word, suspicious
 
 
 def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given]]":
@@ -1390,23 +1390,25 @@ def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given
             warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
                  "follows: keys with these characters must be given as base64"
                  % (path, number, name))
-        given[name] = Given(value, "", path, number)
+        given[name] = Given(value, path, number)
     return given
 
 
 def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
     """What these options say, as an rc file has it, in fwknop's order (fwknop spec 2.3)."""
+    if not given.keys().isdisjoint(("HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64")):
+        given = dict(given, USE_HMAC=Given("Y"))
     values = {}
-    for name in [name for name in ROWS if name in given]:
-        said, value = given[name], ROWS[name].value(given[name])
-        text = str(value) if type(value) in (int, str) else said.text
-        if parse_line("%s %s" % (name, text))[1] != text or set("\r\n") & set(text):
-            raise UsageError("%s: an rc file can't hold values with blanks, ';' or '#'"
-                             % said.option, "give keys as base64")
-        values[name] = text
-    if not {"HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64"}.isdisjoint(values):
-        values["USE_HMAC"] = "Y"
-    return {name: values[name] for name in ROWS if name in values and name in DIRECTIVE_NAMES}
+    for name in DIRECTIVE_NAMES:
+        if name in given:
+            value, text = ROWS[name].value(given[name]), given[name].text
+            if type(value) in (int, str):
+                text = str(value)
+            if parse_line("%s %s" % (name, text))[1] != text or set("\r\n") & set(text):
+                raise UsageError("%s: an rc file can't hold values with blanks, ';' or '#'"
+                                 % given[name].where, "give keys as base64")
+            values[name] = text
+    return values
 
 
 def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[str]") -> str:
@@ -1421,10 +1423,8 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
         if name in dropped:
             continue
         if name in values:
-            mark = min((says.index(mark) for mark in (" #", " ;", "\t#", "\t;") if mark in says),
-                       default=len(says))
-            comment = says[len(says[:mark].rstrip(" \t")):]
-            line = "%-24s    %s%s" % (name, values[name], comment)
+            bare = says.replace("\t", " ").replace(" ;", " #").partition(" #")[0].rstrip(" ")
+            line = "%-24s    %s%s" % (name, values[name], says[len(bare):])
             waiting.pop(name, None)
         lines.append(line)
         if name:
@@ -1506,23 +1506,17 @@ def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
     return os.path.join(home, name) if home and "no_home_dir" not in given else None
 
 
-def rc_path(given: "Dict[str, Given]", new: bool = False) -> "Optional[str]":
-    """The rc file: named by --rc-file, or .fwknoprc in the home directory if it is there or `new`.
-
-    None if there is none.
-    """
-    if "no_rc_file" in given:
-        return None
-    if "rc_file" in given:
+def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
+    """The rc file: that of --rc-file, or .fwknoprc in the home directory; None without one."""
+    if "rc_file" in given and "no_rc_file" not in given:
         return given["rc_file"].text
-    path = home_file(given, ".fwknoprc")
-    return path if path and (new or os.path.exists(path)) else None
+    return None if "no_rc_file" in given else home_file(given, ".fwknoprc")
 
 
 def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     """The layers of the rc file for this command line: [default], and the stanza of -n."""
     path, named, new = rc_path(given), given.get("named_config"), "save_stanza" in given
-    if path is None or (new and not os.path.exists(path)):
+    if path is None or ((new or "rc_file" not in given) and not os.path.exists(path)):
         if named is not None and not new:
             raise UsageError("-n needs an rc file, and there is none")
         return []
@@ -1590,12 +1584,12 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
     Whole or not at all, and not if somebody else changed it meanwhile. The new file is the lock:
     nobody who can't write in its directory can keep us waiting.
     """
-    named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given, True)
+    named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given)
     if named is None or path is None:
         raise UsageError("--save-rc-stanza needs %s" % (
             "an rc file" if named else "-n or -D, for the name of the stanza"))
     if not named.text or set("[],\r\n") & set(named.text):
-        raise UsageError("%s: expected the name of a stanza" % named.option)
+        raise UsageError("%s: expected the name of a stanza" % named.where)
 
     values, real = stanza_values(given), os.path.realpath(path)
     new = real + ".updated"
@@ -1727,7 +1721,7 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
     named = settings.given.get("HMAC_DIGEST_TYPE")
     hmac_keys, hmac_file = (settings.hmac_key, settings.hmac_key_base64), settings.hmac_key_file
     wanted = (settings.use_hmac or hmac_keys != (None, None) or hmac_file is not None
-              or (named is not None and named.option))
+              or (named is not None and not named.line))
     if settings.mode == "legacy" and wanted:
         raise UsageError("legacy encryption mode is incompatible with HMAC usage")
     key, hmac_key, keys = None, None, (settings.key, settings.key_base64)

@@ -542,7 +542,7 @@ class RcFile(Case):
             "HMAC_KEY_FILE NAT_ACCESS HTTP_USER_AGENT RESOLVE_URL SERVER_RESOLVE_IPV4 NAT_LOCAL "
             "NAT_RAND_PORT NAT_PORT VERBOSE RESOLVE_IP_HTTP RESOLVE_IP_HTTPS RESOLVE_HTTP_ONLY "
             "WGET_CMD NO_SAVE_ARGS KNOCK_SEQUENCE KNOCK_DELAY").split()
-        self.assertEqual(client.DIRECTIVE_NAMES, set(names))
+        self.assertEqual(set(client.DIRECTIVE_NAMES), set(names))
         for name in names:
             self.assertTrue(client.ROWS[name].help, name)
 
