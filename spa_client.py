@@ -59,13 +59,13 @@ did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop kno
 
 import binascii
 import os
-import struct
 import sys
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    import struct
     from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple, TypeVar
 
     T = TypeVar("T")
@@ -73,8 +73,10 @@ if TYPE_CHECKING:
 else:
     try:
         import _socket as socket  # an eighth of the price of `socket`, and all that is needed
+        import _struct as struct
     except ImportError:
         import socket
+        import struct
 
 VERSION = "0.1.0"
 PROTOCOL_VERSION = "3.0.0"
@@ -486,8 +488,6 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
             "ask for fewer ports at a time, or use a shorter digest")
 
 
-MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
-
 # Networks of IPv4 that are met in many places: loopback, private (RFC 1918), link-local, shared by
 # carriers (RFC 6598, 7335), those of tunnels (RFC 2544), multicast.
 NOT_PUBLIC = ("0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12"
@@ -499,8 +499,6 @@ def is_public(address: bytes) -> bool:
 
     IPv6 hands out public addresses below 2000::/3 only (RFC 4291).
     """
-    if address[:12] == MAPPED:
-        address = address[12:]
     if len(address) == 16:
         return address[0] >> 5 == 1
     for network in NOT_PUBLIC.split():
@@ -775,10 +773,14 @@ def parse_short_user(text: str) -> str:
 
 
 class Given:
-    """The text of one value, and where it stood: an option, or with its `line` a file."""
+    """The text of one value, and where it stood: an option, or with its `line` a file.
 
-    def __init__(self, text: str, where: str = "", line: int = 0) -> None:
-        self.text, self.where, self.line = text, where, line
+    `words` are the option on a command line.
+    """
+
+    def __init__(self, text: str, where: str = "", line: int = 0,
+                 words: "Tuple[str, ...]" = ()) -> None:
+        self.text, self.where, self.line, self.words = text, where, line, words
 
 
 SECRET = (encode_text, decode_base64, parse_hits)  # what these have parsed is not shown in errors
@@ -1207,8 +1209,9 @@ def parse_command_line(words: "List[str]", options: "List[Option]" = OPTIONS,
     found, others = parse_options(options, words[:end + 1])
     given = {}  # type: Dict[str, Given]
     for option, name, text in found:
-        if option.text not in (RESOLVE, STUN) or option.name not in given:
-            given[option.name] = Given(text, name)  # -a and -s go before -R (fwknop spec 2.1)
+        if option.text not in (RESOLVE, STUN) or option.name not in given:  # -a and -s go before -R
+            argument = (text[len(option.text):],) * bool(option.argument)
+            given[option.name] = Given(text, name, 0, (name,) + argument)
     return given, others, words[end + 1:]
 
 
@@ -1241,10 +1244,8 @@ def format_arguments(given: "Dict[str, Given]") -> str:
     fwknop reads and writes the same for words without blanks (fwknop spec 2.7).
     """
     words = ["fwknop"]
-    for said in given.values():
-        option = find_option(OPTIONS, said.where)
-        if option.name not in NOT_KEPT:
-            words += [said.where] + [said.text[len(option.text):]] * bool(option.argument)
+    for name, said in given.items():
+        words += () if name in NOT_KEPT else said.words
     return " ".join(word.replace("\\", "\\\\").replace(" ", "\\ ") for word in words)
 
 
@@ -2065,6 +2066,9 @@ def own_address(link: "socket.socket") -> "Optional[str]":
     return names[0]
 
 
+MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
+
+
 def check_own(text: str, where: str) -> str:
     """Our address as others told it, IPv4 if it was in IPv6; SpaError for one that is nobody's."""
     own = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
@@ -2459,11 +2463,8 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 def random_digits() -> str:
-    """Sixteen decimal digits, each value as likely as any other (fwknop spec 1.2)."""
-    while True:
-        number = int.from_bytes(os.urandom(7), "big")
-        if number < 7 * 10 ** 16:  # so many are a multiple of 10^16: no digit is favoured
-            return "%016d" % (number % 10 ** 16)
+    """Sixteen decimal digits, each value as likely as any other, to 1 in 10^22 (spec 1.2)."""
+    return "%016d" % (int.from_bytes(os.urandom(16), "big") % 10 ** 16)
 
 
 def make_message(settings: Settings, allow_ip: str) -> Message:
