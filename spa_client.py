@@ -438,9 +438,9 @@ def encode_message(message: Message) -> bytes:
     """The message M of fwknop spec 1.1: the fields in their order with `:` in between."""
     fields = [message.random, encode_base64(encode_text(message.user)), str(message.timestamp),
               PROTOCOL_VERSION, str(message.number), encode_base64(encode_text(message.text))]
-    if message.number in (NAT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT):
+    if message.nat:
         fields.append(encode_base64(encode_text(message.nat)))
-    if message.number in (TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, TIMEOUT_LOCAL_NAT):
+    if message.timeout and message.number != COMMAND:
         fields.append(str(message.timeout))
     return ":".join(fields).encode("ascii")
 
@@ -464,8 +464,8 @@ def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
     text, tag = encode_base64(data), ""
     if hmac_key is not None:
         tag = encode_base64(Hmac(DIGESTS[hmac_type], hmac_key)(text.encode("ascii")))
-    known = [len(prefix) for prefix in (PREFIX, GPG_PREFIX) if text.startswith(prefix)]
-    return text[sum(known):] + tag
+    prefix = PREFIX if text.startswith(PREFIX) else GPG_PREFIX
+    return (text[len(prefix):] if text.startswith(prefix) else text) + tag
 
 
 def check_length(packet: str, message: Message, digest_type: str, tag_length: int,
@@ -607,13 +607,13 @@ parse_port = number_parser(1, 65535, "a port number")
 
 def parse_offset(text: str) -> int:
     """Seconds from `90`, `90s`, `5m`, `2hours` or `1d`, with `-` in front or not."""
-    digits = text[1:] if text.startswith("-") else text
+    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
     unit = digits.lstrip("0123456789")
     count = digits[:len(digits) - len(unit)]
     factor = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}.get(unit[:1].lower())
     if not is_decimal(count) or factor is None:
         raise ValueError("expected a time such as 90, 90s, 5m, 2h or 1d")
-    return int(count) * factor * (-1 if text.startswith("-") else 1)
+    return sign * int(count) * factor
 
 
 def choice_parser(names: "Iterable[str]") -> "Callable[[str], str]":
@@ -633,7 +633,7 @@ parse_carrier = choice_parser(CARRIERS)
 
 def parse_printable(text: str) -> str:
     """Text in one line."""
-    if not text.strip() or any(letter < " " or letter == "\x7f" for letter in text):
+    if not text.strip() or min(text) < " " or "\x7f" in text:
         raise ValueError("expected text without control characters")
     return text
 
@@ -661,9 +661,10 @@ def parse_url(text: str) -> "Tuple[str, str, int, str]":
     """A URL of HTTP or HTTPS without user name: itself, host, port and path."""
     scheme, _, rest = text.partition("://")
     place, _, path = rest.partition("/")
-    if scheme not in ("http", "https") or any(not "!" <= letter <= "~" for letter in path):
+    path = "/" + path
+    if scheme not in ("http", "https") or min(path) < "!" or max(path) > "~":
         raise ValueError("expected a URL that begins with https:// or http://")
-    return (text,) + parse_place(place, 443 if scheme == "https" else 80) + ("/" + path,)
+    return (text,) + parse_place(place, 443 if scheme == "https" else 80) + (path,)
 
 
 def parse_access(text: str) -> str:
@@ -720,16 +721,11 @@ def parse_delay(text: str) -> "Tuple[int, int]":
 
 def parse_address(text: str) -> str:
     """An IPv4 or IPv6 address, in the form servers expect."""
-    if ":" in text:
-        try:
-            return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, text))
-        except (OSError, ValueError):
-            raise ValueError("expected an IPv6 address") from None
-    parts = text.split(".")
-    if len(parts) != 4 or not all(
-            is_decimal(part) and str(int(part)) == part and int(part) < 256 for part in parts):
-        raise ValueError("expected an IPv4 or IPv6 address")
-    return text
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    try:
+        return socket.inet_ntop(family, socket.inet_pton(family, text))
+    except (OSError, ValueError):
+        raise ValueError("expected an IPv4 or IPv6 address") from None
 
 
 def parse_spoof(text: str) -> str:
@@ -753,7 +749,7 @@ def parse_user(text: str) -> str:
     """A user name that servers accept (fwknop spec 1.3)."""
     if not 1 <= len(encode_text(text)) <= USER_LIMIT:
         raise ValueError("expected a user name of 1 to %d characters" % USER_LIMIT)
-    if any(not " " <= letter <= "~" or letter in '"/\\[]:;|=,+*?<>' for letter in text):
+    if min(text) < " " or max(text) > "~" or set(text) & set('"/\\[]:;|=,+*?<>'):
         raise ValueError('expected a user name in ASCII, without " / \\ [ ] : ; | = , + * ? < >')
     return text
 
@@ -927,8 +923,8 @@ class Settings:
             self.source_port = random_port()
         self.only_knocks = self.sequence is not None and not (
             self.mode == GPG or self.stdin or self.fd is not None
-            or "USE_HMAC" in given or "ALLOW_IP" in given  # which only packets have
-            or any(name in given for sources in KEY_SOURCES for name in sources))
+            or not given.keys().isdisjoint(  # these only packets have
+                sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP"))))
 
     def check(self) -> None:
         """Raise UsageError for values that do not go together."""
@@ -1885,7 +1881,7 @@ def open_socket(family: int, address: "Tuple[Any, ...]", direct: bool = False,
 def encode_host(host: str) -> bytes:
     """A host name as bytes: for text getaddrinfo() needs the codec idna, which routers lack."""
     try:
-        return host.encode("ascii" if all(letter < "\x7f" for letter in host) else "idna")
+        return host.encode("ascii" if max(host, default="") < "\x7f" else "idna")
     except (LookupError, UnicodeError):
         raise SpaError("%s: not an ASCII name" % host,
                        "give the form that begins with xn--") from None
@@ -2081,7 +2077,7 @@ def check_own(text: str, where: str) -> str:
     return text
 
 
-def resolve_address(settings: Settings, family: int = 0) -> str:
+def resolve_address(settings: Settings, family: int) -> str:
     """Our address: the line of RESOLVE_URL that is one (fwknop spec 2.6); SpaError without any."""
     secure = "" if settings.resolve_http_only else "s"
     page = settings.resolve_url or parse_url(
@@ -2450,9 +2446,11 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
     path = rc_path(given)
     if path is None:
         raise UsageError("--stanza-list needs an rc file, and there is none")
-    names = [name for _, _, name, says in scan(read_private(path)) if says == HEADER]
-    say("\n".join(["The following stanzas are configured in %s :" % path] + [
-        " - " + name for name in names if name.lower() != DEFAULT_STANZA]))
+    text = read_private(path)
+    say("The following stanzas are configured in %s :" % path)
+    for _, _, name, says in scan(text):
+        if says == HEADER and name.lower() != DEFAULT_STANZA:
+            say(" - " + name)
 
 
 # ======================================================================================
