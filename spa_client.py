@@ -681,30 +681,29 @@ PING_BYTES = 56  # in an echo request of any length, as in that of `ping`
 MAX_PING_BYTES = 1452  # those of a longer one come in fragments, which the server does not count
 
 
-def parse_hit(text: str) -> "Tuple[str, int]":
-    """Protocol and port of `7000`, `ssh` or `8000:udp`; of `100:icmp` or `:icmp` the data bytes."""
-    port, colon, protocol = text.partition(":")
-    protocol = protocol.lower() if colon else "tcp"
-    if protocol == "icmp":
-        return protocol, number_parser(0, MAX_PING_BYTES, "bytes")(port) if port else PING_BYTES
-    if protocol not in ("tcp", "udp"):
-        raise ValueError("expected tcp, udp or icmp")
-    return protocol, parse_port(port) if is_decimal(port) else socket.getservbyname(port, protocol)
-
-
 def parse_hits(text: str) -> "List[Tuple[str, int]]":
-    """The hits of `7000, 8000:udp`. The sequence is half a secret: no error tells it.
+    """Protocols and ports of `7000, ssh, 8000:udp`; of `100:icmp` or `:icmp` the data bytes.
 
-    For the server, too, there are at most 32 (knockd spec 1.2).
+    The sequence is half a secret: no error tells it. For the server, too, there are at most 32
+    (knockd spec 1.2).
     """
     hits = []
     for number, item in enumerate(text.split(","), 1):
+        port, colon, protocol = item.lstrip(" ").partition(":")
+        protocol = protocol.lower() if colon else "tcp"
         try:
-            hits.append(parse_hit(item.lstrip(" ")))
+            if protocol == "icmp":
+                where = number_parser(0, MAX_PING_BYTES, "bytes")(port) if port else PING_BYTES
+            elif protocol not in ("tcp", "udp"):
+                raise ValueError
+            else:
+                where = parse_port(port) if is_decimal(port) else socket.getservbyname(
+                    port, protocol)
         except (OSError, ValueError):
             raise ValueError("number %d of the ports: expected PORT, PORT:udp or BYTES:icmp, PORT "
                              "from 1 to 65535 or the name of a service, BYTES up to 1452"
                              % number) from None
+        hits.append((protocol, where))
     if len(hits) > 32:
         raise ValueError("expected at most 32 ports")
     return hits
