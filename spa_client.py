@@ -1504,9 +1504,9 @@ def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
 
 def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
     """The rc file: that of --rc-file, or .fwknoprc in the home directory; None without one."""
-    if "rc_file" in given and "no_rc_file" not in given:
-        return given["rc_file"].text
-    return None if "no_rc_file" in given else home_file(given, ".fwknoprc")
+    if "no_rc_file" in given:
+        return None
+    return given["rc_file"].text if "rc_file" in given else home_file(given, ".fwknoprc")
 
 
 def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
@@ -1537,6 +1537,7 @@ def write_private(path: str, text: str, flags: int) -> None:
         if flags & os.O_EXCL:
             file.flush()
             os.fsync(file.fileno())
+
 
 LOCK_SECONDS = 10.0  # another run needs milliseconds, unless it asks
 
@@ -2037,6 +2038,7 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     return own
 
 
+MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
 NAT64 = b"\0\x64\xff\x9b"  # 64:ff9b::/32, of which IPv6 behind a translator to IPv4 is made
 
 
@@ -2045,12 +2047,15 @@ def own_address(link: "socket.socket") -> "Optional[str]":
 
     There is none if ours is public and the server's is no NAT64 (RFC 6052), or if the server is
     near: with the same first 24 or 64 bits, and reached without a router. Neither alone will do: a
-    tunnel's route has no router, and for IPv6 Linux does not obey SO_DONTROUTE.
+    tunnel's route has no router, and for IPv6 Linux does not obey SO_DONTROUTE. IPv4 inside IPv6
+    is not looked into.
     """
     names = [str(name[0]).partition("%")[0] for name in (link.getsockname(), link.getpeername())]
     own, server = (socket.inet_pton(link.family, name) for name in names)
+    if server.startswith((MAPPED, NAT64)):
+        return None
     if is_public(own):
-        return None if server.startswith(NAT64) else names[0]
+        return names[0]
     near = 8 if link.family == socket.AF_INET6 else 3
     if is_public(server) or own[:near] != server[:near]:
         return None
@@ -2059,9 +2064,6 @@ def own_address(link: "socket.socket") -> "Optional[str]":
     except OSError:
         return None
     return names[0]
-
-
-MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
 
 
 def check_own(text: str, where: str) -> str:

@@ -950,6 +950,7 @@ class Network(Case):
         self.assertIsNone(self.own("192.168.1.2", "8.8.8.8", False))
         self.assertEqual(self.own("fd77::1", "fd77::2", False), "fd77::1")
         self.assertIsNone(self.own("fd77::1", "fd78::2", False))
+        self.assertIsNone(self.own("::ffff:10.0.0.2", "::ffff:10.50.0.9", False))
         self.assertEqual(self.own("2001:db8::1", "2001:db8:1::2", True), "2001:db8::1")
         self.assertEqual(self.own("fe80::1%eth0", "fe80::2%eth0", False), "fe80::1")
 
