@@ -2590,33 +2590,24 @@ class Knock:
             say("test mode enabled, SPA packet not actually sent."
                 + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
 
-
-def knock_and_wait(settings: Settings, place: "Optional[Tuple[str, int]]",
-                   sent: "Callable[[], None]") -> "Optional[socket.socket]":
-    """Knock, call `sent`, and connect to `place` if there is one; SpaError if it does not open."""
-    addresses = find_addresses(*place, settings.ip_version) if place else []
-    knock = Knock(settings)
-    if settings.test:
-        knock.show()
-    else:
-        knock()
-    sent()
-    if place is None:
-        return None
-    import errno
-    begin, seconds = time.monotonic(), settings.wait or WAIT_SECONDS
-    link, error = wait_until_open(addresses, seconds, knock, settings.sequence is not None)
-    if link is None:
-        why = {0: "nothing answers. The server rejected the knock (its log says why), opened for"
-                  " another address than ours, or does not get our packets",
-               errno.ECONNREFUSED: "connections are refused. The port may be open, but no service"
-                                   " listens on it"}.get(error) or os.strerror(error)
-        raise SpaError("tcp/%d of %s did not open in %d seconds: %s"
-                       % (place[1], place[0], seconds, why))
-    if settings.wait is not None and not (settings.relay or settings.execute or settings.quiet):
-        say("tcp/%d of %s opened after %.2f seconds"
-            % (place[1], link.getpeername()[0], time.monotonic() - begin))
-    return link
+    def wait(self, place: "Tuple[str, int]", addresses: "List[Address]") -> "socket.socket":
+        """The connection to a TCP port that is to open at this host; SpaError if it does not."""
+        import errno
+        begin, settings = time.monotonic(), self.settings
+        seconds = settings.wait or WAIT_SECONDS
+        link, error = wait_until_open(addresses, seconds, self, settings.sequence is not None)
+        if link is None:
+            why = {0: "nothing answers. The server rejected the knock (its log says why), opened"
+                      " for another address than ours, or does not get our packets",
+                   errno.ECONNREFUSED: "connections are refused. The port may be open, but no"
+                                       " service listens on it"}.get(error) or os.strerror(error)
+            raise SpaError("tcp/%d of %s did not open in %d seconds: %s"
+                           % (place[1], place[0], seconds, why))
+        if settings.wait is not None and not (
+                settings.relay or settings.execute or settings.quiet):
+            say("tcp/%d of %s opened after %.2f seconds"
+                % (place[1], link.getpeername()[0], time.monotonic() - begin))
+        return link
 
 
 def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[str]",
@@ -2629,9 +2620,18 @@ def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[s
     places = [find_place(settings, words, command) for settings in several]
     failed, link = 0, None  # type: int, Optional[socket.socket]
     for settings, place in zip(several, places):
-        early = settings.relay and settings is not several[-1]
+        if settings.relay and settings is not several[-1]:
+            place = None
         try:
-            link = knock_and_wait(settings, None if early else place, sent)
+            addresses = find_addresses(*place, settings.ip_version) if place else []
+            knock = Knock(settings)
+            if settings.test:
+                knock.show()
+            else:
+                knock()
+            sent()
+            if place is not None:
+                link = knock.wait(place, addresses)
         except SpaError as error:
             if len(several) == 1:
                 raise
