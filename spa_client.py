@@ -227,6 +227,11 @@ def encode_text(text: str) -> bytes:
     return text.encode(sys.getfilesystemencoding(), "surrogateescape")
 
 
+def decode_text(data: bytes) -> str:
+    """The text of a file, of which encode_text() makes the same bytes again."""
+    return data.decode(sys.getfilesystemencoding(), "surrogateescape")
+
+
 # ======================================================================================
 # 3. AES (FIPS 197)
 #
@@ -1491,7 +1496,7 @@ def read_private(path: str, pipe: bool = False) -> str:
                     warn("%s: permissions should only be user read/write (0600)" % path)
                 if status.st_uid != os.geteuid():
                     warn("%s: not owned by current effective user id" % path)
-            return file.read().decode(sys.getfilesystemencoding(), "surrogateescape")
+            return decode_text(file.read())
     except (OSError, ValueError) as error:
         raise ConfigError(path, 0, "cannot be read: %s" % reason(error)) from None
 
@@ -1592,8 +1597,11 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
     new = real + ".updated"
 
     def read() -> str:
-        """The file as it is now."""
-        return read_private(real) if os.path.exists(real) else ""
+        """The file as it is now; read_layers() has warned of what is to be warned of."""
+        if not os.path.exists(real):
+            return ""
+        with open(real, "rb") as file:
+            return decode_text(file.read())
 
     with ErrorsOf(real):
         descriptor = create_alone(new)

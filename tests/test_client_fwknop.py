@@ -998,6 +998,8 @@ NO_SAVE_ARGS                Y
         self.dump(*words)
         self.assertTrue(os.path.islink(link))
         self.assertIn("tcp/22", self.read("real"))
+        os.chmod(link, 0o644)
+        self.assertEqual(1, self.run_main(*words, "--force-stanza")[2].count("permissions"))
 
     def test_generated_keys(self) -> None:
         """-k and -K with --save-rc-stanza put the keys into the stanza, once asked."""
