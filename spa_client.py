@@ -2008,10 +2008,9 @@ def send_hit(link: "socket.socket", protocol: str, port: int) -> None:
         hit.close()
 
 
-def pause(delay: "Tuple[int, int]") -> None:
-    """Wait for so many milliseconds: at least, and at most."""
-    random = int.from_bytes(os.urandom(7), "big") % (delay[1] - delay[0] + 1)
-    time.sleep((delay[0] + random) / 1000)
+def pause(least: int, most: int) -> None:
+    """Wait for so many milliseconds."""
+    time.sleep((least + int.from_bytes(os.urandom(7), "big") % (most - least + 1)) / 1000)
 
 
 def random_port() -> int:
@@ -2335,12 +2334,11 @@ def relay(link: "socket.socket") -> None:
     link.setblocking(True)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     _thread.start_new_thread(send_input, ())
-    try:
-        copy(link.recv, lambda rest: os.write(1, rest))
-    except BrokenPipeError:
-        return  # nobody reads any more
-    except OSError as error:
-        raise SpaError("the connection broke: %s" % reason(error)) from None
+    with ErrorsOf("the connection broke"):
+        try:
+            copy(link.recv, lambda rest: os.write(1, rest))
+        except BrokenPipeError:
+            return  # nobody reads any more
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader's end of file
     sent.acquire()
 
@@ -2521,7 +2519,7 @@ class Knock:
         if settings.sequence:
             self.at_each(settings.server or "", self.doors, self.hit, "was not hit")
         if settings.sequence and not settings.only_knocks:
-            pause(settings.delay)  # the packet must not be the first to be seen
+            pause(*settings.delay)  # the packet must not be the first to be seen
         if not settings.only_knocks:
             self.at_each(self.host, self.addresses, self.send, "got no packet")
         self.first = False
@@ -2549,7 +2547,7 @@ class Knock:
             open_ping(link.family).close()  # half a sequence is worth nothing
         for number, (protocol, port) in enumerate(hits):
             if number:
-                pause(self.settings.delay)
+                pause(*self.settings.delay)
             if self.settings.verbose:
                 say("hitting %s %s:%d" % (protocol, link.getpeername()[0], port))
             send_hit(link, protocol, port)
