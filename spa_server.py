@@ -5431,20 +5431,19 @@ MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
 STOP_SECONDS = 5.0  # how long a clean stop waits for commands
 SWITCH_SECONDS = 2  # how much later than the server its switch closes
-TIME_IS_OVER = "Timer expired"
+TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing"  # why it closes
 
 # The first program that is executed is trusted. The kernel lets this server wait for it, and its
 # owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
 RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 
-# SIGTERM ends only the sleep: whoever ends all processes of the service closes at once.
-SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
-
-# With these two the time begins when a command has ended, whoever lives to see it: its shell holds
-# one end of a pipe as its input, and the switch waits at the other.
+# Its shell holds one end of a pipe as its input, and the switch waits at the other: the time begins
+# when this has ended, whoever lives to see it.
 RUN_AT_PIPE = (b"/bin/sh", b"-c", b'"$@" </dev/null; exit $?', b"sh")
-SWITCH_AT_PIPE = (b"/bin/sh", b"-c",
-                  b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
+
+# SIGTERM ends only what it waits for: whoever ends all processes of the service closes at once.
+SWITCH = (b"/bin/sh", b"-c",
+          b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
 
 
 def launch(command: Command, output: int, outlives: bool = False,
@@ -5473,10 +5472,8 @@ def launch(command: Command, output: int, outlives: bool = False,
             command.words, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
-    except OSError as error:
-        raise CommandError("%s: %s" % (command, os.strerror(error.errno or 0))) from None
-    except (ValueError, subprocess.SubprocessError) as error:
-        raise CommandError("%s: %s" % (command, error)) from None
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise CommandError("%s: %s" % (command, getattr(error, "strerror", error))) from None
 
 
 def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
@@ -5491,17 +5488,17 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command of a cycle that runs, until `due` on the monotonic clock, and what it printed."""
 
-    def __init__(self, cycle: "Cycle", command: Command, due: float, closes: bool,
-                 pipe: Optional[int]) -> None:
-        self.cycle, self.command, self.due, self.closes = cycle, command, due, closes
+    def __init__(self, cycle: "Cycle", command: Command, limit: float, closes: bool,
+                 source: int = subprocess.DEVNULL) -> None:
+        self.cycle, self.command, self.closes = cycle, command, closes
         self.kind = cycle.closing_kind if closes else cycle.kind
-        run = RUN if pipe is None else RUN_AT_PIPE
+        run = RUN if source == subprocess.DEVNULL else RUN_AT_PIPE
         self.popen = launch(command._replace(words=run + command.words), subprocess.PIPE,
-                            cycle.waits, subprocess.DEVNULL if pipe is None else pipe)
+                            cycle.waits, source)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
-        self.signal = signal.SIGTERM  # that ends it when it is due
+        self.due, self.signal = time.monotonic() + limit, signal.SIGTERM  # which ends it then
 
 
 class Cycle:
@@ -5510,46 +5507,37 @@ class Cycle:
     `limit` is how many seconds each may run, `stanza` and `label` say whose they are.
     """
 
-    closing_kind = "CMD_CYCLE_CLOSE"  # what begins the log's lines of the command that closes
+    # The lines of the log: what it runs, what it will run, why it closes, and how a command ended.
+    opens = "{cycle.label}Running CMD_CYCLE_OPEN command: {cycle.opening}{cycle.opening.runner}"
+    will_close = ("{cycle.label}Running CMD_CYCLE_CLOSE command in {seconds} seconds: "
+                  "{cycle.closing}")
+    closes: Tuple[str, ...] = ("{cycle.label}{why}, running CMD_CYCLE_CLOSE command: "
+                               "{cycle.closing}{cycle.closing.runner}",)
+    ended = failed = "{kind}: command returned {code}, pid_status: {code}"
+    reasons: Dict[str, str] = {}  # other words for why it closes
+    closing_kind = "CMD_CYCLE_CLOSE"  # what begins the lines of the command that closes
+
     waits = False  # whether `seconds` begin when the command that opens has ended
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
     def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
                  opening: Command, closing: Command) -> None:
         self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
+        if kind == "CMD_EXEC":
+            self.opens = "{cycle.label}Running command '{cycle.opening}'{cycle.opening.runner}"
         self.opening_limit = float(limit)
         self.opening, self.closing, self.seconds = opening, closing, seconds
         self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
         self.ends = FOR_EVER if self.waits else time.monotonic() + seconds
         self.openings: List[Child] = []  # the last one, and those before that still run
         self.switch: Optional["subprocess.Popen[bytes]"] = None
-        self.failed = False  # whether its command that closes has
+        self.retried = False  # whether the command that closes has failed once
 
     @property
     def is_open(self) -> bool:
         """Whether its command has opened or is about to, and its switch has not closed."""
         return (self.openings[-1].popen.poll() in (None, 0)
                 and self.switch is not None and self.switch.poll() is None)
-
-    def opening_line(self) -> str:
-        """What the log says when it opens."""
-        return ("%sRunning command '%s'%s" if self.kind == "CMD_EXEC" else
-                "%sRunning CMD_CYCLE_OPEN command: %s%s") % (self.label, self.opening,
-                                                             self.opening.runner)
-
-    def waiting_line(self, seconds: int) -> str:
-        """What it says then of the command that will close, if anything."""
-        return "%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s" % (self.label, seconds,
-                                                                        self.closing)
-
-    def closing_lines(self, why: str) -> List[str]:
-        """What it says when it closes: `why` is TIME_IS_OVER or another reason."""
-        return ["%s%s, running CMD_CYCLE_CLOSE command: %s%s" % (
-            self.label, why, self.closing, self.closing.runner)]
-
-    def end_line(self, kind: str, code: int) -> str:
-        """What it says when a command has ended with this code, if anything."""
-        return "%s: command returned %d, pid_status: %d" % (kind, code, code)
 
 
 class KnockdCycle(Cycle):
@@ -5559,38 +5547,22 @@ class KnockdCycle(Cycle):
     is read, and no SIGPIPE ends them when the server has ended.
     """
 
+    opens, will_close = "{cycle.kind}: running command: {cycle.texts[0]}", ""
+    closes = "{cycle.label}{why}", "{cycle.kind}: running command: {cycle.texts[1]}"
+    ended, failed = "", "{kind}: command returned non-zero status code ({code})"
+    reasons = {TIME_IS_OVER: "command timeout", SHUT_DOWN: "shutting down", FLUSHED: "flushing"}
     waits = True
     most_running, most_open = 100, 1000
 
     def __init__(self, door: KnockdDoor, address: Address, limit: int) -> None:
+        self.texts = door.commands(address)
         start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None)
-                       for text in door.commands(address)]
+                       for text in self.texts]
         super().__init__(door.name, door.number, "%s: %s: " % (address, door.name), limit,
                          door.stop_seconds, start, stop)
         self.opening_limit = FOR_EVER
         self.closing_kind = door.name
         self.key = door.number, address, stop
-
-    def opening_line(self) -> str:
-        """The command."""
-        return self.running_line(self.opening)
-
-    def running_line(self, command: Command) -> str:
-        """The line of a command."""
-        return "%s: running command: %s" % (self.kind, command.words[-1].decode("latin-1"))
-
-    def waiting_line(self, seconds: int) -> str:
-        """Nothing."""
-        return ""
-
-    def closing_lines(self, why: str) -> List[str]:
-        """Why, and the command."""
-        return [self.label + ("command timeout" if why == TIME_IS_OVER else why.lower()),
-                self.running_line(self.closing)]
-
-    def end_line(self, kind: str, code: int) -> str:
-        """Only of those that fail."""
-        return "%s: command returned non-zero status code (%d)" % (kind, code) if code else ""
 
 
 class Commands:
@@ -5628,10 +5600,8 @@ class Commands:
         known = self.cycles.get(cycle.key)
         return known is not None and known.opening == cycle.opening and known.is_open
 
-    def start(self, cycle: Cycle, command: Command, limit: float, closes: bool,
-              pipe: Optional[int] = None) -> Child:
-        """Starts a command whose output and end come to the log; it has `limit` seconds."""
-        child = Child(cycle, command, time.monotonic() + limit, closes, pipe)
+    def follow(self, child: Child) -> Child:
+        """Takes output and end of a command to the log."""
         self.running.append(child)
         self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
         return child
@@ -5658,7 +5628,8 @@ class Commands:
         for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
             self.log.info("%s: %s" % (child.kind, line))
         code = child.popen.returncode
-        self.log.write(WARNING if code else INFO, child.cycle.end_line(child.kind, code))
+        self.log.write(WARNING if code else INFO, (
+            child.cycle.failed if code else child.cycle.ended).format(kind=child.kind, code=code))
         if child.closes:
             self.finish_close(child.cycle, code)
             return
@@ -5696,39 +5667,41 @@ class Commands:
             cycle.ends = max(cycle.ends, known.ends)
         seconds = (cycle.seconds if cycle.ends == FOR_EVER else
                    int(cycle.ends - time.monotonic() + 0.999))
-        pipe = os.pipe() if cycle.waits and cycle.closing.words and not lasts else (None, None)
+        if known:
+            cycle.openings = [each for each in known.openings
+                              if lasts or each.popen.poll() is None]
+        pipe = (os.pipe() if cycle.waits and cycle.closing.words and not lasts else
+                (subprocess.DEVNULL,) * 2)
         try:
             if cycle.closing.words:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
-            if known and lasts:
-                cycle.openings = known.openings
-            else:
-                if known:
-                    cycle.openings = [each for each in known.openings if each.popen.poll() is None]
-                self.log.info(cycle.opening_line())
-                cycle.openings.append(self.start(cycle, cycle.opening, cycle.opening_limit, False,
-                                                 pipe[1]))
+            if not lasts:
+                self.log.info(cycle.opens.format(cycle=cycle))
+                cycle.openings.append(self.follow(Child(cycle, cycle.opening, cycle.opening_limit,
+                                                        False, pipe[1])))
         except CommandError:
             self.end_switch(cycle)
             raise
         finally:
             for end in pipe:
-                if end is not None:  # which 0 is not either
+                if end != subprocess.DEVNULL:
                     os.close(end)
         if known:
             self.end_switch(known)
         if cycle.closing.words:
             self.cycles[cycle.key] = cycle
-            self.log.info(cycle.waiting_line(seconds))
+            self.log.info(cycle.will_close.format(cycle=cycle, seconds=seconds))
 
-    def set_switch(self, cycle: Cycle, seconds: int, pipe: Optional[int] = None) -> None:
+    def set_switch(self, cycle: Cycle, seconds: int, source: int = subprocess.DEVNULL) -> None:
         """Gives a cycle a switch, in place of the one that it may have."""
-        words = SWITCH if pipe is None else SWITCH_AT_PIPE
-        switch = launch(Command(words + (b"%d" % seconds,) + cycle.closing.words,
-                                cycle.closing.account), subprocess.DEVNULL,
-                        source=subprocess.DEVNULL if pipe is None else pipe)
+        switch = launch(self.delayed(cycle.closing, seconds), subprocess.DEVNULL, source=source)
         self.end_switch(cycle)
         cycle.switch = switch
+
+    @staticmethod
+    def delayed(command: Command, seconds: int) -> Command:
+        """The same, some seconds later."""
+        return command._replace(words=SWITCH + (b"%d" % seconds,) + command.words)
 
     def end_switch(self, cycle: Cycle) -> None:
         """Takes the switch of a cycle away, if it has one; look() takes note of its end."""
@@ -5745,8 +5718,8 @@ class Commands:
         del self.cycles[cycle.key]
         for child in cycle.openings:
             end_group(child.popen, signal.SIGKILL)  # or it might open after this
-        for line in cycle.closing_lines(why):
-            self.log.info(line)
+        for form in cycle.closes:
+            self.log.info(form.format(cycle=cycle, why=cycle.reasons.get(why, why)))
         code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
             self.log.warning("%s: its switch has run it, which returned %d"
@@ -5758,7 +5731,7 @@ class Commands:
         """Starts the command that closes a cycle."""
         try:
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
-            self.start(cycle, command, cycle.limit + SWITCH_SECONDS, True)
+            self.follow(Child(cycle, command, cycle.limit + SWITCH_SECONDS, True))
         except CommandError as error:
             self.leave_to_switch(cycle, str(error))
 
@@ -5775,12 +5748,11 @@ class Commands:
         """
         if code == 0:
             self.end_switch(cycle)
-        elif cycle.failed:
+        elif cycle.retried:
             self.leave_to_switch(cycle, "%s%s has failed twice" % (cycle.label, cycle.closing))
         else:
-            cycle.failed = True
-            words = SWITCH + (b"%d" % SWITCH_SECONDS,) + cycle.closing.words
-            self.start_close(cycle, Command(words, cycle.closing.account))
+            cycle.retried = True
+            self.start_close(cycle, self.delayed(cycle.closing, SWITCH_SECONDS))
 
     def next_due(self) -> float:
         """When look() is due, on the monotonic clock."""
@@ -5795,7 +5767,7 @@ class Commands:
     def stop(self) -> None:
         """Closes everything at once, and waits a while for the commands that run."""
         end = time.monotonic() + STOP_SECONDS
-        self.close_all("Shutting down")
+        self.close_all(SHUT_DOWN)
         while self.running and time.monotonic() < end:
             time.sleep(0.01)
             for child in self.running:
@@ -6527,7 +6499,7 @@ class Server(KnockGate):
 
     def flush(self) -> None:
         """Closes all that is open: grants, cycles, and what earlier settings have left."""
-        self.commands.close_all("Flushing")
+        self.commands.close_all(FLUSHED)
         try:
             self.grants.flush()
         finally:
