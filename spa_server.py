@@ -3006,9 +3006,9 @@ STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
 class Log:
     """Lines to stderr, with `<N>` before each when that is systemd's journal, and to syslog."""
 
-    def __init__(self, stream: Any = None, to_syslog: bool = False, level: int = INFO,
+    def __init__(self, stream: Any = None,
                  monotonic: Callable[[], float] = time.monotonic) -> None:
-        self.stream, self.to_syslog, self.level = stream, to_syslog, level
+        self.stream, self.to_syslog, self.level = stream, False, INFO
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.path = ""  # of a file that gets the lines as well, with knockd's date
@@ -3234,10 +3234,8 @@ class Gpg:
         if question not in self.answers:
             start = self.monotonic()
             if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
-                raise TooFast("gpg too fast", (
-                    "GPG packets that open nothing come too fast; this one is not decrypted"
-                    if hmac else
-                    "GPG packets without HMAC come too fast; this one is not decrypted"))
+                raise TooFast("gpg too fast", "GPG packets %s come too fast; this one is not "
+                              "decrypted" % ("that open nothing" if hmac else "without HMAC"))
             try:
                 answer = self.run(command, passphrase, message)
             finally:  # as if the burst had been saved up, one a second, since busy_until
@@ -3434,25 +3432,25 @@ class ReplayMemory:
         unread = 0
         for line in lines:
             words = line.split()
-            if words[:2] == ["#", "began"] and len(words) == 5:
+            if line.startswith("#"):
                 self.load_beginning(words)
-            elif (len(words) == 7 and not words[6].strip("0123456789") and len(words[6]) < 12
-                  and not line.startswith("#")):
+            elif len(words) == 7 and words[6].isdigit() and len(words[6]) < 12:
                 age = min(max(0.0, wall - int(words[6])), now)
                 self.seen[words[0]] = Remembered(line, int(words[6]), now - age)
-            elif words and not line.startswith("#"):
+            elif words:
                 unread += 1
         if unread:
             self.log.warning("%s: %d lines are not packets and are dropped" % (path, unread))
 
     def load_beginning(self, words: List[str]) -> None:
-        """Goes on with the memory of these words, `# began MONOTONIC BOOT_ID FORGOTTEN`."""
+        """Goes on with the memory of `# began MONOTONIC BOOT_ID FORGOTTEN`; else it is a comment.
+        """
         try:
-            began, forgotten = float(words[2]), int(words[4])
-        except ValueError:
+            began, boot_id, forgotten = float(words[2]), words[3], int(words[4])
+        except (ValueError, IndexError):
             return
         self.forgotten = forgotten
-        if words[3] == self.boot_id and 0 <= began <= self.began:
+        if boot_id == self.boot_id and 0 <= began <= self.began:
             self.began = began
 
     def check_unseen(self, datagram: Datagram) -> None:
@@ -3562,8 +3560,7 @@ class ReplayMemory:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
             file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-            with open(file, "wb", closefd=False) as stream:
-                stream.write(text.encode("latin-1", "replace"))
+            self.append(file, text.encode("latin-1", "replace"))
             os.rename(temporary, self.path)
         except OSError as error:
             if file is not None:
@@ -3672,13 +3669,14 @@ class Netlink:
         header = struct.pack("=IHHII", len(body) + 20, kind, flags | NLM_REQUEST, 1, 0)
         return header + struct.pack(">BBH", family, 0, resource) + body
 
-    def commit(self, messages: List[Tuple[int, int, int, bytes]]) -> None:
-        """Does all of (type, flags, family, attributes) in one transaction, or none."""
-        last = len(messages) - 1
-        batch = [self.message(kind, flags | (NLM_ACK if place == last else 0), family, body)
-                 for place, (kind, flags, family, body) in enumerate(messages)]
-        begin = self.message(BATCH_BEGIN, 0, 0, b"", NFT >> 8)
-        self.send(begin + b"".join(batch) + self.message(BATCH_END, 0, 0, b"", NFT >> 8))
+    def commit(self, messages: List[Tuple[int, int, bytes]]) -> None:
+        """Does all of (type, family, attributes) in one transaction, or none."""
+        flags = [NLM_CREATE if kind == NEW_ELEMENT else 0 for kind, _, _ in messages]
+        flags[-1] |= NLM_ACK
+        batch = [self.message(kind, flag, family, body)
+                 for flag, (kind, family, body) in zip(flags, messages)]
+        begin, end = [self.message(kind, 0, 0, b"", NFT >> 8) for kind in (BATCH_BEGIN, BATCH_END)]
+        self.send(begin + b"".join(batch) + end)
         # The kernel has answered when sendto() returns.
         numbers = [-struct.unpack_from("=i", body)[0]
                    for kind, body in self.answers(socket.MSG_DONTWAIT) if kind == NLMSG_ERROR]
@@ -3722,10 +3720,6 @@ class Netlink:
                 raise self.error(-struct.unpack_from("=i", body)[0])
             found.append(attributes(body[4:]))
         raise self.error(errno.EAGAIN)
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self.socket.close()
 
 
 def is_own_address(address: Address) -> bool:
@@ -3817,6 +3811,8 @@ class PacketCapture(Capture):
     that one inside a bridge works as well. The kernel has taken a VLAN tag off.
     """
 
+    decode: Callable[[bytes], Any] = staticmethod(decode_ip)
+
     def __init__(self, interface: str, protocol: int, code: bytes, promiscuous: bool) -> None:
         opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
         try:
@@ -3835,22 +3831,33 @@ class PacketCapture(Capture):
         super().__init__(opened, interface or "any")
         drain_socket(opened)  # what came before the filter was there
 
-    def receive(self) -> Optional[Datagram]:
-        """The next datagram."""
-        return decode_ip(self.socket.recv(MAX_PACKET))
+    def receive(self) -> Any:
+        """The next datagram, or hit."""
+        return self.decode(self.socket.recv(MAX_PACKET))
 
 
 class KnockCapture(PacketCapture):
     """A packet socket for the steps of some sequences. Others may have one at the same place."""
 
-    def __init__(self, sequences: List[Sequence], interface: str, protocol: int, code: bytes,
-                 promiscuous: bool) -> None:
-        super().__init__(interface, protocol, code, promiscuous)
-        self.sequences = sequences
+    decode = staticmethod(decode_hit)
+    sequences: List[Sequence] = []
 
-    def receive(self) -> Optional[Hit]:  # type: ignore[override]
-        """The next one; None for what can be none."""
-        return decode_hit(self.socket.recv(MAX_PACKET))
+
+def bound_socket(family: int, kind: int, port: int, *options: Tuple[int, int]) -> socket.socket:
+    """A socket at a port of all addresses of one family, with these options on."""
+    opened = socket.socket(family, kind)
+    try:
+        for level, option in options:
+            opened.setsockopt(level, option, 1)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        opened.bind(("", port))
+        if kind == socket.SOCK_STREAM:
+            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
+    except OSError:
+        opened.close()
+        raise
+    return opened
 
 
 class UdpCapture(Capture):
@@ -3859,19 +3866,10 @@ class UdpCapture(Capture):
     protocol = "UDP"
 
     def __init__(self, family: int, port: int) -> None:
-        opened = socket.socket(family, socket.SOCK_DGRAM)
-        try:
-            if family == socket.AF_INET6:
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            else:
-                opened.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-            opened.bind(("", port))
-        except OSError:
-            opened.close()
-            raise
         self.family, self.port = family, port
-        super().__init__(opened, "UDP port %d" % port)
+        super().__init__(bound_socket(family, socket.SOCK_DGRAM, port, (
+            (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if family == socket.AF_INET6 else
+            (socket.IPPROTO_IP, IP_PKTINFO))), "UDP port %d" % port)
 
     def receive(self) -> Optional[Datagram]:
         """The next datagram. in_pktinfo: {index, local, address}; in6_pktinfo: {address, index}."""
@@ -3908,21 +3906,12 @@ class TcpCapture(Capture):
     protocol = "TCP"
 
     def __init__(self, family: int, port: int) -> None:
-        opened = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            opened.bind(("", port))
-            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
-        except OSError:
-            opened.close()
-            raise
         self.family, self.port = family, port
-        super().__init__(opened, "TCP port %d" % port, 2 * MAX_REQUEST)
+        super().__init__(bound_socket(family, socket.SOCK_STREAM, port, (
+            socket.SOL_SOCKET, socket.SO_REUSEADDR)), "TCP port %d" % port, 2 * MAX_REQUEST)
         self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
         self.selector = selectors.EpollSelector()
-        self.selector.register(opened, selectors.EVENT_READ)
+        self.selector.register(self.socket, selectors.EVENT_READ)
 
     def fileno(self) -> int:
         """One that is readable when the socket or a connection is."""
@@ -4143,7 +4132,7 @@ def open_sockets(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int, capture
                 raise SpaError("%s port %d: %s" % (kind.protocol, port, error.strerror)) from None
 
 
-def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
+def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCapture]:
     """The packet sockets of PCAP_INTF; none while it does not exist.
 
     What comes to the TCP server is not looked at: it would come twice.
@@ -4152,25 +4141,26 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     if settings.tcp_server:
         served = parse_packet_filter("tcp dst port %d" % settings.tcp_port)
         tree = Junction("and", (tree, Junction("not", (served,))))
-    code = compile_filter(tree, settings.any_direction)
-    interface = "" if settings.interface == "any" else settings.interface
+    return packet_sockets(PacketCapture, settings.interface,
+                          compile_filter(tree, settings.any_direction), log,
+                          settings.any_direction, settings.promiscuous)
+
+
+def packet_sockets(kind: Callable[..., T], name: str, code: bytes, log: Log,
+                   any_direction: bool = False, promiscuous: bool = False) -> List[T]:
+    """Packet sockets with a filter, on an interface or on any; none while it is missing."""
+    interface = "" if name == "any" else name
     # Only a socket for all protocols sees what goes out.
-    protocols = (ETH_P_ALL,) if interface or settings.any_direction else (ETH_P_IP, ETH_P_IPV6)
-    return packet_sockets(PacketCapture, interface, protocols, code, settings.promiscuous, log)
-
-
-def packet_sockets(kind: Callable[..., PacketCapture], interface: str, protocols: Tuple[int, ...],
-                   code: bytes, promiscuous: bool, log: Log) -> List[Capture]:
-    """Packet sockets with a filter, for these protocols; none while the interface is missing."""
+    protocols = (ETH_P_ALL,) if interface or any_direction else (ETH_P_IP, ETH_P_IPV6)
     try:
         return [kind(interface, protocol, code, promiscuous) for protocol in protocols]
     except PermissionError:
         raise
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
-            raise SpaError("%s: %s" % (interface or "any", error.strerror)) from None
+            raise SpaError("%s: %s" % (name, error.strerror)) from None
         log.warning("Interface %s does not exist; it is waited for, and until then no knock is "
-                    "heard" % interface)
+                    "heard" % name)
         return []
 
 
@@ -4193,10 +4183,9 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log) -> List[Captu
             if four_only:
                 tree = Junction("and", (IS_IPV4, tree))
             for name in interfaces:
-                captures += packet_sockets(
-                    partial(KnockCapture, sequences), "" if name == "any" else name,
-                    (ETH_P_IP, ETH_P_IPV6) if name == "any" else (ETH_P_ALL,),
-                    compile_filter(tree), False, log)
+                for capture in packet_sockets(KnockCapture, name, compile_filter(tree), log):
+                    capture.sequences = sequences
+                    captures.append(capture)
     except (PermissionError, AttributeError, SpaError) as error:
         close_captures(captures, ())
         raise error if isinstance(error, SpaError) else SpaError(
@@ -4233,9 +4222,13 @@ class Firewall:
         """Where this door, or access, goes, for the log."""
         return "nowhere"
 
+    def places_of(self, door: Door) -> List[Any]:
+        """The places that this door goes to."""
+        return [None]
+
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
-        return True
+        return bool(self.places_of(door))
 
     def form(self, door: Door) -> Optional[Door]:
         """The door in the form that this firewall keeps; None when the host's firewall sees to it.
@@ -4542,18 +4535,18 @@ class NftFirewall(Firewall):
                 + ["closed %s accept" % shape.match() for shape in self.shapes_at(GUARD_TABLE)]
                 + ["closed counter drop"])
 
-    def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
-        """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
-        names = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
-        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
-            attribute(kind, name) for kind, name in names.items()))
-        return [rule for rule in rules if names.items() <= rule.items()]  # old kernels list all
-
     def our_rules(self, place: NftChain) -> List[bytes]:
-        """The handles of the rules in a chain that are ours: in one of the host's by comment."""
-        mark = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"  # nft's user data
-        return [rule[RULE_HANDLE] for rule in self.read_rules(place)
-                if place not in self.chains or rule.get(RULE_USERDATA) == mark]
+        """The handles of the rules in a chain that are ours: in one of the host's by comment.
+
+        A chain that is not there is an error, or has none: kernels differ.
+        """
+        ours = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
+        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
+            attribute(kind, name) for kind, name in ours.items()))
+        if place in self.chains:  # nft's user data: type, length, comment
+            ours[RULE_USERDATA] = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"
+        return [rule[RULE_HANDLE] for rule in rules  # old kernels list those of all chains
+                if ours.items() <= rule.items()]
 
     def read_made(self) -> Dict[NftChain, List[bytes]]:
         """The handles of all rules of ours: a flushed or rebuilt chain has others."""
@@ -4561,23 +4554,23 @@ class NftFirewall(Firewall):
                for chain in OWN_CHAINS.get(place, ())]
         return {place: self.our_rules(place) for place in own + self.chains}
 
-    def holds(self, door: Door) -> bool:
-        """Whether there is a place for this door."""
-        return bool(self.places_of(door))
-
     def places_of(self, door: Door) -> List[NftChain]:
         """The places that have a set for this door."""
         wanted = shape_of(door)
         return [place for place, shape in self.sets if shape == wanted]
 
-    def element(self, place: NftChain, door: Door, timeout: bytes = b"") -> bytes:
-        """The attributes of a message about a door's element of a set or map."""
+    def element(self, kind: int, place: NftChain, door: Door, seconds: float = 0.0
+                ) -> Tuple[int, int, bytes]:
+        """The message of a kind about a door's element of a set or map, which has a time or none.
+        """
         shape = shape_of(door)
         element = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, shape.key(door)))
         if door.target and place == NAT_TABLE:
             element += attribute(NESTED | ELEMENT_DATA, attribute(DATA_VALUE, shape.value(door)))
-        item = attribute(NESTED | LIST_ITEM, element + timeout)
-        return set_name(place, shape) + attribute(NESTED | LIST_ELEMENTS, item)
+        if seconds:
+            element += attribute(ELEMENT_TIMEOUT, struct.pack(">Q", int(seconds * 1000)))
+        items = attribute(NESTED | LIST_ELEMENTS, attribute(NESTED | LIST_ITEM, element))
+        return kind, NFT_FAMILIES[place.family], set_name(place, shape) + items
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants` in one transaction.
@@ -4590,18 +4583,14 @@ class NftFirewall(Firewall):
         before = {grant.door.entrance: grant.door for grant in replaced}
         messages = []
         for grant in grants:
-            milliseconds = max(1, int((grant.ends - now) * 1000))
-            timeout = attribute(ELEMENT_TIMEOUT, struct.pack(">Q", milliseconds))
-            places = self.places_of(grant.door)
+            door, places = grant.door, self.places_of(grant.door)
             if not places:
-                raise CommandError("no nftables chain for IPv%d" % grant.door.source.version)
+                raise CommandError("no nftables chain for IPv%d" % door.source.version)
+            old = before.get(door.entrance, door)
             for place in places:
-                family = NFT_FAMILIES[place.family]
-                plain = self.element(place, before.get(grant.door.entrance, grant.door))
-                messages += [(NEW_ELEMENT, NLM_CREATE, family, plain),
-                             (DELETE_ELEMENT, 0, family, plain),
-                             (NEW_ELEMENT, NLM_CREATE, family,
-                              self.element(place, grant.door, timeout))]
+                messages += [self.element(NEW_ELEMENT, place, old),
+                             self.element(DELETE_ELEMENT, place, old),
+                             self.element(NEW_ELEMENT, place, door, max(0.001, grant.ends - now))]
         self.netlink.commit(messages)
 
     def close(self, grants: List[Grant]) -> None:
@@ -4613,8 +4602,7 @@ class NftFirewall(Firewall):
     def delete(self, place: NftChain, door: Door) -> None:
         """Takes an element out of a set, if it is there."""
         try:
-            self.netlink.commit([(DELETE_ELEMENT, 0, NFT_FAMILIES[place.family],
-                                  self.element(place, door))])
+            self.netlink.commit([self.element(DELETE_ELEMENT, place, door)])
         except CommandError as error:
             if error.number != errno.ENOENT:
                 raise
@@ -4726,6 +4714,8 @@ class Place(NamedTuple):
     first: bool = False
     kind: str = INPUT
     match: str = ""  # what its rules match as well
+    from_chain: str = ""  # from which a rule at this position jumps to it, unless it is the guard's
+    position: int = 1
 
     @property
     def tells(self) -> bool:
@@ -4793,8 +4783,8 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
         return None
     values = {option: value.strip('"') for option, value in zip(words, words[1:])}
     peer, here, port = ("-d", "-s", "--sport") if place.outgoing else ("-s", "-d", "--dport")
-    expires = values.get("--comment", "")
-    if not expires.startswith(MARK) or not expires[len(MARK):].isdigit():
+    other, _, expires = values.get("--comment", "").partition(MARK)
+    if other or not expires.isdigit():
         return None
     try:
         destination = ipaddress.ip_network(values[here]).network_address if here in values else None
@@ -4810,7 +4800,7 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
                 host, _, port = host.rpartition(":")
             door = door._replace(target=ipaddress.ip_address(host.strip("[]")),
                                  target_port=int(port))
-        return door, int(expires[len(MARK):])
+        return door, int(expires)
     except (ValueError, KeyError):
         return None
 
@@ -4831,16 +4821,14 @@ class IptablesFirewall(Firewall):
 
     keeps = True
 
-    def __init__(self, program: str, access: List[Tuple[str, IptablesChain]],
-                 guard_ports: FrozenSet[Port], prepend: bool, log: Log) -> None:
+    def __init__(self, program: str, access: List[Place], guard_ports: FrozenSet[Port],
+                 log: Log) -> None:
         self.access, self.guard_ports, self.log = access, guard_ports, log
         guarded = Place("mangle", GUARDED_CHAIN, "RETURN", first=True)
         self.places = [guarded] * bool(guard_ports)
-        if guard_ports and any(kind == DNAT for kind, _ in access):
+        if guard_ports and any(place.kind == DNAT for place in access):
             self.places.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
-        self.places += [Place(chain.table, chain.chain, chain.target,
-                              kind == INPUT and chain.from_chain == "OUTPUT", prepend, kind)
-                        for kind, chain in access]
+        self.places += access
         self.tables = sorted({place.table for place in self.places},
                              key=lambda name: (name != "mangle", name))  # the guard's comes first
         self.programs = {4: Iptables(program)}
@@ -4854,7 +4842,7 @@ class IptablesFirewall(Firewall):
                                   "install it, or nftables")
             else:
                 log.warning("No ip6tables: nothing is opened for IPv6")
-        self.identity = ("iptables", program, self.places, access)
+        self.identity = ("iptables", program, self.places)
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
@@ -4883,27 +4871,28 @@ class IptablesFirewall(Firewall):
                     for line in lines)
         guarding = table == "mangle" and self.guard_ports
         changes, jumps = self.guard_changes(lines, version) if guarding else [], []
-        for kind, chain in self.access:
-            if chain.table != table:
+        for place in self.access:
+            if place.table != table:
                 continue
-            if "-N " + chain.chain not in lines:
-                changes.append(":%s - [0:0]" % chain.chain)
+            if "-N " + place.chain not in lines:
+                changes.append(":%s - [0:0]" % place.chain)
             # What is only routed here is led nowhere else.
-            jump = "-m addrtype --dst-type LOCAL " * (kind == DNAT) + "-j " + chain.chain
-            present = jumps_to(chain.chain, chain.from_chain, lines)
-            if "-A %s %s" % (chain.from_chain, jump) not in present:
-                changes.append("-I %s %d %s" % (chain.from_chain, chain.position, jump))
-                jumps.append(chain)
-            changes += ["-D" + line[2:] for line in present if kind == DNAT  # an older one
-                        and line != "-A %s %s" % (chain.from_chain, jump)]
-            if (kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops
+            jump = "-m addrtype --dst-type LOCAL " * (place.kind == DNAT) + "-j " + place.chain
+            present = jumps_to(place.chain, place.from_chain, lines)
+            wanted = "-A %s %s" % (place.from_chain, jump)
+            if wanted not in present:
+                changes.append("-I %s %d %s" % (place.from_chain, place.position, jump))
+                jumps.append(place)
+            changes += ["-D" + line[2:] for line in present  # an older one
+                        if place.kind == DNAT and line != wanted]
+            if (place.kind == INPUT and "-P %s ACCEPT" % place.from_chain in lines and not drops
                     and not self.guard_ports):
                 self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
-                                 % (chain.from_chain, program.program))
+                                 % (place.from_chain, program.program))
         program.commit({table: changes})
-        for chain in jumps if version == 4 else []:
+        for place in jumps if version == 4 else []:
             self.log.info("Added jump rule from chain: %s to chain: %s"
-                          % (chain.from_chain, chain.chain))
+                          % (place.from_chain, place.chain))
 
     def guard_changes(self, lines: List[str], version: int) -> List[str]:
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
@@ -4939,10 +4928,10 @@ class IptablesFirewall(Firewall):
                           if ours & set(line.split()) and MARK not in line}
                 for version, program in self.programs.items()}
 
-    def holds(self, door: Door) -> bool:
-        """Whether there are programs for the door's IP version, and a chain for its kind."""
-        return (door.source.version in self.programs and self.form(door) == door
-                and any(place.kind == door.kind for place in self.places))
+    def places_of(self, door: Door) -> List[Place]:
+        """The chains for doors of this kind, if there are programs for its IP version."""
+        return [place for place in self.places if place.kind == door.kind
+                and door.source.version in self.programs and self.form(door) == door]
 
     def form(self, door: Door) -> Optional[Door]:
         """The door with the addresses that its rule has in fwknopd (fwknop spec 3.6)."""
@@ -4952,29 +4941,26 @@ class IptablesFirewall(Firewall):
             return door._replace(source=any_source(door.source.version))
         return door
 
-    def changes(self, added: List[Grant],
-                deleted: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
-        """The changes by program and table that add and delete the rules of grants."""
-        found: Dict[Iptables, Dict[str, List[str]]] = {}
+    def change(self, added: List[Grant], deleted: List[Grant]) -> None:
+        """Adds and deletes the rules of grants, each table in one go."""
+        changes: Dict[Iptables, Dict[str, List[str]]] = {}
         for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
-            for place in self.places if self.holds(grant.door) else ():
-                if place.kind == grant.door.kind:
-                    program = self.programs[grant.door.source.version]
-                    action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
-                    lines = found.setdefault(program, {}).setdefault(place.table, [])
-                    lines.append(action % place.chain + " " + program.rule(place, grant))
-        return found
+            for place in self.places_of(grant.door):
+                program = self.programs[grant.door.source.version]
+                action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
+                lines = changes.setdefault(program, {}).setdefault(place.table, [])
+                lines.append(action % place.chain + " " + program.rule(place, grant))
+        do_all(Iptables.commit, changes.items())
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Adds the rules of `grants` and deletes those of `replaced`, each table in one go.
+        """Adds the rules of `grants` and deletes those of `replaced`.
 
-        When a later table fails, what the first ones got is taken back.
+        When one table fails, what others got is taken back.
         """
         if not all(self.holds(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
-            for program, tables in self.changes(grants, replaced).items():
-                program.commit(tables)
+            self.change(grants, replaced)
         except CommandError:
             mine = {(grant.door.entrance, grant.expires) for grant in grants}
             self.delete_rules(lambda door, expires: (door.entrance, expires) in mine)
@@ -4982,15 +4968,11 @@ class IptablesFirewall(Firewall):
 
     def close(self, grants: List[Grant]) -> None:
         """Deletes the rules of `grants`, also where they are gone or of another shape."""
-        doors = {grant.door.entrance for grant in grants}
-
-        def close_in(program: Iptables, tables: Dict[str, List[str]]) -> None:
-            try:
-                program.commit(tables)
-            except CommandError:
-                self.delete_in(program, lambda door, _: door.entrance in doors)
-
-        do_all(close_in, self.changes([], grants).items())
+        try:
+            self.change([], grants)
+        except CommandError:
+            doors = {grant.door.entrance for grant in grants}
+            self.delete_rules(lambda door, expires: door.entrance in doors)
 
     def rules(self, program: Iptables) -> Iterator[Tuple[Place, str, Door, int]]:
         """Place, line of `iptables -S`, door and expiry of every grant in the kernel."""
@@ -5001,17 +4983,16 @@ class IptablesFirewall(Firewall):
                     if parsed:
                         yield (place, line) + parsed
 
-    def delete_in(self, program: Iptables, wanted: Callable[[Door, int], bool]) -> None:
-        """Deletes the grants that are wanted gone, by door and expiry, through one program."""
-        changes: Dict[str, List[str]] = {}
-        for place, line, door, expires in self.rules(program):
-            if wanted(door, expires):
-                changes.setdefault(place.table, []).append("-D" + line[2:])
-        program.commit(changes)
-
     def delete_rules(self, wanted: Callable[[Door, int], bool]) -> None:
-        """Deletes the grants that are wanted gone."""
-        do_all(self.delete_in, [(program, wanted) for program in self.programs.values()])
+        """Deletes the grants that are wanted gone, by door and expiry."""
+        def delete_in(program: Iptables) -> None:
+            changes: Dict[str, List[str]] = {}
+            for place, line, door, expires in self.rules(program):
+                if wanted(door, expires):
+                    changes.setdefault(place.table, []).append("-D" + line[2:])
+            program.commit(changes)
+
+        do_all(delete_in, [(program,) for program in self.programs.values()])
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
@@ -5044,9 +5025,9 @@ class IptablesFirewall(Firewall):
 
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
-        do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.chain])
+        do_all(self.remove_chains, [(program, place.table, place.from_chain, [place.chain])
                                     for program in self.programs.values()
-                                    for _, chain in self.access])
+                                    for place in self.access])
 
     @staticmethod
     def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
@@ -5161,7 +5142,7 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
         try:
             guards.append(NftFirewall(program, (), frozenset(), [], log)
                           if os.path.basename(program) == "nft" else
-                          IptablesFirewall(program, [], frozenset(), False, log))
+                          IptablesFirewall(program, [], frozenset(), log))
         except SpaError:  # a backend that does not work has no guard to speak of
             continue
     return [guard for guard in guards if guard.guarded()]
@@ -5173,7 +5154,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
     for program in filter(None, firewall_programs(settings)):
         try:
             if os.path.basename(program) != "nft":
-                IptablesFirewall(program, [], frozenset(), False, log).flush_marked()
+                IptablesFirewall(program, [], frozenset(), log).flush_marked()
             elif not current:
                 table = "table %s %s" % NAT_TABLE[:2]
                 run_program([program, "-f", "-"], "add %s\ndelete %s\n" % (table, table))
@@ -5196,7 +5177,11 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
         access += [(FORWARD, settings.forward_access), (DNAT, settings.dnat_access)]
         if settings.snat:
             access += [(SNAT, settings.snat_access), (MASQUERADE, settings.masquerade_access)]
-    return IptablesFirewall(program, access, settings.guard_ports, settings.rule_prepend, log)
+    return IptablesFirewall(program, [
+        Place(chain.table, chain.chain, chain.target,
+              kind == INPUT and chain.from_chain == "OUTPUT", settings.rule_prepend, kind, "",
+              chain.from_chain, chain.position) for kind, chain in access],
+        settings.guard_ports, log)
 
 
 # ======================================================================================
@@ -5219,14 +5204,12 @@ class Grants:
         self.firewall, self.log, self.wall, self.monotonic = firewall, log, wall, monotonic
         self.live: Dict[Door, Grant] = {}
         self.ends: List[Tuple[float, int, Grant]] = []  # a heap, with what was extended since too
-        self.count = 0
         self.not_before = 0.0  # when a close that failed is tried again
 
     def enter(self, grant: Grant) -> None:
         """Notes a grant that the firewall has."""
         self.live[grant.door] = grant
-        self.count += 1
-        heapq.heappush(self.ends, (grant.ends, self.count, grant))
+        heapq.heappush(self.ends, (grant.ends, id(grant), grant))
 
     def adopt(self) -> None:
         """Goes on with the grants that the firewall has from before."""
@@ -5517,7 +5500,7 @@ class Cycle:
     reasons: Dict[str, str] = {}  # other words for why it closes
     closing_kind = "CMD_CYCLE_CLOSE"  # what begins the lines of the command that closes
 
-    waits = False  # whether `seconds` begin when the command that opens has ended
+    waits = False  # whether `seconds` begin when the one that opens has ended, which has no limit
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
     def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
@@ -5525,7 +5508,6 @@ class Cycle:
         self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
         if kind == "CMD_EXEC":
             self.opens = "{cycle.label}Running command '{cycle.opening}'{cycle.opening.runner}"
-        self.opening_limit = float(limit)
         self.opening, self.closing, self.seconds = opening, closing, seconds
         self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
         self.ends = FOR_EVER if self.waits else time.monotonic() + seconds
@@ -5560,7 +5542,6 @@ class KnockdCycle(Cycle):
                        for text in self.texts]
         super().__init__(door.name, door.number, "%s: %s: " % (address, door.name), limit,
                          door.stop_seconds, start, stop)
-        self.opening_limit = FOR_EVER
         self.closing_kind = door.name
         self.key = door.number, address, stop
 
@@ -5677,8 +5658,9 @@ class Commands:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
             if not lasts:
                 self.log.info(cycle.opens.format(cycle=cycle))
-                cycle.openings.append(self.follow(Child(cycle, cycle.opening, cycle.opening_limit,
-                                                        False, pipe[1])))
+                limit = FOR_EVER if cycle.waits else cycle.limit
+                cycle.openings.append(self.follow(Child(cycle, cycle.opening, limit, False,
+                                                        pipe[1])))
         except CommandError:
             self.end_switch(cycle)
             raise
