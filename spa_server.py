@@ -3009,6 +3009,8 @@ class Log:
     def __init__(self, stream: Any = None,
                  monotonic: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.to_syslog, self.level = stream, False, INFO
+        self.error, self.warning, self.info, self.debug = [
+            partial(self.write, severity) for severity in (ERROR, WARNING, INFO, DEBUG)]
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.path = ""  # of a file that gets the lines as well, with knockd's date
@@ -3045,22 +3047,6 @@ class Log:
                     file.write("[%s] %s\n" % (time.strftime("%Y-%m-%d %H:%M"), text))
             except OSError:
                 pass
-
-    def error(self, text: str) -> None:
-        """Something failed."""
-        self.write(ERROR, text)
-
-    def warning(self, text: str) -> None:
-        """Something the administrator should know."""
-        self.write(WARNING, text)
-
-    def info(self, text: str) -> None:
-        """What the server does."""
-        self.write(INFO, text)
-
-    def debug(self, text: str) -> None:
-        """What is said only with VERBOSE."""
-        self.write(DEBUG, text)
 
 
 class Throttle:
@@ -3387,14 +3373,6 @@ def digest_of(text: bytes) -> str:
     return encode_base64(DIGESTS["SHA256"](text)).decode()
 
 
-class Remembered(NamedTuple):
-    """A packet in memory: its line in the file, and when it came, on both clocks."""
-
-    line: str
-    time: int
-    at: float
-
-
 class ReplayMemory:
     """The packets that were seen, in fwknopd's digest.cache (fwknop spec 3.5).
 
@@ -3410,8 +3388,9 @@ class ReplayMemory:
         self.path, self.max_age, self.log = path, max_age, log
         self.wall, self.monotonic = wall, monotonic
         self.boot_id = boot_id()
-        self.seen: Dict[str, Remembered] = {}  # by digest, oldest first
-        self.refused: Dict[str, str] = {}  # by digest why, oldest first
+        # By digest, oldest first: its line in the file, and when it came on the monotonic clock.
+        self.seen: Dict[str, Tuple[str, float]] = {}
+        self.refused: Dict[str, str] = {}  # and why
         self.began, self.forgotten = monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -3436,7 +3415,7 @@ class ReplayMemory:
                 self.load_beginning(words)
             elif len(words) == 7 and words[6].isdigit() and len(words[6]) < 12:
                 age = min(max(0.0, wall - int(words[6])), now)
-                self.seen[words[0]] = Remembered(line, int(words[6]), now - age)
+                self.seen[words[0]] = line, now - age
             elif words:
                 unread += 1
         if unread:
@@ -3497,10 +3476,9 @@ class ReplayMemory:
         """
         digest, source = digest_of(canonical), socket_text(datagram.source)
         self.check_unknown(digest, datagram)
-        now = int(self.wall())
         line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
                                          socket_text(datagram.destination),
-                                         datagram.destination_port, now)
+                                         datagram.destination_port, self.wall())
         if self.file is not None:
             try:
                 self.append(self.file, line.encode() + b"\n")
@@ -3508,20 +3486,20 @@ class ReplayMemory:
                 raise NotFresh("replay memory", "%s: %s; nothing is opened that could not be "
                                "remembered" % (self.path, error.strerror)) from None
             self.lines_in_file += 1
-        self.seen[digest] = Remembered(line, now, self.monotonic())
+        self.seen[digest] = line, self.monotonic()
         self.prune()
 
     def check_unknown(self, digest: str, datagram: Datagram) -> None:
         """Rejects what is remembered by this digest."""
         if digest in self.seen:
-            _, protocol, source, _, _, port, _ = self.seen[digest].line.split()
-            created = time.localtime(self.seen[digest].time)
+            _, protocol, source, _, _, port, created = self.seen[digest][0].split()
             raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
                            "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
                            "Entry created: %s"
                            % (socket_text(datagram.source), datagram.protocol,
                               datagram.destination_port, source, protocol, port,
-                              time.strftime("%m/%d/%y %H:%M:%S", created)), "{text}")
+                              time.strftime("%m/%d/%y %H:%M:%S", time.localtime(int(created)))),
+                           "{text}")
 
     @staticmethod
     def append(file: int, line: bytes) -> None:
@@ -3538,10 +3516,11 @@ class ReplayMemory:
         keep = 2 * self.max_age + 1
         now, wall = self.monotonic() - keep, self.wall() - keep
         while self.seen:
-            digest, entry = next(iter(self.seen.items()))
-            if entry.at >= now or entry.time >= wall:  # a clock that was set back makes fresh again
+            digest, (line, came) = next(iter(self.seen.items()))
+            created = int(line.split()[-1])
+            if came >= now or created >= wall:  # a clock that was set back makes fresh again
                 break
-            self.forgotten = max(self.forgotten, entry.time + self.max_age)
+            self.forgotten = max(self.forgotten, created + self.max_age)
             del self.seen[digest]
         if self.file is not None and self.lines_in_file > len(self.seen) + REWRITE_AFTER:
             try:
@@ -3554,7 +3533,7 @@ class ReplayMemory:
         assert self.path is not None
         temporary = self.path + ".new"
         began = "# began %.3f %s %d\n" % (self.began, self.boot_id, self.forgotten)
-        text = DIGEST_HEADER + began + "".join(entry.line + "\n" for entry in self.seen.values())
+        text = DIGEST_HEADER + began + "".join(line + "\n" for line, _ in self.seen.values())
         file = None
         try:
             if os.path.lexists(temporary):
@@ -3662,7 +3641,6 @@ class Netlink:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
         except OSError as error:
             raise CommandError("netlink: %s" % error.strerror) from None
-        self.port = self.socket.getsockname()[0]
 
     def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
         """struct nlmsghdr and struct nfgenmsg, and the attributes `body`."""
@@ -3680,9 +3658,9 @@ class Netlink:
         # The kernel has answered when sendto() returns.
         numbers = [-struct.unpack_from("=i", body)[0]
                    for kind, body in self.answers(socket.MSG_DONTWAIT) if kind == NLMSG_ERROR]
-        failed = [number for number in numbers if number]
-        if failed or not numbers:
-            raise self.error(failed[0] if failed else errno.EIO)
+        failed = next(filter(None, numbers), 0 if numbers else errno.EIO)
+        if failed:
+            raise self.error(failed)
 
     def send(self, messages: bytes) -> None:
         """Sends messages, after throwing away what is left of earlier answers."""
@@ -4448,7 +4426,7 @@ class NftFirewall(Firewall):
         self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
         self.identity = ("nft", program, self.places)
         self.netlink = Netlink()
-        self.netlink_port = self.netlink.port
+        self.netlink_port = self.netlink.socket.getsockname()[0]
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes."""
@@ -4495,18 +4473,11 @@ class NftFirewall(Firewall):
         try:
             self.run(self.rule_removal(place) + sets + rules)
         except CommandError as error:
-            self.explain_missing(place)
-            raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
-
-    def explain_missing(self, place: NftChain) -> None:
-        """Raises the CommandError of a chain that is not there."""
-        try:
-            run_program([self.program, "list", "chain"] + list(place))
-        except CommandError as error:
-            if "No such file or directory" in str(error):
-                raise CommandError("%s: there is no chain %s" % (
-                    "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
-                    " ".join(place)), hint="start after the service that makes it") from None
+            if "No such file or directory" not in str(error):
+                raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
+            raise CommandError("%s: there is no chain %s" % (
+                "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
+                " ".join(place)), hint="start after the service that makes it") from None
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
@@ -5076,12 +5047,11 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         return Firewall("every stanza opens by CMD_CYCLE_OPEN", log)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
-    if kind == "auto" and settings.firewall_program:
-        kind = "nft" if os.path.basename(settings.firewall_program) == "nft" else "iptables"
     if kind == "auto":
-        wants_nft = settings.nft_accept_chains or (settings.guard_ports and nft)
-        chain_named = settings.is_set(ServerSettings.input_access)
-        kind = "nft" if wants_nft and not chain_named else "iptables"
+        own, chain_named = settings.firewall_program, settings.is_set(ServerSettings.input_access)
+        wants_nft = (os.path.basename(own) == "nft" if own else not chain_named and (
+            settings.nft_accept_chains or (settings.guard_ports and nft)))
+        kind = "nft" if wants_nft else "iptables"
     for text in idle_directives(settings, kind):
         log.warning(text)
     if kind == "iptables":
@@ -5263,11 +5233,8 @@ class Grants:
                         and (other.target, other.target_port) != (door.target, door.target_port)):
                     raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
                                          % (other, other.target_text()), "{stanza}{text}")
-        new = sum(door not in self.live for door in doors)
-        if len(self.live) + new <= MAX_GRANTS:
-            return
         count = sum(grant.stanza == stanza for grant in self.live.values())
-        if count + new > MAX_GRANTS:
+        if count + sum(door not in self.live for door in doors) > MAX_GRANTS:
             raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
                                  % (count, MAX_GRANTS), "{stanza}{text}")
 
