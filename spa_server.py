@@ -6359,10 +6359,10 @@ class Server(KnockGate):
         self.check_wait = RETRY_SECONDS
         self.running, self.exit_code = True, 0
 
-    def listen(self, captures: List[Capture], settings: ServerSettings) -> None:
+    def listen(self, captures: List[Capture]) -> None:
         """Reads from `captures` from now on; those before that are not among them are closed."""
         old, self.captures = self.captures, captures
-        for line in capture_lines(settings, captures) if self.stanzas else ():
+        for line in capture_lines(self.settings, captures) if self.stanzas else ():
             self.log.info(line)
         for capture in old:
             if capture not in captures:
@@ -6432,8 +6432,7 @@ class Server(KnockGate):
         if not indices <= {capture.index for capture in self.captures
                            if isinstance(capture, PacketCapture)}:
             try:
-                self.listen(self.configuration.open_captures(self.log, self.captures),
-                            self.settings)
+                self.listen(self.configuration.open_captures(self.log, self.captures))
             except SpaError as error:
                 self.log.error(str(error))
 
@@ -6484,23 +6483,25 @@ class Server(KnockGate):
                      ServerSettings.udp_server]
         same = (settings.capture_file or not changed(*rows)) and (
             configuration.takes_packets == self.configuration.takes_packets)
-        memory = None if self.takes_packets or not configuration.takes_packets else open_memory(
-            settings, self.log)
         captures = configuration.open_captures(self.log, self.captures, same)
-        stood = firewall.guarded()
+        memory, stood = None, firewall.guarded()
         try:
+            if configuration.takes_packets and not self.takes_packets:
+                memory = open_memory(settings, self.log)  # until now there was nothing to remember
             firewall.prepare()
-        except CommandError:
+        except SpaError:
             close_captures(captures, self.captures)
-            if firewall.guard_ports and not stood:
+            if memory:
+                memory.close()
+            if not stood and firewall.guarded():
                 firewall.unguard()
             raise
-        if captures != self.captures:
-            self.listen(captures, settings)
-        self.grants.move(firewall)
         self.settings, self.stanzas = settings, configuration.stanzas
+        if captures != self.captures:
+            self.listen(captures)
+        self.grants.move(firewall)
         self.listen_for(configuration)
-        if memory:  # until now there was nothing to remember
+        if memory:
             self.memory, self.takes_packets = memory, True
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
@@ -6522,7 +6523,7 @@ class Server(KnockGate):
             if events is not None:
                 drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
-        self.listen(captures, self.settings)
+        self.listen(captures)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def flush(self) -> None:

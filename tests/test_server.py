@@ -1168,6 +1168,15 @@ class LifeTest(ServerCase):
         self.knock(made, other, "127.0.0.2,tcp/22")
         self.assertEqual(2, len(self.firewall.doors()))
 
+    def test_reload_tells_where_it_listens(self) -> None:
+        """Also the one that brings the first stanza, beside the doors of a knockd.conf."""
+        port, made = self.free_port(), self.start(self.free_port())
+        new = self.configuration("UDPSERV_PORT %d;\n" % port)
+        made.stanzas = []
+        self.logged()
+        made.reload(new, self.firewall)
+        self.assertIn("Kicking off UDP server to listen on port %d." % port, self.logged())
+
     def test_reload_that_fails_keeps_listening(self) -> None:
         """A port that is taken is a bad setting: the old one stays in force."""
         port, taken = self.free_port(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
