@@ -6138,9 +6138,10 @@ class Gate:
         if not packet.is_knock:
             user = packet.user.replace("'", "\\x27")  # it may try to look like our words
             who, client = "user '%s'" % user, "user '%s' (client %s)" % (user, packet.version)
+        test = "; --test mode enabled, skipping firewall manipulation" * self.commands.test
         self.log.info("(stanza #%d) %s %s" % (
-            stanza.number, client,
-            "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
+            stanza.number, client, "opened %s for %d seconds%s" % (doors, verdict.seconds, test)
+            if doors else "ran a command"))
         if not by_commands:
             self.note_opener("stanza #%d, %s" % (stanza.number, who), verdict.doors)
 

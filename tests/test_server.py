@@ -361,6 +361,15 @@ class ReceiveTest(ServerCase):
         self.assertIn("Removed rule 1 from FWKNOP_INPUT with expire time of %d" % (NOW + 30),
                       self.logged())
 
+    def test_test_mode_says_so(self) -> None:
+        """Or its log would read as if a door were open (fwknop spec 3.1)."""
+        for test, end in ((False, "for 30 seconds\n"), (True, "for 30 seconds; --test mode "
+                                                        "enabled, skipping firewall manipulation\n")):
+            made = self.serve("SOURCE ANY\n" + KEYS)
+            made.commands.test = test
+            self.knock(made)
+            self.assertIn(end, self.logged())
+
     def test_stanza_order(self) -> None:
         """The first stanza that opens something ends it; a failure goes on to the next."""
         other = Sender(b"other", b"other-hmac")
