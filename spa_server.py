@@ -4329,6 +4329,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # our own, with maps that tell where each client's connections lead.
 # ======================================================================================
 
+OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
@@ -4606,15 +4607,32 @@ class NftFirewall(Firewall):
 
     def close(self, grants: List[Grant]) -> None:
         """Takes elements out that the kernel has not ended yet."""
-        for grant in grants:
-            for place in self.places_of(grant.door):
-                self.delete(place, grant.door)
+        for place in self.places:
+            self.delete(place, [grant.door for grant in grants
+                                if place in self.places_of(grant.door)])
 
-    def delete(self, place: NftChain, door: Door) -> None:
+    def delete(self, place: NftChain, doors: List[Door]) -> None:
+        """Takes elements out of the sets of a place, those that are there.
+
+        Many in one transaction, since the kernel waits up to 20 ms in each. One that is gone would
+        undo all of it: so each is added before, which nobody sees. Where that can't be done, for a
+        set that is gone or a map that somebody has changed, they go one by one.
+        """
+        family = NFT_FAMILIES[place.family]
+        for start in range(0, len(doors), OPEN_AT_ONCE):
+            elements = [self.element(place, door) for door in doors[start:start + OPEN_AT_ONCE]]
+            try:
+                self.netlink.commit([(kind, flags, family, element) for element in elements
+                                     for kind, flags in ((NEW_ELEMENT, NLM_CREATE),
+                                                         (DELETE_ELEMENT, 0))])
+            except CommandError:
+                for element in elements:
+                    self.delete_one(family, element)
+
+    def delete_one(self, family: int, element: bytes) -> None:
         """Takes an element out of a set, if it is there."""
         try:
-            self.netlink.commit([(DELETE_ELEMENT, 0, NFT_FAMILIES[place.family],
-                                  self.element(place, door))])
+            self.netlink.commit([(DELETE_ELEMENT, 0, family, element)])
         except CommandError as error:
             if error.number != errno.ENOENT:
                 raise
@@ -4667,8 +4685,7 @@ class NftFirewall(Firewall):
 
     def flush_set(self, place: NftChain, shape: Shape) -> None:
         """Takes every element out of a set, if there is one."""
-        for door, _ in self.read_set(place, shape):
-            self.delete(place, door)
+        self.delete(place, [door for door, _ in self.read_set(place, shape)])
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
@@ -5207,7 +5224,6 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 # ======================================================================================
 
 RETRY_SECONDS = 1.0
-OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 MAX_GRANTS = 10000  # of a stanza: each costs time whenever the firewall is read
 
 
