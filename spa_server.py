@@ -4300,6 +4300,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # our own, with maps that tell where each client's connections lead.
 # ======================================================================================
 
+OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
@@ -4566,11 +4567,27 @@ class NftFirewall(Firewall):
 
     def close(self, grants: List[Grant]) -> None:
         """Takes elements out that the kernel has not ended yet."""
-        for grant in grants:
-            for place in self.places_of(grant.door):
-                self.delete(place, grant.door)
+        for place in self.places:
+            self.delete(place, [grant.door for grant in grants
+                                if place in self.places_of(grant.door)])
 
-    def delete(self, place: NftChain, door: Door) -> None:
+    def delete(self, place: NftChain, doors: List[Door]) -> None:
+        """Takes elements out of the sets of a place, those that are there.
+
+        Many in one transaction, since the kernel waits up to 20 ms in each. One that is gone would
+        undo all of it: so each is added before, which nobody sees. Where that can't be done, for a
+        set that is gone or a map that somebody has changed, they go one by one.
+        """
+        for start in range(0, len(doors), OPEN_AT_ONCE):
+            part = doors[start:start + OPEN_AT_ONCE]
+            try:
+                self.netlink.commit([self.element(kind, place, door) for door in part
+                                     for kind in (NEW_ELEMENT, DELETE_ELEMENT)])
+            except CommandError:
+                for door in part:
+                    self.delete_one(place, door)
+
+    def delete_one(self, place: NftChain, door: Door) -> None:
         """Takes an element out of a set, if it is there."""
         try:
             self.netlink.commit([self.element(DELETE_ELEMENT, place, door)])
@@ -4626,8 +4643,7 @@ class NftFirewall(Firewall):
 
     def flush_set(self, place: NftChain, shape: Shape) -> None:
         """Takes every element out of a set, if there is one."""
-        for door, _ in self.read_set(place, shape):
-            self.delete(place, door)
+        self.delete(place, [door for door, _ in self.read_set(place, shape)])
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
@@ -5162,7 +5178,6 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
 # ======================================================================================
 
 RETRY_SECONDS = 1.0
-OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 MAX_GRANTS = 10000  # of a stanza: each costs time whenever the firewall is read
 
 
@@ -6059,9 +6074,10 @@ class Gate:
         if not packet.is_knock:
             user = packet.user.replace("'", "\\x27")  # it may try to look like our words
             who, client = "user '%s'" % user, "user '%s' (client %s)" % (user, packet.version)
+        test = "; --test mode enabled, skipping firewall manipulation" * self.commands.test
         self.log.info("(stanza #%d) %s %s" % (
-            stanza.number, client,
-            "opened %s for %d seconds" % (doors, verdict.seconds) if doors else "ran a command"))
+            stanza.number, client, "opened %s for %d seconds%s" % (doors, verdict.seconds, test)
+            if doors else "ran a command"))
         if not by_commands:
             self.note_opener("stanza #%d, %s" % (stanza.number, who), verdict.doors)
 
@@ -6280,10 +6296,10 @@ class Server(KnockGate):
         self.check_wait = RETRY_SECONDS
         self.running, self.exit_code = True, 0
 
-    def listen(self, captures: List[Capture], settings: ServerSettings) -> None:
+    def listen(self, captures: List[Capture]) -> None:
         """Reads from `captures` from now on; those before that are not among them are closed."""
         old, self.captures = self.captures, captures
-        for line in capture_lines(settings, captures) if self.stanzas else ():
+        for line in capture_lines(self.settings, captures) if self.stanzas else ():
             self.log.info(line)
         for capture in old:
             if capture not in captures:
@@ -6353,8 +6369,7 @@ class Server(KnockGate):
         if not indices <= {capture.index for capture in self.captures
                            if isinstance(capture, PacketCapture)}:
             try:
-                self.listen(self.configuration.open_captures(self.log, self.captures),
-                            self.settings)
+                self.listen(self.configuration.open_captures(self.log, self.captures))
             except SpaError as error:
                 self.log.error(str(error))
 
@@ -6405,23 +6420,25 @@ class Server(KnockGate):
                      ServerSettings.udp_server]
         same = (settings.capture_file or not changed(*rows)) and (
             configuration.takes_packets == self.configuration.takes_packets)
-        memory = None if self.takes_packets or not configuration.takes_packets else open_memory(
-            settings, self.log)
         captures = configuration.open_captures(self.log, self.captures, same)
-        stood = firewall.guarded()
+        memory, stood = None, firewall.guarded()
         try:
+            if configuration.takes_packets and not self.takes_packets:
+                memory = open_memory(settings, self.log)  # until now there was nothing to remember
             firewall.prepare()
-        except CommandError:
+        except SpaError:
             close_captures(captures, self.captures)
-            if firewall.guard_ports and not stood:
+            if memory:
+                memory.close()
+            if not stood and firewall.guarded():
                 firewall.unguard()
             raise
-        if captures != self.captures:
-            self.listen(captures, settings)
-        self.grants.move(firewall)
         self.settings, self.stanzas = settings, configuration.stanzas
+        if captures != self.captures:
+            self.listen(captures)
+        self.grants.move(firewall)
         self.listen_for(configuration)
-        if memory:  # until now there was nothing to remember
+        if memory:
             self.memory, self.takes_packets = memory, True
         self.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_firewall()
@@ -6443,7 +6460,7 @@ class Server(KnockGate):
             if events is not None:
                 drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
-        self.listen(captures, self.settings)
+        self.listen(captures)
         self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
 
     def flush(self) -> None:

@@ -293,6 +293,19 @@ class StanzaTest(KnockCase):
         made.reload(made.configuration._replace(stanzas=stanzas), self.firewall)
         self.assertIs(memory, made.memory)
 
+    def test_a_reload_that_fails_leaves_no_memory_open(self) -> None:
+        """It goes on with sequences only, and the file of packets is closed again."""
+        made = self.serve_for(KEYLESS)
+        made.memory, made.takes_packets = server.ReplayMemory(None, None, made.log), False
+        new = made.configuration._replace(stanzas=self.stanzas(KEYED))
+        memory = server.open_memory(made.settings, made.log)
+        with mock.patch.object(server, "open_captures", return_value=[]), \
+                mock.patch.object(server, "open_memory", return_value=memory), \
+                mock.patch.object(self.firewall, "prepare", side_effect=server.CommandError("no")):
+            self.assertRaises(server.CommandError, made.reload, new, self.firewall)
+        self.assertIsNone(memory.file)
+        self.assertEqual((None, False), (made.memory.path, made.takes_packets))
+
     def test_captures(self) -> None:
         """A hit meets the sequences of the socket that heard it, and no others, so that it counts
         once where stanzas and doors listen at the same place.

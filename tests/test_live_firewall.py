@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 import unittest
 from typing import Any, Callable, List, NamedTuple, Tuple
@@ -31,7 +32,7 @@ from tests.netns import (
     in_parallel,
     wait_for,
 )
-from tests.support import needs_programs, needs_root
+from tests.support import TOP, needs_programs, needs_root
 
 NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
 BACKENDS = (NFT, IPTABLES_NFT, IPTABLES_LEGACY)
@@ -613,6 +614,56 @@ class FailureTest(FirewallTest):
             os.unlink(broken)
             site.knock(*TO6)
             self.assertTrue(site.is_open())
+
+
+# Opens many doors in a chain of nft's and in NAT's map, lets `nft` do what the arguments say,
+# closes all of them, and prints how many are left.
+CLOSE_MANY = """
+import ipaddress, subprocess, sys, time
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import spa_server as server
+source, target = ipaddress.ip_network("10.55.0.2/32"), ipaddress.ip_address("10.66.0.2")
+doors = [server.Door(source, None, "tcp", port) for port in range(1, 250)]
+doors += [server.Door(source, None, "tcp", port, server.DNAT, target, 22) for port in range(1, 4)]
+log = server.Log(sys.stderr)
+firewall = server.NftFirewall("nft", server.parse_nft_chains("inet filter input"), frozenset(),
+                              [server.Shape(4, 32, False, kind) for kind in ("access", "DNAT")],
+                              log)
+firewall.prepare()
+ends = time.monotonic() + 300
+grants = [server.Grant(door, 0, ends) for door in doors]
+for start in range(0, len(grants), 100):
+    firewall.open(grants[start:start + 100], [])
+assert len(firewall.grants()) == len(grants)
+for line in sys.argv[2:]:
+    subprocess.check_call(["nft", line])
+firewall.close(grants)
+print(len(firewall.grants()))
+"""
+
+
+@needs_firewalls
+class CloseManyTest(FirewallTest):
+    """Many elements of nft's sets leave in one transaction."""
+
+    def test_what_is_gone_or_changed_keeps_no_other_open(self) -> None:
+        """An element that has ended, a set that somebody took, a target that somebody changed."""
+        for lines in (
+            [],
+            ["delete element inet filter spa4 { 10.55.0.2 . tcp . 120 }"],
+            ["flush chain inet filter input", "delete set inet filter spa4"],
+            [
+                "delete element inet spa_nat spa4_dnat { 10.55.0.2 . tcp . 2 }",
+                "add element inet spa_nat spa4_dnat { 10.55.0.2 . tcp . 2 : 10.66.0.9 . 23 }",
+            ],
+        ):
+            with self.subTest(lines=lines), Cable() as cable:
+                close_host(cable.server, NFT)
+                self.assertEqual(
+                    "0\n",
+                    cable.server.run(sys.executable, "-I", "-S", "-c", CLOSE_MANY, TOP, *lines),
+                )
 
 
 @needs_firewalls

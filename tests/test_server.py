@@ -361,6 +361,15 @@ class ReceiveTest(ServerCase):
         self.assertIn("Removed rule 1 from FWKNOP_INPUT with expire time of %d" % (NOW + 30),
                       self.logged())
 
+    def test_test_mode_says_so(self) -> None:
+        """Or its log would read as if a door were open (fwknop spec 3.1)."""
+        words = "; --test mode enabled, skipping firewall manipulation"
+        for test, end in ((False, ""), (True, words)):
+            made = self.serve("SOURCE ANY\n" + KEYS)
+            made.commands.test = test
+            self.knock(made)
+            self.assertIn("for 30 seconds%s\n" % end, self.logged())
+
     def test_stanza_order(self) -> None:
         """The first stanza that opens something ends it; a failure goes on to the next."""
         other = Sender(b"other", b"other-hmac")
@@ -1168,6 +1177,15 @@ class LifeTest(ServerCase):
         self.assertEqual(1, len(self.firewall.doors()))
         self.knock(made, other, "127.0.0.2,tcp/22")
         self.assertEqual(2, len(self.firewall.doors()))
+
+    def test_reload_tells_where_it_listens(self) -> None:
+        """Also the one that brings the first stanza, beside the doors of a knockd.conf."""
+        port, made = self.free_port(), self.start(self.free_port())
+        new = self.configuration("UDPSERV_PORT %d;\n" % port)
+        made.stanzas = []
+        self.logged()
+        made.reload(new, self.firewall)
+        self.assertIn("Kicking off UDP server to listen on port %d." % port, self.logged())
 
     def test_reload_that_fails_keeps_listening(self) -> None:
         """A port that is taken is a bad setting: the old one stays in force."""
