@@ -4042,32 +4042,28 @@ class FileCapture(Capture):
         os.close(self.always)
 
 
-def open_captures(settings: ServerSettings, log: Log,
-                  current: Iterable[Capture] = ()) -> List[Capture]:
-    """What the settings say to listen on or to read; sockets of `current` that still fit are kept.
+def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture],
+                  captures: List[Capture]) -> None:
+    """Adds what the settings say to listen on or to read; sockets of `current` that fit are kept.
 
     No packet socket while the interface is missing; SpaError when there is no way to listen.
     """
     if settings.capture_file:
-        return [FileCapture(settings.capture_file, settings.packet_filter, settings.any_direction)]
-    captures: List[Capture] = []
-    try:
-        on_udp = settings.udp_server
-        if not on_udp:
-            try:
-                captures += open_packet_captures(settings, log)
-            except (PermissionError, AttributeError):
-                log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d "
-                            "instead" % settings.udp_port)
-                on_udp = True
-        if on_udp:
-            open_sockets(UdpCapture, settings.udp_port, captures, current)
-        if settings.tcp_server:
-            open_sockets(TcpCapture, settings.tcp_port, captures, current)
-    except SpaError:
-        close_captures(captures, current)
-        raise
-    return captures
+        captures.append(FileCapture(settings.capture_file, settings.packet_filter,
+                                    settings.any_direction))
+        return
+    on_udp = settings.udp_server
+    if not on_udp:
+        try:
+            captures += open_packet_captures(settings, log)
+        except (PermissionError, AttributeError):
+            log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d "
+                        "instead" % settings.udp_port)
+            on_udp = True
+    if on_udp:
+        open_sockets(UdpCapture, settings.udp_port, captures, current)
+    if settings.tcp_server:
+        open_sockets(TcpCapture, settings.tcp_port, captures, current)
 
 
 def capture_lines(settings: ServerSettings, captures: Iterable[Capture]) -> List[str]:
@@ -4150,9 +4146,9 @@ class Listening(NamedTuple):
     four_only: bool
 
 
-def open_knock_captures(listenings: Iterable[Listening], log: Log) -> List[Capture]:
-    """The packet sockets for knock sequences; SpaError without the right to have any."""
-    captures: List[Capture] = []
+def open_knock_captures(listenings: Iterable[Listening], log: Log,
+                        captures: List[Capture]) -> None:
+    """Adds the packet sockets for knock sequences; SpaError without the right to have any."""
     try:
         for interfaces, sequences, four_only in listenings:
             if not sequences:
@@ -4164,11 +4160,8 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log) -> List[Captu
                 for capture in packet_sockets(KnockCapture, name, compile_filter(tree), log):
                     capture.sequences = sequences
                     captures.append(capture)
-    except (PermissionError, AttributeError, SpaError) as error:
-        close_captures(captures, ())
-        raise error if isinstance(error, SpaError) else SpaError(
-            "knock sequences need packet sockets, and so CAP_NET_RAW") from None
-    return captures
+    except (PermissionError, AttributeError):
+        raise SpaError("knock sequences need packet sockets, and so CAP_NET_RAW") from None
 
 
 # ======================================================================================
@@ -5453,7 +5446,7 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command of a cycle that runs, until `due` on the monotonic clock, and what it printed."""
 
-    def __init__(self, cycle: "Cycle", command: Command, limit: float, closes: bool,
+    def __init__(self, cycle: "Cycle", command: Command, closes: bool,
                  source: int = subprocess.DEVNULL) -> None:
         self.cycle, self.command, self.closes = cycle, command, closes
         self.kind = cycle.closing_kind if closes else cycle.kind
@@ -5463,6 +5456,8 @@ class Child:
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
+        limit = (cycle.limit + SWITCH_SECONDS if closes else FOR_EVER if cycle.waits else
+                 cycle.limit)
         self.due, self.signal = time.monotonic() + limit, signal.SIGTERM  # which ends it then
 
 
@@ -5640,9 +5635,7 @@ class Commands:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
             if not lasts:
                 self.log.info(cycle.opens.format(cycle=cycle))
-                limit = FOR_EVER if cycle.waits else cycle.limit
-                cycle.openings.append(self.follow(Child(cycle, cycle.opening, limit, False,
-                                                        pipe[1])))
+                cycle.openings.append(self.follow(Child(cycle, cycle.opening, False, pipe[1])))
         except CommandError:
             self.end_switch(cycle)
             raise
@@ -5695,7 +5688,7 @@ class Commands:
         """Starts the command that closes a cycle."""
         try:
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
-            self.follow(Child(cycle, command, cycle.limit + SWITCH_SECONDS, True))
+            self.follow(Child(cycle, command, True))
         except CommandError as error:
             self.leave_to_switch(cycle, str(error))
 
@@ -5787,17 +5780,17 @@ class Configuration(NamedTuple):
         `same`: for packets, those of `current`.
         """
         captures = [each for each in current if not isinstance(each, KnockCapture)] * same
-        if self.takes_packets and not same:
-            captures = open_captures(self.settings, log, current)
-        if self.settings.capture_file:
-            if any(each.sequences for each in self.listenings()):
-                log.warning("PCAP_FILE: no knock sequence is heard in a file")
-            return captures
         try:
-            return captures + open_knock_captures(self.listenings(), log)
+            if self.takes_packets and not same:
+                open_captures(self.settings, log, current, captures)
+            if not self.settings.capture_file:
+                open_knock_captures(self.listenings(), log, captures)
+            elif any(each.sequences for each in self.listenings()):
+                log.warning("PCAP_FILE: no knock sequence is heard in a file")
         except SpaError:
             close_captures(captures, current)
             raise
+        return captures
 
     def voids(self) -> List[str]:
         """What is wrong with stanzas that open nothing for it."""

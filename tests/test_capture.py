@@ -553,7 +553,7 @@ class FileTest(ServerCase):
             if not made.running:
                 break
             made.turn()
-        made.listen([], made.settings)
+        made.listen([])
         return made
 
     def packet(self) -> bytes:
