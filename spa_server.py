@@ -4809,8 +4809,7 @@ class IptablesFirewall(Firewall):
         if guard_ports and any(place.kind == DNAT for place in access):
             self.places.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
         self.places += access
-        self.tables = sorted({place.table for place in self.places},
-                             key=lambda name: (name != "mangle", name))  # the guard's comes first
+        self.tables = list(dict.fromkeys(place.table for place in self.places))  # the guard's first
         self.programs = {4: Iptables(program)}
         if os.path.exists("/proc/net/if_inet6"):
             directory, name = os.path.split(program)
@@ -4954,34 +4953,36 @@ class IptablesFirewall(Firewall):
             doors = {grant.door.entrance for grant in grants}
             self.delete_rules(lambda door, expires: door.entrance in doors)
 
-    def rules(self, program: Iptables) -> Iterator[Tuple[Place, str, Door, int]]:
-        """Place, line of `iptables -S`, door and expiry of every grant in the kernel."""
-        for table in self.tables:
-            for line in program.list(table):
-                for place in self.places:
-                    parsed = parse_rule(line, place) if place.table == table else None
-                    if parsed:
-                        yield (place, line) + parsed
+    def parse(self, table: str, line: str) -> Iterator[Tuple[Place, Door, int]]:
+        """Place, door and expiry of the grant that a line of `iptables -S` is, if it is one."""
+        for place in self.places:
+            parsed = parse_rule(line, place) if place.table == table else None
+            if parsed:
+                yield (place,) + parsed
+
+    def delete_lines(self, tables: Iterable[str], wanted: Callable[[str, str], bool]) -> None:
+        """Deletes the rules that are wanted gone, by table and line of `iptables -S`."""
+        def delete_in(program: Iptables, table: str) -> None:
+            program.commit({table: ["-D" + line[2:] for line in program.list(table)
+                                    if wanted(table, line)]})
+
+        do_all(delete_in, [(program, table) for program in self.programs.values()
+                           for table in tables])
 
     def delete_rules(self, wanted: Callable[[Door, int], bool]) -> None:
         """Deletes the grants that are wanted gone, by door and expiry."""
-        def delete_in(program: Iptables) -> None:
-            changes: Dict[str, List[str]] = {}
-            for place, line, door, expires in self.rules(program):
-                if wanted(door, expires):
-                    changes.setdefault(place.table, []).append("-D" + line[2:])
-            program.commit(changes)
-
-        do_all(delete_in, [(program,) for program in self.programs.values()])
+        self.delete_lines(self.tables, lambda table, line: any(
+            wanted(door, expires) for _, door, expires in self.parse(table, line)))
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
         wall, now = time.time(), time.monotonic()
         found: Dict[Door, int] = {}
-        for program in self.programs.values():
-            for place, _, door, expires in self.rules(program):
-                if place.tells:
-                    found[door] = min(expires, found.get(door, expires))
+        for place, door, expires in [grant for program in self.programs.values()
+                                     for table in self.tables for line in program.list(table)
+                                     for grant in self.parse(table, line)]:
+            if place.tells:
+                found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
     def listing(self) -> str:
@@ -4996,12 +4997,8 @@ class IptablesFirewall(Firewall):
 
     def flush_marked(self) -> None:
         """Deletes every rule in one of fwknop's chains that has its comment, of whatever kind."""
-        def flush_table(program: Iptables, table: str) -> None:
-            program.commit({table: ["-D" + line[2:] for line in program.list(table)
-                                    if line.startswith("-A FWKNOP_") and MARK in line]})
-
-        do_all(flush_table, [(program, table) for program in self.programs.values()
-                             for table in ("mangle", "filter", "nat")])
+        self.delete_lines(("mangle", "filter", "nat"), lambda table, line:
+                          line.startswith("-A FWKNOP_") and MARK in line)
 
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
