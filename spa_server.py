@@ -3638,7 +3638,6 @@ class Netlink:
         try:
             self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
             self.socket.bind((0, 0))
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
         except OSError as error:
             raise CommandError("netlink: %s" % error.strerror) from None
 
@@ -3654,33 +3653,28 @@ class Netlink:
         batch = [self.message(kind, flag, family, body)
                  for flag, (kind, family, body) in zip(flags, messages)]
         begin, end = [self.message(kind, 0, 0, b"", NFT >> 8) for kind in (BATCH_BEGIN, BATCH_END)]
-        self.send(begin + b"".join(batch) + end)
-        # The kernel has answered when sendto() returns.
-        numbers = [-struct.unpack_from("=i", body)[0]
-                   for kind, body in self.answers(socket.MSG_DONTWAIT) if kind == NLMSG_ERROR]
+        numbers = [-struct.unpack_from("=i", body)[0] for kind, body in self.answers(
+            begin + b"".join(batch) + end) if kind == NLMSG_ERROR]
         failed = next(filter(None, numbers), 0 if numbers else errno.EIO)
         if failed:
             raise self.error(failed)
 
-    def send(self, messages: bytes) -> None:
-        """Sends messages, after throwing away what is left of earlier answers."""
-        drain_socket(self.socket)
+    def answers(self, messages: bytes) -> Iterator[Tuple[int, bytes]]:
+        """Sends messages, and gives type and body of each answer.
+
+        The kernel has answered when sendto() returns, and adds to a list whenever a part is read.
+        """
+        drain_socket(self.socket)  # what is left of earlier answers
         try:
             self.socket.sendto(messages, (0, 0))
+            while True:
+                data = self.socket.recv(65536, socket.MSG_DONTWAIT)
+                for kind, _, body in netlink_messages(data):
+                    yield kind, body
+        except BlockingIOError:
+            return
         except OSError as error:
             raise self.error(error.errno or errno.EIO) from None
-
-    def answers(self, flags: int = 0) -> Iterator[Tuple[int, bytes]]:
-        """Type and body of each message until none comes, for 5 seconds or, MSG_DONTWAIT, now."""
-        while True:
-            try:
-                data = self.socket.recv(65536, flags)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for kind, _, body in netlink_messages(data):
-                yield kind, body
 
     @staticmethod
     def error(number: int) -> CommandError:
@@ -3689,14 +3683,13 @@ class Netlink:
 
     def dump(self, kind: int, family: int, body: bytes) -> List[Dict[int, bytes]]:
         """The attributes of each message that the kernel answers a question for a list with."""
-        self.send(self.message(kind, NLM_DUMP, family, body))
         found: List[Dict[int, bytes]] = []
-        for answer, body in self.answers():
+        for answer, part in self.answers(self.message(kind, NLM_DUMP, family, body)):
             if answer == NLMSG_DONE:
                 return found
             if answer == NLMSG_ERROR:
-                raise self.error(-struct.unpack_from("=i", body)[0])
-            found.append(attributes(body[4:]))
+                raise self.error(-struct.unpack_from("=i", part)[0])
+            found.append(attributes(part[4:]))
         raise self.error(errno.EAGAIN)
 
 
