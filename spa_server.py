@@ -4971,11 +4971,11 @@ class IptablesFirewall(Firewall):
         """The grants that the kernel has; those that time has ended, too."""
         wall, now = time.time(), time.monotonic()
         found: Dict[Door, int] = {}
-        for place, door, expires in [grant for program in self.programs.values()
-                                     for table in self.tables for line in program.list(table)
-                                     for grant in self.parse(table, line)]:
-            if place.tells:
-                found[door] = min(expires, found.get(door, expires))
+        for table in self.tables:
+            for line in [each for program in self.programs.values() for each in program.list(table)]:
+                for place, door, expires in self.parse(table, line):
+                    if place.tells:
+                        found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
     def listing(self) -> str:
@@ -5420,8 +5420,10 @@ def launch(command: Command, output: int, outlives: bool = False,
             command.words, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise CommandError("%s: %s" % (command, getattr(error, "strerror", error))) from None
+    except OSError as error:  # whose text names the program in its own way in Python 3.6
+        raise CommandError("%s: %s" % (command, os.strerror(error.errno or 0))) from None
+    except (ValueError, subprocess.SubprocessError) as error:
+        raise CommandError("%s: %s" % (command, error)) from None
 
 
 def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
