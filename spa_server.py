@@ -3220,8 +3220,10 @@ class Gpg:
         if question not in self.answers:
             start = self.monotonic()
             if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
-                raise TooFast("gpg too fast", "GPG packets %s come too fast; this one is not "
-                              "decrypted" % ("that open nothing" if hmac else "without HMAC"))
+                raise TooFast("gpg too fast", (
+                    "GPG packets that open nothing come too fast; this one is not decrypted"
+                    if hmac else
+                    "GPG packets without HMAC come too fast; this one is not decrypted"))
             try:
                 answer = self.run(command, passphrase, message)
             finally:  # as if the burst had been saved up, one a second, since busy_until
@@ -4971,11 +4973,12 @@ class IptablesFirewall(Firewall):
         """The grants that the kernel has; those that time has ended, too."""
         wall, now = time.time(), time.monotonic()
         found: Dict[Door, int] = {}
-        for table in self.tables:
-            for line in [each for program in self.programs.values() for each in program.list(table)]:
-                for place, door, expires in self.parse(table, line):
-                    if place.tells:
-                        found[door] = min(expires, found.get(door, expires))
+        lines = [(table, line) for program in self.programs.values() for table in self.tables
+                 for line in program.list(table)]
+        for table, line in lines:
+            for place, door, expires in self.parse(table, line):
+                if place.tells:
+                    found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
     def listing(self) -> str:
