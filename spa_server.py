@@ -2875,9 +2875,11 @@ STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
 class Log:
     """Lines to stderr, with `<N>` before each when that is systemd's journal, and to syslog."""
 
-    def __init__(self, stream: Any = None, to_syslog: bool = False, level: int = INFO,
+    def __init__(self, stream: Any = None,
                  monotonic: Callable[[], float] = time.monotonic) -> None:
-        self.stream, self.to_syslog, self.level = stream, to_syslog, level
+        self.stream, self.to_syslog, self.level = stream, False, INFO
+        self.error, self.warning, self.info, self.debug = [
+            partial(self.write, severity) for severity in (ERROR, WARNING, INFO, DEBUG)]
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.path = ""  # of a file that gets the lines as well, with knockd's date
@@ -2914,22 +2916,6 @@ class Log:
                     file.write("[%s] %s\n" % (time.strftime("%Y-%m-%d %H:%M"), text))
             except OSError:
                 pass
-
-    def error(self, text: str) -> None:
-        """Something failed."""
-        self.write(ERROR, text)
-
-    def warning(self, text: str) -> None:
-        """Something the administrator should know."""
-        self.write(WARNING, text)
-
-    def info(self, text: str) -> None:
-        """What the server does."""
-        self.write(INFO, text)
-
-    def debug(self, text: str) -> None:
-        """What is said only with VERBOSE."""
-        self.write(DEBUG, text)
 
 
 class Throttle:
@@ -3258,14 +3244,6 @@ def digest_of(text: bytes) -> str:
     return encode_base64(DIGESTS["SHA256"](text)).decode()
 
 
-class Remembered(NamedTuple):
-    """A packet in memory: its line in the file, and when it came, on both clocks."""
-
-    line: str
-    time: int
-    at: float
-
-
 class ReplayMemory:
     """The packets that were seen, in fwknopd's digest.cache (fwknop spec 3.5).
 
@@ -3281,8 +3259,9 @@ class ReplayMemory:
         self.path, self.max_age, self.log = path, max_age, log
         self.wall, self.monotonic = wall, monotonic
         self.boot_id = boot_id()
-        self.seen: Dict[str, Remembered] = {}  # by digest, oldest first
-        self.refused: Dict[str, str] = {}  # by digest why, oldest first
+        # By digest, oldest first: its line in the file, and when it came on the monotonic clock.
+        self.seen: Dict[str, Tuple[str, float]] = {}
+        self.refused: Dict[str, str] = {}  # and why
         self.began, self.forgotten = monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -3303,25 +3282,25 @@ class ReplayMemory:
         unread = 0
         for line in lines:
             words = line.split()
-            if words[:2] == ["#", "began"] and len(words) == 5:
+            if line.startswith("#"):
                 self.load_beginning(words)
-            elif (len(words) == 7 and not words[6].strip("0123456789") and len(words[6]) < 12
-                  and not line.startswith("#")):
+            elif len(words) == 7 and words[6].isdigit() and len(words[6]) < 12:
                 age = min(max(0.0, wall - int(words[6])), now)
-                self.seen[words[0]] = Remembered(line, int(words[6]), now - age)
-            elif words and not line.startswith("#"):
+                self.seen[words[0]] = line, now - age
+            elif words:
                 unread += 1
         if unread:
             self.log.warning("%s: %d lines are not packets and are dropped" % (path, unread))
 
     def load_beginning(self, words: List[str]) -> None:
-        """Goes on with the memory of these words, `# began MONOTONIC BOOT_ID FORGOTTEN`."""
+        """Goes on with the memory of `# began MONOTONIC BOOT_ID FORGOTTEN`; else it is a comment.
+        """
         try:
-            began, forgotten = float(words[2]), int(words[4])
-        except ValueError:
+            began, boot_id, forgotten = float(words[2]), words[3], int(words[4])
+        except (ValueError, IndexError):
             return
         self.forgotten = forgotten
-        if words[3] == self.boot_id and 0 <= began <= self.began:
+        if boot_id == self.boot_id and 0 <= began <= self.began:
             self.began = began
 
     def check_unseen(self, datagram: Datagram) -> None:
@@ -3368,10 +3347,9 @@ class ReplayMemory:
         """
         digest, source = digest_of(canonical), socket_text(datagram.source)
         self.check_unknown(digest, datagram)
-        now = int(self.wall())
         line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
                                          socket_text(datagram.destination),
-                                         datagram.destination_port, now)
+                                         datagram.destination_port, self.wall())
         if self.file is not None:
             try:
                 self.append(self.file, line.encode() + b"\n")
@@ -3379,20 +3357,20 @@ class ReplayMemory:
                 raise NotFresh("replay memory", "%s: %s; nothing is opened that could not be "
                                "remembered" % (self.path, error.strerror)) from None
             self.lines_in_file += 1
-        self.seen[digest] = Remembered(line, now, self.monotonic())
+        self.seen[digest] = line, self.monotonic()
         self.prune()
 
     def check_unknown(self, digest: str, datagram: Datagram) -> None:
         """Rejects what is remembered by this digest."""
         if digest in self.seen:
-            _, protocol, source, _, _, port, _ = self.seen[digest].line.split()
-            created = time.localtime(self.seen[digest].time)
+            _, protocol, source, _, _, port, created = self.seen[digest][0].split()
             raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
                            "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
                            "Entry created: %s"
                            % (socket_text(datagram.source), datagram.protocol,
                               datagram.destination_port, source, protocol, port,
-                              time.strftime("%m/%d/%y %H:%M:%S", created)), "{text}")
+                              time.strftime("%m/%d/%y %H:%M:%S", time.localtime(int(created)))),
+                           "{text}")
 
     @staticmethod
     def append(file: int, line: bytes) -> None:
@@ -3409,10 +3387,11 @@ class ReplayMemory:
         keep = 2 * self.max_age + 1
         now, wall = self.monotonic() - keep, self.wall() - keep
         while self.seen:
-            digest, entry = next(iter(self.seen.items()))
-            if entry.at >= now or entry.time >= wall:  # a clock that was set back makes fresh again
+            digest, (line, came) = next(iter(self.seen.items()))
+            created = int(line.split()[-1])
+            if came >= now or created >= wall:  # a clock that was set back makes fresh again
                 break
-            self.forgotten = max(self.forgotten, entry.time + self.max_age)
+            self.forgotten = max(self.forgotten, created + self.max_age)
             del self.seen[digest]
         if self.file is not None and self.lines_in_file > len(self.seen) + REWRITE_AFTER:
             try:
@@ -3425,14 +3404,13 @@ class ReplayMemory:
         assert self.path is not None
         temporary = self.path + ".new"
         began = "# began %.3f %s %d\n" % (self.began, self.boot_id, self.forgotten)
-        text = DIGEST_HEADER + began + "".join(entry.line + "\n" for entry in self.seen.values())
+        text = DIGEST_HEADER + began + "".join(line + "\n" for line, _ in self.seen.values())
         file = None
         try:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
             file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-            with open(file, "wb", closefd=False) as stream:
-                stream.write(text.encode("latin-1", "replace"))
+            self.append(file, text.encode("latin-1", "replace"))
             os.rename(temporary, self.path)
         except OSError as error:
             if file is not None:
@@ -3531,49 +3509,43 @@ class Netlink:
         try:
             self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
             self.socket.bind((0, 0))
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 5, 0))
         except OSError as error:
             raise CommandError("netlink: %s" % error.strerror) from None
-        self.port = self.socket.getsockname()[0]
 
     def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
         """struct nlmsghdr and struct nfgenmsg, and the attributes `body`."""
         header = struct.pack("=IHHII", len(body) + 20, kind, flags | NLM_REQUEST, 1, 0)
         return header + struct.pack(">BBH", family, 0, resource) + body
 
-    def commit(self, messages: List[Tuple[int, int, int, bytes]]) -> None:
-        """Does all of (type, flags, family, attributes) in one transaction, or none."""
-        last = len(messages) - 1
-        batch = [self.message(kind, flags | (NLM_ACK if place == last else 0), family, body)
-                 for place, (kind, flags, family, body) in enumerate(messages)]
-        begin = self.message(BATCH_BEGIN, 0, 0, b"", NFT >> 8)
-        self.send(begin + b"".join(batch) + self.message(BATCH_END, 0, 0, b"", NFT >> 8))
-        # The kernel has answered when sendto() returns.
-        numbers = [-struct.unpack_from("=i", body)[0]
-                   for kind, body in self.answers(socket.MSG_DONTWAIT) if kind == NLMSG_ERROR]
-        failed = [number for number in numbers if number]
-        if failed or not numbers:
-            raise self.error(failed[0] if failed else errno.EIO)
+    def commit(self, messages: List[Tuple[int, int, bytes]]) -> None:
+        """Does all of (type, family, attributes) in one transaction, or none."""
+        flags = [NLM_CREATE if kind == NEW_ELEMENT else 0 for kind, _, _ in messages]
+        flags[-1] |= NLM_ACK
+        batch = [self.message(kind, flag, family, body)
+                 for flag, (kind, family, body) in zip(flags, messages)]
+        begin, end = [self.message(kind, 0, 0, b"", NFT >> 8) for kind in (BATCH_BEGIN, BATCH_END)]
+        numbers = [-struct.unpack_from("=i", body)[0] for kind, body in self.answers(
+            begin + b"".join(batch) + end) if kind == NLMSG_ERROR]
+        failed = next(filter(None, numbers), 0 if numbers else errno.EIO)
+        if failed:
+            raise self.error(failed)
 
-    def send(self, messages: bytes) -> None:
-        """Sends messages, after throwing away what is left of earlier answers."""
-        drain_socket(self.socket)
+    def answers(self, messages: bytes) -> Iterator[Tuple[int, bytes]]:
+        """Sends messages, and gives type and body of each answer.
+
+        The kernel has answered when sendto() returns, and adds to a list whenever a part is read.
+        """
+        drain_socket(self.socket)  # what is left of earlier answers
         try:
             self.socket.sendto(messages, (0, 0))
+            while True:
+                data = self.socket.recv(65536, socket.MSG_DONTWAIT)
+                for kind, _, body in netlink_messages(data):
+                    yield kind, body
+        except BlockingIOError:
+            return
         except OSError as error:
             raise self.error(error.errno or errno.EIO) from None
-
-    def answers(self, flags: int = 0) -> Iterator[Tuple[int, bytes]]:
-        """Type and body of each message until none comes, for 5 seconds or, MSG_DONTWAIT, now."""
-        while True:
-            try:
-                data = self.socket.recv(65536, flags)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise self.error(error.errno or errno.EIO) from None
-            for kind, _, body in netlink_messages(data):
-                yield kind, body
 
     @staticmethod
     def error(number: int) -> CommandError:
@@ -3582,19 +3554,14 @@ class Netlink:
 
     def dump(self, kind: int, family: int, body: bytes) -> List[Dict[int, bytes]]:
         """The attributes of each message that the kernel answers a question for a list with."""
-        self.send(self.message(kind, NLM_DUMP, family, body))
         found: List[Dict[int, bytes]] = []
-        for answer, body in self.answers():
+        for answer, part in self.answers(self.message(kind, NLM_DUMP, family, body)):
             if answer == NLMSG_DONE:
                 return found
             if answer == NLMSG_ERROR:
-                raise self.error(-struct.unpack_from("=i", body)[0])
-            found.append(attributes(body[4:]))
+                raise self.error(-struct.unpack_from("=i", part)[0])
+            found.append(attributes(part[4:]))
         raise self.error(errno.EAGAIN)
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self.socket.close()
 
 
 def is_own_address(address: Address) -> bool:
@@ -3686,6 +3653,8 @@ class PacketCapture(Capture):
     that one inside a bridge works as well. The kernel has taken a VLAN tag off.
     """
 
+    decode: Callable[[bytes], Any] = staticmethod(decode_ip)
+
     def __init__(self, interface: str, protocol: int, code: bytes, promiscuous: bool) -> None:
         opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
         try:
@@ -3704,22 +3673,33 @@ class PacketCapture(Capture):
         super().__init__(opened, interface or "any")
         drain_socket(opened)  # what came before the filter was there
 
-    def receive(self) -> Optional[Datagram]:
-        """The next datagram."""
-        return decode_ip(self.socket.recv(MAX_PACKET))
+    def receive(self) -> Any:
+        """The next datagram, or hit."""
+        return self.decode(self.socket.recv(MAX_PACKET))
 
 
 class KnockCapture(PacketCapture):
     """A packet socket for the steps of some sequences. Others may have one at the same place."""
 
-    def __init__(self, sequences: List[Sequence], interface: str, protocol: int, code: bytes,
-                 promiscuous: bool) -> None:
-        super().__init__(interface, protocol, code, promiscuous)
-        self.sequences = sequences
+    decode = staticmethod(decode_hit)
+    sequences: List[Sequence] = []
 
-    def receive(self) -> Optional[Datagram]:
-        """The next one; None for what can be none."""
-        return decode_hit(self.socket.recv(MAX_PACKET))
+
+def bound_socket(family: int, kind: int, port: int, *options: Tuple[int, int]) -> socket.socket:
+    """A socket at a port of all addresses of one family, with these options on."""
+    opened = socket.socket(family, kind)
+    try:
+        for level, option in options:
+            opened.setsockopt(level, option, 1)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        opened.bind(("", port))
+        if kind == socket.SOCK_STREAM:
+            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
+    except OSError:
+        opened.close()
+        raise
+    return opened
 
 
 class UdpCapture(Capture):
@@ -3728,19 +3708,10 @@ class UdpCapture(Capture):
     protocol = "UDP"
 
     def __init__(self, family: int, port: int) -> None:
-        opened = socket.socket(family, socket.SOCK_DGRAM)
-        try:
-            if family == socket.AF_INET6:
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            else:
-                opened.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-            opened.bind(("", port))
-        except OSError:
-            opened.close()
-            raise
         self.family, self.port = family, port
-        super().__init__(opened, "UDP port %d" % port)
+        super().__init__(bound_socket(family, socket.SOCK_DGRAM, port, (
+            (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if family == socket.AF_INET6 else
+            (socket.IPPROTO_IP, IP_PKTINFO))), "UDP port %d" % port)
 
     def receive(self) -> Optional[Datagram]:
         """The next datagram. in_pktinfo: {index, local, address}; in6_pktinfo: {address, index}."""
@@ -3777,21 +3748,12 @@ class TcpCapture(Capture):
     protocol = "TCP"
 
     def __init__(self, family: int, port: int) -> None:
-        opened = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            opened.bind(("", port))
-            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
-        except OSError:
-            opened.close()
-            raise
         self.family, self.port = family, port
-        super().__init__(opened, "TCP port %d" % port, 2 * MAX_REQUEST)
+        super().__init__(bound_socket(family, socket.SOCK_STREAM, port, (
+            socket.SOL_SOCKET, socket.SO_REUSEADDR)), "TCP port %d" % port, 2 * MAX_REQUEST)
         self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
         self.selector = selectors.EpollSelector()
-        self.selector.register(opened, selectors.EVENT_READ)
+        self.selector.register(self.socket, selectors.EVENT_READ)
 
     def fileno(self) -> int:
         """One that is readable when the socket or a connection is."""
@@ -3944,32 +3906,28 @@ class FileCapture(Capture):
         os.close(self.always)
 
 
-def open_captures(settings: ServerSettings, log: Log,
-                  current: Iterable[Capture] = ()) -> List[Capture]:
-    """What the settings say to listen on or to read; sockets of `current` that still fit are kept.
+def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture],
+                  captures: List[Capture]) -> None:
+    """Adds what the settings say to listen on or to read; sockets of `current` that fit are kept.
 
     No packet socket while the interface is missing; SpaError when there is no way to listen.
     """
     if settings.capture_file:
-        return [FileCapture(settings.capture_file, settings.packet_filter, settings.any_direction)]
-    captures: List[Capture] = []
-    try:
-        on_udp = settings.udp_server
-        if not on_udp:
-            try:
-                captures += open_packet_captures(settings, log)
-            except (PermissionError, AttributeError):
-                log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d "
-                            "instead" % settings.udp_port)
-                on_udp = True
-        if on_udp:
-            open_sockets(UdpCapture, settings.udp_port, captures, current)
-        if settings.tcp_server:
-            open_sockets(TcpCapture, settings.tcp_port, captures, current)
-    except SpaError:
-        close_captures(captures, current)
-        raise
-    return captures
+        captures.append(FileCapture(settings.capture_file, settings.packet_filter,
+                                    settings.any_direction))
+        return
+    on_udp = settings.udp_server
+    if not on_udp:
+        try:
+            captures += open_packet_captures(settings, log)
+        except (PermissionError, AttributeError):
+            log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d "
+                        "instead" % settings.udp_port)
+            on_udp = True
+    if on_udp:
+        open_sockets(UdpCapture, settings.udp_port, captures, current)
+    if settings.tcp_server:
+        open_sockets(TcpCapture, settings.tcp_port, captures, current)
 
 
 def capture_lines(settings: ServerSettings, captures: Iterable[Capture]) -> List[str]:
@@ -4012,7 +3970,7 @@ def open_sockets(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int, capture
                 raise SpaError("%s port %d: %s" % (kind.protocol, port, error.strerror)) from None
 
 
-def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
+def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCapture]:
     """The packet sockets of PCAP_INTF; none while it does not exist.
 
     What comes to the TCP server is not looked at: it would come twice.
@@ -4021,25 +3979,26 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[Capture]:
     if settings.tcp_server:
         served = parse_packet_filter("tcp dst port %d" % settings.tcp_port)
         tree = Junction("and", (tree, Junction("not", (served,))))
-    code = compile_filter(tree, settings.any_direction)
-    interface = "" if settings.interface == "any" else settings.interface
+    return packet_sockets(PacketCapture, settings.interface,
+                          compile_filter(tree, settings.any_direction), log,
+                          settings.any_direction, settings.promiscuous)
+
+
+def packet_sockets(kind: Callable[..., T], name: str, code: bytes, log: Log,
+                   any_direction: bool = False, promiscuous: bool = False) -> List[T]:
+    """Packet sockets with a filter, on an interface or on any; none while it is missing."""
+    interface = "" if name == "any" else name
     # Only a socket for all protocols sees what goes out.
-    protocols = (ETH_P_ALL,) if interface or settings.any_direction else (ETH_P_IP, ETH_P_IPV6)
-    return packet_sockets(PacketCapture, interface, protocols, code, settings.promiscuous, log)
-
-
-def packet_sockets(kind: Callable[..., PacketCapture], interface: str, protocols: Tuple[int, ...],
-                   code: bytes, promiscuous: bool, log: Log) -> List[Capture]:
-    """Packet sockets with a filter, for these protocols; none while the interface is missing."""
+    protocols = (ETH_P_ALL,) if interface or any_direction else (ETH_P_IP, ETH_P_IPV6)
     try:
         return [kind(interface, protocol, code, promiscuous) for protocol in protocols]
     except PermissionError:
         raise
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
-            raise SpaError("%s: %s" % (interface or "any", error.strerror)) from None
+            raise SpaError("%s: %s" % (name, error.strerror)) from None
         log.warning("Interface %s does not exist; it is waited for, and until then no knock is "
-                    "heard" % interface)
+                    "heard" % name)
         return []
 
 
@@ -4051,9 +4010,9 @@ class Listening(NamedTuple):
     four_only: bool
 
 
-def open_knock_captures(listenings: Iterable[Listening], log: Log) -> List[Capture]:
-    """The packet sockets for knock sequences; SpaError without the right to have any."""
-    captures: List[Capture] = []
+def open_knock_captures(listenings: Iterable[Listening], log: Log,
+                        captures: List[Capture]) -> None:
+    """Adds the packet sockets for knock sequences; SpaError without the right to have any."""
     try:
         for interfaces, sequences, four_only in listenings:
             if not sequences:
@@ -4062,15 +4021,11 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log) -> List[Captu
             if four_only:
                 tree = Junction("and", (IS_IPV4, tree))
             for name in interfaces:
-                captures += packet_sockets(
-                    partial(KnockCapture, sequences), "" if name == "any" else name,
-                    (ETH_P_IP, ETH_P_IPV6) if name == "any" else (ETH_P_ALL,),
-                    compile_filter(tree), False, log)
-    except (PermissionError, AttributeError, SpaError) as error:
-        close_captures(captures, ())
-        raise error if isinstance(error, SpaError) else SpaError(
-            "knock sequences need packet sockets, and so CAP_NET_RAW") from None
-    return captures
+                for capture in packet_sockets(KnockCapture, name, compile_filter(tree), log):
+                    capture.sequences = sequences
+                    captures.append(capture)
+    except (PermissionError, AttributeError):
+        raise SpaError("knock sequences need packet sockets, and so CAP_NET_RAW") from None
 
 
 # ======================================================================================
@@ -4102,9 +4057,13 @@ class Firewall:
         """Where this door, or access, goes, for the log."""
         return "nowhere"
 
+    def places_of(self, door: Door) -> List[Any]:
+        """The places that this door goes to."""
+        return [None]
+
     def holds(self, door: Door) -> bool:
         """Whether there is a place for this door."""
-        return True
+        return bool(self.places_of(door))
 
     def form(self, door: Door) -> Optional[Door]:
         """The door in the form that this firewall keeps; None when the host's firewall sees to it.
@@ -4325,7 +4284,7 @@ class NftFirewall(Firewall):
         self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
         self.identity = ("nft", program, self.places)
         self.netlink = Netlink()
-        self.netlink_port = self.netlink.port
+        self.netlink_port = self.netlink.socket.getsockname()[0]
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes."""
@@ -4372,18 +4331,11 @@ class NftFirewall(Firewall):
         try:
             self.run(self.rule_removal(place) + sets + rules)
         except CommandError as error:
-            self.explain_missing(place)
-            raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
-
-    def explain_missing(self, place: NftChain) -> None:
-        """Raises the CommandError of a chain that is not there."""
-        try:
-            run_program([self.program, "list", "chain"] + list(place))
-        except CommandError as error:
-            if "No such file or directory" in str(error):
-                raise CommandError("%s: there is no chain %s" % (
-                    "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
-                    " ".join(place)), hint="start after the service that makes it") from None
+            if "No such file or directory" not in str(error):
+                raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
+            raise CommandError("%s: there is no chain %s" % (
+                "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
+                " ".join(place)), hint="start after the service that makes it") from None
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
@@ -4412,18 +4364,18 @@ class NftFirewall(Firewall):
                 + ["closed %s accept" % shape.match() for shape in self.shapes_at(GUARD_TABLE)]
                 + ["closed counter drop"])
 
-    def read_rules(self, place: NftChain) -> List[Dict[int, bytes]]:
-        """The rules of a chain. One that is not there is an error, or has none: kernels differ."""
-        names = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
-        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
-            attribute(kind, name) for kind, name in names.items()))
-        return [rule for rule in rules if names.items() <= rule.items()]  # old kernels list all
-
     def our_rules(self, place: NftChain) -> List[bytes]:
-        """The handles of the rules in a chain that are ours: in one of the host's by comment."""
-        mark = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"  # nft's user data
-        return [rule[RULE_HANDLE] for rule in self.read_rules(place)
-                if place not in self.chains or rule.get(RULE_USERDATA) == mark]
+        """The handles of the rules in a chain that are ours: in one of the host's by comment.
+
+        A chain that is not there is an error, or has none: kernels differ.
+        """
+        ours = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
+        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
+            attribute(kind, name) for kind, name in ours.items()))
+        if place in self.chains:  # nft's user data: type, length, comment
+            ours[RULE_USERDATA] = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"
+        return [rule[RULE_HANDLE] for rule in rules  # old kernels list those of all chains
+                if ours.items() <= rule.items()]
 
     def read_made(self) -> Dict[NftChain, List[bytes]]:
         """The handles of all rules of ours: a flushed or rebuilt chain has others."""
@@ -4431,23 +4383,23 @@ class NftFirewall(Firewall):
                for chain in OWN_CHAINS.get(place, ())]
         return {place: self.our_rules(place) for place in own + self.chains}
 
-    def holds(self, door: Door) -> bool:
-        """Whether there is a place for this door."""
-        return bool(self.places_of(door))
-
     def places_of(self, door: Door) -> List[NftChain]:
         """The places that have a set for this door."""
         wanted = shape_of(door)
         return [place for place, shape in self.sets if shape == wanted]
 
-    def element(self, place: NftChain, door: Door, timeout: bytes = b"") -> bytes:
-        """The attributes of a message about a door's element of a set or map."""
+    def element(self, kind: int, place: NftChain, door: Door, seconds: float = 0.0
+                ) -> Tuple[int, int, bytes]:
+        """The message of a kind about a door's element of a set or map, which has a time or none.
+        """
         shape = shape_of(door)
         element = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, shape.key(door)))
         if door.target and place == NAT_TABLE:
             element += attribute(NESTED | ELEMENT_DATA, attribute(DATA_VALUE, shape.value(door)))
-        item = attribute(NESTED | LIST_ITEM, element + timeout)
-        return set_name(place, shape) + attribute(NESTED | LIST_ELEMENTS, item)
+        if seconds:
+            element += attribute(ELEMENT_TIMEOUT, struct.pack(">Q", int(seconds * 1000)))
+        items = attribute(NESTED | LIST_ELEMENTS, attribute(NESTED | LIST_ITEM, element))
+        return kind, NFT_FAMILIES[place.family], set_name(place, shape) + items
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants` in one transaction.
@@ -4460,18 +4412,14 @@ class NftFirewall(Firewall):
         before = {grant.door.entrance: grant.door for grant in replaced}
         messages = []
         for grant in grants:
-            milliseconds = max(1, int((grant.ends - now) * 1000))
-            timeout = attribute(ELEMENT_TIMEOUT, struct.pack(">Q", milliseconds))
-            places = self.places_of(grant.door)
+            door, places = grant.door, self.places_of(grant.door)
             if not places:
-                raise CommandError("no nftables chain for IPv%d" % grant.door.source.version)
+                raise CommandError("no nftables chain for IPv%d" % door.source.version)
+            old = before.get(door.entrance, door)
             for place in places:
-                family = NFT_FAMILIES[place.family]
-                plain = self.element(place, before.get(grant.door.entrance, grant.door))
-                messages += [(NEW_ELEMENT, NLM_CREATE, family, plain),
-                             (DELETE_ELEMENT, 0, family, plain),
-                             (NEW_ELEMENT, NLM_CREATE, family,
-                              self.element(place, grant.door, timeout))]
+                messages += [self.element(NEW_ELEMENT, place, old),
+                             self.element(DELETE_ELEMENT, place, old),
+                             self.element(NEW_ELEMENT, place, door, max(0.001, grant.ends - now))]
         self.netlink.commit(messages)
 
     def close(self, grants: List[Grant]) -> None:
@@ -4487,21 +4435,19 @@ class NftFirewall(Firewall):
         undo all of it: so each is added before, which nobody sees. Where that can't be done, for a
         set that is gone or a map that somebody has changed, they go one by one.
         """
-        family = NFT_FAMILIES[place.family]
         for start in range(0, len(doors), OPEN_AT_ONCE):
-            elements = [self.element(place, door) for door in doors[start:start + OPEN_AT_ONCE]]
+            part = doors[start:start + OPEN_AT_ONCE]
             try:
-                self.netlink.commit([(kind, flags, family, element) for element in elements
-                                     for kind, flags in ((NEW_ELEMENT, NLM_CREATE),
-                                                         (DELETE_ELEMENT, 0))])
+                self.netlink.commit([self.element(kind, place, door) for door in part
+                                     for kind in (NEW_ELEMENT, DELETE_ELEMENT)])
             except CommandError:
-                for element in elements:
-                    self.delete_one(family, element)
+                for door in part:
+                    self.delete_one(place, door)
 
-    def delete_one(self, family: int, element: bytes) -> None:
+    def delete_one(self, place: NftChain, door: Door) -> None:
         """Takes an element out of a set, if it is there."""
         try:
-            self.netlink.commit([(DELETE_ELEMENT, 0, family, element)])
+            self.netlink.commit([self.element(DELETE_ELEMENT, place, door)])
         except CommandError as error:
             if error.number != errno.ENOENT:
                 raise
@@ -4612,6 +4558,8 @@ class Place(NamedTuple):
     first: bool = False
     kind: str = INPUT
     match: str = ""  # what its rules match as well
+    from_chain: str = ""  # from which a rule at this position jumps to it, unless it is the guard's
+    position: int = 1
 
     @property
     def tells(self) -> bool:
@@ -4679,8 +4627,8 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
         return None
     values = {option: value.strip('"') for option, value in zip(words, words[1:])}
     peer, here, port = ("-d", "-s", "--sport") if place.outgoing else ("-s", "-d", "--dport")
-    expires = values.get("--comment", "")
-    if not expires.startswith(MARK) or not expires[len(MARK):].isdigit():
+    other, _, expires = values.get("--comment", "").partition(MARK)
+    if other or not expires.isdigit():
         return None
     try:
         destination = ipaddress.ip_network(values[here]).network_address if here in values else None
@@ -4696,7 +4644,7 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
                 host, _, port = host.rpartition(":")
             door = door._replace(target=ipaddress.ip_address(host.strip("[]")),
                                  target_port=int(port))
-        return door, int(expires[len(MARK):])
+        return door, int(expires)
     except (ValueError, KeyError):
         return None
 
@@ -4717,18 +4665,15 @@ class IptablesFirewall(Firewall):
 
     keeps = True
 
-    def __init__(self, program: str, access: List[Tuple[str, IptablesChain]],
-                 guard_ports: FrozenSet[Port], prepend: bool, log: Log) -> None:
+    def __init__(self, program: str, access: List[Place], guard_ports: FrozenSet[Port],
+                 log: Log) -> None:
         self.access, self.guard_ports, self.log = access, guard_ports, log
         guarded = Place("mangle", GUARDED_CHAIN, "RETURN", first=True)
         self.places = [guarded] * bool(guard_ports)
-        if guard_ports and any(kind == DNAT for kind, _ in access):
+        if guard_ports and any(place.kind == DNAT for place in access):
             self.places.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
-        self.places += [Place(chain.table, chain.chain, chain.target,
-                              kind == INPUT and chain.from_chain == "OUTPUT", prepend, kind)
-                        for kind, chain in access]
-        self.tables = sorted({place.table for place in self.places},
-                             key=lambda name: (name != "mangle", name))  # the guard's comes first
+        self.places += access
+        self.tables = list(dict.fromkeys(place.table for place in self.places))  # the guard's first
         self.programs = {4: Iptables(program)}
         if os.path.exists("/proc/net/if_inet6"):
             directory, name = os.path.split(program)
@@ -4740,7 +4685,7 @@ class IptablesFirewall(Firewall):
                                   "install it, or nftables")
             else:
                 log.warning("No ip6tables: nothing is opened for IPv6")
-        self.identity = ("iptables", program, self.places, access)
+        self.identity = ("iptables", program, self.places)
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
@@ -4769,27 +4714,28 @@ class IptablesFirewall(Firewall):
                     for line in lines)
         guarding = table == "mangle" and self.guard_ports
         changes, jumps = self.guard_changes(lines, version) if guarding else [], []
-        for kind, chain in self.access:
-            if chain.table != table:
+        for place in self.access:
+            if place.table != table:
                 continue
-            if "-N " + chain.chain not in lines:
-                changes.append(":%s - [0:0]" % chain.chain)
+            if "-N " + place.chain not in lines:
+                changes.append(":%s - [0:0]" % place.chain)
             # What is only routed here is led nowhere else.
-            jump = "-m addrtype --dst-type LOCAL " * (kind == DNAT) + "-j " + chain.chain
-            present = jumps_to(chain.chain, chain.from_chain, lines)
-            if "-A %s %s" % (chain.from_chain, jump) not in present:
-                changes.append("-I %s %d %s" % (chain.from_chain, chain.position, jump))
-                jumps.append(chain)
-            changes += ["-D" + line[2:] for line in present if kind == DNAT  # an older one
-                        and line != "-A %s %s" % (chain.from_chain, jump)]
-            if (kind == INPUT and "-P %s ACCEPT" % chain.from_chain in lines and not drops
+            jump = "-m addrtype --dst-type LOCAL " * (place.kind == DNAT) + "-j " + place.chain
+            present = jumps_to(place.chain, place.from_chain, lines)
+            wanted = "-A %s %s" % (place.from_chain, jump)
+            if wanted not in present:
+                changes.append("-I %s %d %s" % (place.from_chain, place.position, jump))
+                jumps.append(place)
+            changes += ["-D" + line[2:] for line in present  # an older one
+                        if place.kind == DNAT and line != wanted]
+            if (place.kind == INPUT and "-P %s ACCEPT" % place.from_chain in lines and not drops
                     and not self.guard_ports):
                 self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
-                                 % (chain.from_chain, program.program))
+                                 % (place.from_chain, program.program))
         program.commit({table: changes})
-        for chain in jumps if version == 4 else []:
+        for place in jumps if version == 4 else []:
             self.log.info("Added jump rule from chain: %s to chain: %s"
-                          % (chain.from_chain, chain.chain))
+                          % (place.from_chain, place.chain))
 
     def guard_changes(self, lines: List[str], version: int) -> List[str]:
         """The guard, written anew: what is guarded goes to a chain that ends in DROP.
@@ -4825,10 +4771,10 @@ class IptablesFirewall(Firewall):
                           if ours & set(line.split()) and MARK not in line}
                 for version, program in self.programs.items()}
 
-    def holds(self, door: Door) -> bool:
-        """Whether there are programs for the door's IP version, and a chain for its kind."""
-        return (door.source.version in self.programs and self.form(door) == door
-                and any(place.kind == door.kind for place in self.places))
+    def places_of(self, door: Door) -> List[Place]:
+        """The chains for doors of this kind, if there are programs for its IP version."""
+        return [place for place in self.places if place.kind == door.kind
+                and door.source.version in self.programs and self.form(door) == door]
 
     def form(self, door: Door) -> Optional[Door]:
         """The door with the addresses that its rule has in fwknopd (fwknop spec 3.6)."""
@@ -4838,29 +4784,26 @@ class IptablesFirewall(Firewall):
             return door._replace(source=any_source(door.source.version))
         return door
 
-    def changes(self, added: List[Grant],
-                deleted: List[Grant]) -> Dict[Iptables, Dict[str, List[str]]]:
-        """The changes by program and table that add and delete the rules of grants."""
-        found: Dict[Iptables, Dict[str, List[str]]] = {}
+    def change(self, added: List[Grant], deleted: List[Grant]) -> None:
+        """Adds and deletes the rules of grants, each table in one go."""
+        changes: Dict[Iptables, Dict[str, List[str]]] = {}
         for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
-            for place in self.places if self.holds(grant.door) else ():
-                if place.kind == grant.door.kind:
-                    program = self.programs[grant.door.source.version]
-                    action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
-                    lines = found.setdefault(program, {}).setdefault(place.table, [])
-                    lines.append(action % place.chain + " " + program.rule(place, grant))
-        return found
+            for place in self.places_of(grant.door):
+                program = self.programs[grant.door.source.version]
+                action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
+                lines = changes.setdefault(program, {}).setdefault(place.table, [])
+                lines.append(action % place.chain + " " + program.rule(place, grant))
+        do_all(Iptables.commit, changes.items())
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Adds the rules of `grants` and deletes those of `replaced`, each table in one go.
+        """Adds the rules of `grants` and deletes those of `replaced`.
 
-        When a later table fails, what the first ones got is taken back.
+        When one table fails, what others got is taken back.
         """
         if not all(self.holds(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
-            for program, tables in self.changes(grants, replaced).items():
-                program.commit(tables)
+            self.change(grants, replaced)
         except CommandError:
             mine = {(grant.door.entrance, grant.expires) for grant in grants}
             self.delete_rules(lambda door, expires: (door.entrance, expires) in mine)
@@ -4868,43 +4811,41 @@ class IptablesFirewall(Firewall):
 
     def close(self, grants: List[Grant]) -> None:
         """Deletes the rules of `grants`, also where they are gone or of another shape."""
-        doors = {grant.door.entrance for grant in grants}
+        try:
+            self.change([], grants)
+        except CommandError:
+            doors = {grant.door.entrance for grant in grants}
+            self.delete_rules(lambda door, expires: door.entrance in doors)
 
-        def close_in(program: Iptables, tables: Dict[str, List[str]]) -> None:
-            try:
-                program.commit(tables)
-            except CommandError:
-                self.delete_in(program, lambda door, _: door.entrance in doors)
+    def parse(self, table: str, line: str) -> Iterator[Tuple[Place, Door, int]]:
+        """Place, door and expiry of the grant that a line of `iptables -S` is, if it is one."""
+        for place in self.places:
+            parsed = parse_rule(line, place) if place.table == table else None
+            if parsed:
+                yield (place,) + parsed
 
-        do_all(close_in, self.changes([], grants).items())
+    def delete_lines(self, tables: Iterable[str], wanted: Callable[[str, str], bool]) -> None:
+        """Deletes the rules that are wanted gone, by table and line of `iptables -S`."""
+        def delete_in(program: Iptables, table: str) -> None:
+            program.commit({table: ["-D" + line[2:] for line in program.list(table)
+                                    if wanted(table, line)]})
 
-    def rules(self, program: Iptables) -> Iterator[Tuple[Place, str, Door, int]]:
-        """Place, line of `iptables -S`, door and expiry of every grant in the kernel."""
-        for table in self.tables:
-            for line in program.list(table):
-                for place in self.places:
-                    parsed = parse_rule(line, place) if place.table == table else None
-                    if parsed:
-                        yield (place, line) + parsed
-
-    def delete_in(self, program: Iptables, wanted: Callable[[Door, int], bool]) -> None:
-        """Deletes the grants that are wanted gone, by door and expiry, through one program."""
-        changes: Dict[str, List[str]] = {}
-        for place, line, door, expires in self.rules(program):
-            if wanted(door, expires):
-                changes.setdefault(place.table, []).append("-D" + line[2:])
-        program.commit(changes)
+        do_all(delete_in, [(program, table) for program in self.programs.values()
+                           for table in tables])
 
     def delete_rules(self, wanted: Callable[[Door, int], bool]) -> None:
-        """Deletes the grants that are wanted gone."""
-        do_all(self.delete_in, [(program, wanted) for program in self.programs.values()])
+        """Deletes the grants that are wanted gone, by door and expiry."""
+        self.delete_lines(self.tables, lambda table, line: any(
+            wanted(door, expires) for _, door, expires in self.parse(table, line)))
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
         wall, now = time.time(), time.monotonic()
         found: Dict[Door, int] = {}
-        for program in self.programs.values():
-            for place, _, door, expires in self.rules(program):
+        lines = [(table, line) for program in self.programs.values() for table in self.tables
+                 for line in program.list(table)]
+        for table, line in lines:
+            for place, door, expires in self.parse(table, line):
                 if place.tells:
                     found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
@@ -4921,18 +4862,14 @@ class IptablesFirewall(Firewall):
 
     def flush_marked(self) -> None:
         """Deletes every rule in one of fwknop's chains that has its comment, of whatever kind."""
-        def flush_table(program: Iptables, table: str) -> None:
-            program.commit({table: ["-D" + line[2:] for line in program.list(table)
-                                    if line.startswith("-A FWKNOP_") and MARK in line]})
-
-        do_all(flush_table, [(program, table) for program in self.programs.values()
-                             for table in ("mangle", "filter", "nat")])
+        self.delete_lines(("mangle", "filter", "nat"), lambda table, line:
+                          line.startswith("-A FWKNOP_") and MARK in line)
 
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
-        do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.chain])
+        do_all(self.remove_chains, [(program, place.table, place.from_chain, [place.chain])
                                     for program in self.programs.values()
-                                    for _, chain in self.access])
+                                    for place in self.access])
 
     @staticmethod
     def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
@@ -4981,12 +4918,11 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         return Firewall("every stanza opens by CMD_CYCLE_OPEN", log)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
-    if kind == "auto" and settings.firewall_program:
-        kind = "nft" if os.path.basename(settings.firewall_program) == "nft" else "iptables"
     if kind == "auto":
-        wants_nft = settings.nft_accept_chains or (settings.guard_ports and nft)
-        chain_named = settings.is_set(ServerSettings.input_access)
-        kind = "nft" if wants_nft and not chain_named else "iptables"
+        own, chain_named = settings.firewall_program, settings.is_set(ServerSettings.input_access)
+        wants_nft = (os.path.basename(own) == "nft" if own else not chain_named and (
+            settings.nft_accept_chains or (settings.guard_ports and nft)))
+        kind = "nft" if wants_nft else "iptables"
     for text in idle_directives(settings, kind):
         log.warning(text)
     if kind == "iptables":
@@ -5047,7 +4983,7 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
         try:
             guards.append(NftFirewall(program, (), frozenset(), [], log)
                           if os.path.basename(program) == "nft" else
-                          IptablesFirewall(program, [], frozenset(), False, log))
+                          IptablesFirewall(program, [], frozenset(), log))
         except SpaError:  # a backend that does not work has no guard to speak of
             continue
     return [guard for guard in guards if guard.guarded()]
@@ -5059,7 +4995,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
     for program in filter(None, firewall_programs(settings)):
         try:
             if os.path.basename(program) != "nft":
-                IptablesFirewall(program, [], frozenset(), False, log).flush_marked()
+                IptablesFirewall(program, [], frozenset(), log).flush_marked()
             elif not current:
                 table = "table %s %s" % NAT_TABLE[:2]
                 run_program([program, "-f", "-"], "add %s\ndelete %s\n" % (table, table))
@@ -5082,7 +5018,11 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
         access += [(FORWARD, settings.forward_access), (DNAT, settings.dnat_access)]
         if settings.snat:
             access += [(SNAT, settings.snat_access), (MASQUERADE, settings.masquerade_access)]
-    return IptablesFirewall(program, access, settings.guard_ports, settings.rule_prepend, log)
+    return IptablesFirewall(program, [
+        Place(chain.table, chain.chain, chain.target,
+              kind == INPUT and chain.from_chain == "OUTPUT", settings.rule_prepend, kind, "",
+              chain.from_chain, chain.position) for kind, chain in access],
+        settings.guard_ports, log)
 
 
 # ======================================================================================
@@ -5104,14 +5044,12 @@ class Grants:
         self.firewall, self.log, self.wall, self.monotonic = firewall, log, wall, monotonic
         self.live: Dict[Door, Grant] = {}
         self.ends: List[Tuple[float, int, Grant]] = []  # a heap, with what was extended since too
-        self.count = 0
         self.not_before = 0.0  # when a close that failed is tried again
 
     def enter(self, grant: Grant) -> None:
         """Notes a grant that the firewall has."""
         self.live[grant.door] = grant
-        self.count += 1
-        heapq.heappush(self.ends, (grant.ends, self.count, grant))
+        heapq.heappush(self.ends, (grant.ends, id(grant), grant))
 
     def adopt(self) -> None:
         """Goes on with the grants that the firewall has from before."""
@@ -5165,11 +5103,8 @@ class Grants:
                         and (other.target, other.target_port) != (door.target, door.target_port)):
                     raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
                                          % (other, other.target_text()), "{stanza}{text}")
-        new = sum(door not in self.live for door in doors)
-        if len(self.live) + new <= MAX_GRANTS:
-            return
         count = sum(grant.stanza == stanza for grant in self.live.values())
-        if count + new > MAX_GRANTS:
+        if count + sum(door not in self.live for door in doors) > MAX_GRANTS:
             raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
                                  % (count, MAX_GRANTS), "{stanza}{text}")
 
@@ -5321,20 +5256,19 @@ MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
 STOP_SECONDS = 5.0  # how long a clean stop waits for commands
 SWITCH_SECONDS = 2  # how much later than the server its switch closes
-TIME_IS_OVER = "Timer expired"
+TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing"  # why it closes
 
 # The first program that is executed is trusted. The kernel lets this server wait for it, and its
 # owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
 RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 
-# SIGTERM ends only the sleep: whoever ends all processes of the service closes at once.
-SWITCH = (b"/bin/sh", b"-c", b'trap : HUP INT TERM; sleep "$0"; exec "$@"')
-
-# With these two the time begins when a command has ended, whoever lives to see it: its shell holds
-# one end of a pipe as its input, and the switch waits at the other.
+# Its shell holds one end of a pipe as its input, and the switch waits at the other: the time begins
+# when this has ended, whoever lives to see it.
 RUN_AT_PIPE = (b"/bin/sh", b"-c", b'"$@" </dev/null; exit $?', b"sh")
-SWITCH_AT_PIPE = (b"/bin/sh", b"-c",
-                  b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
+
+# SIGTERM ends only what it waits for: whoever ends all processes of the service closes at once.
+SWITCH = (b"/bin/sh", b"-c",
+          b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
 
 
 def launch(command: Command, output: int, outlives: bool = False,
@@ -5363,7 +5297,7 @@ def launch(command: Command, output: int, outlives: bool = False,
             command.words, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
-    except OSError as error:
+    except OSError as error:  # whose text names the program in its own way in Python 3.6
         raise CommandError("%s: %s" % (command, os.strerror(error.errno or 0))) from None
     except (ValueError, subprocess.SubprocessError) as error:
         raise CommandError("%s: %s" % (command, error)) from None
@@ -5381,17 +5315,19 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command of a cycle that runs, until `due` on the monotonic clock, and what it printed."""
 
-    def __init__(self, cycle: "Cycle", command: Command, due: float, closes: bool,
-                 pipe: Optional[int]) -> None:
-        self.cycle, self.command, self.due, self.closes = cycle, command, due, closes
+    def __init__(self, cycle: "Cycle", command: Command, closes: bool,
+                 source: int = subprocess.DEVNULL) -> None:
+        self.cycle, self.command, self.closes = cycle, command, closes
         self.kind = cycle.closing_kind if closes else cycle.kind
-        run = RUN if pipe is None else RUN_AT_PIPE
+        run = RUN if source == subprocess.DEVNULL else RUN_AT_PIPE
         self.popen = launch(command._replace(words=run + command.words), subprocess.PIPE,
-                            cycle.waits, subprocess.DEVNULL if pipe is None else pipe)
+                            cycle.waits, source)
         assert self.popen.stdout is not None
         self.output, self.printed = self.popen.stdout, b""
         os.set_blocking(self.output.fileno(), False)
-        self.signal = signal.SIGTERM  # that ends it when it is due
+        limit = (cycle.limit + SWITCH_SECONDS if closes else FOR_EVER if cycle.waits else
+                 cycle.limit)
+        self.due, self.signal = time.monotonic() + limit, signal.SIGTERM  # which ends it then
 
 
 class Cycle:
@@ -5400,46 +5336,36 @@ class Cycle:
     `limit` is how many seconds each may run, `stanza` and `label` say whose they are.
     """
 
-    closing_kind = "CMD_CYCLE_CLOSE"  # what begins the log's lines of the command that closes
-    waits = False  # whether `seconds` begin when the command that opens has ended
+    # The lines of the log: what it runs, what it will run, why it closes, and how a command ended.
+    opens = "{cycle.label}Running CMD_CYCLE_OPEN command: {cycle.opening}{cycle.opening.runner}"
+    will_close = ("{cycle.label}Running CMD_CYCLE_CLOSE command in {seconds} seconds: "
+                  "{cycle.closing}")
+    closes: Tuple[str, ...] = ("{cycle.label}{why}, running CMD_CYCLE_CLOSE command: "
+                               "{cycle.closing}{cycle.closing.runner}",)
+    ended = failed = "{kind}: command returned {code}, pid_status: {code}"
+    reasons: Dict[str, str] = {}  # other words for why it closes
+    closing_kind = "CMD_CYCLE_CLOSE"  # what begins the lines of the command that closes
+
+    waits = False  # whether `seconds` begin when the one that opens has ended, which has no limit
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
     def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
                  opening: Command, closing: Command) -> None:
         self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
-        self.opening_limit = float(limit)
+        if kind == "CMD_EXEC":
+            self.opens = "{cycle.label}Running command '{cycle.opening}'{cycle.opening.runner}"
         self.opening, self.closing, self.seconds = opening, closing, seconds
         self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
         self.ends = FOR_EVER if self.waits else time.monotonic() + seconds
         self.openings: List[Child] = []  # the last one, and those before that still run
         self.switch: Optional["subprocess.Popen[bytes]"] = None
-        self.failed = False  # whether its command that closes has
+        self.retried = False  # whether the command that closes has failed once
 
     @property
     def is_open(self) -> bool:
         """Whether its command has opened or is about to, and its switch has not closed."""
         return (self.openings[-1].popen.poll() in (None, 0)
                 and self.switch is not None and self.switch.poll() is None)
-
-    def opening_line(self) -> str:
-        """What the log says when it opens."""
-        return ("%sRunning command '%s'%s" if self.kind == "CMD_EXEC" else
-                "%sRunning CMD_CYCLE_OPEN command: %s%s") % (self.label, self.opening,
-                                                             self.opening.runner)
-
-    def waiting_line(self, seconds: int) -> str:
-        """What it says then of the command that will close, if anything."""
-        return "%sRunning CMD_CYCLE_CLOSE command in %d seconds: %s" % (self.label, seconds,
-                                                                        self.closing)
-
-    def closing_lines(self, why: str) -> List[str]:
-        """What it says when it closes: `why` is TIME_IS_OVER or another reason."""
-        return ["%s%s, running CMD_CYCLE_CLOSE command: %s%s" % (
-            self.label, why, self.closing, self.closing.runner)]
-
-    def end_line(self, kind: str, code: int) -> str:
-        """What it says when a command has ended with this code, if anything."""
-        return "%s: command returned %d, pid_status: %d" % (kind, code, code)
 
 
 class KnockdCycle(Cycle):
@@ -5449,38 +5375,21 @@ class KnockdCycle(Cycle):
     is read, and no SIGPIPE ends them when the server has ended.
     """
 
+    opens, will_close = "{cycle.kind}: running command: {cycle.texts[0]}", ""
+    closes = "{cycle.label}{why}", "{cycle.kind}: running command: {cycle.texts[1]}"
+    ended, failed = "", "{kind}: command returned non-zero status code ({code})"
+    reasons = {TIME_IS_OVER: "command timeout", SHUT_DOWN: "shutting down", FLUSHED: "flushing"}
     waits = True
     most_running, most_open = 100, 1000
 
     def __init__(self, door: KnockdDoor, address: Address, limit: int) -> None:
+        self.texts = door.commands(address)
         start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None)
-                       for text in door.commands(address)]
+                       for text in self.texts]
         super().__init__(door.name, door.number, "%s: %s: " % (address, door.name), limit,
                          door.stop_seconds, start, stop)
-        self.opening_limit = FOR_EVER
         self.closing_kind = door.name
         self.key = door.number, address, stop
-
-    def opening_line(self) -> str:
-        """The command."""
-        return self.running_line(self.opening)
-
-    def running_line(self, command: Command) -> str:
-        """The line of a command."""
-        return "%s: running command: %s" % (self.kind, command.words[-1].decode("latin-1"))
-
-    def waiting_line(self, seconds: int) -> str:
-        """Nothing."""
-        return ""
-
-    def closing_lines(self, why: str) -> List[str]:
-        """Why, and the command."""
-        return [self.label + ("command timeout" if why == TIME_IS_OVER else why.lower()),
-                self.running_line(self.closing)]
-
-    def end_line(self, kind: str, code: int) -> str:
-        """Only of those that fail."""
-        return "%s: command returned non-zero status code (%d)" % (kind, code) if code else ""
 
 
 class Commands:
@@ -5518,10 +5427,8 @@ class Commands:
         known = self.cycles.get(cycle.key)
         return known is not None and known.opening == cycle.opening and known.is_open
 
-    def start(self, cycle: Cycle, command: Command, limit: float, closes: bool,
-              pipe: Optional[int] = None) -> Child:
-        """Starts a command whose output and end come to the log; it has `limit` seconds."""
-        child = Child(cycle, command, time.monotonic() + limit, closes, pipe)
+    def follow(self, child: Child) -> Child:
+        """Takes output and end of a command to the log."""
         self.running.append(child)
         self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
         return child
@@ -5548,7 +5455,8 @@ class Commands:
         for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
             self.log.info("%s: %s" % (child.kind, line))
         code = child.popen.returncode
-        self.log.write(WARNING if code else INFO, child.cycle.end_line(child.kind, code))
+        self.log.write(WARNING if code else INFO, (
+            child.cycle.failed if code else child.cycle.ended).format(kind=child.kind, code=code))
         if child.closes:
             self.finish_close(child.cycle, code)
             return
@@ -5586,39 +5494,40 @@ class Commands:
             cycle.ends = max(cycle.ends, known.ends)
         seconds = (cycle.seconds if cycle.ends == FOR_EVER else
                    int(cycle.ends - time.monotonic() + 0.999))
-        pipe = os.pipe() if cycle.waits and cycle.closing.words and not lasts else (None, None)
+        if known:
+            cycle.openings = [each for each in known.openings
+                              if lasts or each.popen.poll() is None]
+        pipe = (os.pipe() if cycle.waits and cycle.closing.words and not lasts else
+                (subprocess.DEVNULL,) * 2)
         try:
             if cycle.closing.words:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
-            if known and lasts:
-                cycle.openings = known.openings
-            else:
-                if known:
-                    cycle.openings = [each for each in known.openings if each.popen.poll() is None]
-                self.log.info(cycle.opening_line())
-                cycle.openings.append(self.start(cycle, cycle.opening, cycle.opening_limit, False,
-                                                 pipe[1]))
+            if not lasts:
+                self.log.info(cycle.opens.format(cycle=cycle))
+                cycle.openings.append(self.follow(Child(cycle, cycle.opening, False, pipe[1])))
         except CommandError:
             self.end_switch(cycle)
             raise
         finally:
             for end in pipe:
-                if end is not None:  # which 0 is not either
+                if end != subprocess.DEVNULL:
                     os.close(end)
         if known:
             self.end_switch(known)
         if cycle.closing.words:
             self.cycles[cycle.key] = cycle
-            self.log.info(cycle.waiting_line(seconds))
+            self.log.info(cycle.will_close.format(cycle=cycle, seconds=seconds))
 
-    def set_switch(self, cycle: Cycle, seconds: int, pipe: Optional[int] = None) -> None:
+    def set_switch(self, cycle: Cycle, seconds: int, source: int = subprocess.DEVNULL) -> None:
         """Gives a cycle a switch, in place of the one that it may have."""
-        words = SWITCH if pipe is None else SWITCH_AT_PIPE
-        switch = launch(Command(words + (b"%d" % seconds,) + cycle.closing.words,
-                                cycle.closing.account), subprocess.DEVNULL,
-                        source=subprocess.DEVNULL if pipe is None else pipe)
+        switch = launch(self.delayed(cycle.closing, seconds), subprocess.DEVNULL, source=source)
         self.end_switch(cycle)
         cycle.switch = switch
+
+    @staticmethod
+    def delayed(command: Command, seconds: int) -> Command:
+        """The same, some seconds later."""
+        return command._replace(words=SWITCH + (b"%d" % seconds,) + command.words)
 
     def end_switch(self, cycle: Cycle) -> None:
         """Takes the switch of a cycle away, if it has one; look() takes note of its end."""
@@ -5635,8 +5544,8 @@ class Commands:
         del self.cycles[cycle.key]
         for child in cycle.openings:
             end_group(child.popen, signal.SIGKILL)  # or it might open after this
-        for line in cycle.closing_lines(why):
-            self.log.info(line)
+        for form in cycle.closes:
+            self.log.info(form.format(cycle=cycle, why=cycle.reasons.get(why, why)))
         code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
             self.log.warning("%s: its switch has run it, which returned %d"
@@ -5648,7 +5557,7 @@ class Commands:
         """Starts the command that closes a cycle."""
         try:
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
-            self.start(cycle, command, cycle.limit + SWITCH_SECONDS, True)
+            self.follow(Child(cycle, command, True))
         except CommandError as error:
             self.leave_to_switch(cycle, str(error))
 
@@ -5665,12 +5574,11 @@ class Commands:
         """
         if code == 0:
             self.end_switch(cycle)
-        elif cycle.failed:
+        elif cycle.retried:
             self.leave_to_switch(cycle, "%s%s has failed twice" % (cycle.label, cycle.closing))
         else:
-            cycle.failed = True
-            words = SWITCH + (b"%d" % SWITCH_SECONDS,) + cycle.closing.words
-            self.start_close(cycle, Command(words, cycle.closing.account))
+            cycle.retried = True
+            self.start_close(cycle, self.delayed(cycle.closing, SWITCH_SECONDS))
 
     def next_due(self) -> float:
         """When look() is due, on the monotonic clock."""
@@ -5685,7 +5593,7 @@ class Commands:
     def stop(self) -> None:
         """Closes everything at once, and waits a while for the commands that run."""
         end = time.monotonic() + STOP_SECONDS
-        self.close_all("Shutting down")
+        self.close_all(SHUT_DOWN)
         while self.running and time.monotonic() < end:
             time.sleep(0.01)
             for child in self.running:
@@ -5741,17 +5649,17 @@ class Configuration(NamedTuple):
         `same`: for packets, those of `current`.
         """
         captures = [each for each in current if not isinstance(each, KnockCapture)] * same
-        if self.takes_packets and not same:
-            captures = open_captures(self.settings, log, current)
-        if self.settings.capture_file:
-            if any(each.sequences for each in self.listenings()):
-                log.warning("PCAP_FILE: no knock sequence is heard in a file")
-            return captures
         try:
-            return captures + open_knock_captures(self.listenings(), log)
+            if self.takes_packets and not same:
+                open_captures(self.settings, log, current, captures)
+            if not self.settings.capture_file:
+                open_knock_captures(self.listenings(), log, captures)
+            elif any(each.sequences for each in self.listenings()):
+                log.warning("PCAP_FILE: no knock sequence is heard in a file")
         except SpaError:
             close_captures(captures, current)
             raise
+        return captures
 
     def voids(self) -> List[str]:
         """What is wrong with stanzas that open nothing for it."""
@@ -6419,7 +6327,7 @@ class Server(KnockGate):
 
     def flush(self) -> None:
         """Closes all that is open: grants, cycles, and what earlier settings have left."""
-        self.commands.close_all("Flushing")
+        self.commands.close_all(FLUSHED)
         try:
             self.grants.flush()
         finally:

@@ -411,13 +411,17 @@ class HitTest(unittest.TestCase):
     def test_a_packet_socket(self) -> None:
         """The kernel takes the largest program, and what it lets pass are the hits."""
         for made in (self.doors(40, 40), self.doors(9, 9)):
-            for each in server.open_knock_captures([server.Listening(("lo", "any"), made, False)],
-                                                   server.Log()):
-                self.assertEqual(made, each.sequences)
+            captures = []  # type: List[Any]
+            server.open_knock_captures([server.Listening(("lo", "any"), made, False)],
+                                       server.Log(), captures)
+            self.assertEqual([made] * 3, [each.sequences for each in captures])
+            for each in captures:
                 each.close()
         for four_only in (False, True):
-            (capture,) = server.open_knock_captures([server.Listening(
-                ("lo",), [sequence("61234,61235:udp,61236")], four_only)], server.Log())
+            captures = []
+            server.open_knock_captures([server.Listening(
+                ("lo",), [sequence("61234,61235:udp,61236")], four_only)], server.Log(), captures)
+            (capture,) = captures
             self.addCleanup(capture.close)
             for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
                 for kind, port in ((socket.SOCK_STREAM, 61234), (socket.SOCK_STREAM, 61235),

@@ -546,8 +546,9 @@ class OneTimeTest(KnockCase):
         )
         client.run("knock", SERVER4, "7777")
         server.wait_for(SESAME % (CLIENT4, "other"))
-        got = read(os.path.join(server.directory, "got")).splitlines()
-        self.assertEqual(["start " + source for source, _ in addresses], got)
+        expected = ["start " + source for source, _ in addresses]
+        got = os.path.join(server.directory, "got")
+        wait_for(lambda: read(got).splitlines() == expected, "each command once")
         server.stop()
         server.start(client)
         self.assertIn("no sequence is left; this opens nothing", server.log())

@@ -681,7 +681,8 @@ class LogTest(ServerCase):
         kept, server.syslog = server.syslog, types.SimpleNamespace(
             syslog=lambda severity, text: said.append((severity, text)))
         try:
-            log = server.Log(None, to_syslog=True)
+            log = server.Log()
+            log.to_syslog = True
             log.error("e")
             log.warning("w\n")
             log.info("i")
@@ -1578,7 +1579,7 @@ class NetlinkTest(unittest.TestCase):
         netlink = server.Netlink()
         netlink.socket.close()
         netlink.socket = BrokenSocket()
-        for call in (lambda: netlink.commit([(server.DELETE_ELEMENT, 0, 1, b"")]),
+        for call in (lambda: netlink.commit([(server.DELETE_ELEMENT, 1, b"")]),
                      lambda: netlink.dump(server.GET_RULE, 1, b"")):
             with self.assertRaises(server.CommandError) as caught:
                 call()
