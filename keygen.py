@@ -12,8 +12,8 @@
       new keys, beside which the old ones work; then the end of the old ones
 
 The way of a key: os.urandom makes it, base64 makes it text, and a stanza carries it to standard
-output, or into a file that only its owner can read. No key is ever taken from a command line,
-and none appears in an error.
+output, or into a file: a new one is for its owner alone, of an old one that others can read it
+warns. No key is ever taken from a command line, and none appears in an error.
 
 The server's stanza says REQUIRE_SOURCE_ADDRESS Y: a packet has to name the address to open for, so
 that nobody who catches one can send it from his own. spa_client.py finds its address by itself;
@@ -21,7 +21,8 @@ fwknop has to be told, with -a ADDRESS or with -R, which asks a web site. --any-
 protection up, for a client that cannot know its address.
 
 --rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
-above SOURCE in access.conf, and leave all other lines alone. Have the server read it again then.
+above SOURCE in access.conf, and leave all other lines alone. Have the server read access.conf again
+after each.
 
 Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
   1. Keys and stanzas
@@ -31,7 +32,7 @@ Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
   5. Command line
 
 Exit codes: 0 done; 1 a file or standard output could not be used; 2 a wrong option; 3 what a file
-says does not allow it.
+says does not allow it; 130 interrupted.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class SpaError(Exception):
     """Told to the administrator in one line, without a traceback: exit code 1."""
 
 
-class UsageError(SpaError, argparse.ArgumentTypeError):  # argparse says whose value it is
+class UsageError(SpaError, argparse.ArgumentTypeError):  # argparse puts the option before it
     """A wrong option, found before anything was made or written: exit code 2."""
 
 
@@ -445,7 +446,7 @@ def retire_stanza(text: str, mark: str) -> str:
 # 4. Files and standard output
 #
 # Gives a file its new text so that a crash leaves the old or the new one. The files take their new
-# text last, when all else went well: what fails half-way has written nothing.
+# text last, when all else went well.
 # ======================================================================================
 
 POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directories to open
@@ -543,8 +544,9 @@ def write_copy(path: str, text: bytes, stack: contextlib.ExitStack) -> str:
             os.fchmod(fd, 0o600)  # whatever the umask is
             if os.path.exists(path):
                 status = os.stat(path)
-                if status[4:6] != os.fstat(fd)[4:6]:
-                    os.fchown(fd, status.st_uid, status.st_gid)
+                owner, new = (status.st_uid, status.st_gid), os.fstat(fd)
+                if owner != (new.st_uid, new.st_gid):
+                    os.fchown(fd, *owner)
                 os.fchmod(fd, stat.S_IMODE(status.st_mode))
                 warn_of_readers(path, status.st_mode)
         stream.write(text)
@@ -555,9 +557,11 @@ def write_copy(path: str, text: bytes, stack: contextlib.ExitStack) -> str:
 
 def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
                  printed: Callable[[], str], create: bool = False) -> None:
-    """Change the files that have a path, all or none, after `printed()` was written.
+    """Change the files that have a path: none unless all new texts are on the disk and `printed()`
+    was written. A crash after that leaves the first changed.
 
-    What somebody else changed meanwhile stays.
+    What somebody else changed meanwhile stays. With `create` a file that is missing is made; `done`
+    is told of each.
     """
     changes = [(os.path.realpath(path), change) for path, change in changes if path]
     ready = []
@@ -601,9 +605,11 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
     ("--qr", "", str, "print the keys as a QR code for phone apps, too"),
     ("--key-len", "BYTES", integer(1, 32), "length of the encryption key (default: 32)"),
     ("--hmac-key-len", "BYTES", integer(1, 128), "length of the HMAC key (default: by digest)"),
-    ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str, "of the HMAC (default: sha256)"),
-    ("--rc-file", "PATH", parse_path, "write the client's stanza to this file"),
-    ("--access-file", "PATH", parse_path, "write the server's stanza to this file"),
+    ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str, "digest of the HMAC (default: sha256)"),
+    ("--rc-file", "PATH", parse_path,
+     "append the client's stanza to this file; with --rotate, change it there"),
+    ("--access-file", "PATH", parse_path,
+     "the same for the server's stanza; with --retire, remove it there"),
     ("--server", "HOST", word("a host name (xn--... if not ASCII) or an address", 253, "._-:%"),
      "the server's name or address; a stanza needs it"),
     ("--access", "LIST", parse_access, "what may be opened, like tcp/22,udp/53; a stanza needs it"),
@@ -614,7 +620,7 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
      "let the packet name this user, and require it"),
     ("--any-source", "", str, "open for the address the packet came from"),
 )
-# What may stand beside these; a new stanza takes all the others.
+# What may stand beside these; NAME takes all but these two.
 TAKES = {"--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
          "--retire": "--access-file"}
 
@@ -631,7 +637,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser; what was not given is None or False."""
     title, _, text = str(__doc__).partition("\n\n")
     parser = Parser(usage="keygen.py [NAME] [options]", description=title, add_help=False,
-                    epilog=text.partition("Contents.")[0], allow_abbrev=False,
+                    epilog="examples:\n" + text.partition("Contents.")[0], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", metavar="NAME", type=parse_name,
                         help="name of the stanzas; without it only two keys are printed")
@@ -655,7 +661,7 @@ def check_options(options: argparse.Namespace) -> None:
             if not given <= {task, *others.split()}:
                 raise UsageError(f"{task} takes {others} and nothing else")
             if not files:
-                raise UsageError(f"{task} needs --access-file")
+                raise UsageError(f"{task} needs {' or '.join(others.split()[:2])}")
             return
     if options.name:
         if not given >= {"--server", "--access"}:
@@ -700,7 +706,8 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
     keys: Keys = {}
 
     def make_once(digest: str) -> Keys:
-        keys.update(keys or make_keys(options, digest, random))
+        if not keys:
+            keys.update(make_keys(options, digest, random))
         return keys
 
     def printed() -> str:
@@ -719,17 +726,18 @@ def completion(shell: str) -> str:
     if shell == "fish":
         return "".join("complete -c keygen.py -{} {} -d '{}'{}\n".format(
             "l" if name[:2] == "--" else "s", name.strip("-"), help.replace("'", "\\'"),
-            " -r" if value else "") for name, value, help in rows)
+            f" -x -a '{value.replace('|', ' ')}'" if "|" in value else " -r" if value else "")
+            for name, value, help in rows)
     begin = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     return f"{begin}complete -o default -W '{' '.join(row[0] for row in rows)}' keygen.py\n"
 
 
 def man_page() -> str:
     """Return the manual page: the docstring of this file, and the options."""
-    title, text = str(__doc__).split("\n\n", 1)
+    title, examples, text = str(__doc__).split("\n\n", 2)
     rows = "".join(f"@TP\n@B {names} {value}\n{help}\n" for names, value, _, help in OPTIONS)
     page = (f"@TH KEYGEN.PY 1\n@SH NAME\nkeygen.py - {title}\n@SH DESCRIPTION\n@ad l\n"
-            f"{text.split('Contents.')[0]}@SH OPTIONS\n{rows}"
+            f"@nf\n{examples}\n@fi\n@PP\n{text.split('Contents.')[0]}@SH OPTIONS\n{rows}"
             f"@SH EXIT STATUS\n{text.split('Exit codes: ')[1]}")
     for plain, roff in (("\\", "\\e"), ("-", "\\-"), ("\n\n", "\n@PP\n"), ("\n@", "\n.")):
         page = page.replace(plain, roff)
@@ -761,7 +769,7 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     if options.retire:
         return change_files([(options.access_file,
                               lambda text: retire_stanza(text, f"# old {options.retire}"))],
-                            f"Removed the old keys of {options.retire} from", str)
+                            f"Removed the old keys of {options.retire} from", lambda: "")
     digest = options.hmac_digest_type or "sha256"
     keys = make_keys(options, digest, random)
     if options.name:

@@ -97,7 +97,7 @@ class ShellTest(FileTestCase):
         text = page.replace("\\-", "-")
         self.assertEqual(self.options, set(re.findall(r"^\.B (?:-. )?(--[a-z-]+)", text, re.M)))
         requests = {line.split(" ")[0] for line in page.splitlines() if line[:1] in (".", "'")}
-        self.assertEqual({".TH", ".SH", ".TP", ".B", ".PP", ".ad"}, requests)
+        self.assertEqual({".TH", ".SH", ".TP", ".B", ".PP", ".ad", ".nf", ".fi"}, requests)
         self.assertNotIn("Contents", page)
         for word in ("Exit codes", "1. What"):
             self.assertNotIn(word, page)
