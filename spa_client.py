@@ -7,7 +7,7 @@ later. A knock is a UDP datagram to each address of the server; for it, no root 
 program is started. Only what you ask for goes further: other carriers (the raw ones need root),
 gpg for GPG, a web server, wget or a STUN server for our address, the command behind --exec. It
 writes the files that you name, ~/.fwknoprc for --save-rc-stanza, and after a knock its options,
-without keys, to ~/.fwknop.run for -l (--no-save-args: it does not).
+without keys, to ~/.fwknop.run for -l, unless --no-save-args is given.
 
 It also hits ports in their order, as `knock` does for knockd: with KNOCK_SEQUENCE before it sends
 the packet, or instead of one if there are no keys. --knock takes the command line of `knock`, as
@@ -28,11 +28,11 @@ The way of a packet:
   * The message says who asks, when, and for which ports; a digest is put behind it.
   * Both are encrypted with AES-256 or by gpg, and an HMAC is put behind the cipher text.
   * The packet is checked once more for its length, and sent.
-  * With --wait, --proxy or --exec the TCP port is tried until it opens, with a fresh packet every
-    second; then its connection is relayed, or a command takes the place of this program.
+  * With --wait, --proxy or --exec the TCP port is tried until it opens, with a fresh knock every
+    second or three; then its connection is relayed, or a command takes the place of this program.
 
-Contents. Sections 1 to 10 only compute: text, bytes and time in, values out. Sections 11 to 17
-touch the machine: files, terminal, programs, network, standard output.
+Contents. Sections 1 to 10 only compute: text, bytes and time in, values out, with a warning here
+and there. Sections 11 to 17 touch the machine: files, terminal, programs, network, standard output.
 
   1. Errors
   2. Bytes and digests
@@ -113,7 +113,7 @@ class ConfigError(SpaError):
 
 
 class ErrorsOf:
-    """`with ErrorsOf(name):` makes of what the system refuses inside a SpaError with that name."""
+    """Turns an OSError or ValueError of its block into the SpaError `name: reason`, with a hint."""
 
     def __init__(self, name: str, hint: str = "") -> None:
         self.name, self.hint = name, hint
@@ -429,8 +429,8 @@ class Message:
     """The fields of fwknop spec 1.2, without the digest and what is never sent.
 
     `random` is 16 digits, `timestamp` seconds since 1970, `number` one of the seven types, `text`
-    "address,access" or "address,command". NAT belongs to types 2, 4, 5 and 6, `timeout`
-    (seconds) to 3, 4 and 6.
+    "address,access" or "address,command". `nat` has to be given for types 2, 4, 5 and 6 alone, and
+    `timeout` (seconds) for 3, 4 and 6; that of a command is not sent.
     """
 
     def __init__(self, random: str, user: str, timestamp: int, number: int, text: str,
@@ -493,39 +493,6 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
             "ask for fewer ports at a time, or use a shorter digest")
 
 
-# Networks of IPv4 that are met in many places: loopback, private (RFC 1918), link-local, shared by
-# carriers (RFC 6598, 7335), those of tunnels (RFC 2544), multicast.
-NOT_PUBLIC = ("0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12"
-              " 192.0.0.0/24 192.168.0.0/16 198.18.0.0/15 224.0.0.0/3")
-
-
-def is_public(address: bytes) -> bool:
-    """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
-
-    IPv6 hands out public addresses below 2000::/3 only (RFC 4291).
-    """
-    if len(address) == 16:
-        return address[0] >> 5 == 1
-    for network in NOT_PUBLIC.split():
-        base, _, bits = network.partition("/")
-        differ = int.from_bytes(exclusive_or(address, socket.inet_aton(base)), "big")
-        if not differ >> 32 - int(bits):
-            return False
-    return True
-
-
-def put_checksum(data: bytes, place: int, pseudo: bytes = b"") -> bytes:
-    """The data with the Internet checksum of RFC 1071, also over a pseudo header, at its place.
-
-    Two zero bytes must be there. The sum is never 0: that would mean that there is none (RFC 768).
-    """
-    words = pseudo + data + b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(">%dH" % (len(words) // 2), words))
-    total = (total & 0xFFFF) + (total >> 16)
-    sum_ = ~(total + (total >> 16)) & 0xFFFF
-    return data[:place] + struct.pack(">H", sum_ or 0xFFFF) + data[place + 2:]
-
-
 # ======================================================================================
 # 6. Carriers
 #
@@ -543,6 +510,19 @@ def encode_request(target: str, host: str, agent: str) -> bytes:
     """A GET of HTTP/1.1 (RFC 9112), after which the connection is closed."""
     return encode_text("GET %s HTTP/1.1\r\nUser-Agent: %s\r\nAccept: */*\r\nHost: %s\r\n"
                        "Connection: close\r\n\r\n" % (target, agent, host))
+
+
+def put_checksum(data: bytes, place: int, pseudo: bytes = b"") -> bytes:
+    """The data with the Internet checksum of RFC 1071, also over a pseudo header, at its place.
+
+    Two zero bytes must be there. The sum is never 0, which in UDP would mean that there is none
+    (RFC 768); to the others 0xFFFF is the same number.
+    """
+    words = pseudo + data + b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(">%dH" % (len(words) // 2), words))
+    total = (total & 0xFFFF) + (total >> 16)
+    sum_ = ~(total + (total >> 16)) & 0xFFFF
+    return data[:place] + struct.pack(">H", sum_ or 0xFFFF) + data[place + 2:]
 
 
 def encode_raw(carrier: str, payload: bytes, addresses: bytes,
@@ -919,16 +899,9 @@ class Settings:
         self.ip_version = {"4": socket.AF_INET, "6": socket.AF_INET6}.get(
             self.family, socket.AF_INET if raw or self.resolve_ipv4 else 0)
         self.verbose = self.verbose and not (self.quiet or self.relay)
-        if self.rand_port:
-            self.port = random_port()
-        if self.nat_rand_port:
-            self.nat_port = random_port()
-        if raw and not self.source_port:
-            self.source_port = random_port()
         self.only_knocks = self.sequence is not None and not (
             self.mode == GPG or self.stdin or self.fd is not None
-            or not given.keys().isdisjoint(  # these only packets have
-                sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP"))))
+            or not given.keys().isdisjoint(PACKET_NAMES))
 
     def check(self) -> None:
         """Raise UsageError for values that do not go together."""
@@ -936,7 +909,7 @@ class Settings:
         nat = self.nat_access or self.nat_local or self.nat_port or self.nat_rand_port
         for wrong, message in (
                 (self.access is None and self.command is None and not self.only_knocks,
-                 "no ports to open given (-A tcp/22, for example)"),
+                 "no ports to open given (-A tcp/22, or -n and a stanza; --help says more)"),
                 (self.server is None and not self.test,
                  "Must use --destination unless --test mode is used"),
                 (self.http_proxy and self.protocol != "http",
@@ -971,6 +944,7 @@ DIRECTIVE_NAMES = [name for name in ROWS if name.isupper()]
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
                ("GPG_SIGNING_PW", "GPG_SIGNING_PW_BASE64"))
 SECRET_NAMES = {name for name, row in ROWS.items() if row.parse in SECRET}
+PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP"))  # what only packets need
 
 
 def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
@@ -1006,7 +980,7 @@ P  server-proto         CARRIER   SPA_SERVER_PROTO
 6  -                    -         family=6              use IPv6 to the server
 -  server-resolve-ipv4  -         SERVER_RESOLVE_IPV4=Y as -4
 f  fw-timeout           SECONDS   FW_TIMEOUT
-n  named-config         NAME      named_config          use this stanza of the rc file as well
+n  named-config         NAME      named_config          use this stanza too; a,b: at both servers
 -  rc-file              FILE      rc_file               read this file instead of ~/.fwknoprc
 -  no-rc-file           -         no_rc_file=Y          read no rc file
 -  no-home-dir          -         no_home_dir=Y         do not look for a home directory
@@ -1210,8 +1184,8 @@ def parse_command_line(words: "List[str]", options: "List[Option]" = OPTIONS,
     given = {}  # type: Dict[str, Given]
     for option, name, text in found:
         if option.text not in (RESOLVE, STUN) or option.name not in given:  # -a and -s go before -R
-            argument = (text[len(option.text):],) * bool(option.argument)
-            given[option.name] = Given(text, name, 0, (name,) + argument)
+            said = (name, text[len(option.text):]) if option.argument else (name,)
+            given[option.name] = Given(text, name, 0, said)
     return given, others, words[end + 1:]
 
 
@@ -1319,7 +1293,7 @@ def format_completion(shell: str) -> str:
     for option in OPTIONS:
         lines.append(" ".join(
             ["-s " + option.short] * bool(option.short) + ["-l " + option.long] * bool(option.long)
-            + ["-r"] * bool(option.argument) + ["-d '%s'" % explain(option).replace("'", "")]))
+            + ["-r"] * bool(option.argument) + ["-d '%s'" % explain(option).replace("'", "\\'")]))
     return "\n".join("complete -c spa_client.py " + line for line in lines)
 
 
@@ -1425,10 +1399,11 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
             continue
         if name in values:
             bare = says.replace("\t", " ").replace(" ;", " #").partition(" #")[0].rstrip(" ")
-            line = "%-24s    %s%s" % (name, values[name], says[len(bare):])
+            comment = says[len(bare):]
+            line = "%-24s    %s%s" % (name, values[name], comment)
             waiting.pop(name, None)
         lines.append(line)
-        if name:
+        if name:  # also that of a header, which is HEADER
             place = len(lines)
     if not place:
         lines += [""] * bool(text.strip()) + ["[%s]" % stanza]
@@ -1508,7 +1483,10 @@ def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
 
 
 def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
-    """The rc file: that of --rc-file, or .fwknoprc in the home directory; None without one."""
+    """The path of the rc file, which may not exist: that of --rc-file, or ~/.fwknoprc.
+
+    None with --no-rc-file, or without a home directory.
+    """
     if "no_rc_file" in given:
         return None
     return given["rc_file"].text if "rc_file" in given else home_file(given, ".fwknoprc")
@@ -1555,7 +1533,7 @@ def create_alone(path: str) -> int:
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             if time.monotonic() > end:
-                raise SpaError("%s: another run is writing it" % path,
+                raise SpaError("%s: another run is writing it, or asks at its terminal" % path,
                                "if there is none, remove it") from None
             time.sleep(0.02)
 
@@ -1694,8 +1672,8 @@ def prompt_key(prompt: str) -> bytes:
         os.write(2, b"\n")
 
 
-def choose_key(settings: Settings, what: str, options: str, path: "Optional[str]",
-               *given: "Optional[bytes]") -> bytes:
+def choose_key(settings: Settings, what: str, options: str,
+               given: "Tuple[Optional[bytes], ...]", path: "Optional[str]") -> bytes:
     """The first key that is given, or that of a key file, or that from --fd, --stdin or a prompt.
 
     The error without any tells `what` is missing, and which `options` could have given it.
@@ -1731,15 +1709,15 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
         raise UsageError("legacy encryption mode is incompatible with HMAC usage")
     key, hmac_key, keys = None, None, (settings.key, settings.key_base64)
     if settings.mode != GPG:
-        key = choose_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael",
-                         settings.key_file, *keys)
+        key = choose_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael", keys,
+                         settings.key_file)
     elif settings.gpg_signer is not None and not settings.gpg_agent:
         key = b"" if settings.gpg_no_passphrase else choose_key(
             settings, "passphrase for signing", "--gpg-agent, --gpg-no-signing-pw",
-            settings.key_file, settings.gpg_passphrase, settings.gpg_passphrase_base64, *keys)
+            (settings.gpg_passphrase, settings.gpg_passphrase_base64) + keys, settings.key_file)
     if wanted:
         hmac_key = choose_key(settings, "HMAC key", "HMAC_KEY_BASE64, --get-hmac-key or --key-hmac",
-                              hmac_file, *hmac_keys)
+                              hmac_keys, hmac_file)
     check_keys(key or b"", hmac_key, settings.mode)
     return key, hmac_key
 
@@ -2045,6 +2023,28 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     return own
 
 
+# Networks of IPv4 that are met in many places: loopback, private (RFC 1918), link-local, shared by
+# carriers (RFC 6598, 7335), those of tunnels (RFC 2544), multicast.
+NOT_PUBLIC = ("0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12"
+              " 192.0.0.0/24 192.168.0.0/16 198.18.0.0/15 224.0.0.0/3")
+
+
+def is_public(address: bytes) -> bool:
+    """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
+
+    IPv6 hands out public addresses below 2000::/3 only (RFC 4291): not so are fd00::/8 (RFC 4193)
+    and IPv4 inside IPv6.
+    """
+    if len(address) == 16:
+        return address[0] >> 5 == 1
+    for network in NOT_PUBLIC.split():
+        base, _, bits = network.partition("/")
+        differ = int.from_bytes(exclusive_or(address, socket.inet_aton(base)), "big")
+        if not differ >> 32 - int(bits):
+            return False
+    return True
+
+
 MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
 NAT64 = b"\0\x64\xff\x9b"  # 64:ff9b::/32, of which IPv6 behind a translator to IPv4 is made
 
@@ -2052,7 +2052,7 @@ NAT64 = b"\0\x64\xff\x9b"  # 64:ff9b::/32, of which IPv6 behind a translator to 
 def own_address(link: "socket.socket") -> "Optional[str]":
     """The address under which the server must see this link, or None: NAT may be on the way.
 
-    There is none if ours is public and the server's is no NAT64 (RFC 6052), or if the server is
+    There is no NAT if ours is public and the server's is no NAT64 (RFC 6052), or if the server is
     near: with the same first 24 or 64 bits, and reached without a router. Neither alone will do: a
     tunnel's route has no router, and for IPv6 Linux does not obey SO_DONTROUTE. IPv4 inside IPv6
     is not looked into.
@@ -2451,7 +2451,7 @@ def print_version() -> None:
 def print_stanzas(given: "Dict[str, Given]") -> None:
     """The names of the stanzas, without [default] (fwknop spec 2.3)."""
     path = rc_path(given)
-    if path is None:
+    if path is None or ("rc_file" not in given and not os.path.exists(path)):
         raise UsageError("--stanza-list needs an rc file, and there is none")
     text = read_private(path)
     say("The following stanzas are configured in %s :" % path)
@@ -2496,6 +2496,16 @@ def make_message(settings: Settings, allow_ip: str) -> Message:
                    number, "%s,%s" % (allow_ip, asked), nat, settings.timeout)
 
 
+def draw_ports(settings: Settings) -> None:
+    """Draw the ports that are to be random, once for all packets of a knock."""
+    if settings.rand_port:
+        settings.port = random_port()
+    if settings.nat_rand_port:
+        settings.nat_port = random_port()
+    if settings.protocol in RAW_CARRIERS and not settings.source_port:
+        settings.source_port = random_port()
+
+
 class Knock:
     """Knocks at one server: keys and addresses are looked for once, each packet is a fresh one."""
 
@@ -2503,25 +2513,26 @@ class Knock:
         self.settings, self.first = settings, True
         self.keys = (None, None) if settings.only_knocks else find_keys(settings)
         self.chosen = {}  # type: Dict[Any, str]  # the address to open for, by that of the server
-        self.doors = self.addresses = []  # type: List[Address]
+        # Where ports are hit: at the server, also when packets go through a proxy.
+        self.hit_at = self.send_to = []  # type: List[Address]
         self.host, port = settings.http_proxy or (settings.server or "", 0)
         family, server = settings.ip_version, settings.server or ""
         asked = not settings.only_knocks and (
             settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
         if self.host and (asked or not settings.test):
-            self.doors = self.addresses = find_addresses(self.host, port or settings.port, family)
+            self.hit_at = self.send_to = find_addresses(self.host, port or settings.port, family)
         if settings.sequence and settings.http_proxy and not settings.test:
-            self.doors = find_addresses(server, settings.port, family)
+            self.hit_at = find_addresses(server, settings.port, family)
 
     def __call__(self) -> None:
         """Hit ports, and send packets; SpaError if no address of the server could be reached."""
         settings = self.settings
         if settings.sequence:
-            self.at_each(settings.server or "", self.doors, self.hit, "was not hit")
+            self.at_each(settings.server or "", self.hit_at, self.hit, "was not hit")
         if settings.sequence and not settings.only_knocks:
             pause(*settings.delay)  # the packet must not be the first to be seen
         if not settings.only_knocks:
-            self.at_each(self.host, self.addresses, self.send, "got no packet")
+            self.at_each(self.host, self.send_to, self.send, "got no packet")
         self.first = False
 
     def at_each(self, host: str, addresses: "List[Address]",
@@ -2530,9 +2541,10 @@ class Knock:
         problems, done = [], False  # type: List[SpaError], bool
         for link in open_links(host, addresses):
             try:
-                with ErrorsOf(host):
-                    act(link)
+                act(link)
                 done = True
+            except OSError as error:
+                problems.append(SpaError("%s: %s" % (host, reason(error))))
             except SpaError as problem:
                 problems.append(problem)
         if problems and not done:
@@ -2590,8 +2602,8 @@ class Knock:
         for protocol, number in settings.sequence or ():
             say("would hit %s %s:%d" % (protocol, settings.server or "", number))
         if not settings.only_knocks:
-            links = open_links(self.host, self.addresses)
-            link = next(links) if self.addresses else None
+            links = open_links(self.host, self.send_to)
+            link = next(links) if self.send_to else None
             say(self.build(choose_address(settings, link))[1])
             say("test mode enabled, SPA packet not actually sent."
                 + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
@@ -2698,6 +2710,7 @@ def run(words: "List[str]", as_knock: bool) -> bool:
             return False
         for settings in several:
             settings.check()
+            draw_ports(settings)
             settings.save_append |= settings is not first  # -B: the packets of all of them
         if first.save_stanza:
             save_stanza(given, first.force_stanza)

@@ -926,7 +926,7 @@ class Network(Case):
                 ("198.17.0.1", True), ("198.20.0.1", True),
                 ("2001:db8::1", True), ("2a00::1", True), ("3fff::1", True), ("::1", False),
                 ("::", False), ("fe80::1", False), ("fd00::1", False), ("fc00::1", False),
-                ("ff02::1", False), ("::ffff:10.0.0.1", False)):
+                ("ff02::1", False), ("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", False)):
             family = socket.AF_INET6 if ":" in text else socket.AF_INET
             self.assertEqual(client.is_public(socket.inet_pton(family, text)), expected, text)
 
@@ -950,7 +950,9 @@ class Network(Case):
         self.assertIsNone(self.own("192.168.1.2", "8.8.8.8", False))
         self.assertEqual(self.own("fd77::1", "fd77::2", False), "fd77::1")
         self.assertIsNone(self.own("fd77::1", "fd78::2", False))
-        self.assertIsNone(self.own("::ffff:10.0.0.2", "::ffff:10.50.0.9", False))
+        for server in ("::ffff:10.50.0.9", "::ffff:10.0.0.3", "::ffff:8.8.8.8"):
+            self.assertIsNone(self.own("::ffff:10.0.0.2", server, False))
+            self.assertIsNone(self.own("2001:db8::1", server, True))
         self.assertEqual(self.own("2001:db8::1", "2001:db8:1::2", True), "2001:db8::1")
         self.assertEqual(self.own("fe80::1%eth0", "fe80::2%eth0", False), "fe80::1")
 

@@ -1067,7 +1067,8 @@ NO_SAVE_ARGS                Y
         self.write("", ".fwknoprc.updated")
         with mock.patch.object(client, "LOCK_SECONDS", 0.2):
             self.assertEqual(
-                path + ".updated: another run is writing it (if there is none, remove it)",
+                path + ".updated: another run is writing it, or asks at its terminal "
+                "(if there is none, remove it)",
                 self.failure(1, *KNOCK, *KEYS, *self.STANZA))
         self.assertEqual(before, self.read())
         self.assertEqual("", self.read(".fwknoprc.updated"))
