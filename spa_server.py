@@ -886,7 +886,7 @@ def parse_address(text: str) -> Address:
             raise ValueError
         address = ipaddress.ip_address(text)
     except ValueError:
-        raise ValueError("expected an IP address") from None
+        raise ValueError("expected an IP address, without leading zeros or scope") from None
     return getattr(address, "ipv4_mapped", None) or address
 
 
@@ -1349,7 +1349,7 @@ def protocol_filter(name: str) -> Filter:
     return Junction("or", (four, six))
 
 
-def one_of(offset: int, size: int, values: Iterable[int], behind: bool = False) -> Filter:
+def field_is_one_of(offset: int, size: int, values: Iterable[int], behind: bool = False) -> Filter:
     """A test of a field for some values."""
     return Junction("or", tuple(Comparison(offset, size, value, value, behind=behind)
                                 for value in sorted(values)))
@@ -1363,9 +1363,9 @@ def transport_filter(four: Iterable[int], six: Iterable[int],
     fragments, and in IPv6 not behind extension headers.
     """
     return Junction("or", (
-        Junction("and", (IS_IPV4, one_of(9, 1, four), Comparison(6, 2, 0, 0, 0x1FFF),
+        Junction("and", (IS_IPV4, field_is_one_of(9, 1, four), Comparison(6, 2, 0, 0, 0x1FFF),
                          test(0, True))),
-        Junction("and", (IS_IPV6, one_of(6, 1, six), test(40, False)))))
+        Junction("and", (IS_IPV6, field_is_one_of(6, 1, six), test(40, False)))))
 
 
 def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
@@ -1659,7 +1659,8 @@ class ServerSettings(Settings):
     nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
                                    "the same for what NAT forwards: inet filter forward")
     firewall_program = NoDefault("FIREWALL_EXE", parse_path,
-                                 "iptables or nft to run, also by auto; else the one in PATH")
+                                 "iptables or nft to run; auto takes what this names. Without it "
+                                 "the one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
                              "target, table, from-chain, position, chain, position")
@@ -1816,8 +1817,8 @@ class Sequence:
     all others are not seen. A wrong step ends an attempt, and is tried as a first one. What is
     wrong: another port of this sequence; if `strict`, any port of its protocols, also one of
     another sequence. A step that comes again is none, since hosts send their SYN again; if `exact`
-    it is wrong. Under a flood of first steps only the oldest of these are forgotten, and nobody who
-    is further on.
+    it is wrong. Under a flood of first steps the oldest of these are forgotten; who is further on
+    only where more than MOST_SPARED such stand first in line.
     """
 
     def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
@@ -1897,7 +1898,11 @@ class Sequence:
         return self.advance(source, 1, now + self.seconds)
 
     def advance(self, source: bytes, done: int, due: float) -> int:
-        """Takes note of a step; returns `done`."""
+        """Takes note of a step; returns `done`.
+
+        When there are too many attempts, the oldest at its first step is forgotten; those further
+        on, up to MOST_SPARED of them, become the newest instead.
+        """
         if done == len(self.steps):
             self.attempts.pop(source, None)
         else:
@@ -1911,7 +1916,7 @@ class Sequence:
         return done
 
     def next_due(self) -> float:
-        """When expire() has something to do."""
+        """When expire() has something to do; later for an attempt that was spared."""
         return next((due for _, due in self.attempts.values()), float("inf"))
 
     def expire(self, now: float) -> List[Tuple[bytes, int]]:
@@ -1956,8 +1961,8 @@ def step_filter(protocol: int, flags: Tuple[int, int], ports: Set[int]) -> Filte
     """What tells steps of a protocol to these ports, or to all if there are none."""
     def test(start: int, behind: bool) -> Filter:
         if protocol == ICMP:  # echo requests
-            return one_of(start, 1, (8, 128), behind)
-        tests = [one_of(start + 2, 2, ports, behind)] if ports else []
+            return field_is_one_of(start, 1, (8, 128), behind)
+        tests = [field_is_one_of(start + 2, 2, ports, behind)] if ports else []
         tests += [Comparison(start + 13, 1, value, value, mask, behind)] if mask else []
         return Junction("and", tuple(tests))
 
@@ -2176,7 +2181,8 @@ class Stanza(Settings):
                                "keys that may sign: ids of 8, 16 or 40 hex digits, with commas")
     gpg_fingerprints = Directive("GPG_FINGERPRINT_ID", key_ids(40), "",
                                  "the same by whole fingerprints; with both, both must fit")
-    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect; see GPG_DISABLE_SIG", "Y")
+    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect, as in fwknopd; see GPG_DISABLE_SIG",
+                           "Y")
     gpg_disable_sig = Flag("GPG_DISABLE_SIG", "do not ask who signed")
     gpg_any_trust = Flag("GPG_IGNORE_SIG_VERIFY_ERROR",
                          "signers may be untrusted in gpg's eyes, or expired")

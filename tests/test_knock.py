@@ -224,6 +224,20 @@ class SequenceTest(unittest.TestCase):
         self.assertEqual(most - 1, len(made.expire(100.0)))
         self.assertEqual(0, len(made.attempts))
 
+    def test_flood_while_many_are_further_on(self) -> None:
+        """Nearly all of them open, and those that come after them."""
+        made = sequence("7000,8000,9000")
+        made.most, many = 4096, 40
+        sources = [b"\xfe\0\0" + bytes([number]) for number in range(many)]
+        for source in sources:
+            made.hit(hit(7000, source), 1.0)
+            made.hit(hit(8000, source), 1.0)
+        for number in range(3 * made.most):
+            made.hit(hit(7000, number.to_bytes(4, "big")), 2.0)
+        done = [made.hit(hit(9000, source), 3.0) for source in sources]
+        self.assertGreater(done.count(3), many - server.MOST_SPARED)
+        self.assertEqual(made.most, len(made.attempts) + done.count(3))
+
     def test_expiry(self) -> None:
         """What is over is told once, none is missed, and there is nothing to do before its time."""
         made = sequence("1,2,3", 5)
