@@ -5622,12 +5622,13 @@ class Configuration(NamedTuple):
     warnings: List[str]
     knockd: Optional[KnockdFile] = None
     four_only: bool = False  # whether knocks count in IPv4 only
+    test: bool = False  # whether packets are only judged and logged
 
     @property
     def words(self) -> "Words":
         """What it says of itself: as knockd, when that is all it is."""
         if self.stanzas or self.knockd is None:
-            return FWKNOPD
+            return Words()
         return Words(
             program="knockd", starting="", leaving="", restarted="", ended="shutting down",
             started="starting up, listening on " + ",".join(self.knockd.options.interfaces),
@@ -5647,6 +5648,10 @@ class Configuration(NamedTuple):
     def takes_packets(self) -> bool:
         """Whether there is something to open by packets."""
         return any(stanza.takes_packets for stanza in self.stanzas)
+
+    def choose_firewall(self, log: Log) -> Firewall:
+        """The firewall that the settings mean; ConfigError without one."""
+        return choose_firewall(self.settings, self.stanzas, self.test, log)
 
     def open_captures(self, log: Log, current: Iterable[Capture] = (),
                       same: bool = False) -> List[Capture]:
@@ -5681,22 +5686,16 @@ class Configuration(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What a server says of itself in the log, where it says something."""
+    """What a server says of itself in the log, where it says something: these are fwknopd's."""
 
-    program: str
-    starting: str
-    started: str
-    rereading: str
-    restarted: str
-    leaving: str
-    ended: str
+    program: str = "fwknopd"
+    starting: str = "Starting fwknopd"
+    started: str = "Starting fwknopd main event loop."
+    rereading: str = "Got SIGHUP. Re-reading configs."
+    restarted: str = "Re-starting fwknopd"
+    leaving: str = "Gracefully leaving the fwknopd event loop."
+    ended: str = "Shutting Down fwknopd."
     level: int = INFO  # of what knockd has no words for
-
-
-FWKNOPD = Words(
-    program="fwknopd", starting="Starting fwknopd", started="Starting fwknopd main event loop.",
-    rereading="Got SIGHUP. Re-reading configs.", restarted="Re-starting fwknopd",
-    leaving="Gracefully leaving the fwknopd event loop.", ended="Shutting Down fwknopd.")
 
 
 # ======================================================================================
@@ -5770,8 +5769,7 @@ class Resolver:
 class Gate:
     """What becomes of a datagram: it is unlocked, judged, remembered, and opens or is rejected."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
-                 test: bool = False) -> None:
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
         self.settings, self.stanzas = configuration.settings, configuration.stanzas
         self.log = log
         self.grants = Grants(firewall, log)
@@ -5779,7 +5777,7 @@ class Gate:
         self.memory = (open_memory(self.settings, log) if self.takes_packets else
                        ReplayMemory(None, None, log))
         self.selector = selectors.DefaultSelector()
-        self.commands = Commands(self.selector, log, test)
+        self.commands = Commands(self.selector, log, configuration.test)
         self.resolver = Resolver(self.selector)
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.candidates = 0  # packets of the right form so far
@@ -6006,9 +6004,8 @@ class Gate:
 class KnockGate(Gate):
     """What becomes of a hit: the last step of a sequence opens, runs, or lets a packet follow."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
-                 test: bool = False) -> None:
-        super().__init__(configuration, firewall, log, test)
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
+        super().__init__(configuration, firewall, log)
         self.own: Dict[bytes, bool] = {}  # whether an address is one of this host's
         self.own_until = 0.0
         self.listen_for(configuration)
@@ -6148,9 +6145,8 @@ CHECK_SHARE = 0.25  # of the time goes into that, unless there is something to p
 class Server(KnockGate):
     """The loop around the gate: captures, the firewall's state, reload, start and stop."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
-                 test: bool = False) -> None:
-        super().__init__(configuration, firewall, log, test)
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
+        super().__init__(configuration, firewall, log)
         self.captures: List[Capture] = []
         self.since = time.time()
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
@@ -6391,68 +6387,42 @@ class Server(KnockGate):
 # ======================================================================================
 
 
-class PidFile:
-    """A file that holds the server's pid, and a lock as long as the server lives."""
-
-    def __init__(self, path: str, program: str = "fwknopd") -> None:
-        self.path, self.program = path, program
-        self.file: Optional[int] = None
-
-    def lock(self) -> None:
-        """Takes the lock; SpaError when a server has it."""
-        make_directory(os.path.dirname(self.path))
+def lock_pid_file(path: str, program: str = "fwknopd") -> int:
+    """The descriptor of the pid file, locked as long as it is open; SpaError when a server has it.
+    """
+    make_directory(os.path.dirname(path))
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise SpaError("%s: %s" % (path, error.strerror)) from None
+    for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise SpaError("%s: %s" % (self.path, error.strerror)) from None
-        for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.file = file
-                return
-            except OSError:
-                time.sleep(wait)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, 0)  # the pid in it, if any, is not a server's
+            return file
+        except OSError:
+            time.sleep(wait)
+    pid = os.pread(file, 32, 0).decode("latin-1").strip()
+    os.close(file)
+    raise SpaError("An instance of %s is already running: (PID=%s)." % (program, pid))
+
+
+def running_server(path: str) -> Optional[int]:
+    """The pid of the server that has locked this file, None without one. Changes nothing."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SpaError("%s: %s" % (path, error.strerror)) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        pid = os.pread(file, 32, 0).strip()
+        return int(pid) if pid.isdigit() else None
+    finally:
         os.close(file)
-        raise SpaError("An instance of %s is already running: (PID=%s)."
-                       % (self.program, self.read()))
-
-    def write(self) -> None:
-        """Writes the pid of this process."""
-        assert self.file is not None
-        os.ftruncate(self.file, 0)
-        os.pwrite(self.file, b"%d\n" % os.getpid(), 0)
-
-    def clear(self) -> None:
-        """Leaves an empty file without a lock. Without the file, two servers could lock two."""
-        if self.file is not None:
-            os.ftruncate(self.file, 0)
-            os.close(self.file)
-            self.file = None
-
-    def read(self) -> str:
-        """What is in the file."""
-        try:
-            with open(self.path, encoding="latin-1") as file:
-                return file.read(32).strip()
-        except OSError:
-            return ""
-
-    def running(self) -> Optional[int]:
-        """The pid of the server that holds the lock, None when there is none. Changes nothing."""
-        try:
-            file = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise SpaError("%s: %s" % (self.path, error.strerror)) from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except OSError:
-            pid = self.read()
-            return int(pid) if pid.isdigit() else None
-        finally:
-            os.close(file)
 
 
 def catch_signals(selector: selectors.BaseSelector) -> List[int]:
@@ -6494,37 +6464,32 @@ def close_standard_files() -> None:
     os.close(null)
 
 
-def run_server(read: Callable[[], Configuration], test: bool, daemon: bool, log: Log,
-               rotate: bool = False) -> int:
+def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, log: Log) -> int:
     """Serves until a signal ends it; returns the exit code."""
     configuration = read()
-    settings = configuration.settings
-    log.level = DEBUG if settings.verbose else INFO
-    firewall = choose_firewall(settings, configuration.stanzas, test, log)
-    pid_file = PidFile(settings.pid_file, configuration.words.program)
-    pid_file.lock()
+    log.level = DEBUG if configuration.settings.verbose else INFO
+    firewall = configuration.choose_firewall(log)
+    file = lock_pid_file(configuration.settings.pid_file, configuration.words.program)
     try:
         if rotate:
-            rotate_digest_cache(settings.digest_file)
+            rotate_digest_cache(configuration.settings.digest_file)
         ready = go_to_background() if daemon else None
-        pid_file.write()
-        return serve_until_told(configuration, firewall, read, test, ready, log)
+        os.pwrite(file, b"%d\n" % os.getpid(), 0)
+        return serve_until_told(configuration, firewall, read, ready, log)
     finally:
-        pid_file.clear()
+        os.ftruncate(file, 0)  # it stays: without it, two servers could lock two files
+        os.close(file)
 
 
 def serve_until_told(configuration: Configuration, firewall: Firewall,
-                     read: Callable[[], Configuration], test: bool, ready: Optional[int],
-                     log: Log) -> int:
+                     read: Callable[[], Configuration], ready: Optional[int], log: Log) -> int:
     """Starts the server, says so to `ready`, and stops it when a signal came; the exit code."""
-    settings = configuration.settings
     configuration.tell(log)
-    for warning in (forwarding_warnings(settings) + guard_warnings(settings, firewall, test, log)):
-        log.warning(warning)
+    warn_of_host(configuration, firewall, log)
     log.info(configuration.words.starting)
-    server = Server(configuration, firewall, log, test)
+    server = Server(configuration, firewall, log)
     signals = catch_signals(server.selector)
-    server.start(settings.flush_at_start)
+    server.start(configuration.settings.flush_at_start)
     if firewall.guard_ports:
         log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
     log.info(configuration.words.started)
@@ -6536,7 +6501,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     while server.running:
         server.turn()
         while signals:
-            take_signal(signals.pop(0), server, read, test, log)
+            take_signal(signals.pop(0), server, read)
     try:
         server.stop()
     finally:
@@ -6544,32 +6509,27 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     return server.exit_code
 
 
-def guard_warnings(settings: ServerSettings, firewall: Firewall, test: bool, log: Log) -> List[str]:
-    """What there is to say of guards that this firewall does not make: no knock opens them."""
-    others = [guard for guard in ([] if test else standing_guards(settings, log))
-              if not firewall.guard_ports or type(guard) is not type(firewall)]
-    return ["A guard from earlier settings still closes ports, and no knock opens them; --unguard "
-            "takes it away"] * bool(others)
-
-
-def forwarding_warnings(settings: ServerSettings) -> List[str]:
-    """What there is to say of a kernel that does not forward what NAT leads on."""
-    texts = []
+def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> None:
+    """Logs what stands in the way of the settings: guards of other ones, and no forwarding."""
+    settings = configuration.settings
+    guards = [] if configuration.test else standing_guards(settings, log)
+    if any(not firewall.guard_ports or type(guard) is not type(firewall) for guard in guards):
+        log.warning("A guard from earlier settings still closes ports, and no knock opens them; "
+                    "--unguard takes it away")
     for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
         try:
             with open("/proc/sys/" + name) as file:
                 if settings.forwarding and file.read().strip() == "0":
-                    texts.append("ENABLE_IPT_FORWARDING: no IPv%d is forwarded while %s is 0"
-                                 % (version, name.replace("/", ".")))
+                    log.warning("ENABLE_IPT_FORWARDING: no IPv%d is forwarded while %s is 0"
+                                % (version, name.replace("/", ".")))
         except OSError:  # a kernel without IPv6
             continue
-    return texts
 
 
-def take_signal(number: int, server: Server, read: Callable[[], Configuration], test: bool,
-                log: Log) -> None:
+def take_signal(number: int, server: Server, read: Callable[[], Configuration]) -> None:
     """SIGHUP reads the files again, and keeps the old settings if they are bad; SIGUSR1 logs the
     counters; SIGUSR2 closes all that is open; the others end the server."""
+    log = server.log
     if number == signal.SIGUSR1:
         log.info(server.report())
         return
@@ -6587,12 +6547,9 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration], 
     try:
         configuration = read()
         configuration.tell(log)
-        firewall = choose_firewall(configuration.settings, configuration.stanzas, test, log)
-        forwarded = server.settings.forwarding
+        firewall = configuration.choose_firewall(log)
         server.reload(configuration, firewall)
-        for warning in (guard_warnings(configuration.settings, firewall, test, log)
-                        + ([] if forwarded else forwarding_warnings(configuration.settings))):
-            log.warning(warning)
+        warn_of_host(configuration, firewall, log)
         log.level = DEBUG if configuration.settings.verbose else INFO
         log.info(configuration.words.restarted)
     except Exception as error:  # a mistake of ours in reading must not end the server
@@ -6900,7 +6857,6 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
     """
     settings, warnings = read_settings(arguments)
     knockd = read_knockd(settings.knockd_file) if settings.knockd_file else None
-    four_only = "four_only" in arguments
     if knockd:
         warnings += knockd.warnings
         for row, value in ((KnockdOptions.interfaces, arguments.words.get("interfaces")),
@@ -6912,23 +6868,27 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
                                     or not settings.is_set(ServerSettings.pid_file)):
             path = os.path.join(directory, knockd.options.pid_file)
             settings.take(Line("PidFile", 0, ServerSettings.pid_file.name, path))
-    paths = [settings.access_file]
-    alone = knockd and not settings.is_set(ServerSettings.access_file) and not os.path.exists(
-        settings.access_file)
-    if arguments.as_knockd or (alone and not settings.access_folder):
-        return Configuration(settings, [], settings.warnings() + warnings, knockd, four_only)
+    there = settings.access_folder or os.path.exists(settings.access_file)
+    alone = knockd and not there and not settings.is_set(ServerSettings.access_file)
+    stanzas, more = ([], []) if arguments.as_knockd or alone else read_stanzas(
+        *access_files(settings), directory=directory)
+    check_nat(settings, stanzas)
+    return Configuration(
+        settings, stanzas, settings.warnings() + warnings + more + port_warnings(settings, stanzas),
+        knockd, "four_only" in arguments, "test" in arguments)
+
+
+def access_files(settings: ServerSettings) -> List[str]:
+    """The files to read stanzas from: ACCESS_FILE, or what is in ACCESS_FOLDER."""
     if settings.access_folder:
         try:
-            paths = folder_files(settings.access_folder)
+            return folder_files(settings.access_folder)
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
-    elif not os.path.exists(settings.access_file):
+    if not os.path.exists(settings.access_file):
         raise ConfigError("%s: %s" % (settings.access_file, os.strerror(errno.ENOENT)),
                           "--init tcp/22 makes one")
-    stanzas, more = read_stanzas(*paths, directory=directory)
-    check_nat(settings, stanzas)
-    return Configuration(settings, stanzas, settings.warnings() + warnings + more
-                         + port_warnings(settings, stanzas), knockd, four_only)
+    return [settings.access_file]
 
 
 def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
@@ -6982,15 +6942,15 @@ def signal_server(arguments: Arguments) -> int:
     What fwknopd does after five seconds, SIGKILL, is left to the administrator: it would keep the
     server from closing what it has to close.
     """
-    pid_file = PidFile(read_settings(arguments)[0].pid_file)
-    pid = pid_file.running()
+    path = read_settings(arguments)[0].pid_file
+    pid = running_server(path)
     if pid is None:
         print("No running fwknopd detected.")
         return 1
     if "kill" in arguments:
         os.kill(pid, signal.SIGTERM)
         end = time.monotonic() + KILL_SECONDS
-        while pid_file.running() == pid:
+        while running_server(path) == pid:
             if time.monotonic() > end:
                 raise SpaError("fwknopd (pid=%d) has not ended yet, after SIGTERM and %d seconds"
                                % (pid, KILL_SECONDS), "see its log")
@@ -7024,7 +6984,7 @@ def flush_firewall(settings: ServerSettings, firewall: Firewall, server: Optiona
 def run_on_firewall(arguments: Arguments, log: Log) -> None:
     """--fw-list, --fw-list-all, --fw-flush and --unguard."""
     settings = read_settings(arguments)[0]
-    server = PidFile(settings.pid_file).running()
+    server = running_server(settings.pid_file)
     if "unguard" in arguments:
         if server:
             raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
@@ -7093,7 +7053,7 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     configuration = read_configuration(arguments)
     if "check" in arguments:
         open_gpg(configuration.settings, configuration.stanzas)
-        choose_firewall(configuration.settings, configuration.stanzas, "test" in arguments, log)
+        configuration.choose_firewall(log)
     configuration.tell(log)
     if configuration.voids():
         raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))
@@ -7134,7 +7094,7 @@ def serve(arguments: Arguments, log: Log) -> int:
     if (daemon and not arguments.as_knockd) or "syslog" in arguments:
         log.open_syslog(settings.syslog_identity, "LOG_PID", settings.syslog_facility)
     log.stream_level = ERROR if daemon else DEBUG
-    pid = PidFile(settings.pid_file).running() if named else None
+    pid = running_server(settings.pid_file) if named else None
     if pid is not None:  # for scripts that start it again and again, as with fwknopd
         log.error("[*] An instance of fwknopd is already running: (PID=%d)." % pid)
         return 0
@@ -7148,7 +7108,7 @@ def serve(arguments: Arguments, log: Log) -> int:
             direct_log(log, configuration.knockd.options, directory)
         return configuration
 
-    return run_server(read, "test" in arguments, daemon, log, "rotate" in arguments)
+    return run_server(read, daemon, "rotate" in arguments, log)
 
 
 def run(arguments: Arguments, log: Log) -> int:

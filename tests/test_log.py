@@ -167,7 +167,7 @@ class LifeLineTest(LogCase):
     def after_signal(self, number: int, made: Any, read: Callable[[], Any]) -> List[str]:
         """Return the lines of a signal."""
         self.lines()
-        server.take_signal(number, made, read, True, self.log)
+        server.take_signal(number, made, read)
         return self.lines()
 
     def test_signals(self) -> None:
@@ -178,7 +178,7 @@ class LifeLineTest(LogCase):
             raise server.ConfigError("a:1: X: unknown directive")
 
         def again() -> Any:
-            return server.Configuration(made.settings, made.stanzas, [])
+            return server.Configuration(made.settings, made.stanzas, [], test=True)
 
         self.assertEqual(["Got SIGHUP. Re-reading configs.", "Re-starting fwknopd"],
                          self.after_signal(signal.SIGHUP, made, again))
@@ -315,10 +315,9 @@ class KillTest(LogCase):
     def test_patience_has_an_end(self) -> None:
         """It says that the server has not ended, and does not say that it has."""
         path = os.path.join(self.directory, "fwknopd.pid")
-        lock = server.PidFile(path)
-        lock.lock()
-        lock.write()
-        self.addCleanup(lock.clear)
+        file = server.lock_pid_file(path)
+        self.addCleanup(os.close, file)
+        os.pwrite(file, b"%d\n" % os.getpid(), 0)
         arguments = server.Arguments(["-K", "-p", path, "-c", os.devnull])
         with mock.patch("os.kill") as kill, mock.patch.object(server, "KILL_SECONDS", 0.2), \
                 mock.patch("builtins.print") as said, \

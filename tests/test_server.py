@@ -1270,45 +1270,47 @@ except OSError:
 class PidFileTest(ServerCase):
     """One server at a time, and a status that changes nothing."""
 
+    def lock(self, path: str) -> int:
+        """Lock a pid file, for this process."""
+        file = server.lock_pid_file(path)
+        os.pwrite(file, b"%d\n" % os.getpid(), 0)
+        return int(file)
+
     def test_lock(self) -> None:
         """A second server is told the pid of the first."""
         path = os.path.join(self.directory, "run", "fwknopd.pid")
-        first = server.PidFile(path)
-        self.assertIsNone(first.running())
+        self.assertIsNone(server.running_server(path))
         self.assertFalse(os.path.exists(path), "asking makes no file")
-        first.lock()
-        first.write()
-        self.assertEqual(os.getpid(), server.PidFile(path).running())
+        file = self.lock(path)
+        self.assertEqual(os.getpid(), server.running_server(path))
         with self.assertRaises(server.SpaError) as caught:
-            server.PidFile(path).lock()
+            server.lock_pid_file(path)
         self.assertEqual("An instance of fwknopd is already running: (PID=%d)." % os.getpid(),
                          str(caught.exception))
         answer = run([sys.executable, "-c", HOLDER, path])
         self.assertEqual("locked\n", answer.stdout)
-        first.clear()
-        self.assertIsNone(server.PidFile(path).running())
-        server.PidFile(path).lock()
+        os.close(file)
+        self.assertIsNone(server.running_server(path))
+        os.close(self.lock(path))
 
     def test_a_file_left_by_a_dead_server(self) -> None:
-        """Is no running server."""
+        """Is no running server, nor is its pid one while the next has not written its own."""
         path = os.path.join(self.directory, "fwknopd.pid")
         for text in ("1\n", "", "garbage", "99999999\n"):
             with open(path, "w") as stream:
                 stream.write(text)
-            pid_file = server.PidFile(path)
-            self.assertIsNone(pid_file.running())
-            pid_file.lock()
-            pid_file.write()
-            with open(path) as stream:
-                self.assertEqual("%d\n" % os.getpid(), stream.read())
-            pid_file.clear()
+            self.assertIsNone(server.running_server(path))
+            file = server.lock_pid_file(path)
+            self.addCleanup(os.close, file)
+            self.assertIsNone(server.running_server(path))
+            self.assertEqual(0, os.path.getsize(path))
+            path += "x"
 
     def test_the_lock_is_not_inherited_by_programs(self) -> None:
         """Programs that the server starts do not hold its lock."""
-        pid_file = server.PidFile(os.path.join(self.directory, "fwknopd.pid"))
-        pid_file.lock()
-        self.addCleanup(pid_file.clear)
-        self.assertTrue(fcntl.fcntl(pid_file.file, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)
+        file = self.lock(os.path.join(self.directory, "fwknopd.pid"))
+        self.addCleanup(os.close, file)
+        self.assertTrue(fcntl.fcntl(file, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)
 
 
 # ------------------------------------------------------------------- kernel packet filter
