@@ -5734,19 +5734,14 @@ class Resolver:
                  resolve: Callable[[str, int], Optional[Address]] = resolve_name) -> None:
         self.selector, self.resolve = selector, resolve
         self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
-        self.answers: List[Callable[[], None]] = []
+        self.answers: List[Tuple[int, Callable[[], None]]] = []
         self.busy: List[int] = []  # for which stanza, each
 
     def look_up(self, name: str, version: int, stanza: int,
                 then: Callable[[Optional[Address]], None]) -> bool:
         """Starts to look `name` up for an IP version; False when too many of a stanza's are."""
-        def answer(address: Optional[Address]) -> None:
-            self.busy.remove(stanza)
-            then(address)
-
         def work() -> None:
-            address = self.resolve(name, version)
-            self.answers.append(lambda: answer(address))
+            self.answers.append((stanza, partial(then, self.resolve(name, version))))
             self.sockets[1].send(b"\0")
 
         if self.busy.count(stanza) >= MAX_LOOKUPS:
@@ -5763,7 +5758,9 @@ class Resolver:
         """Gives the answers that are there."""
         self.sockets[0].recv(MAX_LOOKUPS)
         while self.answers:
-            self.answers.pop(0)()
+            stanza, answer = self.answers.pop(0)
+            self.busy.remove(stanza)
+            answer()
 
 
 class Gate:
@@ -5881,8 +5878,8 @@ class Gate:
                 self.knocked.pop(knock, None)
         except NameToResolve as asked:
             name, version = asked.args
-            if not self.resolver.look_up(name, version, stanza.number, lambda address: self.go_on(
-                    packet, stanza, datagram, address)):
+            if not self.resolver.look_up(name, version, stanza.number,
+                                         partial(self.go_on, packet, stanza, datagram)):
                 raise PacketRejected("NAT", "too many NAT hosts are looked up") from None
 
     def check_knocks(self, packet: Packet, stanza: Stanza,
@@ -5897,13 +5894,11 @@ class Gate:
         wanted = {(stanza.number, datagram.source)}
         if packet.address is not None:
             wanted.add((stanza.number, packet.address.packed))
-        for again in (True, False):
-            if all(self.knocked.get(knock, 0.0) >= time.monotonic() for knock in wanted):
-                return wanted
-            if again:
-                self.catch_up()
-        raise PacketRejected("no knock", "No knock sequence came before the packet "
-                             "(REQUIRE_KNOCK).")
+        self.catch_up()
+        if any(self.knocked.get(knock, 0.0) < time.monotonic() for knock in wanted):
+            raise PacketRejected("no knock", "No knock sequence came before the packet "
+                                 "(REQUIRE_KNOCK).")
+        return wanted
 
     def catch_up(self) -> None:
         """Takes the hits that are waiting: the packet in hand may have come behind them."""
@@ -6038,15 +6033,15 @@ class KnockGate(Gate):
         for sequence in sequences:
             if not sequence.concerns(hit):
                 continue
+            owner = self.owners[sequence]
             try:
                 if (hit.destination == sequence.target if sequence.target else
                         self.is_ours(hit.destination, now)):
                     done = sequence.hit(hit, now)
                     if done:
-                        self.step(sequence, self.owners[sequence], hit, done)
+                        self.step(sequence, owner, hit, done)
             except Exception as error:  # a mistake of ours must not let one packet end the server
-                owner = self.owners.get(sequence)
-                self.reject(hit, error, max(owner.number, 0) if owner else 0)
+                self.reject(hit, error, max(owner.number, 0))
 
     def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], hit: Datagram,
              done: int) -> None:
@@ -6085,15 +6080,11 @@ class KnockGate(Gate):
     @staticmethod
     def check_source(stanza: Stanza, hit: Datagram) -> None:
         """Rejects a complete sequence of whom the stanza is not for, before it counts as used."""
-        rejection = None
         if not (stanza.for_all or stanza.admits(hit)):
-            rejection = PacketRejected("source", "No access data found for source IP: %s"
-                                       % socket_text(hit.source))
-        elif stanza.expires is not None and time.time() >= stanza.expires:
-            rejection = PacketRejected("expired stanza", "Access stanza has expired.")
-        if rejection:
-            rejection.stanza = stanza.number
-            raise rejection
+            raise PacketRejected("source", "No access data found for source IP: %s"
+                                 % socket_text(hit.source))
+        if stanza.expires is not None and time.time() >= stanza.expires:
+            raise PacketRejected("expired stanza", "Access stanza has expired.")
 
     def open_stanza(self, stanza: Stanza, hit: Datagram) -> None:
         """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
