@@ -6195,11 +6195,6 @@ class Server(KnockGate):
         self.log.write(ERROR if self.exit_code else self.configuration.words.level, why)
         self.running = False
 
-    @property
-    def on_udp(self) -> bool:
-        """Whether it listens on UDP sockets, as it was told or for want of CAP_NET_RAW."""
-        return any(isinstance(capture, UdpCapture) for capture in self.captures)
-
     def check_links(self) -> None:
         """Listens anew when an interface that was named is there again, or is another one."""
         drain_socket(self.link_events)
@@ -6208,7 +6203,8 @@ class Server(KnockGate):
             return
         named = {name for each in self.configuration.listenings() if each.sequences
                  for name in each.interfaces}
-        if self.configuration.takes_packets and not self.on_udp:
+        if self.configuration.takes_packets and not any(
+                isinstance(capture, UdpCapture) for capture in self.captures):
             named.add(self.settings.interface)
         indices = set()
         for name in named - {"any"}:
@@ -6267,14 +6263,11 @@ class Server(KnockGate):
 
         if changed(ServerSettings.capture_file):  # it has its own idea of age and of an end
             raise settings.error(ServerSettings.capture_file, "expected no change without a start")
-        rows: List[Directive[Any]] = [ServerSettings.udp_port, ServerSettings.tcp_server,
-                                      ServerSettings.tcp_port]  # all that counts on UDP sockets
-        if not self.on_udp or (old.udp_server and not settings.udp_server):
-            rows += [ServerSettings.interface, ServerSettings.packet_filter,
-                     ServerSettings.any_direction, ServerSettings.promiscuous,
-                     ServerSettings.udp_server]
-        same = (settings.capture_file or not changed(*rows)) and (
-            configuration.takes_packets == self.configuration.takes_packets)
+        moved = not settings.capture_file and changed(
+            ServerSettings.interface, ServerSettings.packet_filter, ServerSettings.any_direction,
+            ServerSettings.promiscuous, ServerSettings.udp_server, ServerSettings.udp_port,
+            ServerSettings.tcp_server, ServerSettings.tcp_port)
+        same = not moved and configuration.takes_packets == self.configuration.takes_packets
         captures = configuration.open_captures(self.log, self.captures, same)
         memory, stood = None, firewall.guarded()
         try:
@@ -7054,11 +7047,11 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     elif "check" in arguments:
         print("Configs parsed, exiting.")
     else:
-        knockd = configuration.knockd
-        print("\n".join(["# fwknopd.conf\n" + configuration.settings.dump()] + [
-            "# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump())
-            for stanza in configuration.stanzas]
-            + (["# knockd.conf\n" + knockd.dump()] if knockd else [])))
+        print("# fwknopd.conf\n" + configuration.settings.dump())
+        for stanza in configuration.stanzas:
+            print("# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump()))
+        if configuration.knockd:
+            print("# knockd.conf\n" + configuration.knockd.dump())
 
 
 def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
@@ -7105,11 +7098,11 @@ def serve(arguments: Arguments, log: Log) -> int:
 def run(arguments: Arguments, log: Log) -> int:
     """Does what the options say; returns the exit code."""
     asked = set(arguments.words)
-    if "help" in arguments or "version" in arguments:
+    if "help" in arguments:
         print((KNOCKD_HELP if arguments.as_knockd else HELP)
-              % "\n".join(option.format(option.help) for option in arguments.options)
-              if "help" in arguments else
-              "spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
+              % "\n".join(option.format(option.help) for option in arguments.options))
+    elif "version" in arguments:
+        print("spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
     elif "codes" in arguments:
         print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
     elif {"key_gen", "key_gen_file"} & asked:
