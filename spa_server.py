@@ -6521,8 +6521,8 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
         log.info("Got SIGUSR2. Closing all grants.")
         try:
             server.flush()
-        except CommandError as error:
-            log.error("%s; trying again" % error)
+        except SpaError as error:
+            log.error(str(error) + "; trying again" * isinstance(error, CommandError))
         return
     if number != signal.SIGHUP:
         server.finish("Got %s. Exiting..." % signal.Signals(number).name)

@@ -192,6 +192,17 @@ class LifeLineTest(LogCase):
                               % number.name], self.after_signal(number, made, again))
             self.assertFalse(made.running)
 
+    def test_closing_all_without_a_firewall_program(self) -> None:
+        """SIGUSR2 while FIREWALL_EXE is missing, as in an upgrade of it: the server goes on."""
+        program = os.path.join(self.directory, "nft")
+        made = self.serve(STANZA, "FIREWALL_EXE %s;\n" % program)
+        self.packet(made)
+        self.assertEqual(1, len(self.firewall.rules))
+        lines = self.after_signal(signal.SIGUSR2, made, dict)
+        self.assertRegex(lines[-1], "FIREWALL_EXE: expected an nft or iptables program")
+        self.assertEqual({}, self.firewall.rules)
+        self.assertTrue(made.running)
+
     def test_counters(self) -> None:
         """SIGUSR1: packets by reason, what is open, since when; and nothing else happens."""
         made = self.serve(STANZA)
