@@ -7006,11 +7006,9 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
                                                            "are" if both else "is"),
                           "set GUARD_PORTS %s in fwknopd.conf, or move %s away"
                           % (port_list(ports), "both" if both else "it"))
-    if settings.access_file in there or settings.access_folder:
-        print("There is a configuration already; serving it", flush=True)
-    else:
-        print(first_configuration(ports, arguments.config_file, settings.access_file))
-        sys.stdout.flush()
+    configured = settings.access_file in there or settings.access_folder
+    print("There is a configuration already; serving it" if configured else
+          first_configuration(ports, arguments.config_file, settings.access_file), flush=True)
     return read_settings(arguments)[0]
 
 
