@@ -6031,9 +6031,9 @@ class KnockGate(Gate):
         """One hit on its way through the sequences that are listened for where it came in."""
         now = time.monotonic()
         for sequence in sequences:
-            if not sequence.concerns(hit):
+            owner = self.owners.get(sequence)
+            if owner is None or not sequence.concerns(hit):
                 continue
-            owner = self.owners[sequence]
             try:
                 if (hit.destination == sequence.target if sequence.target else
                         self.is_ours(hit.destination, now)):
