@@ -1522,7 +1522,7 @@ def write_private(path: str, text: str, flags: int) -> None:
             os.fsync(file.fileno())
 
 
-LOCK_SECONDS = 10.0  # another run needs milliseconds, unless it asks
+LOCK_SECONDS = 10.0  # another run needs milliseconds
 
 
 def create_alone(path: str) -> int:
@@ -1533,7 +1533,7 @@ def create_alone(path: str) -> int:
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             if time.monotonic() > end:
-                raise SpaError("%s: another run is writing it, or asks at its terminal" % path,
+                raise SpaError("%s: another run is writing it" % path,
                                "if there is none, remove it") from None
             time.sleep(0.02)
 
@@ -1558,11 +1558,46 @@ def choose_values(values: "Dict[str, str]", text: str, stanza: str,
     return wanted, dropped - set(wanted)
 
 
+def saved_text(path: str) -> str:
+    """What a file says now, "" if there is none; read_layers() has warned of what there is."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, "rb") as file:
+        return decode_text(file.read())
+
+
+def replace_file(path: str, old: str, text: str) -> bool:
+    """Put a file that only its owner can read in the place of one that says `old`.
+
+    Whole or not at all; False if it says something else by now. The new file is the lock: nobody
+    who can't write in its directory can keep us waiting.
+    """
+    new = path + ".updated"
+    descriptor = create_alone(new)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(encode_text(text))
+            if os.path.exists(path) and hasattr(os, "fchown"):
+                status = os.stat(path)
+                os.fchown(descriptor, status.st_uid, status.st_gid)
+            file.flush()
+            os.fsync(descriptor)
+        same = saved_text(path) == old
+        if same:
+            os.replace(new, path)
+        else:
+            os.unlink(new)
+        return same
+    except BaseException:
+        os.unlink(new)
+        raise
+
+
 def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
     """Write options to a stanza of the rc file (fwknop spec 2.3); its path, and what was written.
 
-    Whole or not at all, and not if somebody else changed it meanwhile. The new file is the lock:
-    nobody who can't write in its directory can keep us waiting.
+    When somebody else has changed the file meanwhile, it begins again with what that says. It asks
+    before it takes the lock.
     """
     named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given)
     if named is None or path is None:
@@ -1570,36 +1605,13 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
             "an rc file" if named else "-n or -D, for the name of the stanza"))
     if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError("%s: expected the name of a stanza" % named.where)
-
-    values, real = stanza_values(given), os.path.realpath(path)
-    new = real + ".updated"
-
-    def read() -> str:
-        """The file as it is now; read_layers() has warned of what is to be warned of."""
-        if not os.path.exists(real):
-            return ""
-        with open(real, "rb") as file:
-            return decode_text(file.read())
-
+    real = os.path.realpath(path)
     with ErrorsOf(real):
-        descriptor = create_alone(new)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                text = read()
-                values, dropped = choose_values(values, text, named.text, force)
-                file.write(encode_text(edit_stanza(text, named.text, values, dropped)))
-                if os.path.exists(real) and hasattr(os, "fchown"):
-                    status = os.stat(real)
-                    os.fchown(descriptor, status.st_uid, status.st_gid)
-                file.flush()
-                os.fsync(descriptor)
-            if read() != text:
-                raise SpaError("%s: somebody else has changed it meanwhile" % path)
-            os.replace(new, real)
-        except BaseException:
-            os.unlink(new)
-            raise
-    return path, values
+        while True:
+            text = saved_text(real)
+            values, dropped = choose_values(stanza_values(given), text, named.text, force)
+            if replace_file(real, text, edit_stanza(text, named.text, values, dropped)):
+                return path, values
 
 
 def confirm(question: str) -> bool:

@@ -569,6 +569,14 @@ class RcFile(Case):
         self.assertIn("named configuration stanza [x] was not found",
                       self.failure(3, "-T", "-n", "x", *KNOCK, *KEYS))
 
+    def test_a_stanza_in_two_parts(self) -> None:
+        """Is one, as in fwknop: KEY counts before a KEY_BASE64 that stands below."""
+        path = self.write("[work]\nACCESS tcp/1\nKEY ours\n[other]\n[Work]\nACCESS tcp/2\n"
+                          "KEY_BASE64 dGhlaXJz\n")
+        given = client.parse_command_line(["--rc-file", path, "-n", "work"])[0]
+        settings = client.Settings(client.merge(client.read_layers(given)))
+        self.assertEqual(("tcp/2", b"ours"), (settings.access, client.find_keys(settings)[0]))
+
     def test_before_the_first_stanza(self) -> None:
         """Such lines count for nothing, as in fwknop, but it is said."""
         self.write("FW_TIMEOUT 5\n[default]\n")
