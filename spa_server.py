@@ -1775,8 +1775,8 @@ MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # that the kernel looks for one by
 MAX_STEPS = 32
 MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
-MAX_STARTED, LEAST_STARTED = 65536, 4096  # sources on their way: of all sequences, and of one
-MOST_SPARED = 16  # of those further on, when one at the first step is looked for to be forgotten
+MAX_ATTEMPTS, LEAST_ATTEMPTS = 65536, 4096  # sources on their way: of all sequences, and of one
+MOST_SPARED, SPARED_SHARE = 16, 8  # of those further on: in a row, and one in so many attempts
 
 
 def parse_steps(text: str) -> Tuple[Step, ...]:
@@ -1817,8 +1817,8 @@ class Sequence:
     all others are not seen. A wrong step ends an attempt, and is tried as a first one. What is
     wrong: another port of this sequence; if `strict`, any port of its protocols, also one of
     another sequence. A step that comes again is none, since hosts send their SYN again; if `exact`
-    it is wrong. Under a flood of first steps the oldest of these are forgotten; who is further on
-    only where more than MOST_SPARED such stand first in line.
+    it is wrong. In a flood the oldest attempts are forgotten; those further on than the first step
+    are spared, as long as they are not too many themselves.
     """
 
     def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
@@ -1828,10 +1828,11 @@ class Sequence:
         self.steps = self.file.steps if self.file else steps
         self.seconds, self.flags = seconds, flags
         self.strict, self.exact, self.target = strict, exact, target
-        self.most = MAX_STARTED
+        self.most = MAX_ATTEMPTS
         # How many steps each source has done, and until when it counts; the oldest first.
         self.attempts: "collections.OrderedDict[bytes, Tuple[int, float]]" = (
             collections.OrderedDict())
+        self.further = 0  # how many of them have done more than the first
 
     def warnings(self, alone: bool) -> List[str]:
         """What is wrong in its file; and, if it opens `alone`, that it hides little."""
@@ -1864,6 +1865,7 @@ class Sequence:
         self.file.use(test)
         self.steps = self.file.steps
         self.attempts.clear()
+        self.further = 0
         return bool(self.steps)
 
     def is_step(self, place: int, step: Step) -> bool:
@@ -1891,29 +1893,36 @@ class Sequence:
                 return self.advance(source, done + 1, due)
             if (not self.exact and self.is_step(done - 1, step)) or not self.is_wrong(step):
                 return 0
-            del self.attempts[source]
+            self.forget(source)
         if not self.is_step(0, step):
             return 0
-        self.attempts.pop(source, None)  # its time is over, and the new attempt is the last
+        self.forget(source)  # its time is over, and the new attempt is the last
         return self.advance(source, 1, now + self.seconds)
 
     def advance(self, source: bytes, done: int, due: float) -> int:
         """Takes note of a step; returns `done`.
 
-        When there are too many attempts, the oldest at its first step is forgotten; those further
-        on, up to MOST_SPARED of them, become the newest instead.
+        When there are too many attempts the oldest is forgotten. If it is further on than the first
+        step, and not too many are, it becomes the newest instead.
         """
         if done == len(self.steps):
-            self.attempts.pop(source, None)
-        else:
-            self.attempts[source] = done, due
+            self.forget(source)
+            return done
+        self.attempts[source] = done, due
+        self.further += done == 2
         seen = 0
         while len(self.attempts) > self.most:
             oldest, attempt = self.attempts.popitem(last=False)
             seen += 1
-            if attempt[0] > 1 and seen <= MOST_SPARED:
-                self.attempts[oldest] = attempt  # the last from now on
+            if attempt[0] > 1 and seen <= MOST_SPARED and self.further * SPARED_SHARE <= self.most:
+                self.attempts[oldest] = attempt
+            else:
+                self.further -= attempt[0] > 1
         return done
+
+    def forget(self, source: bytes) -> None:
+        """Ends the attempt of a source, if there is one."""
+        self.further -= self.attempts.pop(source, (0, 0.0))[0] > 1
 
     def next_due(self) -> float:
         """When expire() has something to do; later for an attempt that was spared."""
@@ -1927,6 +1936,7 @@ class Sequence:
         over = []
         while self.attempts and self.next_due() <= now:
             source, (done, _) = self.attempts.popitem(last=False)
+            self.further -= done > 1
             over.append((source, done))
         return over
 
@@ -6012,7 +6022,7 @@ class KnockGate(Gate):
         owners: List[Union[Stanza, KnockdDoor]] = [*configuration.stanzas, *doors]
         self.owners = {owner.sequence: owner for owner in owners if owner.sequence}
         for sequence in self.owners:
-            sequence.most = max(MAX_STARTED // len(self.owners), LEAST_STARTED)
+            sequence.most = max(MAX_ATTEMPTS // len(self.owners), LEAST_ATTEMPTS)
         # Of the lines about complete sequences; nobody can hold back those of another one.
         self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.log.rejections.monotonic)
                           for sequence in self.owners}
@@ -6091,7 +6101,7 @@ class KnockGate(Gate):
         if stanza.require_knock:
             self.knocked[stanza.number, hit.source] = time.monotonic() + stanza.knock_seconds
             self.knocked.move_to_end((stanza.number, hit.source))
-            if len(self.knocked) > MAX_STARTED:
+            if len(self.knocked) > MAX_ATTEMPTS:
                 self.knocked.popitem(last=False)
             return
         self.allow(Packet(

@@ -203,7 +203,7 @@ class SequenceTest(unittest.TestCase):
     def test_flood(self) -> None:
         """200,000 spoofed first hits: bounded, and an honest client of late or further on opens."""
         made = sequence("7000,8000,9000", strict=True)
-        most = server.MAX_STARTED
+        most = server.MAX_ATTEMPTS
         early, late, further = b"\xfe\0\0\1", b"\xfe\0\0\2", b"\xfe\0\0\3"
         made.hit(hit(7000, further), 1.0)
         made.hit(hit(8000, further), 1.0)
@@ -237,6 +237,21 @@ class SequenceTest(unittest.TestCase):
         done = [made.hit(hit(9000, source), 3.0) for source in sources]
         self.assertGreater(done.count(3), many - server.MOST_SPARED)
         self.assertEqual(made.most, len(made.attempts) + done.count(3))
+
+    def test_flood_by_somebody_who_knows_two_steps(self) -> None:
+        """Others can begin all the same: what is spared is an eighth of all at most."""
+        made = sequence("7000,8000,9000")
+        made.most = 4096
+        for number in range(5 * made.most):
+            made.hit(hit(7000, number.to_bytes(4, "big")), 2.0)
+            if number % 5 == 0:
+                made.hit(hit(8000, number.to_bytes(4, "big")), 2.0)
+        further = [done for done, _ in made.attempts.values() if done > 1]
+        self.assertEqual(made.further, len(further))
+        self.assertLess(len(further), made.most // 3)
+        self.assertEqual(made.most, len(made.attempts))
+        made.expire(100.0)
+        self.assertEqual((0, 0), (made.further, len(made.attempts)))
 
     def test_expiry(self) -> None:
         """What is over is told once, none is missed, and there is nothing to do before its time."""

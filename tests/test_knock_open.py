@@ -69,8 +69,8 @@ class StanzaTest(KnockCase):
 
     def test_memory_is_shared(self) -> None:
         """Many sequences remember less each, and never too little."""
-        for count, most in ((1, server.MAX_STARTED), (4, server.MAX_STARTED // 4),
-                            (20, server.LEAST_STARTED)):
+        for count, most in ((1, server.MAX_ATTEMPTS), (4, server.MAX_ATTEMPTS // 4),
+                            (20, server.LEAST_ATTEMPTS)):
             made = self.serve_for(KEYLESS * count)
             self.assertEqual([most] * count, [each.most for each in made.owners])
 
@@ -197,7 +197,7 @@ class StanzaTest(KnockCase):
     def test_require_knock_is_bounded(self) -> None:
         """However many have knocked, and the latest stay."""
         made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\n")
-        with mock.patch.object(server, "MAX_STARTED", 10):
+        with mock.patch.object(server, "MAX_ATTEMPTS", 10):
             for number in range(30):
                 self.hit(*ALL_THREE, source="10.55.1.%d" % number)
         self.assertEqual(10, len(made.knocked))
