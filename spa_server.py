@@ -2503,12 +2503,21 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
 # ======================================================================================
 
 IP_VARIABLE = "%IP%"
+LONGEST_IP = 39  # characters of an IPv6 address
+MAX_COMMAND = 4095  # bytes, with addresses in it
 KNOCKD_CHARACTERS = NAME_CHARACTERS + NAME_CHARACTERS.lower()  # of names; no line has a key
 
 
 def number_before_comment(parse: Callable[[str], T]) -> Callable[[str], T]:
     """A parser that lets a comment follow, as knockd does by reading up to where a number ends."""
     return lambda text: parse(text.partition("#")[0].rstrip())
+
+
+def parse_shell(text: str) -> str:
+    """A command for /bin/sh, which %IP% does not make too long."""
+    longest = len(text) + text.count(IP_VARIABLE) * (LONGEST_IP - len(IP_VARIABLE))
+    expect(longest <= MAX_COMMAND, "at most %d bytes" % MAX_COMMAND)
+    return text
 
 
 def parse_interfaces(text: str) -> Tuple[str, ...]:
@@ -2565,13 +2574,13 @@ class KnockdDoor(KnockdSettings):
                             "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
     target = NoDefault("Target", lambda text: parse_address(text).packed,
                        "address that has to be hit; without it any of this host's")
-    start = Directive("Start_Command Command", str, "",
+    start = Directive("Start_Command Command", parse_shell, "",
                       "what the shell runs when all were hit; %IP% is the client's address")
-    start6 = NoDefault("Start_Command_6 Command_6", str, "instead, for an IPv6 address")
+    start6 = NoDefault("Start_Command_6 Command_6", parse_shell, "instead, for an IPv6 address")
     stop_seconds = Directive("Cmd_Timeout", number_before_comment(integer(0, 8388608, "seconds")),
                              "10", "time from the end of that command to Stop_Command")
-    stop = Directive("Stop_Command", str, "", "what it then runs")
-    stop6 = NoDefault("Stop_Command_6", str, "instead, for an IPv6 address")
+    stop = Directive("Stop_Command", parse_shell, "", "what it then runs")
+    stop6 = NoDefault("Stop_Command_6", parse_shell, "instead, for an IPv6 address")
 
     def __init__(self, line: Line, name: str, number: int) -> None:
         super().__init__()

@@ -120,6 +120,7 @@ GRAMMAR = (
     ("[options]\nInterface = a b\n", "2: Interface: expected", True),
     ("[options]\nLogFile =\n", "2: LogFile: expected `name = value`", True),
     ("[d]\nSequence = 7000 \0\n", "2: Sequence: expected `name = value`", True),
+    (DOOR + "Command = %s\n" % ("x" * 4000 + "%IP%" * 5), "3: Command: expected at most", True),
 )
 
 
@@ -208,6 +209,14 @@ class KnockdConfTest(ConfigCase):
             with self.subTest(lines=lines):
                 door = self.door(base + lines)
                 self.assertEqual((for4, for6), (door.commands(four), door.commands(six)))
+
+    def test_length_of_commands(self) -> None:
+        """At most 4095 bytes with the longest address in it."""
+        longest = "x" * (4095 - 39) + "%IP%"
+        door = self.door("Sequence = 1\nCommand = " + longest)
+        self.assertEqual(4095 - 39 + 8, len(door.commands(ipaddress.ip_address("10.0.0.1"))[0]))
+        with self.assertRaises(server.ConfigError):
+            self.door("Sequence = 1\nCommand = x" + longest)
 
     def test_dump(self) -> None:
         """It parses back, and shows no sequence."""
