@@ -4069,6 +4069,7 @@ class Firewall:
     """
 
     keeps = False  # whether grants() tells what is open
+    quickly_intact = False  # whether intact() takes no longer for many grants
     poll_seconds = POLL_SECONDS
     netlink_port = -1  # from which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
@@ -4296,6 +4297,7 @@ def shape_of(door: Door) -> Shape:
 class NftFirewall(Firewall):
     """Grants as elements of nftables sets."""
 
+    quickly_intact = True
     keeps = True
 
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
@@ -4454,27 +4456,29 @@ class NftFirewall(Firewall):
                                 if place in self.places_of(grant.door)])
 
     def delete(self, place: NftChain, doors: List[Door]) -> None:
-        """Takes elements out of the sets of a place, those that are there.
+        """Takes elements out of the sets of a place, those that are there."""
+        do_all(self.delete_at_once, [(place, doors[start:start + OPEN_AT_ONCE])
+                                     for start in range(0, len(doors), OPEN_AT_ONCE)])
 
-        Many in one transaction, since the kernel waits up to 20 ms in each. One that is gone would
-        undo all of it: so each is added before, which nobody sees. Where that can't be done, for a
-        set that is gone or a map that somebody has changed, they go one by one.
+    def delete_at_once(self, place: NftChain, doors: List[Door]) -> None:
+        """The same in one transaction, since the kernel waits up to 20 ms in each.
+
+        An element that is gone would undo all of it: so each is added before, which nobody sees.
+        Where that can't be done, as in a map that somebody has changed, they go in two parts.
         """
-        for start in range(0, len(doors), OPEN_AT_ONCE):
-            part = doors[start:start + OPEN_AT_ONCE]
-            try:
-                self.netlink.commit([self.element(kind, place, door) for door in part
-                                     for kind in (NEW_ELEMENT, DELETE_ELEMENT)])
-            except CommandError:
-                for door in part:
-                    self.delete_one(place, door)
-
-    def delete_one(self, place: NftChain, door: Door) -> None:
-        """Takes an element out of a set, if it is there."""
+        kinds = (NEW_ELEMENT, DELETE_ELEMENT) if len(doors) > 1 else (DELETE_ELEMENT,)
         try:
-            self.netlink.commit([self.element(DELETE_ELEMENT, place, door)])
+            self.netlink.commit([self.element(kind, place, door)
+                                 for door in doors for kind in kinds])
         except CommandError as error:
-            if error.number != errno.ENOENT:
+            if len(doors) > 1:
+                there = {door.entrance for shape in set(map(shape_of, doors))
+                         for door, _ in self.read_set(place, shape)}
+                doors = [door for door in doors if door.entrance in there]
+                half = (len(doors) + 1) // 2
+                do_all(self.delete_at_once, [(place, part) for part in (doors[:half], doors[half:])
+                                             if part])
+            elif error.number != errno.ENOENT:
                 raise
 
     def grants(self) -> List[Grant]:
@@ -6250,17 +6254,23 @@ class Server(KnockGate):
         except OSError:  # more was announced than fits
             changed = True
         if changed:
-            due = max(time.monotonic() + SETTLE_SECONDS, self.check_rest)
+            due = time.monotonic() + SETTLE_SECONDS
+            if not self.grants.firewall.quickly_intact:
+                due = max(due, self.check_rest)
             self.check_due = min(self.check_due, due)
 
     def check_firewall(self) -> None:
         """Puts back what somebody took from the firewall; what fails is tried again."""
         began = time.monotonic()
         try:
+            if began < self.check_rest and self.grants.firewall.intact():
+                self.check_due = self.check_rest  # rules are looked at at once, grants then
+                return
             all_well = self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
             drain_socket(self.firewall_events)  # what the attempt itself announced
+            self.check_rest = 0.0
             self.check_due = time.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
         else:
@@ -6297,7 +6307,7 @@ class Server(KnockGate):
             close_captures(captures, self.captures)
             if memory:
                 memory.close()
-            if not stood and firewall.guarded():
+            if firewall.guard_ports and not stood and firewall.guarded():
                 firewall.unguard()
             raise
         self.settings, self.stanzas = settings, configuration.stanzas
@@ -6308,6 +6318,7 @@ class Server(KnockGate):
         if memory:
             self.memory, self.takes_packets = memory, True
         self.memory.max_age = settings.max_packet_age if settings.aging else None
+        self.check_rest = 0.0
         self.check_firewall()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
                             ServerSettings.pid_file, ServerSettings.syslog_identity,

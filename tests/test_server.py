@@ -1205,7 +1205,8 @@ class LifeTest(ServerCase):
 
     def test_a_firewall_that_takes_long_to_read(self) -> None:
         """Is read again the later for it, so that packets have most of the time; but soon if it is
-        read quickly, or if something was missing.
+        read quickly, or if something was missing. Where it is seen at once whether our rules are
+        there, only the grants have to wait.
         """
         made = self.serve("SOURCE ANY\n" + KEYS)
         made.firewall_events.close()
@@ -1214,21 +1215,39 @@ class LifeTest(ServerCase):
         self.addCleanup(made.firewall_events.close)
         made.firewall_events.setblocking(False)
         self.firewall.netlink_port = 55
+        looks = []  # type: List[float]
 
         def check(seconds: float, all_well: bool) -> bool:
+            looks.append(self.clock.mono())
             self.clock.pass_seconds(seconds)
             return all_well
 
-        for seconds, all_well, wait in ((0.01, True, server.SETTLE_SECONDS), (2, True, 6.0),
-                                        (2, False, server.SETTLE_SECONDS)):
-            with mock.patch.object(server.time, "monotonic", self.clock.mono), \
-                    mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
-                made.check_firewall()
-                for port in (55, 77):  # the first is ours
-                    self.assertEqual(server.POLL_SECONDS, made.check_due - self.clock.mono())
-                    kernel.send(struct.pack("=IHHII", 16, 0, 0, 0, port))
-                    made.hear_firewall()
-                self.assertAlmostEqual(wait, made.check_due - self.clock.mono())
+        def hear() -> float:
+            for port in (55, 77):  # the first is ours
+                self.assertEqual(server.POLL_SECONDS, made.check_due - self.clock.mono())
+                kernel.send(struct.pack("=IHHII", 16, 0, 0, 0, port))
+                made.hear_firewall()
+            return float(made.check_due - self.clock.mono())
+
+        soon = server.SETTLE_SECONDS
+        with mock.patch.object(server.time, "monotonic", self.clock.mono):
+            for seconds, all_well, quickly, wait, rest in (
+                    (0.01, True, False, soon, 0), (2, True, False, 6.0, 0),
+                    (2, False, False, soon, 0), (2, True, True, soon, 6.0 - soon)):
+                self.clock.pass_seconds(100)
+                self.firewall.quickly_intact = quickly
+                with mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
+                    made.check_firewall()
+                    self.assertAlmostEqual(wait, hear())
+                    self.clock.pass_seconds(wait)
+                    del looks[:]
+                    made.check_firewall()
+                    self.assertEqual(0 if rest else 1, len(looks))
+                    if rest:
+                        self.assertAlmostEqual(rest, made.check_due - self.clock.mono())
+                        self.firewall.whole = False
+                        made.check_firewall()
+                        self.assertEqual(1, len(looks))
 
     def test_stop(self) -> None:
         """Closes all grants, unless FLUSH_IPT_AT_EXIT is N."""
