@@ -184,9 +184,8 @@ class Process:
     def __init__(self, argv: List[str], log: str) -> None:
         self.log = log
         with open(log, "wb") as out:
-            self.popen = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
-            )
+            self.popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out,
+                                          stderr=subprocess.STDOUT)
 
     def output(self, start: int = 0) -> str:
         """Return what it printed, from character `start` on."""
@@ -257,15 +256,8 @@ class Host:
         """Run a program to its end; return exit code and output, errors included."""
         text = options.pop("input", "")
         environment = dict(os.environ, HOME=self.directory)
-        done = subprocess.run(
-            self.command(argv),
-            input=text.encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=120,
-            env=environment,
-            **options,
-        )
+        done = subprocess.run(self.command(argv), input=text.encode(), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=120, env=environment, **options)
         return done.returncode, done.stdout.decode("ascii", "replace")
 
     def run(self, *argv: Any, **options: Any) -> str:
@@ -286,11 +278,8 @@ class Host:
         with self.lock:
             if self.agent is None:
                 self.agent = subprocess.Popen(
-                    self.command([sys.executable, "-I", "-S", "-c", AGENT]),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    universal_newlines=True,
-                )
+                    self.command([sys.executable, "-I", "-S", "-c", AGENT]), stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, universal_newlines=True)
             assert self.agent.stdin and self.agent.stdout
             self.agent.stdin.write(json.dumps([words[0], words[1:]]) + "\n")
             self.agent.stdin.flush()
@@ -308,20 +297,16 @@ class Host:
         answer = self.ask("probe", targets, seconds)
         return [bool(each) for each in answer]
 
-    def reaches(
-        self, address: str, port: int, source: str = "", seconds: float = CLOSED_SECONDS
-    ) -> bool:
+    def reaches(self, address: str, port: int, source: str = "",
+                seconds: float = CLOSED_SECONDS) -> bool:
         """Return whether a TCP connection is made within `seconds`."""
         return self.probe((source, address, port), seconds=seconds)[0]
 
     def connect(self, address: str, port: int, source: str = "") -> Connection:
         """Return a connection that answers; try until there is one."""
         name = str(next(self.numbers))
-        wait_for(
-            lambda: self.ask("connect", name, source, address, port, 0.5),
-            "a connection to %s port %d" % (address, port),
-            patience=10,
-        )
+        wait_for(lambda: self.ask("connect", name, source, address, port, 0.5),
+                 "a connection to %s port %d" % (address, port), patience=10)
         return Connection(self, name)
 
     def send(self, address: str, port: int, *payloads: str, source: str = "") -> None:
@@ -355,26 +340,10 @@ class Cable:
     def plug(self) -> None:
         """Connect both hosts; also again, after `unplug`."""
         subprocess.check_call(
-            [
-                "ip",
-                "link",
-                "add",
-                "eth0",
-                "netns",
-                self.client.name,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                self.server.name,
-            ]
-        )
-        for host, fours, sixes in (
-            (self.client, (CLIENT4, OTHER4), (CLIENT6, OTHER6)),
-            (self.server, (SERVER4,), (SERVER6,)),
-        ):
+            ["ip", "link", "add", "eth0", "netns", self.client.name, "type", "veth",
+             "peer", "name", "eth0", "netns", self.server.name])
+        for host, fours, sixes in ((self.client, (CLIENT4, OTHER4), (CLIENT6, OTHER6)),
+                                   (self.server, (SERVER4,), (SERVER6,))):
             lines = ["link set lo up", "link set eth0 up"]
             lines += ["addr add %s/24 dev eth0" % address for address in fours]
             lines += ["addr add %s/64 dev eth0 nodad" % sixes[0]]
@@ -406,14 +375,8 @@ class Server:
 
     READY = "Starting fwknopd main event loop."
 
-    def __init__(
-        self,
-        host: Host,
-        config: str,
-        access: str = STANZA,
-        *options: str,
-        launcher: Iterable[str] = (),
-    ) -> None:
+    def __init__(self, host: Host, config: str, access: str = STANZA, *options: str,
+                 launcher: Iterable[str] = ()) -> None:
         self.host, self.options, self.launcher = host, list(options), list(launcher)
         self.directory = host.path("server")
         os.mkdir(self.directory)
@@ -432,20 +395,13 @@ class Server:
     @property
     def files(self) -> List[str]:
         """The options that name its files."""
-        return [
-            "-c",
-            self.config_file,
-            "-a",
-            self.access_file,
-            "-r",
-            os.path.join(self.directory, "run"),
-        ]
+        return ["-c", self.config_file, "-a", self.access_file,
+                "-r", os.path.join(self.directory, "run")]
 
     def launch(self, *options: str) -> Process:
         """Start it, and do not wait."""
-        self.process = self.host.start(
-            *self.launcher, *SPA_SERVER, *self.files, *self.options, *options
-        )
+        self.process = self.host.start(*self.launcher, *SPA_SERVER, *self.files, *self.options,
+                                       *options)
         return self.process
 
     def start(self, *options: str) -> "Server":
@@ -482,14 +438,8 @@ class Server:
         """End it, and return the exit code."""
         return self.running().end(number)
 
-    def knock(
-        self,
-        client: Host,
-        *options: str,
-        program: List[str] = SPA_CLIENT,
-        keys: List[str] = KEYS,
-        expect: str = " opened ",
-    ) -> str:
+    def knock(self, client: Host, *options: str, program: List[str] = SPA_CLIENT,
+              keys: List[str] = KEYS, expect: str = " opened ") -> str:
         """Run a client, and return the line with `expect` that it makes in the server's log."""
         mark = self.mark()
         client.run(*program, *keys, *options)

@@ -17,24 +17,8 @@ import unittest
 from typing import Any, List, NamedTuple
 
 from tests.bench import HONEST, start_ours, survive
-from tests.netns import (
-    CLIENT4,
-    CLIENT6,
-    FWKNOP,
-    KEY,
-    KEYS,
-    SERVER4,
-    SERVER6,
-    SPA_CLIENT,
-    SPA_SERVER,
-    STANZA,
-    Cable,
-    Host,
-    Process,
-    Server,
-    end_process,
-    wait_for,
-)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEY, KEYS, SERVER4, SERVER6, SPA_CLIENT,
+                         SPA_SERVER, STANZA, Cable, Host, Process, Server, end_process, wait_for)
 from tests.support import needs_programs, needs_root
 
 LETTERS = string.digits + string.ascii_letters
@@ -43,18 +27,8 @@ DIGESTS = ("md5", "sha1", "sha256", "sha384", "sha512", "sha3_256", "sha3_512")
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR")
 MODES_WITHOUT_HMAC = MODES + ("legacy", "legacy")
 KEY_KINDS = [(length, in_base64) for length in (1, 16, 31, 32) for in_base64 in (False, True)]
-HMAC_KEY_KINDS = [
-    (1, False),
-    (64, False),
-    (65, False),
-    (127, False),
-    (128, False),
-    (1, True),
-    (64, True),
-    (65, True),
-    (127, True),
-    (128, True),
-]
+HMAC_KEY_KINDS = [(length, in_base64) for in_base64 in (False, True)
+                  for length in (1, 64, 65, 127, 128)]
 NO_HMAC_STANZA = "SOURCE ANY\nKEY %s\n" % KEY
 KNOCK4 = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
 KNOCK6 = ["-A", "tcp/22", "-a", CLIENT6, "-D", SERVER6]
@@ -111,33 +85,15 @@ class Case(NamedTuple):
 
     def options(self, destination: str = SERVER4) -> List[str]:
         """The client's options, the same for fwknop's and ours."""
-        words = [
-            "-A",
-            "tcp/%d" % self.port,
-            "-a",
-            CLIENT4,
-            "-D",
-            destination,
-            "-m",
-            self.digest,
-            "-M",
-            self.mode,
-            "-U",
-            "user%d" % self.number,
-        ]
+        words = ["-A", "tcp/%d" % self.port, "-a", CLIENT4, "-D", destination, "-m", self.digest,
+                 "-M", self.mode, "-U", "user%d" % self.number]
         words += ["-f", str(self.seconds)] if self.asks else []
-        words += (
-            ["--key-base64-rijndael", to_base64(self.key)]
-            if self.key_in_base64
-            else ["--key-rijndael", self.key.decode()]
-        )
+        words += (["--key-base64-rijndael", to_base64(self.key)] if self.key_in_base64
+                  else ["--key-rijndael", self.key.decode()])
         if self.hmac:
             words += ["--hmac-digest-type", self.hmac]
-            words += (
-                ["--key-base64-hmac", to_base64(self.hmac_key)]
-                if self.hmac_key_in_base64
-                else ["--key-hmac", self.hmac_key.decode()]
-            )
+            words += (["--key-base64-hmac", to_base64(self.hmac_key)] if self.hmac_key_in_base64
+                      else ["--key-hmac", self.hmac_key.decode()])
         return words
 
 
@@ -163,17 +119,9 @@ def make_cases() -> List[Case]:
             hmac_length, hmac_in_base64 = HMAC_KEY_KINDS[(3 * column + row) % len(HMAC_KEY_KINDS)]
             mode = MODES[(column + row) % len(MODES)] if hmac else MODES_WITHOUT_HMAC[column]
             cases.append(
-                Case(
-                    number,
-                    digest,
-                    hmac,
-                    mode,
-                    make_key(number, key_length, key_in_base64),
-                    key_in_base64,
-                    make_key(61 - number, hmac_length, hmac_in_base64),
-                    hmac_in_base64,
-                )
-            )
+                Case(number, digest, hmac, mode, make_key(number, key_length, key_in_base64),
+                     key_in_base64, make_key(61 - number, hmac_length, hmac_in_base64),
+                     hmac_in_base64))
     return cases
 
 
@@ -222,13 +170,11 @@ class MatrixTest(unittest.TestCase):
             for value in set(column):
                 self.assertGreaterEqual(column.count(value), 2, value)
         self.assertEqual(set(MODES + ("legacy",)), {case.mode for case in self.cases})
-        self.assertEqual(
-            set(KEY_KINDS), {(len(case.key), case.key_in_base64) for case in self.cases}
-        )
+        self.assertEqual(set(KEY_KINDS),
+                         {(len(case.key), case.key_in_base64) for case in self.cases})
         self.assertEqual(
             set(HMAC_KEY_KINDS),
-            {(len(case.hmac_key), case.hmac_key_in_base64) for case in self.cases if case.hmac},
-        )
+            {(len(case.hmac_key), case.hmac_key_in_base64) for case in self.cases if case.hmac})
 
     def check_opened(self, start: int) -> None:
         """Each case must have been opened by its own stanza, for its user, port and time."""
@@ -239,8 +185,7 @@ class MatrixTest(unittest.TestCase):
                     "(stanza #%d) user 'user%d' (client 3.0.0) opened %s -> 0.0.0.0/0 tcp/%d "
                     "for %d seconds; --test mode enabled, skipping firewall manipulation"
                     % (case.number, case.number, CLIENT4, case.port, case.seconds),
-                    line,
-                )
+                    line)
 
     @needs_programs("fwknop")
     def test_fwknop_to_our_server(self) -> None:
@@ -275,15 +220,13 @@ class MatrixTest(unittest.TestCase):
         case = self.cases[8]
         self.assertTrue(case.asks)
         for destination, options, opened in (
-            (SERVER6, ["-a", CLIENT6], CLIENT6 + " -> ::/0"),
-            (SERVER4, ["-a", CLIENT6], CLIENT6 + " -> ::/0"),
-            (SERVER6, ["-a", CLIENT4], CLIENT4 + " -> 0.0.0.0/0"),
-            (SERVER6, ["-a", "FD55:0:0::0003"], "fd55::3 -> ::/0"),
-        ):
+                (SERVER6, ["-a", CLIENT6], CLIENT6 + " -> ::/0"),
+                (SERVER4, ["-a", CLIENT6], CLIENT6 + " -> ::/0"),
+                (SERVER6, ["-a", CLIENT4], CLIENT4 + " -> 0.0.0.0/0"),
+                (SERVER6, ["-a", "FD55:0:0::0003"], "fd55::3 -> ::/0")):
             with self.subTest(destination=destination, options=options):
-                line = self.server.knock(
-                    self.cable.client, *case.options(destination), *options, keys=[]
-                )
+                line = self.server.knock(self.cable.client, *case.options(destination), *options,
+                                         keys=[])
                 self.assertIn("opened %s tcp/%d for" % (opened, case.port), line)
 
     def test_the_reason_is_that_of_the_stanza_whose_keys_were_right(self) -> None:
@@ -292,18 +235,11 @@ class MatrixTest(unittest.TestCase):
             with self.subTest(hmac=case.hmac):
                 # To a stanza without HMAC another's tag is part of the body: its form is wrong, and
                 # that must not hide the reason of the stanza that knows the packet.
-                line = self.server.knock(
-                    self.cable.client,
-                    *case.options(SERVER6),
-                    "-s",
-                    keys=[],
-                    expect="[%s] " % CLIENT6,
-                )
-                self.assertEqual(
-                    "[%s] (stanza #%d) Got 0.0.0.0 when valid source IP was required."
-                    % (CLIENT6, case.number),
-                    line,
-                )
+                line = self.server.knock(self.cable.client, *case.options(SERVER6), "-s", keys=[],
+                                         expect="[%s] " % CLIENT6)
+                self.assertEqual("[%s] (stanza #%d) Got 0.0.0.0 when valid source IP was required."
+                                 % (CLIENT6, case.number),
+                                 line)
 
 
 def start_fwknopd(host: Host, access: str) -> Process:
@@ -314,20 +250,8 @@ def start_fwknopd(host: Host, access: str) -> Process:
     for path, text in zip(paths, ("PCAP_INTF eth0;\n", access)):
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.write(text)
-    daemon = host.start(
-        "fwknopd",
-        "-f",
-        "-c",
-        paths[0],
-        "-a",
-        paths[1],
-        "-r",
-        directory,
-        "-p",
-        directory + "/pid",
-        "-d",
-        directory + "/digest.cache",
-    )
+    daemon = host.start("fwknopd", "-f", "-c", paths[0], "-a", paths[1], "-r", directory, "-p",
+                        directory + "/pid", "-d", directory + "/digest.cache")
     daemon.wait_for(Server.READY)
     return daemon
 
@@ -363,13 +287,10 @@ class CaptureTest(LiveTest):
         """A packet socket sees what the firewall drops, and nothing listens on the port."""
         server = self.serve()
         self.cable.server.run(
-            "nft",
-            "-f",
-            "-",
+            "nft", "-f", "-",
             input="table inet host { chain input { "
             "type filter hook input priority 0; policy drop; ip6 nexthdr icmpv6 accept; "
-            "udp dport 62201 counter drop; }; }",
-        )
+            "udp dport 62201 counter drop; }; }")
         server.knock(self.client, *KNOCK4)
         server.knock(self.client, *KNOCK6)
         self.assertIn("counter packets 2", self.cable.server.run("nft", "list", "ruleset"))
@@ -379,13 +300,10 @@ class CaptureTest(LiveTest):
         """Servers on it and on all go on after it was down, and after it was made anew."""
         servers = [self.serve("", STANZA, "-i", "eth0"), self.serve()]
         for what, away, back in (
-            (
-                "down",
-                lambda: self.cable.server.run("ip", "link", "set", "eth0", "down"),
-                lambda: self.cable.server.run("ip", "link", "set", "eth0", "up"),
-            ),
-            ("deleted", self.cable.unplug, self.cable.plug),
-        ):
+                ("down",
+                 lambda: self.cable.server.run("ip", "link", "set", "eth0", "down"),
+                 lambda: self.cable.server.run("ip", "link", "set", "eth0", "up")),
+                ("deleted", self.cable.unplug, self.cable.plug)):
             with self.subTest(what):
                 marks = [server.mark() for server in servers]
                 away()
@@ -393,10 +311,8 @@ class CaptureTest(LiveTest):
                 back()
                 if what == "deleted":
                     servers[0].wait_for("Sniffing interface: eth0", marks[0])
-                wait_for(
-                    lambda: "state UP" in self.cable.server.run("ip", "link", "show", "eth0"),
-                    "the link",
-                )
+                wait_for(lambda: "state UP" in self.cable.server.run("ip", "link", "show", "eth0"),
+                         "the link")
                 self.client.run(*SPA_CLIENT, *KEYS, *KNOCK4)
                 for server, mark in zip(servers, marks):
                     server.wait_for(" opened ", mark)
@@ -445,32 +361,20 @@ class CaptureTest(LiveTest):
         server = self.serve(
             "ENABLE_DESTINATION_RULE Y;\n",
             STANZA.replace("SOURCE ANY", "SOURCE ANY\nDESTINATION %s, %s" % (SERVER4, SERVER6)),
-            "-U",
-        )
-        self.assertIn(
-            "opened %s -> %s tcp/22" % (CLIENT4, SERVER4), server.knock(self.client, *KNOCK4)
-        )
-        self.assertIn(
-            "opened %s -> %s tcp/22" % (CLIENT6, SERVER6), server.knock(self.client, *KNOCK6)
-        )
+            "-U")
+        self.assertIn("opened %s -> %s tcp/22" % (CLIENT4, SERVER4),
+                      server.knock(self.client, *KNOCK4))
+        self.assertIn("opened %s -> %s tcp/22" % (CLIENT6, SERVER6),
+                      server.knock(self.client, *KNOCK6))
         self.cable.server.run("ip", "addr", "add", "10.55.0.9/24", "dev", "eth0")
-        server.knock(
-            self.client,
-            "-A",
-            "tcp/22",
-            "-a",
-            CLIENT4,
-            "-D",
-            "10.55.0.9",
-            expect="No access data found for source IP: " + CLIENT4,
-        )
+        server.knock(self.client, "-A", "tcp/22", "-a", CLIENT4, "-D", "10.55.0.9",
+                     expect="No access data found for source IP: " + CLIENT4)
 
     @needs_programs("setpriv")
     def test_without_cap_net_raw(self) -> None:
         """It says so, and listens on UDP sockets."""
         server = self.serve(
-            launcher=["setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-net_raw"]
-        )
+            launcher=["setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-net_raw"])
         self.assertIn("listening on UDP port 62201 instead", server.log())
         server.knock(self.client, *KNOCK4)
         server.knock(self.client, *KNOCK6)
@@ -502,8 +406,7 @@ class ReplayTest(LiveTest):
             r"^Replay detected from source IP: 10\.55\.0\.2, Destination proto/port: 17/62201, "
             r"Original source IP: 10\.55\.0\.2, Original dst proto/port: 17/10\.55\.0\.1, "
             r"|^Replay detected from source IP: 10\.55\.0\.2, Destination proto/port: "
-            r"17/62201, Original source IP: 10\.55\.0\.2, Original dst proto/port: 17/62201, ",
-        )
+            r"17/62201, Original source IP: 10\.55\.0\.2, Original dst proto/port: 17/62201, ")
         self.assertNotIn(" opened ", server.log(mark))
 
     @needs_programs("fwknop")
@@ -554,14 +457,8 @@ class ReplayTest(LiveTest):
         """A clock that is off is told by how much; what is older than the memory is rejected."""
         server = self.serve()
         for option, text in (("--time-offset-minus", "behind"), ("--time-offset-plus", "ahead")):
-            line = server.knock(
-                self.client,
-                *KNOCK4,
-                option,
-                "500s",
-                program=FWKNOP,
-                expect="SPA data time difference is too great",
-            )
+            line = server.knock(self.client, *KNOCK4, option, "500s", program=FWKNOP,
+                                expect="SPA data time difference is too great")
             self.assertRegex(line, r"^\[10\.55\.0\.2\] \(stanza #1\) .*\((49|50)\d seconds\)")
             self.assertIn(text, line)
         packet = self.make_packet(*KEYS)
@@ -586,36 +483,28 @@ class LifeTest(LiveTest):
             with self.subTest(signal=number):
                 server = self.serve()
                 self.assertEqual(0, server.stop(number))
-                self.assertRegex(
-                    server.log(),
-                    r"(?m)^Gracefully leaving the fwknopd event loop\.\n"
-                    r"Got %s\. Exiting\.\.\.\n(.*\n)*Shutting Down fwknopd\.$"
-                    % signal.Signals(number).name,
-                )
+                self.assertRegex(server.log(),
+                                 r"(?m)^Gracefully leaving the fwknopd event loop\.\n"
+                                 r"Got %s\. Exiting\.\.\.\n(.*\n)*Shutting Down fwknopd\.$"
+                                 % signal.Signals(number).name)
 
     def test_reload(self) -> None:
         """A good file is used; with a bad one the old settings stay, and that is said."""
         server = self.serve()
-        for bad in (
-            "SOURCE ANY\nKEY new\nHMAC_KEY newhmac\nFW_ACCESS_TIMEOUT soon\n",
-            "KEY new\n",
-            "",
-        ):
+        for bad in ("SOURCE ANY\nKEY new\nHMAC_KEY newhmac\nFW_ACCESS_TIMEOUT soon\n", "KEY new\n",
+                    ""):
             with self.subTest(access=bad):
                 server.configure(access=bad)
                 mark = server.mark()
                 server.send_signal(signal.SIGHUP)
-                self.assertIn(
-                    server.access_file, server.wait_for("going on with the old settings", mark)
-                )
+                self.assertIn(server.access_file,
+                              server.wait_for("going on with the old settings", mark))
                 server.knock(self.client, *KNOCK4)
         server.configure(config="PCAP_FILTER ether proto 80;\n", access=STANZA)
         mark = server.mark()
         server.send_signal(signal.SIGHUP)
-        self.assertIn(
-            server.config_file + ":1: PCAP_FILTER: expected",
-            server.wait_for("going on with the old settings", mark),
-        )
+        self.assertIn(server.config_file + ":1: PCAP_FILTER: expected",
+                      server.wait_for("going on with the old settings", mark))
         server.knock(self.client, *KNOCK4)
         server.configure("PCAP_FILTER udp port 7000;\n", "SOURCE ANY\nKEY new\nHMAC_KEY newhmac\n")
         mark = server.mark()
@@ -623,16 +512,10 @@ class LifeTest(LiveTest):
         server.wait_for("PCAP filter is: 'udp port 7000'", mark)
         self.client.run(*SPA_CLIENT, *KEYS, *KNOCK4)  # not heard any more
         server.knock(self.client, *KNOCK4, "-p", "7000", expect="HMAC_COMPAREFAIL")
-        server.knock(
-            self.client,
-            *KNOCK4,
-            "-p",
-            "7000",
-            keys=["--key-rijndael", "new", "--key-hmac", "newhmac"],
-        )
-        self.assertEqual(
-            1, server.log(mark).count("received with access source match"), server.log(mark)
-        )
+        server.knock(self.client, *KNOCK4, "-p", "7000",
+                     keys=["--key-rijndael", "new", "--key-hmac", "newhmac"])
+        self.assertEqual(1, server.log(mark).count("received with access source match"),
+                         server.log(mark))
 
     def test_one_instance(self) -> None:
         """The lock lives as long as the server, also across reloads; -S, -R and -K find it."""
@@ -641,9 +524,8 @@ class LifeTest(LiveTest):
 
         def check_running() -> None:
             """Status says so, and a second server does not start."""
-            self.assertEqual(
-                (0, "Detected fwknopd is running (pid=%d).\n" % pid), server.command("-S")
-            )
+            self.assertEqual((0, "Detected fwknopd is running (pid=%d).\n" % pid),
+                             server.command("-S"))
             code, text = server.command("-t")
             self.assertEqual(1, code, text)
             self.assertIn("An instance of fwknopd is already running: (PID=%d)." % pid, text)
@@ -651,9 +533,8 @@ class LifeTest(LiveTest):
         check_running()
         for _ in range(2):
             mark = server.mark()
-            self.assertEqual(
-                (0, "Sent restart signal to fwknopd (pid=%d)\n" % pid), server.command("-R")
-            )
+            self.assertEqual((0, "Sent restart signal to fwknopd (pid=%d)\n" % pid),
+                             server.command("-R"))
             server.wait_for("Got SIGHUP. Re-reading configs.", mark)
             check_running()
         server.knock(self.client, *KNOCK4)
@@ -683,13 +564,10 @@ class LifeTest(LiveTest):
         with open(os.path.join(server.directory, "run", "fwknopd.pid")) as file:
             pid = int(file.read())
         try:
-            self.assertEqual(
-                (0, "Detected fwknopd is running (pid=%d).\n" % pid), server.command("-S")
-            )
-            self.assertEqual(
-                {"/dev/null"},
-                {os.readlink("/proc/%d/fd/%d" % (pid, number)) for number in range(3)},
-            )
+            self.assertEqual((0, "Detected fwknopd is running (pid=%d).\n" % pid),
+                             server.command("-S"))
+            self.assertEqual({"/dev/null"},
+                             {os.readlink("/proc/%d/fd/%d" % (pid, number)) for number in range(3)})
             self.client.run(*SPA_CLIENT, *KEYS, *KNOCK4)
             digests = os.path.join(server.directory, "run", "digest.cache")
 
@@ -710,9 +588,8 @@ class LifeTest(LiveTest):
 
     def test_daemon_that_can_not_start(self) -> None:
         """The exit code tells, and so does stderr."""
-        server = Server(
-            self.cable.server, "FIREWALL_EXE /nowhere/iptables;\nFIREWALL_TYPE iptables;\n"
-        )
+        server = Server(self.cable.server,
+                        "FIREWALL_EXE /nowhere/iptables;\nFIREWALL_TYPE iptables;\n")
         code, text = server.command("--daemon")
         self.assertNotEqual(0, code, text)
         self.assertIn("iptables", text)
@@ -729,9 +606,8 @@ class LifeTest(LiveTest):
         def told() -> Any:
             """One more bad packet each time, until the others are told of."""
             self.client.send(SERVER4, 62201, "A" * 200)
-            return re.search(
-                r"^(\d+) more packets were rejected without a line", server.log(mark), re.M
-            )
+            return re.search(r"^(\d+) more packets were rejected without a line", server.log(mark),
+                             re.M)
 
         match = wait_for(told, "the count of what was left out")
         self.assertGreater(int(match.group(1)), 300)

@@ -13,20 +13,8 @@ import time
 import unittest
 from typing import Any, List
 
-from tests.netns import (
-    CLIENT4,
-    CLIENT6,
-    FWKNOP,
-    KEYS,
-    OTHER4,
-    SERVER4,
-    SERVER6,
-    SPA_CLIENT,
-    STANZA,
-    Process,
-    Server,
-    wait_for,
-)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
+                         STANZA, Process, Server, wait_for)
 from tests.support import needs_programs, needs_root
 from tests.test_live import KNOCK4, KNOCK6, LiveTest
 from tests.test_server import ipv4, ipv6, udp
@@ -75,9 +63,8 @@ class CarrierTest(LiveTest):
 
     def talk(self, *words: Any, address: str = SERVER4, port: int = 62201, source: str = "") -> str:
         """Connect, do what these words say, and return what came back."""
-        return self.client.run(
-            sys.executable, "-I", "-S", "-c", TALK, source, address, port, json.dumps(words)
-        )
+        return self.client.run(sys.executable, "-I", "-S", "-c", TALK, source, address, port,
+                               json.dumps(words))
 
     def hold(self, *words: Any, address: str = SERVER4, port: int = 62201) -> Process:
         """Do the same in the background, and keep the connections."""
@@ -121,16 +108,8 @@ class SniffTest(CarrierTest):
                 self.assertEqual([str(number), CLIENT4, SERVER4], [words[1], words[2], words[4]])
                 self.assertEqual("0" if number == 1 else "62201", words[5])
         server.knock(self.client, *KNOCK4, "-P", "icmp", "--icmp-type", "8", program=FWKNOP)
-        server.knock(
-            self.client,
-            *BY_SOURCE,
-            "-P",
-            "udpraw",
-            "-Q",
-            "10.55.0.77",
-            program=FWKNOP,
-            expect="opened 10.55.0.77 ->",
-        )
+        server.knock(self.client, *BY_SOURCE, "-P", "udpraw", "-Q", "10.55.0.77", program=FWKNOP,
+                     expect="opened 10.55.0.77 ->")
         self.check_count(server, mark, len(CARRIERS) + 2)
 
     def test_ipv6_and_replay(self) -> None:
@@ -145,8 +124,7 @@ class SniffTest(CarrierTest):
         wait_for(lambda: server.log(mark).count(" opened ") == 2, "the second")
         self.assertEqual(
             [["6", CLIENT6, SERVER6, "62201"]] * 2,
-            [[words[1], words[2], words[4], words[5]] for words in self.digests(server)],
-        )
+            [[words[1], words[2], words[4], words[5]] for words in self.digests(server)])
         code = (
             "import socket, sys\n"
             "s = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)\n"
@@ -159,8 +137,7 @@ class SniffTest(CarrierTest):
         self.assertIn(
             "Destination proto/port: 6/62201, Original source IP: %s, Original dst proto/port: "
             "58/0, " % CLIENT6,
-            server.wait_for("Replay detected from source IP: " + CLIENT4, mark),
-        )
+            server.wait_for("Replay detected from source IP: " + CLIENT4, mark))
 
     def test_http_is_off_by_default(self) -> None:
         """A request is rejected in fwknopd's words, which only VERBOSE shows; plain TCP opens."""
@@ -174,16 +151,14 @@ class SniffTest(CarrierTest):
         verbose = self.serve("PCAP_FILTER tcp port 62201;\nVERBOSE 1;\n")
         self.assertIn(
             "error 4099: 'SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set'",
-            verbose.knock(self.client, *KNOCK4, "-P", "http", program=FWKNOP, expect="[10.55.0.2]"),
-        )
+            verbose.knock(self.client, *KNOCK4, "-P", "http", program=FWKNOP, expect="[10.55.0.2]"))
 
     @needs_programs("tcpdump")
     def test_vlan(self) -> None:
         """A frame with one tag is seen on its interface and on any, and with two in a capture."""
         path = self.cable.server.path("pcap")
-        dump = self.cable.server.start(
-            "tcpdump", "-U", "--immediate-mode", "-i", "eth0", "-w", path, "vlan"
-        )
+        dump = self.cable.server.start("tcpdump", "-U", "--immediate-mode", "-i", "eth0", "-w",
+                                       path, "vlan")
         dump.wait_for("listening on")
         servers = [self.serve("", STANZA, "-i", name) for name in ("eth0", "any")]
         tag = struct.pack(">HH", 0x8100, 7)
@@ -230,17 +205,14 @@ class SniffTest(CarrierTest):
         """ENABLE_PCAP_PROMISC hears frames for other hosts, which have another hardware address."""
         self.cable.server.run("ip", "link", "set", "eth0", "promisc", "off")
         server = self.serve("PCAP_INTF eth0;\nENABLE_PCAP_PROMISC Y;\n")
-        self.assertRegex(
-            self.cable.server.run("ip", "-d", "link", "show", "eth0"), r"promiscuity 1 "
-        )
-        self.client.run(
-            "ip", "neigh", "replace", "10.55.0.88", "lladdr", "02:00:00:00:00:99", "dev", "eth0"
-        )
+        self.assertRegex(self.cable.server.run("ip", "-d", "link", "show", "eth0"),
+                         r"promiscuity 1 ")
+        self.client.run("ip", "neigh", "replace", "10.55.0.88", "lladdr", "02:00:00:00:00:99",
+                        "dev", "eth0")
         server.knock(self.client, *KNOCK4[:-1], "10.55.0.88")
         server.stop()
-        self.assertRegex(
-            self.cable.server.run("ip", "-d", "link", "show", "eth0"), r"promiscuity 0 "
-        )
+        self.assertRegex(self.cable.server.run("ip", "-d", "link", "show", "eth0"),
+                         r"promiscuity 0 ")
 
     def test_the_kernel_obeys_a_long_filter(self) -> None:
         """More ports than a jump of 8 bits can cross, and brackets and not around them."""
@@ -273,10 +245,8 @@ class TcpServerTest(CarrierTest):
             for carrier in ("tcp", "http", "udp"):
                 server.knock(self.client, *KNOCK4, "-P", carrier, program=FWKNOP)
                 words = self.digests(server)[-1]
-                self.assertEqual(
-                    [str(NUMBERS.get(carrier, 6)), CLIENT4, SERVER4, "62201"],
-                    [words[1], words[2], words[4], words[5]],
-                )
+                self.assertEqual([str(NUMBERS.get(carrier, 6)), CLIENT4, SERVER4, "62201"],
+                                 [words[1], words[2], words[4], words[5]])
             self.check_count(server, mark, 3)
             self.assertEqual(0, server.stop())
 
@@ -285,8 +255,7 @@ class TcpServerTest(CarrierTest):
         """UDP and TCP sockets of both families, on a port of choice."""
         server = self.serve(
             self.config + "TCPSERV_PORT 7000;\n",
-            launcher=["setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-net_raw"],
-        )
+            launcher=["setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-net_raw"])
         self.assertIn("listening on UDP port 62201 instead", server.log())
         mark = server.mark()
         server.knock(self.client, *KNOCK4)
@@ -301,15 +270,11 @@ class TcpServerTest(CarrierTest):
             lambda packet: [("send", packet), ("end", 0), ("read", 0)],
             lambda packet: [("send", packet[:99]), ("send", packet[99:]), ("read", 0)],
             lambda packet: [("send", self.request(packet, "User-Agent: Fwknop")), ("read", 0)],
-            lambda packet: [
-                (
-                    "send",
-                    "get http://h.example/%s\nuser-agent:fwknop\nUSER-AGENT: Fwknop/9\n"
-                    % (packet.replace("+", "-").replace("/", "_")),
-                ),
-                ("send", "cookie: %s\n\n" % ("c" * 3000)),
-                ("read", 0),
-            ],
+            lambda packet: [("send",
+                             "get http://h.example/%s\nuser-agent:fwknop\nUSER-AGENT: Fwknop/9\n"
+                             % (packet.replace("+", "-").replace("/", "_"))),
+                            ("send", "cookie: %s\n\n" % ("c" * 3000)),
+                            ("read", 0)],
         ):
             for address in (SERVER4, SERVER6):
                 mark = server.mark()
@@ -323,9 +288,8 @@ class TcpServerTest(CarrierTest):
         """The request that a reader of the README types."""
         server = self.serve(self.config)
         text = self.make_packet(*KEYS).replace("+", "-").replace("/", "_")
-        code, _ = self.client.run_code(
-            "curl", "-s", "-A", "Fwknop", "http://%s:62201/%s" % (SERVER4, text)
-        )
+        code, _ = self.client.run_code("curl", "-s", "-A", "Fwknop",
+                                       "http://%s:62201/%s" % (SERVER4, text))
         self.assertEqual(52, code, "curl says that nothing came back")
         server.wait_for(" opened ")
 
@@ -335,21 +299,19 @@ class TcpServerTest(CarrierTest):
         server = self.serve(self.config)
         mark = server.mark()
         packet = self.make_packet(*KEYS)
-        for text in (
-            self.request(packet, "User-Agent: curl/8"),
-            self.request(packet),
-            self.request(packet, agent, form="POST /%s HTTP/1.1"),
-            self.request(packet, agent, form="GET /x/%s HTTP/1.1"),
-            self.request(packet, agent, form="GET /?q=%s HTTP/1.1"),
-            self.request(packet, agent, form="GET https://h/%s HTTP/1.1"),
-            self.request(packet, agent, form="GET %s HTTP/1.1"),
-            self.request("", agent),
-            packet + "\n",
-            "A" * 9000,
-            "GET /" + "A" * 9000,
-            "\0" * 300,
-            "GET ",
-        ):
+        for text in (self.request(packet, "User-Agent: curl/8"),
+                     self.request(packet),
+                     self.request(packet, agent, form="POST /%s HTTP/1.1"),
+                     self.request(packet, agent, form="GET /x/%s HTTP/1.1"),
+                     self.request(packet, agent, form="GET /?q=%s HTTP/1.1"),
+                     self.request(packet, agent, form="GET https://h/%s HTTP/1.1"),
+                     self.request(packet, agent, form="GET %s HTTP/1.1"),
+                     self.request("", agent),
+                     packet + "\n",
+                     "A" * 9000,
+                     "GET /" + "A" * 9000,
+                     "\0" * 300,
+                     "GET "):
             self.assertEqual("b''\n", self.talk(("send", text), ("end", 0), ("read", 0)))
         server.knock(self.client, *KNOCK4)
         self.check_count(server, mark, 1)
@@ -364,11 +326,8 @@ class TcpServerTest(CarrierTest):
         server = self.serve(self.config)
         pid = server.running().popen.pid
         self.client.run(
-            "ip",
-            "-batch",
-            "-",
-            input="".join("addr add 10.55.0.%d/24 dev eth0\n" % n for n in range(100, 140)),
-        )
+            "ip", "-batch", "-",
+            input="".join("addr add 10.55.0.%d/24 dev eth0\n" % n for n in range(100, 140)))
         keepers = [self.hold(("more", 300), ("send", "A" * 100))]
         server.knock(self.client, *KNOCK4, "-P", "tcp", program=FWKNOP)
         for number in range(100, 140):
@@ -452,17 +411,14 @@ class ProxyTest(CarrierTest):
         agent = "User-Agent: Fwknop/2.6.10"
         on = self.config + "ENABLE_X_FORWARDED_FOR Y;\n"
         for config, headers, opened in (
-            (self.config, ["X-Forwarded-For: 203.0.113.9"], CLIENT4),
-            (self.config, [], CLIENT4),
-            (on, ["X-Forwarded-For: 203.0.113.9"], "203.0.113.9"),
-            (on, ["x-forwarded-for:198.51.100.1, 203.0.113.10"], "203.0.113.10"),
-            (
-                on,
-                ["X-Forwarded-For: 198.51.100.1", "X-Forwarded-For: 203.0.113.11"],
-                "203.0.113.11",
-            ),
-            (on, ["X-Forwarded-For: 198.51.100.1, 2001:db8::7"], "2001:db8::7"),
-        ):
+                (self.config, ["X-Forwarded-For: 203.0.113.9"], CLIENT4),
+                (self.config, [], CLIENT4),
+                (on, ["X-Forwarded-For: 203.0.113.9"], "203.0.113.9"),
+                (on, ["x-forwarded-for:198.51.100.1, 203.0.113.10"], "203.0.113.10"),
+                (on,
+                 ["X-Forwarded-For: 198.51.100.1", "X-Forwarded-For: 203.0.113.11"],
+                 "203.0.113.11"),
+                (on, ["X-Forwarded-For: 198.51.100.1, 2001:db8::7"], "2001:db8::7")):
             with self.subTest(headers=headers, opened=opened):
                 server = self.serve(config)
                 path = self.client.path("packet")
@@ -486,19 +442,16 @@ class ProxyTest(CarrierTest):
         """Are told, and open nothing."""
         server = self.serve(self.config + "ENABLE_X_FORWARDED_FOR Y;\n")
         packet = self.make_packet(*KEYS)
-        for text in (
-            "unknown",
-            "1.2.3.4, ",
-            "1.2.3",
-            "010.1.1.1",
-            "1.2.3.4:80",
-            "a" * 900,
-            "\x1b[",
-        ):
+        for text in ("unknown",
+                     "1.2.3.4, ",
+                     "1.2.3",
+                     "010.1.1.1",
+                     "1.2.3.4:80",
+                     "a" * 900,
+                     "\x1b["):
             mark = server.mark()
             self.talk(
-                ("send", self.request(packet, "User-Agent: Fwknop", "X-Forwarded-For: " + text))
-            )
+                ("send", self.request(packet, "User-Agent: Fwknop", "X-Forwarded-For: " + text)))
             line = server.wait_for("Error parsing X-Forwarded-For header: value '", mark)
             self.assertLess(len(line), 200)
             self.assertNotIn("\x1b", line)
@@ -513,9 +466,8 @@ class CaptureFileTest(CarrierTest):
     def record(self, *options: str) -> str:
         """Return a capture of a knock by each carrier, made by tcpdump on the server's side."""
         path = self.cable.server.path("pcap")
-        dump = self.cable.server.start(
-            "tcpdump", "-U", "--immediate-mode", "-w", path, *options, "port 62201 or icmp"
-        )
+        dump = self.cable.server.start("tcpdump", "-U", "--immediate-mode", "-w", path, *options,
+                                       "port 62201 or icmp")
         dump.wait_for("listening on")
         for carrier in CARRIERS:
             self.client.run(*FWKNOP, *KEYS, *KNOCK4, "-P", carrier)
@@ -546,14 +498,11 @@ class CaptureFileTest(CarrierTest):
                 code, output, digests = self.read(path, config)
                 self.assertEqual(0, code, output)
                 self.assertEqual(len(CARRIERS), output.count(" opened "), output)
-                self.assertEqual(
-                    [str(NUMBERS.get(carrier, 6)) for carrier in CARRIERS],
-                    [words[1] for words in digests],
-                )
+                self.assertEqual([str(NUMBERS.get(carrier, 6)) for carrier in CARRIERS],
+                                 [words[1] for words in digests])
                 self.assertRegex(output, r"Reading pcap file: .*\nPCAP filter is: 'port 62201 or i")
                 self.assertRegex(
-                    output, r"End of %s: \d+ packets, \d+ of them pass PCAP_FILTER, 0 are" % path
-                )
+                    output, r"End of %s: \d+ packets, \d+ of them pass PCAP_FILTER, 0 are" % path)
                 code, output, _ = self.read(path, "PCAP_FILTER udp port 62201;\n")
                 self.assertEqual(2, output.count(" opened "), output)
                 code, output, _ = self.read(path, config, "-C", "2")
@@ -564,18 +513,16 @@ class CaptureFileTest(CarrierTest):
     def test_packets_of_any_age(self) -> None:
         """Are accepted, as by fwknopd, but not twice; ENABLE_SPA_PACKET_AGING Y changes that."""
         path = self.cable.server.path("pcap")
-        dump = self.cable.server.start(
-            "tcpdump", "-U", "--immediate-mode", "-i", "eth0", "-w", path, "udp port 62201"
-        )
+        dump = self.cable.server.start("tcpdump", "-U", "--immediate-mode", "-i", "eth0", "-w",
+                                       path, "udp port 62201")
         dump.wait_for("listening on")
         packet = self.make_packet(*KEYS, "--time-offset-minus", "9000s")
         self.client.send(SERVER4, 62201, packet, packet)
         wait_for(lambda: os.path.getsize(path) > 2 * len(packet), "the packets")
         dump.end()
         code, output, _ = self.read(path, "")
-        self.assertEqual(
-            [0, 1, 1], [code, output.count(" opened "), output.count("Replay")], output
-        )
+        self.assertEqual([0, 1, 1], [code, output.count(" opened "), output.count("Replay")],
+                         output)
         self.assertNotIn("ENABLE_SPA_PACKET_AGING", output)
         code, output, _ = self.read(path, "ENABLE_SPA_PACKET_AGING Y;\n")
         self.assertEqual((0, 0), (code, output.count(" opened ")), output)
@@ -593,27 +540,22 @@ class CaptureFileTest(CarrierTest):
         with open(whole, "rb") as file:
             text = file.read()
         for content, expect in (
-            (text[:-1], "broken after"),
-            (text[:24] + text[24:32] + b"\xff" * 8 + text[40:], "broken after 0 packets"),
-            (text[:23], "expected a capture file in the pcap format"),
-            (b"", "expected a capture file in the pcap format"),
-            (
-                text[:20] + b"\x69\0\0\0" + text[24:],
-                "frames of link type 105; expected one of 0, 1, 12",
-            ),
-            (b"\x0a\x0d\x0d\x0a" + text[4:], "hint: tcpdump -r FILE -w NEW"),
-        ):
+                (text[:-1], "broken after"),
+                (text[:24] + text[24:32] + b"\xff" * 8 + text[40:], "broken after 0 packets"),
+                (text[:23], "expected a capture file in the pcap format"),
+                (b"", "expected a capture file in the pcap format"),
+                (text[:20] + b"\x69\0\0\0" + text[24:],
+                 "frames of link type 105; expected one of 0, 1, 12"),
+                (b"\x0a\x0d\x0d\x0a" + text[4:], "hint: tcpdump -r FILE -w NEW")):
             with open(path, "wb") as file:
                 file.write(content)
             with self.subTest(expect=expect):
                 code, output, _ = self.read(path, config)
                 self.assertEqual(1, code, output)
                 self.assertIn(expect, output)
-        for wrong, expect in (
-            ("/nowhere/x.pcap", "No such file"),
-            ("/dev/null", "regular file"),
-            (self.cable.server.directory, "regular file"),
-        ):
+        for wrong, expect in (("/nowhere/x.pcap", "No such file"),
+                              ("/dev/null", "regular file"),
+                              (self.cable.server.directory, "regular file")):
             code, output = Server(self.cable.server, "", STANZA, "-t").command("--pcap-file", wrong)
             self.assertEqual(1, code, output)
             self.assertIn(expect, output)

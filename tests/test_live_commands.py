@@ -13,18 +13,8 @@ import time
 import unittest
 from typing import Iterator, List
 
-from tests.netns import (
-    CLIENT4,
-    CLIENT6,
-    FWKNOP,
-    OTHER4,
-    SERVER4,
-    SERVER6,
-    STANZA,
-    Cable,
-    Server,
-    wait_for,
-)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, SERVER4, SERVER6, STANZA, Cable, Server,
+                         wait_for)
 from tests.support import needs_programs, needs_root
 
 CONF = "FIREWALL_TYPE none;\n"
@@ -71,9 +61,8 @@ class CommandCase(unittest.TestCase):
     def command(self, words: str, expect: str = RETURNED) -> str:
         """Let the real client send a command; return the server's log up to `expect`."""
         mark = self.server.mark()
-        self.server.knock(
-            self.client, "--server-cmd", words, *TO_SERVER, program=FWKNOP, expect=expect
-        )
+        self.server.knock(self.client, "--server-cmd", words, *TO_SERVER, program=FWKNOP,
+                          expect=expect)
         return str(self.server.log(mark))
 
     def processes(self) -> List[str]:
@@ -135,11 +124,9 @@ class CommandTest(CommandCase):
     def test_sudo(self) -> None:
         """What SUDO_EXE is called with; the client can't add an option."""
         sudo = self.script("sudo", 'echo "$*" >> got')
-        self.start(
-            COMMANDS + "ENABLE_CMD_SUDO_EXEC Y\nCMD_SUDO_EXEC_USER nobody\n"
-            "CMD_SUDO_EXEC_GROUP tty\n",
-            CONF + "SUDO_EXE %s;\n" % sudo,
-        )
+        self.start(COMMANDS + "ENABLE_CMD_SUDO_EXEC Y\nCMD_SUDO_EXEC_USER nobody\n"
+                   "CMD_SUDO_EXEC_GROUP tty\n",
+                   CONF + "SUDO_EXE %s;\n" % sudo)
         self.command("-u root id")
         self.assertEqual(["-u nobody -g tty -- -u root id"], self.got())
 
@@ -202,12 +189,11 @@ class CommandTest(CommandCase):
         """Users, groups and commands that are none stop the start, with file and line."""
         line = STANZA.count("\n") + 1
         for text, expected in (
-            ("CMD_EXEC_USER no-such-user", "CMD_EXEC_USER: expected a user of this host"),
-            ("CMD_EXEC_GROUP no-such-group", "CMD_EXEC_GROUP: expected a group of this host"),
-            ("CMD_CYCLE_OPEN /no/such", "CMD_CYCLE_OPEN: expected a program that can be run"),
-            ("CMD_CYCLE_OPEN /bin/sh $TYPO", "CMD_CYCLE_OPEN: expected only $IP, "),
-            ("CMD_CYCLE_OPEN /bin/sh", "CMD_CYCLE_OPEN: expected CMD_CYCLE_CLOSE with it"),
-        ):
+                ("CMD_EXEC_USER no-such-user", "CMD_EXEC_USER: expected a user of this host"),
+                ("CMD_EXEC_GROUP no-such-group", "CMD_EXEC_GROUP: expected a group of this host"),
+                ("CMD_CYCLE_OPEN /no/such", "CMD_CYCLE_OPEN: expected a program that can be run"),
+                ("CMD_CYCLE_OPEN /bin/sh $TYPO", "CMD_CYCLE_OPEN: expected only $IP, "),
+                ("CMD_CYCLE_OPEN /bin/sh", "CMD_CYCLE_OPEN: expected CMD_CYCLE_CLOSE with it")):
             with self.subTest(text=text):
                 server = Server(self.cable.server, CONF, STANZA + text + "\n")
                 code, said = server.command("--exit-parse-config")
@@ -230,8 +216,7 @@ class CycleTest(CommandCase):
             self.script("close", 'echo "close $*" >> got'),
             words,
             seconds,
-            lines,
-        )
+            lines)
 
     def closes(self) -> int:
         """Return how often something was closed."""
@@ -239,9 +224,8 @@ class CycleTest(CommandCase):
 
     def wait_until_open(self, count: int = 1) -> None:
         """Wait until the scripts have opened so often."""
-        wait_for(
-            lambda: len([line for line in self.got() if line.startswith("open ")]) == count, "open"
-        )
+        wait_for(lambda: len([line for line in self.got() if line.startswith("open ")]) == count,
+                 "open")
 
     @needs_programs("fwknop")
     def test_the_real_client(self) -> None:
@@ -267,10 +251,8 @@ class CycleTest(CommandCase):
         """OPEN_PORTS and RESTRICT_PORTS hold, and nothing is run for a part of a request."""
         server = self.start(self.cycle(60, "OPEN_PORTS tcp/22,tcp/23\nRESTRICT_PORTS tcp/23\n"))
         for ports in ("tcp/22,tcp/24", "tcp/22,tcp/23", "udp/22"):
-            self.assertIn(
-                "One or more requested protocol/ports was denied",
-                server.knock(self.client, "-A", ports, *TO_SERVER, expect="denied"),
-            )
+            self.assertIn("One or more requested protocol/ports was denied",
+                          server.knock(self.client, "-A", ports, *TO_SERVER, expect="denied"))
         self.assertEqual([], self.got())
 
     @needs_programs("iptables")
@@ -282,10 +264,8 @@ class CycleTest(CommandCase):
             host.run(program, "-A", "INPUT", "-p", "tcp", "--dport", "22", "-j", "DROP")
         rule = "INPUT -s $IP -d $DST -p $PROTO --dport $PORT -j ACCEPT"
         path = self.script("rule", 'case "$*" in *:*) p=ip6tables;; *) p=iptables;; esac; $p "$@"')
-        self.start(
-            "%sCMD_CYCLE_OPEN %s -I %s\nCMD_CYCLE_CLOSE %s -D %s\nCMD_CYCLE_TIMER 4\n"
-            % (STANZA, path, rule, path, rule)
-        )
+        self.start("%sCMD_CYCLE_OPEN %s -I %s\nCMD_CYCLE_CLOSE %s -D %s\nCMD_CYCLE_TIMER 4\n"
+                   % (STANZA, path, rule, path, rule))
         for address, server, other in ((CLIENT4, SERVER4, OTHER4), (CLIENT6, SERVER6, "fd55::3")):
             with self.subTest(address=address):
                 self.assertFalse(self.client.reaches(server, 22, address))

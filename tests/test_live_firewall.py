@@ -15,23 +15,8 @@ import time
 import unittest
 from typing import Any, Callable, List, NamedTuple, Tuple
 
-from tests.netns import (
-    CLIENT4,
-    CLIENT6,
-    FWKNOP,
-    OTHER4,
-    OTHER6,
-    SERVER4,
-    SERVER6,
-    SPA_CLIENT,
-    SPA_SERVER,
-    STANZA,
-    Cable,
-    Host,
-    Server,
-    in_parallel,
-    wait_for,
-)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, SPA_CLIENT,
+                         SPA_SERVER, STANZA, Cable, Host, Server, in_parallel, wait_for)
 from tests.support import TOP, needs_programs, needs_root
 
 NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
@@ -40,9 +25,8 @@ GRANTED = [("", SERVER4, 22), ("", SERVER6, 22)]
 NOT_GRANTED = [("", SERVER4, 24), ("", SERVER6, 24), (OTHER4, SERVER4, 22), (OTHER6, SERVER6, 22)]
 TO4 = ["-a", CLIENT4, "-D", SERVER4]
 TO6 = ["-a", CLIENT6, "-D", SERVER6]
-LATENESS = (
-    3.0  # on a slow machine; iptables ends a grant by itself at the next whole second but one
-)
+# On a slow machine; iptables ends a grant by itself at the next whole second but one.
+LATENESS = 3.0
 
 NFT_HOST = """
 table inet filter { chain input { type filter hook input priority 0; policy drop;
@@ -124,13 +108,11 @@ class Site:
     def __exit__(self, *_: Any) -> None:
         self.cable.close()
 
-    def knock(
-        self, *options: str, program: List[str] = SPA_CLIENT, expect: str = " opened "
-    ) -> str:
+    def knock(self, *options: str, program: List[str] = SPA_CLIENT,
+              expect: str = " opened ") -> str:
         """Knock for tcp/22 unless the options say otherwise."""
-        return self.server.knock(
-            self.client, "-A", "tcp/22", *options, program=program, expect=expect
-        )
+        return self.server.knock(self.client, "-A", "tcp/22", *options, program=program,
+                                 expect=expect)
 
     def knock_both(self) -> None:
         """Open tcp/22 for both addresses."""
@@ -176,11 +158,9 @@ class Site:
         """Return everything that is in the firewall."""
         if self.setup.backend == NFT:
             return self.host.run("nft", "list", "ruleset")
-        return "".join(
-            self.host.run(program, "-t", table, "-S")
-            for program in (self.setup.backend, six(self.setup.backend))
-            for table in ("filter", "mangle")
-        )
+        return "".join(self.host.run(program, "-t", table, "-S")
+                       for program in (self.setup.backend, six(self.setup.backend))
+                       for table in ("filter", "mangle"))
 
     def count_grants(self) -> int:
         """Return how many elements or rules of grants the kernel has."""
@@ -198,10 +178,8 @@ class FirewallTest(unittest.TestCase):
 def needs_firewalls(target: Any) -> Any:
     """Decorate a class of tests that use all backends."""
     return needs_root(
-        needs_programs(
-            "ip", "nft", "iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"
-        )(target)
-    )
+        needs_programs("ip", "nft", "iptables-nft", "iptables-legacy", "ip6tables-nft",
+                       "ip6tables-legacy")(target))
 
 
 @needs_firewalls
@@ -219,9 +197,8 @@ class RoundTripTest(FirewallTest):
             with Site(setup, access=access) as site:
                 self.assertTrue(site.all_closed())
                 guard = setup.mode == "guard"
-                self.assertEqual(
-                    [guard] * 2, site.client.probe(("", SERVER4, 25), ("", SERVER6, 25))
-                )
+                self.assertEqual([guard] * 2,
+                                 site.client.probe(("", SERVER4, 25), ("", SERVER6, 25)))
                 mark, began = site.server.mark(), time.monotonic()
                 site.knock(*TO4, program=FWKNOP)
                 site.knock(*TO6)
@@ -232,9 +209,8 @@ class RoundTripTest(FirewallTest):
                 self.assertGreater(closed, began + seconds - 0.1)
                 self.assertLess(closed, knocked + seconds + LATENESS)
                 for client in (CLIENT4, CLIENT6):
-                    self.assertRegex(
-                        site.server.wait_for("(%s -> " % client, mark), "^Removed rule "
-                    )
+                    self.assertRegex(site.server.wait_for("(%s -> " % client, mark),
+                                     "^Removed rule ")
                 self.assertEqual(0, site.count_grants(), site.rules())
                 self.assertEqual([], site.listed())
                 self.assertEqual([True] * 2, [each.answers() for each in connections])
@@ -284,21 +260,18 @@ class LifeTest(FirewallTest):
                 site.knock(*TO4, "-f", "4")
                 first = time.monotonic() + 4
                 site.server.stop(signal.SIGKILL)
-                self.assertEqual(
-                    [True, True], site.client.probe(("", SERVER4, 22), ("", SERVER6, 24))
-                )
+                self.assertEqual([True, True],
+                                 site.client.probe(("", SERVER4, 22), ("", SERVER6, 24)))
                 connection = site.client.connect(SERVER4, 22)
                 self.assertLess(site.wait_closed(("", SERVER4, 22)), first + LATENESS)
                 self.assertTrue(site.client.reaches(SERVER6, 24))
                 self.assertTrue(connection.answers())
                 site.server.start()
-                self.assertRegex(
-                    site.server.wait_for(CLIENT6 + " -> ::/0 tcp/24"), "^Found access rule in "
-                )
+                self.assertRegex(site.server.wait_for(CLIENT6 + " -> ::/0 tcp/24"),
+                                 "^Found access rule in ")
                 self.assertTrue(site.client.reaches(SERVER6, 24))
-                self.assertEqual(
-                    [False] * 2, site.client.probe(("", SERVER4, 22), ("", SERVER4, 24))
-                )
+                self.assertEqual([False] * 2,
+                                 site.client.probe(("", SERVER4, 22), ("", SERVER4, 24)))
                 closed = site.wait_closed(("", SERVER6, 24))
                 self.assertGreater(closed, second - 1.5)
                 self.assertLess(closed, second + LATENESS)
@@ -318,10 +291,8 @@ class LifeTest(FirewallTest):
                 site.server.configure(setup.config() + "FLUSH_IPT_AT_EXIT N;\n")
                 site.reload()
                 self.assertTrue(site.is_open())
-                self.assertEqual(
-                    dict(before).keys(),
-                    dict(site.listed()).keys() - {"%s -> 0.0.0.0/0 tcp/9" % CLIENT4},
-                )
+                self.assertEqual(dict(before).keys(),
+                                 dict(site.listed()).keys() - {"%s -> 0.0.0.0/0 tcp/9" % CLIENT4})
                 self.assertNotIn("Put back", site.server.log())
                 self.assertEqual(0, site.server.stop())
                 self.assertTrue(site.is_open(), "FLUSH_IPT_AT_EXIT N")
@@ -359,13 +330,9 @@ class TamperTest(FirewallTest):
         if setup == Setup(NFT, "guard"):
             return [
                 (line, functools.partial(host.run, "nft", line))
-                for line in (
-                    "flush ruleset",
-                    "delete table inet spa",
-                    "flush set inet spa spa4; flush set inet spa spa6",
-                    "flush chain inet spa guard",
-                    "flush chain inet spa closed",
-                )
+                for line in ("flush ruleset", "delete table inet spa",
+                             "flush set inet spa spa4; flush set inet spa spa6",
+                             "flush chain inet spa guard", "flush chain inet spa closed")
             ]
         if setup == Setup(NFT, "accept"):
 
@@ -380,22 +347,14 @@ class TamperTest(FirewallTest):
                 host.run("nft", "-f", "-", input="flush ruleset\n" + NFT_HOST)
 
             return [
-                (
-                    "flush set",
-                    lambda: host.run(
-                        "nft", "flush set inet filter spa4; flush set inet filter spa6"
-                    ),
-                ),
+                ("flush set",
+                 lambda: host.run("nft", "flush set inet filter spa4; flush set inet filter spa6")),
                 ("delete our rules", delete_our_rules),
                 ("reload", reload_host),
-                (
-                    "flush chain",
-                    lambda: host.run(
-                        "nft",
-                        "flush chain inet filter input; add rule "
-                        "inet filter input ip6 nexthdr icmpv6 accept",
-                    ),
-                ),
+                ("flush chain",
+                 lambda: host.run("nft",
+                                  "flush chain inet filter input; add rule "
+                                  "inet filter input ip6 nexthdr icmpv6 accept")),
             ]
         if setup.mode == "guard":
             commands = [
@@ -442,9 +401,8 @@ class TamperTest(FirewallTest):
                     try:
                         wait_for(mended, "%s to be mended after %s" % (setup, name), patience)
                     except AssertionError as error:
-                        raise AssertionError(
-                            "%s; the log:\n%s\n%s" % (error, site.server.log(mark), site.rules())
-                        ) from None
+                        raise AssertionError("%s; the log:\n%s\n%s" % (
+                            error, site.server.log(mark), site.rules())) from None
                     after = dict(site.listed())
                     self.assertEqual(before.keys(), after.keys(), name)
                     for door, expires in after.items():
@@ -462,23 +420,19 @@ class TamperTest(FirewallTest):
             """One backend that announces changes."""
             with Site(setup) as site:
                 site.knock_both()
-                command = (
-                    ["nft", "flush set inet spa spa4"]
-                    if setup.backend == NFT
-                    else [setup.backend, "-t", "mangle", "-F", "FWKNOP_GUARDED"]
-                )
+                command = ["nft", "flush set inet spa spa4"]
+                if setup.backend != NFT:
+                    command = [setup.backend, "-t", "mangle", "-F", "FWKNOP_GUARDED"]
                 for milliseconds in range(10, 130, 10):
                     site.host.run(*command)
                     time.sleep(milliseconds / 1000)  # time is the thing: during the server's work
                     site.host.run(*command)
                     # The announcement comes among those of the server's own changes. Without it
                     # the change would be seen only 30 seconds later.
-                    wait_for(
-                        site.is_open,
-                        "what was changed %d ms after the first change; the log:\n%s"
-                        % (milliseconds, site.server.log()),
-                        patience=8,
-                    )
+                    wait_for(site.is_open,
+                             "what was changed %d ms after the first change; the log:\n%s"
+                             % (milliseconds, site.server.log()),
+                             patience=8)
 
         self.check_all([Setup(NFT, "guard"), Setup(IPTABLES_NFT, "guard")], check)
 
@@ -537,23 +491,17 @@ class FailureTest(FirewallTest):
         directory = host.path("programs")
         os.mkdir(directory)
         broken = os.path.join(directory, "broken")
-        names = (
-            ["nft"]
-            if backend == NFT
-            else [
-                name + suffix for name in ("iptables", "ip6tables") for suffix in ("", "-restore")
-            ]
-        )
+        names = ["nft"]
+        if backend != NFT:
+            names = [name + suffix for name in ("iptables", "ip6tables")
+                     for suffix in ("", "-restore")]
         for name in names:
             real = shutil.which(
-                name if backend == NFT else name.replace("tables", "tables-" + backend[9:], 1)
-            )
+                name if backend == NFT else name.replace("tables", "tables-" + backend[9:], 1))
             changes = "true" if name == "nft" or "restore" in name else "false"
-            write_program(
-                os.path.join(directory, name),
-                'if %s && [ -e %s ]; then echo "no luck" >&2; exit 4; fi\nexec %s "$@"\n'
-                % (changes, broken, real),
-            )
+            write_program(os.path.join(directory, name),
+                          'if %s && [ -e %s ]; then echo "no luck" >&2; exit 4; fi\nexec %s "$@"\n'
+                          % (changes, broken, real))
         return os.path.join(directory, names[0]), broken
 
     def test_a_failing_iptables(self) -> None:
@@ -573,8 +521,7 @@ class FailureTest(FirewallTest):
                     mark = site.server.mark()
                     site.knock(
                         *TO4,
-                        expect="[%s] (stanza #1) nothing was opened: the firewall failed" % CLIENT4,
-                    )
+                        expect="[%s] (stanza #1) nothing was opened: the firewall failed" % CLIENT4)
                     site.server.wait_for("failed: no luck", mark)
                     self.assertEqual([False] * 2, site.client.probe(*GRANTED))
                     self.assertNotRegex(site.rules(), "dport 22 .*_exp_")
@@ -650,20 +597,16 @@ class CloseManyTest(FirewallTest):
     def test_what_is_gone_or_changed_keeps_no_other_open(self) -> None:
         """An element that has ended, a set that somebody took, a target that somebody changed."""
         for lines in (
-            [],
-            ["delete element inet filter spa4 { 10.55.0.2 . tcp . 120 }"],
-            ["flush chain inet filter input", "delete set inet filter spa4"],
-            [
-                "delete element inet spa_nat spa4_dnat { 10.55.0.2 . tcp . 2 }",
-                "add element inet spa_nat spa4_dnat { 10.55.0.2 . tcp . 2 : 10.66.0.9 . 23 }",
-            ],
-        ):
+                [],
+                ["delete element inet filter spa4 { 10.55.0.2 . tcp . 120 }"],
+                ["flush chain inet filter input", "delete set inet filter spa4"],
+                ["delete element inet spa_nat spa4_dnat { 10.55.0.2 . tcp . 2 }",
+                 "add element inet spa_nat spa4_dnat { 10.55.0.2 . tcp . 2 : 10.66.0.9 . 23 }"]):
             with self.subTest(lines=lines), Cable() as cable:
                 close_host(cable.server, NFT)
                 self.assertEqual(
                     "0\n",
-                    cable.server.run(sys.executable, "-I", "-S", "-c", CLOSE_MANY, TOP, *lines),
-                )
+                    cable.server.run(sys.executable, "-I", "-S", "-c", CLOSE_MANY, TOP, *lines))
 
 
 @needs_firewalls
@@ -697,47 +640,34 @@ class ShapeTest(FirewallTest):
 
     def test_output_rules(self) -> None:
         """ENABLE_IPT_OUTPUT: a second chain for the answers (spec 3.6)."""
-        self.check_rules(
-            "ENABLE_IPT_OUTPUT Y;\n",
-            ["-A", "tcp/22,udp/53"],
-            "-A INPUT -j FWKNOP_INPUT",
-            "-A OUTPUT -j FWKNOP_OUTPUT",
-            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
-            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p udp -m udp --dport 53 TIME EXPIRES",
-            "-A FWKNOP_OUTPUT -d 10.55.0.2/32 -p tcp -m tcp --sport 22 TIME EXPIRES",
-            "-A FWKNOP_OUTPUT -d 10.55.0.2/32 -p udp -m udp --sport 53 TIME EXPIRES",
-        )
+        self.check_rules("ENABLE_IPT_OUTPUT Y;\n", ["-A", "tcp/22,udp/53"],
+                         "-A INPUT -j FWKNOP_INPUT", "-A OUTPUT -j FWKNOP_OUTPUT",
+                         "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
+                         "-A FWKNOP_INPUT -s 10.55.0.2/32 -p udp -m udp --dport 53 TIME EXPIRES",
+                         "-A FWKNOP_OUTPUT -d 10.55.0.2/32 -p tcp -m tcp --sport 22 TIME EXPIRES",
+                         "-A FWKNOP_OUTPUT -d 10.55.0.2/32 -p udp -m udp --sport 53 TIME EXPIRES")
 
     def test_destination_rules(self) -> None:
         """ENABLE_DESTINATION_RULE: only the address that was knocked at."""
         self.check_rules(
-            "ENABLE_DESTINATION_RULE Y;\nENABLE_IPT_OUTPUT Y;\n",
-            [],
-            "-A INPUT -j FWKNOP_INPUT",
+            "ENABLE_DESTINATION_RULE Y;\nENABLE_IPT_OUTPUT Y;\n", [], "-A INPUT -j FWKNOP_INPUT",
             "-A OUTPUT -j FWKNOP_OUTPUT",
             "-A FWKNOP_INPUT -s 10.55.0.2/32 -d 10.55.0.1/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
             "-A FWKNOP_OUTPUT -s 10.55.0.1/32 -d 10.55.0.2/32 -p tcp -m tcp --sport 22 TIME "
-            "EXPIRES",
-        )
+            "EXPIRES")
 
     def test_prepended_rules(self) -> None:
         """ENABLE_RULE_PREPEND: the last port is first."""
-        self.check_rules(
-            "ENABLE_RULE_PREPEND Y;\n",
-            ["-A", "tcp/22,udp/53"],
-            "-A INPUT -j FWKNOP_INPUT",
-            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p udp -m udp --dport 53 TIME EXPIRES",
-            "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
-        )
+        self.check_rules("ENABLE_RULE_PREPEND Y;\n", ["-A", "tcp/22,udp/53"],
+                         "-A INPUT -j FWKNOP_INPUT",
+                         "-A FWKNOP_INPUT -s 10.55.0.2/32 -p udp -m udp --dport 53 TIME EXPIRES",
+                         "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES")
 
     def test_a_chain_of_another_name(self) -> None:
         """IPT_INPUT_ACCESS: its position and name."""
-        self.check_rules(
-            "IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 2, MYSPA, 1;\n",
-            [],
-            "-A INPUT -j MYSPA",
-            "-A MYSPA -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",
-        )
+        self.check_rules("IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 2, MYSPA, 1;\n", [],
+                         "-A INPUT -j MYSPA",
+                         "-A MYSPA -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES")
 
     def test_output_rules_let_answers_out(self) -> None:
         """Where the host lets nothing out, they do; a grant is one for fwknopd as well."""
@@ -775,30 +705,20 @@ class ShapeTest(FirewallTest):
                 server.stop()
                 if chains:
                     site.host.run("nft", "-f", "-", input="flush ruleset\n" + NFT_HOST_OLD)
-                server.configure(
-                    setup.config() + chains + "ENABLE_DESTINATION_RULE Y;\n",
-                    STANZA + "ACCESS_PREFIX4 24\nACCESS_PREFIX6 56\n",
-                )
+                server.configure(setup.config() + chains + "ENABLE_DESTINATION_RULE Y;\n",
+                                 STANZA + "ACCESS_PREFIX4 24\nACCESS_PREFIX6 56\n")
                 site.client.run(
-                    "ip",
-                    "-batch",
-                    "-",
-                    input="""
+                    "ip", "-batch", "-", input="""
                     addr add 10.56.0.2/32 dev eth0
                     addr add fd55:0:0:1::2/128 dev eth0 nodad preferred_lft 0
-                    addr add fd55:0:0:100::2/128 dev eth0 nodad preferred_lft 0""",
-                )
+                    addr add fd55:0:0:100::2/128 dev eth0 nodad preferred_lft 0""")
                 site.host.run(
-                    "ip",
-                    "-batch",
-                    "-",
-                    input="""
+                    "ip", "-batch", "-", input="""
                     addr add 10.55.0.9/24 dev eth0
                     addr add fd55::9/64 dev eth0 nodad preferred_lft 0
                     route add 10.56.0.0/24 dev eth0
                     route add fd55:0:0:1::/64 dev eth0
-                    route add fd55:0:0:100::/64 dev eth0""",
-                )
+                    route add fd55:0:0:100::/64 dev eth0""")
                 server.start()
                 self.assertFalse(any(site.client.probe(*inside, *outside)))
                 line = site.knock(*TO4)
@@ -816,8 +736,7 @@ class ShapeTest(FirewallTest):
 
         cases = [(setup, "") for setup in SETUPS]
         cases.append(
-            (Setup(NFT, "accept"), "NFT_ACCEPT_CHAINS ip filter input, ip6 filter input;\n")
-        )
+            (Setup(NFT, "accept"), "NFT_ACCEPT_CHAINS ip filter input, ip6 filter input;\n"))
         in_parallel(self, cases, check)
 
 
@@ -831,18 +750,12 @@ class GuardTest(FirewallTest):
         def check(setup: Setup) -> None:
             """One backend."""
             with Site(setup) as site:
-                loopback = [
-                    ("", "127.0.0.1", 22),
-                    ("", "::1", 22),
-                    ("", SERVER4, 22),
-                    ("", SERVER6, 22),
-                ]
+                loopback = [("", "127.0.0.1", 22), ("", "::1", 22), *GRANTED]
                 self.assertEqual([True] * 4, site.host.probe(*loopback))
                 site.knock_both()
                 self.assertEqual(
                     {"%s -> 0.0.0.0/0 tcp/22" % CLIENT4, "%s -> ::/0 tcp/22" % CLIENT6},
-                    {door for door, _ in site.listed()},
-                )
+                    {door for door, _ in site.listed()})
                 for end in (signal.SIGKILL, signal.SIGTERM):
                     site.server.stop(end)
                     self.assertEqual(end == signal.SIGTERM, site.all_closed())
@@ -1101,16 +1014,14 @@ class GuardTest(FirewallTest):
                     self.assertEqual(
                         [True] * 2,
                         site.client.probe(("", "10.66.0.2", 22), ("", "fd66::2", 22), seconds=10),
-                        "routed",
-                    )
+                        "routed")
                     self.assertFalse(any(site.client.probe(*translated, ("", SERVER4, 22))))
                     site.knock("-A", "tcp/2222,tcp/8080", *TO4)
                     self.assertEqual([True] * 2, site.client.probe(*translated, seconds=10))
                     for port in (2222, 8080):
                         self.assertTrue(site.client.connect(SERVER4, port).answers())
                     self.assertFalse(
-                        any(site.client.probe(("", SERVER4, 22), (OTHER4, SERVER4, 8080)))
-                    )
+                        any(site.client.probe(("", SERVER4, 22), (OTHER4, SERVER4, 8080))))
             finally:
                 inner.remove()
 
@@ -1119,64 +1030,34 @@ class GuardTest(FirewallTest):
 
 def connect_inner(site: Site, inner: Host) -> None:
     """Put a third host behind the server, which routes to it."""
-    site.host.run(
-        "ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns", inner.name
-    )
-    site.host.run(
-        "ip",
-        "-batch",
-        "-",
-        input="link set eth1 up\naddr add 10.66.0.1/24 dev eth1\n"
-        "addr add fd66::1/64 dev eth1 nodad\n",
-    )
-    inner.run(
-        "ip",
-        "-batch",
-        "-",
-        input="link set lo up\nlink set eth0 up\naddr add 10.66.0.2/24 dev eth0\n"
-        "addr add fd66::2/64 dev eth0 nodad\nroute add default via 10.66.0.1\n"
-        "route add default via fd66::1\n",
-    )
+    site.host.run("ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns",
+                  inner.name)
+    site.host.run("ip", "-batch", "-",
+                  input="link set eth1 up\naddr add 10.66.0.1/24 dev eth1\n"
+                  "addr add fd66::1/64 dev eth1 nodad\n")
+    inner.run("ip", "-batch", "-",
+              input="link set lo up\nlink set eth0 up\naddr add 10.66.0.2/24 dev eth0\n"
+              "addr add fd66::2/64 dev eth0 nodad\nroute add default via 10.66.0.1\n"
+              "route add default via fd66::1\n")
     site.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
     site.client.run(
-        "ip",
-        "-batch",
-        "-",
-        input="route add 10.66.0.0/24 via %s\nroute add fd66::/64 via %s\n" % (SERVER4, SERVER6),
-    )
+        "ip", "-batch", "-",
+        input="route add 10.66.0.0/24 via %s\nroute add fd66::/64 via %s\n" % (SERVER4, SERVER6))
 
 
 def redirect(site: Site) -> None:
     """Let the host's firewall send port 2222 to 22, and 8080 to the third host, as Docker does."""
     if site.setup.backend == NFT:
         site.host.run(
-            "nft",
-            "-f",
-            "-",
+            "nft", "-f", "-",
             input="table ip nat { chain prerouting { type nat hook prerouting "
             "priority dstnat; tcp dport 2222 redirect to :22; tcp dport 8080 dnat to 10.66.0.2:22; "
-            "}; }",
-        )
+            "}; }")
         return
-    for port, target in (
-        (2222, ["REDIRECT", "--to-ports", "22"]),
-        (8080, ["DNAT", "--to-destination", "10.66.0.2:22"]),
-    ):
-        site.host.run(
-            site.setup.backend,
-            "-t",
-            "nat",
-            "-A",
-            "PREROUTING",
-            "-d",
-            SERVER4,
-            "-p",
-            "tcp",
-            "--dport",
-            port,
-            "-j",
-            *target,
-        )
+    for port, target in ((2222, ["REDIRECT", "--to-ports", "22"]),
+                         (8080, ["DNAT", "--to-destination", "10.66.0.2:22"])):
+        site.host.run(site.setup.backend, "-t", "nat", "-A", "PREROUTING", "-d", SERVER4, "-p",
+                      "tcp", "--dport", port, "-j", *target)
 
 
 if __name__ == "__main__":

@@ -15,37 +15,10 @@ import time
 import unittest
 from typing import List, NamedTuple, Optional, Tuple
 
-from tests.knockd import (
-    ALONE,
-    BESIDE,
-    FLOOD,
-    NAMED,
-    NO_FIREWALL,
-    REAL,
-    SESAME,
-    Knockd,
-    hit,
-    is_news,
-    read,
-    settle,
-    write,
-)
-from tests.netns import (
-    CLIENT4,
-    CLIENT6,
-    FWKNOP,
-    OTHER4,
-    OTHER6,
-    SERVER4,
-    SERVER6,
-    STANZA,
-    Cable,
-    Host,
-    Process,
-    Server,
-    in_parallel,
-    wait_for,
-)
+from tests.knockd import (ALONE, BESIDE, FLOOD, NAMED, NO_FIREWALL, REAL, SESAME, Knockd, hit,
+                          is_news, read, settle, write)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, STANZA, Cable,
+                         Host, Process, Server, in_parallel, wait_for)
 from tests.support import needs_programs, needs_root
 from tests.test_live_firewall import NFT, Setup, Site
 
@@ -162,14 +135,10 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             self.assertEqual(0, server.stop())
 
         tcp = "sequence = 7000,8000,9000\ntcpflags = syn,!ack"
-        in_parallel(
-            self,
-            [
-                (NAMED, self.IPTABLES, tcp),
-                (ALONE, self.SETS, "sequence = 7000:udp, 8000:tcp, 9000:UDP"),
-            ],
-            check,
-        )
+        in_parallel(self,
+                    [(NAMED, self.IPTABLES, tcp),
+                     (ALONE, self.SETS, "sequence = 7000:udp, 8000:tcp, 9000:UDP")],
+                    check)
 
     def test_the_file_of_the_package(self) -> None:
         """The doors that knockd comes with open a port and close it again."""
@@ -196,10 +165,8 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
         cable = self.cable()
         server = Knockd(cable.server, NAMED, "")
         path = os.path.join(server.directory, "got")
-        server.configure(
-            "[door]\nsequence = 7000,8000\ncommand = sleep 0.2; date +%%s.%%N >> %s\n"
-            "cmd_timeout = 0\nstop_command = date +%%s.%%N >> %s\n" % (path, path)
-        )
+        server.configure("[door]\nsequence = 7000,8000\ncommand = sleep 0.2; date +%%s.%%N >> %s\n"
+                         "cmd_timeout = 0\nstop_command = date +%%s.%%N >> %s\n" % (path, path))
         server.start(cable.client)
 
         def at_once() -> bool:
@@ -277,9 +244,8 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             server.stop()
             name = host.name
             wait_for(lambda: len(host.run("ip", "netns", "pids", name).split()) < 3, "switches")
-            self.assertEqual(
-                ["start " + CLIENT4, "stop " + CLIENT4] * (1 + (way == "bad reload")), got()
-            )
+            self.assertEqual(["start " + CLIENT4, "stop " + CLIENT4] * (1 + (way == "bad reload")),
+                             got())
 
         in_parallel(self, ["stop", "kill", "reload", "bad reload", "knock again"], check)
 
@@ -339,15 +305,10 @@ class TableTest(KnockCase):
         doors = DOOR + (
             "[other]\nsequence = 7100,7200\ntcpflags = syn\n"
             "[twice]\nsequence = 7300,7300\ntcpflags = syn\n"
-            "[one]\nsequence = 7400\ntcpflags = syn\n"
-        )
+            "[one]\nsequence = 7400\ntcpflags = syn\n")
         sources = ["10.55.0.%d" % (number + 20) for number in range(len(ROWS))]
-        client.run(
-            "ip",
-            "-batch",
-            "-",
-            input="".join("addr add %s/24 dev eth0\n" % source for source in sources),
-        )
+        client.run("ip", "-batch", "-",
+                   input="".join("addr add %s/24 dev eth0\n" % source for source in sources))
         servers = self.servers(cable, doors)
         for source, row in zip(sources, ROWS):
             hit(client, source, *row.steps.split())
@@ -399,8 +360,7 @@ class TableTest(KnockCase):
                 """Return how often each door is opened, and both stanzas."""
                 settle(client, servers)
                 return [server.opened(CLIENT4) for server in servers] + [
-                    server.log().count(opens) for server in (strict, loose)
-                ]
+                    server.log().count(opens) for server in (strict, loose)]
 
             if scan:
                 client.run(sys.executable, "-I", "-S", "-c", SCAN, SERVER4)
@@ -455,8 +415,7 @@ class StanzaTest(KnockCase):
     def test_a_packet_after_a_sequence(self) -> None:
         """With REQUIRE_KNOCK neither opens alone, and only from the same address."""
         access = STANZA + STANZA_KNOCK.replace("SOURCE ANY\n", "") + (
-            "REQUIRE_KNOCK Y\nKNOCK_TIMEOUT 60\n"
-        )
+            "REQUIRE_KNOCK Y\nKNOCK_TIMEOUT 60\n")
         packet = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
         with Site(Setup(NFT, "guard"), access=access) as site:
             none = "No knock sequence came before the packet (REQUIRE_KNOCK)."
@@ -485,9 +444,8 @@ class StanzaTest(KnockCase):
             self.assertTrue(site.all_closed())
             hit(site.client, OTHER4, *PORTS)
             site.server.wait_for(KNOCKED % OTHER4)
-            self.assertEqual(
-                [True, False], site.client.probe((OTHER4, SERVER4, 22), (CLIENT4, SERVER4, 22))
-            )
+            self.assertEqual([True, False],
+                             site.client.probe((OTHER4, SERVER4, 22), (CLIENT4, SERVER4, 22)))
 
     def test_beside_a_knockd_conf(self) -> None:
         """A packet that two sockets hear is one hit, for a stanza and for a door."""
@@ -500,10 +458,8 @@ class StanzaTest(KnockCase):
         client.run("knock", SERVER4, *PORTS)
         server.wait_for(KNOCKED % CLIENT4)
         settle(client, [server])
-        self.assertEqual(
-            [1, 0, 1],
-            [server.opened(CLIENT4, door) for door in ("one", "twice", "(stanza #1)")],
-        )
+        self.assertEqual([1, 0, 1],
+                         [server.opened(CLIENT4, door) for door in ("one", "twice", "(stanza #1)")])
 
 
 @needs_root
@@ -521,8 +477,7 @@ class OneTimeTest(KnockCase):
         write(path, text)
         server.configure(
             "[once]\none_time_sequences = %s\ntcpflags = syn\n%s[other]\nsequence = 7777\n"
-            % (path, commands(server.directory, 0).replace("stop_", "#"))
-        )
+            % (path, commands(server.directory, 0).replace("stop_", "#")))
         server.start(client)
         self.assertIn(path + ":4: expected ", server.log())
         sequences = [["7000", "8000"], ["7002:udp", "8002"], ["7003", "8003", "9003"]]
@@ -539,11 +494,9 @@ class OneTimeTest(KnockCase):
             settle(client, [server])
             self.assertEqual(number + 1, server.log().count("once: OPEN SESAME"), server.log())
         server.wait_for(
-            "no more sequences left in the one time sequences file for door once --> disabling"
-        )
-        self.assertEqual(
-            "# mine\n\n#7000,8000\n7001,99999\n#7002:udp,8002\n#003,8003,9003\n", read(path)
-        )
+            "no more sequences left in the one time sequences file for door once --> disabling")
+        self.assertEqual("# mine\n\n#7000,8000\n7001,99999\n#7002:udp,8002\n#003,8003,9003\n",
+                         read(path))
         client.run("knock", SERVER4, "7777")
         server.wait_for(SESAME % (CLIENT4, "other"))
         expected = ["start " + source for source, _ in addresses]
@@ -698,9 +651,8 @@ class FloodTest(KnockCase):
         cable.server.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "DROP")
         server = Knockd(cable.server, NAMED, DOOR).start(client)
         before = resident(server.process)
-        flood = client.start(
-            sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, "7000", "120", "15000"
-        )
+        flood = client.start(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, "7000", "120",
+                             "15000")
 
         def arrived() -> int:
             """Return how many have come: what the rule has counted."""
@@ -831,15 +783,14 @@ class BadTest(KnockCase):
         server = Knockd(host, NAMED, "")
         path = os.path.join(server.directory, "got")
         for text, line, expected in (
-            ("[door", 1, "expected a section: its name between [ and ]"),
-            ("sequence = 7000", 1, "expected a section first: "),
-            ("[door]\nsequence = 7000,", 2, "sequence: expected ports such as "),
-            ("[door]\nsequence = 7000\ntcpflags = syn, ack", 3, "tcpflags: expected fin, "),
-            ("[door]\nsequence = 7000\nopen = x", 3, "open: "),
-            ("[door]\ncommand = touch %s" % path, 1, "expected Sequence or One_Time_Sequences"),
-            ("[door]\none_time_sequences = /nonexistent", 0, "/nonexistent: No such file"),
-            ("[options]\nUseSyslog = 1", 2, "expected UseSyslog alone"),
-        ):
+                ("[door", 1, "expected a section: its name between [ and ]"),
+                ("sequence = 7000", 1, "expected a section first: "),
+                ("[door]\nsequence = 7000,", 2, "sequence: expected ports such as "),
+                ("[door]\nsequence = 7000\ntcpflags = syn, ack", 3, "tcpflags: expected fin, "),
+                ("[door]\nsequence = 7000\nopen = x", 3, "open: "),
+                ("[door]\ncommand = touch %s" % path, 1, "expected Sequence or One_Time_Sequences"),
+                ("[door]\none_time_sequences = /nonexistent", 0, "/nonexistent: No such file"),
+                ("[options]\nUseSyslog = 1", 2, "expected UseSyslog alone")):
             with self.subTest(text):
                 write(server.conf, text + "\n")
                 code, said = host.run_code(*server.command())

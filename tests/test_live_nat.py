@@ -14,24 +14,8 @@ import time
 import unittest
 from typing import Any, Callable, List, NamedTuple, Tuple
 
-from tests.netns import (
-    CLIENT4,
-    CLIENT6,
-    FWKNOP,
-    HMAC_KEY,
-    KEY,
-    KEYS,
-    OTHER4,
-    OTHER6,
-    SERVER4,
-    SERVER6,
-    STANZA,
-    Cable,
-    Host,
-    Server,
-    in_parallel,
-    wait_for,
-)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, HMAC_KEY, KEY, KEYS, OTHER4, OTHER6, SERVER4,
+                         SERVER6, STANZA, Cable, Host, Server, in_parallel, wait_for)
 from tests.support import needs_programs, needs_root
 from tests.test_packet import Sender, b64
 
@@ -129,27 +113,13 @@ class Gateway(Cable):
         self.inner = Host(self.server.name.replace("spas", "spai"), self.temporary.name)
         link = ["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0"]
         self.server.run(*link, "netns", self.inner.name)
-        self.batch(
-            self.server,
-            "link set eth1 up",
-            "addr add %s/24 dev eth1" % GATE4,
-            "addr add %s/24 dev eth1" % SECOND4,
-            "addr add %s/64 dev eth1 nodad" % GATE6,
-        )
-        self.batch(
-            self.inner,
-            "link set lo up",
-            "link set eth0 up",
-            "addr add %s/24 dev eth0" % INNER4,
-            "addr add %s/64 dev eth0 nodad" % INNER6,
-            "route add default via %s" % GATE4,
-            "route add default via %s" % GATE6,
-        )
-        self.batch(
-            self.client,
-            "route add 10.66.0.0/24 via " + SERVER4,
-            "route add fd66::/64 via " + SERVER6,
-        )
+        self.batch(self.server, "link set eth1 up", "addr add %s/24 dev eth1" % GATE4,
+                   "addr add %s/24 dev eth1" % SECOND4, "addr add %s/64 dev eth1 nodad" % GATE6)
+        self.batch(self.inner, "link set lo up", "link set eth0 up",
+                   "addr add %s/24 dev eth0" % INNER4, "addr add %s/64 dev eth0 nodad" % INNER6,
+                   "route add default via %s" % GATE4, "route add default via %s" % GATE6)
+        self.batch(self.client, "route add 10.66.0.0/24 via " + SERVER4,
+                   "route add fd66::/64 via " + SERVER6)
         self.forward(1)
 
     @staticmethod
@@ -174,10 +144,8 @@ def close_host(host: Host, setup: Setup) -> None:
     if setup.backend == NFT:
         host.run("nft", "-f", "-", input=NFT_HOST % ("drop" if drop else "accept"))
         return
-    for program, more in (
-        (setup.backend, ""),
-        (six(setup.backend), "-A INPUT -p ipv6-icmp -j ACCEPT\n"),
-    ):
+    for program, more in ((setup.backend, ""),
+                          (six(setup.backend), "-A INPUT -p ipv6-icmp -j ACCEPT\n")):
         rules = IPTABLES_HOST % ("DROP" if drop else "ACCEPT", more)
         host.run(program + "-restore", input=rules)
 
@@ -190,9 +158,8 @@ def six(backend: str) -> str:
 class Site:
     """Three hosts, the gateway's firewall closed, and our server on it."""
 
-    def __init__(
-        self, setup: Setup, config: str = "", access: str = "", launcher: Tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, setup: Setup, config: str = "", access: str = "",
+                 launcher: Tuple[str, ...] = ()) -> None:
         self.setup, self.config = setup, setup.config() + config
         self.count = 0
         self.gateway = Gateway()
@@ -221,26 +188,15 @@ class Site:
         self.said = text
         return self.server.wait_for(expect, mark)
 
-    def knock6(
-        self,
-        kind: int,
-        access: str,
-        nat: str = "",
-        seconds: int = 0,
-        expect: str = " opened ",
-        address: str = CLIENT6,
-    ) -> str:
+    def knock6(self, kind: int, access: str, nat: str = "", seconds: int = 0,
+               expect: str = " opened ", address: str = CLIENT6) -> str:
         """Knock for an IPv6 address, which the real client can't."""
         self.count += 1
         mark, extra = self.server.mark(), [b64(nat.encode())] if nat else []
         extra += [b"%d" % seconds] if kind in (3, 4, 6) else []
         packet = Sender(KEY.encode(), HMAC_KEY.encode()).packet(
-            "%s,%s" % (address, access),
-            kind,
-            extra,
-            timestamp=int(time.time()),
-            rand="%016d" % self.count,
-        )
+            "%s,%s" % (address, access), kind, extra, timestamp=int(time.time()),
+            rand="%016d" % self.count)
         self.client.send(SERVER6, 62201, packet.decode())
         return self.server.wait_for(expect, mark)
 
@@ -248,9 +204,8 @@ class Site:
         """Wait until the inner host has had a connection to this port from this address."""
         self.inner.wait_for("%d from %s." % (port, address), start)
 
-    def leads_in(
-        self, outer: int, inner: int, source4: str = CLIENT4, source6: str = CLIENT6
-    ) -> None:
+    def leads_in(self, outer: int, inner: int, source4: str = CLIENT4,
+                 source6: str = CLIENT6) -> None:
         """Check that a port of the gateway leads to the inner host, in each family with a source.
 
         The inner host is to see the connection come from this source.
@@ -264,10 +219,8 @@ class Site:
 
     def wait_closed(self, *targets: Tuple[str, str, int]) -> float:
         """Wait until none of the targets answers, and return when."""
-        wait_for(
-            lambda: not any(self.client.probe(*targets, seconds=0.2)),
-            "%s: a closed port in\n%s" % (self.setup, self.rules()),
-        )
+        wait_for(lambda: not any(self.client.probe(*targets, seconds=0.2)),
+                 "%s: a closed port in\n%s" % (self.setup, self.rules()))
         return time.monotonic()
 
     def listed(self) -> List[str]:
@@ -287,12 +240,10 @@ class Site:
         """Return everything that is in the firewall."""
         if self.setup.backend == NFT:
             return self.host.run("nft", "list", "ruleset")
-        return "".join(
-            "".join("%s %s\n" % (table, line) for line in text.splitlines())
-            for program in (self.setup.backend, six(self.setup.backend))
-            for table in ("filter", "nat", "mangle")
-            for text in [self.host.run(program, "-t", table, "-S")]
-        )
+        return "".join("".join("%s %s\n" % (table, line) for line in text.splitlines())
+                       for program in (self.setup.backend, six(self.setup.backend))
+                       for table in ("filter", "nat", "mangle")
+                       for text in [self.host.run(program, "-t", table, "-S")])
 
     def count_grants(self) -> int:
         """Return how many elements or rules of grants the kernel has."""
@@ -315,16 +266,8 @@ class NatTest(unittest.TestCase):
 def needs_firewalls(target: Any) -> Any:
     """Decorate a class of tests that use all backends and the real client."""
     return needs_root(
-        needs_programs(
-            "ip",
-            "nft",
-            "iptables-nft",
-            "iptables-legacy",
-            "ip6tables-nft",
-            "ip6tables-legacy",
-            "fwknop",
-        )(target)
-    )
+        needs_programs("ip", "nft", "iptables-nft", "iptables-legacy", "ip6tables-nft",
+                       "ip6tables-legacy", "fwknop")(target))
 
 
 @needs_firewalls
@@ -390,16 +333,12 @@ class ForwardTest(NatTest):
                     self.assertRegex(
                         site.server.log(),
                         r"(?m)^Added %s rule to %s for \S+ -> \S+ tcp/\d+, expires at \d{10}$"
-                        % (kind, place),
-                    )
+                        % (kind, place))
                 self.assertEqual(
-                    [
-                        "DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080",
-                        "FORWARD 10.55.0.2 -> %s tcp/8080" % inner,
-                        "MASQUERADE %s -> 10.66.0.2 tcp/8080" % (CLIENT4 if nft else "0.0.0.0/0"),
-                    ],
-                    site.listed(),
-                )
+                    ["DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:8080",
+                     "FORWARD 10.55.0.2 -> %s tcp/8080" % inner,
+                     "MASQUERADE %s -> 10.66.0.2 tcp/8080" % (CLIENT4 if nft else "0.0.0.0/0")],
+                    site.listed())
 
         self.check_all(BACKENDS, check)
 
@@ -444,10 +383,7 @@ class ForwardTest(NatTest):
                 outside.wait_for("listening")
                 site.knock("-a", INNER4, "-A", asked, "-N", OTHER4 + ",8080")
                 site.knock6(2, asked, OTHER6 + ",8080", address=INNER6)
-                for there, gate, source in (
-                    (CLIENT4, GATE4, INNER4),
-                    (CLIENT6, GATE6, INNER6),
-                ):
+                for there, gate, source in ((CLIENT4, GATE4, INNER4), (CLIENT6, GATE6, INNER6)):
                     mark = outside.mark()
                     for address, port in ((there, 22), (gate, 22 if access else 8080)):
                         self.assertTrue(inner.connect(address, 22).answers())
@@ -494,23 +430,18 @@ class ForwardTest(NatTest):
                 self.assertEqual(
                     [
                         "%s %s -> %s */*%s" % (kind, client, anywhere, " to " + to if to else "")
-                        for client, anywhere, inner in (
-                            (CLIENT4, "0.0.0.0/0", INNER4),
-                            (CLIENT6, "::/0", INNER6),
-                        )
-                        for kind, to in (("DNAT", inner), ("FORWARD", ""), ("MASQUERADE", ""))
-                    ],
+                        for client, anywhere, inner in ((CLIENT4, "0.0.0.0/0", INNER4),
+                                                        (CLIENT6, "::/0", INNER6))
+                        for kind, to in (("DNAT", inner), ("FORWARD", ""), ("MASQUERADE", ""))],
                     sorted((each for each in site.listed() if "*/*" in each),
-                           key=lambda each: each.split()[1:2] + each.split()[:1]),
-                )
+                           key=lambda each: each.split()[1:2] + each.split()[:1]))
                 self.assertFalse(site.client.reaches(SERVER4, 8080, source=OTHER4))
                 code, text = site.server.command("--fw-flush")
                 self.assertEqual(0, code, text)
                 wait_for(lambda: not site.count_grants(), "the end of all grants")
                 site.server.stop()
                 site.server.configure(
-                    access=STANZA + "FORWARD_ALL Y\nDISABLE_DNAT Y\nFORCE_SNAT %s\n" % SECOND4
-                )
+                    access=STANZA + "FORWARD_ALL Y\nDISABLE_DNAT Y\nFORCE_SNAT %s\n" % SECOND4)
                 site.server.start()
                 self.assertFalse(any(site.client.probe(*inside)))
                 site.knock("-A", "tcp/9", "-f", "6")
@@ -532,8 +463,7 @@ class ForwardTest(NatTest):
                 site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
                 self.assertTrue(site.client.connect(INNER4, 8080).answers())
                 self.assertFalse(
-                    any(site.client.probe(("", INNER4, 8081), ("", SERVER4, 22), ("", INNER4, 22)))
-                )
+                    any(site.client.probe(("", INNER4, 8081), ("", SERVER4, 22), ("", INNER4, 22))))
 
         self.check_all(SETUPS, check)
 
@@ -559,9 +489,8 @@ class SourceTest(NatTest):
                     site.gateway.inner.run("ip", line, "route", "del", "default")
                 for config, access, source4, source6 in cases:
                     site.server.stop()
-                    site.server.configure(
-                        site.config + "ENABLE_IPT_SNAT Y;\n" + config, STANZA + access
-                    )
+                    site.server.configure(site.config + "ENABLE_IPT_SNAT Y;\n" + config,
+                                          STANZA + access)
                     site.server.start()
                     mark = site.inner.mark()
                     site.knock("-A", "tcp/22", "-N", INNER4 + ",8080", "-f", "60")
@@ -667,18 +596,13 @@ class LifeTest(NatTest):
                 site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
                 before = site.listed()
                 run = functools.partial(site.host.run, "nft")
-                attacks = [
-                    "delete table inet spa_nat",
-                    "flush map inet spa_nat spa4_dnat",
-                    "flush chain inet spa_nat prerouting",
-                ]
+                attacks = ["delete table inet spa_nat", "flush map inet spa_nat spa4_dnat",
+                           "flush chain inet spa_nat prerouting"]
                 if setup.backend != NFT:
                     run = functools.partial(site.host.run, setup.backend, "-t", "nat")
-                    attacks = [
-                        "-F FWKNOP_PREROUTING",
-                        "-D PREROUTING -m addrtype --dst-type LOCAL -j FWKNOP_PREROUTING",
-                        "-F FWKNOP_MASQUERADE",
-                    ]
+                    attacks = ["-F FWKNOP_PREROUTING",
+                               "-D PREROUTING -m addrtype --dst-type LOCAL -j FWKNOP_PREROUTING",
+                               "-F FWKNOP_MASQUERADE"]
                 for attack in attacks:
                     mark = site.server.mark()
                     run(*([attack] if setup.backend == NFT else attack.split()))
@@ -752,10 +676,8 @@ class LifeTest(NatTest):
             site.server.stop()
             site.gateway.forward(0)
             site.server.start()
-            lines = (
-                "no IPv4 is forwarded while net.ipv4.ip_forward is 0",
-                "no IPv6 is forwarded while net.ipv6.conf.all.forwarding is 0",
-            )
+            lines = ("no IPv4 is forwarded while net.ipv4.ip_forward is 0",
+                     "no IPv6 is forwarded while net.ipv6.conf.all.forwarding is 0")
             for line in lines:
                 self.assertIn(line, site.server.log())
             for flag in "NY":  # and when a reload enables it
@@ -775,14 +697,8 @@ class NameTest(NatTest):
     def launcher(self, hosts: str, resolver: str) -> Tuple[str, ...]:
         """Return what starts a program with these files in /etc."""
         return (
-            "unshare",
-            "-m",
-            "sh",
-            "-c",
-            "mount --bind %s /etc/hosts && mount --bind %s /etc/resolv.conf && "
-            'exec "$@"' % (hosts, resolver),
-            "sh",
-        )
+            "unshare", "-m", "sh", "-c", "mount --bind %s /etc/hosts && "
+            'mount --bind %s /etc/resolv.conf && exec "$@"' % (hosts, resolver), "sh")
 
     def test_names(self) -> None:
         """Are looked up, in the client's family, while the server goes on; or refused."""
@@ -810,10 +726,8 @@ class NameTest(NatTest):
                 site.knock("-A", "tcp/24")
                 self.assertTrue(site.client.reaches(SERVER4, 24))
                 self.assertLess(time.monotonic(), began + 4, "it did not wait for the names")
-                wait_for(
-                    lambda: site.server.log(mark).count("Unable to resolve Hostname") == 4,
-                    "the end of four look-ups",
-                )
+                wait_for(lambda: site.server.log(mark).count("Unable to resolve Hostname") == 4,
+                         "the end of four look-ups")
                 site.knock("-A", "tcp/24", "-N", "inner.example,8080")
                 site.server.stop()
                 site.server.configure(site.config + "ENABLE_NAT_DNS N;\n")
