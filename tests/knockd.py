@@ -13,6 +13,7 @@ import time
 from typing import Iterable, List, Optional
 
 from tests.netns import OTHER4, SERVER4, SPA_SERVER, STANZA, Host, Process, Server, wait_for
+from tests.support import read, write
 
 REAL, NAMED = "knockd", "ours, called knockd"
 ALONE, BESIDE = "ours, --knockd-conf", "ours, --knockd-conf beside a stanza"
@@ -41,22 +42,6 @@ while time.monotonic() < begin + seconds and sent < seconds * rate:
     sent += 1
 print(sent)
 """
-
-
-def write(path: str, text: str, mode: int = 0o600) -> str:
-    """Write a file anew, and return its path."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
-        file.write(text)
-    return path
-
-
-def read(path: str) -> str:
-    """Return what is in a file, nothing when there is none."""
-    try:
-        with open(path, errors="replace") as file:
-            return file.read()
-    except FileNotFoundError:
-        return ""
 
 
 def is_news(line: str) -> bool:

@@ -27,7 +27,7 @@ import time
 import unittest
 from typing import Any, Callable, Iterable, List, Optional, Tuple, TypeVar
 
-from tests.support import TOP
+from tests.support import TOP, write
 
 T = TypeVar("T")
 
@@ -389,8 +389,7 @@ class Server:
         """Write the files anew."""
         for path, text in ((self.config_file, config), (self.access_file, access)):
             if text is not None:
-                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    file.write(text)
+                write(path, text)
 
     @property
     def files(self) -> List[str]:

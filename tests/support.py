@@ -1,4 +1,4 @@
-"""What the tests share: scripts as modules, the Pythons of this machine, skipping with a reason.
+"""What the tests share: scripts as modules, files, Pythons of this machine, skipping with a reason.
 
 Two environment variables choose what live tests do (tests that need root or a peer program):
   SPA_REQUIRE_LIVE=1   a live test that cannot run fails, so that a machine without the peers
@@ -11,18 +11,21 @@ Two environment variables choose what live tests do (tests that need root or a p
 
 import atexit
 import collections
+import contextlib
 import functools
 import glob
 import importlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 import unittest
 from typing import (Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Tuple,
-                    TypeVar)
+                    TypeVar, Union)
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("spa_server.py", "spa_client.py", "keygen.py")
@@ -48,6 +51,48 @@ def load_script(name: str) -> types.ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def captured(main: Callable[[], T]) -> Tuple[T, str, str]:
+    """Return what a call of main() returns, and its standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main()
+    return code, out.getvalue(), err.getvalue()
+
+
+# ------------------------------------------------------------------- files
+
+def write(path: str, content: Union[str, bytes], mode: int = 0o600) -> str:
+    """Write a file anew, text as UTF-8, and return its path."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(data)
+    os.chmod(path, mode)  # of a file that was there already, too, and whatever the umask is
+    return path
+
+
+def read(path: str) -> str:
+    """Return what is in a file, nothing when there is none."""
+    try:
+        with open(path, errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+class DirectoryCase(unittest.TestCase):
+    """A test with a directory of its own."""
+
+    def setUp(self) -> None:
+        """Make the directory."""
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = os.path.realpath(directory.name)
+
+    def place(self, name: str) -> str:
+        """Return the path of a name in the directory."""
+        return os.path.join(self.directory, name)
 
 
 # ------------------------------------------------------------------- interpreters

@@ -1,19 +1,18 @@
 """Tests of spa_client.py: packets, options, the rc file, keys, output, network, systems."""
 
 import contextlib
-import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import unittest
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 from unittest import mock
 
-from tests.support import TOP, find_pythons, load_script, nearest_python, needs_programs, skip
+from tests.support import (TOP, DirectoryCase, captured, find_pythons, load_script, nearest_python,
+                           needs_programs, skip, write)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(TOP, "spa_client.py")
@@ -57,35 +56,29 @@ def unseal(packet: str, key: str = KEY, tag_length: int = 43) -> str:
     return str(out[:-out[-1]].decode("ascii"))
 
 
-class Case(unittest.TestCase):
+class Case(DirectoryCase):
     """A test with a home directory of its own and a way to run the program."""
 
     def setUp(self) -> None:
-        self.home = tempfile.mkdtemp(prefix="spa_client_")
-        self.addCleanup(shutil.rmtree, self.home, True)
+        super().setUp()
+        self.home = self.directory
         self.environment = {"HOME": self.home, "LOGNAME": "ann", "PATH": os.environ["PATH"]}
 
     def write(self, text: str, name: str = ".fwknoprc", mode: int = 0o600) -> str:
         """A file in the home directory; the rc file unless another name is given."""
-        path = os.path.join(self.home, name)
-        with open(path, "wb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-        os.chmod(path, mode)
-        return path
+        return write(self.place(name), text, mode)
 
     def run_main(self, *words: str, stdin: bytes = b"") -> Tuple[int, str, str]:
         """Exit code, standard output and standard error of main(), in this process."""
-        out, err = io.StringIO(), io.StringIO()
         with mock.patch.dict(os.environ, self.environment, clear=True), \
-                self.standard_input(stdin), \
-                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = client.main(list(words))
-        self.assertNotIn("Traceback", err.getvalue())
+                self.standard_input(stdin):
+            code, out, err = captured(lambda: client.main(list(words)))
+        self.assertNotIn("Traceback", err)
         if code:
-            lines = err.getvalue().splitlines()
+            lines = err.splitlines()
             self.assertTrue(all(line.startswith("spa_client.py: ") for line in lines), lines)
             self.assertEqual(sum(": warning: " not in line for line in lines), 1, lines)
-        return code, out.getvalue(), err.getvalue()
+        return code, out, err
 
     @contextlib.contextmanager
     def standard_input(self, data: bytes) -> Iterator[None]:

@@ -13,7 +13,7 @@ import unittest
 from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script
+from tests.support import load_script, write
 from tests.test_packet import NOW, Sender, judge
 from tests.test_server import CLIENT, KEYS, ServerCase, datagram
 
@@ -64,11 +64,8 @@ class CommandCase(ServerCase):
 
     def script(self, text: str, name: str = "script") -> str:
         """Return the path of a program that /bin/sh runs."""
-        path = os.path.join(self.directory, name)
-        with open(path, "w") as stream:
-            stream.write("#!/bin/sh\ncd %s\n%s\n" % (shlex.quote(self.directory), text))
-        os.chmod(path, 0o755)
-        return path
+        return write(self.place(name), "#!/bin/sh\ncd %s\n%s\n" % (shlex.quote(self.directory),
+                                                                  text), 0o755)
 
     def hurry(self, **constants: float) -> None:
         """Let times of the server's be shorter in this test."""

@@ -4,17 +4,15 @@ Where fwknopd is installed, the tokens are compared with what its own dump shows
 """
 
 import base64
-import contextlib
-import io
 import ipaddress
 import os
 import re
-import tempfile
 import time
 import unittest
 from typing import Any, Dict, List, Tuple
 
-from tests.support import load_script, needs_programs, needs_root, run
+from tests.support import (DirectoryCase, captured, load_script, needs_programs, needs_root, run,
+                           write)
 
 server = load_script("spa_server")  # type: Any
 
@@ -23,22 +21,12 @@ KEY32 = base64.b64encode(bytes(range(32))).decode()
 HMAC64 = base64.b64encode(bytes(range(64, 128))).decode()
 
 
-class ConfigCase(unittest.TestCase):
+class ConfigCase(DirectoryCase):
     """A directory to write files into, and the ways of reading them."""
-
-    def setUp(self) -> None:
-        """Make the directory."""
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.directory = directory.name
 
     def write(self, name: str, text: str, mode: int = 0o600) -> str:
         """Write a file, characters as bytes, and return its path."""
-        path = os.path.join(self.directory, name)
-        with open(path, "wb") as stream:
-            stream.write(text.encode("latin-1"))
-        os.chmod(path, mode)
-        return path
+        return write(self.place(name), text.encode("latin-1"), mode)
 
     def settings(self, text: str) -> Any:
         """Return the settings of a fwknopd.conf with this text."""
@@ -74,13 +62,7 @@ class ConfigCase(unittest.TestCase):
 
     def main(self, *arguments: str) -> Tuple[Any, str, str]:
         """Run the program; return exit code, standard output and standard error."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = server.main(list(arguments))
-            except SystemExit as end:
-                code = end.code
-        return code, out.getvalue(), err.getvalue()
+        return captured(lambda: server.main(list(arguments)))
 
     def main_with(self, access: str = KEYED, conf: str = "PCAP_INTF lo;\n",
                   *arguments: str) -> Tuple[Any, str, str]:

@@ -22,10 +22,6 @@ QUIET = KEYED + "OPEN_PORTS tcp/22\nREQUIRE_SOURCE_ADDRESS Y\n"  # nothing is wa
 class FilesCase(ConfigCase):
     """Files in a directory, and what the server makes of them."""
 
-    def place(self, name: str) -> str:
-        """Return the path of a name in the directory."""
-        return os.path.join(self.directory, name)
-
     def put(self, mode: int = 0o600, **files: str) -> None:
         """Write files; `__` in a name is a slash, `_conf` at its end is `.conf`."""
         for name, text in files.items():

@@ -13,7 +13,7 @@ import unittest
 from typing import Any, Dict, List, Tuple
 
 from tests.gnupg import Keyring
-from tests.support import load_script, needs_programs
+from tests.support import load_script, needs_programs, write
 from tests.test_config import ConfigCase
 from tests.test_packet import Sender, b64, read_vectors
 from tests.test_server import DOOR22, ServerCase, datagram
@@ -337,10 +337,8 @@ class FakeGpgCase(ServerCase):
     def setUp(self) -> None:
         """Write the script."""
         super().setUp()
-        self.program = os.path.join(self.directory, "gpg")
-        with open(self.program, "w") as file:
-            file.write(FAKE_GPG % (os.path.realpath(sys.executable), DECRYPT, DECRYPT_SUBKEY))
-        os.chmod(self.program, 0o700)
+        text = FAKE_GPG % (os.path.realpath(sys.executable), DECRYPT, DECRYPT_SUBKEY)
+        self.program = write(self.place("gpg"), text, 0o700)
         self.answer(GOOD)
 
     def answer(self, text: str, code: str = "") -> None:
@@ -706,11 +704,8 @@ class RealGpgCase(ServerCase):
 
     def gpg_server(self, access: str, options: str = "") -> Any:
         """Return a server with its GPG stanzas ready; `options` go to gpg first."""
-        program = os.path.join(self.directory, "gpg")
-        with open(program, "w") as file:
-            file.write("#!/bin/sh\necho >>%s/runs\nexec gpg %s \"$@\"\n" % (self.directory,
-                                                                          options))
-        os.chmod(program, 0o700)
+        text = "#!/bin/sh\necho >>%s/runs\nexec gpg %s \"$@\"\n" % (self.directory, options)
+        program = write(self.place("gpg"), text, 0o700)
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (program, self.ring.home))
         server.open_gpg(made.settings, made.stanzas)
         self.counted()

@@ -2,23 +2,21 @@
 
 import base64
 import concurrent.futures
-import contextlib
 import fcntl
 import hashlib
-import io
 import os
 import re
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import unittest
 from typing import Any, List, Sequence, Tuple
 from unittest import mock
 
-from tests.support import TOP, load_script, needs_programs, needs_root, run, run_blocked
+from tests.support import (TOP, DirectoryCase, captured, load_script, needs_programs, needs_root,
+                           run, run_blocked, write)
 
 keygen = load_script("keygen")
 SCRIPT = os.path.join(TOP, "keygen.py")
@@ -42,10 +40,7 @@ def call(*arguments: str, random: Any = None) -> Tuple[int, str, str]:
 
 def call_all(*arguments: str, random: Any = None) -> Tuple[int, str, str]:
     """Return exit code, standard output and standard error of main()."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = keygen.main(list(arguments), random or os.urandom)
-    return code, out.getvalue(), err.getvalue()
+    return captured(lambda: keygen.main(list(arguments), random or os.urandom))
 
 
 def program(*arguments: str, encoding: str = "",
@@ -71,23 +66,12 @@ def directives(stanza: str) -> List[Tuple[str, str]]:
     return [(line[:28].rstrip(), line[28:]) for line in lines]
 
 
-class FileTestCase(unittest.TestCase):
-    """A test with a directory of its own."""
-
-    def setUp(self) -> None:
-        """Make the directory."""
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.top = os.path.realpath(directory.name)
+class FileTestCase(DirectoryCase):
+    """A test with files."""
 
     def path(self, name: str, text: Any = None, mode: int = 0o600) -> str:
         """Return the path of a file, which is made when its text is given."""
-        path = os.path.join(self.top, name)
-        if text is not None:
-            with open(path, "wb") as stream:
-                stream.write(text if isinstance(text, bytes) else text.encode())
-            os.chmod(path, mode)
-        return path
+        return self.place(name) if text is None else write(self.place(name), text, mode)
 
     def read(self, path: str) -> str:
         """Return what a file says."""
@@ -101,7 +85,7 @@ class FileTestCase(unittest.TestCase):
     def fwknopd_reads(self, access: str) -> str:
         """Return what the real server says of an access file, which it has to take."""
         answer = run(["fwknopd", "-D", "--exit-parse-config", "-c", self.path("fwknopd.conf", ""),
-                      "-a", access, "-r", self.top])
+                      "-a", access, "-r", self.directory])
         self.assertEqual(0, answer.returncode, answer.stdout + answer.stderr)
         return re.sub(r" {2,}", " ", answer.stdout)
 
@@ -306,7 +290,7 @@ class AppendTest(FileTestCase):
                 self.assertEqual((0o600, 0o600), (self.mode(rc), self.mode(access)))
                 self.assertTrue(self.read(rc).startswith("[work]\nACCESS"))
                 self.assertTrue(self.read(access).startswith("# work\nSOURCE"))
-        self.assertEqual(8, len(os.listdir(self.top)))
+        self.assertEqual(8, len(os.listdir(self.directory)))
 
     def test_the_other_stanza_is_printed(self) -> None:
         """With the same keys."""
@@ -353,7 +337,7 @@ class AppendTest(FileTestCase):
 
     def test_home(self) -> None:
         """`~` is the home directory, where no shell has put it in: `--rc-file=~/.fwknoprc`."""
-        with mock.patch.dict(os.environ, {"HOME": self.top}):
+        with mock.patch.dict(os.environ, {"HOME": self.directory}):
             self.assertEqual(0, call(*WORK, "--rc-file=~/.fwknoprc")[0])
         self.assertIn("[work]", self.read(self.path(".fwknoprc")))
 
@@ -398,13 +382,13 @@ class AppendTest(FileTestCase):
         """A directory, a missing one, a device, a pipe, a loop: one line, exit code 1."""
         os.mkfifo(self.path("pipe"))
         os.symlink("loop", self.path("loop"))
-        for path in (self.top, self.path("no/rc"), "/dev/null", self.path("pipe"),
+        for path in (self.directory, self.path("no/rc"), "/dev/null", self.path("pipe"),
                      self.path("loop")):
             with self.subTest(path):
                 code, out, err = call(*WORK, "--access-file", path)
                 self.assertEqual((1, ""), (code, out))
                 self.assertRegex(err, r"\Akeygen\.py: /\S+: [^\n]+\n\Z")
-        self.assertEqual(["loop", "pipe"], sorted(os.listdir(self.top)))
+        self.assertEqual(["loop", "pipe"], sorted(os.listdir(self.directory)))
 
 
 class CrashTest(FileTestCase):
@@ -438,8 +422,9 @@ class CrashTest(FileTestCase):
         self.assertEqual(f"keygen.py: {rc}: No space left on device\n", err)
         self.assertEqual("# x\n", self.read(access))
         self.assertEqual(old, self.read(rc) if os.path.exists(rc) else None)
-        self.assertEqual(["access"] + ["rc"] * (old is not None), sorted(os.listdir(self.top)))
-        for name in os.listdir(self.top):
+        self.assertEqual(["access"] + ["rc"] * (old is not None),
+                         sorted(os.listdir(self.directory)))
+        for name in os.listdir(self.directory):
             os.unlink(self.path(name))
 
     def test_what_cannot_be_printed_is_not_appended(self) -> None:
@@ -464,20 +449,22 @@ class CrashTest(FileTestCase):
                 os._exit(1)
         self.assertEqual(signal.SIGKILL, os.waitpid(pid, 0)[1])
         self.assertEqual("[old]\n", self.read(rc))
-        self.assertEqual([0o600] * 2, [self.mode(self.path(name)) for name in os.listdir(self.top)])
+        self.assertEqual([0o600] * 2, [self.mode(self.path(name))
+                                       for name in os.listdir(self.directory)])
         self.assertEqual(0, call(*WORK, "--rc-file", rc)[0])
         self.assertEqual(1, self.read(rc).count("[work]"))
 
     def test_who_holds_the_lock_is_not_waited_for_for_ever(self) -> None:
         """Anybody who can read a directory can lock it: the file stays, and one line names it."""
         rc = self.path("rc", "[old]\n")
-        fd = os.open(self.top, os.O_RDONLY)
+        fd = os.open(self.directory, os.O_RDONLY)
         self.addCleanup(os.close, fd)
         fcntl.flock(fd, fcntl.LOCK_EX)
         with mock.patch.object(keygen, "LOCK_TRIES", 10):
-            self.assertEqual((1, "", f"keygen.py: {self.top}: another program keeps it locked\n"),
+            self.assertEqual((1, "",
+                              f"keygen.py: {self.directory}: another program keeps it locked\n"),
                              call(*WORK, "--rc-file", rc))
-        self.assertEqual(("[old]\n", ["rc"]), (self.read(rc), os.listdir(self.top)))
+        self.assertEqual(("[old]\n", ["rc"]), (self.read(rc), os.listdir(self.directory)))
         threading.Timer(0.2, fcntl.flock, (fd, fcntl.LOCK_UN)).start()
         self.assertEqual(0, call(*WORK, "--rc-file", rc)[0])
 
@@ -495,7 +482,7 @@ class CrashTest(FileTestCase):
         text = self.read(rc)
         self.assertEqual({f"[n{n}]" for n in range(8)}, set(re.findall(r"^\[.*\]$", text, re.M)))
         self.assertEqual(8, len(re.findall(r"^\[n\d\]\n(?:[A-Z]\S+ +\S+\n){6}", text, re.M)))
-        self.assertEqual(["rc"], os.listdir(self.top))
+        self.assertEqual(["rc"], os.listdir(self.directory))
 
 
 class OutputTest(FileTestCase):

@@ -258,14 +258,14 @@ class RefusedTest(RotateTestCase):
 
     def check(self, code: int, expected: str, *arguments: str) -> None:
         """Run keygen.py, which has to fail so, and look at both files and at what it says."""
-        before = self.texts(), sorted(os.listdir(self.top))
+        before = self.texts(), sorted(os.listdir(self.directory))
         found, out, err = call_all(*arguments)
         self.assertEqual((code, ""), (found, out), err)
         self.assertRegex(err, r"\Akeygen\.py: [^\n]+\n\Z")
         self.assertIn(expected, err)
         for secret in OLD + ("am9l", "first stanza", "hunter2"):
             self.assertNotIn(secret, err)
-        self.assertEqual(before, (self.texts(), sorted(os.listdir(self.top))))
+        self.assertEqual(before, (self.texts(), sorted(os.listdir(self.directory))))
 
     def test_command_lines(self) -> None:
         """--rotate and --retire take what belongs to them."""
@@ -338,7 +338,7 @@ class RefusedTest(RotateTestCase):
 
     def test_files_that_are_none(self) -> None:
         """A missing file is not made by --rotate; exit code 1 as for every file."""
-        for path in (self.path("missing"), self.path("no/where"), self.top, "/dev/null"):
+        for path in (self.path("missing"), self.path("no/where"), self.directory, "/dev/null"):
             with self.subTest(path):
                 top = os.path.dirname(path)
                 self.check(1, top, "--rotate", "work", "--access-file", self.access,
@@ -378,7 +378,7 @@ class FilesTest(RotateTestCase):
         self.assertIn(f"{self.rc}: No space left on device", err)
         self.assertEqual(RC, self.texts()[0])
         self.assertEqual([3], self.opened_by(self.packet(self.rc)))
-        self.assertEqual(["access", "rc"], sorted(os.listdir(self.top)))
+        self.assertEqual(["access", "rc"], sorted(os.listdir(self.directory)))
 
     def test_an_editor_that_saves_meanwhile_wins(self) -> None:
         """It knows nothing of locks; what it wrote is not overwritten."""
@@ -411,7 +411,7 @@ class FilesTest(RotateTestCase):
         self.assertEqual([0] * 4, all_at_once([["--rotate", f"n{n}", *files] for n in range(4)]))
         self.assertEqual(4, self.read(files[3]).count("# old n"))
         self.assertEqual(8, len(server.read_stanzas(files[3])[0]))
-        self.assertEqual(["access", "my-access", "my-rc", "rc"], sorted(os.listdir(self.top)))
+        self.assertEqual(["access", "my-access", "my-rc", "rc"], sorted(os.listdir(self.directory)))
 
 
 # What Windows lacks is taken away; a directory cannot be opened, and nothing that is open replaced.
@@ -460,7 +460,7 @@ class WindowsTest(RotateTestCase):
         self.assertEqual([1], self.opened_by(self.packet(files[1])))
         answer = self.windows("--rotate", "nobody", *files)
         self.assertEqual(3, answer.returncode, answer.stderr)
-        self.assertEqual(["access", "my-access", "my-rc", "rc"], sorted(os.listdir(self.top)))
+        self.assertEqual(["access", "my-access", "my-rc", "rc"], sorted(os.listdir(self.directory)))
 
 
 if __name__ == "__main__":

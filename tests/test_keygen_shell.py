@@ -28,12 +28,13 @@ class ShellTest(FileTestCase):
         path = self.path("completion", program("--completion", shell).stdout)
         if shell == "fish":
             command = 'source $argv[1]; complete -C (string join " " -- $argv[2..-1])'
-            answer = run(["fish", "--no-config", "-c", command, path, *words], cwd=self.top,
-                         env={**os.environ, "HOME": self.top})
+            answer = run(["fish", "--no-config", "-c", command, path, *words], cwd=self.directory,
+                         env={**os.environ, "HOME": self.directory})
         else:
             command = ('complete() { options=("$@"); unset "options[-1]"; }; source "$1"; '
                        'compgen "${options[@]}" -- "${@: -1}"')
-            answer = run(["bash", "--norc", "-c", command, "bash", path, *words], cwd=self.top)
+            answer = run(["bash", "--norc", "-c", command, "bash", path, *words],
+                         cwd=self.directory)
         self.assertEqual((0, ""), (answer.returncode, answer.stderr))
         return sorted(line.partition("\t")[0] for line in answer.stdout.splitlines() if line)
 
@@ -58,8 +59,8 @@ class ShellTest(FileTestCase):
         ours, theirs = pty.openpty()
         self.addCleanup(os.close, ours)
         zsh = subprocess.Popen(["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs,
-                               cwd=self.top, start_new_session=True,
-                               env={**os.environ, "ZDOTDIR": self.top, "TERM": "dumb"})
+                               cwd=self.directory, start_new_session=True,
+                               env={**os.environ, "ZDOTDIR": self.directory, "TERM": "dumb"})
         os.close(theirs)
         try:
             self.type(ours, f"autoload -U compinit && compinit -D -u; source {path}; "

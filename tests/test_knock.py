@@ -13,7 +13,7 @@ import unittest
 from typing import Any, Dict, Iterable, List, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script, needs_root
+from tests.support import load_script, needs_root, write
 from tests.test_capture import extension, icmp, tcp
 from tests.test_server import ServerCase, ipv4, ipv6, run_filter, udp
 
@@ -487,15 +487,11 @@ class OneTimeTest(ServerCase):
 
     def write(self, text: bytes) -> str:
         """Write the file, and return its path."""
-        path = os.path.join(self.directory, "codes")
-        with open(path, "wb") as stream:
-            stream.write(text)
-        os.chmod(path, 0o600)
-        return path
+        return write(self.place("codes"), text)
 
     def read(self) -> bytes:
         """Return what is in it."""
-        with open(os.path.join(self.directory, "codes"), "rb") as stream:
+        with open(self.place("codes"), "rb") as stream:
             return stream.read()
 
     def test_marks(self) -> None:

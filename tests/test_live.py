@@ -19,7 +19,7 @@ from typing import Any, List, NamedTuple
 from tests.bench import HONEST, start_ours, survive
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEY, KEYS, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, Host, Process, Server, end_process, wait_for)
-from tests.support import needs_programs, needs_root
+from tests.support import needs_programs, needs_root, write
 
 LETTERS = string.digits + string.ascii_letters
 BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -248,8 +248,7 @@ def start_fwknopd(host: Host, access: str) -> Process:
     os.mkdir(directory, 0o700)
     paths = [os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf")]
     for path, text in zip(paths, ("PCAP_INTF eth0;\n", access)):
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(text)
+        write(path, text)
     daemon = host.start("fwknopd", "-f", "-c", paths[0], "-a", paths[1], "-r", directory, "-p",
                         directory + "/pid", "-d", directory + "/digest.cache")
     daemon.wait_for(Server.READY)
@@ -629,9 +628,7 @@ class LifeTest(LiveTest):
         self.assertFalse(self.client.reaches(SERVER6, 22))
         stanza = re.search(r"^\[(\S+)\]\n(?:[A-Z_0-9]+ +\S+\n)+", process.output(), re.M)
         assert stanza, process.output()
-        rc_file = self.client.path("fwknoprc")
-        with open(os.open(rc_file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(stanza.group(0))
+        rc_file = write(self.client.path("fwknoprc"), stanza.group(0))
         self.client.run(SPA_CLIENT[0], SPA_CLIENT[1], "--rc-file", rc_file, "-n", stanza.group(1))
         process.wait_for(" opened ")
         self.assertTrue(self.client.connect(SERVER4, 22).answers())

@@ -23,7 +23,7 @@ from tests.netns import (
     Server,
     wait_for,
 )
-from tests.support import TOP, needs_programs, needs_root
+from tests.support import TOP, needs_programs, needs_root, write
 
 CONFIG = """PCAP_INTF eth0;
 PCAP_FILTER udp or tcp or icmp;
@@ -42,8 +42,7 @@ def start_fwknopd(cable: Cable, access: str, config: str = CONFIG) -> Process:
     os.mkdir(directory, 0o700)
     paths = [os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf")]
     for path, text in zip(paths, (config, access)):
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(text)
+        write(path, text)
     daemon = cable.server.start(
         "fwknopd", "-f", "-c", paths[0], "-a", paths[1], "-r", directory,
         "-p", directory + "/pid", "-d", directory + "/digest.cache")
@@ -316,13 +315,11 @@ class GpgTest(DaemonCase):
 
     def test_passphrase(self) -> None:
         """From a file; gpg gets it by a file descriptor, no list of arguments ever has it."""
-        rc, log = os.path.join(self.rings.directory, "rc"), self.cable.client.path("argv")
-        with open(os.open(rc, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write("[default]\nGPG_SIGNING_PW_BASE64 Z3BnIHBhc3MjcGhyYXNl\n")
-        shim = self.cable.client.path("gpg")
-        with open(os.open(shim, os.O_WRONLY | os.O_CREAT, 0o700), "w") as file:
-            file.write('#!/bin/sh\nprintf "%%s\\n" "$@" >>%s; env >>%s; exec gpg "$@"\n'
-                       % (log, log))
+        log = self.cable.client.path("argv")
+        rc = write(os.path.join(self.rings.directory, "rc"),
+                   "[default]\nGPG_SIGNING_PW_BASE64 Z3BnIHBhc3MjcGhyYXNl\n")
+        shim = write(self.cable.client.path("gpg"), '#!/bin/sh\nprintf "%%s\\n" "$@" >>%s; '
+                     'env >>%s; exec gpg "$@"\n' % (log, log), 0o700)
         self.rings.forget()
         words = self.gpg(2, "--gpg-signer-key", "rsa2048@fko.test", "--gpg-exe", shim)
         self.cable.client.run(*SPA_CLIENT[:-1], "--rc-file", rc, *words, *KNOCK, "-A", "tcp/1204")

@@ -7,10 +7,9 @@ import sys
 import unittest
 from typing import Any, List, Tuple
 
-from tests.knockd import read, write
 from tests.netns import (CLIENT4, CLIENT6, KEYS, SERVER4, SERVER6, SPA_CLIENT, STANZA, Cable,
                          Server, wait_for)
-from tests.support import TOP, needs_programs, needs_root
+from tests.support import TOP, needs_programs, needs_root, read, write
 from tests.test_live_reach import Case as ReachCase
 
 OURS = [sys.executable, os.path.join(TOP, "spa_client.py"), "--knock"]

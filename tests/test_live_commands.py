@@ -15,7 +15,7 @@ from typing import Iterator, List
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, SERVER4, SERVER6, STANZA, Cable, Server,
                          wait_for)
-from tests.support import needs_programs, needs_root
+from tests.support import needs_programs, needs_root, write
 
 CONF = "FIREWALL_TYPE none;\n"
 COMMANDS = STANZA + "ENABLE_CMD_EXEC Y\n"
@@ -39,11 +39,8 @@ class CommandCase(unittest.TestCase):
 
     def script(self, name: str, text: str) -> str:
         """Return the path of a program that /bin/sh runs in the directory."""
-        path = os.path.join(self.directory, name)
-        with open(path, "w") as file:
-            file.write("#!/bin/sh\ncd %s\n%s\n" % (self.directory, text))
-        os.chmod(path, 0o755)
-        return path
+        return write(os.path.join(self.directory, name),
+                     "#!/bin/sh\ncd %s\n%s\n" % (self.directory, text), 0o755)
 
     def got(self, name: str = "got") -> List[str]:
         """Return the lines that scripts have written into a file."""

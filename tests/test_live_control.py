@@ -14,7 +14,7 @@ from typing import Any, List, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, Server, wait_for)
-from tests.support import TOP, needs_programs, needs_root
+from tests.support import TOP, needs_programs, needs_root, write
 
 TWO_STANZAS = STANZA + "OPEN_PORTS tcp/22\n" + STANZA.replace("KEY ", "KEY other") + \
     "OPEN_PORTS tcp/22, tcp/80\n"
@@ -60,8 +60,7 @@ class Daemon:
         os.mkdir(self.directory)
         os.mkdir(os.path.join(self.directory, "run"))
         for name, text in (("f.conf", "PCAP_INTF lo;\n"), ("a.conf", access)):
-            with open(os.open(self.path(name), os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                file.write(text)
+            write(self.path(name), text)
 
     def path(self, name: str) -> str:
         """Return the path of one of its files."""
@@ -157,8 +156,7 @@ class NameTest(ControlTest):
     def test_relative_paths_in_the_background(self) -> None:
         """Files are read again from where it was started; a file that is gone stops no server."""
         daemon = our_daemon(self, "%include more\n")
-        with open(os.open(daemon.path("more"), os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(STANZA)
+        write(daemon.path("more"), STANZA)
         self.assertEqual((0, ""), daemon.run())
         pid = daemon.pid
         self.end_later(pid)
@@ -342,8 +340,7 @@ class SignalTest(ControlTest):
         keys = os.path.join(server.directory, "keys")
         server.configure(access="SOURCE ANY\n%%include_keys %s\n" % keys)
         for key in ("first", "second"):
-            with open(os.open(keys, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write("KEY %s\nHMAC_KEY h\n" % key)
+            write(keys, "KEY %s\nHMAC_KEY h\n" % key)
             if server.process is None:
                 server.start()
             else:

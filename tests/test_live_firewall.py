@@ -17,7 +17,7 @@ from typing import Any, Callable, List, NamedTuple, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, Host, Server, in_parallel, wait_for)
-from tests.support import TOP, needs_programs, needs_root
+from tests.support import TOP, needs_programs, needs_root, write
 
 NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
 BACKENDS = (NFT, IPTABLES_NFT, IPTABLES_LEGACY)
@@ -476,12 +476,6 @@ class TamperTest(FirewallTest):
         self.check_all(SETUPS, check)
 
 
-def write_program(path: str, lines: str) -> None:
-    """Write a shell script."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), "w") as file:
-        file.write("#!/bin/sh\n" + lines)
-
-
 @needs_firewalls
 class FailureTest(FirewallTest):
     """The firewall's program fails."""
@@ -499,9 +493,10 @@ class FailureTest(FirewallTest):
             real = shutil.which(
                 name if backend == NFT else name.replace("tables", "tables-" + backend[9:], 1))
             changes = "true" if name == "nft" or "restore" in name else "false"
-            write_program(os.path.join(directory, name),
-                          'if %s && [ -e %s ]; then echo "no luck" >&2; exit 4; fi\nexec %s "$@"\n'
-                          % (changes, broken, real))
+            write(os.path.join(directory, name),
+                  "#!/bin/sh\n"
+                  'if %s && [ -e %s ]; then echo "no luck" >&2; exit 4; fi\nexec %s "$@"\n'
+                  % (changes, broken, real), 0o755)
         return os.path.join(directory, names[0]), broken
 
     def test_a_failing_iptables(self) -> None:
@@ -923,10 +918,7 @@ class GuardTest(FirewallTest):
             directory = cable.server.path("programs")
             os.mkdir(directory)
             for name in ("iptables", "iptables-restore", "ip6tables", "ip6tables-restore"):
-                path = os.path.join(directory, name)
-                with open(path, "w") as file:
-                    file.write("#!/bin/sh\necho no luck >&2\nexit 1\n")
-                os.chmod(path, 0o755)
+                write(os.path.join(directory, name), "#!/bin/sh\necho no luck >&2\nexit 1\n", 0o755)
             path = "PATH=%s:%s" % (directory, os.environ["PATH"])
             server = Server(cable.server, "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n",
                             launcher=["env", path]).start()

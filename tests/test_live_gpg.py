@@ -9,7 +9,7 @@ from typing import Dict, List, Tuple
 from tests.gnupg import Keyring
 from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, Cable, Server,
                          wait_for)
-from tests.support import needs_programs, needs_root
+from tests.support import needs_programs, needs_root, write
 from tests.test_gpg import other_words, strip
 
 KNOCK = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
@@ -174,11 +174,9 @@ class LiveGpgTest(unittest.TestCase):
         """Return a gpg that counts its runs, and the file it counts in."""
         directory = self.cable.server.path("gpg")
         os.mkdir(directory)
-        program, runs = os.path.join(directory, "gpg"), os.path.join(directory, "runs")
-        with open(program, "w") as file:
-            file.write("#!/bin/sh\ncase \"$*\" in *--decrypt*) echo >>%s;; esac\n"
-                       "exec gpg \"$@\"\n" % runs)
-        os.chmod(program, 0o700)
+        runs = os.path.join(directory, "runs")
+        program = write(os.path.join(directory, "gpg"), "#!/bin/sh\ncase \"$*\" in *--decrypt*) "
+                        "echo >>%s;; esac\nexec gpg \"$@\"\n" % runs, 0o700)
         with open(runs, "w"):
             return program, runs
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, Tuple
 from tests.bench import drop_all, start_fwknopd
 from tests.netns import (CLIENT4, CLIENT6, KEYS, PATIENCE, SERVER4, SERVER6, SPA_CLIENT, STANZA,
                          Cable, Host, Server, wait_for)
-from tests.support import TOP, needs_programs, needs_root
+from tests.support import TOP, needs_programs, needs_root, write
 
 GUARD = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22, tcp/80;\n"
 OPENED = r"tcp/22 of \S+ opened after \d+\.\d\d seconds"
@@ -138,11 +138,10 @@ class Knocks(Case):
 
     def test_several_names(self) -> None:
         """-n a,b knocks at each; one that can't be sent does not stop the other, and exit is 1."""
-        path = self.client.path("rc")
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write("[default]\nKEY testkey\nHMAC_KEY hmackey\nALLOW_IP source\n"
-                       "[a]\nSPA_SERVER %s\nACCESS tcp/22\n[b]\nSPA_SERVER %s\nACCESS tcp/80\n"
-                       "[c]\nSPA_SERVER nosuch.invalid\nACCESS tcp/22\n" % (SERVER4, SERVER6))
+        path = write(self.client.path("rc"),
+                     "[default]\nKEY testkey\nHMAC_KEY hmackey\nALLOW_IP source\n"
+                     "[a]\nSPA_SERVER %s\nACCESS tcp/22\n[b]\nSPA_SERVER %s\nACCESS tcp/80\n"
+                     "[c]\nSPA_SERVER nosuch.invalid\nACCESS tcp/22\n" % (SERVER4, SERVER6))
         self.host.listen(22, 80)
         program = [SPA_CLIENT[0], SPA_CLIENT[1], "--rc-file", path, "-n"]
         mark = self.server.mark()
@@ -394,10 +393,9 @@ class Ssh(Case):
         sshd = self.host.start(shutil.which("sshd", path="/usr/sbin:/sbin:/usr/local/sbin"),
                                "-D", "-e", "-f", os.path.join(directory, "sshd"))
         sshd.wait_for("Server listening on 0.0.0.0 port 22.")
-        rc_file = os.path.join(self.client.directory, ".fwknoprc")
-        with open(os.open(rc_file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write("[gate]\nKEY testkey\nHMAC_KEY hmackey\nALLOW_IP source\nACCESS tcp/22\n"
-                       "SPA_SERVER %s\n" % SERVER4)
+        write(os.path.join(self.client.directory, ".fwknoprc"),
+              "[gate]\nKEY testkey\nHMAC_KEY hmackey\nALLOW_IP source\nACCESS tcp/22\n"
+              "SPA_SERVER %s\n" % SERVER4)
         with open(os.path.join(directory, "config"), "w") as file:
             file.write("Host inside\n HostName %s\n User root\n IdentityFile %s/user\n"
                        " StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"

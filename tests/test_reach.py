@@ -14,7 +14,7 @@ import unittest
 from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
-from tests.support import find_pythons, load_script, nearest_python, skip
+from tests.support import find_pythons, load_script, nearest_python, skip, write
 from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver, fields, python,
                                unseal)
 
@@ -638,10 +638,8 @@ class Documents(Case):
         """What a shell prints for a script that follows our completions."""
         if not shutil.which(shell):
             skip("%s is not here" % shell)
-        program = os.path.join(self.home, "spa_client.py")
-        with open(program, "w") as file:
-            file.write('#!/bin/sh\nexec %s -I -S %s "$@"\n' % (python(), SCRIPT))
-        os.chmod(program, 0o755)
+        write(self.place("spa_client.py"), '#!/bin/sh\nexec %s -I -S %s "$@"\n'
+              % (python(), SCRIPT), 0o755)
         environment = dict(self.environment, PATH=self.home + ":" + os.environ["PATH"])
         text = self.run_main("--completion", shell)[1]
         done = subprocess.run([shell, "-c", text + script], env=environment, cwd=self.home,

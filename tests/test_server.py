@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script, run, skip
+from tests.support import DirectoryCase, load_script, run, skip, write
 from tests.test_packet import NOW, Sender, b64, judge
 
 server = load_script("spa_server")  # type: Any
@@ -128,15 +128,13 @@ def datagram(payload: bytes = b"", source: str = CLIENT, destination: str = HOST
                            ipaddress.ip_address(destination).packed, 62201)
 
 
-class ServerCase(unittest.TestCase):
+class ServerCase(DirectoryCase):
     """A directory, clocks, a log and a firewall, and the server on top of them."""
 
     def setUp(self) -> None:
         """Make all but the server, which needs stanzas."""
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.directory = directory.name
-        self.path = os.path.join(self.directory, "digest.cache")
+        super().setUp()
+        self.path = self.place("digest.cache")
         self.clock = Clock()
         self.firewall = FakeFirewall(self.clock)
         self.stream = io.StringIO()
@@ -152,18 +150,13 @@ class ServerCase(unittest.TestCase):
 
     def stanzas(self, text: str) -> List[Any]:
         """Return the stanzas of an access.conf."""
-        path = os.path.join(self.directory, "access.conf")
-        with open(path, "w") as stream:
-            stream.write(text)
-        return list(server.read_stanzas(path)[0])
+        return list(server.read_stanzas(write(self.place("access.conf"), text))[0])
 
     def serve(self, access: str, conf: str = "", boot: str = "boot-1") -> Any:
         """Return a server for these files."""
-        path = os.path.join(self.directory, "fwknopd.conf")
-        with open(path, "w") as stream:
-            stream.write("FWKNOP_RUN_DIR %s;\n%s" % (self.directory, conf))
         settings = server.ServerSettings()
-        server.read_server_settings(path, settings)
+        text = "FWKNOP_RUN_DIR %s;\n%s" % (self.directory, conf)
+        server.read_server_settings(write(self.place("fwknopd.conf"), text), settings)
         made = server.Server(server.Configuration(settings, self.stanzas(access), []),
                              self.firewall, self.log)
         made.memory.close()

@@ -1,11 +1,10 @@
 """The shared blocks: equal to the letter, in marked pairs, and free of their host's names."""
 
 import os
-import tempfile
 import unittest
 
 from tests import shared
-from tests.support import TOP
+from tests.support import TOP, DirectoryCase, write
 
 PAIR = {"sum": shared.Block(("a.py", "b.py"), frozenset(["os"]))}
 BLOCK = ("# --- shared: sum -- the same text in a.py and b.py --\n"
@@ -28,47 +27,41 @@ class RealBlocksTest(unittest.TestCase):
             self.assertEqual([], known)
 
 
-class CheckerTest(unittest.TestCase):
+class CheckerTest(DirectoryCase):
     """The checker finds what it is for, and the copier mends it."""
 
     def setUp(self) -> None:
         """Make a directory with two scripts that share a block."""
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.top = directory.name
-        self.write("a.py", "import os\n" + BLOCK + "print(1)\n")
-        self.write("b.py", "import os\nimport sys\n\n" + BLOCK)
-
-    def write(self, name: str, text: str) -> None:
-        """Write a script."""
-        with open(os.path.join(self.top, name), "w", newline="") as stream:
-            stream.write(text)
+        super().setUp()
+        write(self.place("a.py"), "import os\n" + BLOCK + "print(1)\n")
+        write(self.place("b.py"), "import os\nimport sys\n\n" + BLOCK)
 
     def problems(self) -> str:
         """Return what the checker says, as one text."""
-        return "\n".join(shared.find_problems(self.top, PAIR))
+        return "\n".join(shared.find_problems(self.directory, PAIR))
 
     def test_a_good_pair(self) -> None:
         """Nothing is said, nothing written."""
         self.assertEqual("", self.problems())
-        self.assertEqual([], shared.write_copies(self.top, PAIR))
+        self.assertEqual([], shared.write_copies(self.directory, PAIR))
 
     def test_a_copy_that_differs_is_found_and_mended(self) -> None:
         """One letter is enough; what is around the copy stays."""
-        self.write("b.py", "import os\nimport sys\n\n" + BLOCK.replace("= 3", "= 4") + "# end\n")
+        write(self.place("b.py"), "import os\nimport sys\n\n"
+              + BLOCK.replace("= 3", "= 4") + "# end\n")
         self.assertIn("b.py: block sum differs from a.py's", self.problems())
-        self.assertEqual(["b.py"], shared.write_copies(self.top, PAIR))
+        self.assertEqual(["b.py"], shared.write_copies(self.directory, PAIR))
         self.assertEqual("", self.problems())
-        with open(os.path.join(self.top, "b.py")) as stream:
+        with open(os.path.join(self.directory, "b.py")) as stream:
             self.assertEqual("import os\nimport sys\n\n" + BLOCK + "# end\n", stream.read())
 
     def test_a_missing_block_or_script(self) -> None:
         """Both are told apart, and --write does not invent a place."""
-        self.write("b.py", "import os\n")
+        write(self.place("b.py"), "import os\n")
         self.assertIn("b.py: has no block sum", self.problems())
-        os.unlink(os.path.join(self.top, "b.py"))
+        os.unlink(os.path.join(self.directory, "b.py"))
         self.assertIn("b.py: does not exist, so it has no block sum", self.problems())
-        self.assertEqual([], shared.write_copies(self.top, PAIR))
+        self.assertEqual([], shared.write_copies(self.directory, PAIR))
 
     def test_markers_that_are_no_pairs(self) -> None:
         """Without an end, without a beginning, nested, twice, misspelt, for another file."""
@@ -83,7 +76,7 @@ class CheckerTest(unittest.TestCase):
                 (BLOCK + first.replace("sum", "x") + last.replace("sum", "x"), "x is not in the"),
         ):
             with self.subTest(expected):
-                self.write("b.py", "" + text)
+                write(self.place("b.py"), "" + text)
                 self.assertIn(expected, self.problems())
 
     def test_names_of_the_host_file(self) -> None:
@@ -98,7 +91,7 @@ class CheckerTest(unittest.TestCase):
         ):
             with self.subTest(line):
                 self.assertEqual(names, shared.foreign_names(line))
-        self.write("b.py", BLOCK.replace("LIMIT,", "HOST,"))
+        write(self.place("b.py"), BLOCK.replace("LIMIT,", "HOST,"))
         self.assertIn("b.py: block sum uses HOST", self.problems())
 
 
