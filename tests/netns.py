@@ -15,9 +15,11 @@ is told what to do in lines of JSON: a probe then costs no start of an interpret
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import tempfile
 import threading
 import time
 import unittest
-from typing import Any, Callable, Iterable, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
 from tests.support import TOP, write
 
@@ -313,6 +315,17 @@ class Host:
         """Send UDP datagrams."""
         self.ask("send", source, address, port, payloads)
 
+    @contextlib.contextmanager
+    def names(self, text: str) -> Iterator[None]:
+        """Let the host have this /etc/hosts for a while (ip-netns(8))."""
+        directory = "/etc/netns/" + self.name
+        os.makedirs(directory)
+        try:
+            write(directory + "/hosts", text, 0o644)
+            yield
+        finally:
+            shutil.rmtree(directory)
+
     def remove(self) -> None:
         """End what was started, and take the namespace away."""
         for process in self.started:
@@ -429,6 +442,11 @@ class Server:
         """Return the first line with `text` after `start`; wait for it."""
         return self.running().wait_for(text, start, patience)
 
+    def wait_opened(self, address: str, port: int, start: int = 0) -> None:
+        """Wait until it has opened a TCP port for an address."""
+        everywhere = "::/0" if ":" in address else "0.0.0.0/0"
+        self.wait_for(" opened %s -> %s tcp/%d for " % (address, everywhere, port), start)
+
     def send_signal(self, number: int) -> None:
         """Send a signal."""
         self.running().popen.send_signal(number)
@@ -443,3 +461,25 @@ class Server:
         mark = self.mark()
         client.run(*program, *keys, *options)
         return self.wait_for(expect, mark)
+
+
+def start_fwknopd(host: Host, access: str, config: str = "PCAP_INTF eth0;\n") -> Process:
+    """Start the real server in the foreground, and return it when it listens."""
+    directory = host.path("fwknopd")
+    os.mkdir(directory, 0o700)
+    daemon = host.start(
+        "fwknopd", "-f", "-c", write(os.path.join(directory, "fwknopd.conf"), config),
+        "-a", write(os.path.join(directory, "access.conf"), access), "-r", directory,
+        "-p", directory + "/pid", "-d", directory + "/digest.cache")
+    daemon.wait_for(Server.READY)
+    return daemon
+
+
+class CableCase(unittest.TestCase):
+    """A test with two hosts of its own."""
+
+    def setUp(self) -> None:
+        """Connect them."""
+        self.cable = Cable()
+        self.addCleanup(self.cable.close)
+        self.client, self.host = self.cable.client, self.cable.server

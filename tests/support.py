@@ -95,6 +95,29 @@ class DirectoryCase(unittest.TestCase):
         return os.path.join(self.directory, name)
 
 
+class SharedCase(unittest.TestCase):
+    """Tests that share what is made once; it is closed at their end, also if the making fails."""
+
+    kept: contextlib.ExitStack
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Prepare."""
+        with contextlib.ExitStack() as stack:
+            cls.prepare(stack)
+            cls.kept = stack.pop_all()
+
+    @classmethod
+    def prepare(cls, stack: contextlib.ExitStack) -> None:
+        """Make it; `stack` closes what it is given."""
+        raise NotImplementedError
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        """Close it."""
+        cls.kept.close()
+
+
 # ------------------------------------------------------------------- interpreters
 
 class Python(NamedTuple):

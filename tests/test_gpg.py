@@ -5,6 +5,7 @@ with the packets of the real client in vectors/ and packets that gpg makes here.
 """
 
 import base64
+import contextlib
 import hmac
 import os
 import sys
@@ -13,7 +14,7 @@ import unittest
 from typing import Any, Dict, List, Tuple
 
 from tests.gnupg import Keyring
-from tests.support import load_script, needs_programs, write
+from tests.support import SharedCase, load_script, needs_programs, write
 from tests.test_config import ConfigCase
 from tests.test_packet import Sender, b64, read_vectors
 from tests.test_server import DOOR22, ServerCase, datagram
@@ -721,27 +722,22 @@ class RealGpgCase(ServerCase):
 
 
 @needs_programs("gpg", "gpgconf")
-class VectorTest(RealGpgCase):
+class VectorTest(SharedCase, RealGpgCase):
     """Packets of the real client, with the keys they were made for."""
 
     vectors = None  # type: Any
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def prepare(cls, stack: contextlib.ExitStack) -> None:
         """A home with the server's secret key, and the client's public one, trusted."""
         cls.vectors = read_vectors("fwknop.json")
         keys = cls.vectors["gpg_test_keys"]
-        cls.ring = Keyring()
+        cls.ring = stack.enter_context(Keyring())
         cls.ring.run("--import", text=keys["recipient_secret_armored"].encode())
         with Keyring() as other:
             other.run("--import", text=keys["signer_secret_armored"].encode())
             cls.ring.take(other, SIGNER)
         cls.ring.trust(SIGNER)
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        """End its agent."""
-        cls.ring.close()
 
     # The keys are of November 2026, which may not have come where this runs.
     then = "--faked-system-time 20261122T180000!"
@@ -825,7 +821,7 @@ class VectorTest(RealGpgCase):
 
 
 @needs_programs("gpg", "gpgconf")
-class KeyTest(RealGpgCase):
+class KeyTest(SharedCase, RealGpgCase):
     """Keys of several kinds, made here: what fits, what opens, what does not."""
 
     clients = None  # type: Any
@@ -833,9 +829,10 @@ class KeyTest(RealGpgCase):
     recipients, signers = {}, {}  # type: Tuple[Dict[str, str], Dict[str, str]]
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def prepare(cls, stack: contextlib.ExitStack) -> None:
         """The server's home with a key of each kind; the clients' with good and bad signers."""
-        cls.ring, cls.clients = Keyring(), Keyring()
+        cls.ring = stack.enter_context(Keyring())
+        cls.clients = stack.enter_context(Keyring())
         cls.recipients = {kind: cls.ring.generate("s" + kind, kind)
                           for kind in ("rsa2048", "rsa3072", "rsa4096")}
         cls.recipients["curve25519"] = cls.ring.generate(
@@ -856,12 +853,6 @@ class KeyTest(RealGpgCase):
             elif name not in ("unknown", "untrusted"):
                 cls.ring.trust(fingerprint)
         cls.ring.revoke(cls.clients, cls.signers["revoked"])
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        """End their agents."""
-        cls.ring.close()
-        cls.clients.close()
 
     def plain(self) -> bytes:
         """Return a knock of now that was not sent yet."""

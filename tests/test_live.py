@@ -6,6 +6,7 @@ would open stands in its log and nothing has to end.
 
 import base64
 import concurrent.futures
+import contextlib
 import functools
 import os
 import re
@@ -18,8 +19,9 @@ from typing import Any, List, NamedTuple
 
 from tests.bench import HONEST, start_ours, survive
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEY, KEYS, SERVER4, SERVER6, SPA_CLIENT,
-                         SPA_SERVER, STANZA, Cable, Host, Process, Server, end_process, wait_for)
-from tests.support import needs_programs, needs_root, write
+                         SPA_SERVER, STANZA, Cable, CableCase, Host, Server, end_process,
+                         start_fwknopd, wait_for)
+from tests.support import SharedCase, needs_programs, needs_root, write
 
 LETTERS = string.digits + string.ascii_letters
 BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -134,7 +136,7 @@ def send_all(client: Host, program: List[str], cases: List[Case]) -> None:
 
 @needs_root
 @needs_programs("ip")
-class MatrixTest(unittest.TestCase):
+class MatrixTest(SharedCase):
     """Every digest with every HMAC type, all modes and lengths of keys, by name and by base64."""
 
     cable: Cable
@@ -142,20 +144,11 @@ class MatrixTest(unittest.TestCase):
     cases = make_cases()
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def prepare(cls, stack: contextlib.ExitStack) -> None:
         """Start one server with a stanza for each case."""
-        cls.cable = Cable()
-        try:
-            access = "".join(case.stanza() for case in cls.cases)
-            cls.server = Server(cls.cable.server, "", access, "-t").start()
-        except BaseException:
-            cls.cable.close()
-            raise
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        """Take the hosts away."""
-        cls.cable.close()
+        cls.cable = stack.enter_context(Cable())
+        access = "".join(case.stanza() for case in cls.cases)
+        cls.server = Server(cls.cable.server, "", access, "-t").start()
 
     def test_the_matrix_has_every_value_twice(self) -> None:
         """The pace of modes and keys leaves nothing out."""
@@ -242,27 +235,8 @@ class MatrixTest(unittest.TestCase):
                                  line)
 
 
-def start_fwknopd(host: Host, access: str) -> Process:
-    """Start the real server in the foreground, and return it when it listens."""
-    directory = host.path("fwknopd")
-    os.mkdir(directory, 0o700)
-    paths = [os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf")]
-    for path, text in zip(paths, ("PCAP_INTF eth0;\n", access)):
-        write(path, text)
-    daemon = host.start("fwknopd", "-f", "-c", paths[0], "-a", paths[1], "-r", directory, "-p",
-                        directory + "/pid", "-d", directory + "/digest.cache")
-    daemon.wait_for(Server.READY)
-    return daemon
-
-
-class LiveTest(unittest.TestCase):
-    """A test with two hosts of its own."""
-
-    def setUp(self) -> None:
-        """Make the hosts."""
-        self.cable = Cable()
-        self.addCleanup(self.cable.close)
-        self.client = self.cable.client
+class LiveTest(CableCase):
+    """A test with two hosts of its own, and packets of the real client."""
 
     def serve(self, config: str = "", access: str = STANZA, *options: str, **more: Any) -> Server:
         """Return a running server that leaves the firewall alone."""

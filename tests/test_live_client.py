@@ -1,5 +1,6 @@
 """Our client against the real fwknopd: every type of message, every carrier, GPG."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,19 +12,9 @@ import time
 import unittest
 from typing import Any, List
 
-from tests.netns import (
-    CLIENT4,
-    KEYS,
-    PATIENCE,
-    SERVER4,
-    SPA_CLIENT,
-    STANZA,
-    Cable,
-    Process,
-    Server,
-    wait_for,
-)
-from tests.support import TOP, needs_programs, needs_root, write
+from tests.netns import (CLIENT4, KEYS, PATIENCE, SERVER4, SPA_CLIENT, STANZA, Cable, Process,
+                         start_fwknopd, wait_for)
+from tests.support import TOP, SharedCase, needs_programs, needs_root, write
 
 CONFIG = """PCAP_INTF eth0;
 PCAP_FILTER udp or tcp or icmp;
@@ -36,21 +27,7 @@ GPG_HMAC = "gpg-hmac-%d"
 PASSPHRASE = "gpg pass#phrase"
 
 
-def start_fwknopd(cable: Cable, access: str, config: str = CONFIG) -> Process:
-    """Start the real server, and return it when it listens."""
-    directory = cable.server.path("fwknopd")
-    os.mkdir(directory, 0o700)
-    paths = [os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf")]
-    for path, text in zip(paths, (config, access)):
-        write(path, text)
-    daemon = cable.server.start(
-        "fwknopd", "-f", "-c", paths[0], "-a", paths[1], "-r", directory,
-        "-p", directory + "/pid", "-d", directory + "/digest.cache")
-    daemon.wait_for(Server.READY)
-    return daemon
-
-
-class DaemonCase(unittest.TestCase):
+class DaemonCase(SharedCase):
     """Tests with one fwknopd for all of them; each asks for a port that no other asks for."""
 
     cable: Cable
@@ -58,19 +35,10 @@ class DaemonCase(unittest.TestCase):
     access = STANZA + "ENABLE_CMD_EXEC Y\n"
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def prepare(cls, stack: contextlib.ExitStack) -> None:
         """Start it."""
-        cls.cable = Cable()
-        try:
-            cls.daemon = start_fwknopd(cls.cable, cls.access)
-        except BaseException:
-            cls.cable.close()
-            raise
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        """Take the hosts away."""
-        cls.cable.close()
+        cls.cable = stack.enter_context(Cable())
+        cls.daemon = start_fwknopd(cls.cable.server, cls.access, CONFIG)
 
     def knock(self, *words: str, keys: List[str] = KEYS) -> str:
         """Run our client, and return what it printed."""
@@ -272,9 +240,10 @@ class GpgTest(DaemonCase):
     rings: Rings
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def prepare(cls, stack: contextlib.ExitStack) -> None:
         """Make key rings, and a stanza for each kind of packet; their HMAC keys tell them apart."""
         cls.rings = Rings()
+        stack.callback(cls.rings.close)
         cls.access = ""
         for number, policy in enumerate((
                 "GPG_DISABLE_SIG Y", "GPG_REMOTE_ID " + cls.rings.fingerprint("client@")[-8:],
@@ -282,17 +251,7 @@ class GpgTest(DaemonCase):
             cls.access += ("SOURCE ANY\nGPG_HOME_DIR %s\nGPG_DECRYPT_ID server@fko.test\n"
                            "GPG_ALLOW_NO_PW Y\nHMAC_KEY %s\n%s\n"
                            % (cls.rings.server, GPG_HMAC % number, policy))
-        try:
-            super().setUpClass()
-        except BaseException:
-            cls.rings.close()
-            raise
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        """Delete the rings."""
-        cls.rings.close()
-        super().tearDownClass()
+        super().prepare(stack)
 
     def gpg(self, number: int, *words: str) -> List[str]:
         """The options for a packet to the stanza of this number."""

@@ -8,9 +8,8 @@ import unittest
 from typing import Any, List, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, KEYS, SERVER4, SERVER6, SPA_CLIENT, STANZA, Cable,
-                         Server, wait_for)
+                         CableCase, Server, wait_for)
 from tests.support import TOP, needs_programs, needs_root, read, write
-from tests.test_live_reach import Case as ReachCase
 
 OURS = [sys.executable, os.path.join(TOP, "spa_client.py"), "--knock"]
 THEIRS = ["knock"]
@@ -96,13 +95,11 @@ class Wire:
 
 @needs_root
 @needs_programs("ip", "knock", "nft", "tcpdump")
-class WireTest(unittest.TestCase):
+class WireTest(CableCase):
     """The same packets as `knock` sends, no more."""
 
     def setUp(self) -> None:
-        self.cable = Cable()
-        self.addCleanup(self.cable.close)
-        self.client = self.cable.client
+        super().setUp()
         self.cable.server.listen(*range(7771, 7775))
         self.cable.server.run(
             "nft", "-f", "-", input="table inet t { chain c { type filter hook input priority 0; "
@@ -176,13 +173,8 @@ class WireTest(unittest.TestCase):
                              (code, said))
 
 
-class KnockCase(ReachCase):
+class KnockCase(CableCase):
     """Two hosts and an rc file; no server yet."""
-
-    def setUp(self) -> None:
-        self.cable = Cable()
-        self.addCleanup(self.cable.close)
-        self.client, self.host = self.cable.client, self.cable.server
 
     def named(self, text: str, *words: str, **options: Any) -> Tuple[int, str]:
         """Exit code and output of our client with this rc file and its stanza [home]."""
@@ -231,7 +223,7 @@ class KnockdTest(KnockCase):
 
     def test_both_families(self) -> None:
         """A name with two addresses: each gets the whole sequence."""
-        with self.names(self.client, "%s gate\n%s gate\n" % (SERVER6, SERVER4)):
+        with self.client.names("%s gate\n%s gate\n" % (SERVER6, SERVER4)):
             self.assertEqual((0, ""), self.client.run_code(*OURS, "gate", *SEQUENCE))
         self.wait_door(CLIENT4, 1)
         self.wait_door(CLIENT6, 1)
@@ -289,7 +281,7 @@ class ServerTest(KnockCase):
                 self.server.wait_for("%s: (stanza #1): OPEN SESAME" % source, mark)
                 self.assertNotIn(" opened ", self.server.log(mark))
                 self.assertEqual((0, ""), self.named(RC % address + keys))
-                self.wait_opened(source, 22, mark)
+                self.server.wait_opened(source, 22, mark)
 
     def test_knockd_conf(self) -> None:
         """The same knockd.conf as knockd's, with an ICMP step that only ours knows."""

@@ -13,8 +13,8 @@ import time
 import unittest
 from typing import Iterator, List
 
-from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, SERVER4, SERVER6, STANZA, Cable, Server,
-                         wait_for)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, SERVER4, SERVER6, STANZA, CableCase,
+                         Server, wait_for)
 from tests.support import needs_programs, needs_root, write
 
 CONF = "FIREWALL_TYPE none;\n"
@@ -24,14 +24,12 @@ KNOCK = ["-A", "tcp/22"] + TO_SERVER
 RETURNED = "command returned"
 
 
-class CommandCase(unittest.TestCase):
+class CommandCase(CableCase):
     """Two hosts and a directory for scripts that every user can enter."""
 
     def setUp(self) -> None:
-        """Connect the hosts."""
-        self.cable = Cable()
-        self.addCleanup(self.cable.close)
-        self.client = self.cable.client
+        """Make the directory."""
+        super().setUp()
         os.chmod(self.cable.temporary.name, 0o755)
         self.directory = self.cable.server.path("scripts")
         os.mkdir(self.directory)

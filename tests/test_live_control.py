@@ -13,7 +13,7 @@ import unittest
 from typing import Any, List, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
-                         SPA_SERVER, STANZA, Cable, Server, wait_for)
+                         SPA_SERVER, STANZA, CableCase, Server, wait_for)
 from tests.support import TOP, needs_programs, needs_root, write
 
 TWO_STANZAS = STANZA + "OPEN_PORTS tcp/22\n" + STANZA.replace("KEY ", "KEY other") + \
@@ -22,14 +22,8 @@ OTHER_KEYS = ["--key-rijndael", "othertestkey", "--key-hmac", "otherhmackey"]
 BACKENDS = ("GUARD_PORTS tcp/22;\nFIREWALL_TYPE nft;\n", "FIREWALL_TYPE iptables;\n")
 
 
-class ControlTest(unittest.TestCase):
+class ControlTest(CableCase):
     """A test with two hosts."""
-
-    def setUp(self) -> None:
-        """Make the hosts."""
-        self.cable = Cable()
-        self.addCleanup(self.cable.close)
-        self.client, self.host = self.cable.client, self.cable.server
 
     def knock(self, server: Server, *options: str, **more: Any) -> str:
         """Knock from the client's first address."""

@@ -1,15 +1,16 @@
 """GPG packets of the real fwknop client: what they open, and what nobody can open with them."""
 
 import base64
+import contextlib
 import os
 import subprocess
 import unittest
 from typing import Dict, List, Tuple
 
 from tests.gnupg import Keyring
-from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, Cable, Server,
-                         wait_for)
-from tests.support import needs_programs, needs_root, write
+from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, CableCase,
+                         Server, wait_for)
+from tests.support import SharedCase, needs_programs, needs_root, write
 from tests.test_gpg import other_words, strip
 
 KNOCK = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
@@ -19,7 +20,7 @@ GUARD = "GUARD_PORTS tcp/22;\nFIREWALL_TYPE nft;\n"
 
 @needs_root
 @needs_programs("ip", "fwknop", "gpg", "gpgconf")
-class LiveGpgTest(unittest.TestCase):
+class LiveGpgTest(SharedCase, CableCase):
     """One cable, one home of the server's, one of the clients', a server for each test."""
 
     server_ring: Keyring
@@ -28,9 +29,10 @@ class LiveGpgTest(unittest.TestCase):
     signers: Dict[str, str]
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def prepare(cls, stack: contextlib.ExitStack) -> None:
         """Make the keys: the client's and the server's know each other, as fwknop wants it."""
-        cls.server_ring, cls.client_ring = Keyring(), Keyring()
+        cls.server_ring = stack.enter_context(Keyring())
+        cls.client_ring = stack.enter_context(Keyring())
         cls.recipients = {kind: cls.server_ring.generate("server" + kind, kind)
                           for kind in ("rsa2048", "rsa3072")}
         cls.recipients["other"] = cls.client_ring.generate("elsewhere", "rsa2048")
@@ -48,18 +50,6 @@ class LiveGpgTest(unittest.TestCase):
             if name not in ("unknown", "untrusted"):
                 cls.server_ring.trust(fingerprint)
         cls.server_ring.revoke(cls.client_ring, cls.signers["revoked"])
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        """End the agents."""
-        cls.server_ring.close()
-        cls.client_ring.close()
-
-    def setUp(self) -> None:
-        """Plug a cable in."""
-        self.cable = Cable()
-        self.addCleanup(self.cable.close)
-        self.client = self.cable.client
 
     def stanza(self, *signers: str, lines: str = "", recipient: str = "rsa2048") -> str:
         """Return a stanza for one recipient that these may sign for; none: nobody is asked."""

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import unittest
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Tuple
 
-from tests.bench import drop_all, start_fwknopd
+from tests.bench import drop_all
 from tests.netns import (CLIENT4, CLIENT6, KEYS, PATIENCE, SERVER4, SERVER6, SPA_CLIENT, STANZA,
-                         Cable, Host, Server, wait_for)
+                         Cable, CableCase, Server, start_fwknopd, wait_for)
 from tests.support import TOP, needs_programs, needs_root, write
 
 GUARD = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22, tcp/80;\n"
@@ -80,37 +80,18 @@ PidFile none
 """
 
 
-class Case(unittest.TestCase):
+class Case(CableCase):
     """Two hosts, and a server that guards two ports."""
 
     config = GUARD
 
     def setUp(self) -> None:
-        self.cable = Cable()
-        self.addCleanup(self.cable.close)
-        self.client, self.host = self.cable.client, self.cable.server
+        super().setUp()
         self.server = Server(self.host, self.config, STANZA).start()
 
     def knock(self, *words: str, **options: Any) -> Tuple[int, str]:
         """Exit code and output of a knock at the server, opening for where it comes from."""
         return self.client.run_code(*SPA_CLIENT, *KEYS, "-s", *words, **options)
-
-    def wait_opened(self, address: str, port: int, mark: int = 0) -> None:
-        """Wait until the server has opened a port for an address."""
-        everywhere = "::/0" if ":" in address else "0.0.0.0/0"
-        self.server.wait_for(" opened %s -> %s tcp/%d for " % (address, everywhere, port), mark)
-
-    @contextlib.contextmanager
-    def names(self, host: Host, text: str) -> Iterator[None]:
-        """Let a host have this /etc/hosts (ip-netns(8))."""
-        directory = "/etc/netns/" + host.name
-        os.makedirs(directory)
-        try:
-            with open(directory + "/hosts", "w") as file:
-                file.write(text)
-            yield
-        finally:
-            shutil.rmtree(directory)
 
     def popen(self, *words: str, **pipes: Any) -> "subprocess.Popen[bytes]":
         """A knock with pipes."""
@@ -125,13 +106,13 @@ class Knocks(Case):
     def test_both_families(self) -> None:
         """One knock at a name opens its IPv4 and its IPv6 address; -4 and -6 narrow it."""
         self.host.listen(22, 80)
-        with self.names(self.client, "%s gate\n%s gate\n" % (SERVER4, SERVER6)):
+        with self.client.names("%s gate\n%s gate\n" % (SERVER4, SERVER6)):
             for words, port, expected in ((["-4"], 80, [True, False]), ([], 22, [True, True]),
                                           (["-6"], 80, [True, True])):
                 mark = self.server.mark()
                 self.assertEqual((0, ""), self.knock("-A", "tcp/%d" % port, "-D", "gate", *words))
                 for address in (CLIENT4, CLIENT6)[words == ["-6"]:2 - (words == ["-4"])]:
-                    self.wait_opened(address, port, mark)
+                    self.server.wait_opened(address, port, mark)
                 reached = self.client.probe(("", SERVER4, port), ("", SERVER6, port))
                 self.assertEqual(expected, reached, words)
         self.assertNotIn("Replay", self.server.log())
@@ -146,8 +127,8 @@ class Knocks(Case):
         program = [SPA_CLIENT[0], SPA_CLIENT[1], "--rc-file", path, "-n"]
         mark = self.server.mark()
         self.assertEqual((0, ""), self.client.run_code(*program, "a,b"))
-        self.wait_opened(CLIENT4, 22, mark)
-        self.wait_opened(CLIENT6, 80, mark)
+        self.server.wait_opened(CLIENT4, 22, mark)
+        self.server.wait_opened(CLIENT6, 80, mark)
         code, text = self.client.run_code(*program, "c, b", "--wait", "20")
         self.assertEqual(1, code, text)
         self.assertRegex(text, r"\[c\] nosuch.invalid: .*\n(?s:.*)1 of 2 knocks failed\n")
@@ -169,7 +150,7 @@ class Knocks(Case):
             text = self.client.run(*SPA_CLIENT, *KEYS, "-A", "tcp/22", "-D", server, "-v",
                                    "--resolve-stun", server)
             self.assertIn("Message String: %s,tcp/22" % own, text)
-            self.wait_opened(own, 22, mark)
+            self.server.wait_opened(own, 22, mark)
             stun.wait_for("answered " + own)
         code, text = self.client.run_code(*SPA_CLIENT, *KEYS, "-A", "tcp/22", "-D", SERVER4,
                                           "--resolve-stun", "[%s]:9" % CLIENT6)
@@ -204,7 +185,7 @@ class Waits(Case):
         code, text = self.knock("-A", "tcp/80", "-D", SERVER4, "--wait", "2")
         self.assertEqual(1, code)
         self.assertIn("connections are refused. The port may be open", text)
-        self.wait_opened(CLIENT4, 80)
+        self.server.wait_opened(CLIENT4, 80)
         self.assertFalse(self.client.reaches(SERVER4, 22))
 
     def test_other_port(self) -> None:
@@ -218,7 +199,7 @@ class Waits(Case):
         """Ctrl-C: exit code 130, no traceback."""
         process = self.popen("-A", "tcp/80", "-D", SERVER4, "--wait", "60",
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.wait_opened(CLIENT4, 80)
+        self.server.wait_opened(CLIENT4, 80)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=PATIENCE)[0]
         self.assertEqual((130, b"spa_client.py: interrupted\n"), (process.returncode, output))
@@ -268,7 +249,7 @@ class Fwknopd(unittest.TestCase):
         with Cable() as cable:
             cable.server.listen(22)
             drop_all(cable.server, "iptables")
-            process = start_fwknopd(cable.server, False)
+            process = start_fwknopd(cable.server, STANZA)
             text = cable.client.run(*SPA_CLIENT, *KEYS, "-A", "tcp/22", "-a", CLIENT4, "-D",
                                     SERVER4, "--wait", "30")
             self.assertRegex(text, OPENED)
