@@ -36,6 +36,9 @@ T = TypeVar("T")
 SERVER4, SERVER6 = "10.55.0.1", "fd55::1"
 CLIENT4, CLIENT6 = "10.55.0.2", "fd55::2"
 OTHER4, OTHER6 = "10.55.0.3", "fd55::3"  # the client's second addresses
+GATE4, GATE6 = "10.66.0.1", "fd66::1"  # a gateway's inside
+SECOND4 = "10.66.0.9"  # there, too
+INNER4, INNER6 = "10.66.0.2", "fd66::2"  # the host behind it
 PATIENCE = 30.0  # how long a condition is waited for on a slow machine
 CLOSED_SECONDS = 0.3  # no answer for so long means closed: the handshake is between two kernels
 
@@ -50,9 +53,32 @@ HMAC_KEY {HMAC_KEY}
 FW_ACCESS_TIMEOUT 60
 """
 
+# What a program that sends back what comes begins with.
+ECHO = r"""
+import socket, threading
+
+def make_listener(port):
+    listener = socket.socket(socket.AF_INET6)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("::", port))
+    listener.listen(50)
+    return listener
+
+def echo(peer):
+    try:
+        while True:
+            text = peer.recv(65536)
+            if not text:
+                break
+            peer.sendall(text)
+    except OSError:
+        pass
+    peer.close()
+"""
+
 # Answers each line of JSON on stdin with one on stdout. The first word is the function to call.
-AGENT = r"""
-import json, select, socket, sys, threading, time
+AGENT = ECHO + r"""
+import json, select, sys, time
 
 kept = {}
 
@@ -63,27 +89,13 @@ def make_socket(kind, source, address):
     return made
 
 def serve(listener):
-    def echo(peer):
-        try:
-            while True:
-                text = peer.recv(65536)
-                if not text:
-                    break
-                peer.sendall(text)
-        except OSError:
-            pass
-        peer.close()
     while True:
         peer = listener.accept()[0]
         threading.Thread(target=echo, args=(peer,), daemon=True).start()
 
 def listen(*ports):
     for port in ports:
-        listener = socket.socket(socket.AF_INET6)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("::", port))
-        listener.listen(50)
-        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        threading.Thread(target=serve, args=(make_listener(port),), daemon=True).start()
 
 def probe(targets, seconds):
     waiting, reached = {}, [False] * len(targets)
@@ -381,6 +393,39 @@ class Cable:
         self.client.remove()
         self.server.remove()
         self.temporary.cleanup()
+
+
+class Gateway(Cable):
+    """A third host behind the server of a cable, which routes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Host(self.server.name.replace("spas", "spai"), self.temporary.name)
+        link = ["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0"]
+        self.server.run(*link, "netns", self.inner.name)
+        self.batch(self.server, "link set eth1 up", "addr add %s/24 dev eth1" % GATE4,
+                   "addr add %s/24 dev eth1" % SECOND4, "addr add %s/64 dev eth1 nodad" % GATE6)
+        self.batch(self.inner, "link set lo up", "link set eth0 up",
+                   "addr add %s/24 dev eth0" % INNER4, "addr add %s/64 dev eth0 nodad" % INNER6,
+                   "route add default via %s" % GATE4, "route add default via %s" % GATE6)
+        self.batch(self.client, "route add 10.66.0.0/24 via " + SERVER4,
+                   "route add fd66::/64 via " + SERVER6)
+        self.forward(1)
+
+    @staticmethod
+    def batch(host: Host, *lines: str) -> None:
+        """Let `ip` do these lines on a host."""
+        host.run("ip", "-batch", "-", input="\n".join(lines) + "\n")
+
+    def forward(self, flag: int) -> None:
+        """Let the gateway's kernel forward, or not."""
+        names = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
+        self.server.run("sysctl", "-qw", *["%s=%d" % (name, flag) for name in names])
+
+    def close(self) -> None:
+        """Take all three hosts away."""
+        self.inner.remove()
+        super().close()
 
 
 class Server:

@@ -4,12 +4,13 @@ import os
 import re
 import unittest
 
+from tests.firewalls import NFT
 from tests.gnupg import Keyring
-from tests.netns import (CLIENT4, CLIENT6, HMAC_KEY, KEYS, SERVER4, SERVER6, SPA_CLIENT, STANZA,
-                         Server)
+from tests.netns import (CLIENT4, CLIENT6, HMAC_KEY, INNER4, KEYS, SERVER4, SERVER6, SPA_CLIENT,
+                         STANZA, Server)
 from tests.support import needs_programs, needs_root
 from tests.test_live import LiveTest
-from tests.test_live_nat import INNER4, NFT, Setup, Site
+from tests.test_live_nat import NatSetup, Site
 
 KNOCK4 = ["-A", "tcp/22", "-D", SERVER4]
 KNOCK6 = ["-A", "tcp/22", "-D", SERVER6]
@@ -82,7 +83,7 @@ class NatTest(unittest.TestCase):
 
     def test_nat(self) -> None:
         """--wait tries the port outside, and a random one leads to where it was said to lead."""
-        with OurSite(Setup(NFT, "accept")) as site:
+        with OurSite(NatSetup(NFT, "accept")) as site:
             for port, words in ((2222, ["-A", "tcp/2222", "-N", INNER4 + ":8080"]),
                                 (2223, ["-A", "tcp/8080", "-N", INNER4, "--nat-port", "2223"])):
                 with self.subTest(words):

@@ -5,7 +5,6 @@ the checks of a test run at the same time, one for each backend and mode.
 """
 
 import functools
-import itertools
 import os
 import re
 import shutil
@@ -13,25 +12,21 @@ import signal
 import sys
 import time
 import unittest
-from typing import Any, Callable, List, NamedTuple, Tuple
+from typing import Any, Callable, List, Tuple
 
-from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, SPA_CLIENT,
-                         SPA_SERVER, STANZA, Cable, Host, Server, in_parallel, wait_for)
-from tests.support import TOP, needs_programs, needs_root, write
+from tests import firewalls
+from tests.firewalls import (IPTABLES_LEGACY, IPTABLES_NFT, LATENESS, NFT, NFT_HOST, SETUPS, Setup,
+                             close_host, needs_firewalls, six)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, INNER4, INNER6, OTHER4, OTHER6, SERVER4, SERVER6,
+                         SPA_CLIENT, SPA_SERVER, STANZA, Cable, Gateway, Host, Server, in_parallel,
+                         wait_for)
+from tests.support import TOP, needs_programs, write
 
-NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
-BACKENDS = (NFT, IPTABLES_NFT, IPTABLES_LEGACY)
 GRANTED = [("", SERVER4, 22), ("", SERVER6, 22)]
 NOT_GRANTED = [("", SERVER4, 24), ("", SERVER6, 24), (OTHER4, SERVER4, 22), (OTHER6, SERVER6, 22)]
 TO4 = ["-a", CLIENT4, "-D", SERVER4]
 TO6 = ["-a", CLIENT6, "-D", SERVER6]
-# On a slow machine; iptables ends a grant by itself at the next whole second but one.
-LATENESS = 3.0
 
-NFT_HOST = """
-table inet filter { chain input { type filter hook input priority 0; policy drop;
-  ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }; }
-"""
 NFT_HOST_OLD = """
 table ip filter { chain input { type filter hook input priority 0; policy drop;
   ct state established,related accept; iifname lo accept; }; }
@@ -39,74 +34,12 @@ table ip6 filter { chain input { type filter hook input priority 0; policy drop;
   ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }; }
 """
 
-
-class Setup(NamedTuple):
-    """A backend in a mode."""
-
-    backend: str
-    mode: str  # "accept" or "guard"
-
-    def __str__(self) -> str:
-        """Its name in a subtest."""
-        return "%s %s" % self
-
-    def config(self) -> str:
-        """The directives that choose it."""
-        lines = ["FIREWALL_TYPE nft;"]
-        if self.backend != NFT:
-            lines = ["FIREWALL_TYPE iptables;", "FIREWALL_EXE %s;" % shutil.which(self.backend)]
-        if self.mode == "guard":
-            lines.append("GUARD_PORTS tcp/22, tcp/24;")
-        elif self.backend == NFT:
-            lines.append("NFT_ACCEPT_CHAINS inet filter input;")
-        return "\n".join(lines) + "\n"
-
-
-SETUPS = [Setup(*pair) for pair in itertools.product(BACKENDS, ("accept", "guard"))]
 ACCEPT_SETUPS = [setup for setup in SETUPS if setup.mode == "accept"]
 GUARD_SETUPS = [setup for setup in SETUPS if setup.mode == "guard"]
 
 
-def close_host(host: Host, backend: str) -> None:
-    """Make the host's own firewall, which drops what comes in and is not established."""
-    if backend == NFT:
-        host.run("nft", "-f", "-", input=NFT_HOST)
-        return
-    rules = (
-        "*filter\n:INPUT DROP\n-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
-        "-A INPUT -i lo -j ACCEPT\n%sCOMMIT\n"
-    )
-    host.run(backend + "-restore", input=rules % "")
-    host.run(six(backend) + "-restore", input=rules % "-A INPUT -p ipv6-icmp -j ACCEPT\n")
-
-
-def six(backend: str) -> str:
-    """Return the name of the IPv6 variant."""
-    return backend.replace("iptables", "ip6tables")
-
-
-class Site:
+class Site(firewalls.Site):
     """Two hosts, the server's firewall closed, and our server on it."""
-
-    def __init__(self, setup: Setup, config: str = "", access: str = STANZA) -> None:
-        self.setup = setup
-        self.cable = Cable()
-        try:
-            self.client, self.host = self.cable.client, self.cable.server
-            self.host.listen(22, 24, 25)
-            if setup.mode == "accept":
-                close_host(self.host, setup.backend)
-            self.server = Server(self.host, setup.config() + config, access)
-            self.server.start()
-        except BaseException:
-            self.cable.close()
-            raise
-
-    def __enter__(self) -> "Site":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.cable.close()
 
     def knock(self, *options: str, program: List[str] = SPA_CLIENT,
               expect: str = " opened ") -> str:
@@ -126,11 +59,6 @@ class Site:
     def all_closed(self) -> bool:
         """Return whether nothing is open."""
         return not any(self.client.probe(*GRANTED, *NOT_GRANTED))
-
-    def wait_closed(self, *targets: Tuple[str, str, int]) -> float:
-        """Wait until none of the targets answers, and return when."""
-        wait_for(lambda: not any(self.client.probe(*targets, seconds=0.2)), "a closed port")
-        return time.monotonic()
 
     def reload(self) -> None:
         """Send SIGHUP, and wait until it was done."""
@@ -154,36 +82,9 @@ class Site:
         for program in (self.setup.backend, six(self.setup.backend)):
             self.host.run(program, *options)
 
-    def rules(self) -> str:
-        """Return everything that is in the firewall."""
-        if self.setup.backend == NFT:
-            return self.host.run("nft", "list", "ruleset")
-        return "".join(self.host.run(program, "-t", table, "-S")
-                       for program in (self.setup.backend, six(self.setup.backend))
-                       for table in ("filter", "mangle"))
-
-    def count_grants(self) -> int:
-        """Return how many elements or rules of grants the kernel has."""
-        return len(re.findall(r"expires \d|_exp_\d", self.rules()))
-
-
-class FirewallTest(unittest.TestCase):
-    """Checks that run at the same time."""
-
-    def check_all(self, setups: List[Setup], check: Callable[[Setup], None]) -> None:
-        """Call `check` for each setup."""
-        in_parallel(self, setups, check)
-
-
-def needs_firewalls(target: Any) -> Any:
-    """Decorate a class of tests that use all backends."""
-    return needs_root(
-        needs_programs("ip", "nft", "iptables-nft", "iptables-legacy", "ip6tables-nft",
-                       "ip6tables-legacy")(target))
-
 
 @needs_firewalls
-class RoundTripTest(FirewallTest):
+class RoundTripTest(unittest.TestCase):
     """From closed to open to closed."""
 
     @needs_programs("fwknop")
@@ -220,7 +121,7 @@ class RoundTripTest(FirewallTest):
                 if not guard:
                     self.assertNotRegex(site.rules(), r"FWKNOP|\bspa")
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_a_knock_for_what_is_open_extends_it(self) -> None:
         """One rule or element with the later end, and never an earlier one."""
@@ -242,11 +143,11 @@ class RoundTripTest(FirewallTest):
                         self.assertAlmostEqual(dict(first)[door] + 100, expires, delta=15)
                 self.assertTrue(site.is_open())
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
 
 @needs_firewalls
-class LifeTest(FirewallTest):
+class LifeTest(unittest.TestCase):
     """What becomes of grants when the server ends or reads its files again."""
 
     def test_kill_with_open_grants(self) -> None:
@@ -278,7 +179,7 @@ class LifeTest(FirewallTest):
                 site.server.wait_for("(%s -> ::/0 tcp/24)" % CLIENT6)
                 self.assertEqual(0, site.count_grants(), site.rules())
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_reload_stop_and_start(self) -> None:
         """SIGHUP keeps grants; FLUSH_IPT_AT_EXIT and FLUSH_IPT_AT_INIT do what they say."""
@@ -317,11 +218,11 @@ class LifeTest(FirewallTest):
                 self.assertEqual(0, site.server.stop())
                 self.assertLess(site.wait_closed(("", SERVER4, 22)), ends + LATENESS)
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
 
 @needs_firewalls
-class TamperTest(FirewallTest):
+class TamperTest(unittest.TestCase):
     """Somebody changes the firewall behind the server's back."""
 
     def attacks(self, site: Site) -> List[Tuple[str, Callable[[], Any]]]:
@@ -411,7 +312,7 @@ class TamperTest(FirewallTest):
                 self.assertEqual(0, site.server.stop())
                 self.assertTrue(site.all_closed())
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_a_change_while_the_last_one_is_mended(self) -> None:
         """It is not lost: somebody's changes rarely come alone."""
@@ -434,7 +335,7 @@ class TamperTest(FirewallTest):
                              % (milliseconds, site.server.log()),
                              patience=8)
 
-        self.check_all([Setup(NFT, "guard"), Setup(IPTABLES_NFT, "guard")], check)
+        in_parallel(self, [Setup(NFT, "guard"), Setup(IPTABLES_NFT, "guard")], check)
 
     def test_the_hosts_chain_is_away_for_a_while(self) -> None:
         """Meanwhile knocks are rejected; sets and rules come back with the chain."""
@@ -473,11 +374,11 @@ class TamperTest(FirewallTest):
                 site.knock(*TO4)
                 self.assertNotRegex(site.server.log(), "[Pp]ut(ting)? .*back|Somebody changed")
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
 
 @needs_firewalls
-class FailureTest(FirewallTest):
+class FailureTest(unittest.TestCase):
     """The firewall's program fails."""
 
     def make_programs(self, host: Host, backend: str) -> Tuple[str, str]:
@@ -538,7 +439,7 @@ class FailureTest(FirewallTest):
                     self.assertEqual(1, code, text)
                     self.assertIn("failed: no luck", text)
 
-        self.check_all([setup for setup in SETUPS if setup.backend != NFT], check)
+        in_parallel(self, [setup for setup in SETUPS if setup.backend != NFT], check)
 
     def test_a_failing_nft(self) -> None:
         """It is an error, a knock is rejected, and all is well when nft works again."""
@@ -586,7 +487,7 @@ print(len(firewall.grants()))
 
 
 @needs_firewalls
-class CloseManyTest(FirewallTest):
+class CloseManyTest(unittest.TestCase):
     """Many elements of nft's sets leave in one transaction."""
 
     def test_what_is_gone_or_changed_keeps_no_other_open(self) -> None:
@@ -605,7 +506,7 @@ class CloseManyTest(FirewallTest):
 
 
 @needs_firewalls
-class ShapeTest(FirewallTest):
+class ShapeTest(unittest.TestCase):
     """What rules and elements look like, and what the directives make of them."""
 
     TIME = (
@@ -736,7 +637,7 @@ class ShapeTest(FirewallTest):
 
 
 @needs_firewalls
-class GuardTest(FirewallTest):
+class GuardTest(unittest.TestCase):
     """What the guard drops, what it lets be, and how long it stays."""
 
     def test_the_guard_stays_until_it_is_taken_away(self) -> None:
@@ -768,7 +669,7 @@ class GuardTest(FirewallTest):
                 self.assertEqual([True] * 6, site.client.probe(*GRANTED, *NOT_GRANTED))
                 self.assertNotRegex(site.rules(), r"FWKNOP|\bspa")
 
-        self.check_all(GUARD_SETUPS, check)
+        in_parallel(self, GUARD_SETUPS, check)
 
     def test_flush_while_the_server_runs(self) -> None:
         """What the administrator closes with --fw-flush stays closed."""
@@ -785,7 +686,7 @@ class GuardTest(FirewallTest):
                 site.knock_both()
                 self.assertTrue(site.is_open())
 
-        self.check_all(GUARD_SETUPS, check)
+        in_parallel(self, GUARD_SETUPS, check)
 
     def test_connections_from_before_the_guard(self) -> None:
         """They live on, also where the kernel tracked none until the guard asked for it.
@@ -804,7 +705,7 @@ class GuardTest(FirewallTest):
                 self.assertFalse(cable.client.reaches(SERVER4, 22))
                 self.assertFalse(cable.client.reaches(SERVER6, 22))
 
-        self.check_all(GUARD_SETUPS, check)
+        in_parallel(self, GUARD_SETUPS, check)
 
     def test_the_guard_needs_nothing_of_the_host(self) -> None:
         """It stands, and comes back, while the host's chain that grants go to as well is away."""
@@ -840,7 +741,7 @@ class GuardTest(FirewallTest):
                 self.assertEqual(0, site.count_grants(), site.rules())
                 self.assertTrue(site.all_closed())
 
-        self.check_all([setup for setup in GUARD_SETUPS if setup.backend != NFT], check)
+        in_parallel(self, [setup for setup in GUARD_SETUPS if setup.backend != NFT], check)
 
     def test_a_reload_without_a_place_for_a_grant(self) -> None:
         """Closes it, says so, and goes on."""
@@ -900,7 +801,7 @@ class GuardTest(FirewallTest):
                 self.assertEqual(0, site.server.stop())
                 self.assertNotIn("FWKNOP", site.rules())
 
-        self.check_all([setup for setup in ACCEPT_SETUPS if setup.backend != NFT], check)
+        in_parallel(self, [setup for setup in ACCEPT_SETUPS if setup.backend != NFT], check)
 
     def test_a_chain_that_is_not_there(self) -> None:
         """Is named with its directive, and what to do about it."""
@@ -975,7 +876,7 @@ class GuardTest(FirewallTest):
                 self.assertTrue(site.client.reaches(SERVER6, 22))
                 self.assertIn("There is no guard.", site.server.command("--unguard")[1])
 
-        self.check_all(GUARD_SETUPS, check)
+        in_parallel(self, GUARD_SETUPS, check)
 
     def test_unguard_while_the_server_runs(self) -> None:
         """It does what it says, or refuses."""
@@ -988,53 +889,32 @@ class GuardTest(FirewallTest):
                 while code == 0 and time.monotonic() < end:  # time is the thing
                     self.assertTrue(site.client.reaches(SERVER4, 22, seconds=1), text)
 
-        self.check_all(GUARD_SETUPS, check)
+        in_parallel(self, GUARD_SETUPS, check)
 
     def test_translated_and_routed(self) -> None:
         """The guard comes before destination NAT, and lets be what is only routed through."""
 
         def check(setup: Setup) -> None:
             """One backend."""
-            inner = Host("spai%d-%s" % (os.getpid(), setup.backend), "")
-            try:
-                with Site(setup, "GUARD_PORTS tcp/22, tcp/24, tcp/2222, tcp/8080;\n") as site:
-                    inner.directory = site.cable.temporary.name
-                    connect_inner(site, inner)
-                    redirect(site)
-                    inner.listen(22)
-                    translated = [("", SERVER4, 2222), ("", SERVER4, 8080)]
-                    self.assertEqual(
-                        [True] * 2,
-                        site.client.probe(("", "10.66.0.2", 22), ("", "fd66::2", 22), seconds=10),
-                        "routed")
-                    self.assertFalse(any(site.client.probe(*translated, ("", SERVER4, 22))))
-                    site.knock("-A", "tcp/2222,tcp/8080", *TO4)
-                    self.assertEqual([True] * 2, site.client.probe(*translated, seconds=10))
-                    for port in (2222, 8080):
-                        self.assertTrue(site.client.connect(SERVER4, port).answers())
-                    self.assertFalse(
-                        any(site.client.probe(("", SERVER4, 22), (OTHER4, SERVER4, 8080))))
-            finally:
-                inner.remove()
+            gateway = Gateway()
+            config = "GUARD_PORTS tcp/22, tcp/24, tcp/2222, tcp/8080;\n"
+            with Site(setup, config, cable=gateway) as site:
+                gateway.inner.listen(22)
+                redirect(site)
+                translated = [("", SERVER4, 2222), ("", SERVER4, 8080)]
+                self.assertEqual(
+                    [True] * 2,
+                    site.client.probe(("", INNER4, 22), ("", INNER6, 22), seconds=10),
+                    "routed")
+                self.assertFalse(any(site.client.probe(*translated, ("", SERVER4, 22))))
+                site.knock("-A", "tcp/2222,tcp/8080", *TO4)
+                self.assertEqual([True] * 2, site.client.probe(*translated, seconds=10))
+                for port in (2222, 8080):
+                    self.assertTrue(site.client.connect(SERVER4, port).answers())
+                self.assertFalse(
+                    any(site.client.probe(("", SERVER4, 22), (OTHER4, SERVER4, 8080))))
 
-        self.check_all(GUARD_SETUPS, check)
-
-
-def connect_inner(site: Site, inner: Host) -> None:
-    """Put a third host behind the server, which routes to it."""
-    site.host.run("ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns",
-                  inner.name)
-    site.host.run("ip", "-batch", "-",
-                  input="link set eth1 up\naddr add 10.66.0.1/24 dev eth1\n"
-                  "addr add fd66::1/64 dev eth1 nodad\n")
-    inner.run("ip", "-batch", "-",
-              input="link set lo up\nlink set eth0 up\naddr add 10.66.0.2/24 dev eth0\n"
-              "addr add fd66::2/64 dev eth0 nodad\nroute add default via 10.66.0.1\n"
-              "route add default via fd66::1\n")
-    site.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
-    site.client.run(
-        "ip", "-batch", "-",
-        input="route add 10.66.0.0/24 via %s\nroute add fd66::/64 via %s\n" % (SERVER4, SERVER6))
+        in_parallel(self, GUARD_SETUPS, check)
 
 
 def redirect(site: Site) -> None:

@@ -15,12 +15,13 @@ import time
 import unittest
 from typing import List, NamedTuple, Optional, Tuple
 
+from tests.firewalls import NFT, Setup
 from tests.knockd import (ALONE, BESIDE, FLOOD, NAMED, NO_FIREWALL, REAL, SESAME, Knockd, hit,
                           is_news, settle)
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, STANZA, Cable,
                          Host, Process, Server, in_parallel, wait_for)
 from tests.support import needs_programs, needs_root, read, write
-from tests.test_live_firewall import NFT, Setup, Site
+from tests.test_live_firewall import Site
 
 DOOR = "[door]\nsequence = 7000,8000,9000\nseq_timeout = 20\ntcpflags = syn\n"
 

@@ -7,57 +7,25 @@ listens on the ports that are translated as well: a connection that ends there w
 import functools
 import itertools
 import re
-import shutil
 import signal
 import sys
 import time
 import unittest
-from typing import Any, Callable, List, NamedTuple, Tuple
+from typing import Iterable, List, Tuple
 
-from tests.netns import (CLIENT4, CLIENT6, FWKNOP, HMAC_KEY, KEY, KEYS, OTHER4, OTHER6, SERVER4,
-                         SERVER6, STANZA, Cable, Host, Server, in_parallel, wait_for)
-from tests.support import needs_programs, needs_root
+from tests import firewalls
+from tests.firewalls import LATENESS, NFT, Setup, close_host, needs_firewalls, six
+from tests.netns import (CLIENT4, CLIENT6, ECHO, FWKNOP, GATE4, GATE6, HMAC_KEY, INNER4, INNER6,
+                         KEY, KEYS, OTHER4, OTHER6, SECOND4, SERVER4, SERVER6, STANZA, Cable,
+                         Gateway, in_parallel, wait_for)
+from tests.support import needs_programs
 from tests.test_packet import Sender, b64
 
-NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
-GATE4, GATE6 = "10.66.0.1", "fd66::1"
-SECOND4 = "10.66.0.9"  # of the gateway, too
-INNER4, INNER6 = "10.66.0.2", "fd66::2"
-OUTER_PORTS = (22, 24, 2222)  # of the gateway
 INNER_PORTS = (22, 8080, 8081)
-LATENESS = 3.0  # as in test_live_firewall
-
-NFT_HOST = """
-table inet filter {
-  chain input { type filter hook input priority 0; policy %s;
-    ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }
-  chain forward { type filter hook forward priority 0; policy drop;
-    ct state established,related accept; }
-}
-"""
-IPTABLES_HOST = """*filter
-:INPUT %s
-:FORWARD DROP
--A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
--A INPUT -i lo -j ACCEPT
-%s-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
-COMMIT
-"""
 
 # Tells of each connection, and sends back what comes.
-INNER = r"""
-import socket, sys, threading
-
-def echo(peer):
-    try:
-        while True:
-            text = peer.recv(65536)
-            if not text:
-                break
-            peer.sendall(text)
-    except OSError:
-        pass
-    peer.close()
+INNER = ECHO + r"""
+import sys
 
 def serve(listener, port):
     while True:
@@ -66,120 +34,45 @@ def serve(listener, port):
         threading.Thread(target=echo, args=(peer,), daemon=True).start()
 
 for port in sys.argv[1:]:
-    listener = socket.socket(socket.AF_INET6)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("::", int(port)))
-    listener.listen(50)
-    threading.Thread(target=serve, args=(listener, port)).start()
+    threading.Thread(target=serve, args=(make_listener(int(port)), port)).start()
 print("listening", flush=True)
 threading.Event().wait()  # the threads of a program that ends can start no others
 """
 
 
-class Setup(NamedTuple):
-    """A backend in a mode."""
-
-    backend: str
-    mode: str  # "accept" or "guard"
-
-    def __str__(self) -> str:
-        """Its name in a subtest."""
-        return "%s %s" % self
+class NatSetup(Setup):
+    """A backend in a mode, and NAT."""
 
     def config(self) -> str:
-        """The directives that choose it."""
-        lines = ["FIREWALL_TYPE nft;", "NFT_FORWARD_CHAINS inet filter forward;"]
-        if self.backend != NFT:
-            lines = ["FIREWALL_TYPE iptables;", "FIREWALL_EXE %s;" % shutil.which(self.backend)]
-        if self.mode == "guard":
-            lines.append("GUARD_PORTS tcp/22, tcp/24, tcp/2222;")
-        elif self.backend == NFT:
-            lines.append("NFT_ACCEPT_CHAINS inet filter input;")
-        return "\n".join(lines + ["ENABLE_IPT_FORWARDING Y;", "ENABLE_IPT_LOCAL_NAT Y;"]) + "\n"
+        """The directives that choose and enable it."""
+        forward = "NFT_FORWARD_CHAINS inet filter forward;\n" if self.backend == NFT else ""
+        return (super().config().replace("tcp/24;", "tcp/24, tcp/2222;") + forward
+                + "ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_LOCAL_NAT Y;\n")
 
 
-SETUPS = [
-    Setup(*pair)
-    for pair in itertools.product((NFT, IPTABLES_NFT, IPTABLES_LEGACY), ("accept", "guard"))
-]
+SETUPS = [NatSetup(*setup) for setup in firewalls.SETUPS]
 BACKENDS = [setup for setup in SETUPS if setup.mode == "accept"]
 
 
-class Gateway(Cable):
-    """A third host behind the server of a cable, which routes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Host(self.server.name.replace("spas", "spai"), self.temporary.name)
-        link = ["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth0"]
-        self.server.run(*link, "netns", self.inner.name)
-        self.batch(self.server, "link set eth1 up", "addr add %s/24 dev eth1" % GATE4,
-                   "addr add %s/24 dev eth1" % SECOND4, "addr add %s/64 dev eth1 nodad" % GATE6)
-        self.batch(self.inner, "link set lo up", "link set eth0 up",
-                   "addr add %s/24 dev eth0" % INNER4, "addr add %s/64 dev eth0 nodad" % INNER6,
-                   "route add default via %s" % GATE4, "route add default via %s" % GATE6)
-        self.batch(self.client, "route add 10.66.0.0/24 via " + SERVER4,
-                   "route add fd66::/64 via " + SERVER6)
-        self.forward(1)
-
-    @staticmethod
-    def batch(host: Host, *lines: str) -> None:
-        """Let `ip` do these lines on a host."""
-        host.run("ip", "-batch", "-", input="\n".join(lines) + "\n")
-
-    def forward(self, flag: int) -> None:
-        """Let the gateway's kernel forward, or not."""
-        names = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
-        self.server.run("sysctl", "-qw", *["%s=%d" % (name, flag) for name in names])
-
-    def close(self) -> None:
-        """Take all three hosts away."""
-        self.inner.remove()
-        super().close()
-
-
-def close_host(host: Host, setup: Setup) -> None:
-    """Make the host's own firewall: it forwards nothing, and in accept mode lets nothing in."""
-    drop = setup.mode == "accept"
-    if setup.backend == NFT:
-        host.run("nft", "-f", "-", input=NFT_HOST % ("drop" if drop else "accept"))
-        return
-    for program, more in ((setup.backend, ""),
-                          (six(setup.backend), "-A INPUT -p ipv6-icmp -j ACCEPT\n")):
-        rules = IPTABLES_HOST % ("DROP" if drop else "ACCEPT", more)
-        host.run(program + "-restore", input=rules)
-
-
-def six(backend: str) -> str:
-    """Return the name of the IPv6 variant."""
-    return backend.replace("iptables", "ip6tables")
-
-
-class Site:
+class Site(firewalls.Site):
     """Three hosts, the gateway's firewall closed, and our server on it."""
 
+    ports = (22, 24, 2222)
+    tables = ("filter", "nat", "mangle")
+
     def __init__(self, setup: Setup, config: str = "", access: str = "",
-                 launcher: Tuple[str, ...] = ()) -> None:
-        self.setup, self.config = setup, setup.config() + config
+                 launcher: Iterable[str] = ()) -> None:
         self.count = 0
         self.gateway = Gateway()
-        try:
-            self.client, self.host = self.gateway.client, self.gateway.server
-            self.host.listen(*OUTER_PORTS)
-            inner = self.gateway.inner
-            self.inner = inner.start(sys.executable, "-I", "-S", "-c", INNER, *INNER_PORTS)
-            self.inner.wait_for("listening")
-            close_host(self.host, setup)
-            self.server = Server(self.host, self.config, STANZA + access, launcher=launcher).start()
-        except BaseException:
-            self.gateway.close()
-            raise
+        super().__init__(setup, config, STANZA + access, launcher, self.gateway)
 
-    def __enter__(self) -> "Site":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.gateway.close()
+    def prepare(self) -> None:
+        """Start the inner host's program, and let the gateway forward nothing by itself."""
+        inner = self.gateway.inner
+        self.inner = inner.start(sys.executable, "-I", "-S", "-c", INNER, *INNER_PORTS)
+        self.inner.wait_for("listening")
+        close_host(self.host, self.setup.backend,
+                   "drop" if self.setup.mode == "accept" else "accept")
 
     def knock(self, *options: str, expect: str = " opened ") -> str:
         """Knock with the real client for its first address; return the line with `expect`."""
@@ -217,12 +110,6 @@ class Site:
             assert self.client.connect(address, outer).answers()
             self.seen(inner, source, mark)
 
-    def wait_closed(self, *targets: Tuple[str, str, int]) -> float:
-        """Wait until none of the targets answers, and return when."""
-        wait_for(lambda: not any(self.client.probe(*targets, seconds=0.2)),
-                 "%s: a closed port in\n%s" % (self.setup, self.rules()))
-        return time.monotonic()
-
     def listed(self) -> List[str]:
         """Return the doors of --fw-list."""
         code, text = self.server.command("--fw-list")
@@ -236,42 +123,15 @@ class Site:
                 port[len("dpt:"):], " to " + leads.group(1) if leads else ""))
         return sorted(found)
 
-    def rules(self) -> str:
-        """Return everything that is in the firewall."""
-        if self.setup.backend == NFT:
-            return self.host.run("nft", "list", "ruleset")
-        return "".join("".join("%s %s\n" % (table, line) for line in text.splitlines())
-                       for program in (self.setup.backend, six(self.setup.backend))
-                       for table in ("filter", "nat", "mangle")
-                       for text in [self.host.run(program, "-t", table, "-S")])
-
-    def count_grants(self) -> int:
-        """Return how many elements or rules of grants the kernel has."""
-        return len(re.findall(r"expires \d|_exp_\d", self.rules()))
-
 
 def both(*ports: int) -> List[Tuple[str, str, int]]:
     """Return ports of the gateway's outer addresses as targets of a probe."""
     return [("", address, port) for port in ports for address in (SERVER4, SERVER6)]
 
 
-class NatTest(unittest.TestCase):
-    """Checks that run at the same time."""
-
-    def check_all(self, setups: List[Setup], check: Callable[[Setup], None]) -> None:
-        """Call `check` for each setup."""
-        in_parallel(self, setups, check)
-
-
-def needs_firewalls(target: Any) -> Any:
-    """Decorate a class of tests that use all backends and the real client."""
-    return needs_root(
-        needs_programs("ip", "nft", "iptables-nft", "iptables-legacy", "ip6tables-nft",
-                       "ip6tables-legacy", "fwknop")(target))
-
-
 @needs_firewalls
-class ForwardTest(NatTest):
+@needs_programs("fwknop")
+class ForwardTest(unittest.TestCase):
     """To the inner host."""
 
     def test_round_trip(self) -> None:
@@ -311,7 +171,7 @@ class ForwardTest(NatTest):
                 self.assertNotRegex(site.rules(), r"FWKNOP_[^G]|spa_nat|forward.*spa")
                 self.assertNotRegex(site.server.log(), "internal|failed|not as it should|Somebody")
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_log_and_listing(self) -> None:
         """fwknop's words for each kind, and what --fw-list says."""
@@ -340,7 +200,7 @@ class ForwardTest(NatTest):
                      "MASQUERADE %s -> 10.66.0.2 tcp/8080" % (CLIENT4 if nft else "0.0.0.0/0")],
                     site.listed())
 
-        self.check_all(BACKENDS, check)
+        in_parallel(self, BACKENDS, check)
 
     def test_the_newest_target_wins(self) -> None:
         """A second knock for the same port leads elsewhere at once, and ends when it should."""
@@ -356,7 +216,7 @@ class ForwardTest(NatTest):
                 site.wait_closed(*both(22))
                 self.assertNotIn("looking whether", site.server.log())
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_what_is_routed_through_goes_on(self) -> None:
         """Only what is sent to the gateway itself is led elsewhere, whoever is named as client."""
@@ -413,7 +273,7 @@ class ForwardTest(NatTest):
                 self.assertTrue(site.client.connect(SERVER4, 2222).answers())
                 self.assertEqual("", site.inner.output(mark))
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_forward_all(self) -> None:
         """Every port, to one host or to those that the client routes to, with its directives."""
@@ -452,7 +312,7 @@ class ForwardTest(NatTest):
                     site.seen(port, source, mark)
                 site.wait_closed(*inside)
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_ports_that_are_only_forwarded(self) -> None:
         """DISABLE_DNAT: what the client itself sends to the inner host passes, on its port."""
@@ -465,11 +325,12 @@ class ForwardTest(NatTest):
                 self.assertFalse(
                     any(site.client.probe(("", INNER4, 8081), ("", SERVER4, 22), ("", INNER4, 22))))
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
 
 @needs_firewalls
-class SourceTest(NatTest):
+@needs_programs("fwknop")
+class SourceTest(unittest.TestCase):
     """Where connections come from, for an inner host without a way back."""
 
     def test_translated_sources(self) -> None:
@@ -505,11 +366,12 @@ class SourceTest(NatTest):
                 self.assertEqual(0, site.server.stop())
                 self.assertNotRegex(site.rules(), "FWKNOP|spa_nat")
 
-        self.check_all(BACKENDS, check)
+        in_parallel(self, BACKENDS, check)
 
 
 @needs_firewalls
-class LocalTest(NatTest):
+@needs_programs("fwknop")
+class LocalTest(unittest.TestCase):
     """To another port of the gateway."""
 
     def test_local_nat(self) -> None:
@@ -533,11 +395,11 @@ class LocalTest(NatTest):
                 site.wait_closed(("", SERVER4, 2200), ("", SERVER6, 2200), ("", SERVER4, drawn))
                 self.assertEqual("listening\n", site.inner.output())
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_what_is_not_enabled(self) -> None:
         """Each kind of NAT has its directive, and forwarding leads to no port of the gateway."""
-        setup = Setup(NFT, "guard")
+        setup = NatSetup(NFT, "guard")
         refused = "requested NAT access, but is not enabled/supported"
         with Site(setup) as site:
             for address in (SERVER4, GATE4, SECOND4, "10.66.0.255", "127.0.0.1", "224.0.0.1"):
@@ -555,7 +417,8 @@ class LocalTest(NatTest):
 
 
 @needs_firewalls
-class LifeTest(NatTest):
+@needs_programs("fwknop")
+class LifeTest(unittest.TestCase):
     """What becomes of NAT grants when the server ends or somebody changes the firewall."""
 
     def test_kill_and_restart(self) -> None:
@@ -585,7 +448,7 @@ class LifeTest(NatTest):
                 self.assertLess(closed, second + LATENESS)
                 wait_for(lambda: not site.count_grants(), "the end of all grants")
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_what_somebody_took_is_put_back(self) -> None:
         """NAT chains, jumps, maps and rules."""
@@ -612,7 +475,7 @@ class LifeTest(NatTest):
                 self.assertEqual(0, site.server.stop())
                 self.assertNotRegex(site.rules(), r"FWKNOP_[^G]|spa_nat")
 
-        self.check_all(BACKENDS, check)
+        in_parallel(self, BACKENDS, check)
 
     def test_reload(self) -> None:
         """Grants stay; without NAT in the new settings they are closed, and nothing is left."""
@@ -635,7 +498,7 @@ class LifeTest(NatTest):
                 site.knock("-A", "tcp/9", expect="Added access rule")
                 self.assertNotRegex(site.rules(), "FWKNOP_(FORW|PRE)|spa_nat|forward.*spa")
 
-        self.check_all(SETUPS, check)
+        in_parallel(self, SETUPS, check)
 
     def test_a_flush_reaches_what_earlier_settings_left(self) -> None:
         """Of another backend, too: with --fw-flush, and with FLUSH_IPT_AT_INIT."""
@@ -671,7 +534,7 @@ class LifeTest(NatTest):
 
     def test_a_kernel_that_forwards_nothing(self) -> None:
         """Is warned of at the start, as soon as NAT is enabled."""
-        with Site(Setup(NFT, "guard")) as site:
+        with Site(NatSetup(NFT, "guard")) as site:
             self.assertNotIn("is forwarded while", site.server.log())
             site.server.stop()
             site.gateway.forward(0)
@@ -691,7 +554,8 @@ class LifeTest(NatTest):
 
 
 @needs_firewalls
-class NameTest(NatTest):
+@needs_programs("fwknop")
+class NameTest(unittest.TestCase):
     """A host that the client names."""
 
     def launcher(self, hosts: str, resolver: str) -> Tuple[str, ...]:
@@ -710,7 +574,7 @@ class NameTest(NatTest):
                 file.write("%s gate.example\n127.0.0.1 loop.example\n" % GATE4)
             with open(resolver, "w") as file:  # nobody is there
                 file.write("nameserver 10.66.0.77\noptions timeout:4 attempts:1\n")
-            with Site(Setup(NFT, "accept"), launcher=self.launcher(hosts, resolver)) as site:
+            with Site(NatSetup(NFT, "accept"), launcher=self.launcher(hosts, resolver)) as site:
                 mark = site.server.mark()
                 site.knock("-A", "tcp/22", "-N", "inner.example,8080")
                 site.server.wait_for("Resolved NAT IP in SPA message", mark)
