@@ -19,13 +19,14 @@ import importlib.util
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import types
 import unittest
-from typing import (Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Tuple,
-                    TypeVar, Union)
+from typing import (Any, Callable, Counter, Dict, Iterable, Iterator, List, NamedTuple, Optional,
+                    Tuple, TypeVar, Union)
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("spa_server.py", "spa_client.py", "keygen.py")
@@ -181,6 +182,16 @@ def run(command: List[str], **more: Any) -> "subprocess.CompletedProcess[str]":
     """Run a program to its end and return what it said, as text."""
     return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True, timeout=TIMEOUT, **more)
+
+
+@contextlib.contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """Let programs that are started meanwhile take SIGINT, which a shell's background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 BLOCKED_RUN = """

@@ -13,8 +13,8 @@ import time
 import unittest
 from typing import Iterator, List
 
-from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, SERVER4, SERVER6, STANZA, CableCase,
-                         Server, wait_for)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, STANZA,
+                         CableCase, Server, wait_for)
 from tests.support import needs_programs, needs_root, write
 
 CONF = "FIREWALL_TYPE none;\n"
@@ -261,15 +261,17 @@ class CycleTest(CommandCase):
         path = self.script("rule", 'case "$*" in *:*) p=ip6tables;; *) p=iptables;; esac; $p "$@"')
         self.start("%sCMD_CYCLE_OPEN %s -I %s\nCMD_CYCLE_CLOSE %s -D %s\nCMD_CYCLE_TIMER 4\n"
                    % (STANZA, path, rule, path, rule))
-        for address, server, other in ((CLIENT4, SERVER4, OTHER4), (CLIENT6, SERVER6, "fd55::3")):
+        families = ((CLIENT4, SERVER4, OTHER4), (CLIENT6, SERVER6, OTHER6))
+        for address, server, other in families:
             with self.subTest(address=address):
                 self.assertFalse(self.client.reaches(server, 22, address))
-                mark = self.server.mark()
                 self.server.knock(self.client, "-A", "tcp/22", "-a", address, "-D", server)
                 wait_for(functools.partial(self.client.reaches, server, 22, address), "access")
                 self.assertFalse(self.client.reaches(server, 22, other))
-                self.server.wait_for("CMD_CYCLE_CLOSE: command returned 0", mark)
-                self.assertFalse(self.client.reaches(server, 22, address))
+        wait_for(lambda: self.server.log().count("CMD_CYCLE_CLOSE: command returned 0") == 2,
+                 "both closes")
+        for address, server, _ in families:
+            self.assertFalse(self.client.reaches(server, 22, address), address)
 
     def test_a_clean_stop_closes_at_once(self) -> None:
         """Before the server ends, and once."""

@@ -4,6 +4,8 @@ Started through the name fwknopd, second instances, -S, -K and -R at any time, w
 and SIGUSR1 tells. Each test has a network namespace of its own.
 """
 
+import concurrent.futures
+import functools
 import os
 import re
 import signal
@@ -13,7 +15,7 @@ import unittest
 from typing import Any, List, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
-                         SPA_SERVER, STANZA, CableCase, Server, wait_for)
+                         SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel, wait_for)
 from tests.support import TOP, needs_programs, needs_root, write
 
 TWO_STANZAS = STANZA + "OPEN_PORTS tcp/22\n" + STANZA.replace("KEY ", "KEY other") + \
@@ -128,8 +130,10 @@ class NameTest(ControlTest):
     @needs_programs("fwknopd", "iptables")
     def test_the_same_life_as_fwknopd(self) -> None:
         """Every message and exit code is that of the real one, which a reload ends or unlocks."""
-        self.assertEqual(self.life(Daemon(self, ["fwknopd"]), reloads=False),
-                         self.life(our_daemon(self), reloads=False))
+        daemons = (Daemon(self, ["fwknopd"]), our_daemon(self))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            theirs, ours = pool.map(lambda daemon: self.life(daemon, reloads=False), daemons)
+        self.assertEqual(theirs, ours)
         said = []
         for daemon in (Daemon(self, ["fwknopd"]), our_daemon(self)):
             daemon.run()
@@ -208,21 +212,24 @@ class ListTest(ControlTest):
 
     def test_who_opened_what(self) -> None:
         """Stanza and user, also after a restart; the later of two who asked for more."""
-        for config in BACKENDS:
-            with self.subTest(config=config):
-                server = Server(self.host, config + "FLUSH_IPT_AT_EXIT N;\n", TWO_STANZAS).start()
+        def check(config: str) -> None:
+            """One backend."""
+            with Cable() as cable:
+                server = Server(cable.server, config + "FLUSH_IPT_AT_EXIT N;\n",
+                                TWO_STANZAS).start()
+                knock = functools.partial(server.knock, cable.client, "-a", CLIENT4, "-D", SERVER4)
                 self.assertEqual([], self.listed(server))
-                self.knock(server, "-A", "tcp/22", "-U", "alice")
-                self.knock(server, "-A", "tcp/80", "-U", "bob", "-a", OTHER4, keys=OTHER_KEYS)
+                knock("-A", "tcp/22", "-U", "alice")
+                knock("-A", "tcp/80", "-U", "bob", "-a", OTHER4, keys=OTHER_KEYS)
                 alice = ["tcp", CLIENT4, "0.0.0.0/0", "22", "stanza #1, user 'alice'"]
                 bob = ["tcp", OTHER4, "0.0.0.0/0", "80", "stanza #2, user 'bob'"]
                 self.assertEqual([alice, bob], self.listed(server))
-                self.knock(server, "-A", "tcp/22", "-U", "eve", "-f", "5", keys=OTHER_KEYS)
+                knock("-A", "tcp/22", "-U", "eve", "-f", "5", keys=OTHER_KEYS)
                 self.assertEqual([alice, bob], self.listed(server))  # it was open for longer
                 server.stop(signal.SIGKILL)
                 self.assertEqual([alice, bob], self.listed(server))
                 server.start()
-                self.knock(server, "-A", "tcp/22", "-U", "carol", "-f", "90", keys=OTHER_KEYS)
+                knock("-A", "tcp/22", "-U", "carol", "-f", "90", keys=OTHER_KEYS)
                 alice[4] = "stanza #2, user 'carol'"
                 self.assertEqual([alice, bob], self.listed(server))
                 os.unlink(os.path.join(server.directory, "run", "grants"))
@@ -230,6 +237,8 @@ class ListTest(ControlTest):
                 server.command("--fw-flush")
                 self.assertEqual([], self.listed(server))
                 server.stop()
+
+        in_parallel(self, BACKENDS, check)
 
     @needs_programs("fwknopd")
     def test_shape_of_fwknopd(self) -> None:

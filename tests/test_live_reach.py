@@ -13,7 +13,7 @@ from typing import Any, Dict, Tuple
 from tests.bench import drop_all
 from tests.netns import (CLIENT4, CLIENT6, KEYS, PATIENCE, SERVER4, SERVER6, SPA_CLIENT, STANZA,
                          Cable, CableCase, Server, start_fwknopd, wait_for)
-from tests.support import TOP, needs_programs, needs_root, write
+from tests.support import TOP, hearing_interrupts, needs_programs, needs_root, write
 
 GUARD = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22, tcp/80;\n"
 OPENED = r"tcp/22 of \S+ opened after \d+\.\d\d seconds"
@@ -197,8 +197,9 @@ class Waits(Case):
 
     def test_interrupted(self) -> None:
         """Ctrl-C: exit code 130, no traceback."""
-        process = self.popen("-A", "tcp/80", "-D", SERVER4, "--wait", "60",
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with hearing_interrupts():
+            process = self.popen("-A", "tcp/80", "-D", SERVER4, "--wait", "60",
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.server.wait_opened(CLIENT4, 80)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=PATIENCE)[0]

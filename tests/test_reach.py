@@ -14,7 +14,7 @@ import unittest
 from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
-from tests.support import find_pythons, load_script, nearest_python, skip, write
+from tests.support import find_pythons, hearing_interrupts, load_script, nearest_python, skip, write
 from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver, fields, python,
                                unseal)
 
@@ -521,8 +521,10 @@ class Waiting(Case):
         """Ctrl-C while it waits: exit code 130, one line."""
         with Door(99) as door:
             words = ["-A", "tcp/" + door.port, "-s", *KEYS, *door.options, "--wait", "90"]
-            process = subprocess.Popen([python(), "-I", "-S", SCRIPT, *words], env=self.environment,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            with hearing_interrupts():
+                process = subprocess.Popen([python(), "-I", "-S", SCRIPT, *words],
+                                           env=self.environment, stdout=subprocess.PIPE,
+                                           stderr=subprocess.PIPE)
             while not door.packets and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
