@@ -13,7 +13,7 @@ import unittest
 from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script, write
+from tests.support import load_script, read, write
 from tests.test_packet import NOW, Sender, judge
 from tests.test_server import CLIENT, KEYS, ServerCase, datagram
 
@@ -76,11 +76,7 @@ class CommandCase(ServerCase):
 
     def read(self, name: str) -> str:
         """Return what a script has written into a file of this name; "" when there is none."""
-        try:
-            with open(os.path.join(self.directory, name)) as stream:
-                return stream.read()
-        except FileNotFoundError:
-            return ""
+        return read(self.place(name))
 
     def serve(self, access: str, conf: str = "", boot: str = "boot-1") -> Any:
         """Return a server with one stanza of these lines."""

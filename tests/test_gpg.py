@@ -14,7 +14,7 @@ import unittest
 from typing import Any, Dict, List, Tuple
 
 from tests.gnupg import Keyring
-from tests.support import SharedCase, load_script, needs_programs, write
+from tests.support import SharedCase, load_script, needs_programs, read, write
 from tests.test_config import ConfigCase
 from tests.test_packet import Sender, b64, read_vectors
 from tests.test_server import DOOR22, ServerCase, datagram
@@ -350,11 +350,7 @@ class FakeGpgCase(ServerCase):
 
     def runs(self) -> List[str]:
         """Return what the script was started with, a line for each run."""
-        try:
-            with open(os.path.join(self.directory, "runs")) as file:
-                return file.read().splitlines()
-        except FileNotFoundError:
-            return []
+        return read(self.place("runs")).splitlines()
 
     def gpg_server(self, access: str = SIGNED) -> Any:
         """Return a server with its GPG stanzas ready."""

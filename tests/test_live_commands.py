@@ -15,7 +15,7 @@ from typing import Iterator, List
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, STANZA,
                          CableCase, Server, wait_for)
-from tests.support import needs_programs, needs_root, write
+from tests.support import needs_programs, needs_root, read, write
 
 CONF = "FIREWALL_TYPE none;\n"
 COMMANDS = STANZA + "ENABLE_CMD_EXEC Y\n"
@@ -42,11 +42,7 @@ class CommandCase(CableCase):
 
     def got(self, name: str = "got") -> List[str]:
         """Return the lines that scripts have written into a file."""
-        try:
-            with open(os.path.join(self.directory, name)) as file:
-                return file.read().splitlines()
-        except FileNotFoundError:
-            return []
+        return read(os.path.join(self.directory, name)).splitlines()
 
     def start(self, access: str, config: str = CONF, *options: str) -> Server:
         """Start a server."""

@@ -16,7 +16,7 @@ from typing import Any, List, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel, wait_for)
-from tests.support import TOP, needs_programs, needs_root, write
+from tests.support import TOP, needs_programs, needs_root, read, write
 
 TWO_STANZAS = STANZA + "OPEN_PORTS tcp/22\n" + STANZA.replace("KEY ", "KEY other") + \
     "OPEN_PORTS tcp/22, tcp/80\n"
@@ -77,11 +77,7 @@ class Daemon:
     @property
     def pid(self) -> int:
         """The pid in its pid file, 0 when there is none."""
-        try:
-            with open(self.path("run/fwknopd.pid")) as file:
-                return int(file.read() or 0)
-        except FileNotFoundError:
-            return 0
+        return int(read(self.path("run/fwknopd.pid")) or 0)
 
 
 def our_daemon(test: ControlTest, access: str = STANZA) -> Daemon:
