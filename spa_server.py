@@ -2903,8 +2903,6 @@ class Log:
     def __init__(self, stream: Any = None,
                  monotonic: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.to_syslog, self.level = stream, False, INFO
-        self.error, self.warning, self.info, self.debug = [
-            partial(self.write, severity) for severity in (ERROR, WARNING, INFO, DEBUG)]
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.prefixed = stream is not None and is_journal(stream)
         self.path = ""  # of a file that gets the lines as well, with knockd's date
@@ -2941,6 +2939,22 @@ class Log:
                     file.write("[%s] %s\n" % (time.strftime("%Y-%m-%d %H:%M"), text))
             except OSError:
                 pass
+
+    def error(self, text: str) -> None:
+        """Something failed."""
+        self.write(ERROR, text)
+
+    def warning(self, text: str) -> None:
+        """Something the administrator should know."""
+        self.write(WARNING, text)
+
+    def info(self, text: str) -> None:
+        """What the server does."""
+        self.write(INFO, text)
+
+    def debug(self, text: str) -> None:
+        """What is said only with VERBOSE."""
+        self.write(DEBUG, text)
 
 
 class Throttle:
@@ -3307,19 +3321,19 @@ class ReplayMemory:
         unread = 0
         for line in lines:
             words = line.split()
-            if line.startswith("#"):
+            if words[:2] == ["#", "began"]:
                 self.load_beginning(words)
-            elif len(words) == 7 and words[6].isdigit() and len(words[6]) < 12:
+            elif (len(words) == 7 and words[6].isdigit() and len(words[6]) < 12
+                  and not line.startswith("#")):
                 age = min(max(0.0, wall - int(words[6])), now)
                 self.seen[words[0]] = line, now - age
-            elif words:
+            elif words and not line.startswith("#"):
                 unread += 1
         if unread:
             self.log.warning("%s: %d lines are not packets and are dropped" % (path, unread))
 
     def load_beginning(self, words: List[str]) -> None:
-        """Goes on with the memory of `# began MONOTONIC BOOT_ID FORGOTTEN`; else it is a comment.
-        """
+        """Goes on with the memory of these words, `# began MONOTONIC BOOT_ID FORGOTTEN`."""
         try:
             began, boot_id, forgotten = float(words[2]), words[3], int(words[4])
         except (ValueError, IndexError):
@@ -3707,7 +3721,7 @@ class KnockCapture(PacketCapture):
     """A packet socket for the steps of some sequences. Others may have one at the same place."""
 
     decode = staticmethod(decode_hit)
-    sequences: List[Sequence] = []
+    sequences: Iterable[Sequence] = ()  # whoever makes it says which
 
 
 def bound_socket(family: int, kind: int, port: int, *options: Tuple[int, int]) -> socket.socket:
@@ -4183,7 +4197,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # our own, with maps that tell where each client's connections lead.
 # ======================================================================================
 
-OPEN_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
+GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
@@ -4358,11 +4372,18 @@ class NftFirewall(Firewall):
         try:
             self.run(self.rule_removal(place) + sets + rules)
         except CommandError as error:
-            if "No such file or directory" not in str(error):
-                raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
-            raise CommandError("%s: there is no chain %s" % (
-                "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
-                " ".join(place)), hint="start after the service that makes it") from None
+            self.explain_missing(place)
+            raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
+
+    def explain_missing(self, place: NftChain) -> None:
+        """Raises the CommandError of a chain that is not there."""
+        try:
+            run_program([self.program, "list", "chain"] + list(place))
+        except CommandError as error:
+            if "No such file or directory" in str(error):
+                raise CommandError("%s: there is no chain %s" % (
+                    "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
+                    " ".join(place)), hint="start after the service that makes it") from None
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
@@ -4457,29 +4478,33 @@ class NftFirewall(Firewall):
 
     def delete(self, place: NftChain, doors: List[Door]) -> None:
         """Takes elements out of the sets of a place, those that are there."""
-        do_all(self.delete_at_once, [(place, doors[start:start + OPEN_AT_ONCE])
-                                     for start in range(0, len(doors), OPEN_AT_ONCE)])
+        do_all(self.delete_at_once, [(place, doors[start:start + GRANTS_AT_ONCE])
+                                     for start in range(0, len(doors), GRANTS_AT_ONCE)])
 
-    def delete_at_once(self, place: NftChain, doors: List[Door]) -> None:
+    def delete_at_once(self, place: NftChain, doors: List[Door], first: bool = True) -> None:
         """The same in one transaction, since the kernel waits up to 20 ms in each.
 
         An element that is gone would undo all of it: so each is added before, which nobody sees.
-        Where that can't be done, as in a map that somebody has changed, they go in two parts.
+        Where that can't be done, those that are there go as the kernel has them, since somebody may
+        have changed a map; and if that fails as well, in two parts.
         """
         kinds = (NEW_ELEMENT, DELETE_ELEMENT) if len(doors) > 1 else (DELETE_ELEMENT,)
         try:
             self.netlink.commit([self.element(kind, place, door)
                                  for door in doors for kind in kinds])
+            return
         except CommandError as error:
-            if len(doors) > 1:
-                there = {door.entrance for shape in set(map(shape_of, doors))
-                         for door, _ in self.read_set(place, shape)}
-                doors = [door for door in doors if door.entrance in there]
-                half = (len(doors) + 1) // 2
-                do_all(self.delete_at_once, [(place, part) for part in (doors[:half], doors[half:])
-                                             if part])
-            elif error.number != errno.ENOENT:
-                raise
+            if len(doors) == 1:
+                if error.number != errno.ENOENT:
+                    raise
+                return
+        half = len(doors) // 2
+        parts = [doors[:half], doors[half:]]
+        if first:
+            there = {door.entrance: door for shape in set(map(shape_of, doors))
+                     for door, _ in self.read_set(place, shape)}
+            parts = [[there[door.entrance] for door in doors if door.entrance in there]]
+        do_all(self.delete_at_once, [(place, part, False) for part in parts if part])
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has in every place. Only NAT's maps tell where doors lead."""
@@ -4840,11 +4865,17 @@ class IptablesFirewall(Firewall):
 
     def close(self, grants: List[Grant]) -> None:
         """Deletes the rules of `grants`, also where they are gone or of another shape."""
+        do_all(self.close_in, [
+            (program, [grant for grant in grants if grant.door.source.version == version])
+            for version, program in self.programs.items()])
+
+    def close_in(self, program: Iptables, grants: List[Grant]) -> None:
+        """The same through the program of their IP version."""
         try:
             self.change([], grants)
         except CommandError:
             doors = {grant.door.entrance for grant in grants}
-            self.delete_rules(lambda door, expires: door.entrance in doors)
+            self.delete_rules(lambda door, expires: door.entrance in doors, [program])
 
     def parse(self, table: str, line: str) -> Iterator[Tuple[Place, Door, int]]:
         """Place, door and expiry of the grant that a line of `iptables -S` is, if it is one."""
@@ -4853,19 +4884,24 @@ class IptablesFirewall(Firewall):
             if parsed:
                 yield (place,) + parsed
 
-    def delete_lines(self, tables: Iterable[str], wanted: Callable[[str, str], bool]) -> None:
-        """Deletes the rules that are wanted gone, by table and line of `iptables -S`."""
+    def delete_lines(self, tables: Iterable[str], wanted: Callable[[str, str], bool],
+                     programs: Iterable[Iptables] = ()) -> None:
+        """Deletes the rules that are wanted gone, by table and line of `iptables -S`.
+
+        Through these programs, or else through all.
+        """
         def delete_in(program: Iptables, table: str) -> None:
             program.commit({table: ["-D" + line[2:] for line in program.list(table)
                                     if wanted(table, line)]})
 
-        do_all(delete_in, [(program, table) for program in self.programs.values()
+        do_all(delete_in, [(program, table) for program in programs or self.programs.values()
                            for table in tables])
 
-    def delete_rules(self, wanted: Callable[[Door, int], bool]) -> None:
+    def delete_rules(self, wanted: Callable[[Door, int], bool],
+                     programs: Iterable[Iptables] = ()) -> None:
         """Deletes the grants that are wanted gone, by door and expiry."""
         self.delete_lines(self.tables, lambda table, line: any(
-            wanted(door, expires) for _, door, expires in self.parse(table, line)))
+            wanted(door, expires) for _, door, expires in self.parse(table, line)), programs)
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
@@ -5048,9 +5084,9 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
         if settings.snat:
             access += [(SNAT, settings.snat_access), (MASQUERADE, settings.masquerade_access)]
     return IptablesFirewall(program, [
-        Place(chain.table, chain.chain, chain.target,
-              kind == INPUT and chain.from_chain == "OUTPUT", settings.rule_prepend, kind, "",
-              chain.from_chain, chain.position) for kind, chain in access],
+        Place(chain.table, chain.chain, chain.target, first=settings.rule_prepend, kind=kind,
+              outgoing=kind == INPUT and chain.from_chain == "OUTPUT",
+              from_chain=chain.from_chain, position=chain.position) for kind, chain in access],
         settings.guard_ports, log)
 
 
@@ -5073,12 +5109,14 @@ class Grants:
         self.firewall, self.log, self.wall, self.monotonic = firewall, log, wall, monotonic
         self.live: Dict[Door, Grant] = {}
         self.ends: List[Tuple[float, int, Grant]] = []  # a heap, with what was extended since too
+        self.count = 0
         self.not_before = 0.0  # when a close that failed is tried again
 
     def enter(self, grant: Grant) -> None:
         """Notes a grant that the firewall has."""
         self.live[grant.door] = grant
-        heapq.heappush(self.ends, (grant.ends, id(grant), grant))
+        self.count += 1
+        heapq.heappush(self.ends, (grant.ends, self.count, grant))
 
     def adopt(self) -> None:
         """Goes on with the grants that the firewall has from before."""
@@ -5132,8 +5170,11 @@ class Grants:
                         and (other.target, other.target_port) != (door.target, door.target_port)):
                     raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
                                          % (other, other.target_text()), "{stanza}{text}")
+        new = sum(door not in self.live for door in doors)
+        if len(self.live) + new <= MAX_GRANTS:
+            return
         count = sum(grant.stanza == stanza for grant in self.live.values())
-        if count + sum(door not in self.live for door in doors) > MAX_GRANTS:
+        if count + new > MAX_GRANTS:
             raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
                                  % (count, MAX_GRANTS), "{stanza}{text}")
 
@@ -5192,8 +5233,8 @@ class Grants:
         lost = [grant for grant in self.live.values()
                 if grant.door not in present and grant.ends > due
                 and self.firewall.holds(grant.door)]
-        for start in range(0, len(lost), OPEN_AT_ONCE):
-            self.firewall.open(lost[start:start + OPEN_AT_ONCE], [])
+        for start in range(0, len(lost), GRANTS_AT_ONCE):
+            self.firewall.open(lost[start:start + GRANTS_AT_ONCE], [])
         if lost:
             self.log.warning("Put back %d grants that somebody took from the firewall" % len(lost))
         return intact and not lost
@@ -5291,11 +5332,12 @@ TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing" 
 # owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
 RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 
-# Its shell holds one end of a pipe as its input, and the switch waits at the other: the time begins
-# when this has ended, whoever lives to see it.
+# The shell of a command that opens holds one end of a pipe as its input, and the switch waits at
+# the other: the time begins when the command has ended, whoever lives to see it.
 RUN_AT_PIPE = (b"/bin/sh", b"-c", b'"$@" </dev/null; exit $?', b"sh")
 
-# SIGTERM ends only what it waits for: whoever ends all processes of the service closes at once.
+# Without a pipe `cat` ends at once. SIGTERM ends only what it waits for: whoever ends all processes
+# of the service closes at once.
 SWITCH = (b"/bin/sh", b"-c",
           b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
 
@@ -5366,12 +5408,13 @@ class Cycle:
     """
 
     # The lines of the log: what it runs, what it will run, why it closes, and how a command ended.
-    opens = "{cycle.label}Running CMD_CYCLE_OPEN command: {cycle.opening}{cycle.opening.runner}"
-    will_close = ("{cycle.label}Running CMD_CYCLE_CLOSE command in {seconds} seconds: "
-                  "{cycle.closing}")
-    closes: Tuple[str, ...] = ("{cycle.label}{why}, running CMD_CYCLE_CLOSE command: "
-                               "{cycle.closing}{cycle.closing.runner}",)
-    ended = failed = "{kind}: command returned {code}, pid_status: {code}"
+    opening_line = ("{cycle.label}Running CMD_CYCLE_OPEN command: "
+                    "{cycle.opening}{cycle.opening.runner}")
+    waiting_line = ("{cycle.label}Running CMD_CYCLE_CLOSE command in {seconds} seconds: "
+                    "{cycle.closing}")
+    closing_lines: Tuple[str, ...] = ("{cycle.label}{why}, running CMD_CYCLE_CLOSE command: "
+                                      "{cycle.closing}{cycle.closing.runner}",)
+    end_line = failure_line = "{kind}: command returned {code}, pid_status: {code}"
     reasons: Dict[str, str] = {}  # other words for why it closes
     closing_kind = "CMD_CYCLE_CLOSE"  # what begins the lines of the command that closes
 
@@ -5382,7 +5425,8 @@ class Cycle:
                  opening: Command, closing: Command) -> None:
         self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
         if kind == "CMD_EXEC":
-            self.opens = "{cycle.label}Running command '{cycle.opening}'{cycle.opening.runner}"
+            self.opening_line = ("{cycle.label}Running command '{cycle.opening}'"
+                                 "{cycle.opening.runner}")
         self.opening, self.closing, self.seconds = opening, closing, seconds
         self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
         self.ends = FOR_EVER if self.waits else time.monotonic() + seconds
@@ -5404,9 +5448,9 @@ class KnockdCycle(Cycle):
     is read, and no SIGPIPE ends them when the server has ended.
     """
 
-    opens, will_close = "{cycle.kind}: running command: {cycle.texts[0]}", ""
-    closes = "{cycle.label}{why}", "{cycle.kind}: running command: {cycle.texts[1]}"
-    ended, failed = "", "{kind}: command returned non-zero status code ({code})"
+    opening_line, waiting_line = "{cycle.kind}: running command: {cycle.texts[0]}", ""
+    closing_lines = "{cycle.label}{why}", "{cycle.kind}: running command: {cycle.texts[1]}"
+    end_line, failure_line = "", "{kind}: command returned non-zero status code ({code})"
     reasons = {TIME_IS_OVER: "command timeout", SHUT_DOWN: "shutting down", FLUSHED: "flushing"}
     waits = True
     most_running, most_open = 100, 1000
@@ -5485,7 +5529,8 @@ class Commands:
             self.log.info("%s: %s" % (child.kind, line))
         code = child.popen.returncode
         self.log.write(WARNING if code else INFO, (
-            child.cycle.failed if code else child.cycle.ended).format(kind=child.kind, code=code))
+            child.cycle.failure_line if code else child.cycle.end_line).format(
+                kind=child.kind, code=code))
         if child.closes:
             self.finish_close(child.cycle, code)
             return
@@ -5532,7 +5577,7 @@ class Commands:
             if cycle.closing.words:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
             if not lasts:
-                self.log.info(cycle.opens.format(cycle=cycle))
+                self.log.info(cycle.opening_line.format(cycle=cycle))
                 cycle.openings.append(self.follow(Child(cycle, cycle.opening, False, pipe[1])))
         except CommandError:
             self.end_switch(cycle)
@@ -5545,7 +5590,7 @@ class Commands:
             self.end_switch(known)
         if cycle.closing.words:
             self.cycles[cycle.key] = cycle
-            self.log.info(cycle.will_close.format(cycle=cycle, seconds=seconds))
+            self.log.info(cycle.waiting_line.format(cycle=cycle, seconds=seconds))
 
     def set_switch(self, cycle: Cycle, seconds: int, source: int = subprocess.DEVNULL) -> None:
         """Gives a cycle a switch, in place of the one that it may have."""
@@ -5573,7 +5618,7 @@ class Commands:
         del self.cycles[cycle.key]
         for child in cycle.openings:
             end_group(child.popen, signal.SIGKILL)  # or it might open after this
-        for form in cycle.closes:
+        for form in cycle.closing_lines:
             self.log.info(form.format(cycle=cycle, why=cycle.reasons.get(why, why)))
         code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
@@ -6165,7 +6210,7 @@ class Server(KnockGate):
         self.since = time.time()
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
-        self.check_due = self.check_rest = 0.0  # when the next look is due, and not before when
+        self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
         self.check_wait = RETRY_SECONDS
         self.running, self.exit_code = True, 0
 
@@ -6276,7 +6321,8 @@ class Server(KnockGate):
         else:
             now = time.monotonic()
             self.check_due = now + self.grants.firewall.poll_seconds
-            self.check_rest = now + (now - began) * (1 / CHECK_SHARE - 1) * all_well
+            rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
+            self.check_rest = now + rest * all_well
             self.check_wait = RETRY_SECONDS
 
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:
@@ -6307,8 +6353,11 @@ class Server(KnockGate):
             close_captures(captures, self.captures)
             if memory:
                 memory.close()
-            if firewall.guard_ports and not stood and firewall.guarded():
-                firewall.unguard()
+            if firewall.guard_ports and not stood:
+                try:
+                    firewall.unguard()
+                except CommandError:  # there is none yet
+                    pass
             raise
         self.settings, self.stanzas = settings, configuration.stanzas
         if captures != self.captures:
@@ -6412,10 +6461,11 @@ def lock_pid_file(path: str, program: str = "fwknopd") -> int:
     for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(file, 0)  # the pid in it, if any, is not a server's
-            return file
         except OSError:
             time.sleep(wait)
+        else:
+            os.ftruncate(file, 0)  # the pid in it, if any, is not a server's
+            return file
     pid = os.pread(file, 32, 0).decode("latin-1").strip()
     os.close(file)
     raise SpaError("An instance of %s is already running: (PID=%s)." % (program, pid))

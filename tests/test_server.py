@@ -766,7 +766,7 @@ class MemoryTest(ServerCase):
                      line.encode() + b"\xb2\n",
                      # more than time.localtime() or a float can hold
                      line.encode() + b"9" * 18 + b"\n", line.encode() + b"9" * 400 + b"\n",
-                     b"# began -inf boot-1 0\n"):
+                     b"# began -inf boot-1 0\n", b"# at 12 boot-1 99999999999\n"):
             with self.subTest(text=text[-30:]):
                 with open(self.path, "wb") as stream:
                     stream.write(text)
@@ -1065,7 +1065,7 @@ class GrantsTest(ServerCase):
         self.firewall.most = 0
         self.grants.check()
         self.assertEqual(set(doors), set(self.firewall.rules))
-        self.assertIn(self.firewall.most, range(1, server.OPEN_AT_ONCE + 1))
+        self.assertIn(self.firewall.most, range(1, server.GRANTS_AT_ONCE + 1))
 
     def test_a_stanza_has_its_limit(self) -> None:
         """Many doors of one keep no other out, and what is open already may be extended."""
@@ -1226,7 +1226,8 @@ class LifeTest(ServerCase):
         with mock.patch.object(server.time, "monotonic", self.clock.mono):
             for seconds, all_well, quickly, wait, rest in (
                     (0.01, True, False, soon, 0), (2, True, False, 6.0, 0),
-                    (2, False, False, soon, 0), (2, True, True, soon, 6.0 - soon)):
+                    (2, False, False, soon, 0), (60, True, False, server.POLL_SECONDS, 0),
+                    (2, True, True, soon, 6.0 - soon)):
                 self.clock.pass_seconds(100)
                 self.firewall.quickly_intact = quickly
                 with mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
