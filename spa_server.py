@@ -6576,7 +6576,11 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
 def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> None:
     """Logs what stands in the way of the settings: guards of other ones, and no forwarding."""
     settings = configuration.settings
-    guards = [] if configuration.test else standing_guards(settings, log)
+    guards: List[Firewall] = []
+    try:
+        guards = [] if configuration.test else standing_guards(settings, log)
+    except ConfigError as error:  # of a program that these settings do not use
+        log.warning(str(error))
     if any(not firewall.guard_ports or type(guard) is not type(firewall) for guard in guards):
         log.warning("A guard from earlier settings still closes ports, and no knock opens them; "
                     "--unguard takes it away")

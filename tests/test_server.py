@@ -11,6 +11,7 @@ import ipaddress
 import os
 import random
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -1242,6 +1243,18 @@ class LifeTest(ServerCase):
                         self.firewall.whole = False
                         made.check_firewall()
                         self.assertEqual(1, len(looks))
+
+    def test_a_program_that_is_not_used(self) -> None:
+        """FIREWALL_EXE may be wrong where nothing is opened by it; that is said."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        new = self.configuration("FIREWALL_TYPE none;\nFIREWALL_EXE /no/such/nft;\n")
+        firewall = new.choose_firewall(self.log)
+        self.logged()
+        server.warn_of_host(new, firewall, self.log)
+        self.assertRegex(self.logged(), r":4: FIREWALL_EXE: expected an nft or iptables program")
+        with mock.patch.object(server.Server, "reload"):
+            server.take_signal(signal.SIGHUP, made, lambda: new)
+        self.assertNotIn("old settings", self.logged())
 
     def test_stop(self) -> None:
         """Closes all grants, unless FLUSH_IPT_AT_EXIT is N."""
