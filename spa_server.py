@@ -23,8 +23,8 @@ A hit of a port takes KnockGate.take_hit() there instead: is it the next step of
 8), then the last one opens or runs as above.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
-configuration and touch nothing else, apart from the user database, PATH and an optional import of
-`cryptography`.
+configuration and touch nothing else, apart from the user database, PATH, an optional import of
+`cryptography`, and the mark on a line of one-time sequences that was used (section 8).
 
   1. Words and errors
   2. AES (FIPS 197)
