@@ -18,7 +18,7 @@ from tests.support import SCRIPTS, TOP, find_pythons, nearest_python, run, run_b
 MAX_WIDTH = 100
 MAX_FUNCTION = 60
 MAX_CLASS = 300
-MAX_LINES = {"spa_server.py": 7220, "spa_client.py": 2758, "keygen.py": 794}
+MAX_LINES = {"spa_server.py": 9000, "spa_client.py": 3400, "keygen.py": 1050}  # for all planned
 TOP_LEVEL = {"spa_server.py", "spa_client.py", "keygen.py", "tests", "README.md", "LICENSE"}
 
 # Small routers do not have these, so no script may need them to start.
