@@ -2897,6 +2897,26 @@ MORE_KNOCKS = "more knocks came without a line in the log"
 STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
 
 
+def read_boot_id() -> str:
+    """A text that is another one after each boot."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown-%d" % os.getppid()
+
+
+class Clocks(NamedTuple):
+    """Where the server reads the time. `boot_id` names the boot that `monotonic` counts from."""
+
+    wall: Callable[[], float] = time.time  # epoch seconds
+    monotonic: Callable[[], float] = time.monotonic
+    boot_id: Callable[[], str] = read_boot_id
+
+
+CLOCKS = Clocks()  # this machine's
+
+
 class Log:
     """Lines to stderr, with `<N>` before each when that is systemd's journal, and to syslog."""
 
@@ -3115,10 +3135,10 @@ class Gpg:
     """Starts gpg for all stanzas: bounded in time and output, and in number but for genuine packets
     with HMAC. What comes without HMAC can't use up the number of the others."""
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self.monotonic = monotonic
+    def __init__(self, clocks: Clocks = CLOCKS) -> None:
+        self.clocks = clocks
         self.answers: Dict[Tuple[Any, ...], GpgAnswer] = {}  # oldest first
-        self.busy_until = self.busy_before = monotonic() - GPG_BURST
+        self.busy_until = self.busy_before = clocks.monotonic() - GPG_BURST
 
     def ask(self, command: List[str], passphrase: bytes, message: bytes, hmac: bool) -> GpgAnswer:
         """gpg's answer to a message; PacketRejected when it gives none, TooFast when packets of
@@ -3126,7 +3146,7 @@ class Gpg:
         question = (tuple(command), passphrase, message)
         self.busy_before = self.busy_until
         if question not in self.answers:
-            start = self.monotonic()
+            start = self.clocks.monotonic()
             if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
                 raise TooFast("gpg too fast", (
                     "GPG packets that open nothing come too fast; this one is not decrypted"
@@ -3135,7 +3155,7 @@ class Gpg:
             try:
                 answer = self.run(command, passphrase, message)
             finally:  # as if the burst had been saved up, one a second, since busy_until
-                cost = max(1.0, 10 * (self.monotonic() - start))  # a tenth of our time at most
+                cost = max(1.0, 10 * (self.clocks.monotonic() - start))  # a tenth of our time
                 self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
             while len(self.answers) >= GPG_KNOWN:
                 del self.answers[next(iter(self.answers))]
@@ -3245,9 +3265,9 @@ class GpgKeys(Keys):
         return answer.plain
 
 
-def open_gpg(settings: ServerSettings, stanzas: List[Stanza]) -> None:
+def open_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = CLOCKS) -> None:
     """Makes the GPG stanzas ready; ConfigError where gpg or a secret key is missing."""
-    gpg = Gpg()
+    gpg = Gpg(clocks)
     for stanza in stanzas:
         try:
             if stanza.gpg_decrypt_id and not stanza.void:
@@ -3269,15 +3289,6 @@ REFUSED_KNOWN = 20000  # refused packets that are known by their digest: 3 MB
 REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
 
 
-def read_boot_id() -> str:
-    """A text that is another one after each boot."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return "unknown-%d" % os.getppid()
-
-
 def digest_of(text: bytes) -> str:
     """The digest by which a packet is remembered."""
     return encode_base64(DIGESTS["SHA256"](text)).decode()
@@ -3292,16 +3303,13 @@ class ReplayMemory:
     """
 
     def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
-                 wall: Callable[[], float] = time.time,
-                 monotonic: Callable[[], float] = time.monotonic,
-                 boot_id: Callable[[], str] = read_boot_id) -> None:
-        self.path, self.max_age, self.log = path, max_age, log
-        self.wall, self.monotonic = wall, monotonic
-        self.boot_id = boot_id()
+                 clocks: Clocks = CLOCKS) -> None:
+        self.path, self.max_age, self.log, self.clocks = path, max_age, log, clocks
+        self.boot_id = clocks.boot_id()
         # By digest, oldest first: its line in the file, and when it came on the monotonic clock.
         self.seen: Dict[str, Tuple[str, float]] = {}
         self.refused: Dict[str, str] = {}  # and why
-        self.began, self.forgotten = monotonic(), 0
+        self.began, self.forgotten = clocks.monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
         if path:
@@ -3317,7 +3325,7 @@ class ReplayMemory:
             return
         except OSError as error:
             raise SpaError("%s: %s" % (path, error.strerror)) from None
-        wall, now = self.wall(), self.monotonic()
+        wall, now = self.clocks.wall(), self.clocks.monotonic()
         unread = 0
         for line in lines:
             words = line.split()
@@ -3368,13 +3376,13 @@ class ReplayMemory:
         """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
         if self.max_age is None:
             return
-        age = self.wall() - timestamp
+        age = self.clocks.wall() - timestamp
         if abs(age) > self.max_age:
             reason, why = (("stale", "The packet is old, or the client's clock is behind.")
                            if age > 0 else ("from the future", "The client's clock is ahead."))
             raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
                            % (abs(age), why))
-        began = self.wall() - (self.monotonic() - self.began)
+        began = self.clocks.wall() - (self.clocks.monotonic() - self.began)
         if timestamp < int(began) or timestamp <= self.forgotten:
             raise NotFresh("before memory", "SPA packet was made %d seconds before this replay "
                            "memory began; a new one will do." % max(1, began - timestamp))
@@ -3388,7 +3396,7 @@ class ReplayMemory:
         self.check_unknown(digest, datagram)
         line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
                                          socket_text(datagram.destination),
-                                         datagram.destination_port, self.wall())
+                                         datagram.destination_port, self.clocks.wall())
         if self.file is not None:
             try:
                 self.append(self.file, line.encode() + b"\n")
@@ -3396,7 +3404,7 @@ class ReplayMemory:
                 raise NotFresh("replay memory", "%s: %s; nothing is opened that could not be "
                                "remembered" % (self.path, error.strerror)) from None
             self.lines_in_file += 1
-        self.seen[digest] = line, self.monotonic()
+        self.seen[digest] = line, self.clocks.monotonic()
         self.prune()
 
     def check_unknown(self, digest: str, datagram: Datagram) -> None:
@@ -3424,7 +3432,7 @@ class ReplayMemory:
         if self.max_age is None:
             return
         keep = 2 * self.max_age + 1
-        now, wall = self.monotonic() - keep, self.wall() - keep
+        now, wall = self.clocks.monotonic() - keep, self.clocks.wall() - keep
         while self.seen:
             digest, (line, came) = next(iter(self.seen.items()))
             created = int(line.split()[-1])
@@ -3465,14 +3473,14 @@ class ReplayMemory:
             self.file = None
 
 
-def open_memory(settings: ServerSettings, log: Log) -> ReplayMemory:
+def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> ReplayMemory:
     """The replay memory of the settings; its directory is made when it is missing."""
     path: Optional[str] = settings.digest_file
     make_directory(os.path.dirname(settings.digest_file))
     if not settings.digest_persistence:
         path = None
         rotate_digest_cache(settings.digest_file)  # it would not know of the packets seen meanwhile
-    return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log)
+    return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log, clocks)
 
 
 def rotate_digest_cache(path: str) -> None:
@@ -3786,8 +3794,8 @@ class TcpCapture(Capture):
 
     protocol = "TCP"
 
-    def __init__(self, family: int, port: int) -> None:
-        self.family, self.port = family, port
+    def __init__(self, family: int, port: int, clocks: Clocks = CLOCKS) -> None:
+        self.family, self.port, self.clocks = family, port, clocks
         super().__init__(bound_socket(family, socket.SOCK_STREAM, port, (
             socket.SOL_SOCKET, socket.SO_REUSEADDR)), "TCP port %d" % port, 2 * MAX_REQUEST)
         self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
@@ -3805,7 +3813,7 @@ class TcpCapture(Capture):
 
     def receive(self) -> Optional[Datagram]:
         """What the next connection brought that is at its end; reading goes before accepting."""
-        now = time.monotonic()
+        now = self.clocks.monotonic()
         for number, connection in self.connections.items():
             if now >= connection.end:
                 return self.finish(number, reset=True)
@@ -4090,8 +4098,8 @@ class Firewall:
     identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
     made: Any = None  # what read_made() said after prepare()
 
-    def __init__(self, why: str, log: Log) -> None:
-        self.why, self.log = why, log
+    def __init__(self, why: str, log: Log, clocks: Clocks = CLOCKS) -> None:
+        self.why, self.log, self.clocks = why, log, clocks
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes, for the log."""
@@ -4315,9 +4323,10 @@ class NftFirewall(Firewall):
     keeps = True
 
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
-                 shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = ()) -> None:
+                 shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = (),
+                 clocks: Clocks = CLOCKS) -> None:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
-        self.shapes, self.forward = shapes, forward
+        self.shapes, self.forward, self.clocks = shapes, forward, clocks
         self.chains = list(dict.fromkeys(accept + forward))  # the host's that our rules go to
         translates = any(shape.kind in NAT_KINDS for shape in shapes)
         # Where our sets are. The guard comes first.
@@ -4456,7 +4465,7 @@ class NftFirewall(Firewall):
         whether or not it was there. So `replaced` needs nothing more than that an element of a map
         is first added with the target that it has had.
         """
-        now = time.monotonic()
+        now = self.clocks.monotonic()
         before = {grant.door.entrance: grant.door for grant in replaced}
         messages = []
         for grant in grants:
@@ -4512,7 +4521,7 @@ class NftFirewall(Firewall):
         for place, shape in self.sets:
             for door, seconds in self.read_set(place, shape):
                 found.setdefault(door.entrance, []).append((door, seconds))
-        now, wall = time.monotonic(), time.time()
+        now, wall = self.clocks.monotonic(), self.clocks.wall()
         grants = []
         for entrance, elements in found.items():
             seconds = min(seconds for _, seconds in elements)
@@ -4720,8 +4729,8 @@ class IptablesFirewall(Firewall):
     keeps = True
 
     def __init__(self, program: str, access: List[Place], guard_ports: FrozenSet[Port],
-                 log: Log) -> None:
-        self.access, self.guard_ports, self.log = access, guard_ports, log
+                 log: Log, clocks: Clocks = CLOCKS) -> None:
+        self.access, self.guard_ports, self.log, self.clocks = access, guard_ports, log, clocks
         guarded = Place("mangle", GUARDED_CHAIN, "RETURN", first=True)
         self.places = [guarded] * bool(guard_ports)
         if guard_ports and any(place.kind == DNAT for place in access):
@@ -4905,7 +4914,7 @@ class IptablesFirewall(Firewall):
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
-        wall, now = time.time(), time.monotonic()
+        wall, now = self.clocks.wall(), self.clocks.monotonic()
         found: Dict[Door, int] = {}
         lines = [(table, line) for program in self.programs.values() for table in self.tables
                  for line in program.list(table)]
@@ -4967,7 +4976,7 @@ class IptablesFirewall(Firewall):
 
 
 def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
-                    log: Log) -> Firewall:
+                    log: Log, clocks: Clocks = CLOCKS) -> Firewall:
     """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
 
     auto is what FIREWALL_EXE is. Without that it is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS
@@ -4978,9 +4987,9 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
                              "nothing guards them with FIREWALL_TYPE none")
     if test or settings.firewall == "none":
         return Firewall("--test mode enabled, skipping firewall manipulation." if test else
-                        "FIREWALL_TYPE none: nothing is opened", log)
+                        "FIREWALL_TYPE none: nothing is opened", log, clocks)
     if not settings.guard_ports and all(stanza.cycle_open for stanza in stanzas):
-        return Firewall("every stanza opens by CMD_CYCLE_OPEN", log)
+        return Firewall("every stanza opens by CMD_CYCLE_OPEN", log, clocks)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
     if kind == "auto":
@@ -4991,7 +5000,7 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
     for text in idle_directives(settings, kind):
         log.warning(text)
     if kind == "iptables":
-        return iptables_firewall(settings, iptables, log)
+        return iptables_firewall(settings, iptables, log, clocks)
     if not settings.guard_ports and not settings.nft_accept_chains:
         raise ConfigError("GUARD_PORTS: expected it, or NFT_ACCEPT_CHAINS, with nftables",
                           "GUARD_PORTS tcp/22 closes a port by a table of our own; "
@@ -5001,7 +5010,7 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
     shapes = {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)}
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log,
-                       settings.nft_forward_chains if settings.nat else ())
+                       settings.nft_forward_chains if settings.nat else (), clocks)
 
 
 def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
@@ -5068,8 +5077,8 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
             log.warning("%s; what earlier settings opened by it may be left" % error)
 
 
-def iptables_firewall(settings: ServerSettings, program: Optional[str],
-                      log: Log) -> IptablesFirewall:
+def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log,
+                      clocks: Clocks) -> IptablesFirewall:
     """The iptables firewall of the settings."""
     if not program:
         raise ConfigError("FIREWALL_TYPE: there is no iptables program",
@@ -5087,7 +5096,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str],
         Place(chain.table, chain.chain, chain.target, first=settings.rule_prepend, kind=kind,
               outgoing=kind == INPUT and chain.from_chain == "OUTPUT",
               from_chain=chain.from_chain, position=chain.position) for kind, chain in access],
-        settings.guard_ports, log)
+        settings.guard_ports, log, clocks)
 
 
 # ======================================================================================
@@ -5104,9 +5113,8 @@ MAX_GRANTS = 10000  # of a stanza: each costs time whenever the firewall is read
 class Grants:
     """The doors that are open now, and the firewall that has them open."""
 
-    def __init__(self, firewall: Firewall, log: Log, wall: Callable[[], float] = time.time,
-                 monotonic: Callable[[], float] = time.monotonic) -> None:
-        self.firewall, self.log, self.wall, self.monotonic = firewall, log, wall, monotonic
+    def __init__(self, firewall: Firewall, log: Log, clocks: Clocks = CLOCKS) -> None:
+        self.firewall, self.log, self.clocks = firewall, log, clocks
         self.live: Dict[Door, Grant] = {}
         self.ends: List[Tuple[float, int, Grant]] = []  # a heap, with what was extended since too
         self.count = 0
@@ -5131,8 +5139,8 @@ class Grants:
         A door with the same entrance as one that leads elsewhere takes its place, if that is the
         same stanza's. PacketRejected when it is not, or the stanza has too many doors open.
         """
-        now = self.monotonic()
-        ends, expires = now + seconds, int(self.wall() + seconds + 0.999)
+        now = self.clocks.monotonic()
+        ends, expires = now + seconds, int(self.clocks.wall() + seconds + 0.999)
         doors = [door for door in map(self.firewall.form, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
@@ -5191,7 +5199,7 @@ class Grants:
 
     def expire(self) -> None:
         """Closes all grants whose time has come; what can't be closed is tried again."""
-        now = self.monotonic()
+        now = self.clocks.monotonic()
         if now < self.not_before:
             return
         ended = []
@@ -5229,7 +5237,7 @@ class Grants:
         present = {grant.door: grant for grant in self.firewall.grants()}
         for door in set(present) - set(self.live):
             self.enter(present[door])  # whoever opened it, it is closed in time
-        due = self.monotonic() + 0.5  # what ends now may be gone from the kernel already
+        due = self.clocks.monotonic() + 0.5  # what ends now may be gone from the kernel already
         lost = [grant for grant in self.live.values()
                 if grant.door not in present and grant.ends > due
                 and self.firewall.holds(grant.door)]
@@ -5244,7 +5252,7 @@ class Grants:
 
         A CommandError says that something may be open still; expire() tries it again.
         """
-        now = self.monotonic()
+        now = self.clocks.monotonic()
         ended, self.live, self.ends = list(self.live.values()), {}, []
         try:
             self.firewall.flush()
@@ -5386,7 +5394,7 @@ def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
 class Child:
     """A command of a cycle that runs, until `due` on the monotonic clock, and what it printed."""
 
-    def __init__(self, cycle: "Cycle", command: Command, closes: bool,
+    def __init__(self, cycle: "Cycle", command: Command, closes: bool, now: float,
                  source: int = subprocess.DEVNULL) -> None:
         self.cycle, self.command, self.closes = cycle, command, closes
         self.kind = cycle.closing_kind if closes else cycle.kind
@@ -5398,7 +5406,7 @@ class Child:
         os.set_blocking(self.output.fileno(), False)
         limit = (cycle.limit + SWITCH_SECONDS if closes else FOR_EVER if cycle.waits else
                  cycle.limit)
-        self.due, self.signal = time.monotonic() + limit, signal.SIGTERM  # which ends it then
+        self.due, self.signal = now + limit, signal.SIGTERM  # which ends it then
 
 
 class Cycle:
@@ -5429,7 +5437,7 @@ class Cycle:
                                  "{cycle.opening.runner}")
         self.opening, self.closing, self.seconds = opening, closing, seconds
         self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
-        self.ends = FOR_EVER if self.waits else time.monotonic() + seconds
+        self.ends = FOR_EVER  # until Commands.open()
         self.openings: List[Child] = []  # the last one, and those before that still run
         self.switch: Optional["subprocess.Popen[bytes]"] = None
         self.retried = False  # whether the command that closes has failed once
@@ -5468,8 +5476,9 @@ class KnockdCycle(Cycle):
 class Commands:
     """The commands that run, and those that will have to close."""
 
-    def __init__(self, selector: selectors.BaseSelector, log: Log, test: bool) -> None:
-        self.selector, self.log, self.test = selector, log, test
+    def __init__(self, selector: selectors.BaseSelector, log: Log, test: bool,
+                 clocks: Clocks = CLOCKS) -> None:
+        self.selector, self.log, self.test, self.clocks = selector, log, test, clocks
         self.running: List[Child] = []
         self.survived: List[Child] = []  # that have ended before what they have started
         self.cycles: Dict[Tuple[Any, ...], Cycle] = {}  # what is open, by its key
@@ -5536,11 +5545,11 @@ class Commands:
             return
         cycle = self.cycles.get(child.cycle.key)  # as it is since somebody knocked again
         if cycle and cycle.ends == FOR_EVER and cycle.openings[-1] is child:
-            cycle.ends = time.monotonic() + cycle.seconds
+            cycle.ends = self.clocks.monotonic() + cycle.seconds
 
     def look(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
-        now = time.monotonic()
+        now = self.clocks.monotonic()
         for child in self.running[:]:
             if child.popen.poll() is not None:
                 self.finish(child)
@@ -5559,15 +5568,15 @@ class Commands:
         Asked for again while it is open, it closes later. The same command is not run twice then:
         of two rules that it adds, the one that closes would delete one.
         """
-        known, lasts = self.cycles.get(cycle.key), self.lasts(cycle)
-        if known and lasts and cycle.waits:
-            if known.openings[-1].popen.poll() is None:
-                return  # its time has not begun
-            cycle.ends = time.monotonic() + cycle.seconds
+        known, lasts, now = self.cycles.get(cycle.key), self.lasts(cycle), self.clocks.monotonic()
+        if known and lasts and cycle.waits and known.openings[-1].popen.poll() is None:
+            return  # its time has not begun
+        if lasts or not cycle.waits:
+            cycle.ends = now + cycle.seconds
         if known and known.ends != FOR_EVER:
             cycle.ends = max(cycle.ends, known.ends)
         seconds = (cycle.seconds if cycle.ends == FOR_EVER else
-                   int(cycle.ends - time.monotonic() + 0.999))
+                   int(cycle.ends - now + 0.999))
         if known:
             cycle.openings = [each for each in known.openings
                               if lasts or each.popen.poll() is None]
@@ -5578,7 +5587,8 @@ class Commands:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
             if not lasts:
                 self.log.info(cycle.opening_line.format(cycle=cycle))
-                cycle.openings.append(self.follow(Child(cycle, cycle.opening, False, pipe[1])))
+                child = Child(cycle, cycle.opening, False, now, pipe[1])
+                cycle.openings.append(self.follow(child))
         except CommandError:
             self.end_switch(cycle)
             raise
@@ -5631,7 +5641,7 @@ class Commands:
         """Starts the command that closes a cycle."""
         try:
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
-            self.follow(Child(cycle, command, True))
+            self.follow(Child(cycle, command, True, self.clocks.monotonic()))
         except CommandError as error:
             self.leave_to_switch(cycle, str(error))
 
@@ -5666,9 +5676,9 @@ class Commands:
 
     def stop(self) -> None:
         """Closes everything at once, and waits a while for the commands that run."""
-        end = time.monotonic() + STOP_SECONDS
+        end = self.clocks.monotonic() + STOP_SECONDS
         self.close_all(SHUT_DOWN)
-        while self.running and time.monotonic() < end:
+        while self.running and self.clocks.monotonic() < end:
             time.sleep(0.01)
             for child in self.running:
                 self.read(child)
@@ -5717,9 +5727,9 @@ class Configuration(NamedTuple):
         """Whether there is something to open by packets."""
         return any(stanza.takes_packets for stanza in self.stanzas)
 
-    def choose_firewall(self, log: Log) -> Firewall:
+    def choose_firewall(self, log: Log, clocks: Clocks = CLOCKS) -> Firewall:
         """The firewall that the settings mean; ConfigError without one."""
-        return choose_firewall(self.settings, self.stanzas, self.test, log)
+        return choose_firewall(self.settings, self.stanzas, self.test, log, clocks)
 
     def open_captures(self, log: Log, current: Iterable[Capture] = (),
                       same: bool = False) -> List[Capture]:
@@ -5834,15 +5844,16 @@ class Resolver:
 class Gate:
     """What becomes of a datagram: it is unlocked, judged, remembered, and opens or is rejected."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
+                 clocks: Clocks = CLOCKS) -> None:
         self.settings, self.stanzas = configuration.settings, configuration.stanzas
-        self.log = log
-        self.grants = Grants(firewall, log)
+        self.log, self.clocks = log, clocks
+        self.grants = Grants(firewall, log, clocks)
         self.takes_packets = configuration.takes_packets  # or has done so
-        self.memory = (open_memory(self.settings, log) if self.takes_packets else
-                       ReplayMemory(None, None, log))
+        self.memory = (open_memory(self.settings, log, clocks) if self.takes_packets else
+                       ReplayMemory(None, None, log, clocks))
         self.selector = selectors.DefaultSelector()
-        self.commands = Commands(self.selector, log, configuration.test)
+        self.commands = Commands(self.selector, log, configuration.test, clocks)
         self.resolver = Resolver(self.selector)
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.candidates = 0  # packets of the right form so far
@@ -5940,7 +5951,8 @@ class Gate:
         """Opens what the packet may open, perhaps later: when the name of its NAT host is known."""
         knocks = self.check_knocks(packet, stanza, datagram)
         try:
-            verdict = judge(packet, stanza, datagram, self.settings, is_own_address, time.time())
+            verdict = judge(packet, stanza, datagram, self.settings, is_own_address,
+                            self.clocks.wall())
             self.open(verdict, packet, stanza, datagram)
             for knock in knocks:
                 self.knocked.pop(knock, None)
@@ -5963,7 +5975,7 @@ class Gate:
         if packet.address is not None:
             wanted.add((stanza.number, packet.address.packed))
         self.catch_up()
-        if any(self.knocked.get(knock, 0.0) < time.monotonic() for knock in wanted):
+        if any(self.knocked.get(knock, 0.0) < self.clocks.monotonic() for knock in wanted):
             raise PacketRejected("no knock", "No knock sequence came before the packet "
                                  "(REQUIRE_KNOCK).")
         return wanted
@@ -6020,7 +6032,7 @@ class Gate:
                           % (label, packet.command))
             return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
         return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds,
-                      *cycle_commands(stanza, door, datagram, verdict.seconds, time.time()))
+                      *cycle_commands(stanza, door, datagram, verdict.seconds, self.clocks.wall()))
                 for door in verdict.doors]
 
     def note_opener(self, opener: str, doors: List[Door]) -> None:
@@ -6067,8 +6079,9 @@ class Gate:
 class KnockGate(Gate):
     """What becomes of a hit: the last step of a sequence opens, runs, or lets a packet follow."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
-        super().__init__(configuration, firewall, log)
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
+                 clocks: Clocks = CLOCKS) -> None:
+        super().__init__(configuration, firewall, log, clocks)
         self.own: Dict[bytes, bool] = {}  # whether an address is one of this host's
         self.own_until = 0.0
         self.listen_for(configuration)
@@ -6082,7 +6095,7 @@ class KnockGate(Gate):
         for sequence in self.owners:
             sequence.most = max(MAX_ATTEMPTS // len(self.owners), LEAST_ATTEMPTS)
         # Of the lines about complete sequences; nobody can hold back those of another one.
-        self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.log.rejections.monotonic)
+        self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.clocks.monotonic)
                           for sequence in self.owners}
         self.knocked.clear()
 
@@ -6097,7 +6110,7 @@ class KnockGate(Gate):
 
     def take_hit(self, hit: Datagram, sequences: Iterable[Sequence]) -> None:
         """One hit on its way through the sequences that are listened for where it came in."""
-        now = time.monotonic()
+        now = self.clocks.monotonic()
         for sequence in sequences:
             owner = self.owners.get(sequence)
             if owner is None or not sequence.concerns(hit):
@@ -6145,19 +6158,18 @@ class KnockGate(Gate):
             if self.log.rejections.allows():
                 self.log.error("%s: nothing is opened: %s" % (name, error))
 
-    @staticmethod
-    def check_source(stanza: Stanza, hit: Datagram) -> None:
+    def check_source(self, stanza: Stanza, hit: Datagram) -> None:
         """Rejects a complete sequence of whom the stanza is not for, before it counts as used."""
         if not (stanza.for_all or stanza.admits(hit)):
             raise PacketRejected("source", "No access data found for source IP: %s"
                                  % socket_text(hit.source))
-        if stanza.expires is not None and time.time() >= stanza.expires:
+        if stanza.expires is not None and self.clocks.wall() >= stanza.expires:
             raise PacketRejected("expired stanza", "Access stanza has expired.")
 
     def open_stanza(self, stanza: Stanza, hit: Datagram) -> None:
         """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
         if stanza.require_knock:
-            self.knocked[stanza.number, hit.source] = time.monotonic() + stanza.knock_seconds
+            self.knocked[stanza.number, hit.source] = self.clocks.monotonic() + stanza.knock_seconds
             self.knocked.move_to_end((stanza.number, hit.source))
             if len(self.knocked) > MAX_ATTEMPTS:
                 self.knocked.popitem(last=False)
@@ -6173,7 +6185,7 @@ class KnockGate(Gate):
 
     def expire_knocks(self) -> None:
         """Forgets the attempts whose time is over."""
-        now = time.monotonic()
+        now = self.clocks.monotonic()
         for sequence, owner in self.owners.items():
             for source, done in sequence.expire(now):
                 if isinstance(owner, KnockdDoor) and self.throttle(done).allows():
@@ -6204,10 +6216,11 @@ CHECK_SHARE = 0.25  # of the time goes into that, unless there is something to p
 class Server(KnockGate):
     """The loop around the gate: captures, the firewall's state, reload, start and stop."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log) -> None:
-        super().__init__(configuration, firewall, log)
+    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
+                 clocks: Clocks = CLOCKS) -> None:
+        super().__init__(configuration, firewall, log, clocks)
         self.captures: List[Capture] = []
-        self.since = time.time()
+        self.since = self.clocks.wall()
         self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
@@ -6232,9 +6245,9 @@ class Server(KnockGate):
         take: Callable[[Any], None] = (
             partial(self.take_hit, sequences=capture.sequences) if isinstance(capture, KnockCapture)
             else self.receive)
-        end = time.monotonic() + BATCH_SECONDS
+        end = self.clocks.monotonic() + BATCH_SECONDS
         try:
-            while self.running and time.monotonic() < end:
+            while self.running and self.clocks.monotonic() < end:
                 datagram = capture.receive()
                 if datagram is not None:
                     take(datagram)
@@ -6299,14 +6312,14 @@ class Server(KnockGate):
         except OSError:  # more was announced than fits
             changed = True
         if changed:
-            due = time.monotonic() + SETTLE_SECONDS
+            due = self.clocks.monotonic() + SETTLE_SECONDS
             if not self.grants.firewall.quickly_intact:
                 due = max(due, self.check_rest)
             self.check_due = min(self.check_due, due)
 
     def check_firewall(self) -> None:
         """Puts back what somebody took from the firewall; what fails is tried again."""
-        began = time.monotonic()
+        began = self.clocks.monotonic()
         try:
             if began < self.check_rest and self.grants.firewall.intact():
                 self.check_due = self.check_rest  # rules are looked at at once, grants then
@@ -6316,10 +6329,10 @@ class Server(KnockGate):
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
             drain_socket(self.firewall_events)  # what the attempt itself announced
             self.check_rest = 0.0
-            self.check_due = time.monotonic() + self.check_wait
+            self.check_due = self.clocks.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
         else:
-            now = time.monotonic()
+            now = self.clocks.monotonic()
             self.check_due = now + self.grants.firewall.poll_seconds
             rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
             self.check_rest = now + rest * all_well
@@ -6347,7 +6360,8 @@ class Server(KnockGate):
         memory, stood = None, firewall.guarded()
         try:
             if configuration.takes_packets and not self.takes_packets:
-                memory = open_memory(settings, self.log)  # until now there was nothing to remember
+                # Until now there was nothing to remember.
+                memory = open_memory(settings, self.log, self.clocks)
             firewall.prepare()
         except SpaError:
             close_captures(captures, self.captures)
@@ -6388,7 +6402,7 @@ class Server(KnockGate):
                 drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures)
-        self.check_due = time.monotonic() + self.grants.firewall.poll_seconds
+        self.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
 
     def flush(self) -> None:
         """Closes all that is open: grants, cycles, and what earlier settings have left."""
@@ -6405,15 +6419,15 @@ class Server(KnockGate):
         due = min([self.check_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
                   + [sequence.next_due() for sequence in self.owners])
-        for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
+        for key, _ in self.selector.select(max(0.0, due - self.clocks.monotonic())):
             key.data()
         for capture in self.captures:
-            if time.monotonic() >= capture.due:
+            if self.clocks.monotonic() >= capture.due:
                 self.drain(capture)
         self.grants.expire()
         self.commands.look()
         self.expire_knocks()
-        if time.monotonic() >= self.check_due:
+        if self.clocks.monotonic() >= self.check_due:
             self.check_firewall()
 
     def report(self) -> str:
@@ -6615,7 +6629,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
     try:
         configuration = read()
         configuration.tell(log)
-        firewall = configuration.choose_firewall(log)
+        firewall = configuration.choose_firewall(log, server.clocks)
         server.reload(configuration, firewall)
         warn_of_host(configuration, firewall, log)
         log.level = DEBUG if configuration.settings.verbose else INFO
@@ -6988,7 +7002,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
 
     The target of what is forwarded says so, since all chains are in one list here.
     """
-    now = time.monotonic()
+    now = firewall.clocks.monotonic()
     lines = ["Listing rules in fwknopd (%s)..." % firewall.describe(), "",
              "num  target     prot opt source               destination"]
     for number, grant in enumerate(sorted(firewall.grants(), key=lambda grant: grant.ends), 1):

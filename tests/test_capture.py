@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from tests.support import TOP, load_script, needs_programs
 from tests.test_packet import NOW, Sender
-from tests.test_server import KEYS, ServerCase, ipv4, ipv6, run_filter, udp
+from tests.test_server import KEYS, Clock, ServerCase, ipv4, ipv6, run_filter, udp
 
 server = load_script("spa_server")  # type: Any
 VERDICTS = os.path.join(TOP, "tests", "vectors", "filters.json")
@@ -710,7 +710,7 @@ class RequestTest(ServerCase):
         self.assertNotIn("opened", self.receive(made, text, 17), "nobody sends HTTP over UDP")
         self.assertIn("opened 10.55.0.2 ->", self.receive(made, text))
         made = self.serve(
-            "SOURCE ANY\n" + KEYS, "ENABLE_SPA_OVER_HTTP Y;\nENABLE_X_FORWARDED_FOR Y;\n", "boot-2"
+            "SOURCE ANY\n" + KEYS, "ENABLE_SPA_OVER_HTTP Y;\nENABLE_X_FORWARDED_FOR Y;\n"
         )
         self.assertIn(
             "Replay detected from source IP: 203.0.113.9, Destination proto/port: 6/80, "
@@ -760,7 +760,8 @@ class TcpTest(unittest.TestCase):
 
     def setUp(self) -> None:
         """Listen on a port that nobody has."""
-        self.capture = server.TcpCapture(socket.AF_INET, 0)
+        self.clock = Clock()
+        self.capture = server.TcpCapture(socket.AF_INET, 0, self.clock.clocks())
         self.addCleanup(self.capture.close)
         self.address = self.capture.socket.getsockname()
         self.kept = []  # type: List[socket.socket]
@@ -827,10 +828,9 @@ class TcpTest(unittest.TestCase):
         for text, least, most, found in ((b"", 4, 5, []), (b"A" * 200, 1, 2, [b"A" * 200])):
             self.connect(text)
             self.assertEqual([], self.drain())
-            left = self.capture.due - time.monotonic()
-            self.assertTrue(least < left <= most, left)
-            for number, each in self.capture.connections.items():
-                self.capture.connections[number] = each._replace(end=each.end - most)
+            self.clock.pass_seconds(least)
+            self.assertEqual([], self.drain())
+            self.clock.pass_seconds(most - least)
             self.assertEqual(found, self.drain())
             self.assertEqual({}, self.capture.connections)
 
@@ -840,7 +840,7 @@ class TcpTest(unittest.TestCase):
         self.drain()
         end = self.capture.due
         made.sendall(b"A")
-        time.sleep(0.05)
+        self.clock.pass_seconds(0.05)
         self.assertEqual([], self.drain())
         self.assertEqual(end, self.capture.due)
 

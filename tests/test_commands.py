@@ -46,6 +46,9 @@ class CommandCase(ServerCase):
     def setUp(self) -> None:
         """Make a directory that everybody may look into."""
         super().setUp()
+        began = time.monotonic()  # commands take their own time
+        self.clocks = self.clocks._replace(
+            monotonic=lambda: self.clock.mono() + time.monotonic() - began)
         os.chmod(self.directory, 0o755)
         self.made = None  # type: Any
 
@@ -78,10 +81,9 @@ class CommandCase(ServerCase):
         """Return what a script has written into a file of this name; "" when there is none."""
         return read(self.place(name))
 
-    def serve(self, access: str, conf: str = "", boot: str = "boot-1") -> Any:
+    def serve(self, access: str, conf: str = "", seconds: float = 1000) -> Any:
         """Return a server with one stanza of these lines."""
-        self.made = super().serve("SOURCE ANY\n" + KEYS + access + "\n", conf, boot)
-        self.made.memory.began -= 1000
+        self.made = super().serve("SOURCE ANY\n" + KEYS + access + "\n", conf, seconds)
         self.addCleanup(self.end_all, self.made)
         return self.made
 

@@ -356,11 +356,7 @@ class FakeGpgCase(ServerCase):
         """Return a server with its GPG stanzas ready."""
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (self.program,
                                                                       self.directory))
-        server.open_gpg(made.settings, made.stanzas)
-        for stanza in made.stanzas:
-            if stanza.gpg:
-                stanza.gpg.gpg.monotonic = self.clock.mono
-                stanza.gpg.gpg.busy_until = self.clock.mono_time - server.GPG_BURST
+        server.open_gpg(made.settings, made.stanzas, self.clocks)
         return made
 
     def message(self, number: int, text: str = "10.55.0.2,tcp/22", key_id: bytes = b"") -> bytes:

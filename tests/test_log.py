@@ -94,8 +94,7 @@ class LogCase(ServerCase):
         fields.setdefault("timestamp", NOW)
         fields.setdefault("rand", "%016d" % self.count)
         payload = payload or (sender or Sender()).packet(**fields)
-        with mock.patch("time.time", self.clock.wall):
-            made.receive(datagram(payload))
+        made.receive(datagram(payload))
         return payload
 
     def after(self, event: str) -> List[str]:
@@ -109,7 +108,6 @@ class LogCase(ServerCase):
         self.firewall.flush()
         access, fields = next((row[1], dict(row[2])) for row in PACKETS if row[0] == event)
         made = self.serve(access)
-        made.memory.began -= 1000
         self.packet(made, **fields)
         return self.lines()
 

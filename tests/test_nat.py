@@ -482,7 +482,7 @@ class GrantsTest(NatCase):
     def setUp(self) -> None:
         """Make a register."""
         super().setUp()
-        self.grants = server.Grants(self.firewall, self.log, self.clock.wall, self.clock.mono)
+        self.grants = server.Grants(self.firewall, self.log, self.clocks)
 
     def live(self) -> List[str]:
         """Return what is open, and for how long."""

@@ -43,6 +43,10 @@ class Clock:
         """Return what time.monotonic() would."""
         return self.mono_time
 
+    def clocks(self, boot: str = "boot-1") -> server.Clocks:
+        """Return both as the server takes them."""
+        return server.Clocks(self.wall, self.mono, lambda: boot)
+
     def pass_seconds(self, seconds: float) -> None:
         """Let time pass."""
         self.wall_time += seconds
@@ -59,6 +63,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
     keeps = True
 
     def __init__(self, clock: Clock) -> None:
+        super().__init__("", server.Log(), clock.clocks())
         self.clock, self.rules = clock, {}  # type: Tuple[Clock, Dict[Any, Any]]
         self.failures, self.failing_closes, self.failing_flushes, self.prepared = 0, 0, 0, 0
         self.whole, self.most = True, 0
@@ -137,6 +142,7 @@ class ServerCase(DirectoryCase):
         super().setUp()
         self.path = self.place("digest.cache")
         self.clock = Clock()
+        self.clocks = self.clock.clocks()
         self.firewall = FakeFirewall(self.clock)
         self.stream = io.StringIO()
         self.log = server.Log(self.stream, monotonic=self.clock.mono)
@@ -145,7 +151,7 @@ class ServerCase(DirectoryCase):
                ) -> Any:
         """Return a replay memory on the fake clocks, as a start of the server makes it."""
         made = server.ReplayMemory(self.path if path == "" else path, max_age, self.log,
-                                   self.clock.wall, self.clock.mono, lambda: boot)
+                                   self.clock.clocks(boot))
         self.addCleanup(made.close)
         return made
 
@@ -153,20 +159,16 @@ class ServerCase(DirectoryCase):
         """Return the stanzas of an access.conf."""
         return list(server.read_stanzas(write(self.place("access.conf"), text))[0])
 
-    def serve(self, access: str, conf: str = "", boot: str = "boot-1") -> Any:
-        """Return a server for these files."""
+    def serve(self, access: str, conf: str = "", seconds: float = 1000) -> Any:
+        """Return a server for these files that has run for some seconds."""
         settings = server.ServerSettings()
         text = "FWKNOP_RUN_DIR %s;\n%s" % (self.directory, conf)
         server.read_server_settings(write(self.place("fwknopd.conf"), text), settings)
+        self.clock.pass_seconds(-seconds)
         made = server.Server(server.Configuration(settings, self.stanzas(access), []),
-                             self.firewall, self.log)
-        made.memory.close()
-        path_used, age = made.memory.path, made.memory.max_age
-        if path_used and os.path.exists(path_used) and not hasattr(self, "served"):
-            os.unlink(path_used)  # it began on the real clocks
-        self.served = True
-        made.memory = self.memory(boot, path_used, age)
-        made.grants.wall, made.grants.monotonic = self.clock.wall, self.clock.mono
+                             self.firewall, self.log, self.clocks)
+        self.clock.pass_seconds(seconds)
+        self.addCleanup(made.memory.close)
         made.grants.adopt()
         for each in (made.selector, made.firewall_events, made.link_events):
             if each is not None:
@@ -421,7 +423,6 @@ class ReceiveTest(ServerCase):
             with self.subTest(expected=expected):
                 self.logged()
                 made = self.serve(access + "\n")
-                made.memory.began -= 1000
                 self.knock(made, sender, **fields)
                 self.assertIn(expected, self.logged())
                 self.assertEqual({}, self.firewall.rules)
@@ -517,8 +518,7 @@ class ReceiveTest(ServerCase):
             ({}, Sender(), "", other + "SOURCE ANY\n" + KEYS),
             ({}, Sender(key=b"wrong", hmac_key=b""), "", "KEY k\n"))  # type: Any
         for fields, sender, reason, stanzas in rows:
-            made = self.serve("SOURCE ANY\n" + stanzas)
-            made.memory.began = self.clock.mono_time - 10
+            made = self.serve("SOURCE ANY\n" + stanzas, seconds=10)
             with self.subTest(fields=fields, reason=reason):
                 self.knock(made, sender, **fields)
                 payload = self.knock(made, sender, **fields)
@@ -580,7 +580,6 @@ class ReceiveTest(ServerCase):
                 ({"timestamp": NOW + 121}, self.sender, False),
                 ({}, Sender(hmac_key=b"wrong"), False), ({}, Sender(key=b"wrong"), False)):
             made = self.serve(access)
-            made.memory.began -= 1000
             before = len(made.memory.seen)
             self.knock(made, sender, **fields)
             with self.subTest(fields=fields):
@@ -781,8 +780,9 @@ class MemoryTest(ServerCase):
         for offset, expected in ((0, ""), (-120, ""), (120, ""), (-121, "stale"),
                                  (121, "from the future"), (2 ** 32, "from the future"),
                                  (-NOW, "stale")):
+            self.clock.pass_seconds(-1000)
             memory = self.memory(path=None)
-            memory.began = 0.0
+            self.clock.pass_seconds(1000)
             with self.subTest(offset=offset):
                 self.assertEqual(expected, self.accept(memory, "a", NOW + offset))
         with self.assertRaises(server.NotFresh) as caught:
@@ -961,7 +961,7 @@ class GrantsTest(ServerCase):
         """Make the register."""
         super().setUp()
         self.ssh, self.dns = door("10.55.0.2/32 tcp/22"), door("10.55.0.2/32 udp/53")
-        self.grants = server.Grants(self.firewall, self.log, self.clock.wall, self.clock.mono)
+        self.grants = server.Grants(self.firewall, self.log, self.clocks)
 
     def later(self, seconds: float) -> List[str]:
         """Let time pass and close what is due; return what is in the firewall."""
@@ -1106,7 +1106,7 @@ class GrantsTest(ServerCase):
         self.grants.open([self.ssh], 30)
         self.grants.open([self.dns], 10)
         self.clock.pass_seconds(10)
-        self.grants = server.Grants(self.firewall, self.log, self.clock.wall, self.clock.mono)
+        self.grants = server.Grants(self.firewall, self.log, self.clocks)
         self.grants.adopt()
         self.assertEqual(["tcp/22"], self.later(0))
         self.grants.open([self.ssh], 30)
@@ -1224,25 +1224,24 @@ class LifeTest(ServerCase):
             return float(made.check_due - self.clock.mono())
 
         soon = server.SETTLE_SECONDS
-        with mock.patch.object(server.time, "monotonic", self.clock.mono):
-            for seconds, all_well, quickly, wait, rest in (
-                    (0.01, True, False, soon, 0), (2, True, False, 6.0, 0),
-                    (2, False, False, soon, 0), (60, True, False, server.POLL_SECONDS, 0),
-                    (2, True, True, soon, 6.0 - soon)):
-                self.clock.pass_seconds(100)
-                self.firewall.quickly_intact = quickly
-                with mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
+        for seconds, all_well, quickly, wait, rest in (
+                (0.01, True, False, soon, 0), (2, True, False, 6.0, 0),
+                (2, False, False, soon, 0), (60, True, False, server.POLL_SECONDS, 0),
+                (2, True, True, soon, 6.0 - soon)):
+            self.clock.pass_seconds(100)
+            self.firewall.quickly_intact = quickly
+            with mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
+                made.check_firewall()
+                self.assertAlmostEqual(wait, hear())
+                self.clock.pass_seconds(wait)
+                del looks[:]
+                made.check_firewall()
+                self.assertEqual(0 if rest else 1, len(looks))
+                if rest:
+                    self.assertAlmostEqual(rest, made.check_due - self.clock.mono())
+                    self.firewall.whole = False
                     made.check_firewall()
-                    self.assertAlmostEqual(wait, hear())
-                    self.clock.pass_seconds(wait)
-                    del looks[:]
-                    made.check_firewall()
-                    self.assertEqual(0 if rest else 1, len(looks))
-                    if rest:
-                        self.assertAlmostEqual(rest, made.check_due - self.clock.mono())
-                        self.firewall.whole = False
-                        made.check_firewall()
-                        self.assertEqual(1, len(looks))
+                    self.assertEqual(1, len(looks))
 
     def test_a_program_that_is_not_used(self) -> None:
         """FIREWALL_EXE may be wrong where nothing is opened by it; that is said."""
