@@ -20,11 +20,13 @@ import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import types
 import unittest
+import warnings
 from typing import (Any, Callable, Counter, Dict, Iterable, Iterator, List, NamedTuple, Optional,
                     Tuple, TypeVar, Union)
 
@@ -32,6 +34,9 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("spa_server.py", "spa_client.py", "keygen.py")
 OLDEST = (3, 6)
 TIMEOUT = 60
+
+# An ordinary user's PATH has no sbin. The server looks there all the same, and so do the tests.
+os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 T = TypeVar("T")
 
@@ -117,6 +122,22 @@ class SharedCase(unittest.TestCase):
     def tearDownClass(cls) -> None:
         """Close it."""
         cls.kept.close()
+
+
+# ------------------------------------------------------------------- what was left open
+
+left_open: List[str] = []  # what this run's ResourceWarnings say
+
+
+def _show_warning(message: Any, category: Any, *where: Any, **more: Any) -> None:
+    """Show a warning as before; a ResourceWarning makes the whole run fail in tests.test_style."""
+    if issubclass(category, ResourceWarning):
+        left_open.append(str(message))
+    _shown_before(message, category, *where, **more)
+
+
+# No filter can turn these into errors: they come from __del__, whose exceptions are only printed.
+_shown_before, warnings.showwarning = warnings.showwarning, _show_warning
 
 
 # ------------------------------------------------------------------- interpreters
@@ -245,7 +266,7 @@ def skip(reason: str, live: bool = False) -> None:
         raise AssertionError("SPA_REQUIRE_LIVE=1, but this test cannot run: " + reason)
     if not _skipped:
         atexit.register(_tell_skipped, os.getpid())
-    _skipped[reason] += 1
+    _skipped[" ".join(reason.split())] += 1
     raise unittest.SkipTest(reason)
 
 
@@ -285,11 +306,34 @@ def needs_root(target: T) -> T:
     return _needs(lambda: "" if os.geteuid() == 0 else "needs root")(target)
 
 
+def needs_packet_sockets(target: T) -> T:
+    """Decorate a test, or a class of tests, that hears what this host receives."""
+    def find_reason() -> str:
+        try:
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close()
+        except (AttributeError, OSError) as error:
+            return f"no packet sockets can be made here: {error}"
+        return ""
+    return _needs(find_reason)(target)
+
+
+@functools.lru_cache(maxsize=None)
+def _missing(program: str) -> str:
+    """Return why the tests cannot use a program; `ip` has to make a host as netns.Host does."""
+    if not shutil.which(program):
+        return f"{program} is not installed"
+    if program != "ip":
+        return ""
+    name = f"spap{os.getpid()}"
+    answers = [run(["ip", "netns", *words]) for words in (
+        ["add", name], ["exec", name, "ip", "link", "add", "type", "veth"], ["del", name])]
+    failed = [answer.stderr for answer in answers if answer.returncode]
+    return "no network namespaces can be made here: " + failed[0] if failed else ""
+
+
 def needs_programs(*names: str) -> Callable[[T], T]:
     """Return a decorator for a test, or a class of tests, that runs these programs."""
-    path = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
-    return _needs(lambda: ", ".join(f"{name} is not installed" for name in names
-                                    if not shutil.which(name, path=path)))
+    return _needs(lambda: ", ".join(filter(None, map(_missing, names))))
 
 
 def needs_module(name: str) -> Callable[[T], T]:

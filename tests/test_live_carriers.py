@@ -577,11 +577,11 @@ class CaptureFileTest(CarrierTest):
         self.assertIn("Got SIGTERM", process.output())
 
 
+@needs_root
+@needs_programs("ip")
 class PacketLimitTest(LiveTest):
     """-C."""
 
-    @needs_root
-    @needs_programs("ip")
     def test_packet_limit(self) -> None:
         """So many packets that look like SPA, good or not; junk does not count."""
         server = self.serve("", STANZA, "-C", "3")
