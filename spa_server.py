@@ -3632,11 +3632,15 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
     """A socket that becomes readable when the kernel changes something; None if there is none."""
     try:
         events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
-        events.bind((0, 1 << group - 1))
-        events.setblocking(False)
-        return events
     except (OSError, AttributeError):
         return None
+    try:
+        events.bind((0, 1 << group - 1))  # only root may hear of nftables
+    except OSError:
+        events.close()
+        return None
+    events.setblocking(False)
+    return events
 
 
 def drain_socket(events: Optional[socket.socket]) -> None:
