@@ -3,6 +3,7 @@
 Where fwknopd is installed, it reads the same files, and both find the same stanzas.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -11,7 +12,7 @@ import unittest
 from typing import Any, List
 from unittest import mock
 
-from tests.support import load_script, needs_programs, run
+from tests.support import load_script, needs_programs, needs_root, run, skip
 from tests.test_config import HMAC64, KEY32, KEYED, ConfigCase
 
 server = load_script("spa_server")  # type: Any
@@ -403,16 +404,37 @@ class ManualTest(FilesCase):
 
     @needs_programs("fwknopd", "man")
     def test_the_manual_names_no_other(self) -> None:
-        """The lists above are complete: manual page and shipped files, where they are here."""
+        """The lists above are complete; a machine for containers may leave manuals out."""
         text = re.sub(".\b", "", run(["man", "fwknopd"]).stdout)
-        for name in ("fwknopd.conf", "access.conf"):
-            path = os.path.join("/etc/fwknop", name)
-            if os.path.exists(path):
-                with open(path, encoding="latin-1") as file:
-                    text += "".join(re.findall(r"(?m)^#?[A-Z][A-Z0-9_]{3,}\s", file.read()))
+        if not text:
+            skip("the manual of fwknopd is not installed", live=True)
+        self.assertGreater(self.check_names(text), 60)
+
+    def check_names(self, text: str) -> int:
+        """Return how many directives a text names; all have to be in the lists above."""
         found = set(re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b", text))
-        self.assertGreater(len(found), 60)
         self.assertEqual(set(), found - set(MAN_SERVER) - set(MAN_ACCESS) - NO_DIRECTIVES)
+        return len(found)
+
+    @needs_root
+    @needs_programs("fwknopd", "dpkg-query")
+    def test_the_shipped_files(self) -> None:
+        """As are those of Debian's package, whose examples are lines as we read them. A file that
+        was changed since is the administrator's, and not read.
+        """
+        conffiles = run(["dpkg-query", "-W", "-f", "${Conffiles}", "fwknop-server"]).stdout
+        for name, directives, lines in (("fwknopd.conf", 60, 40), ("access.conf", 3, 2)):
+            path = "/etc/fwknop/" + name
+            with open(path, "rb") as file:
+                data = file.read()
+            if "%s %s" % (path, hashlib.md5(data).hexdigest()) not in conffiles:
+                skip(path + " is not as the package has it", live=True)
+            text = data.decode("latin-1")
+            names = re.findall(r"(?m)^#?[A-Z][A-Z0-9_]{3,}\s", text)
+            self.assertGreater(self.check_names("".join(names)), directives)
+            text = re.sub(r"(?m)^#(?=[A-Z_]{3,}:?[ \t]+\S)", "", text)
+            found = list(server.read_lines(self.write("x", text), True))
+            self.assertGreater(len(found), lines)
 
     @needs_programs("fwknopd")
     def test_help_names_no_other(self) -> None:

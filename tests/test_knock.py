@@ -13,7 +13,7 @@ import unittest
 from typing import Any, Dict, Iterable, List, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script, needs_root, write
+from tests.support import load_script, needs_packet_sockets, write
 from tests.test_capture import extension, icmp, tcp
 from tests.test_server import ServerCase, ipv4, ipv6, run_filter, udp
 
@@ -436,7 +436,7 @@ class HitTest(unittest.TestCase):
                         self.assertTrue(run_filter(code, ipv4(body, protocol)))
                         self.assertTrue(run_filter(code, ipv6(body, protocol)))
 
-    @needs_root
+    @needs_packet_sockets
     def test_a_packet_socket(self) -> None:
         """The kernel takes the largest program, and what it lets pass are the hits."""
         for made in (self.doors(40, 40), self.doors(9, 9)):

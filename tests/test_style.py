@@ -3,6 +3,7 @@
 import ast
 import concurrent.futures
 import functools
+import gc
 import json
 import os
 import re
@@ -13,7 +14,8 @@ import tempfile
 import unittest
 from typing import Any, Callable, Iterator, List, Set, Tuple
 
-from tests.support import SCRIPTS, TOP, find_pythons, nearest_python, run, run_blocked, skip
+from tests.support import (SCRIPTS, TOP, find_pythons, left_open, nearest_python, run, run_blocked,
+                           skip)
 
 MAX_WIDTH = 100
 MAX_FUNCTION = 60
@@ -39,6 +41,13 @@ SHELL_ALLOWED: Set[Tuple[str, str]] = set()
 
 BAR = "# " + "=" * 86
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def tearDownModule() -> None:
+    """Fail when a test left something open: this module is the last one of a whole run."""
+    gc.collect()
+    if left_open:
+        raise AssertionError("left open: " + "; ".join(left_open))
 
 
 def read_script(name: str) -> str:
@@ -342,7 +351,7 @@ class AloneTest(unittest.TestCase):
         """Every mode, digest and HMAC from client to server, and a configuration, there as well."""
         place = os.path.dirname(self.places["keygen.py"])
         probe, conf, access = (os.path.join(place, name) for name in ("probe.py", "f", "a"))
-        for path, text in ((probe, PROBE), (conf, "GUARD_PORTS tcp/22;\n"),
+        for path, text in ((probe, PROBE), (conf, "FIREWALL_TYPE none;\n"),
                            (access, "SOURCE 10.0.0.0/8\nKEY k\nHMAC_KEY h\n")):
             with open(path, "w") as stream:
                 stream.write(text)
