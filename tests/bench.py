@@ -22,11 +22,11 @@ import time
 from functools import partial
 from typing import Callable, Dict, List, Optional
 
+import spa_client as client
 from tests.knockd import FLOOD as FLOOD_OF_HITS
 from tests.knockd import NAMED, REAL, Knockd
 from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT, SPA_SERVER,
                          Cable, Host, Process, Server, wait_for)
-from tests.support import load_script
 
 ROUNDS = 21
 JUNK_SECONDS = 4.0
@@ -190,7 +190,6 @@ def show(title: str, rows: Dict[str, Optional[float]], unit: str) -> None:
 
 def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY, seconds: int = 0) -> str:
     """An SPA packet of our client's, made now, that asks to open for so long."""
-    client = load_script("spa_client")
     message = client.Message(client.random_digits(), "bench", int(time.time()), 3 if seconds else 1,
                              "%s,%s" % (CLIENT4, access), "", seconds)
     plaintext = client.add_digest(client.encode_message(message), "SHA256")

@@ -1,4 +1,4 @@
-"""What the tests share: scripts as modules, files, Pythons of this machine, skipping with a reason.
+"""What the tests share: files, Pythons of this machine, skipping with a reason.
 
 Two environment variables choose what live tests do (tests that need root or a peer program):
   SPA_REQUIRE_LIVE=1   a live test that cannot run fails, so that a machine without the peers
@@ -15,7 +15,6 @@ import contextlib
 import functools
 import glob
 import importlib
-import importlib.util
 import io
 import os
 import shutil
@@ -24,7 +23,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import types
 import unittest
 import warnings
 from typing import (Any, Callable, Counter, Dict, Iterable, Iterator, List, NamedTuple, Optional,
@@ -39,24 +37,6 @@ TIMEOUT = 60
 os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 T = TypeVar("T")
-
-
-def load_script(name: str) -> types.ModuleType:
-    """Return the script as the module `name`, the same one on each call."""
-    if name in sys.modules:
-        return sys.modules[name]
-    path = os.path.join(TOP, name + ".py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not os.path.exists(path):
-        raise FileNotFoundError(f"{name}.py does not exist")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)  # type: ignore[attr-defined,unused-ignore]
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def captured(main: Callable[[], T]) -> Tuple[T, str, str]:

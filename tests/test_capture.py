@@ -17,11 +17,11 @@ import time
 import unittest
 from typing import Any, Dict, List, Optional, Tuple
 
-from tests.support import TOP, load_script, needs_programs
+import spa_server as server
+from tests.support import TOP, needs_programs
 from tests.test_packet import NOW, Sender
 from tests.test_server import KEYS, Clock, ServerCase, ipv4, ipv6, run_filter, udp
 
-server = load_script("spa_server")  # type: Any
 VERDICTS = os.path.join(TOP, "tests", "vectors", "filters.json")
 RAW = 101  # the link type of packets that begin with their IP header
 
@@ -368,7 +368,7 @@ class DecodeTest(unittest.TestCase):
     def check(self, packet: bytes, payload: bytes, ports: Tuple[int, int], protocol: int) -> None:
         """Compare a datagram with its packet."""
         found = server.decode_ip(packet)
-        self.assertIsNotNone(found)
+        assert found is not None
         six = packet[0] >> 4 == 6
         self.assertEqual(
             (

@@ -7,11 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import unittest
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 from unittest import mock
 
-from tests.support import (TOP, DirectoryCase, captured, find_pythons, load_script, nearest_python,
+import spa_client as client
+import spa_server as server
+from tests.support import (TOP, DirectoryCase, captured, find_pythons, nearest_python,
                            needs_programs, skip, write)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -21,8 +24,6 @@ KEYS = ["--key-rijndael", KEY, "--key-hmac", HMAC_KEY]
 KNOCK = ["-A", "tcp/22", "-a", "192.0.2.7"]
 
 
-client = load_script("spa_client")  # type: Any
-server = load_script("spa_server")  # type: Any
 
 
 def vectors() -> List[Dict[str, Any]]:
@@ -252,7 +253,7 @@ class Packets(Case):
         random, user, timestamp, version, number, text, digest = unseal(packet).split(":")
         self.assertRegex(random, "^[0-9]{16}$")
         self.assertEqual(client.decode_base64(user), b"ann")
-        self.assertAlmostEqual(int(timestamp), client.time.time(), delta=5)
+        self.assertAlmostEqual(int(timestamp), time.time(), delta=5)
         self.assertEqual((version, number), ("3.0.0", "1"))
         self.assertEqual(client.decode_base64(text), b"192.0.2.7,tcp/22")
         self.assertEqual(len(digest), 43)
@@ -272,7 +273,7 @@ class Packets(Case):
         """Sixteen digits, other ones each time."""
         self.assertEqual(len({client.random_digits() for _ in range(200)}), 200)
         number = (10 ** 16 + 5).to_bytes(16, "big")
-        with mock.patch.object(client.os, "urandom", lambda _: number):
+        with mock.patch.object(os, "urandom", lambda _: number):
             self.assertEqual(client.random_digits(), "0" * 15 + "5")
 
     def test_access_list(self) -> None:
@@ -315,9 +316,9 @@ class Packets(Case):
 
         self.assertEqual(user(SPOOF_USER="s", LOGNAME="l", USER="u"), "s")
         self.assertEqual(user(LOGNAME="l", USER="u"), "l")
-        with mock.patch.object(client.os, "getlogin", lambda: "g"):
+        with mock.patch.object(os, "getlogin", lambda: "g"):
             self.assertEqual(user(USER="u"), "g")
-        with mock.patch.object(client.os, "getlogin", side_effect=OSError):
+        with mock.patch.object(os, "getlogin", side_effect=OSError):
             with mock.patch.object(client, "effective_user", lambda: "e"):
                 self.assertEqual(user(USER="u"), "e")
             with mock.patch.object(client, "effective_user", lambda: ""):
@@ -356,7 +357,7 @@ class Packets(Case):
     def test_time_offset(self) -> None:
         """Units and signs."""
         def offset(*words: str) -> int:
-            return int(self.dump(*KNOCK, *KEYS, *words)["Timestamp"]) - int(client.time.time())
+            return int(self.dump(*KNOCK, *KEYS, *words)["Timestamp"]) - int(time.time())
 
         for words, expected in ((["--time-offset-plus", "90"], 90),
                                 (["--time-offset-minus", "5m"], -300),
@@ -698,7 +699,7 @@ class Keys(Case):
         try:
             while True:
                 if answers and seen.endswith(answers[0][0]):
-                    client.time.sleep(0.2)  # until echo is off
+                    time.sleep(0.2)  # until echo is off
                     os.write(master, answers.pop(0)[1])
                 data = os.read(master, 1000)
                 if not data:
@@ -884,7 +885,7 @@ class Output(Case):
             self.assertEqual(self.run_main(*KNOCK, *KEYS, *receiver.options)[0], 0)
             receiver.packet()
         self.failure(1, *KNOCK, *KEYS, "-D", "nosuch.invalid")
-        with mock.patch.object(client.socket, "getaddrinfo", return_value=[]):
+        with mock.patch("spa_client.socket.getaddrinfo", return_value=[]):
             self.assertIn("it has no address", self.failure(1, *KNOCK, *KEYS, "-D", "h"))
         with mock.patch.object(client, "open_socket", side_effect=OSError(101, "No way")):
             self.assertIn("127.0.0.1: No way", self.failure(1, *KNOCK, *KEYS, "-D", "127.0.0.1"))
@@ -951,9 +952,9 @@ class Network(Case):
         self.assertIsNone(self.own("192.168.1.2", "8.8.8.8", False))
         self.assertEqual(self.own("fd77::1", "fd77::2", False), "fd77::1")
         self.assertIsNone(self.own("fd77::1", "fd78::2", False))
-        for server in ("::ffff:10.50.0.9", "::ffff:10.0.0.3", "::ffff:8.8.8.8"):
-            self.assertIsNone(self.own("::ffff:10.0.0.2", server, False))
-            self.assertIsNone(self.own("2001:db8::1", server, True))
+        for other in ("::ffff:10.50.0.9", "::ffff:10.0.0.3", "::ffff:8.8.8.8"):
+            self.assertIsNone(self.own("::ffff:10.0.0.2", other, False))
+            self.assertIsNone(self.own("2001:db8::1", other, True))
         self.assertEqual(self.own("2001:db8::1", "2001:db8:1::2", True), "2001:db8::1")
         self.assertEqual(self.own("fe80::1%eth0", "fe80::2%eth0", False), "fe80::1")
 
@@ -986,7 +987,7 @@ class Network(Case):
                               (["--server-resolve-ipv4"], socket.AF_INET),
                               (["-n", "four"], socket.AF_INET),
                               (["-n", "four", "-6"], socket.AF_INET6), (["-n", "any"], 0)):
-            with mock.patch.object(client.socket, "getaddrinfo", return_value=[]) as search:
+            with mock.patch("spa_client.socket.getaddrinfo", return_value=[]) as search:
                 self.failure(1, *KNOCK, *KEYS, "-D", "some.host", *words)
             self.assertEqual(search.call_args[0], (b"some.host", 62201, family,
                                                    socket.SOCK_DGRAM))
@@ -1011,7 +1012,7 @@ class Network(Case):
                     raise OSError(101, "Network is unreachable")
                 return real(family, *rest)
 
-            with mock.patch.object(client.socket, "getaddrinfo", return_value=found), \
+            with mock.patch("spa_client.socket.getaddrinfo", return_value=found), \
                     mock.patch.object(client, "open_socket", connect):
                 self.assertEqual(self.run_main(*KNOCK, *KEYS, *receiver.options)[0], 0)
             receiver.packet()
@@ -1137,8 +1138,8 @@ class Systems(Case):
     def test_windows(self) -> None:
         """Without geteuid and with getpass instead of termios."""
         self.write("[default]\nFW_TIMEOUT 9\n", mode=0o644)
-        with mock.patch.object(client.os, "geteuid", create=True):
-            del client.os.geteuid
+        with mock.patch.object(os, "geteuid", create=True):
+            del os.geteuid
             code, out, err = self.run_main("-T", *KNOCK, *KEYS)
         self.assertEqual((code, err), (0, ""))
         import getpass

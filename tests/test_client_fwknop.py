@@ -1,6 +1,7 @@
 """What spa_client.py has of fwknop's client beyond the plain knock: NAT, commands, carriers, GPG,
 finding the own address, files."""
 
+import _socket
 import contextlib
 import json
 import os
@@ -14,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unittest
 from typing import Any, List, Tuple
 from unittest import mock
 
+import spa_client as client
 from tests.support import TOP, find_pythons, needs_programs, skip
 from tests.test_client import (BLOCK, HERE, HMAC_KEY, KEY, KEYS, KNOCK, SCRIPT, Case, Receiver,
-                               client, fields, python, unseal)
+                               fields, python, unseal)
 
 # A server named localhost with a certificate that it signed itself; the key is nobody's secret.
 CERTIFICATE = """
@@ -94,9 +97,9 @@ class WebServer:
 
     def request(self) -> List[str]:
         """The lines of the only request; the client may have ended before it was read here."""
-        end = client.time.monotonic() + 30
-        while not self.requests and client.time.monotonic() < end:
-            client.time.sleep(0.01)
+        end = time.monotonic() + 30
+        while not self.requests and time.monotonic() < end:
+            time.sleep(0.01)
         assert len(self.requests) == 1, self.requests
         return self.requests[0].decode("ascii").split("\r\n")
 
@@ -138,15 +141,15 @@ class Messages(Case):
             else:
                 gpg = contextlib.ExitStack()
             port = int(decoded["message"].rpartition("/")[2]) if "--nat-rand-port" in words else 0
-            time = decoded["timestamp"] - client.parse_offset(
+            now = decoded["timestamp"] - client.parse_offset(
                 words[words.index("--time-offset-plus") + 1]
                 if "--time-offset-plus" in words else "0")
             self.environment = dict({"HOME": self.home, "LOGNAME": "root"}, **vector["env"])
             with self.subTest(vector["name"]), gpg, \
                     mock.patch.object(client, "random_digits", lambda d=decoded: d["rand"]), \
                     mock.patch.object(client, "random_port", lambda port=port: port), \
-                    mock.patch.object(client.time, "time", lambda time=time: time), \
-                    mock.patch.object(client.os, "urandom", lambda _, d=decoded: bytes.fromhex(
+                    mock.patch.object(time, "time", lambda now=now: now), \
+                    mock.patch.object(os, "urandom", lambda _, d=decoded: bytes.fromhex(
                         d.get("salt", ""))):
                 shown = self.dump("-D", "127.0.0.1", "--no-rc-file", *words)
                 self.assertEqual(vector["packet"], shown["Final SPA Data"])
@@ -195,7 +198,7 @@ class Messages(Case):
         shown = self.dump()
         self.assertEqual(("6 (Client timeout local NAT access msg)", "h,80", "192.0.2.7,tcp/99"),
                          (shown["Message Type"], shown["Nat Access"], shown["Message String"]))
-        self.assertAlmostEqual(int(shown["Timestamp"]), client.time.time() - 120, delta=5)
+        self.assertAlmostEqual(int(shown["Timestamp"]), time.time() - 120, delta=5)
         with mock.patch.object(client, "random_port", lambda: 12345):
             _, out, _ = self.run_main("-T", "-n", "r")
         shown = fields(out)
@@ -211,7 +214,7 @@ class Messages(Case):
         self.assertGreater(len(ports), 250)
         self.assertTrue(all(10000 <= port <= 65535 for port in ports))
         for number, port in ((0, 10000), (55535, 65535), (55536, 10000)):
-            with mock.patch.object(client.os, "urandom", lambda n, k=number: k.to_bytes(n, "big")):
+            with mock.patch.object(os, "urandom", lambda n, k=number: k.to_bytes(n, "big")):
                 self.assertEqual(port, client.random_port())
 
     def test_bad_input(self) -> None:
@@ -456,7 +459,7 @@ class Carriers(Case):
         with WebServer(b"") as web:
             found = [(socket.AF_INET, 0, 0, "", ("127.0.0.2", 1)),
                      (socket.AF_INET, 0, 0, "", ("127.0.0.1", web.port))]
-            with mock.patch.object(client.socket, "getaddrinfo", return_value=found):
+            with mock.patch("spa_client.socket.getaddrinfo", return_value=found):
                 self.assertEqual((0, "", "spa_client.py: warning: one address of h got no packet: "
                                   "h: Connection refused\n"), self.run_main(
                     *KNOCK, *KEYS, "-P", "http", "-D", "h"))
@@ -474,7 +477,7 @@ class Carriers(Case):
         """The options reach the headers; a raw socket of IPv4 is told that they are there."""
         raw = mock.Mock()
         raw.sendto.return_value = 232
-        real = client.socket.socket
+        real = _socket.socket  # as the client
         made = []  # type: List[Any]
 
         def make(family: int, kind: int, *rest: int) -> Any:
@@ -483,7 +486,7 @@ class Carriers(Case):
             made.append((family, kind) + rest)
             return raw
 
-        with mock.patch.object(client.socket, "socket", make):
+        with mock.patch("spa_client.socket.socket", make):
             code, out, err = self.run_main(
                 *KNOCK, *KEYS, "-v", "-P", "udpraw", "-Q", "198.51.100.9", "-S", "53",
                 "-D", "127.0.0.1")
@@ -832,7 +835,7 @@ class Files(Case):
         shown = self.dump("-l")
         self.assertEqual(("0.0.0.0,tcp/22", "some user", "1 (MD5)"), (
             shown["Message String"], shown["Username"], shown["Digest Type"]))
-        self.assertAlmostEqual(int(shown["Timestamp"]), client.time.time() - 300, delta=5)
+        self.assertAlmostEqual(int(shown["Timestamp"]), time.time() - 300, delta=5)
         self.assertEqual("2 (SHA1)", self.dump("-l", "-m", "sha1")["Digest Type"])
         given = client.parse_command_line(client.split_arguments(self.read(".fwknop.run")))[0]
         self.assertEqual("a\\ b", given["HTTP_USER_AGENT"].text)
@@ -991,7 +994,7 @@ NO_SAVE_ARGS                Y
         link = os.path.join(self.home, ".fwknoprc")
         os.symlink("real", link)
         words = [*KNOCK, *KEYS, *self.STANZA]
-        with mock.patch.object(client.os, "replace", side_effect=OSError(28, "No space")):
+        with mock.patch.object(os, "replace", side_effect=OSError(28, "No space")):
             self.assertIn("real: No space", self.failure(1, *words))
         self.assertEqual(before, self.read("real"))
         self.assertEqual([".fwknoprc", "real"], sorted(os.listdir(self.home)))

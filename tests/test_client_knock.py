@@ -1,19 +1,20 @@
 """Tests of spa_client.py hitting ports: as `knock`, and with KNOCK_SEQUENCE before a packet."""
 
+import _socket
 import os
 import socket
 import struct
 import subprocess
+import time
 import unittest
 from typing import Any, List, Set, Tuple
 from unittest import mock
 
-from tests.support import load_script, skip
+import spa_client as client
+from tests.support import skip
 from tests.test_client import KEYS, KNOCK, SCRIPT, Case, Receiver, python
 from tests.test_client_fwknop import add_up
 from tests.test_reach import Door
-
-client = load_script("spa_client")  # type: Any
 
 HOST = "127.0.0.1"
 STANZA = "[home]\nSPA_SERVER 127.0.0.1\nKNOCK_SEQUENCE 7001,7002:udp,7003\nKNOCK_DELAY 0\n"
@@ -56,7 +57,7 @@ class KnockCase(Case):
 
     def pauses(self, *words: str) -> List[float]:
         """The milliseconds of the pauses in a knock."""
-        with mock.patch.object(client.time, "sleep") as sleep:
+        with mock.patch.object(time, "sleep") as sleep:
             self.knock(*words)
         return [1000 * call[0][0] for call in sleep.call_args_list]
 
@@ -79,7 +80,7 @@ class CommandLineTest(KnockCase):
                 self.assertEqual("", self.knock("--knock", HOST, *words.split()))
                 self.assertEqual(expected, self.sent)
         services = {("ssh", "tcp"): 22, ("domain", "udp"): 53}
-        with mock.patch.object(client.socket, "getservbyname", lambda *name: services[name]):
+        with mock.patch("spa_client.socket.getservbyname", lambda *name: services[name]):
             self.knock("--knock", HOST, "ssh", "domain:udp")
         self.assertEqual([("tcp", 22), ("udp", 53)], self.sent)
 
@@ -121,7 +122,7 @@ class CommandLineTest(KnockCase):
                     self.assertEqual(expected, text)
                 else:  # in the resolver's words
                     self.assertTrue(text.startswith(words[0] + ": "), text)
-        with mock.patch.object(client.socket, "getaddrinfo", side_effect=OSError(-2, "Unknown")):
+        with mock.patch("spa_client.socket.getaddrinfo", side_effect=OSError(-2, "Unknown")):
             self.assertEqual("gate: Unknown", self.failure(1, "--knock", "gate", "7"))
         self.assertEqual("--knock: expected before all other options",
                          self.failure(2, "-4", "--knock", HOST))
@@ -156,7 +157,7 @@ class CommandLineTest(KnockCase):
         """A name is looked up once; each of its addresses gets the whole sequence, in order."""
         found = [(socket.AF_INET, 0, 0, "", (address, 9)) for address in (HOST, "127.0.0.2")]
         words = ["--knock", "gate", "7001", "7002:udp", "7003"]
-        with mock.patch.object(client.socket, "getaddrinfo", return_value=found) as asked:
+        with mock.patch("spa_client.socket.getaddrinfo", return_value=found) as asked:
             self.knock(*words)
             self.assertEqual((HITS * 2, 1), (self.sent, asked.call_count))
             self.assertEqual([HOST] * 3 + ["127.0.0.2"] * 3, self.places)
@@ -396,20 +397,20 @@ class Listening(Case):
                 raise PermissionError(13, "Permission denied")
             return number
 
-        with mock.patch.object(client.socket, "socket", make):
+        with mock.patch("spa_client.socket.socket", make):
             self.assertEqual(socket.IPPROTO_ICMP, client.open_ping(socket.AF_INET))
             self.assertEqual(socket.IPPROTO_ICMPV6, client.open_ping(socket.AF_INET6))
             refused.add(socket.SOCK_DGRAM)
             self.assertEqual(socket.IPPROTO_ICMPV6, client.open_ping(socket.AF_INET6))
         self.assertEqual([socket.SOCK_DGRAM] * 3 + [socket.SOCK_RAW], asked)
-        real = client.socket.socket
+        real = _socket.socket  # as the client
 
         def refuse(family: int, kind: int, number: int = 0) -> Any:
             if number:
                 raise PermissionError(13, "Permission denied")
             return real(family, kind)
 
-        with mock.patch.object(client.socket, "socket", refuse), \
+        with mock.patch("spa_client.socket.socket", refuse), \
                 mock.patch.object(client, "send_hit", side_effect=AssertionError):
             self.assertEqual("ICMP: Permission denied (it needs root, or a group in "
                              "net.ipv4.ping_group_range)",
@@ -499,8 +500,8 @@ class WaitTest(Case):
 
         with mock.patch.object(client, "open_socket", connect), \
                 mock.patch.object(client, "TRY_SECONDS", 1.0), \
-                mock.patch.object(client.time, "monotonic", lambda: now), \
-                mock.patch.object(client.time, "sleep", sleep), \
+                mock.patch.object(time, "monotonic", lambda: now), \
+                mock.patch.object(time, "sleep", sleep), \
                 mock.patch("select.select", select):
             for alone in (True, False):
                 now = 0.0

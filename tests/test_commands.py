@@ -4,6 +4,7 @@ The programs are real ones, small scripts in a directory of the test's own; the 
 """
 
 import fcntl
+import ipaddress
 import os
 import pwd
 import shlex
@@ -13,11 +14,11 @@ import unittest
 from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script, read, write
+import spa_server as server
+from tests.support import read, write
 from tests.test_packet import NOW, Sender, judge
 from tests.test_server import CLIENT, KEYS, ServerCase, datagram
 
-server = load_script("spa_server")  # type: Any
 SH = "/bin/sh"
 PATIENCE = 30.0
 ROOT = os.geteuid() == 0
@@ -40,6 +41,7 @@ def group_of(leader: int) -> List[int]:
 class CommandCase(ServerCase):
     """A server, scripts to run, and packets of every type."""
 
+    made: server.Server
     sender = Sender()
     count = 0
 
@@ -50,7 +52,6 @@ class CommandCase(ServerCase):
         self.clocks = self.clocks._replace(
             monotonic=lambda: self.clock.mono() + time.monotonic() - began)
         os.chmod(self.directory, 0o755)
-        self.made = None  # type: Any
 
     def end_all(self, made: Any) -> None:
         """End what a server still runs, and take leave of it."""
@@ -81,7 +82,7 @@ class CommandCase(ServerCase):
         """Return what a script has written into a file of this name; "" when there is none."""
         return read(self.place(name))
 
-    def serve(self, access: str, conf: str = "", seconds: float = 1000) -> Any:
+    def serve(self, access: str, conf: str = "", seconds: float = 1000) -> server.Server:
         """Return a server with one stanza of these lines."""
         self.made = super().serve("SOURCE ANY\n" + KEYS + access + "\n", conf, seconds)
         self.addCleanup(self.end_all, self.made)
@@ -208,8 +209,9 @@ class WordsTest(CommandCase):
                     words = [word.decode("latin-1") for word in
                              server.client_command(packet, stanza, "SUDO").words]
                 except server.PacketRejected as rejection:
-                    words = rejection.reason
-                self.assertEqual(expected, words)
+                    self.assertEqual(expected, rejection.reason)
+                else:
+                    self.assertEqual(expected, words)
 
     def test_cycles(self) -> None:
         """Ports, times and the rest of the policy hold for cycles as for the firewall."""
@@ -242,7 +244,7 @@ class WordsTest(CommandCase):
             stream.write(("SOURCE ANY\n" + KEYS + "CMD_CYCLE_OPEN " + path + "\tb\n"
                           "CMD_CYCLE_CLOSE NONE\n").encode("utf-8"))
         stanza = server.read_stanzas(os.path.join(self.directory, "a"))[0][0]
-        door = server.Door(server.ipaddress.ip_network("10.0.0.1"), None, "tcp", 22)
+        door = server.Door(ipaddress.ip_network("10.0.0.1"), None, "tcp", 22)
         opening, closing = server.cycle_commands(stanza, door, datagram(), 7, NOW)
         self.assertEqual((path.encode("utf-8"), b"b"), opening.words)
         self.assertEqual((), closing.words)
@@ -521,6 +523,7 @@ class CycleTest(CommandCase):
         self.knock()
         (cycle,) = made.commands.cycles.values()
         switch = cycle.switch
+        assert switch is not None
         self.wait_until_ended()
         text = self.knock(kind=3, timeout=200)
         self.assertIn("Running CMD_CYCLE_CLOSE command in 200 seconds", text)
@@ -643,6 +646,7 @@ class CycleTest(CommandCase):
         self.knock()
         (cycle,) = made.commands.cycles.values()
         switch = cycle.switch
+        assert switch is not None
         end = time.monotonic() + PATIENCE
         while len(self.got()) < 2 and time.monotonic() < end:
             time.sleep(0.05)  # the server does not look
@@ -650,11 +654,12 @@ class CycleTest(CommandCase):
         self.assertIn("CMD_CYCLE_CLOSE: its switch has run it, which returned 0",
                       self.wait_until_closed())
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
-        self.serve(self.cycle(seconds=60)).commands.check_due = 0
+        self.serve(self.cycle(seconds=60))
         self.knock()
         self.wait_until_ended()
         (cycle,) = self.made.commands.cycles.values()
         switch = cycle.switch
+        assert switch is not None
         self.wait_for(lambda: len(group_of(switch.pid)) == 2, "the switch's sleep")
         os.killpg(switch.pid, signal.SIGTERM)
         self.wait_for(lambda: len(self.got()) == 4, "the close")
@@ -672,7 +677,8 @@ class CycleTest(CommandCase):
         self.knock()
         self.wait_until_ended()
         one = type("Cycle", (), {"stanza": 1, "ends": 1e99})  # type: Any
-        made.commands.cycles.update(dict.fromkeys(range(server.MAX_CYCLES - 2), one))
+        others = [(number,) for number in range(server.MAX_CYCLES - 2)]  # type: List[Any]
+        made.commands.cycles.update(dict.fromkeys(others, one))
         text = self.knock("10.55.0.2,tcp/23,tcp/24")
         self.assertIn("%d wait to close" % (server.MAX_CYCLES - 1), text)
         self.assertEqual(server.MAX_CYCLES - 1, len(made.commands.cycles))
@@ -681,7 +687,7 @@ class CycleTest(CommandCase):
         self.assertIn(" opened ", self.knock())
         one.stanza = 2
         self.assertIn(" opened ", self.knock("10.55.0.2,tcp/24"))
-        for key in range(server.MAX_CYCLES - 2):
+        for key in others:
             del made.commands.cycles[key]
         self.wait_until_ended()
         self.assertEqual(["open 10.55.0.2 22", "open 10.55.0.2 23", "open 10.55.0.2 24"],

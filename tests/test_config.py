@@ -11,10 +11,9 @@ import time
 import unittest
 from typing import Any, Dict, List, Tuple
 
-from tests.support import (DirectoryCase, captured, load_script, needs_programs, needs_root, run,
+import spa_server as server
+from tests.support import (DirectoryCase, captured, needs_programs, needs_root, run,
                            write)
-
-server = load_script("spa_server")  # type: Any
 
 KEYED = "SOURCE ANY\nKEY k3y\nHMAC_KEY hm4c\n"  # a stanza to put one more line into
 KEY32 = base64.b64encode(bytes(range(32))).decode()
@@ -487,9 +486,8 @@ class DirectiveTest(ConfigCase):
 
     def test_every_row_says_what_it_is(self) -> None:
         """Help for the README, and a default that its own parser takes."""
-        for table in (server.ServerSettings, server.Stanza):
-            settings = table() if table is server.ServerSettings else table(1)
-            for row in table.rows():
+        for settings in (server.ServerSettings(), server.Stanza(1)):
+            for row in settings.rows():
                 self.assertTrue(row.help, row.name)
                 getattr(settings, row.attribute)
 
@@ -498,6 +496,7 @@ class DirectiveTest(ConfigCase):
         different = set()
         for name, value in SPEC_DEFAULTS.items():
             row = server.ServerSettings.row(name) or server.Stanza.row(name)
+            assert row is not None
             if row.default != value:
                 different.add(name)
         self.assertEqual(set(DIFFERENT), different)

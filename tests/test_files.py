@@ -12,10 +12,9 @@ import unittest
 from typing import Any, List
 from unittest import mock
 
-from tests.support import load_script, needs_programs, needs_root, run, skip
+import spa_server as server
+from tests.support import needs_programs, needs_root, run, skip
 from tests.test_config import HMAC64, KEY32, KEYED, ConfigCase
-
-server = load_script("spa_server")  # type: Any
 
 QUIET = KEYED + "OPEN_PORTS tcp/22\nREQUIRE_SOURCE_ADDRESS Y\n"  # nothing is warned of
 
@@ -392,8 +391,9 @@ class ManualTest(FilesCase):
         for names, table in ((MAN_SERVER, server.ServerSettings), (MAN_ACCESS, server.Stanza)):
             for name in names:
                 with self.subTest(name=name):
-                    self.assertIsNotNone(table.row(name))
-                    self.assertGreater(len(table.row(name).help), 3)
+                    row = table.row(name)
+                    assert row is not None
+                    self.assertGreater(len(row.help), 3)
 
     def test_every_option(self) -> None:
         """By its long name and its letter."""

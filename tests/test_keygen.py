@@ -15,10 +15,10 @@ import unittest
 from typing import Any, List, Sequence, Tuple
 from unittest import mock
 
-from tests.support import (TOP, DirectoryCase, captured, load_script, needs_programs, needs_root,
+import keygen
+from tests.support import (TOP, DirectoryCase, captured, needs_programs, needs_root,
                            run, run_blocked, write)
 
-keygen = load_script("keygen")
 SCRIPT = os.path.join(TOP, "keygen.py")
 WORK = ["work", "--server", "gate.example", "--access", "tcp/22"]
 
@@ -415,7 +415,7 @@ class CrashTest(FileTestCase):
                 return real(*arguments, **more)
             patch: Any = mock.patch.object(keygen, "open", broken, create=True)
         else:
-            patch = mock.patch.object(keygen.os, name, side_effect=error)
+            patch = mock.patch.object(os, name, side_effect=error)
         with patch:
             code, _, err = call(*WORK, "--rc-file", rc, "--access-file", access)
         self.assertEqual(1, code)
@@ -442,7 +442,7 @@ class CrashTest(FileTestCase):
         pid = os.fork()
         if pid == 0:
             try:
-                with mock.patch.object(keygen.os, "replace",
+                with mock.patch.object(os, "replace",
                                        lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
                     call(*WORK, "--rc-file", rc)
             finally:

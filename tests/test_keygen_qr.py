@@ -13,10 +13,10 @@ import tempfile
 import unittest
 from typing import Dict, Iterator, List, Tuple
 
-from tests.support import load_script, needs_programs
+import keygen
+from tests.support import needs_programs
 from tests.test_keygen import WORK, FileTestCase, call, program
 
-keygen = load_script("keygen")
 
 # Table 9 for versions 1 to 15: codewords of data in all blocks, of error correction in one block,
 # and blocks.

@@ -9,11 +9,11 @@ import unittest
 from typing import Any, List, Tuple
 from unittest import mock
 
-from tests.support import TOP, load_script, needs_programs, run
+import keygen
+import spa_server as server
+from tests.support import TOP, needs_programs, run
 from tests.test_keygen import SCRIPT, WORK, FileTestCase, all_at_once, call_all, counted
 
-keygen: Any = load_script("keygen")
-server: Any = load_script("spa_server")
 
 # What people make of their files: other stanzas, other spellings, remarks everywhere.
 ACCESS = """\
@@ -99,6 +99,7 @@ class RotateTestCase(FileTestCase):
         stanzas, _ = server.read_stanzas(self.access)
         numbers = []
         for stanza in stanzas:
+            assert stanza.keys is not None
             if stanza.keys.authentic(packet):
                 opened, _ = server.open_packet(packet, stanza.keys)
                 self.assertEqual("192.0.2.7", str(opened.address))
@@ -372,7 +373,7 @@ class FilesTest(RotateTestCase):
             if len(calls) == 2:
                 raise OSError(28, "No space left on device")
             real(source, target)
-        with mock.patch.object(keygen.os, "replace", replace_once):
+        with mock.patch.object(os, "replace", replace_once):
             code, _, err = call_all("--rotate", "work", *self.both)
         self.assertEqual((1, [self.access, self.rc]), (code, calls))
         self.assertIn(f"{self.rc}: No space left on device", err)

@@ -13,11 +13,11 @@ import unittest
 from typing import Any, Dict, Iterable, List, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script, needs_packet_sockets, write
+import spa_server as server
+from tests.support import needs_packet_sockets, write
 from tests.test_capture import extension, icmp, tcp
 from tests.test_server import ServerCase, ipv4, ipv6, run_filter, udp
 
-server = load_script("spa_server")  # type: Any
 TCP, UDP, ICMP, ANY = server.TCP, server.UDP, server.ICMP, server.ANY_SIZE
 SYN, ACK = 2, 16
 SYN_ONLY = (SYN | ACK, SYN)  # the flags of KNOCK_TCPFLAGS' default
@@ -551,10 +551,10 @@ class OneTimeTest(ServerCase):
         """fsync comes after the mark; when it fails the line does not count as used."""
         path, calls = self.write(b" 1,2\n 3,4\n"), []  # type: str, List[bytes]
         made = server.OneTimeFile(path)
-        with mock.patch.object(server.os, "fsync", side_effect=lambda _: calls.append(self.read())):
+        with mock.patch.object(os, "fsync", side_effect=lambda _: calls.append(self.read())):
             made.use()
         self.assertEqual([b"#1,2\n 3,4\n"], calls)
-        failing = mock.patch.object(server.os, "fsync", side_effect=OSError(5, "I/O error"))
+        failing = mock.patch.object(os, "fsync", side_effect=OSError(5, "I/O error"))
         with failing, self.assertRaisesRegex(server.SpaError, "codes: I/O error"):
             made.use()
         self.assertEqual(((TCP, 3), (TCP, 4)), made.steps)
@@ -576,6 +576,7 @@ class OneTimeTest(ServerCase):
         path = self.write(b"".join(b" %d,%d,%d\n" % (n, n + 1, n + 2) for n in range(1, 20000)))
         begin, made = time.monotonic(), server.Sequence((), 5, SYN_ONLY, path=path)
         self.assertLess(time.monotonic() - begin, 5)
+        assert made.file is not None
         self.assertEqual(19999, len(made.file.lines))
         code = server.compile_filter(server.sequence_filter([made]))
         self.assertLess(len(code) // 8, 100)

@@ -11,10 +11,10 @@ import sys
 from typing import Any, List, Tuple
 from unittest import mock
 
-from tests.support import TOP, load_script, needs_programs, run
+import spa_server as server
+from tests.support import TOP, needs_programs, run
 from tests.test_config import KEYED, ConfigCase
 
-server = load_script("spa_server")  # type: Any
 TCP, UDP, ICMP, ANY = server.TCP, server.UDP, server.ICMP, server.ANY_SIZE
 PORTS = ",".join(map(str, range(7001, 7034)))  # 33, one too many
 

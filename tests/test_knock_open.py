@@ -12,12 +12,10 @@ import unittest
 from typing import Any, List  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import load_script
+import spa_server as server
 from tests.test_commands import CommandCase
 from tests.test_knock import ACK, ONE, SYN, TCP, hit
 from tests.test_server import CLIENT, HOST, KEYS, ServerCase
-
-server = load_script("spa_server")  # type: Any
 
 SEQUENCE = "KNOCK_SEQUENCE 7000,9000,8000\n"
 ALL_THREE = (7000, 9000, 8000)
@@ -29,7 +27,7 @@ OPENED = "10.55.0.2 -> 0.0.0.0/0 tcp/22"
 class KnockCase(CommandCase):
     """A server for sequences, whose address is HOST, and hits at it."""
 
-    def serve_for(self, access: str = "", knockd: str = "", conf: str = "") -> Any:
+    def serve_for(self, access: str = "", knockd: str = "", conf: str = "") -> server.Server:
         """Return a server for an access.conf, a knockd.conf, or both."""
         self.made = ServerCase.serve(self, access or KEYED, conf)
         self.addCleanup(self.end_all, self.made)

@@ -12,11 +12,9 @@ import unittest
 from typing import Any, Callable, Dict, List, Tuple
 from unittest import mock
 
-from tests.support import load_script
+import spa_server as server
 from tests.test_packet import NOW, Sender, b64
 from tests.test_server import KEYS, ServerCase, datagram
-
-server = load_script("spa_server")  # type: Any
 
 STANZA = "SOURCE ANY\n" + KEYS
 FROM = r"\[10\.55\.0\.2\] \(stanza #1\) "

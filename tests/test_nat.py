@@ -9,11 +9,13 @@ import socket
 import threading
 import unittest
 from typing import Any, List, Optional, Tuple  # noqa: F401  (in type comments)
+from unittest import mock
 
+import spa_server as server
 from tests.support import skip
 from tests.test_config import KEYED, ConfigCase
 from tests.test_packet import NOW, Sender, b64
-from tests.test_server import KEYS, ServerCase, datagram, door, server
+from tests.test_server import KEYS, ServerCase, datagram, door
 
 OWN = ("10.55.0.1", "10.66.0.1", "fd55::1")  # addresses of this host
 FORWARDING, LOCAL = "ENABLE_IPT_FORWARDING Y;\n", "ENABLE_IPT_LOCAL_NAT Y;\n"
@@ -565,20 +567,19 @@ class GrantsTest(NatCase):
 
     def test_what_the_hosts_firewall_sees_to(self) -> None:
         """nftables without NFT_FORWARD_CHAINS; iptables' forms."""
-        form = server.NftFirewall.form
+        form = server.NftFirewall.form  # type: Any
         forward = nat_door("FORWARD", "10.55.0.2/32 tcp/80 10.66.0.2")
-        nft = type("Nft", (), {"forward": ()})
-        self.assertIsNone(form(nft, forward))
-        nft.forward = (server.NftChain("inet", "filter", "forward"),)  # type: ignore[attr-defined]
-        self.assertEqual(forward, form(nft, forward))
+        self.assertIsNone(form(mock.Mock(forward=()), forward))
+        chain = server.NftChain("inet", "filter", "forward")
+        self.assertEqual(forward, form(mock.Mock(forward=(chain,)), forward))
         form = server.IptablesFirewall.form
         self.assertEqual(nat_door("FORWARD", "10.55.0.2/32 tcp/80"), form(None, forward))
         self.assertEqual(nat_door("SNAT", "0.0.0.0/0 tcp/80 10.66.0.2", "10.1.1.1"), form(
             None, nat_door("SNAT", "10.55.0.2/32 tcp/80 10.66.0.2", "10.1.1.1")))
         everything = nat_door("MASQUERADE", "fd55::2/128 tcp/1")._replace(**ALL)
         self.assertEqual(everything, form(None, everything))
-        self.firewall.form = lambda each: None
-        with self.assertRaisesRegex(server.CommandError, "no chain"):
+        with mock.patch.object(self.firewall, "form", return_value=None), \
+                self.assertRaisesRegex(server.CommandError, "no chain"):
             self.grants.open([forward], 30)
 
 
@@ -677,9 +678,9 @@ class NameTest(NatCase):
     def test_a_mistake_of_ours(self) -> None:
         """Does not end the server."""
         self.knock("inner.example")
-        self.made.grants = None
-        self.gate.set()
-        self.turn()
+        with mock.patch.object(self.made.grants, "open", side_effect=AttributeError):
+            self.gate.set()
+            self.turn()
         self.assertIn("internal error: AttributeError", self.logged())
 
     def test_resolve_name(self) -> None:

@@ -15,9 +15,9 @@ import random
 import unittest
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from tests.support import load_script, needs_module
+import spa_server as server
+from tests.support import needs_module
 
-server = load_script("spa_server")  # type: Any
 HASHES = server.DIGESTS  # type: Dict[str, Any]
 VECTORS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vectors")
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
@@ -966,8 +966,8 @@ class KeyTest(unittest.TestCase):
             keys = server.PacketKeys(server.Secret(marker), mode, server.Secret(marker[::-1]),
                                      HASHES["SHA256"])
             with self.subTest(mode=mode):
-                for text in (repr(keys), str(keys), repr(vars(keys)), "%s" % keys.secret,
-                             "{}".format(keys.secret)):
+                for text in (repr(keys), str(keys), repr(vars(keys)), "%s" % (keys.secret,),  # type: ignore[str-bytes-safe]
+                             "{}".format(keys.secret)):  # type: ignore[str-bytes-safe]
                     self.assertNotIn(marker.decode(), text)
                     self.assertNotIn(marker[::-1].decode(), text)
 

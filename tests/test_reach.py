@@ -14,11 +14,10 @@ import unittest
 from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
-from tests.support import find_pythons, hearing_interrupts, load_script, nearest_python, skip, write
+import spa_client as client
+from tests.support import find_pythons, hearing_interrupts, nearest_python, skip, write
 from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver, fields, python,
                                unseal)
-
-client = load_script("spa_client")  # type: Any
 
 PATIENCE = 60
 
@@ -103,7 +102,7 @@ class Addresses(Case):
 
     def knock_at(self, found: List[Any], *words: str) -> Any:
         """Run a knock at a name that has these addresses."""
-        with mock.patch.object(client.socket, "getaddrinfo", return_value=found):
+        with mock.patch("spa_client.socket.getaddrinfo", return_value=found):
             return self.run_main("-A", "tcp/22", *KEYS, "-D", "gate", *words)
 
     def test_both_families(self) -> None:
@@ -135,7 +134,7 @@ class Addresses(Case):
             code, out, err = self.run_main("-T", "-A", "tcp/22", *KEYS, *receiver.options)
             self.assertEqual((0, "127.0.0.1,tcp/22"), (code, fields(out)["Message String"]), err)
             self.assertTrue(receiver.silent())
-        with mock.patch.object(client.socket, "getaddrinfo", side_effect=AssertionError):
+        with mock.patch("spa_client.socket.getaddrinfo", side_effect=AssertionError):
             self.dump(*KNOCK, *KEYS, "-D", "some.host")
 
     def test_one_of_two(self) -> None:
@@ -512,7 +511,7 @@ class Waiting(Case):
 
     def test_exec_on_windows(self) -> None:
         """Where exec() would leave the console to two programs, it is run and waited for."""
-        with mock.patch.object(client.os, "name", "nt"), self.assertRaises(SystemExit) as end:
+        with mock.patch.object(os, "name", "nt"), self.assertRaises(SystemExit) as end:
             client.become([python(), "-I", "-S", "-c", "raise SystemExit(9)"])
         self.assertEqual(9, end.exception.code)
 

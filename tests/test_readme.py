@@ -8,14 +8,15 @@ import re
 import sys
 import unittest
 
-from tests.support import TOP, load_script
+import spa_client as client
+import spa_server as server
+from tests.support import TOP
 
 README = os.path.join(TOP, "README.md")
 
 
 def server_rows(settings):
     """The supported rows of one of the server's tables: name, default, help."""
-    server = load_script("spa_server")
     for row in settings.rows():
         if not isinstance(row, server.Ignored):
             yield " / ".join(row.names), row.default, row.help
@@ -23,7 +24,6 @@ def server_rows(settings):
 
 def client_rows():
     """The directives of the client's table."""
-    client = load_script("spa_client")
     for row in client.DIRECTIVES.values():
         if row.name.isupper():
             yield row.name, row.default or "", row.help
@@ -46,7 +46,6 @@ def names(settings, kind):
 
 def generated(text):
     """`text` with every marked part replaced by what the code says."""
-    server = load_script("spa_server")
     parts = {"table: client": table(client_rows())}
     for name in ("ServerSettings", "Stanza", "KnockdOptions", "KnockdDoor"):
         settings = getattr(server, name)
@@ -99,8 +98,8 @@ class ReadmeTest(unittest.TestCase):
         known = {"--datestop", "--homedir", "--import", "--lsign-key", "--batch",  # iptables, gpg
                  "--passphrase", "--quick-gen-key", "--quick-add-key",
                  "--on-calendar", "--user"}  # systemd-run
-        for name in ("spa_server", "spa_client"):
-            known |= {"--" + option.long for option in load_script(name).OPTIONS if option.long}
+        for option in (*server.OPTIONS, *client.OPTIONS):
+            known |= {"--" + option.long} if option.long else set()
         with open(os.path.join(TOP, "keygen.py"), encoding="ascii") as file:
             known |= set(re.findall(r'"(--[a-z][a-z-]+)"', file.read()))
         wanted = set(re.findall(r"--[a-z][a-z-]+", read()))
@@ -109,7 +108,6 @@ class ReadmeTest(unittest.TestCase):
 
     def test_init_prints_what_it_shows(self):
         """The stanza of the transcript has the lines of the server's, with other keys."""
-        server = load_script("spa_server")
         values = {"name": "gate", "access": "tcp/22", "address": "192.0.2.10", "key": "(a key)",
                   "hmac_key": "(another)"}
         shown = re.sub("(?m)^    ", "", read().partition("--init tcp/22\n")[2])

@@ -16,16 +16,15 @@ import socket
 import struct
 import sys
 import tempfile
-import types
 import unittest
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
 from unittest import mock
 
-from tests.support import DirectoryCase, load_script, run, skip, write
+import spa_server as server
+from tests.support import DirectoryCase, run, skip, write
 from tests.test_packet import NOW, Sender, b64, judge
 
-server = load_script("spa_server")  # type: Any
 CLIENT, HOST = "10.55.0.2", "10.55.0.1"
 
 
@@ -128,7 +127,8 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
                       if grant.ends > self.clock.mono_time)
 
 
-def datagram(payload: bytes = b"", source: str = CLIENT, destination: str = HOST) -> Any:
+def datagram(payload: bytes = b"", source: str = CLIENT,
+             destination: str = HOST) -> server.Datagram:
     """Return a datagram from and to these addresses."""
     return server.Datagram(payload, ipaddress.ip_address(source).packed, 60208,
                            ipaddress.ip_address(destination).packed, 62201)
@@ -148,18 +148,18 @@ class ServerCase(DirectoryCase):
         self.log = server.Log(self.stream, monotonic=self.clock.mono)
 
     def memory(self, boot: str = "boot-1", path: Optional[str] = "", max_age: Optional[int] = 120
-               ) -> Any:
+               ) -> server.ReplayMemory:
         """Return a replay memory on the fake clocks, as a start of the server makes it."""
         made = server.ReplayMemory(self.path if path == "" else path, max_age, self.log,
                                    self.clock.clocks(boot))
         self.addCleanup(made.close)
         return made
 
-    def stanzas(self, text: str) -> List[Any]:
+    def stanzas(self, text: str) -> List[server.Stanza]:
         """Return the stanzas of an access.conf."""
         return list(server.read_stanzas(write(self.place("access.conf"), text))[0])
 
-    def serve(self, access: str, conf: str = "", seconds: float = 1000) -> Any:
+    def serve(self, access: str, conf: str = "", seconds: float = 1000) -> server.Server:
         """Return a server for these files that has run for some seconds."""
         settings = server.ServerSettings()
         text = "FWKNOP_RUN_DIR %s;\n%s" % (self.directory, conf)
@@ -185,6 +185,7 @@ class ServerCase(DirectoryCase):
 
 KEYS = "KEY s3cretRijndael\nHMAC_KEY hmacKey-for-tests\n"
 DOOR22 = "10.55.0.2 -> 0.0.0.0/0 tcp/22"
+NO_DECRYPTION = mock.patch.object(server.PacketKeys, "open", side_effect=AssertionError)
 
 
 # ------------------------------------------------------------------- judgement
@@ -443,11 +444,10 @@ class ReceiveTest(ServerCase):
     def test_an_hmac_is_looked_at_before_anything_else(self) -> None:
         """Without the right tag nothing is decoded or decrypted, in any stanza."""
         made = self.serve("SOURCE ANY\n" + KEYS + "SOURCE ANY\nKEY k\nHMAC_KEY h\n")
-        for stanza in made.stanzas:
-            stanza.keys.open = lambda ciphertext: self.fail("decrypted")
-        for payload in (Sender(hmac_key=b"x").packet(), Sender(hmac_key=b"").packet(), b"A" * 200,
-                        b"=" * 200, b"A" * 140 + b"="):
-            made.receive(datagram(payload))
+        with NO_DECRYPTION:
+            for payload in (Sender(hmac_key=b"x").packet(), Sender(hmac_key=b"").packet(),
+                            b"A" * 200, b"=" * 200, b"A" * 140 + b"="):
+                made.receive(datagram(payload))
         self.assertEqual({"wrong HMAC": 5}, made.counts)
 
     def test_braces_in_a_packet(self) -> None:
@@ -485,11 +485,11 @@ class ReceiveTest(ServerCase):
         payload = self.knock(made)
         stale = Sender().packet(timestamp=NOW - 500)
         made.receive(datagram(stale))
-        made.stanzas[0].keys.open = None  # what decrypts
         self.logged()
-        for _ in range(3000):
-            made.receive(datagram(payload))
-            made.receive(datagram(stale))
+        with NO_DECRYPTION:
+            for _ in range(3000):
+                made.receive(datagram(payload))
+                made.receive(datagram(stale))
         self.assertEqual(3000, made.counts["replay"])
         self.assertEqual(3001, made.counts["stale"])
         self.assertNotIn("error", made.counts)
@@ -524,8 +524,8 @@ class ReceiveTest(ServerCase):
                 payload = self.knock(made, sender, **fields)
                 self.assertEqual([reason] * 2 * bool(reason), list(made.memory.refused.values()))
                 if reason:
-                    made.stanzas[0].keys.open = None
-                    made.receive(datagram(payload))
+                    with NO_DECRYPTION:
+                        made.receive(datagram(payload))
                     self.assertEqual({reason: 3}, made.counts)
 
     def test_a_failing_firewall(self) -> None:
@@ -670,19 +670,15 @@ class LogTest(ServerCase):
 
     def test_syslog(self) -> None:
         """Severities are syslog's own; without a stream only syslog gets the line."""
-        said = []  # type: List[Tuple[int, str]]
-        kept, server.syslog = server.syslog, types.SimpleNamespace(
-            syslog=lambda severity, text: said.append((severity, text)))
-        try:
+        with mock.patch.object(server, "syslog") as syslog:
             log = server.Log()
             log.to_syslog = True
             log.error("e")
             log.warning("w\n")
             log.info("i")
             log.debug("d")
-        finally:
-            server.syslog = kept
-        self.assertEqual([(3, "e"), (4, "w\\x0a"), (6, "i")], said)
+        self.assertEqual([mock.call(3, "e"), mock.call(4, "w\\x0a"), mock.call(6, "i")],
+                         syslog.syslog.mock_calls)
 
     def test_verbose(self) -> None:
         """VERBOSE shows the packet, without what may be a password in it."""
@@ -1144,7 +1140,7 @@ class LifeTest(ServerCase):
         """Return a server that listens."""
         made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n" % port)
         made.start(False)
-        self.addCleanup(lambda: [capture.close() for capture in made.captures])
+        self.addCleanup(lambda: server.close_captures(made.captures, ()))
         return made
 
     def knock(self, made: Any, port: int, text: str = "127.0.0.1,tcp/22") -> None:
@@ -1453,24 +1449,13 @@ class FilterTest(unittest.TestCase):
                 self.assertIn(packet[0] >> 4, (4, 6))
 
 
-class FakeSocket:
-    """A packet socket with one packet in it."""
-
-    def __init__(self, packet: bytes) -> None:
-        self.packet = packet
-
-    def recv(self, size: int) -> bytes:
-        """Return the packet."""
-        return self.packet[:size]
-
-
 class CaptureTest(ServerCase):
     """What comes out of a packet socket."""
 
     def receive(self, packet: bytes) -> Any:
         """Return the datagram in a packet."""
         capture = server.PacketCapture.__new__(server.PacketCapture)
-        capture.socket = FakeSocket(packet)
+        capture.socket = mock.Mock(recv=lambda size: packet[:size])
         return capture.receive()
 
     def test_datagrams(self) -> None:
@@ -1587,16 +1572,6 @@ class IptablesTest(unittest.TestCase):
                 self.assertIsNone(server.parse_rule(line, place))
 
 
-class BrokenSocket:
-    """A socket that the kernel has no buffers for."""
-
-    def recv(self, *_: Any) -> bytes:
-        """Fail."""
-        raise OSError(105, "No buffer space available")
-
-    sendto = recv
-
-
 class NetlinkTest(unittest.TestCase):
     """What the kernel refuses before it answers."""
 
@@ -1606,7 +1581,8 @@ class NetlinkTest(unittest.TestCase):
             skip("no netlink on this system")
         netlink = server.Netlink()
         netlink.socket.close()
-        netlink.socket = BrokenSocket()
+        full = mock.Mock(side_effect=OSError(105, "No buffer space available"))
+        netlink.socket = mock.Mock(recv=full, sendto=full)
         for call in (lambda: netlink.commit([(server.DELETE_ELEMENT, 1, b"")]),
                      lambda: netlink.dump(server.GET_RULE, 1, b"")):
             with self.assertRaises(server.CommandError) as caught:
