@@ -8,18 +8,30 @@
 import itertools
 import re
 import shutil
+import sys
 import time
 from typing import Any, Iterable, NamedTuple, Optional, Tuple, TypeVar
 
-from tests.netns import STANZA, Cable, Host, Server, wait_for
-from tests.support import needs_programs, needs_root
+from tests.netns import STANZA, Cable, Host, Server
+from tests.support import needs_programs, needs_root, wait_for
 
 T = TypeVar("T")
 
 NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
 BACKENDS = (NFT, IPTABLES_NFT, IPTABLES_LEGACY)
-# On a slow machine; iptables ends a grant by itself at the next whole second but one.
-LATENESS = 3.0
+LATENESS = 3.0  # iptables ends a grant by itself at the next whole second but one
+
+# Starts the script behind it so that only an announcement lets it look at its firewall, or, where
+# the kernel announces nothing (legacy iptables), each second.
+ANNOUNCED = [sys.executable, "-I", "-S", "-c", """
+import sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[2].rpartition("/")[0])
+import spa_server
+spa_server.POLL_SECONDS = spa_server.Firewall.poll_seconds = 3600.0
+spa_server.LEGACY_POLL_SECONDS = 1.0
+sys.exit(spa_server.main(sys.argv[3:]))
+"""]
 
 # The host's own firewall: what comes in and is not established is dropped, nothing is forwarded.
 NFT_HOST = """
@@ -116,13 +128,23 @@ class Site:
     def __exit__(self, *_: Any) -> None:
         self.cable.close()
 
-    def wait_closed(self, *targets: Tuple[str, str, int]) -> float:
-        """Wait until none of the targets answers, and return when."""
-        try:
-            wait_for(lambda: not any(self.client.probe(*targets, seconds=0.2)), "a closed port")
-        except AssertionError as error:
-            raise AssertionError("%s: %s in\n%s" % (self.setup, error, self.rules())) from None
-        return time.monotonic()
+    def wait_closed(self, *targets: Tuple[str, str, int], earliest: float = 0.0,
+                    latest: float = float("inf")) -> None:
+        """Wait until none of the targets answers: not before `earliest`, and by `latest`.
+
+        A busy machine sees it late. So the last probe that reached one counts, by its beginning.
+        """
+        reached = began = 0.0
+
+        def is_closed() -> bool:
+            """Try all of them."""
+            nonlocal reached, began
+            reached, began = began, time.monotonic()
+            return not any(self.client.probe(*targets, seconds=0.2))
+
+        wait_for(is_closed, lambda: "%s: a closed port in\n%s" % (self.setup, self.rules()))
+        assert time.monotonic() > earliest - 0.1, "%s: closed too early" % (self.setup,)
+        assert reached < latest + LATENESS, "%s: closed too late" % (self.setup,)
 
     def rules(self) -> str:
         """Return everything that is in the firewall, each of iptables' rules after its table."""

@@ -12,8 +12,8 @@ import sys
 import time
 from typing import Iterable, List, Optional
 
-from tests.netns import OTHER4, SERVER4, SPA_SERVER, STANZA, Host, Process, Server, wait_for
-from tests.support import read, write
+from tests.netns import OTHER4, SERVER4, SPA_SERVER, STANZA, Host, Process, Server
+from tests.support import read, wait_for, write
 
 REAL, NAMED = "knockd", "ours, called knockd"
 ALONE, BESIDE = "ours, --knockd-conf", "ours, --knockd-conf beside a stanza"

@@ -14,8 +14,8 @@ from unittest import mock
 
 import spa_client as client
 import spa_server as server
-from tests.support import (TOP, DirectoryCase, captured, find_pythons, nearest_python,
-                           needs_programs, skip, write)
+from tests.support import (TIMEOUT, TOP, DirectoryCase, captured, find_pythons,
+                           nearest_python, needs_programs, skip, wait_for, write)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(TOP, "spa_client.py")
@@ -120,7 +120,7 @@ class Case(DirectoryCase):
             command.append(SCRIPT)
         extra.setdefault("stdout", subprocess.PIPE)
         return subprocess.run(command + words, env=self.environment, stderr=subprocess.PIPE,
-                              stdin=subprocess.DEVNULL, cwd=self.home, timeout=60, **extra)
+                              stdin=subprocess.DEVNULL, cwd=self.home, timeout=TIMEOUT, **extra)
 
 
 class Receiver:
@@ -130,7 +130,7 @@ class Receiver:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_DGRAM)
         self.socket.bind((host, 0))
-        self.socket.settimeout(5)
+        self.socket.settimeout(TIMEOUT)
         self.options = ["-D", host, "-p", str(self.socket.getsockname()[1])]
 
     def __enter__(self) -> "Receiver":
@@ -685,6 +685,7 @@ class Keys(Case):
         """On a terminal it asks, without echo, and leaves the terminal as it was."""
         try:
             import pty
+            import termios
         except ImportError:
             skip("no pseudo-terminals on this system")
         child, master = pty.fork()
@@ -699,7 +700,7 @@ class Keys(Case):
         try:
             while True:
                 if answers and seen.endswith(answers[0][0]):
-                    time.sleep(0.2)  # until echo is off
+                    wait_for(lambda: not termios.tcgetattr(master)[3] & termios.ECHO, "no echo")
                     os.write(master, answers.pop(0)[1])
                 data = os.read(master, 1000)
                 if not data:
@@ -1056,7 +1057,7 @@ class Systems(Case):
                     done = subprocess.run(
                         [interpreter, "-I", "-S", alone, "-T", *KNOCK, *KEYS, "-m", digest,
                          "--hmac-digest-type", digest], env=self.environment, cwd=self.home,
-                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
                     self.assertEqual((done.returncode, done.stderr), (0, b""))
                     shown = fields(done.stdout.decode("ascii"))
                     self.assertIn(shown["Encoded Data"], unseal(

@@ -21,7 +21,7 @@ from typing import Any, List, Tuple
 from unittest import mock
 
 import spa_client as client
-from tests.support import TOP, find_pythons, needs_programs, skip
+from tests.support import TIMEOUT, TOP, find_pythons, needs_programs, skip, wait_for
 from tests.test_client import (BLOCK, HERE, HMAC_KEY, KEY, KEYS, KNOCK, SCRIPT, Case, Receiver,
                                fields, python, unseal)
 
@@ -74,7 +74,7 @@ class WebServer:
                 peer = self.listener.accept()[0]
             except OSError:
                 return
-            peer.settimeout(5)
+            peer.settimeout(TIMEOUT)
             try:
                 if self.context:
                     peer = self.context.wrap_socket(peer, server_side=True)
@@ -97,9 +97,7 @@ class WebServer:
 
     def request(self) -> List[str]:
         """The lines of the only request; the client may have ended before it was read here."""
-        end = time.monotonic() + 30
-        while not self.requests and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for(lambda: self.requests, "a request")
         assert len(self.requests) == 1, self.requests
         return self.requests[0].decode("ascii").split("\r\n")
 
@@ -109,7 +107,7 @@ class WebServer:
     def __exit__(self, *_: Any) -> None:
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
-        self.thread.join(5)
+        self.thread.join(TIMEOUT)
 
 
 class Messages(Case):
@@ -423,7 +421,7 @@ class Carriers(Case):
                 self.assertEqual((0, "", "spa_client.py: warning: the proxy did not answer: whether"
                                   " it passed the packet on is not known\n"), self.run_main(
                     *KNOCK, *KEYS, "-D", "h", "-H", "127.0.0.1:%d" % listener.getsockname()[1]))
-                thread.join(30)
+                thread.join(TIMEOUT)
                 self.assertTrue(came[0].startswith(b"GET http://h/"))
 
     def test_a_web_server_without_an_answer(self) -> None:
@@ -564,7 +562,7 @@ class Resolving(Case):
         def serve(listener: socket.socket, head: bytes) -> None:
             with listener.accept()[0] as peer:
                 peer.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n203.0.113.9")
-                peer.settimeout(5)
+                peer.settimeout(TIMEOUT)
                 with contextlib.suppress(ConnectionResetError):  # given up with some of it unread
                     while peer.recv(9999):
                         pass
@@ -581,7 +579,7 @@ class Resolving(Case):
                 got, _, err = self.run_main(
                     "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only", "--resolve-url",
                     "http://127.0.0.1:%d/" % listener.getsockname()[1])
-                thread.join(5)
+                thread.join(TIMEOUT)
                 self.assertEqual(min(code, 1), got, err)
                 self.assertEqual(code == 1, "timed out" in err)
                 self.assertEqual(code == 2, ": expected a Content-Length of at most" in err)

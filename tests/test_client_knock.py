@@ -11,7 +11,7 @@ from typing import Any, List, Set, Tuple
 from unittest import mock
 
 import spa_client as client
-from tests.support import skip
+from tests.support import TIMEOUT, skip
 from tests.test_client import KEYS, KNOCK, SCRIPT, Case, Receiver, python
 from tests.test_client_fwknop import add_up
 from tests.test_reach import Door
@@ -347,7 +347,7 @@ class Listening(Case):
         self.addCleanup(listener.close)
         listener.bind((HOST, 0))
         listener.listen(5)
-        listener.settimeout(30)
+        listener.settimeout(TIMEOUT)
         tcp = str(listener.getsockname()[1])
         with Receiver() as receiver:
             udp = receiver.options[-1]

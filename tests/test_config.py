@@ -130,7 +130,8 @@ class LineTest(ConfigCase):
                              "the semicolon" % line.split()[0], said)
         for line in ("RESTRICT_PORTS tcp/22, tcp/25;", "RESTRICT_PORTS\ttcp/22, tcp/25 ;  \t",
                      "RESTRICT_PORTS: tcp/22, tcp/25;; # tcp/26", "RESTRICT_PORTS tcp/22, tcp/25;#"):
-            self.assertEqual({("tcp", 22), ("tcp", 25)}, set(self.stanza(line).restrict_ports), line)
+            ports = set(self.stanza(line).restrict_ports)
+            self.assertEqual({("tcp", 22), ("tcp", 25)}, ports, line)
 
     def test_key_bytes(self) -> None:
         """A KEY is the bytes of its line, blanks at the end and all."""

@@ -5,11 +5,10 @@ import pty
 import re
 import select
 import subprocess
-import time
 import unittest
 from typing import Dict, List
 
-from tests.support import needs_programs, run
+from tests.support import needs_programs, run, wait_for
 from tests.test_keygen import FileTestCase, call_all, program
 
 
@@ -75,11 +74,15 @@ class ShellTest(FileTestCase):
     def type(self, terminal: int, keys: str, expected: str) -> None:
         """Type, and wait until the terminal shows what is expected."""
         os.write(terminal, keys.encode())
-        shown, end = "", time.monotonic() + 60
-        while not re.search(expected, shown):
-            left = end - time.monotonic()
-            self.assertTrue(left > 0 and select.select([terminal], [], [], left)[0], shown)
-            shown += os.read(terminal, 65536).decode(errors="replace")
+        shown = ""
+
+        def is_shown() -> bool:
+            nonlocal shown
+            if select.select([terminal], [], [], 0)[0]:
+                shown += os.read(terminal, 65536).decode(errors="replace")
+            return bool(re.search(expected, shown))
+
+        wait_for(is_shown, lambda: "%s in %r" % (expected, shown))
 
     @needs_programs("fish")
     def test_fish(self) -> None:

@@ -7,12 +7,12 @@ doors are small scripts that really run.
 import ipaddress
 import os
 import subprocess
-import time
 import unittest
 from typing import Any, List  # noqa: F401  (in type comments)
 from unittest import mock
 
 import spa_server as server
+from tests.support import TIMEOUT, wait_for
 from tests.test_commands import CommandCase
 from tests.test_knock import ACK, ONE, SYN, TCP, hit
 from tests.test_server import CLIENT, HOST, KEYS, ServerCase
@@ -445,7 +445,7 @@ class DoorTest(KnockCase):
         with self.assertRaises(subprocess.TimeoutExpired):
             cycle.switch.wait(0.3)
         open(os.path.join(self.directory, "go"), "w").close()
-        cycle.switch.wait(20)  # the server does not look: it is gone
+        cycle.switch.wait(TIMEOUT)  # the server does not look: it is gone
         self.assertEqual("start\nstop\n", self.read("got"))
 
     def test_doors_with_the_same_stop(self) -> None:
@@ -463,11 +463,9 @@ class DoorTest(KnockCase):
         made = self.door(seconds=0)
         self.hit(*ALL_THREE)
         (cycle,) = made.commands.cycles.values()
-        end = time.monotonic() + 20
-        while "stop" not in self.read("got") and time.monotonic() < end:
-            time.sleep(0.05)  # the server does not look: it is gone
+        wait_for(lambda: "stop" in self.read("got"), "a stop; the server does not look: it is gone")
         self.assertEqual("start 10.55.0.2\nstop 10.55.0.2\n", self.read("got"))
-        cycle.switch.wait(20)
+        cycle.switch.wait(TIMEOUT)
         self.assertIn("d: its switch has run it, which returned 0\n", self.wait_until_closed())
         made = self.door(seconds=60)
         self.hit(*ALL_THREE)

@@ -20,8 +20,8 @@ from typing import Any, List, NamedTuple
 from tests.bench import HONEST, start_ours, survive
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEY, KEYS, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, CableCase, Host, Server, end_process,
-                         start_fwknopd, wait_for)
-from tests.support import SharedCase, needs_programs, needs_root, write
+                         start_fwknopd)
+from tests.support import TIMEOUT, SharedCase, needs_programs, needs_root, wait_for, write
 
 LETTERS = string.digits + string.ascii_letters
 BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -512,7 +512,7 @@ class LifeTest(LiveTest):
             check_running()
         server.knock(self.client, *KNOCK4)
         self.assertEqual((0, "Killed fwknopd (pid=%d) via SIGTERM\n" % pid), server.command("-K"))
-        self.assertEqual(0, server.running().popen.wait(30))
+        self.assertEqual(0, server.running().popen.wait(TIMEOUT))
         for option in ("-S", "-R", "-K"):
             self.assertEqual((1, "No running fwknopd detected.\n"), server.command(option))
         server.start()

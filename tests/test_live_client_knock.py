@@ -8,8 +8,8 @@ import unittest
 from typing import Any, List, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, KEYS, SERVER4, SERVER6, SPA_CLIENT, STANZA, Cable,
-                         CableCase, Server, wait_for)
-from tests.support import TOP, needs_programs, needs_root, read, write
+                         CableCase, Server)
+from tests.support import TIMEOUT, TOP, needs_programs, needs_root, read, wait_for, write
 
 OURS = [sys.executable, os.path.join(TOP, "spa_client.py"), "--knock"]
 THEIRS = ["knock"]
@@ -247,7 +247,7 @@ class ServerTest(KnockCase):
         self.serve("FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n", ACCESS)
         for address in ADDRESSES:
             self.assertFalse(self.client.reaches(address, 22))
-            code, said = self.named(RC % address + "ACCESS tcp/22\n", "--wait", "30")
+            code, said = self.named(RC % address + "ACCESS tcp/22\n", "--wait", "300")
             self.assertRegex(said, r"\Atcp/22 of %s opened after \S+ seconds\n\Z" % address)
             self.assertEqual(0, code)
             self.assertTrue(self.client.reaches(address, 22))
@@ -258,7 +258,7 @@ class ServerTest(KnockCase):
         server = self.serve("FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n",
                             ACCESS.replace("7000,", "7001,"))
         mark = server.mark()
-        waiting = self.client.start(*OURS, "-d", "300", SERVER4, *SEQUENCE, "--wait", "60",
+        waiting = self.client.start(*OURS, "-d", "300", SERVER4, *SEQUENCE, "--wait", "300",
                                     "--wait-port", "22")
         wire = self.host.start("tcpdump", "-l", "-n", "-i", "eth0", "tcp dst port 22")
         wire.wait_for("Flags [S]")  # the first knock is over
@@ -266,7 +266,7 @@ class ServerTest(KnockCase):
         server.send_signal(signal.SIGHUP)
         server.wait_for("%s: (stanza #1): OPEN SESAME" % CLIENT4, mark)
         waiting.wait_for("tcp/22 of %s opened after" % SERVER4)
-        self.assertEqual(0, waiting.popen.wait(30))
+        self.assertEqual(0, waiting.popen.wait(TIMEOUT))
 
     def test_then_a_packet(self) -> None:
         """REQUIRE_KNOCK: neither alone opens; both together do, over both families."""

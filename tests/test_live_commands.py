@@ -14,8 +14,8 @@ import unittest
 from typing import Iterator, List
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, STANZA,
-                         CableCase, Server, wait_for)
-from tests.support import needs_programs, needs_root, read, write
+                         CableCase, Server)
+from tests.support import long_enough, needs_programs, needs_root, read, slowness, wait_for, write
 
 CONF = "FIREWALL_TYPE none;\n"
 COMMANDS = STANZA + "ENABLE_CMD_EXEC Y\n"
@@ -255,8 +255,8 @@ class CycleTest(CommandCase):
             host.run(program, "-A", "INPUT", "-p", "tcp", "--dport", "22", "-j", "DROP")
         rule = "INPUT -s $IP -d $DST -p $PROTO --dport $PORT -j ACCEPT"
         path = self.script("rule", 'case "$*" in *:*) p=ip6tables;; *) p=iptables;; esac; $p "$@"')
-        self.start("%sCMD_CYCLE_OPEN %s -I %s\nCMD_CYCLE_CLOSE %s -D %s\nCMD_CYCLE_TIMER 4\n"
-                   % (STANZA, path, rule, path, rule))
+        self.start("%sCMD_CYCLE_OPEN %s -I %s\nCMD_CYCLE_CLOSE %s -D %s\nCMD_CYCLE_TIMER %d\n"
+                   % (STANZA, path, rule, path, rule, long_enough(3)))
         families = ((CLIENT4, SERVER4, OTHER4), (CLIENT6, SERVER6, OTHER6))
         for address, server, other in families:
             with self.subTest(address=address):
@@ -277,14 +277,14 @@ class CycleTest(CommandCase):
         began = time.monotonic()
         self.assertEqual(0, server.stop())
         self.assertEqual(1, self.closes())
-        self.assertLess(time.monotonic() - began, 20)
+        self.assertLess(time.monotonic() - began, 20 * slowness())
         self.assertIn("Shutting down, running CMD_CYCLE_CLOSE command: ", server.log())
         self.assertIn("CMD_CYCLE_CLOSE: command returned 0", server.log())
         self.assertEqual([], self.processes())
 
     def test_a_reload_keeps_its_time(self) -> None:
         """Whatever the new files say; the old command closes."""
-        server = self.start(self.cycle(5))
+        server = self.start(self.cycle(long_enough(3)))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
         server.configure(access=STANZA)
@@ -302,7 +302,7 @@ class CycleTest(CommandCase):
 
     def test_a_killed_server(self) -> None:
         """Its switch closes at nearly the same time, once; also after a new start."""
-        server = self.start(self.cycle(4, "CMD_EXEC_USER nobody\n"))
+        server = self.start(self.cycle(long_enough(3), "CMD_EXEC_USER nobody\n"))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
         began = time.monotonic()
@@ -310,7 +310,7 @@ class CycleTest(CommandCase):
         self.assertEqual(0, self.closes())
         server.start()
         wait_for(self.closes, "the close")
-        self.assertLess(time.monotonic() - began, 20)
+        self.assertLess(time.monotonic() - began, 20 * slowness())
         wait_for(lambda: len(self.processes()) == 1, "the end of the switch")
         server.stop()
         self.assertEqual(1, self.closes())
@@ -330,15 +330,16 @@ class CycleTest(CommandCase):
 
     def test_a_knock_while_it_is_open(self) -> None:
         """It closes later, and once."""
-        server = self.start(self.cycle(5))
+        first, second = long_enough(2), long_enough(4)
+        server = self.start(self.cycle(first))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
         mark = server.mark()
         began = time.monotonic()
-        server.knock(self.client, "-f", "7", *KNOCK)
-        server.wait_for("Running CMD_CYCLE_CLOSE command in 7 seconds: ", mark)
+        server.knock(self.client, "-f", str(second), *KNOCK)
+        server.wait_for("Running CMD_CYCLE_CLOSE command in %d seconds: " % second, mark)
         wait_for(self.closes, "the close")
-        self.assertGreater(time.monotonic() - began, 6)
+        self.assertGreater(time.monotonic() - began, second - 0.1)
         self.assertEqual(["open %s 22 6" % CLIENT4, "close %s 22 6" % CLIENT4], self.got())
 
 

@@ -15,8 +15,8 @@ import unittest
 from typing import Any, List, Tuple
 
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
-                         SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel, wait_for)
-from tests.support import TOP, needs_programs, needs_root, read, write
+                         SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel)
+from tests.support import TOP, needs_programs, needs_root, read, wait_for, write
 
 TWO_STANZAS = STANZA + "OPEN_PORTS tcp/22\n" + STANZA.replace("KEY ", "KEY other") + \
     "OPEN_PORTS tcp/22, tcp/80\n"
@@ -215,7 +215,7 @@ class ListTest(ControlTest):
                                 TWO_STANZAS).start()
                 knock = functools.partial(server.knock, cable.client, "-a", CLIENT4, "-D", SERVER4)
                 self.assertEqual([], self.listed(server))
-                knock("-A", "tcp/22", "-U", "alice")
+                knock("-A", "tcp/22", "-U", "alice", "-f", "200")
                 knock("-A", "tcp/80", "-U", "bob", "-a", OTHER4, keys=OTHER_KEYS)
                 alice = ["tcp", CLIENT4, "0.0.0.0/0", "22", "stanza #1, user 'alice'"]
                 bob = ["tcp", OTHER4, "0.0.0.0/0", "80", "stanza #2, user 'bob'"]
@@ -225,7 +225,7 @@ class ListTest(ControlTest):
                 server.stop(signal.SIGKILL)
                 self.assertEqual([alice, bob], self.listed(server))
                 server.start()
-                knock("-A", "tcp/22", "-U", "carol", "-f", "90", keys=OTHER_KEYS)
+                knock("-A", "tcp/22", "-U", "carol", "-f", "300", keys=OTHER_KEYS)
                 alice[4] = "stanza #2, user 'carol'"
                 self.assertEqual([alice, bob], self.listed(server))
                 os.unlink(os.path.join(server.directory, "run", "grants"))

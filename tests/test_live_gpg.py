@@ -8,9 +8,8 @@ import unittest
 from typing import Dict, List, Tuple
 
 from tests.gnupg import Keyring
-from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, CableCase,
-                         Server, wait_for)
-from tests.support import SharedCase, needs_programs, needs_root, write
+from tests.netns import CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, CableCase, Server
+from tests.support import SharedCase, needs_programs, needs_root, wait_for, write
 from tests.test_gpg import other_words, strip
 
 KNOCK = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]

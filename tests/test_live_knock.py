@@ -19,11 +19,11 @@ from tests.firewalls import NFT, Setup
 from tests.knockd import (ALONE, BESIDE, FLOOD, NAMED, NO_FIREWALL, REAL, SESAME, Knockd, hit,
                           is_news, settle)
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, STANZA, Cable,
-                         Host, Process, Server, in_parallel, wait_for)
-from tests.support import needs_programs, needs_root, read, write
+                         Host, Process, Server, in_parallel)
+from tests.support import long_enough, needs_programs, needs_root, read, wait_for, write
 from tests.test_live_firewall import Site
 
-DOOR = "[door]\nsequence = 7000,8000,9000\nseq_timeout = 20\ntcpflags = syn\n"
+DOOR = "[door]\nsequence = 7000,8000,9000\nseq_timeout = 300\ntcpflags = syn\n"
 
 # What Debian's package has as /etc/knockd.conf.
 PACKAGE = """\
@@ -105,6 +105,7 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
 
     def test_a_port_opens_and_closes(self) -> None:
         """For who knocked, for its time; TCP, UDP, both, flags; IPv4 and IPv6."""
+        seconds = long_enough(4)
 
         def check(case: Tuple[str, str, str]) -> None:
             """One way to start it, one firewall, one sequence."""
@@ -117,8 +118,8 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             else:
                 for program in ("iptables", "ip6tables"):
                     host.run(program, "-A", "INPUT", "-p", "tcp", "--dport", "22", "-j", "DROP")
-            door = "[Door 1]\n%s\nSeq_Timeout = 9\nCmd_Timeout = 4 # seconds\n%s"
-            server = Knockd(host, kind, door % (sequence, lines)).start(client)
+            door = "[Door 1]\n%s\nSeq_Timeout = 300\nCmd_Timeout = %d # seconds\n%s"
+            server = Knockd(host, kind, door % (sequence, seconds, lines)).start(client)
             ports = re.findall(r"\d+[:\w]*", sequence.partition("\n")[0].lower())
             families = (("", SERVER4, 22), ("", SERVER6, 22))
             self.assertFalse(any(client.probe(*families)))
@@ -130,7 +131,7 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             self.assertFalse(any(others))
             for source in (CLIENT4, CLIENT6):
                 server.wait_for("%s: Door 1: command timeout" % source)
-                self.assertGreater(time.monotonic(), began + 3.9)
+                self.assertGreater(time.monotonic(), began + seconds - 0.1)
             wait_for(lambda: not any(client.probe(*families)), "no access")
             self.assertNotIn("non-zero", server.log())
             self.assertEqual(0, server.stop())
@@ -195,13 +196,14 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
 
     def test_stop_commands(self) -> None:
         """One start and one stop, at its time, whatever becomes of the server meanwhile."""
+        seconds = long_enough(4)
 
         def check(way: str) -> None:
             """One thing that happens while the door is open."""
             cable = self.cable()
             client, host = cable.client, cable.server
             server = Knockd(host, NAMED, "")
-            server.configure(DOOR + commands(server.directory, 600 if way == "stop" else 4))
+            server.configure(DOOR + commands(server.directory, 600 if way == "stop" else seconds))
             server.start(client)
 
             def got() -> List[str]:
@@ -220,9 +222,9 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
                 self.assertEqual(1, len(got()))
                 server.start(client)
             elif way == "knock again":
-                time.sleep(0.7)  # so that the second end is another one
+                time.sleep(0.7)  # time is the thing: the second end is to be another one
+                began = time.monotonic()
                 client.run("knock", SERVER4, "7000", "8000", "9000")
-                began += 0.6
             else:
                 bad = "[door\n"
                 server.configure(bad if way == "bad reload" else DOOR.replace("7000", "7001"))
@@ -237,7 +239,7 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
                 self.assertEqual(1 + (way == "reload"), server.opened(CLIENT4))
             wait_for(lambda: len(got()) == 2, "stop")
             if way != "stop":
-                self.assertGreater(time.monotonic(), began + 3.8)
+                self.assertGreater(time.monotonic(), began + seconds - 0.2)
             if way == "bad reload":  # the old ones are in force
                 client.run("knock", SERVER4, "7000", "8000", "9000")
                 wait_for(lambda: len(got()) == 3, "another start")
@@ -393,11 +395,13 @@ class StanzaTest(KnockCase):
 
     def test_a_sequence_is_a_way_to_a_grant(self) -> None:
         """Closed, open for who knocked, closed again; killed, the kernel closes."""
+        seconds = long_enough(4)
 
         def check(case: Tuple[str, str, bool]) -> None:
             """One firewall in one mode."""
             backend, mode, killed = case
-            with Site(Setup(backend, mode), access=STANZA_KNOCK + "FW_ACCESS_TIMEOUT 4\n") as site:
+            access = STANZA_KNOCK + "FW_ACCESS_TIMEOUT %d\n" % seconds
+            with Site(Setup(backend, mode), access=access) as site:
                 self.assertTrue(site.all_closed())
                 began = time.monotonic()
                 for source, address in ((CLIENT4, SERVER4), (CLIENT6, SERVER6)):
@@ -406,8 +410,7 @@ class StanzaTest(KnockCase):
                 wait_for(site.is_open, "access")
                 if killed:
                     site.server.stop(signal.SIGKILL)
-                closed = site.wait_closed(("", SERVER4, 22), ("", SERVER6, 22))
-                self.assertGreater(closed, began + 3.9)
+                site.wait_closed(("", SERVER4, 22), ("", SERVER6, 22), earliest=began + seconds)
                 self.assertTrue(site.all_closed())
 
         backends = (NFT, "iptables-nft")
@@ -416,7 +419,7 @@ class StanzaTest(KnockCase):
     def test_a_packet_after_a_sequence(self) -> None:
         """With REQUIRE_KNOCK neither opens alone, and only from the same address."""
         access = STANZA + STANZA_KNOCK.replace("SOURCE ANY\n", "") + (
-            "REQUIRE_KNOCK Y\nKNOCK_TIMEOUT 60\n")
+            "REQUIRE_KNOCK Y\nKNOCK_TIMEOUT 300\n")
         packet = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
         with Site(Setup(NFT, "guard"), access=access) as site:
             none = "No knock sequence came before the packet (REQUIRE_KNOCK)."
@@ -652,7 +655,7 @@ class FloodTest(KnockCase):
         cable.server.run("iptables", "-A", "INPUT", "-p", "tcp", "-j", "DROP")
         server = Knockd(cable.server, NAMED, DOOR).start(client)
         before = resident(server.process)
-        flood = client.start(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, "7000", "120",
+        flood = client.start(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, "7000", "900",
                              "15000")
 
         def arrived() -> int:
@@ -666,7 +669,7 @@ class FloodTest(KnockCase):
 
         wait_for(lambda: resident(server.process) > before + 500, "a server that hears it")
         wait_for(opens, "access")
-        wait_for(lambda: arrived() > 40000, "more sources than it remembers", patience=100)
+        wait_for(lambda: arrived() > 40000, "more sources than it remembers")
         self.assertIsNone(flood.popen.poll())
         flood.end()
         settle(client, [server])
@@ -711,8 +714,9 @@ class LogTest(KnockCase):
         cable = self.cable()
         client = cable.client
         servers, logs = [], []  # type: List[Knockd], List[List[str]]
+        doors = self.DOORS.replace("seq_timeout = 2", "seq_timeout = %d" % long_enough(2))
         for kind in (REAL, NAMED):
-            server = Knockd(cable.server, kind, self.DOORS, "UseSyslog\nInterface = eth0")
+            server = Knockd(cable.server, kind, doors, "UseSyslog\nInterface = eth0")
             path = os.path.join(server.directory, "syslog")
             logs.append(self.syslog(path))
             code = (

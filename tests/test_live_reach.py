@@ -11,9 +11,10 @@ import unittest
 from typing import Any, Dict, Tuple
 
 from tests.bench import drop_all
-from tests.netns import (CLIENT4, CLIENT6, KEYS, PATIENCE, SERVER4, SERVER6, SPA_CLIENT, STANZA,
-                         Cable, CableCase, Server, start_fwknopd, wait_for)
-from tests.support import TOP, hearing_interrupts, needs_programs, needs_root, write
+from tests.netns import (CLIENT4, CLIENT6, KEYS, SERVER4, SERVER6, SPA_CLIENT, STANZA, Cable,
+                         CableCase, Server, start_fwknopd)
+from tests.support import (TIMEOUT, TOP, hearing_interrupts, needs_programs, needs_root, wait_for,
+                           write)
 
 GUARD = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22, tcp/80;\n"
 OPENED = r"tcp/22 of \S+ opened after \d+\.\d\d seconds"
@@ -129,7 +130,7 @@ class Knocks(Case):
         self.assertEqual((0, ""), self.client.run_code(*program, "a,b"))
         self.server.wait_opened(CLIENT4, 22, mark)
         self.server.wait_opened(CLIENT6, 80, mark)
-        code, text = self.client.run_code(*program, "c, b", "--wait", "20")
+        code, text = self.client.run_code(*program, "c, b", "--wait", "300")
         self.assertEqual(1, code, text)
         self.assertRegex(text, r"\[c\] nosuch.invalid: .*\n(?s:.*)1 of 2 knocks failed\n")
         self.assertRegex(text, "tcp/80 of %s opened after" % SERVER6)
@@ -168,10 +169,10 @@ class Waits(Case):
         self.host.listen(22)
         self.assertFalse(self.client.reaches(SERVER4, 22))
         for server in (SERVER4, SERVER6):
-            code, text = self.knock("-A", "udp/53,tcp/22", "-D", server, "--wait", "20")
+            code, text = self.knock("-A", "udp/53,tcp/22", "-D", server, "--wait", "300")
             self.assertEqual(0, code, text)
             self.assertRegex(text, "^%s\n$" % OPENED)
-        answer = self.knock("-A", "tcp/22", "-D", SERVER4, "--wait", "20", "-q", "-v")
+        answer = self.knock("-A", "tcp/22", "-D", SERVER4, "--wait", "300", "-q", "-v")
         self.assertEqual((0, ""), answer)
 
     def test_gives_up(self) -> None:
@@ -191,25 +192,26 @@ class Waits(Case):
     def test_other_port(self) -> None:
         """--wait-port names what -A does not: here what the guard lets through anyway."""
         self.host.listen(8022)
-        code, text = self.knock("-A", "udp/53", "-D", SERVER4, "--wait-port", "8022", "--wait", "9")
+        code, text = self.knock("-A", "udp/53", "-D", SERVER4, "--wait-port", "8022",
+                                "--wait", "300")
         self.assertEqual(0, code, text)
         self.assertRegex(text, "^tcp/8022 of %s opened" % SERVER4)
 
     def test_interrupted(self) -> None:
         """Ctrl-C: exit code 130, no traceback."""
         with hearing_interrupts():
-            process = self.popen("-A", "tcp/80", "-D", SERVER4, "--wait", "60",
+            process = self.popen("-A", "tcp/80", "-D", SERVER4, "--wait", "300",
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.server.wait_opened(CLIENT4, 80)
         process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=PATIENCE)[0]
+        output = process.communicate(timeout=TIMEOUT)[0]
         self.assertEqual((130, b"spa_client.py: interrupted\n"), (process.returncode, output))
 
     def test_exec(self) -> None:
         """The command takes the place of the client once the port answers; its code is ours."""
         self.host.listen(22)
         code, text = self.knock(
-            "-A", "tcp/22", "-D", SERVER4, "--wait", "20", "--exec", sys.executable, "-I", "-S",
+            "-A", "tcp/22", "-D", SERVER4, "--wait", "300", "--exec", sys.executable, "-I", "-S",
             "-c", "import socket, sys; link = socket.create_connection((sys.argv[1], 22), 5);"
             "link.sendall(b'-T'); print(link.recv(9)); sys.exit(7)", SERVER4, "-T", "--nonsense")
         self.assertEqual((7, "b'-T'\n"), (code, text))
@@ -231,7 +233,7 @@ class Losses(Case):
         self.host.listen(22)
         self.host.run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "62201", "-m", "statistic",
                       "--mode", "nth", "--every", "1000000", "--packet", "0", "-j", "DROP")
-        code, text = self.knock("-A", "tcp/22", "-D", SERVER4, "--wait", "30")
+        code, text = self.knock("-A", "tcp/22", "-D", SERVER4, "--wait", "300")
         self.assertEqual(0, code, text)
         self.assertRegex(text, OPENED)
         self.assertGreaterEqual(float(text.split()[5]), 1.0)
@@ -252,7 +254,7 @@ class Fwknopd(unittest.TestCase):
             drop_all(cable.server, "iptables")
             process = start_fwknopd(cable.server, STANZA)
             text = cable.client.run(*SPA_CLIENT, *KEYS, "-A", "tcp/22", "-a", CLIENT4, "-D",
-                                    SERVER4, "--wait", "30")
+                                    SERVER4, "--wait", "300")
             self.assertRegex(text, OPENED)
             process.end()
 
@@ -292,7 +294,7 @@ class Relays(Case):
         self.assertEqual(MEGABYTES * CHUNK, size)
         self.assertEqual(sent.digest(), got.digest())
         self.assertEqual(b"", process.stderr.read())
-        self.assertEqual(0, process.wait(PATIENCE))
+        self.assertEqual(0, process.wait(TIMEOUT))
         process.stdout.close()
         process.stderr.close()
 
@@ -304,7 +306,7 @@ class Relays(Case):
         assert process.stdin and process.stdout
         self.assertEqual(b"hello", process.stdout.read())
         process.stdin.write(b"x" * 300000)
-        self.assertEqual(b"", process.communicate(timeout=PATIENCE)[1])
+        self.assertEqual(b"", process.communicate(timeout=TIMEOUT)[1])
         self.assertEqual(0, process.returncode)
         far.wait_for("got 300000")
 
@@ -325,7 +327,7 @@ class Relays(Case):
         with self.assertRaises(subprocess.TimeoutExpired):
             process.wait(1)
         self.assertLessEqual(ticks() - before, 5)  # of 100
-        process.communicate(timeout=PATIENCE)
+        process.communicate(timeout=TIMEOUT)
         self.assertEqual(0, process.returncode)
 
     def test_reader_goes_away(self) -> None:
@@ -336,7 +338,7 @@ class Relays(Case):
         process.stdout.close()
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(b"x" * CHUNK)  # the echo of the first bytes ends it
-        self.assertEqual(0, process.wait(PATIENCE))
+        self.assertEqual(0, process.wait(TIMEOUT))
         self.assertEqual(b"", process.stderr.read())
         process.stderr.close()
 
@@ -347,7 +349,7 @@ class Relays(Case):
             " b'\\1\\0\\0\\0\\0\\0\\0\\0'); link.close(); raise SystemExit"))
         far.wait_for("ready")
         process = self.relay()
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=TIMEOUT)
         self.assertIn(out, (b"", b"hello"))
         self.assertEqual(b"spa_client.py: the connection broke: Connection reset by peer\n", err)
         self.assertEqual(1, process.returncode)

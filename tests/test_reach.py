@@ -15,11 +15,10 @@ from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
 import spa_client as client
-from tests.support import find_pythons, hearing_interrupts, nearest_python, skip, write
+from tests.support import (TIMEOUT, find_pythons, hearing_interrupts, nearest_python,
+                           skip, wait_for, write)
 from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver, fields, python,
                                unseal)
-
-PATIENCE = 60
 
 # RFC 5769 section 2.2 and 2.3: sample responses, and the addresses in them.
 IDENTITY = bytes.fromhex("b7e7a701bc34d686fa87dfae")
@@ -182,8 +181,8 @@ class Addresses(Case):
             for names in ("a,", ",", "a,,b"):
                 self.assertIn("-n: expected the name of a stanza", self.failure(2, "-n", names))
             self.assertTrue(one.silent() and two.silent())
-            one.socket.settimeout(5)
-            two.socket.settimeout(5)
+            one.socket.settimeout(TIMEOUT)
+            two.socket.settimeout(TIMEOUT)
             path = os.path.join(self.home, "packets")
             self.assertEqual((0, "", ""), self.run_main("-n", "a,b", "-B", path))
             packets = [one.packet(), two.packet()]
@@ -283,7 +282,7 @@ class Stun(Case):
                 "STUN server 127.0.0.1: it says that our address is 127.0.0.1, which can't be",
                 self.failure(1, "-A", "tcp/22", *KEYS, *receiver.options, "--resolve-stun",
                              "127.0.0.1:" + stun.options[3]))
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
             self.assertTrue(receiver.silent())
 
     def test_no_answer(self) -> None:
@@ -305,7 +304,7 @@ def break_off(receiver: Receiver, thread: threading.Thread) -> None:
     """Let a thread that waits for another question end."""
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sender.sendto(b"\0\1\0\0" + client.STUN_MAGIC + bytes(12), receiver.socket.getsockname())
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     sender.close()
 
 
@@ -448,7 +447,7 @@ class Waiting(Case):
                 command = " ".join([python(), "-I", "-S", SCRIPT, *KNOCK, *KEYS, *receiver.options,
                                     "--no-rc-file", "--proxy", "127.0.0.1", "9", closed])
                 done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE,
-                                      timeout=PATIENCE)
+                                      timeout=TIMEOUT)
                 self.assertEqual(2, done.returncode)
                 self.assertIn(b"--proxy needs standard input", done.stderr)
             self.assertTrue(receiver.silent())
@@ -462,7 +461,7 @@ class Waiting(Case):
             command = [interpreter or python(), "-I", "-S", "-c", before + (
                 "\nimport sys\nexec(compile(open(%r).read(), %r, 'exec'), "
                 "{'__name__': '__main__', '__file__': %r})" % (SCRIPT, SCRIPT, SCRIPT)), *words]
-            done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=PATIENCE,
+            done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=TIMEOUT,
                                   stderr=subprocess.PIPE, env=self.environment)
             self.assertEqual((0, b""), (done.returncode, done.stderr))
             self.assertTrue(text == done.stdout, len(done.stdout))
@@ -524,10 +523,9 @@ class Waiting(Case):
                 process = subprocess.Popen([python(), "-I", "-S", SCRIPT, *words],
                                            env=self.environment, stdout=subprocess.PIPE,
                                            stderr=subprocess.PIPE)
-            while not door.packets and process.poll() is None:
-                time.sleep(0.01)
+            wait_for(lambda: door.packets or process.poll() is not None, "a knock")
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=PATIENCE)
+            out, err = process.communicate(timeout=TIMEOUT)
             self.assertEqual((130, b"", b"spa_client.py: interrupted\n"),
                              (process.returncode, out, err))
 
@@ -582,15 +580,15 @@ class Terminal:
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Read what it prints until something is done."""
-        end = time.monotonic() + PATIENCE
-        while not done():
-            if time.monotonic() > end:
-                raise AssertionError(self.shown)
-            if select.select([self.ours], [], [], 0.05)[0]:
+        def look() -> bool:
+            if select.select([self.ours], [], [], 0)[0]:
                 try:
                     self.shown += os.read(self.ours, 65536)
                 except OSError:  # how a terminal ends on Linux
                     raise AssertionError(self.shown) from None
+            return done()
+
+        wait_for(look, lambda: "the end of %r" % self.shown)
 
     def __enter__(self) -> "Terminal":
         return self
@@ -631,7 +629,7 @@ class Documents(Case):
             skip("neither mandoc nor groff is here")
         for command in checkers:
             done = subprocess.run(command, input=page.encode("ascii"), stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, timeout=PATIENCE)
+                                  stderr=subprocess.STDOUT, timeout=TIMEOUT)
             complaints = [line for line in done.stdout.splitlines() if b"missing date" not in line]
             self.assertEqual([], complaints, command)
 
@@ -644,7 +642,7 @@ class Documents(Case):
         environment = dict(self.environment, PATH=self.home + ":" + os.environ["PATH"])
         text = self.run_main("--completion", shell)[1]
         done = subprocess.run([shell, "-c", text + script], env=environment, cwd=self.home,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE)
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
         self.assertEqual((0, b""), (done.returncode, done.stderr))
         return done.stdout.decode().split()
 
@@ -666,7 +664,7 @@ class Documents(Case):
             environment = dict(self.environment, PATH=self.home + ":" + os.environ["PATH"])
             done = subprocess.run(["zsh", "-f", "-c", stubs + text + ask],
                                   env=environment, cwd=self.home, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, timeout=PATIENCE)
+                                  stderr=subprocess.PIPE, timeout=TIMEOUT)
             self.assertEqual((0, b""), (done.returncode, done.stderr))
             found = set(done.stdout.decode().split())  # zsh itself drops options that don't match
             self.assertEqual(set(expected), {word for word in found if word[0] != "-"
