@@ -129,7 +129,7 @@ class LineTest(ConfigCase):
             self.assertEqual("access.conf:2: %s: expected nothing, or a # and a comment, behind "
                              "the semicolon" % line.split()[0], said)
         for line in ("RESTRICT_PORTS tcp/22, tcp/25;", "RESTRICT_PORTS\ttcp/22, tcp/25 ;  \t",
-                     "RESTRICT_PORTS: tcp/22, tcp/25;; # tcp/26", "RESTRICT_PORTS tcp/22, tcp/25;#"):
+                     "RESTRICT_PORTS: tcp/22, tcp/25;; # tcp/26", "RESTRICT_PORTS tcp/22,tcp/25;#"):
             ports = set(self.stanza(line).restrict_ports)
             self.assertEqual({("tcp", 22), ("tcp", 25)}, ports, line)
 
