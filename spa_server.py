@@ -3509,8 +3509,10 @@ NLM_REQUEST, NLM_ACK, NLM_DUMP, NLM_CREATE = 0x1, 0x4, 0x300, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
 NFT = 10 << 8  # NFNL_SUBSYS_NFTABLES
-GET_RULE, NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 7, NFT | 12, NFT | 13, NFT | 14
+GET_TABLE, GET_RULE, NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = (
+    NFT | 1, NFT | 7, NFT | 12, NFT | 13, NFT | 14)
 NESTED = 0x8000
+TABLE_NAME, TABLE_FLAGS, TABLE_DORMANT = 1, 2, 1
 RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_USERDATA = 1, 2, 3, 7
 LIST_TABLE, LIST_SET, LIST_ELEMENTS, LIST_ITEM = 1, 2, 3, 1
 ELEMENT_KEY, ELEMENT_DATA, ELEMENT_TIMEOUT, ELEMENT_EXPIRATION, DATA_VALUE = 1, 2, 4, 5, 1
@@ -3609,6 +3611,25 @@ class Netlink:
                 raise self.error(-struct.unpack_from("=i", part)[0])
             found.append(attributes(part[4:]))
         raise self.error(errno.EAGAIN)
+
+    def rules(self, chain: NftChain) -> List[Tuple[int, str]]:
+        """Return handle and user data of each rule in a chain.
+
+        A chain that is not there is an error, or has none: kernels differ.
+        """
+        names = {RULE_TABLE: chain.table.encode() + b"\0", RULE_CHAIN: chain.chain.encode() + b"\0"}
+        found = self.dump(GET_RULE, NFT_FAMILIES[chain.family], b"".join(
+            attribute(kind, name) for kind, name in names.items()))
+        return [(struct.unpack(">Q", rule[RULE_HANDLE])[0],
+                 rule.get(RULE_USERDATA, b"").decode("latin-1"))
+                for rule in found if names.items() <= rule.items()]  # old kernels list all chains
+
+    def table_flags(self, place: NftChain) -> int:
+        """Return the flags of a table, 0 if it is not there."""
+        for table in self.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
+            if table.get(TABLE_NAME) == place.table.encode() + b"\0":
+                return int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
+        return 0
 
 
 def is_own_address(address: Address) -> bool:
@@ -4100,7 +4121,6 @@ class Firewall:
     netlink_port = -1  # from which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
     identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
-    made: Any = None  # what read_made() said after prepare()
 
     def __init__(self, why: str, log: Log, clocks: Clocks = CLOCKS) -> None:
         self.why, self.log, self.clocks = why, log, clocks
@@ -4127,15 +4147,13 @@ class Firewall:
     def prepare(self) -> None:
         """Makes what is missing of chains, sets and rules; grants stay as they are."""
 
-    def read_made(self) -> Any:
-        """What stands of all that prepare() made, in a form that shows every change."""
-
     def intact(self) -> bool:
-        """Whether all that prepare() made is still there."""
-        try:
-            return bool(self.made == self.read_made())
-        except CommandError:
-            return False
+        """Return whether the rules that prepare() makes stand, and no others among them.
+
+        What should stand is computed. Compared with what stood after prepare(), a change that came
+        during prepare() would count as wanted for ever.
+        """
+        return True
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants`, all or none, in place of `replaced`."""
@@ -4164,6 +4182,24 @@ class Firewall:
 
     def unguard(self) -> None:
         """Takes the guard away."""
+
+
+COMMENT = "spa_server.py"  # begins the comment of our rules
+
+
+def tag(rule: str) -> str:
+    """Return the comment of a rule of ours. It changes with the rule's text.
+
+    Firewalls print rules in words of their own, and each version in others: so the comments are
+    compared. A checksum will do, since who may change rules may do anything.
+    """
+    return "%s:%08x" % (COMMENT, binascii.crc32(rule.encode()))
+
+
+def tag_in(text: str) -> str:
+    """Return the comment in a rule as the firewall has it; nothing for somebody else's rule."""
+    _, found, rest = text.partition(COMMENT + ":")
+    return found + rest[:8]
 
 
 def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
@@ -4211,7 +4247,6 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 
 GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 GUARD_TABLE = NftChain("inet", "spa", "guard")
-COMMENT = "spa_server.py"  # what marks our rules in the host's chains
 FOR_EVER = float("inf")
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
@@ -4337,6 +4372,7 @@ class NftFirewall(Firewall):
         self.places = [GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * translates + self.chains
         self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
         self.identity = ("nft", program, self.places)
+        self.rules: Dict[NftChain, Dict[NftChain, List[str]]] = {}  # that have to be at a place
         self.netlink = Netlink()
         self.netlink_port = self.netlink.socket.getsockname()[0]
 
@@ -4364,29 +4400,41 @@ class NftFirewall(Firewall):
         """Makes sets and rules anew. The guard comes first, in a transaction of its own: a chain of
         the host's that is missing must not keep it away."""
         do_all(self.prepare_place, [(place,) for place in self.places])
-        self.made = self.read_made()
+
+    def wanted_rules(self, place: NftChain) -> Dict[NftChain, List[str]]:
+        """Return the rules that the chains of a place have to have, in their order."""
+        shapes = self.shapes_at(place)
+        if place not in OWN_CHAINS:
+            return {place: [shape.match() + " accept" for shape in shapes]}
+        rules = [rule.partition(" ")[::2] for rule in (
+            self.guard_rules() if place == GUARD_TABLE else map(Shape.nat_rule, shapes))]
+        return {place._replace(chain=chain): [rule for name, rule in rules if name == chain]
+                for chain in OWN_CHAINS[place]}
 
     def prepare_place(self, place: NftChain) -> None:
         """Makes a table of our own, or sets and rules in a chain of the host's."""
-        shapes = self.shapes_at(place)
-        sets = [shape.creation(place) for shape in shapes]
-        if place in OWN_CHAINS:
-            table, lines = "%s %s" % place[:2], []
-            for chain, hook in OWN_CHAINS[place].items():
-                lines += ["add chain %s %s %s" % (table, chain, hook),
-                          "flush chain %s %s" % (table, chain)]
-            rules = (self.guard_rules() if place == GUARD_TABLE else
-                     [shape.nat_rule() for shape in shapes])
-            self.run(["add table " + table] + sets + lines
-                     + ["add rule %s %s" % (table, rule) for rule in rules])
+        if place not in self.rules:
+            self.rules[place] = self.wanted_rules(place)
+        lines = [shape.creation(place) for shape in self.shapes_at(place)]
+        rules = ['rule %s %s comment "%s"' % (" ".join(chain), rule, tag(rule))
+                 for chain, rules in self.rules[place].items() for rule in rules]
+        if place not in OWN_CHAINS:
+            lines += ["insert " + rule for rule in rules[::-1]]  # each goes before the last one
+            try:
+                self.run(self.rule_removal(place) + lines)
+            except CommandError as error:
+                self.explain_missing(place)
+                raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
             return
-        rules = ['insert rule %s %s accept comment "%s"' % (" ".join(place), shape.match(), COMMENT)
-                 for shape in shapes]
+        table = "table %s %s" % place[:2]
+        for chain, hook in OWN_CHAINS[place].items():
+            name = "chain %s %s %s" % (place[:2] + (chain,))
+            lines += ["add %s %s" % (name, hook), "flush " + name]
+        lines = ["add " + table] + lines + ["add " + rule for rule in rules]
         try:
-            self.run(self.rule_removal(place) + sets + rules)
-        except CommandError as error:
-            self.explain_missing(place)
-            raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
+            self.run(lines)
+        except CommandError:  # perhaps somebody's chain or set has the name of one of ours
+            self.run(["delete " + table] + lines)
 
     def explain_missing(self, place: NftChain) -> None:
         """Raises the CommandError of a chain that is not there."""
@@ -4405,8 +4453,8 @@ class NftFirewall(Firewall):
 
     def rule_removal(self, place: NftChain) -> List[str]:
         """The lines that take our rules out of a chain of the host's."""
-        return ["delete rule %s handle %d" % (" ".join(place), struct.unpack(">Q", handle)[0])
-                for handle in self.our_rules(place)]
+        return ["delete rule %s handle %d" % (" ".join(place), handle)
+                for handle, _ in self.our_rules(place)]
 
     def guard_rules(self) -> List[str]:
         """The guard: what is guarded and not granted is dropped, before destination NAT.
@@ -4425,24 +4473,24 @@ class NftFirewall(Firewall):
                 + ["closed %s accept" % shape.match() for shape in self.shapes_at(GUARD_TABLE)]
                 + ["closed counter drop"])
 
-    def our_rules(self, place: NftChain) -> List[bytes]:
-        """The handles of the rules in a chain that are ours: in one of the host's by comment.
+    def our_rules(self, chain: NftChain) -> List[Tuple[int, str]]:
+        """Return handle and tag of all rules in a chain of ours, of our rules in the host's."""
+        return [(handle, tag_in(comment)) for handle, comment in self.netlink.rules(chain)
+                if chain not in self.chains or COMMENT in comment]
 
-        A chain that is not there is an error, or has none: kernels differ.
-        """
-        ours = {RULE_TABLE: place.table.encode() + b"\0", RULE_CHAIN: place.chain.encode() + b"\0"}
-        rules = self.netlink.dump(GET_RULE, NFT_FAMILIES[place.family], b"".join(
-            attribute(kind, name) for kind, name in ours.items()))
-        if place in self.chains:  # nft's user data: type, length, comment
-            ours[RULE_USERDATA] = struct.pack("BB", 0, len(COMMENT) + 1) + COMMENT.encode() + b"\0"
-        return [rule[RULE_HANDLE] for rule in rules  # old kernels list those of all chains
-                if ours.items() <= rule.items()]
+    def intact(self) -> bool:
+        """Return whether our tables are awake and all rules of ours are as they should be."""
+        return all(map(self.stands, self.places))
 
-    def read_made(self) -> Dict[NftChain, List[bytes]]:
-        """The handles of all rules of ours: a flushed or rebuilt chain has others."""
-        own = [place._replace(chain=chain) for place in self.places
-               for chain in OWN_CHAINS.get(place, ())]
-        return {place: self.our_rules(place) for place in own + self.chains}
+    def stands(self, place: NftChain) -> bool:
+        """Return whether the rules at a place are the wanted ones."""
+        try:
+            return (place not in OWN_CHAINS
+                    or not self.netlink.table_flags(place) & TABLE_DORMANT) and all(
+                [name for _, name in self.our_rules(chain)] == list(map(tag, rules))
+                for chain, rules in self.rules[place].items())
+        except CommandError:
+            return False
 
     def places_of(self, door: Door) -> List[NftChain]:
         """The places that have a set for this door."""
@@ -4753,6 +4801,7 @@ class IptablesFirewall(Firewall):
             else:
                 log.warning("No ip6tables: nothing is opened for IPv6")
         self.identity = ("iptables", program, self.places)
+        self.rules: Dict[int, Dict[str, List[str]]] = {}  # of the guard's chains, once prepared
         legacy = "nf_tables" not in run_program([program, "-V"])
         self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
 
@@ -4771,16 +4820,31 @@ class IptablesFirewall(Firewall):
             if not program.dated:
                 self.log.warning("%s has no time match: grants end only while this server runs"
                                  % program.program)
-        self.made = self.read_made()
 
     def prepare_table(self, version: int, table: str) -> None:
         """Makes what is missing in one table."""
         program = self.programs[version]
         lines = program.list(table)
+        changes = self.missing(version, table, lines)
         drops = any(line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
                     for line in lines)
+        for place in self.access:
+            if (place.table == table and place.kind == INPUT and not drops and not self.guard_ports
+                    and "-P %s ACCEPT" % place.from_chain in lines):
+                self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
+                                 % (place.from_chain, program.program))
+        program.commit({table: changes})
+        for place in self.access if version == 4 else []:
+            if place.table == table and any(
+                    change.startswith("-I") and change.endswith(" -j " + place.chain)
+                    for change in changes):
+                self.log.info("Added jump rule from chain: %s to chain: %s"
+                              % (place.from_chain, place.chain))
+
+    def missing(self, version: int, table: str, lines: List[str]) -> List[str]:
+        """Return the changes that a table needs, by its lines; none where it is as it should be."""
         guarding = table == "mangle" and self.guard_ports
-        changes, jumps = self.guard_changes(lines, version) if guarding else [], []
+        changes = self.guard_changes(version, lines) if guarding else []
         for place in self.access:
             if place.table != table:
                 continue
@@ -4792,51 +4856,53 @@ class IptablesFirewall(Firewall):
             wanted = "-A %s %s" % (place.from_chain, jump)
             if wanted not in present:
                 changes.append("-I %s %d %s" % (place.from_chain, place.position, jump))
-                jumps.append(place)
             changes += ["-D" + line[2:] for line in present  # an older one
                         if place.kind == DNAT and line != wanted]
-            if (place.kind == INPUT and "-P %s ACCEPT" % place.from_chain in lines and not drops
-                    and not self.guard_ports):
-                self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
-                                 % (place.from_chain, program.program))
-        program.commit({table: changes})
-        for place in jumps if version == 4 else []:
-            self.log.info("Added jump rule from chain: %s to chain: %s"
-                          % (place.from_chain, place.chain))
+        return changes
 
-    def guard_changes(self, lines: List[str], version: int) -> List[str]:
-        """The guard, written anew: what is guarded goes to a chain that ends in DROP.
+    def guard_rules(self, version: int) -> Dict[str, List[str]]:
+        """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP.
 
         Only what is addressed to this host: the rest is routed, and not ours to guard. Established
         connections and loopback are let be. It lets through what NAT leads on.
         """
-        changes = [":%s - [0:0]" % GUARD_CHAIN]
-        if "-N " + GUARDED_CHAIN not in lines:
-            changes.append(":%s - [0:0]" % GUARDED_CHAIN)
-        if "-A %s -j DROP" % GUARDED_CHAIN not in lines:
-            changes.append("-A %s -j DROP" % GUARDED_CHAIN)
         # For IPv6 the match calls this host's own addresses UNICAST as well.
         routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
                   "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
-        changes += ["-A %s %s -j RETURN" % (GUARD_CHAIN, match) for match in (
-            "-i lo", "-m conntrack --ctstate ESTABLISHED", routed)]
-        changes += ["-A %s -s %s -p tcp -m tcp --sport %d --dport %d ! --syn -j RETURN"
-                    % (GUARD_CHAIN, peer, peer_port, port)
-                    for peer, peer_port, port in established_connections(self.guard_ports)
-                    if peer.version == version]
-        changes += ["-A %s -p %s -m %s --dport %d -j %s"
-                    % (GUARD_CHAIN, protocol, protocol, port, GUARDED_CHAIN)
-                    for protocol, port in sorted(self.guard_ports)]
+        passes = ["-i lo", "-m conntrack --ctstate ESTABLISHED", routed]
+        passes += ["-s %s -p tcp -m tcp --sport %d --dport %d ! --syn" % (peer, peer_port, port)
+                   for peer, peer_port, port in established_connections(self.guard_ports)
+                   if peer.version == version]
+        return {GUARDED_CHAIN: ["-j DROP"],
+                GUARD_CHAIN: [match + " -j RETURN" for match in passes] + [
+                    "-p %s -m %s --dport %d -j %s" % (protocol, protocol, port, GUARDED_CHAIN)
+                    for protocol, port in sorted(self.guard_ports)]}
+
+    def guard_changes(self, version: int, lines: List[str]) -> List[str]:
+        """Return the changes that the guard needs: a chain that is not as it should be is written
+        anew, with the grants that it has."""
+        if version not in self.rules:
+            self.rules[version] = self.guard_rules(version)
+        changes = []
+        for chain, rules in self.rules[version].items():
+            there = [line for line in lines if line.startswith("-A %s " % chain)]
+            grants = [line for line in there if chain == GUARDED_CHAIN and MARK in line]
+            if "-N " + chain not in lines or list(map(tag, rules)) != [
+                    tag_in(line) for line in there if line not in grants]:
+                changes += [":%s - [0:0]" % chain] + grants
+                changes += ["-A %s -m comment --comment %s %s" % (chain, tag(rule), rule)
+                            for rule in rules]
         if "-A PREROUTING -j " + GUARD_CHAIN not in lines:
             changes.append("-I PREROUTING 1 -j " + GUARD_CHAIN)
         return changes
 
-    def read_made(self) -> Dict[int, Set[str]]:
-        """All that is ours and no grant: our chains, what jumps to them, what is in the guard's."""
-        ours = {place.chain for place in self.places} | {GUARD_CHAIN, GUARDED_CHAIN}
-        return {version: {line for table in self.tables for line in program.list(table)
-                          if ours & set(line.split()) and MARK not in line}
-                for version, program in self.programs.items()}
+    def intact(self) -> bool:
+        """Return whether no table needs a change."""
+        try:
+            return not any(self.missing(version, table, program.list(table))
+                           for table in self.tables for version, program in self.programs.items())
+        except CommandError:
+            return False
 
     def places_of(self, door: Door) -> List[Place]:
         """The chains for doors of this kind, if there are programs for its IP version."""

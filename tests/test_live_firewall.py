@@ -218,6 +218,29 @@ class LifeTest(unittest.TestCase):
         in_parallel(self, SETUPS, check)
 
 
+FAIL = """if %(changes)s && [ -e %(flag)s ]; then echo "no luck" >&2; exit 4; fi
+exec %(real)s "$@"
+"""
+
+
+def make_programs(host: Host, backend: str, script: str = FAIL) -> Tuple[str, str]:
+    """Return the path of a firewall program that a script stands for, and that of its flag."""
+    directory = host.path("programs")
+    os.mkdir(directory)
+    flag = os.path.join(directory, "flag")
+    names = ["nft"]
+    if backend != NFT:
+        names = [name + suffix for name in ("iptables", "ip6tables")
+                 for suffix in ("", "-restore")]
+    for name in names:
+        real = shutil.which(
+            name if backend == NFT else name.replace("tables", "tables-" + backend[9:], 1))
+        changes = "true" if name == "nft" or "restore" in name else "false"
+        write(os.path.join(directory, name),
+              "#!/bin/sh\n" + script % {"changes": changes, "flag": flag, "real": real}, 0o755)
+    return os.path.join(directory, names[0]), flag
+
+
 @needs_firewalls
 class TamperTest(unittest.TestCase):
     """Somebody changes the firewall behind the server's back."""
@@ -230,14 +253,17 @@ class TamperTest(unittest.TestCase):
                 (line, functools.partial(host.run, "nft", line))
                 for line in ("flush ruleset", "delete table inet spa",
                              "flush set inet spa spa4; flush set inet spa spa6",
-                             "flush chain inet spa guard", "flush chain inet spa closed")
+                             "flush chain inet spa guard", "flush chain inet spa closed",
+                             "add table inet spa { flags dormant; }",
+                             "delete chain inet spa guard; add chain inet spa guard",
+                             "insert rule inet spa closed accept")
             ]
         if setup == Setup(NFT, "accept"):
 
             def delete_our_rules() -> None:
                 """Take out the rules with our comment."""
                 listing = host.run("nft", "-a", "list", "chain", "inet", "filter", "input")
-                for handle in re.findall(r'comment "spa_server.py" # handle (\d+)', listing):
+                for handle in re.findall(r'comment "spa_server.py.*" # handle (\d+)', listing):
                     host.run("nft", "delete rule inet filter input handle " + handle)
 
             def reload_host() -> None:
@@ -260,6 +286,7 @@ class TamperTest(unittest.TestCase):
                 ["-t", "mangle", "-F", "FWKNOP_GUARD"],
                 ["-t", "mangle", "-D", "PREROUTING", "-j", "FWKNOP_GUARD"],
                 ["-t", "mangle", "-D", "FWKNOP_GUARDED", "1"],
+                ["-t", "mangle", "-I", "FWKNOP_GUARDED", "-j", "RETURN"],
             ]
             everything = ["-t", "mangle"]
         else:
@@ -326,6 +353,29 @@ class TamperTest(unittest.TestCase):
 
         in_parallel(self, [Setup(NFT, "guard"), Setup(IPTABLES_NFT, "guard")], check)
 
+    def test_a_flush_in_the_middle_of_the_mending(self) -> None:
+        """Right after a program has put a part back, somebody takes it again."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            flush = "nft flush ruleset"
+            if setup.backend != NFT:
+                flush = "%s -t mangle -F; %s -t mangle -F" % (setup.backend, six(setup.backend))
+            with Site(setup) as site:
+                program, flag = make_programs(
+                    site.host, setup.backend, '%(real)s "$@" || exit\n'
+                    "if %(changes)s && rm %(flag)s 2>/dev/null; then " + flush + "; fi\n")
+                site.server.stop()
+                site.server.configure(re.sub("FIREWALL_EXE .*;", "", setup.config())
+                                      + "FIREWALL_EXE %s;\n" % program)
+                site.server.start()
+                site.knock_both()
+                write(flag, "")
+                site.host.run("sh", "-c", flush)
+                wait_for(lambda: not os.path.exists(flag) and site.is_open(), str(setup), 20)
+
+        in_parallel(self, GUARD_SETUPS, check)
+
     def test_the_hosts_chain_is_away_for_a_while(self) -> None:
         """Meanwhile knocks are rejected; sets and rules come back with the chain."""
         with Site(Setup(NFT, "accept")) as site:
@@ -370,25 +420,6 @@ class TamperTest(unittest.TestCase):
 class FailureTest(unittest.TestCase):
     """The firewall's program fails."""
 
-    def make_programs(self, host: Host, backend: str) -> Tuple[str, str]:
-        """Return the path of a program that fails while there is a file, and the file's path."""
-        directory = host.path("programs")
-        os.mkdir(directory)
-        broken = os.path.join(directory, "broken")
-        names = ["nft"]
-        if backend != NFT:
-            names = [name + suffix for name in ("iptables", "ip6tables")
-                     for suffix in ("", "-restore")]
-        for name in names:
-            real = shutil.which(
-                name if backend == NFT else name.replace("tables", "tables-" + backend[9:], 1))
-            changes = "true" if name == "nft" or "restore" in name else "false"
-            write(os.path.join(directory, name),
-                  "#!/bin/sh\n"
-                  'if %s && [ -e %s ]; then echo "no luck" >&2; exit 4; fi\nexec %s "$@"\n'
-                  % (changes, broken, real), 0o755)
-        return os.path.join(directory, names[0]), broken
-
     def test_a_failing_iptables(self) -> None:
         """Nothing opens, the server lives, and what it can't close closes by itself."""
         seconds = long_enough(3)
@@ -396,7 +427,7 @@ class FailureTest(unittest.TestCase):
         def check(setup: Setup) -> None:
             """One variant in one mode."""
             with Site(setup) as site:
-                program, broken = self.make_programs(site.host, setup.backend)
+                program, broken = make_programs(site.host, setup.backend)
                 site.server.stop()
                 config = re.sub("FIREWALL_EXE .*;", "FIREWALL_EXE %s;" % program, setup.config())
                 site.server.configure(config)
@@ -434,7 +465,7 @@ class FailureTest(unittest.TestCase):
     def test_a_failing_nft(self) -> None:
         """It is an error, a knock is rejected, and all is well when nft works again."""
         with Site(Setup(NFT, "guard")) as site:
-            program, broken = self.make_programs(site.host, NFT)
+            program, broken = make_programs(site.host, NFT)
             site.server.stop()
             site.server.configure(site.setup.config() + "FIREWALL_EXE %s;\n" % program)
             site.server.start()
