@@ -4251,11 +4251,12 @@ FOR_EVER = float("inf")
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
 
-# The chains of our own tables and their hooks. The guard's comes after connection tracking (-200)
-# and before destination NAT (-100), those of NAT just before the host's own.
+# The chains of our own tables and their hooks. The guard's for prerouting comes after connection
+# tracking (-200) and before destination NAT (-100), those of NAT just before the host's own.
 OWN_CHAINS = {
     GUARD_TABLE: {"closed": "",
-                  "guard": "{ type filter hook prerouting priority -110; policy accept; }"},
+                  "guard": "{ type filter hook prerouting priority -110; policy accept; }",
+                  "input": "{ type filter hook input priority -110; policy accept; }"},
     NAT_TABLE: {"prerouting": "{ type nat hook prerouting priority -101; policy accept; }",
                 "postrouting": "{ type nat hook postrouting priority 99; policy accept; }"}}
 
@@ -4459,14 +4460,19 @@ class NftFirewall(Firewall):
     def guard_rules(self) -> List[str]:
         """The guard: what is guarded and not granted is dropped, before destination NAT.
 
-        Only what is addressed to this host: the rest is routed, and not ours to guard. Established
-        connections and loopback are let be. It lets through what NAT leads on, port for port: so
-        that none of them is open here for a moment longer than it leads elsewhere.
+        Only what is addressed to this host: the rest is routed, and not ours to guard. Before the
+        route is known, only the table `local` tells; other tables (policy routing, VRF) may deliver
+        here as well, and the hook for input drops that. What NAT brought there has passed already.
+        Established connections and loopback are let be. The guard lets through what NAT leads on,
+        port for port: so that no port is open here for a moment longer than it leads elsewhere.
         """
         ports = ", ".join("%s . %d" % port for port in sorted(self.guard_ports))
-        return (['guard iifname "lo" accept', "guard ct state established accept",
-                 "guard fib daddr type unicast accept",
-                 "guard meta l4proto . th dport { %s } goto closed" % ports]
+        return (["%s %s" % (chain, rule)
+                 for chain, passes in (("guard", "fib daddr type unicast"),
+                                       ("input", "ct status dnat"))
+                 for rule in ('iifname "lo" accept', "ct state established accept",
+                              passes + " accept",
+                              "meta l4proto . th dport { %s } goto closed" % ports)]
                 + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
                    "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
                    for peer, peer_port, port in established_connections(self.guard_ports)]
@@ -4656,7 +4662,8 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 # ======================================================================================
 
 MARK = "_exp_"  # and epoch seconds: fwknop's comment of a rule
-GUARD_CHAIN, GUARDED_CHAIN, PROBE_CHAIN = "FWKNOP_GUARD", "FWKNOP_GUARDED", "FWKNOP_PROBE"
+GUARDED_CHAIN, PROBE_CHAIN = "FWKNOP_GUARDED", "FWKNOP_PROBE"
+GUARD_CHAINS = {"PREROUTING": "FWKNOP_GUARD", "INPUT": "FWKNOP_GUARD_INPUT"}  # jumped to from there
 LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
 GUARD_PASS = "-m conntrack --ctstate NEW"  # in the guard's rules for what NAT leads on
 TARGET_OPTIONS = {DNAT: "--to-destination", SNAT: "--to-source"}
@@ -4863,20 +4870,22 @@ class IptablesFirewall(Firewall):
     def guard_rules(self, version: int) -> Dict[str, List[str]]:
         """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP.
 
-        Only what is addressed to this host: the rest is routed, and not ours to guard. Established
-        connections and loopback are let be. It lets through what NAT leads on.
+        Two chains lead there for the same reasons as in NftFirewall.guard_rules().
         """
         # For IPv6 the match calls this host's own addresses UNICAST as well.
         routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
                   "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
-        passes = ["-i lo", "-m conntrack --ctstate ESTABLISHED", routed]
-        passes += ["-s %s -p tcp -m tcp --sport %d --dport %d ! --syn" % (peer, peer_port, port)
-                   for peer, peer_port, port in established_connections(self.guard_ports)
-                   if peer.version == version]
-        return {GUARDED_CHAIN: ["-j DROP"],
-                GUARD_CHAIN: [match + " -j RETURN" for match in passes] + [
-                    "-p %s -m %s --dport %d -j %s" % (protocol, protocol, port, GUARDED_CHAIN)
-                    for protocol, port in sorted(self.guard_ports)]}
+        translated = "-m conntrack --ctstate DNAT"
+        older = ["-s %s -p tcp -m tcp --sport %d --dport %d ! --syn" % (peer, peer_port, port)
+                 for peer, peer_port, port in established_connections(self.guard_ports)
+                 if peer.version == version]
+        rules = {GUARDED_CHAIN: ["-j DROP"]}
+        for hook, passes in (("PREROUTING", routed), ("INPUT", translated)):
+            rules[GUARD_CHAINS[hook]] = [match + " -j RETURN" for match in [
+                "-i lo", "-m conntrack --ctstate ESTABLISHED", passes] + older] + [
+                "-p %s -m %s --dport %d -j %s" % (protocol, protocol, port, GUARDED_CHAIN)
+                for protocol, port in sorted(self.guard_ports)]
+        return rules
 
     def guard_changes(self, version: int, lines: List[str]) -> List[str]:
         """Return the changes that the guard needs: a chain that is not as it should be is written
@@ -4892,9 +4901,8 @@ class IptablesFirewall(Firewall):
                 changes += [":%s - [0:0]" % chain] + grants
                 changes += ["-A %s -m comment --comment %s %s" % (chain, tag(rule), rule)
                             for rule in rules]
-        if "-A PREROUTING -j " + GUARD_CHAIN not in lines:
-            changes.append("-I PREROUTING 1 -j " + GUARD_CHAIN)
-        return changes
+        return changes + ["-I %s 1 -j %s" % jump for jump in GUARD_CHAINS.items()
+                          if "-A %s -j %s" % jump not in lines]
 
     def intact(self) -> bool:
         """Return whether no table needs a change."""
@@ -5027,15 +5035,17 @@ class IptablesFirewall(Firewall):
     def guarded(self) -> bool:
         """Whether the guard's chain stands, whoever made it; no, where it can't be told."""
         try:
-            return any("-N " + GUARD_CHAIN in program.list("mangle")
+            return any("-N " + GUARDED_CHAIN in program.list("mangle")
                        for program in self.programs.values())
         except CommandError:
             return False
 
     def unguard(self) -> None:
         """Takes the guard away."""
-        do_all(self.remove_chains, [(program, "mangle", "PREROUTING", [GUARD_CHAIN, GUARDED_CHAIN])
-                                    for program in self.programs.values()])
+        do_all(self.remove_chains, [
+            (program, "mangle", hook, [GUARD_CHAINS[hook]] + more)
+            for program in self.programs.values()
+            for hook, more in (("INPUT", []), ("PREROUTING", [GUARDED_CHAIN]))])
 
 
 # ======================================================================================

@@ -17,8 +17,9 @@ from typing import Any, Callable, List, Tuple
 from tests import firewalls
 from tests.firewalls import (ANNOUNCED, IPTABLES_LEGACY, IPTABLES_NFT, NFT, NFT_HOST, SETUPS, Setup,
                              close_host, needs_firewalls, six)
-from tests.netns import (CLIENT4, CLIENT6, FWKNOP, INNER4, INNER6, OTHER4, OTHER6, SERVER4, SERVER6,
-                         SPA_CLIENT, SPA_SERVER, STANZA, Cable, Gateway, Host, Server, in_parallel)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, GATE4, GATE6, INNER4, INNER6, OTHER4, OTHER6,
+                         SERVER4, SERVER6, SPA_CLIENT, SPA_SERVER, STANZA, Cable, Gateway, Host,
+                         Server, in_parallel)
 from tests.support import TOP, long_enough, needs_programs, wait_for, write
 
 GRANTED = [("", SERVER4, 22), ("", SERVER6, 22)]
@@ -918,7 +919,10 @@ class GuardTest(unittest.TestCase):
         in_parallel(self, GUARD_SETUPS, check)
 
     def test_translated_and_routed(self) -> None:
-        """The guard comes before destination NAT, and lets be what is only routed through."""
+        """The guard comes before destination NAT, and lets be what is only routed through.
+
+        All addresses of this host are guarded, whatever interface or routing table they stand in.
+        """
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -937,10 +941,24 @@ class GuardTest(unittest.TestCase):
                 self.assertEqual([True] * 2, site.client.probe(*translated, seconds=10))
                 for port in (2222, 8080):
                     self.assertTrue(site.client.connect(SERVER4, port).answers())
-                self.assertFalse(
-                    any(site.client.probe(("", SERVER4, 22), (OTHER4, SERVER4, 8080))))
+                self.assertFalse(any(site.client.probe(
+                    ("", SERVER4, 22), (OTHER4, SERVER4, 8080), ("", GATE4, 22), ("", GATE6, 22))))
+                for version, address in (("-4", SERVER4), ("-6", SERVER6)):
+                    site.host.run("ip", version, "-batch", "-", input=POLICY_ROUTE.format(address))
+                self.assertFalse(any(site.client.probe(*GRANTED)))
+                site.knock_both()
+                self.assertEqual([True] * 3, site.client.probe(
+                    *GRANTED, ("", SERVER4, 2222), seconds=10))
+                self.assertFalse(any(site.client.probe(*NOT_GRANTED)))
 
         in_parallel(self, GUARD_SETUPS, check)
+
+
+# Deliver an address by another table than `local`, as policy routing and VRFs do.
+POLICY_ROUTE = """rule add pref 5 lookup 100
+route add local {0} dev eth0 table 100
+route del local {0} dev eth0 table local
+"""
 
 
 def redirect(site: Site) -> None:
