@@ -1598,10 +1598,16 @@ def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
     return tuple(chains)
 
 
+def may_be_host(address: Address) -> bool:
+    """Tell whether a host can have this address: not 0.0.0.0/8, multicast, 240.0.0.0/4 or `::`."""
+    reserved = address.version == 4 and (address.packed[0] == 0 or address.packed[0] >= 240)
+    return not (reserved or address.is_unspecified or address.is_multicast)
+
+
 def parse_nat_address(text: str) -> Address:
     """An address that NAT can lead to, or let come from."""
     address = parse_address(text)
-    expect(not (address.is_unspecified or address.is_multicast), "the IP address of a host")
+    expect(may_be_host(address), "the IP address of a host")
     return address
 
 
@@ -2676,11 +2682,11 @@ class Verdict(NamedTuple):
 
 
 def judge(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSettings,
-          is_own: Callable[[Address], bool], now: float) -> Verdict:
+          is_own: Callable[[Address], Optional[bool]], now: float) -> Verdict:
     """What the packet may do by this stanza; PacketRejected when that is nothing.
 
     NameToResolve when that depends on the address of the host that it wants NAT to. `is_own` tells
-    the addresses of this host.
+    the addresses of this host, as is_own_address() does.
     """
     check_policy(packet, stanza, now)
     with_nat = wants_nat(packet, stanza, datagram, settings)
@@ -2756,7 +2762,7 @@ def wants_nat(packet: Packet, stanza: Stanza, datagram: Datagram, settings: Serv
 
 
 def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[Door],
-              settings: ServerSettings, is_own: Callable[[Address], bool]) -> List[Door]:
+              settings: ServerSettings, is_own: Callable[[Address], Optional[bool]]) -> List[Door]:
     """The doors of a packet with NAT, in place of the `access` doors it asks for (fwknop spec 3.6).
 
     Every port leads to the same target. What lets through comes first, then where it leads, then
@@ -2773,7 +2779,7 @@ def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[D
         port = packet.nat[1]
     if address is not None and address.version != version:
         raise no_nat(datagram, "%s is not IPv%d" % (address, version))
-    own = address is not None and is_own(address)
+    own = address is not None and bool(is_own(address))
     if own and any((door.protocol, port) in stanza.restrict_ports for door in access):
         raise no_nat(datagram, "port %d is in RESTRICT_PORTS" % port)
     new = stanza.force_snat or (None if stanza.force_masquerade else settings.snat_address)
@@ -2797,7 +2803,7 @@ def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[D
 
 
 def nat_host(host: str, local: bool, datagram: Datagram, version: int, settings: ServerSettings,
-             is_own: Callable[[Address], bool]) -> Address:
+             is_own: Callable[[Address], Optional[bool]]) -> Address:
     """The address that a client may be led to by the `host` of its packet.
 
     Forwarding leads to other hosts only: else it would lead around this host's firewall. Local NAT
@@ -2813,17 +2819,20 @@ def nat_host(host: str, local: bool, datagram: Datagram, version: int, settings:
         if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
                                  "disabled.", "{stanza}{text}") from None
+    no_host = "%s is not the address of one host"
     if address is not None and (
-            address.is_loopback or address.is_multicast or address.is_unspecified
-            or address.is_link_local or address == ipaddress.IPv4Address(0xFFFFFFFF)):
-        raise no_nat(datagram, "%s is not the address of one host" % address)
-    if local and (address is None or not is_own(address)):
+            address.is_loopback or address.is_link_local or not may_be_host(address)):
+        raise no_nat(datagram, no_host % address)
+    if local and (address is None or is_own(address) is False):
         address = parse_address(socket_text(datagram.destination))
     if address is None:
         if not host:
             raise no_nat(datagram, "it names no host")
         raise NameToResolve(host, version)
-    if is_own(address) != local:
+    own = is_own(address)
+    if own is None:
+        raise no_nat(datagram, no_host % address)
+    if own != local:
         raise no_nat(datagram, "%s is %s address of this host" % (address, "no" if local else "an"))
     return address
 
@@ -3518,7 +3527,8 @@ LIST_TABLE, LIST_SET, LIST_ELEMENTS, LIST_ITEM = 1, 2, 3, 1
 ELEMENT_KEY, ELEMENT_DATA, ELEMENT_TIMEOUT, ELEMENT_EXPIRATION, DATA_VALUE = 1, 2, 4, 5, 1
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 GROUP_LINK, GROUP_NFTABLES = 1, 7
-NEW_ROUTE, GET_ROUTE, ROUTE_DESTINATION, ROUTE_TO_OTHERS = 24, 26, 1, 1  # linux/rtnetlink.h
+NEW_ROUTE, GET_ROUTE, ROUTE_DESTINATION, ROUTE_MATCHED = 24, 26, 1, 0x2000  # linux/rtnetlink.h
+ROUTE_TO_OTHERS, ROUTE_BROADCAST, ROUTE_BY_KERNEL = 1, 3, 2
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -3632,21 +3642,29 @@ class Netlink:
         return 0
 
 
-def is_own_address(address: Address) -> bool:
-    """Whether packets to `address` would end at this host, or be a broadcast; the kernel knows.
+def is_own_address(address: Address) -> Optional[bool]:
+    """Tell whether packets to `address` would end at this host, as the kernel routes them; None if
+    it is a broadcast address, or the one of a network that this host is in.
 
-    Its answer is a struct rtmsg: eight bytes, of which the last is the type of the route. What has
-    no route is somebody else's.
+    The kernel answers with a struct rtmsg, whose second byte is the length of the route's prefix,
+    the sixth who made the route, and the eighth the route's type. An address without a route is
+    somebody else's. Linux 5.14 and later route to the address of a network as to any host's.
     """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    question = (struct.pack("=8BI", family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    question = (struct.pack("=8BI", family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, ROUTE_MATCHED)
                 + attribute(ROUTE_DESTINATION, address.packed))
     header = struct.pack("=IHHII", len(question) + 16, GET_ROUTE, NLM_REQUEST, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE) as asked:
         asked.sendto(header + question, (0, 0))
         answer = asked.recv(65536, socket.MSG_DONTWAIT)  # it is there when sendto() returns
-    return any(kind == NEW_ROUTE and body[7] != ROUTE_TO_OTHERS
-               for kind, _, body in netlink_messages(answer))
+    for kind, _, body in netlink_messages(answer):
+        if kind == NEW_ROUTE:
+            network = (family == socket.AF_INET and body[1] < 31 and body[5] == ROUTE_BY_KERNEL
+                       and attributes(body[12:]).get(ROUTE_DESTINATION) == address.packed)
+            if network or body[7] == ROUTE_BROADCAST:
+                return None
+            return body[7] != ROUTE_TO_OTHERS
+    return False
 
 
 def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
@@ -6180,12 +6198,13 @@ class KnockGate(Gate):
         self.knocked.clear()
 
     def is_ours(self, packed: bytes, now: float) -> bool:
-        """Whether an address is one of this host's, as the kernel says, or said a second ago."""
+        """Whether an address is one of this host's or a broadcast one, as the kernel said a second ago
+        at most."""
         if now > self.own_until or len(self.own) > MAX_OWN:
             self.own.clear()
             self.own_until = now + 1
         if packed not in self.own:
-            self.own[packed] = is_own_address(parse_address(socket_text(packed)))
+            self.own[packed] = is_own_address(parse_address(socket_text(packed))) is not False
         return self.own[packed]
 
     def take_hit(self, hit: Datagram, sequences: Iterable[Sequence]) -> None:

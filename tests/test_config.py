@@ -408,6 +408,7 @@ BAD_STANZA = (
     ("FORCE_NAT 10.0.0.1", "IP PORT"), ("FORCE_NAT 10.0.0.1:22", "IP PORT"),
     ("FORCE_NAT 10.0.0.1 0", "IP PORT"), ("FORCE_NAT 10.0.0.1 22 23", "IP PORT"),
     ("FORCE_NAT inner 22", "an IP address"), ("FORCE_NAT 0.0.0.0 22", "the IP address of a host"),
+    ("FORCE_NAT 0.1.2.3 22", "the IP address"), ("FORCE_NAT 240.0.0.1 22", "the IP address"),
     ("FORCE_NAT 224.0.0.1 22", "the IP address"), ("FORCE_NAT 010.0.0.1 22", "leading zeros"),
     ("FORCE_SNAT Y", "an IP address"), ("FORCE_SNAT ff02::1", "the IP address"),
     ("FORWARD_ALL 1", "Y or N"), ("DISABLE_DNAT x", "Y or N"),

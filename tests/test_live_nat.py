@@ -404,9 +404,11 @@ class LocalTest(unittest.TestCase):
         setup = NatSetup(NFT, "guard")
         refused = "requested NAT access, but is not enabled/supported"
         with Site(setup) as site:
-            for address in (SERVER4, GATE4, SECOND4, "10.66.0.255", "127.0.0.1", "224.0.0.1"):
+            for address in (SERVER4, GATE4, SECOND4, "10.66.0.255", "10.66.0.0", "127.0.0.1",
+                            "224.0.0.1", "240.0.0.1", "0.1.2.3"):
                 site.knock("-A", "tcp/22", "-N", address + ",24", expect=refused)
-            site.knock("-A", "tcp/22", "--nat-local", "-N", "127.0.0.1,24", expect=refused)
+            for address in ("127.0.0.1", "10.66.0.0", "10.66.0.255"):
+                site.knock("-A", "tcp/22", "--nat-local", "-N", address + ",24", expect=refused)
             site.server.stop()
             for enabled, rejected in (("FORWARDING", "--nat-local"), ("LOCAL_NAT", "-N")):
                 config = setup.config().replace("ENABLE", "#ENABLE")

@@ -17,7 +17,8 @@ from tests.test_config import KEYED, ConfigCase
 from tests.test_packet import NOW, Sender, b64
 from tests.test_server import KEYS, ServerCase, datagram, door
 
-OWN = ("10.55.0.1", "10.66.0.1", "fd55::1")  # addresses of this host
+OWN = {"10.55.0.1": True, "10.66.0.1": True, "fd55::1": True,  # addresses of this host
+       "10.66.0.0": None}  # and one that no host has
 FORWARDING, LOCAL = "ENABLE_IPT_FORWARDING Y;\n", "ENABLE_IPT_LOCAL_NAT Y;\n"
 BOTH, SNAT = FORWARDING + LOCAL, "ENABLE_IPT_SNAT Y;\n"
 TRANSLATE = SNAT + "SNAT_TRANSLATE_IP 10.55.0.9;\n"
@@ -122,6 +123,10 @@ JUDGED = (
     (BOTH, "", 2, "10.55.0.2,tcp/22", "0.0.0.0,80", REFUSED + " (0.0.0.0 is not"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "224.0.0.1,80", REFUSED + " (224.0.0.1 is not"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "255.255.255.255,80", REFUSED + " (255.255.255.255 is not"),
+    (BOTH, "", 2, "10.55.0.2,tcp/22", "0.1.2.3,80", REFUSED + " (0.1.2.3 is not"),
+    (BOTH, "", 5, "10.55.0.2,tcp/22", "240.0.0.1,80", REFUSED + " (240.0.0.1 is not"),
+    (BOTH, "", 2, "10.55.0.2,tcp/22", "10.66.0.0,80", REFUSED + " (10.66.0.0 is not"),
+    (BOTH, "", 5, "10.55.0.2,tcp/22", "10.66.0.0,80", REFUSED + " (10.66.0.0 is not"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "169.254.169.254,80", REFUSED + " (169.254.169.254 is not"),
     (BOTH, "", 2, "fd55::2,tcp/22", "::1,80", REFUSED + " (::1 is not"),
     (BOTH, "", 2, "fd55::2,tcp/22", "ff02::1,80", REFUSED + " (ff02::1 is not"),
@@ -187,7 +192,7 @@ class JudgeTest(NatCase):
         server.check_nat(settings, [stanza])
         try:
             doors, seconds = server.judge(self.packet(kind, text, nat), stanza, came, settings,
-                                          lambda each: str(each) in OWN, NOW)
+                                          lambda each: OWN.get(str(each), False), NOW)
         except server.PacketRejected as rejection:
             return str(rejection)
         except server.NameToResolve as asked:
