@@ -5217,6 +5217,7 @@ class Grants:
         self.ends: List[Tuple[float, int, Grant]] = []  # a heap, with what was extended since too
         self.count = 0
         self.not_before = 0.0  # when a close that failed is tried again
+        self.doubtful = False  # whether it failed, and may have less than `live`: check() is due
 
     def enter(self, grant: Grant) -> None:
         """Notes a grant that the firewall has."""
@@ -5253,9 +5254,11 @@ class Grants:
                 self.firewall.open(opened, replaced)
             except CommandError as error:
                 self.log.warning("%s; looking whether somebody changed the firewall" % error)
+                self.doubtful = True  # check() then opens again what a failure below has closed
                 self.check()
                 self.firewall.close(replaced)
                 self.firewall.open(opened, [])
+                self.doubtful = False
         for grant in rivals:
             self.live.pop(grant.door, None)
         for grant in opened:
@@ -5342,7 +5345,7 @@ class Grants:
         for start in range(0, len(lost), GRANTS_AT_ONCE):
             self.firewall.open(lost[start:start + GRANTS_AT_ONCE], [])
         if lost:
-            self.log.warning("Put back %d grants that somebody took from the firewall" % len(lost))
+            self.log.warning("Put back %d grants that were gone from the firewall" % len(lost))
         return intact and not lost
 
     def flush(self) -> None:
@@ -6418,9 +6421,10 @@ class Server(KnockGate):
 
     def check_firewall(self) -> None:
         """Puts back what somebody took from the firewall; what fails is tried again."""
-        began = self.clocks.monotonic()
+        began, doubtful = self.clocks.monotonic(), self.grants.doubtful
+        self.grants.doubtful = False  # what fails below is tried again
         try:
-            if began < self.check_rest and self.grants.firewall.intact():
+            if began < self.check_rest and not doubtful and self.grants.firewall.intact():
                 self.check_due = self.check_rest  # rules are looked at at once, grants then
                 return
             all_well = self.grants.check()
@@ -6526,7 +6530,7 @@ class Server(KnockGate):
         self.grants.expire()
         self.commands.look()
         self.expire_knocks()
-        if self.clocks.monotonic() >= self.check_due:
+        if self.clocks.monotonic() >= self.check_due or self.grants.doubtful:
             self.check_firewall()
 
     def report(self) -> str:

@@ -1038,6 +1038,22 @@ class GrantsTest(ServerCase):
         self.assertEqual(["tcp/22"], self.later(29))
         self.assertEqual([], self.later(1))
 
+    def test_a_knock_that_fails_to_prolong_closes_nothing(self) -> None:
+        """The server's next turn opens again what was open, and again until that works."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        made.grants.open([self.ssh], 30)
+        self.firewall.failures = 3
+        with self.assertRaises(server.CommandError):
+            made.grants.open([self.ssh, self.dns], 60)
+        with mock.patch.object(made.selector, "select", return_value=[]):
+            made.check_rest = server.FOR_EVER
+            for rules, due in (({}, server.RETRY_SECONDS), (made.grants.live, server.POLL_SECONDS)):
+                made.turn()
+                self.assertEqual(rules, self.firewall.rules)
+                self.assertAlmostEqual(due, made.check_due - server.time.monotonic(), delta=0.5)
+                made.check_due = 0.0
+        self.assertEqual([NOW + 30], [each.expires for each in self.firewall.rules.values()])
+
     def test_check_puts_back(self) -> None:
         """Rules first, then the grants still due; not those that end anyway."""
         self.grants.open([self.ssh], 30)
