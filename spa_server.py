@@ -1855,6 +1855,12 @@ class Sequence:
                                 + ", or make it strict" * (not self.strict)]
         return texts
 
+    @property
+    def key(self) -> Tuple[Any, ...]:
+        """What has to be the same after a reload, so that the steps done before it still count."""
+        return (self.steps, self.seconds, self.flags, self.strict, self.exact, self.target,
+                self.file and self.file.path)
+
     def all_steps(self) -> List[Step]:
         """Those of every line of a file, as they come one after the other."""
         lines = self.file.lines if self.file else []
@@ -6185,20 +6191,32 @@ class KnockGate(Gate):
         super().__init__(configuration, firewall, log, clocks)
         self.own: Dict[bytes, bool] = {}  # whether an address is one of this host's
         self.own_until = 0.0
+        self.owners: Dict[Sequence, Union[Stanza, KnockdDoor]] = {}
         self.listen_for(configuration)
 
     def listen_for(self, configuration: Configuration) -> None:
-        """Goes on with the sequences of a configuration; what had been knocked is forgotten."""
+        """Go on with the sequences of a configuration; the steps of unchanged ones still count."""
         self.configuration = configuration
+        before: Dict[Tuple[Any, ...], List[Tuple[Sequence, int]]] = {}
+        for sequence, owner in self.owners.items():
+            before.setdefault((type(owner), sequence.key), []).append((sequence, owner.number))
         doors = configuration.knockd.doors if configuration.knockd else []
         owners: List[Union[Stanza, KnockdDoor]] = [*configuration.stanzas, *doors]
         self.owners = {owner.sequence: owner for owner in owners if owner.sequence}
-        for sequence in self.owners:
+        numbers: Dict[int, int] = {}  # of stanzas: the one now, by the one before
+        for sequence, owner in self.owners.items():
             sequence.most = max(MAX_ATTEMPTS // len(self.owners), LEAST_ATTEMPTS)
+            same = before.get((type(owner), sequence.key))
+            if same:
+                known, number = same.pop(0)
+                sequence.attempts, sequence.further = known.attempts, known.further
+                numbers[number] = owner.number
         # Of the lines about complete sequences; nobody can hold back those of another one.
         self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.clocks.monotonic)
                           for sequence in self.owners}
-        self.knocked.clear()
+        self.knocked = collections.OrderedDict(
+            ((numbers[number], source), until) for (number, source), until in self.knocked.items()
+            if number in numbers)
 
     def is_ours(self, packed: bytes, now: float) -> bool:
         """Whether an address is one of this host's or a broadcast one, as the kernel said a second ago
@@ -6331,6 +6349,10 @@ class Server(KnockGate):
 
     def listen(self, captures: List[Capture]) -> None:
         """Reads from `captures` from now on; those before that are not among them are closed."""
+        for capture in captures:
+            if isinstance(capture, KnockCapture) and capture not in self.captures:
+                drain_socket(capture.socket)  # the one before it has heard this as well
+        self.catch_up()
         old, self.captures = self.captures, captures
         for line in capture_lines(self.settings, captures) if self.stanzas else ():
             self.log.info(line)

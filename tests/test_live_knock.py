@@ -252,6 +252,21 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
 
         in_parallel(self, ["stop", "kill", "reload", "bad reload", "knock again"], check)
 
+    def test_a_reload_between_steps(self) -> None:
+        """However close it comes behind a step, the steps before it count, and each once."""
+        cable = self.cable()
+        doors = DOOR + "[other]\nsequence = 7100,7200,7300\n"
+        server = Knockd(cable.server, NAMED, doors).start(cable.client)
+        assert server.process is not None
+        for count in range(1, 21):
+            mark = len(server.log())
+            hit(cable.client, CLIENT4, "7000", "8000")
+            server.configure(doors.replace("7200", str(7200 + count)))
+            server.process.popen.send_signal(signal.SIGHUP)
+            server.wait_for("re-reading config file: ", mark)
+            hit(cable.client, CLIENT4, "9000")
+            wait_for(lambda: server.opened(CLIENT4) == count, server.log()[mark:])
+
 
 class Row(NamedTuple):
     """Hits, and how often they open: knockd's door, ours, with StrictDuplicates, with Strict."""
