@@ -5457,6 +5457,34 @@ SWITCH = (b"/bin/sh", b"-c",
           b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
 
 
+def close_and_open(closing: Command, opening: Command) -> Command:
+    """Return the command that runs `closing`, whatever comes of it, and then `opening`."""
+    count = len(closing.words)
+    first = b" ".join(b'"${%d}"' % number for number in range(1, count + 1))
+    script = b'%s; shift %d; exec "$@"' % (first, count)
+    return opening._replace(words=(b"/bin/sh", b"-c", script, b"sh") + closing.words
+                            + opening.words)
+
+
+def switched_command(pid: int) -> Tuple[int, Tuple[bytes, ...]]:
+    """Return what a switch will run, after the uid that runs it; no words for another process."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as file:
+            words = tuple(file.read().split(b"\0")[:-1])
+        owner = os.stat("/proc/%d" % pid).st_uid
+    except OSError:  # it has ended
+        return 0, ()
+    return owner, words[len(SWITCH) + 1:] if words[:len(SWITCH)] == SWITCH else ()
+
+
+def find_switches() -> Dict[Tuple[int, Tuple[bytes, ...]], List[int]]:
+    """Return the pids of all switches that run, by uid and by what they will run."""
+    found: Dict[Tuple[int, Tuple[bytes, ...]], List[int]] = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        found.setdefault(switched_command(pid), []).append(pid)
+    return found
+
+
 def launch(command: Command, output: int, outlives: bool = False,
            source: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
     """Starts a program in a session of its own; it gets nothing of this process but its output and
@@ -5590,6 +5618,10 @@ class Commands:
         self.survived: List[Child] = []  # that have ended before what they have started
         self.cycles: Dict[Tuple[Any, ...], Cycle] = {}  # what is open, by its key
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
+        self.closing: List[Cycle] = []  # whose close runs, or has failed and is tried again
+        # Switches of a server before this one, by what they run; found when something opens.
+        self.left: Dict[Tuple[int, Tuple[bytes, ...]], List[int]] = {}
+        self.looked = False  # whether they have been looked for
 
     def check(self, cycles: List[Cycle]) -> None:
         """CommandError when these are too many of a stanza; what only closes later is none."""
@@ -5668,14 +5700,21 @@ class Commands:
         for cycle in [cycle for cycle in self.cycles.values() if now >= cycle.ends]:
             self.close(cycle, TIME_IS_OVER)
         self.switches = [switch for switch in self.switches if switch.poll() is None]
+        closing = {child.cycle for child in self.running if child.closes}
+        self.closing = [cycle for cycle in self.closing
+                        if cycle in closing or cycle.switch in self.switches]
 
     def open(self, cycle: Cycle) -> None:
         """Opens, and closes when it is time; CommandError when the command can't be started.
 
         Asked for again while it is open, it closes later. The same command is not run twice then:
-        of two rules that it adds, the one that closes would delete one.
+        of two rules that it adds, the one that closes would delete one. While a close of the same
+        thing is still to be tried, it is run first, and never again: it would close what opens now.
         """
+        if not self.looked:
+            self.looked, self.left = True, find_switches()  # none of them is ours
         known, lasts, now = self.cycles.get(cycle.key), self.lasts(cycle), self.clocks.monotonic()
+        pending = False
         if known and lasts and cycle.waits and known.openings[-1].popen.poll() is None:
             return  # its time has not begun
         if lasts or not cycle.waits:
@@ -5693,11 +5732,21 @@ class Commands:
             if cycle.closing.words:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
             if not lasts:
+                opening = cycle.opening
+                pending = bool(cycle.closing.words) and self.end_closing(cycle.closing)
+                if pending:
+                    self.log.info("%s: what closes has not succeeded yet, and is run before it"
+                                  % cycle.kind)
+                    opening = close_and_open(cycle.closing, opening)
                 self.log.info(cycle.opening_line.format(cycle=cycle))
-                child = Child(cycle, cycle.opening, False, now, pipe[1])
+                child = Child(cycle, opening, False, now, pipe[1])
                 cycle.openings.append(self.follow(child))
-        except CommandError:
-            self.end_switch(cycle)
+        except CommandError as error:
+            if pending:
+                self.closing.append(cycle)
+                self.leave_to_switch(cycle, str(error))
+            else:
+                self.end_switch(cycle)
             raise
         finally:
             for end in pipe:
@@ -5727,6 +5776,28 @@ class Commands:
             self.switches.append(cycle.switch)
             cycle.switch = None
 
+    def end_closing(self, closing: Command) -> bool:
+        """End the tries of a close that is not done, and its switch; return whether there were any.
+
+        Those that an earlier server has left are found by their command line.
+        """
+        cycles = [cycle for cycle in self.closing if cycle.closing == closing]
+        self.closing = [cycle for cycle in self.closing if cycle not in cycles]
+        for cycle in cycles:
+            self.end_switch(cycle)
+        for child in self.running:
+            if child.closes and child.cycle in cycles:
+                end_group(child.popen, signal.SIGKILL)
+        uid = os.geteuid() if closing.account is None else closing.account.uid
+        pids = [pid for pid in self.left.pop((uid, closing.words), [])
+                if switched_command(pid) == (uid, closing.words)]
+        for pid in pids:
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except OSError:  # it has just ended, or is no leader and so no switch
+                continue
+        return bool(cycles or pids)
+
     def close(self, cycle: Cycle, why: str) -> None:
         """Starts what closes, also if what opens has failed: that may have done half its work.
 
@@ -5742,6 +5813,7 @@ class Commands:
             self.log.warning("%s: its switch has run it, which returned %d"
                              % (cycle.closing_kind, code))
         if code != 0:
+            self.closing.append(cycle)
             self.start_close(cycle, cycle.closing)
 
     def start_close(self, cycle: Cycle, command: Command) -> None:
@@ -5763,7 +5835,10 @@ class Commands:
 
         The second try goes on when this server ends.
         """
+        if cycle not in self.closing:  # somebody opened the same again, and that ended it
+            return
         if code == 0:
+            self.closing.remove(cycle)
             self.end_switch(cycle)
         elif cycle.retried:
             self.leave_to_switch(cycle, "%s%s has failed twice" % (cycle.label, cycle.closing))
@@ -6219,8 +6294,7 @@ class KnockGate(Gate):
             if number in numbers)
 
     def is_ours(self, packed: bytes, now: float) -> bool:
-        """Whether an address is one of this host's or a broadcast one, as the kernel said a second ago
-        at most."""
+        """Tell whether an address is one of this host's, or a broadcast one, as of a second ago."""
         if now > self.own_until or len(self.own) > MAX_OWN:
             self.own.clear()
             self.own_until = now + 1

@@ -617,6 +617,48 @@ class CycleTest(CommandCase):
         self.wait_for(lambda: not made.commands.switches, "the end of the switch")
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
+    def test_no_try_to_close_is_left_when_the_same_opens_again(self) -> None:
+        """It is run before the opening: neither a second try, nor the switch, nor the switch of a
+        server that is no more closes what is open now, and a rule is not added twice."""
+        closing = "[ ! -e locked ] && rm door || { echo failed >> got; exit 3; }"
+        lines = self.cycle(opening="[ ! -e door ] || echo twice >> got; touch door",
+                           closing=closing).replace("TIMER 1", "TIMER 60")
+
+        def check(pending: str, gone: bool) -> None:
+            """One thing that is pending, when somebody else has closed or nobody has."""
+            made = self.serve(lines)
+            self.script("", "locked")
+            write(self.place("got"), "")
+            self.knock()
+            self.wait_until_ended()
+            if pending == "old server":
+                old, made = made, self.serve(lines)
+            else:
+                made.commands.close_all(server.FLUSHED)
+                (cycle,) = made.commands.closing
+                self.wait_for(lambda: cycle.retried and (
+                    pending == "second try" or not made.commands.running), "what is left")
+            os.unlink(self.place("door" if gone else "locked"))
+            self.knock()
+            self.wait_until_ended()
+            self.wait_for(lambda: not made.commands.switches, "the end of what was left")
+            self.assertEqual([], made.commands.closing)
+            if pending == "old server":
+                (cycle,) = old.commands.cycles.values()
+                self.assertEqual(-signal.SIGKILL, cycle.switch.wait(PATIENCE))
+                self.end_all(old)
+            self.assertEqual(["failed" if gone else "close 10.55.0.2 22", "open 10.55.0.2 22"],
+                             self.got()[-2:])
+            self.assertNotIn("twice", self.got())
+            self.assertEqual(1, len(made.commands.cycles))
+            os.unlink(self.place("door"))
+            self.end_all(made)
+
+        for pending in ("second try", "switch", "old server"):
+            for gone in (True, False):
+                with self.subTest(pending=pending, gone=gone):
+                    check(pending, gone)
+
     def test_a_slow_close_is_not_run_twice(self) -> None:
         """Its switch waits until it has ended."""
         self.hurry(SWITCH_SECONDS=1)

@@ -316,6 +316,29 @@ class CycleTest(CommandCase):
         self.assertEqual(1, self.closes())
         self.assertEqual(65534, os.stat(os.path.join(self.directory, "got")).st_uid)
 
+    def test_a_close_that_an_earlier_server_has_left(self) -> None:
+        """What is opened again after a clean stop or kill -9 is closed by nobody but its server."""
+        access = self.cycle(600)
+        self.script("open", 'touch door; echo "open $*" >> got')
+        self.script("close", 'rm door && echo "close $*" >> got')
+        server = self.start(access)
+        for count, number in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)):
+            server.knock(self.client, *KNOCK)
+            self.wait_until_open(count + 1)
+            wait_for(lambda: len(self.processes()) == 3, "the server, its switch and a sleep")
+            os.unlink(os.path.join(self.directory, "door"))  # as a host's reload does
+            server.stop(number)
+            self.assertNotEqual([], self.processes())
+            server.start()
+        server.knock(self.client, *KNOCK)
+        self.wait_until_open(4)
+        wait_for(lambda: len(self.processes()) == 3, "the end of what was left")
+        self.assertIn("door", os.listdir(self.directory))
+        self.assertEqual(0, self.closes())
+        self.assertEqual(0, server.stop())
+        self.assertEqual(1, self.closes())
+        self.assertEqual([], self.processes())
+
     def test_a_service_that_is_ended_as_a_whole(self) -> None:
         """After a crash systemd sends SIGTERM to what is left: then it closes at once."""
         server = self.start(self.cycle(600))

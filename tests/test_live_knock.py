@@ -265,7 +265,8 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
             server.process.popen.send_signal(signal.SIGHUP)
             server.wait_for("re-reading config file: ", mark)
             hit(cable.client, CLIENT4, "9000")
-            wait_for(lambda: server.opened(CLIENT4) == count, server.log()[mark:])
+            server.wait_for(SESAME % (CLIENT4, "door"), mark)
+            self.assertEqual(count, server.opened(CLIENT4))
 
 
 class Row(NamedTuple):
