@@ -645,7 +645,8 @@ class CycleTest(CommandCase):
             self.assertEqual([], made.commands.closing)
             if pending == "old server":
                 (cycle,) = old.commands.cycles.values()
-                self.assertEqual(-signal.SIGKILL, cycle.switch.wait(PATIENCE))
+                assert cycle.switch is not None
+                self.assertEqual(-signal.SIGKILL, cycle.switch.wait(TIMEOUT))
                 self.end_all(old)
             self.assertEqual(["failed" if gone else "close 10.55.0.2 22", "open 10.55.0.2 22"],
                              self.got()[-2:])
