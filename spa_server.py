@@ -564,6 +564,7 @@ class Keys:
     """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
 
     signed = ""  # what the log says of who signed the last packet
+    opens_bare = False  # whether another stanza takes these packets without their tag
 
     def __init__(self, hmac: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
                  prefix: Callable[[bytes], bytes]) -> None:
@@ -755,7 +756,8 @@ def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Pac
     The last is what a real client sends, so that its digest is the one in fwknopd's digest.cache as
     well. The bit games of spec 1.13 all lead back to it. Those of OpenPGP do not: who captured a
     message can write its lengths in other ways, or put packets before it that mean nothing. So the
-    plaintext, which nobody else can make, is remembered as well, as if it were a packet.
+    plaintext, which nobody else can make, is remembered as well, as if it were a packet. So is the
+    packet without its tag, where another stanza would open that.
     """
     body = keys.body(payload)
     prefix = keys.prefix(body)
@@ -764,8 +766,9 @@ def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Pac
     except ValueError:
         raise keys.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
     plain = keys.open(ciphertext)
-    canonical = encode_base64(ciphertext)[len(prefix):] + payload[len(body):].strip(b"=")
-    return decode_packet(plain), ([] if prefix == SALTED_PREFIX else [plain]) + [canonical]
+    bare = encode_base64(ciphertext)[len(prefix):]
+    texts = [plain] * (prefix != SALTED_PREFIX) + [bare] * keys.opens_bare
+    return decode_packet(plain), texts + [bare + payload[len(body):].strip(b"=")]
 
 
 def decode_packet(plain: bytes) -> Packet:
@@ -2463,15 +2466,22 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
             warnings += [] if stanza.void else stanza.finish()
         except SpaError as error:
             stanza.give_up(error)
+    return stanzas, warnings + shared_key_warnings(stanzas)
+
+
+def shared_key_warnings(stanzas: List[Stanza]) -> List[str]:
+    """Warn of stanzas without HMAC that have the key of one with HMAC, and mark the latter's keys.
+
+    A packet without its tag is a packet for the stanza without HMAC, so both are remembered.
+    """
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
+    bare = {keys.secret for _, keys in keyed if not keys.hmac}
     protected = {keys.secret for _, keys in keyed if keys.hmac}
-    for stanza, keys in keyed:
-        if not keys.hmac and keys.secret in protected:
-            # A packet for the other stanza, sent again without its tag, would pass as a new one.
-            stanza.give_up(stanza.error(
-                Stanza.source, "expected a key of its own, or an HMAC key: another stanza has this "
-                "key with an HMAC"))
-    return stanzas, warnings
+    for _, keys in keyed:
+        keys.opens_bare = keys.hmac is not None and keys.secret in bare
+    return ["(stanza #%d) another stanza has this key with an HMAC: its packets open here without "
+            "their tag, so that the HMAC protects nothing; keygen.py makes another key"
+            % stanza.number for stanza, keys in keyed if not keys.hmac and keys.secret in protected]
 
 
 def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:

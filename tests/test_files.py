@@ -144,7 +144,7 @@ class IncludeTest(FilesCase):
                 (stanza("ANY", "OPEN_PORTS ssh"), "b:4: OPEN_PORTS: expected tcp/PORT"),
                 (stanza("ANY", "OPEN_PORT tcp/1"), "b:4: OPEN_PORT: unknown directive"),
                 ("\nSOURCE ANY\n", "b:2: SOURCE: expected a KEY or KEY_BASE64"),
-                (stanza("ANY") + "SOURCE ANY\nKEY k3y\n", "b:4: SOURCE: expected a key of its")):
+                (stanza("ANY") + "SOURCE ANY\n", "b:4: SOURCE: expected a KEY")):
             self.put(b=text)
             with self.subTest(text=text):
                 self.assertIn(expected, self.refusal())
@@ -234,7 +234,6 @@ class KeyFileTest(FilesCase):
                 ("# nothing\n", "a.conf:6: SOURCE: expected a KEY"),
                 ("KEY k\nHMAC_KEY k\n", "a.conf:6: SOURCE: expected an HMAC key that is not"),
                 ("KEY k\nGPG_DECRYPT_ID x\n", "k:2: GPG_DECRYPT_ID: expected GPG_DECRYPT_PW"),
-                ("KEY k3y\n", "a.conf:6: SOURCE: expected a key of its own"),
                 (None, "a.conf:9: %include_keys: Access file: 'k' was not found.")):
             if text is None:
                 os.unlink(self.place("k"))
@@ -254,6 +253,18 @@ class KeyFileTest(FilesCase):
                 self.assertIn(said, err)
         self.put(k="KEY k\nHMAC_KEY h\n")
         self.assertEqual([], self.read().voids())
+
+    def test_a_key_of_somebody_else_voids_nobody(self) -> None:
+        """With an HMAC or without: it is warned of, of the stanza whose packets need no tag."""
+        for first, second, warned in (("KEY k\n", "KEY k\nHMAC_KEY h\n", 1),
+                                      ("KEY k\nHMAC_KEY h\n", "KEY k\n", 2)):
+            self.put(f_conf="FIREWALL_TYPE none;\n", k=second,
+                     a_conf="SOURCE ANY\n" + first + "SOURCE ANY\n%include_keys HERE/k\n")
+            found = self.read()
+            self.assertEqual([], found.voids())
+            self.assertEqual(["(stanza #%d) another stanza has this key with an HMAC" % warned],
+                             [text.partition(":")[0] for text in found.warnings
+                              if "another stanza" in text])
 
     def test_a_secret_key_that_is_missing_voids_its_own_stanza(self) -> None:
         """GPG_DECRYPT_ID may stand in a key file, and is looked for when the server starts."""

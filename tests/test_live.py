@@ -426,6 +426,20 @@ class ReplayTest(LiveTest):
         self.assertGreaterEqual(server.log(mark).count("Replay detected"), 2 + unused)
 
     @needs_programs("fwknop")
+    def test_a_key_with_and_without_hmac(self) -> None:
+        """Two stanzas have it: of a packet and the same without its tag, one opens, once."""
+        server = self.serve("", STANZA + NO_HMAC_STANZA)
+        server.wait_for("(stanza #2) another stanza has this key with an HMAC")
+        for turn in (1, -1):
+            packet = self.make_packet(*KEYS)
+            mark = server.mark()
+            self.client.send(SERVER4, 62201, *2 * [packet, packet[:-43]][::turn])
+            replays = re.compile(r"Replay detected|refused before \(replay\)")
+            wait_for(lambda: len(replays.findall(server.log(mark))) == 3,  # noqa: B023
+                     "three replays")
+            self.assertEqual(1, server.log(mark).count(" opened "), server.log(mark))
+
+    @needs_programs("fwknop")
     def test_time_and_memory(self) -> None:
         """A clock that is off is told by how much; what is older than the memory is rejected."""
         server = self.serve()

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import io
 import ipaddress
+import itertools
 import os
 import random
 import resource
@@ -626,6 +627,20 @@ class ReceiveTest(ServerCase):
                            for n in range(last & ~3, (last & ~3) + 4)]):
             made.receive(datagram(variant))
             self.assertEqual({}, self.firewall.rules, variant)
+
+    def test_a_key_with_and_without_hmac(self) -> None:
+        """Two stanzas have it: a packet opens once, with its tag or without, in any order."""
+        kinds = itertools.product(("MD5", "SHA256", "SHA512"), (1, -1), (1, -1))
+        for number, (kind, order, turn) in enumerate(kinds):
+            stanzas = ["SOURCE ANY\n%sHMAC_DIGEST_TYPE %s\n" % (KEYS, kind),
+                       "SOURCE ANY\nKEY s3cretRijndael\n"]
+            made = self.serve("".join(stanzas[::order]))
+            payload = Sender(hmac_type=kind).packet(timestamp=NOW, rand="%016d" % number)
+            forms = [payload, payload[:-made.stanzas[order < 0].keys.tag_length]]
+            with self.subTest(kind=kind, order=order, turn=turn):
+                for form in 2 * forms[::turn]:
+                    made.receive(datagram(form))
+                self.assertEqual({"accepted": 1, "replay": 3}, made.counts, self.logged())
 
     def test_junk_does_not_stop_the_server(self) -> None:
         """Random datagrams, and whatever a holder of the keys may put into a packet."""
