@@ -40,6 +40,9 @@ TINY_STATEMENTS = 8
 SHELL_ALLOWED: Set[Tuple[str, str]] = set()
 
 BAR = "# " + "=" * 86
+# A text in tests/spec and its sections, such as `knockd.md 1.2` or `fwknop.md 1.2 to 1.6, 1.9`.
+CITATION = re.compile(r"\b(\w+)\.md (\d+\.\d+|Appendix [A-Z])"
+                      r"((?:(?:,? and|,| to)(?: of)? \d+\.\d+)*)")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -268,6 +271,21 @@ class TreeTest(unittest.TestCase):
             if name in searches_pythons and pyenv in found:
                 found.remove(pyenv)
             self.assertEqual([], found, name)
+
+    def test_what_is_cited_is_there(self) -> None:
+        """Each citation of a text in tests/spec names a file and headings that exist."""
+        texts = {}
+        for name in self.files():
+            if name.endswith((".py", ".md")):
+                with open(os.path.join(TOP, name), encoding="utf-8") as stream:
+                    texts[name] = stream.read()
+        headings = {name: re.findall(r"(?m)^#+ (\d+\.\d+|Appendix [A-Z])\b", text)
+                    for name, text in texts.items()}
+        for name, text in texts.items():
+            for book, first, others in re.findall(CITATION, re.sub(r"\n[ #]*", " ", text)):
+                there = headings.get(f"tests/spec/{book}.md", [])
+                for section in (first, *re.findall(r"\d+\.\d+", others)):
+                    self.assertIn(section, there, f"{name}: {book}.md {section}")
 
 
 # Every packet that the client can make, opened by the server; and both files read.
