@@ -1752,8 +1752,8 @@ class ServerSettings(Settings):
             (not self.digest_persistence,
              "ENABLE_DIGEST_PERSISTENCE N: packets are remembered only while this process lives. "
              "Those made before it started are rejected; one of a client whose clock is ahead "
-             "opens again, to whoever sends it if it names no address (REQUIRE_SOURCE_ADDRESS Y and the "
-             "client's -a prevent that)" if self.aging else
+             "opens again, to whoever sends it if it names no address (REQUIRE_SOURCE_ADDRESS Y "
+             "and the client's -a prevent that)" if self.aging else
              "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen"),
             (self.access_folder and self.is_set(ServerSettings.access_file),
              "ACCESS_FILE %s is not read: there is an ACCESS_FOLDER" % self.access_file),

@@ -568,8 +568,8 @@ class DirectiveTest(ConfigCase):
         """What weakens the protection is said."""
         for conf, fragment in (("ENABLE_SPA_PACKET_AGING N;", "never pruned"),
                                ("ENABLE_DIGEST_PERSISTENCE N;", "while this process"),
-                               ("ENABLE_DIGEST_PERSISTENCE N;", "to whoever sends it if it names no "
-                                "address (REQUIRE_SOURCE_ADDRESS Y")):
+                               ("ENABLE_DIGEST_PERSISTENCE N;", "to whoever sends it if it names "
+                                "no address (REQUIRE_SOURCE_ADDRESS Y")):
             self.assertIn(fragment, " ".join(self.settings(conf).warnings()))
         self.assertEqual([], self.settings("").warnings())
         for lines, fragment in (("SOURCE ANY\nKEY k", "no HMAC"),

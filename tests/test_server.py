@@ -636,7 +636,9 @@ class ReceiveTest(ServerCase):
                        "SOURCE ANY\nKEY s3cretRijndael\n"]
             made = self.serve("".join(stanzas[::order]))
             payload = Sender(hmac_type=kind).packet(timestamp=NOW, rand="%016d" % number)
-            forms = [payload, payload[:-made.stanzas[order < 0].keys.tag_length]]
+            keys = made.stanzas[order < 0].keys
+            assert keys is not None
+            forms = [payload, payload[:-keys.tag_length]]
             with self.subTest(kind=kind, order=order, turn=turn):
                 for form in 2 * forms[::turn]:
                     made.receive(datagram(form))
