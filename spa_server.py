@@ -3589,6 +3589,11 @@ class Netlink:
         except OSError as error:
             raise CommandError("netlink: %s" % error.strerror) from None
 
+    def __del__(self) -> None:
+        """Close the socket when the backend goes: a reload replaces it, a check drops it."""
+        if hasattr(self, "socket"):  # the kernel could have refused to make it
+            self.socket.close()
+
     def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
         """struct nlmsghdr and struct nfgenmsg, and the attributes `body`."""
         header = struct.pack("=IHHII", len(body) + 20, kind, flags | NLM_REQUEST, 1, 0)
