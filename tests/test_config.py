@@ -16,6 +16,7 @@ from tests.support import (DirectoryCase, captured, needs_programs, needs_root, 
                            write)
 
 KEYED = "SOURCE ANY\nKEY k3y\nHMAC_KEY hm4c\n"  # a stanza to put one more line into
+NO_FIREWALL = "FIREWALL_TYPE none;\n"  # for files that are parsed on any host
 KEY32 = base64.b64encode(bytes(range(32))).decode()
 HMAC64 = base64.b64encode(bytes(range(64, 128))).decode()
 
@@ -215,7 +216,7 @@ class PeerTest(ConfigCase):
                             "GPG_REQUIRE_SIG", "GPG_DISABLE_SIG", "GPG_IGNORE_SIG_VERIFY_ERROR",
                             "ALLOW_ANY_USER_AGENT") and value:  # this one came with 2.6.11
                 with self.subTest(name=name):
-                    mine = os.path.expanduser(value) \
+                    mine = value.replace("~", os.path.expanduser("~root")) \
                         .replace("$FWKNOP_RUN_DIR", told["FWKNOP_RUN_DIR"]) \
                         .replace("$FWKNOP_CONF_DIR", told["FWKNOP_CONF_DIR"])
                     theirs = told.get(name, "")
@@ -718,7 +719,7 @@ class SecretTest(ConfigCase):
     def test_dump_and_start(self) -> None:
         """-D, --exit-parse-config and all warnings."""
         for option in ("-D", "--exit-parse-config"):
-            code, out, err = self.main_with(self.stanza_text, "PCAP_INTF lo;\n", option)
+            code, out, err = self.main_with(self.stanza_text, NO_FIREWALL, option)
             self.assertEqual(0, code, err)
             self.clean(out + err)
 
@@ -873,10 +874,10 @@ class CommandLineTest(ConfigCase):
             with self.subTest(arguments=arguments):
                 self.assertEqual(code, self.main(*arguments)[0])
         for option in (["-D"], ["--exit-parse-config"]):
-            self.assertEqual(0, self.main_with(KEYED, "", *option)[0])
-            self.assertEqual(3, self.main_with("", "", *option)[0])
-            self.assertEqual(3, self.main_with(KEYED, "X 1\n", *option)[0])
-            self.assertEqual(2, self.main_with(KEYED, "", "-P", "tcp 9", *option)[0])
+            self.assertEqual(0, self.main_with(KEYED, NO_FIREWALL, *option)[0])
+            self.assertEqual(3, self.main_with("", NO_FIREWALL, *option)[0])
+            self.assertEqual(3, self.main_with(KEYED, NO_FIREWALL + "X 1\n", *option)[0])
+            self.assertEqual(2, self.main_with(KEYED, NO_FIREWALL, "-P", "tcp 9", *option)[0])
 
     def test_options_that_do_not_go_together(self) -> None:
         """Two things to do are an error, whichever comes first."""
@@ -941,7 +942,7 @@ class CommandLineTest(ConfigCase):
         """Nobody is to find it there, and take another process for the server."""
         run_directory = os.path.join(self.directory, "run")
         os.makedirs(os.path.join(run_directory, "digest.cache"))
-        code, _, _ = self.main_with(KEYED, "FIREWALL_TYPE none;\n", "-r", run_directory, "-f")
+        code, _, _ = self.main_with(KEYED, NO_FIREWALL, "-r", run_directory, "-f")
         self.assertEqual(1, code)
         self.assertEqual(0, os.path.getsize(os.path.join(run_directory, "fwknopd.pid")))
 
@@ -961,7 +962,7 @@ class CommandLineTest(ConfigCase):
     def test_exit_parse_config(self) -> None:
         """fwknopd's words."""
         self.assertEqual((0, "Configs parsed, exiting.\n"),
-                         self.main_with(KEYED, "", "--exit-parse-config")[:2])
+                         self.main_with(KEYED, NO_FIREWALL, "--exit-parse-config")[:2])
 
     def test_version(self) -> None:
         """Version and the SHA-256 of the very file."""
@@ -975,7 +976,7 @@ class CommandLineTest(ConfigCase):
         for mode, warned in ((0o600, False), (0o400, False), (0o644, True), (0o640, True),
                              (0o602, True), (0o610, True)):
             path = self.write("access%o.conf" % mode, KEYED, mode)
-            conf = self.write("fwknopd.conf", "")
+            conf = self.write("fwknopd.conf", NO_FIREWALL)
             _code, _out, err = self.main("-c", conf, "-a", path, "--exit-parse-config")
             with self.subTest(mode=oct(mode)):
                 self.assertEqual(warned, "file: %s permissions should only be user read/write "
@@ -990,7 +991,7 @@ class CommandLineTest(ConfigCase):
 
     def test_warnings_are_shown_when_parsing(self) -> None:
         """Stanza warnings and ignored directives reach standard error."""
-        _code, _out, err = self.main_with("SOURCE ANY\nKEY k\n", "LOCALE C;\n",
+        _code, _out, err = self.main_with("SOURCE ANY\nKEY k\n", NO_FIREWALL + "LOCALE C;\n",
                                           "--exit-parse-config")
         for fragment in ("no HMAC_KEY", "LOCALE is ignored", "no OPEN_PORTS"):
             self.assertIn(fragment, err)

@@ -13,7 +13,7 @@ from unittest import mock
 
 import spa_server as server
 from tests.support import skip
-from tests.test_config import KEYED, ConfigCase
+from tests.test_config import KEYED, NO_FIREWALL, ConfigCase
 from tests.test_packet import NOW, Sender, b64
 from tests.test_server import KEYS, ServerCase, datagram, door
 
@@ -277,7 +277,8 @@ class ConfigTest(ConfigCase):
                 (FORWARDING, "FORWARD_ALL Y"), (FORWARDING + SNAT, "FORWARD_ALL Y\nFORCE_SNAT ::9"),
                 (LOCAL + SNAT, "FORCE_NAT 10.1.1.1 22\nFORCE_MASQUERADE Y")):
             with self.subTest(conf=conf, lines=lines):
-                code, out, err = self.main_with(KEYED + lines + "\n", conf, "--exit-parse-config")
+                code, out, err = self.main_with(KEYED + lines + "\n", NO_FIREWALL + conf,
+                                                "--exit-parse-config")
                 self.assertEqual((0, "Configs parsed, exiting.\n"), (code, out), err)
 
 
