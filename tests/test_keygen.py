@@ -554,7 +554,8 @@ class FwknopTest(FileTestCase):
                 self.assertEqual(0, call(name, *WORK[1:], "--rc-file", rc, "--username", "joe",
                                          "--hmac-digest-type", digest, *more)[0])
                 said = [] if "--any-source" in more else ["-a", "192.0.2.7"]
-                answer = run(["fwknop", "-T", "--rc-file", rc, "--no-save-args", "-n", name, *said])
+                answer = run(["fwknop", "-T", "--rc-file", rc, "--no-save-args", "-n", name, *said],
+                             env={**os.environ, "HOME": self.directory})
                 self.assertEqual(("", 0), (answer.stderr, answer.returncode))
                 self.assertRegex(answer.stdout, r"Username: joe\n")
                 self.assertRegex(answer.stdout, rf"Message String: {address},tcp/22\n")
