@@ -44,7 +44,7 @@ import os
 import stat
 import sys
 import time
-from typing import Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 VERSION = "0.1.0"
 
@@ -453,11 +453,34 @@ POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directori
 LOCK_TRIES = 500  # ten seconds; another run needs milliseconds, but any reader can lock a directory
 
 
+# --- shared: output -- the same text in spa_server.py, spa_client.py and keygen.py --
+
+
+def write_to(stream: "Any", text: str) -> str:
+    """Write to standard output or standard error; return why the text did not leave, "" if it did.
+
+    Python would write a rest again at exit, fail, and end with 120: so the rest goes nowhere.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except (AttributeError, OSError, ValueError) as error:
+        if stream is None:
+            return "it is closed"
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            pass  # it is no file
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+# --- end shared: output --
+
+
 def tell(text: str) -> None:
     """Print a line on standard error; that nobody reads it must not leave work half done."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # it is None if it was closed
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+    write_to(sys.stderr, text + "\n")
 
 
 def warn_of_readers(name: str, mode: int) -> None:
@@ -471,18 +494,12 @@ def write_out(text: str) -> None:
     """Write to standard output and see it leave, so that keys do not get lost unnoticed."""
     if not text:
         return
-    if not sys.stdout:
-        raise SpaError("standard output is closed")
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a test's buffer has no fileno
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or a test's buffer
         if "KEY_BASE64" in text:
             warn_of_readers("standard output", os.fstat(sys.stdout.fileno()).st_mode)
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError, ValueError):  # or the interpreter tries it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SpaError(f"standard output: {error.strerror}") from error
+    why = write_to(sys.stdout, text)
+    if why:
+        raise SpaError(f"standard output: {why}")
 
 
 @contextlib.contextmanager

@@ -1421,9 +1421,10 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
 
 
 class Notes:
-    """Whether to tell what is no error; run() sets it for each command line."""
+    """Whether to tell what is no error, and why say() failed; run() sets both anew."""
 
     wanted = True
+    unsaid = ""
 
 
 def warn(message: str) -> None:
@@ -1438,12 +1439,33 @@ def note(message: str) -> None:
 
 
 def tell(message: str) -> None:
-    """One line on standard error."""
-    if sys.stderr is not None:
+    """One line on standard error; that nobody reads it must not stop a knock."""
+    write_to(sys.stderr, "spa_client.py: %s\n" % printable(message))
+
+
+# --- shared: output -- the same text in spa_server.py, spa_client.py and keygen.py --
+
+
+def write_to(stream: "Any", text: str) -> str:
+    """Write to standard output or standard error; return why the text did not leave, "" if it did.
+
+    Python would write a rest again at exit, fail, and end with 120: so the rest goes nowhere.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except (AttributeError, OSError, ValueError) as error:
+        if stream is None:
+            return "it is closed"
         try:
-            sys.stderr.write("spa_client.py: %s\n" % printable(message))
-        except OSError:
-            pass  # nobody reads it; that must not stop a knock
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            pass  # it is no file
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+# --- end shared: output --
 
 
 def printable(text: str) -> str:
@@ -1617,7 +1639,6 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
 def confirm(question: str) -> bool:
     """Whether a line of standard input says yes; SpaError when there is no line."""
     say(question)
-    flush()
     answer = read_line(0)
     if not answer.endswith(b"\n"):
         raise SpaError("standard input ended without an answer", "--force-stanza does not ask")
@@ -2357,7 +2378,6 @@ def relay(link: "socket.socket") -> None:
 
 def become(command: "List[str]") -> None:
     """Go on as this command (on Windows: run it, and end with its exit code); SpaError if not."""
-    flush()
     with ErrorsOf("--exec: " + command[0]):
         if os.name == "nt":
             import subprocess
@@ -2377,23 +2397,9 @@ def become(command: "List[str]") -> None:
 
 
 def say(text: str) -> None:
-    """Lines on standard output; flush() finds out whether somebody reads them."""
-    if sys.stdout is not None:
-        try:
-            sys.stdout.write("\n".join(printable(line) for line in text.split("\n")) + "\n")
-        except OSError:
-            pass
-
-
-def flush() -> bool:
-    """Whether all that was said has been written; if not, Python shall not try again at exit."""
-    try:
-        sys.stdout.flush()
-        return True
-    except (OSError, AttributeError):
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return False
+    """Lines on standard output. A knock goes on when they can't be written; main() looks at why."""
+    lines = "\n".join(printable(line) for line in text.split("\n")) + "\n"
+    Notes.unsaid = Notes.unsaid or write_to(sys.stdout, lines)
 
 
 DUMP = """SPA Field Values:
@@ -2690,7 +2696,7 @@ def run(words: "List[str]", as_knock: bool) -> bool:
     given, others, command = (parse_knock_line if as_knock else parse_command_line)(words)
     if "knock" in given and not as_knock:
         raise UsageError("--knock: expected before all other options")
-    Notes.wanted = "quiet" not in given
+    Notes.wanted, Notes.unsaid = "quiet" not in given, ""
     saved = given["save_args_file"].text if "save_args_file" in given else home_file(
         given, ".fwknop.run")
     if "last_command" in given or "show_last" in given:
@@ -2742,7 +2748,9 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     as_knock = os.path.basename(sys.argv[0]) == "knock" or words[:1] == ["--knock"]
     try:
         sent = run(words, as_knock)
-        return 0 if flush() or sent else 1
+        if Notes.unsaid and not sent:
+            raise SpaError("standard output: " + Notes.unsaid)
+        return 0
     except SpaError as error:
         tell(str(error))
         return 1 if as_knock else error.code

@@ -2944,6 +2944,38 @@ class Clocks(NamedTuple):
 CLOCKS = Clocks()  # this machine's
 
 
+# --- shared: output -- the same text in spa_server.py, spa_client.py and keygen.py --
+
+
+def write_to(stream: "Any", text: str) -> str:
+    """Write to standard output or standard error; return why the text did not leave, "" if it did.
+
+    Python would write a rest again at exit, fail, and end with 120: so the rest goes nowhere.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except (AttributeError, OSError, ValueError) as error:
+        if stream is None:
+            return "it is closed"
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            pass  # it is no file
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+# --- end shared: output --
+
+
+def say(text: str) -> None:
+    """Print what was asked for; SpaError when it could not be written."""
+    why = write_to(sys.stdout, text + "\n")
+    if why:
+        raise SpaError("standard output: " + why)
+
+
 class Log:
     """Lines to stderr, with `<N>` before each when that is systemd's journal, and to syslog."""
 
@@ -7243,7 +7275,7 @@ def signal_server(arguments: Arguments) -> int:
     path = read_settings(arguments)[0].pid_file
     pid = running_server(path)
     if pid is None:
-        print("No running fwknopd detected.")
+        write_to(sys.stdout, "No running fwknopd detected.\n")
         return 1
     if "kill" in arguments:
         os.kill(pid, signal.SIGTERM)
@@ -7253,12 +7285,12 @@ def signal_server(arguments: Arguments) -> int:
                 raise SpaError("fwknopd (pid=%d) has not ended yet, after SIGTERM and %d seconds"
                                % (pid, KILL_SECONDS), "see its log")
             time.sleep(0.05)
-        print("Killed fwknopd (pid=%d) via SIGTERM" % pid)
+        write_to(sys.stdout, "Killed fwknopd (pid=%d) via SIGTERM\n" % pid)
     elif "restart" in arguments:
         os.kill(pid, signal.SIGHUP)
-        print("Sent restart signal to fwknopd (pid=%d)" % pid)
+        write_to(sys.stdout, "Sent restart signal to fwknopd (pid=%d)\n" % pid)
     else:
-        print("Detected fwknopd is running (pid=%d)." % pid)
+        write_to(sys.stdout, "Detected fwknopd is running (pid=%d).\n" % pid)
     return 0
 
 
@@ -7290,18 +7322,18 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
         guards = standing_guards(settings, log)
         for guard in guards:
             guard.unguard()
-        print("The guard is gone. Now the host's own firewall alone decides who reaches %s."
-              % (port_list(settings.guard_ports) or "the ports it closed") if guards else
+        say("The guard is gone. Now the host's own firewall alone decides who reaches %s."
+            % (port_list(settings.guard_ports) or "the ports it closed") if guards else
               "There is no guard.")
         return
     configuration = read_configuration(arguments)
     firewall = choose_firewall(configuration.settings, configuration.stanzas, False, log)
     if "flush" not in arguments:
-        print(list_grants(firewall, read_openers(openers_file(settings))))
+        say(list_grants(firewall, read_openers(openers_file(settings))))
         if "list_all" in arguments:
-            print("\nListing all rules in our tables...\n" + firewall.listing())
+            say("\nListing all rules in our tables...\n" + firewall.listing())
     else:
-        print("Deleting any existing firewall rules...")
+        write_to(sys.stdout, "Deleting any existing firewall rules...\n")
         flush_firewall(settings, firewall, server, log)
 
 
@@ -7321,8 +7353,10 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
                           "set GUARD_PORTS %s in fwknopd.conf, or move %s away"
                           % (port_list(ports), "both" if both else "it"))
     configured = settings.access_file in there or settings.access_folder
-    print("There is a configuration already; serving it" if configured else
-          first_configuration(ports, arguments.config_file, settings.access_file), flush=True)
+    if configured:
+        write_to(sys.stdout, "There is a configuration already; serving it\n")
+    else:
+        say(first_configuration(ports, arguments.config_file, settings.access_file))
     return read_settings(arguments)[0]
 
 
@@ -7336,12 +7370,12 @@ def generate_keys(arguments: Arguments) -> None:
             words.get("hmac_key_len", str(min(digest.block, MAX_HMAC_KEY_BYTES))))
     except ValueError as error:
         raise UsageError("--key-gen: %s" % error) from None
-    text = "KEY_BASE64: %s\nHMAC_KEY_BASE64: %s\n" % (random_key(size), random_key(hmac_size))
+    text = "KEY_BASE64: %s\nHMAC_KEY_BASE64: %s" % (random_key(size), random_key(hmac_size))
     path = words.get("key_gen_file")
     if path:
-        write_new_file(path, text)
-        text = "[+] Wrote Rijndael and HMAC keys to: %s\n" % path
-    sys.stdout.write(text)
+        write_new_file(path, text + "\n")
+        text = "[+] Wrote Rijndael and HMAC keys to: %s" % path
+    say(text)
 
 
 def check_configuration(arguments: Arguments, log: Log) -> None:
@@ -7355,15 +7389,15 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
         raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))
     if "check_digests" in arguments:
         ReplayMemory(None, None, log).load(configuration.settings.digest_file)
-        print("Digest cache parsed, exiting.")
+        say("Digest cache parsed, exiting.")
     elif "check" in arguments:
-        print("Configs parsed, exiting.")
+        say("Configs parsed, exiting.")
     else:
-        print("# fwknopd.conf\n" + configuration.settings.dump())
+        say("# fwknopd.conf\n" + configuration.settings.dump())
         for stanza in configuration.stanzas:
-            print("# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump()))
+            say("# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump()))
         if configuration.knockd:
-            print("# knockd.conf\n" + configuration.knockd.dump())
+            say("# knockd.conf\n" + configuration.knockd.dump())
 
 
 def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
@@ -7411,12 +7445,12 @@ def run(arguments: Arguments, log: Log) -> int:
     """Does what the options say; returns the exit code."""
     asked = set(arguments.words)
     if "help" in arguments:
-        print((KNOCKD_HELP if arguments.as_knockd else HELP)
+        say((KNOCKD_HELP if arguments.as_knockd else HELP)
               % "\n".join(option.format(option.help) for option in arguments.options))
     elif "version" in arguments:
-        print("spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
+        say("spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
     elif "codes" in arguments:
-        print("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
+        say("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
     elif {"key_gen", "key_gen_file"} & asked:
         generate_keys(arguments)
     elif {"status", "kill", "restart"} & asked:
@@ -7444,6 +7478,8 @@ def main(argv: Optional[List[str]] = None) -> int:
                 3 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         return 1
+    finally:
+        write_to(sys.stderr, "")  # the rest of the log: Python's own last try must not fail
 
 
 if __name__ == "__main__":

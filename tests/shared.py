@@ -34,6 +34,7 @@ BLOCKS: Dict[str, Block] = {
         "struct", "Callable", "List", "Tuple"))),
     "digests": Block(("spa_server.py", "spa_client.py"), frozenset((
         "SpaError", "Any", "Callable"))),
+    "output": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset(("os", "Any"))),
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
         "UsageError", "List", "Optional", "Tuple"))),
 }

@@ -514,7 +514,7 @@ class OutputTest(FileTestCase):
         self.assertEqual((1, b"keygen.py: standard output: Broken pipe\n"),
                          (answer.returncode, answer.stderr))
         answer = program(preexec_fn=lambda: os.close(1))
-        self.assertEqual((1, b"keygen.py: standard output is closed\n"),
+        self.assertEqual((1, b"keygen.py: standard output: it is closed\n"),
                          (answer.returncode, answer.stderr))
 
     def test_standard_error_is_closed(self) -> None:

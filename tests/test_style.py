@@ -4,18 +4,22 @@ import ast
 import concurrent.futures
 import functools
 import gc
+import itertools
 import json
 import os
 import re
 import shutil
+import socket
 import stat
+import struct
 import subprocess
+import sys
 import tempfile
 import unittest
 from typing import Any, Callable, Iterator, List, Set, Tuple
 
-from tests.support import (SCRIPTS, TOP, find_pythons, left_open, nearest_python, run, run_blocked,
-                           skip)
+from tests.support import (SCRIPTS, TIMEOUT, TOP, find_pythons, left_open, nearest_python, run,
+                           run_blocked, skip, write)
 
 MAX_WIDTH = 100
 MAX_FUNCTION = 60
@@ -38,6 +42,16 @@ NO_DOCSTRING = {"__init__", "__repr__", "__str__"}
 TINY_STATEMENTS = 8
 # (script, function) that may start a shell: for the administrator's own commands only.
 SHELL_ALLOWED: Set[Tuple[str, str]] = set()
+
+# Where a line of output may go wrong: script, arguments, stream, exit code.
+UNREAD = (
+    ("keygen.py", "", 1, 1), ("keygen.py", "--help", 1, 1), ("keygen.py", "--wrong", 2, 2),
+    ("spa_client.py", "--help", 1, 1), ("spa_client.py", "-k", 1, 1),
+    ("spa_client.py", "{knock} -T", 1, 1), ("spa_client.py", "--wrong", 2, 2),
+    ("spa_client.py", "{knock} -v", 1, 0), ("spa_client.py", "{knock} -v", 2, 0),
+    ("spa_server.py", "--help", 1, 1), ("spa_server.py", "--key-gen", 1, 1),
+    ("spa_server.py", "{files} -D", 1, 1), ("spa_server.py", "{files} -S", 1, 1),
+    ("spa_server.py", "--wrong", 2, 2), ("spa_server.py", "{files} -f -t", 2, 0))
 
 BAR = "# " + "=" * 86
 # A text in tests/spec and its sections, such as `knockd.md 1.2` or `fwknop.md 1.2 to 1.6, 1.9`.
@@ -348,6 +362,49 @@ class AloneTest(unittest.TestCase):
             return run([python.path, "-I", "-S", name, option], cwd=self.places[name])
         self.check([(name, option, python) for name in SCRIPTS for option in ("-V", "--help")
                     for python in find_pythons()], start)
+
+    def test_output_that_nobody_reads(self) -> None:
+        """Fails where it was asked for, and stops no other work: no traceback, no exit code 120.
+
+        At the last flush as well, which is Python's own; PYTHONUNBUFFERED would hide that.
+        """
+        top = os.path.dirname(self.places["keygen.py"])
+        capture, conf, access = (os.path.join(top, name) for name in ("pcap", "conf", "access"))
+        for path, text in ((capture, struct.pack("=IHHiIII", 0xa1b2c3d4, 2, 4, 0, 0, 999, 1)),
+                           (conf, "FWKNOP_RUN_DIR %s;\nPCAP_FILE %s;\n" % (top, capture)),
+                           (access, "SOURCE ANY\nKEY k\nHMAC_KEY h\n")):
+            write(path, text)
+        listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        words = {"files": "-c %s -a %s" % (conf, access),
+                 "knock": "-A tcp/22 -a 192.0.2.1 -D 127.0.0.1 --key-rijndael k -p %d"
+                          % listener.getsockname()[1]}
+        reader, broken = os.pipe()
+        os.close(reader)
+        full = os.open("/dev/full", os.O_WRONLY)
+        for each in (broken, full):
+            self.addCleanup(os.close, each)
+        closed = subprocess.PIPE  # by the shell
+        ways = [(python.path, full, {}) for python in (find_pythons()[0], find_pythons()[-1])] + [
+            (sys.executable, where, more) for where in (closed, full, broken)
+            for more in ({}, {"PYTHONUNBUFFERED": "1"})]  # type: List[Tuple[str, int, Any]]
+        for (name, arguments, stream, code), (python, where, more) in itertools.product(
+                UNREAD, ways):
+            close = " %d>&-" % stream if where == closed else ""
+            with self.subTest(name, arguments=arguments, stream=stream, where=where, python=python):
+                answer = subprocess.run(
+                    ["/bin/sh", "-c", 'exec "$0" "$@"' + close, python, name]
+                    + arguments.format(**words).split(), stdin=subprocess.DEVNULL,
+                    stdout=where if stream == 1 else subprocess.PIPE,
+                    stderr=where if stream == 2 else subprocess.PIPE, universal_newlines=True,
+                    timeout=TIMEOUT, cwd=self.places[name],
+                    env=dict(more, HOME=top, PATH=os.defpath))
+                said = (answer.stdout or "") + (answer.stderr or "")
+                self.assertEqual(code, answer.returncode, said)
+                self.assertNotRegex(said, "Traceback|Exception ignored")
+                if code and stream == 1 and "-S" not in arguments:
+                    self.assertRegex(answer.stderr, r"(?m)^%s: standard output: .+\n\Z" % name)
 
     def start_blocked(self, name: str, option: str, system: str, python: Any,
                       missing: List[str]) -> Any:
