@@ -415,6 +415,7 @@ class DoorTest(KnockCase):
         self.assertGreater(cycle.ends - self.clocks.monotonic(), 50)
         self.hit(*ALL_THREE, source="10.55.0.3")
         self.assertEqual(2, len(made.commands.cycles))
+        self.wait_until_ended()
         made.commands.stop()
         self.assertEqual(["start 10.55.0.2"] + ["start 10.55.0.3"], [
             line for line in self.read("got").splitlines() if "start" in line])
