@@ -153,6 +153,23 @@ class TooFast(PacketRejected):
     """The packet was not looked at, since too many like it came before."""
 
 
+def explain(error: Exception) -> str:
+    """Return an error in a line for the administrator; that of a file names the file."""
+    if isinstance(error, OSError):
+        return "%s: %s" % (error.filename or "line %d" % frames(error)[-1][1],
+                           error.strerror or error)
+    return str(error)
+
+
+def frames(error: Exception) -> List[Tuple[str, int]]:
+    """Return function and line of each frame that an error came through, the innermost last."""
+    found, trace = [("", 0)], error.__traceback__
+    while trace is not None:
+        found.append((trace.tb_frame.f_code.co_name, trace.tb_lineno))
+        trace = trace.tb_next
+    return found
+
+
 class Datagram(NamedTuple):
     """What came in: payload, and where from and to. Addresses are packed: 4 bytes or 16.
 
@@ -3341,16 +3358,44 @@ def open_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = C
 # A packet is remembered as long as it could be fresh. Instead of paying for fsync, a packet
 # that was made before this memory began (a new boot, a lost file) is rejected as well. Times
 # within a boot are monotonic, so that a wall clock that jumps neither forgets nor locks out.
+# A full disk locks nobody out: the process remembers, and the file is emptied, since it is no
+# record any more. The next start then begins a new memory.
 # ======================================================================================
 
 DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
 REFUSED_KNOWN = 20000  # refused packets that are known by their digest: 3 MB
 REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
+REWRITE_SECONDS = 60  # from one attempt to write a file anew to the next
+# What a machine does to a directory that was set up right: that stops no start.
+DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def digest_of(text: bytes) -> str:
     """The digest by which a packet is remembered."""
     return encode_base64(DIGESTS["SHA256"](text)).decode()
+
+
+def file_state(path: str) -> Tuple[int, int, int]:
+    """Return device, inode and size of a file, which change when somebody else touches it."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return 0, 0, 0
+    return status.st_dev, status.st_ino, status.st_size
+
+
+def empty_file(path: str) -> None:
+    """Put an empty file in place of another one, or empty that one where its directory must stay as
+    it is. Both may fail, on a read-only file system."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+    try:
+        os.close(os.open(path, flags, 0o600))
+    except OSError:
+        pass
 
 
 class ReplayMemory:
@@ -3371,19 +3416,45 @@ class ReplayMemory:
         self.began, self.forgotten = clocks.monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
+        self.written = (0, 0, 0)  # device, inode and size of the file as this process wrote it
+        self.rewrite_due = 0.0  # when another attempt to write the file anew may be made
         if path:
+            self.start(path)
+
+    def start(self, path: str) -> None:
+        """Take over what the file remembers, and write it anew.
+
+        If that fails, its beginning is not trusted: the server before may have failed as well, and
+        have taken packets that are not in the file.
+        """
+        try:
             self.load(path)
             self.rewrite()
+        except OSError as error:
+            if error.errno not in DISK_FAILURES:
+                raise SpaError("%s: %s" % (path, error.strerror)) from None
+            self.began = self.clocks.monotonic() + 1
+            self.give_up_file(error)
 
     def load(self, path: str) -> None:
-        """Takes over what a file remembers; SpaError when it can't be read."""
+        """Take over what a file remembers, if it is there. A link is not followed.
+
+        A file was emptied because packets are missing in it, perhaps of this second: the memory
+        begins with the next one.
+        """
         try:
-            with open(path, encoding="ascii", errors="replace") as file:
+            flags = os.O_RDONLY | os.O_NONBLOCK  # a FIFO would be waited for
+            with open(open_itself(path, flags), encoding="ascii", errors="replace") as file:
                 lines = file.read().split("\n")
         except FileNotFoundError:
             return
         except OSError as error:
-            raise SpaError("%s: %s" % (path, error.strerror)) from None
+            if error.errno != errno.ELOOP:
+                raise OSError(error.errno, error.strerror, path) from None
+            self.log.error("%s; a new memory begins" % explain(error))
+            lines = [""]
+        if lines == [""]:
+            self.began += 1
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         unread = 0
         for line in lines:
@@ -3406,7 +3477,7 @@ class ReplayMemory:
         except (ValueError, IndexError):
             return
         self.forgotten = forgotten
-        if boot_id == self.boot_id and 0 <= began <= self.began:
+        if boot_id == self.boot_id and 0 <= began <= self.began + 1:
             self.began = began
 
     def check_unseen(self, datagram: Datagram) -> None:
@@ -3442,29 +3513,44 @@ class ReplayMemory:
             raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
                            % (abs(age), why))
         began = self.clocks.wall() - (self.clocks.monotonic() - self.began)
-        if timestamp < int(began) or timestamp <= self.forgotten:
+        if timestamp < int(began):
             raise NotFresh("before memory", "SPA packet was made %d seconds before this replay "
                            "memory began; a new one will do." % max(1, began - timestamp))
+        if timestamp <= self.forgotten:
+            raise NotFresh("forgotten", "SPA packet may have been seen and forgotten, since this "
+                           "host's clock was set back; a new one will do in %d seconds."
+                           % max(1, self.forgotten + 1 - self.clocks.wall()))
 
     def remember(self, canonical: bytes, datagram: Datagram) -> None:
-        """Puts a packet into memory and file before it opens anything; rejects one that is there.
-
-        It is also rejected when the file can't be written: else a crash would forget it.
-        """
+        """Put a packet into memory and file before it opens anything; reject one that is there."""
         digest, source = digest_of(canonical), socket_text(datagram.source)
         self.check_unknown(digest, datagram)
         line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
                                          socket_text(datagram.destination),
                                          datagram.destination_port, self.clocks.wall())
-        if self.file is not None:
-            try:
-                self.append(self.file, line.encode() + b"\n")
-            except OSError as error:
-                raise NotFresh("replay memory", "%s: %s; nothing is opened that could not be "
-                               "remembered" % (self.path, error.strerror)) from None
-            self.lines_in_file += 1
         self.seen[digest] = line, self.clocks.monotonic()
         self.prune()
+        if self.path:
+            self.record(self.path, line.encode() + b"\n")
+
+    def record(self, path: str, line: bytes) -> None:
+        """Add a line to the file, or write it anew: when most of it is forgotten, when somebody
+        took it away or changed it, and some time after it could not be written."""
+        try:
+            if self.file is not None and self.written != file_state(path):
+                self.log.warning("%s: somebody moved, deleted or changed it; writing it anew"
+                                 % path)
+                self.close()
+            if self.file is not None:
+                self.append(self.file, line)
+            if (self.lines_in_file > len(self.seen) + REWRITE_AFTER if self.file is not None else
+                    self.clocks.monotonic() >= self.rewrite_due):
+                self.rewrite()
+                if self.rewrite_due:
+                    self.log.info("%s: packets are written to it again" % path)
+                self.rewrite_due = 0.0
+        except OSError as error:
+            self.give_up_file(error)
 
     def check_unknown(self, digest: str, datagram: Datagram) -> None:
         """Rejects what is remembered by this digest."""
@@ -3478,13 +3564,23 @@ class ReplayMemory:
                               time.strftime("%m/%d/%y %H:%M:%S", time.localtime(int(created)))),
                            "{text}")
 
-    @staticmethod
-    def append(file: int, line: bytes) -> None:
-        """Writes a line wholly, or raises OSError and leaves no part of it."""
-        end = os.lseek(file, 0, os.SEEK_END)
-        if os.write(file, line) != len(line):
-            os.ftruncate(file, end)
+    def append(self, file: int, text: bytes) -> None:
+        """Write text wholly to the end of the file, or raise OSError."""
+        if os.write(file, text) != len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        device, inode, size = self.written
+        self.written = device, inode, size + len(text)
+        self.lines_in_file += 1
+
+    def give_up_file(self, error: OSError) -> None:
+        """Remember in this process alone. The file misses a packet now, so it is emptied before
+        that packet opens anything: a file that is no record must not look like one."""
+        assert self.path is not None
+        self.close()
+        self.rewrite_due = self.clocks.monotonic() + REWRITE_SECONDS
+        self.log.error("%s: %s; only this process remembers packets, and the next start will "
+                       "reject those that were made before it" % (self.path, error.strerror))
+        empty_file(self.path)
 
     def prune(self) -> None:
         """Forgets packets that no clock right within MAX_SPA_PACKET_AGE could take for fresh."""
@@ -3499,31 +3595,26 @@ class ReplayMemory:
                 break
             self.forgotten = max(self.forgotten, created + self.max_age)
             del self.seen[digest]
-        if self.file is not None and self.lines_in_file > len(self.seen) + REWRITE_AFTER:
-            try:
-                self.rewrite()
-            except SpaError as error:
-                self.log.error(str(error))
 
     def rewrite(self) -> None:
-        """Replaces the file by what is remembered now, and opens it to append to."""
+        """Replace the file by what is remembered now, and keep it open to append to."""
         assert self.path is not None
         temporary = self.path + ".new"
         began = "# began %.3f %s %d\n" % (self.began, self.boot_id, self.forgotten)
         text = DIGEST_HEADER + began + "".join(line + "\n" for line, _ in self.seen.values())
-        file = None
+        make_directory(os.path.dirname(self.path))
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         try:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
-            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             self.append(file, text.encode("latin-1", "replace"))
             os.rename(temporary, self.path)
-        except OSError as error:
-            if file is not None:
-                os.close(file)
-            raise SpaError("%s: %s" % (temporary, error.strerror)) from None
+        except OSError:
+            os.close(file)
+            os.unlink(temporary)  # the room that it takes is needed
+            raise
         self.close()
-        self.file, self.lines_in_file = file, len(self.seen)
+        self.file, self.lines_in_file, self.written = file, len(self.seen), file_state(self.path)
 
     def close(self) -> None:
         """Closes the file."""
@@ -3533,12 +3624,14 @@ class ReplayMemory:
 
 
 def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> ReplayMemory:
-    """The replay memory of the settings; its directory is made when it is missing."""
+    """Return the replay memory of the settings."""
     path: Optional[str] = settings.digest_file
-    make_directory(os.path.dirname(settings.digest_file))
     if not settings.digest_persistence:
         path = None
-        rotate_digest_cache(settings.digest_file)  # it would not know of the packets seen meanwhile
+        try:  # it would not know of the packets seen meanwhile
+            rotate_digest_cache(settings.digest_file)
+        except OSError as error:
+            log.error(explain(error))
     return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log, clocks)
 
 
@@ -3548,12 +3641,18 @@ def rotate_digest_cache(path: str) -> None:
         os.rename(path, path + "-old")
 
 
-def make_directory(path: str) -> None:
-    """Makes a directory that only its owner may look into, if it is missing."""
+def open_itself(path: str, flags: int) -> int:
+    """Open a file, and never one that a symbolic link in its place leads to."""
     try:
-        os.makedirs(path, 0o700, exist_ok=True)
+        return os.open(path, flags | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise SpaError("%s: %s" % (path, error.strerror)) from None
+        text = "expected a file, not a symbolic link" if error.errno == errno.ELOOP else ""
+        raise OSError(error.errno, text or error.strerror, path) from None
+
+
+def make_directory(path: str) -> None:
+    """Make a directory that only its owner may look into, if it is missing."""
+    os.makedirs(path, 0o700, exist_ok=True)
 
 
 # ======================================================================================
@@ -6296,7 +6395,8 @@ class Gate:
 
         Other traffic on TCP and ICMP is no news; where UDP is looked at, only packets should come.
         """
-        rejection = why if isinstance(why, PacketRejected) else internal_error(why)
+        rejection = (why if isinstance(why, PacketRejected) else
+                     internal_error(why, self.log.level >= DEBUG))
         self.counts[rejection.reason] += 1
         level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
         if level > self.log.level or not self.log.rejections.allows():
@@ -6436,13 +6536,21 @@ class KnockGate(Gate):
                                   % (socket_text(source), owner.name, done))
 
 
-def internal_error(error: Exception) -> PacketRejected:
-    """The rejection of a packet by a mistake of ours, with the line that it happened in."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = trace.tb_lineno if trace else 0
-    return PacketRejected("error", "internal error: %s in line %d" % (type(error).__name__, where))
+def internal_error(error: Exception, verbose: bool) -> PacketRejected:
+    """Return the rejection of a packet by a mistake of ours, with the line that it happened in.
+
+    If `verbose`, it has the message and all frames. What the message quotes is left out: it may be
+    a part of a key or of a packet.
+    """
+    where = frames(error)
+    text = "internal error: %s in line %d" % (type(error).__name__, where[-1][1])
+    if verbose:
+        message = explain(error)
+        quotes = [index for index, c in enumerate(message) if c in "'\""]
+        if quotes:
+            message = "%s...%s" % (message[:quotes[0] + 1], message[quotes[-1]:])
+        text += ": %s (%s)" % (message, ", ".join("%s %d" % frame for frame in where[1:]))
+    return PacketRejected("error", text)
 
 
 # ======================================================================================
@@ -6712,41 +6820,76 @@ class Server(KnockGate):
 # ======================================================================================
 
 
-def lock_pid_file(path: str, program: str = "fwknopd") -> int:
-    """The descriptor of the pid file, locked as long as it is open; SpaError when a server has it.
+def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
+    """Return the descriptor of the pid file, locked as long as it is open, with our pid in it.
+
+    SpaError when a server has it, or a link is in its place. A disk that fails is no reason not to
+    serve: then the log says what can't be done.
     """
-    make_directory(os.path.dirname(path))
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        make_directory(os.path.dirname(path))
+        file = open_pid_file(path)
     except OSError as error:
-        raise SpaError("%s: %s" % (path, error.strerror)) from None
+        if error.errno not in DISK_FAILURES:
+            raise
+        log.error("%s; nothing keeps a second server from starting, and -S, -K and -R do not find "
+                  "this one" % explain(error))
+        return os.open(os.devnull, os.O_RDWR)  # to be closed in its place
     for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(wait)
-        else:
-            os.ftruncate(file, 0)  # the pid in it, if any, is not a server's
+            # The pid is ours before the lock says that it is a server's, and once more after it.
+            for lock in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+                fcntl.flock(file, lock | fcntl.LOCK_NB)
+                write_pid(file, path, log)
             return file
+        except BlockingIOError:
+            time.sleep(wait)
     pid = os.pread(file, 32, 0).decode("latin-1").strip()
     os.close(file)
     raise SpaError("An instance of %s is already running: (PID=%s)." % (program, pid))
 
 
-def running_server(path: str) -> Optional[int]:
-    """The pid of the server that has locked this file, None without one. Changes nothing."""
+def open_pid_file(path: str) -> int:
+    """Open the pid file. A new one has a pid in it before it has its name, so it is never empty."""
+    if not os.path.lexists(path):
+        temporary = "%s.%d" % (path, os.getpid())
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(file, b"%d\n" % os.getpid())
+            os.link(temporary, path)
+        except OSError:  # no room, no links here, or somebody else was faster
+            pass
+        os.close(file)
+        os.unlink(temporary)
+    return open_itself(path, os.O_RDWR | os.O_CREAT)
+
+
+def write_pid(file: int, path: str, log: Log) -> None:
+    """Write our pid over another one. Newlines hide what is left of a longer one until it is cut.
+    """
+    text = b"%d\n" % os.getpid()
     try:
-        file = os.open(path, os.O_RDONLY)
+        os.pwrite(file, text.ljust(os.fstat(file).st_size, b"\n"), 0)
+        os.ftruncate(file, len(text))
+    except OSError as error:
+        log.error("%s: %s; -S, -K and -R do not find this server" % (path, error.strerror))
+
+
+def running_server(path: str) -> Optional[int]:
+    """Return the pid of the server that has locked this file, None without one. Change nothing."""
+    try:
+        file = open_itself(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise SpaError("%s: %s" % (path, error.strerror)) from None
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
-    except OSError:
+    except BlockingIOError:
         pid = os.pread(file, 32, 0).strip()
-        return int(pid) if pid.isdigit() else None
+        if not pid.isdigit():
+            raise SpaError("%s: a server has locked it that could not write its pid"
+                           % path) from None
+        return int(pid)
     finally:
         os.close(file)
 
@@ -6795,16 +6938,14 @@ def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, lo
     configuration = read()
     log.level = DEBUG if configuration.settings.verbose else INFO
     firewall = configuration.choose_firewall(log)
-    file = lock_pid_file(configuration.settings.pid_file, configuration.words.program)
+    ready = go_to_background() if daemon else None
+    file = lock_pid_file(configuration.settings.pid_file, log, configuration.words.program)
     try:
         if rotate:
             rotate_digest_cache(configuration.settings.digest_file)
-        ready = go_to_background() if daemon else None
-        os.pwrite(file, b"%d\n" % os.getpid(), 0)
         return serve_until_told(configuration, firewall, read, ready, log)
     finally:
-        os.ftruncate(file, 0)  # it stays: without it, two servers could lock two files
-        os.close(file)
+        os.close(file)  # the file stays: without it, two servers could lock two files
 
 
 def serve_until_told(configuration: Configuration, firewall: Firewall,
@@ -6884,8 +7025,8 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
         log.info(configuration.words.restarted)
     except Exception as error:  # a mistake of ours in reading must not end the server
         known = isinstance(error, (SpaError, OSError))
-        log.error("%s; going on with the old settings" % (error if known else
-                                                          internal_error(error)))
+        log.error("%s; going on with the old settings" % (
+            explain(error) if known else internal_error(error, log.level >= DEBUG)))
 
 
 # ======================================================================================
@@ -7471,7 +7612,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run(Arguments(sys.argv[1:] if argv is None else argv,
                              os.path.basename(sys.argv[0])), log)
     except (SpaError, OSError) as error:
-        log.error("spa_server.py: %s" % error)
+        log.error("spa_server.py: %s" % explain(error))
         if isinstance(error, SpaError) and error.hint:
             log.error("hint: " + error.hint)
         return (2 if isinstance(error, UsageError) else

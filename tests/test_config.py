@@ -654,15 +654,19 @@ class StanzaTest(ConfigCase):
                 self.assertIn(expected, said)
 
     def test_a_key_without_hmac_beside_one_with(self) -> None:
-        """Is refused: a captured packet without its tag would pass the one without."""
-        for first, second in (("KEY k\nHMAC_KEY h", "KEY_BASE64 aw=="),
-                              ("KEY k", "KEY k\nHMAC_KEY h")):
+        """Is warned of, in the stanza without: packets for the other one open there, too."""
+        bare, tagged = "KEY_BASE64 aw==", "KEY k\nHMAC_KEY h"
+        for first, second, warned, marked in (
+                (tagged, bare, [2], [True, False]), (bare, tagged, [1], [False, True]),
+                (tagged, tagged, [], [False] * 2), (bare, bare, [], [False] * 2)):
             text = "SOURCE ANY\n%s\nSOURCE 10.0.0.0/8\n%s\n" % (first, second)
             with self.subTest(text=text):
-                self.assertRegex(self.error_of(text), r"^access.conf:\d: SOURCE: .* another stanza")
-        both = "SOURCE ANY\nKEY k\nHMAC_KEY h\n"
-        self.assertEqual(2, len(self.stanzas(both + both)))
-        self.assertEqual(2, len(self.stanzas("SOURCE ANY\nKEY k\nSOURCE ANY\nKEY k\n")))
+                stanzas = self.stanzas(text)
+                self.assertEqual(marked, [stanza.keys.opens_bare for stanza in stanzas])
+                self.assertEqual(
+                    ["(stanza #%d) another stanza has this key with an HMAC" % each
+                     for each in warned],
+                    [each.partition(":")[0] for each in server.shared_key_warnings(stanzas)])
 
     def test_both_forms_of_expiry(self) -> None:
         """With ACCESS_EXPIRE and ACCESS_EXPIRE_EPOCH the earlier holds: neither may be dropped."""
@@ -938,13 +942,13 @@ class CommandLineTest(ConfigCase):
         self.assertEqual((3, ""), (code, out))
         self.assertIn("GUARD_PORTS: expected it", err)
 
-    def test_a_start_that_fails_leaves_no_pid(self) -> None:
-        """Nobody is to find it there, and take another process for the server."""
+    def test_a_start_that_fails_leaves_no_lock(self) -> None:
+        """Nobody is to take another process with the pid in the file for the server."""
         run_directory = os.path.join(self.directory, "run")
         os.makedirs(os.path.join(run_directory, "digest.cache"))
         code, _, _ = self.main_with(KEYED, NO_FIREWALL, "-r", run_directory, "-f")
         self.assertEqual(1, code)
-        self.assertEqual(0, os.path.getsize(os.path.join(run_directory, "fwknopd.pid")))
+        self.assertIsNone(server.running_server(os.path.join(run_directory, "fwknopd.pid")))
 
     def test_a_firewall_that_can_not_be(self) -> None:
         """A guard without a firewall, and a program that is none."""

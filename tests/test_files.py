@@ -255,16 +255,14 @@ class KeyFileTest(FilesCase):
         self.assertEqual([], self.read().voids())
 
     def test_a_key_of_somebody_else_voids_nobody(self) -> None:
-        """With an HMAC or without: it is warned of, of the stanza whose packets need no tag."""
-        for first, second, warned in (("KEY k\n", "KEY k\nHMAC_KEY h\n", 1),
-                                      ("KEY k\nHMAC_KEY h\n", "KEY k\n", 2)):
+        """Whether that one has an HMAC or not; it is warned of."""
+        for first, second in (("KEY k\n", "KEY k\nHMAC_KEY h\n"),
+                              ("KEY k\nHMAC_KEY h\n", "KEY k\n")):
             self.put(f_conf="FIREWALL_TYPE none;\n", k=second,
                      a_conf="SOURCE ANY\n" + first + "SOURCE ANY\n%include_keys HERE/k\n")
             found = self.read()
             self.assertEqual([], found.voids())
-            self.assertEqual(["(stanza #%d) another stanza has this key with an HMAC" % warned],
-                             [text.partition(":")[0] for text in found.warnings
-                              if "another stanza" in text])
+            self.assertIn("another stanza has this key", " ".join(found.warnings))
 
     def test_a_secret_key_that_is_missing_voids_its_own_stanza(self) -> None:
         """GPG_DECRYPT_ID may stand in a key file, and is looked for when the server starts."""

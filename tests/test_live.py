@@ -15,13 +15,13 @@ import stat
 import string
 import time
 import unittest
-from typing import Any, List, NamedTuple
+from typing import Any, List, NamedTuple, Tuple  # noqa: F401  (in type comments)
 
 from tests.bench import HONEST, start_ours, survive
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEY, KEYS, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, CableCase, Host, Server, end_process,
                          start_fwknopd)
-from tests.support import TIMEOUT, SharedCase, needs_programs, needs_root, wait_for, write
+from tests.support import (TIMEOUT, SharedCase, needs_programs, needs_root, run, wait_for, write)
 
 LETTERS = string.digits + string.ascii_letters
 BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -424,6 +424,77 @@ class ReplayTest(LiveTest):
         server.knock(self.client, *KNOCK4, keys=["--key-rijndael", KEY])
         self.assertEqual(1, server.log(mark).count(" opened "), server.log())
         self.assertGreaterEqual(server.log(mark).count("Replay detected"), 2 + unused)
+
+    def send_until_opened(self, server: Server) -> str:
+        """Send packets until one opens, as it does from the second after the start on; return it.
+        """
+        mark, packets = server.mark(), []  # type: Tuple[int, List[str]]
+
+        def opened() -> bool:
+            """One more packet."""
+            packets.append(self.make_packet(*KEYS))
+            self.client.send(SERVER4, 62201, packets[-1])
+            wait_for(lambda: re.search(" opened |replay memory began", server.log(mark)), "a line")
+            return " opened " in server.log(mark)
+
+        wait_for(opened, "an open door")
+        return packets[-1]
+
+    @needs_programs("fwknop", "mount")
+    def test_a_disk_that_fails(self) -> None:
+        """It is full or can't be written to, at the start or later: knocks open, and a packet that
+        was taken then opens nothing again, even after kill -9; the log names each file."""
+        server = Server(self.cable.server, "", STANZA, "-t")
+        run_directory = os.path.join(server.directory, "run")
+        os.mkdir(run_directory)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "none", run_directory]
+        run(mount).check_returncode()
+        self.addCleanup(lambda: run(["umount", run_directory]).check_returncode())
+        full, cache, pid = (os.path.join(run_directory, name)
+                            for name in ("full", "digest.cache", "fwknopd.pid"))
+
+        def fill() -> None:
+            """Leave no room."""
+            with self.assertRaises(OSError), open(full, "ab", buffering=0) as file:
+                while file.write(b"x" * 512):
+                    pass
+
+        def remount(mode: str) -> None:
+            """Let it be written to, or not."""
+            run(["mount", "-o", "remount," + mode, run_directory]).check_returncode()
+
+        room = ": No space left on device; "
+        read_only = ": Read-only file system; "
+        for before, after, lines in (
+                ([], [fill], [cache + room]), ([lambda: os.unlink(pid), fill], [], [cache + room,
+                                                                                   pid + room]),
+                ([lambda: remount("ro")], [],
+                 [cache + read_only + "only this process remembers packets",
+                  pid + read_only + "nothing keeps a second server from starting"])):
+            for harm in before:
+                harm()
+            server.start()
+            for harm in after:
+                harm()
+            packet = self.send_until_opened(server)
+            while lines[0] not in server.log():  # the last page of the file has room for 40
+                packet = self.send_until_opened(server)
+            for line in lines:
+                server.wait_for(line)
+            self.assertNotIn("Errno", server.log())
+            server.stop(signal.SIGKILL)
+            server.start()
+            mark = server.mark()
+            self.client.send(SERVER4, 62201, packet)
+            server.wait_for("before this replay memory began", mark)
+            server.stop()
+        remount("rw")
+        os.unlink(full)
+        server.start()
+        packet = self.send_until_opened(server)
+        self.assertNotIn(run_directory, server.log())
+        server.stop(signal.SIGKILL)
+        self.check_replay_is_rejected(server.start(), packet)
 
     @needs_programs("fwknop")
     def test_a_key_with_and_without_hmac(self) -> None:

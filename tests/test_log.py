@@ -322,9 +322,7 @@ class KillTest(LogCase):
     def test_patience_has_an_end(self) -> None:
         """It says that the server has not ended, and does not say that it has."""
         path = os.path.join(self.directory, "fwknopd.pid")
-        file = server.lock_pid_file(path)
-        self.addCleanup(os.close, file)
-        os.pwrite(file, b"%d\n" % os.getpid(), 0)
+        self.addCleanup(os.close, server.lock_pid_file(path, self.log))
         arguments = server.Arguments(["-K", "-p", path, "-c", os.devnull])
         with mock.patch("os.kill") as kill, mock.patch.object(server, "KILL_SECONDS", 0.2), \
                 mock.patch("builtins.print") as said, \

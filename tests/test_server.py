@@ -4,6 +4,7 @@ The firewall is a fake that obeys: it keeps open doors, so the tests say what is
 fakes too. The live firewalls have tests of their own.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -19,11 +20,11 @@ import sys
 import tempfile
 import unittest
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple  # noqa: F401  (in type comments)
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple  # noqa: F401
 from unittest import mock
 
 import spa_server as server
-from tests.support import DirectoryCase, run, skip, write
+from tests.support import DirectoryCase, read, run, skip, write
 from tests.test_packet import NOW, Sender, b64, judge
 
 CLIENT, HOST = "10.55.0.2", "10.55.0.1"
@@ -784,6 +785,7 @@ class MemoryTest(ServerCase):
                 with open(self.path, "wb") as stream:
                     stream.write(text)
                 memory = self.memory()
+                self.clock.pass_seconds(not text)  # an empty file is one that was given up
                 self.assertIn(self.accept(memory, "a"), ("", "replay"))
                 self.assertEqual("", self.accept(memory, "b"))
                 memory.close()
@@ -903,58 +905,118 @@ class MemoryTest(ServerCase):
             self.assertEqual("", self.accept(memory, name))
 
     def test_a_file_that_can_not_be_made_stops_the_start(self) -> None:
-        """A directory in its place, or a directory that is not there."""
-        for path in (self.directory, os.path.join(self.directory, "missing", "digest.cache")):
-            with self.assertRaises(server.SpaError):
+        """A directory in its place, or a file in place of its directory."""
+        for path in (self.directory, write(self.place("file"), "") + "/digest.cache"):
+            with self.assertRaisesRegex(server.SpaError, "^%s: " % path):
                 self.memory(path=path)
 
-    def test_a_file_that_can_not_be_written_opens_nothing(self) -> None:
-        """The packet is rejected before the firewall is asked."""
-        made = self.serve("SOURCE ANY\n" + KEYS)
-        full = os.open("/dev/full", os.O_WRONLY)
-        self.addCleanup(os.close, full)
-        made.memory.file, kept = full, made.memory.file
-        made.receive(datagram(Sender().packet(timestamp=NOW)))
-        made.memory.file = kept
-        self.assertEqual(({}, {"replay memory": 1}), (self.firewall.rules, made.counts))
-        self.assertIn("No space left on device", self.logged())
-
-    def test_half_a_line_opens_nothing(self) -> None:
-        """A disk that is full in the middle of a line: write() is short, and no error."""
-        # What is written next must not continue the half line, or it would be lost as well.
-        memory = self.memory()
-        self.accept(memory, "first")
+    @contextlib.contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """Let no file be longer, which looks as a full disk does: write() is short."""
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(self.path).st_size + 20, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            reason = self.accept(memory, "half")
+            yield
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        self.assertEqual("", self.accept(memory, "next"))
-        again = self.memory()
-        self.assertEqual("replay", self.accept(again, "first"))
-        self.assertEqual("replay", self.accept(again, "next"))
-        self.assertEqual("replay memory", reason)
+
+    def test_a_full_disk(self) -> None:
+        """Knocks open, the file is no record any more, and becomes one again when there is room."""
+        memory = self.memory()
+        self.accept(memory, "first")
+        with self.room(os.path.getsize(self.path) + 20):
+            for name, said in (("second", "%s: No space left on device; only this process remembers"
+                                % self.path), ("third", "")):
+                self.assertEqual("", self.accept(memory, name))
+                self.assertEqual(0, os.path.getsize(self.path))
+                self.assertEqual(said, self.logged()[:len(said) or None])
+        for room in (1 << 20, 10):  # a start, in the same second
+            write(self.path, "")
+            with self.room(room):
+                again = self.memory()
+                for name in ("first", "second", "other"):
+                    self.assertEqual("before memory", self.accept(again, name))
+        with self.room(10):
+            self.clock.pass_seconds(60)
+            self.logged()
+            self.assertEqual("", self.accept(memory, "fourth"))
+            self.assertIn("only this process", self.logged())
+        self.clock.pass_seconds(60)
+        self.assertEqual("", self.accept(memory, "fifth"))
+        self.assertEqual("%s: packets are written to it again\n" % self.path, self.logged())
+        for made in (memory, self.memory()):
+            for name in ("first", "second", "third", "fourth", "fifth"):
+                self.assertEqual("replay", self.accept(made, name))
+
+    def test_a_start_that_can_not_write_trusts_no_beginning(self) -> None:
+        """The server before may have taken packets that the file does not have."""
+        self.accept(self.memory(), "first")
+        self.clock.pass_seconds(9)
+        with mock.patch("os.rename", side_effect=OSError(30, "Read-only file system")), \
+                mock.patch.object(server, "empty_file"):
+            memory = self.memory()
+        self.assertIn("%s: Read-only file system; only" % self.path, self.logged())
+        for expected in ({"before memory"}, {"replay", ""}):
+            self.assertEqual(expected, {self.accept(memory, name) for name in ("first", "second")})
+            self.clock.pass_seconds(1)
+        self.assertNotIn("digest.cache.new", os.listdir(self.directory))
+
+    def test_a_file_that_somebody_touches(self) -> None:
+        """Moved away, deleted, emptied, or another one in its place: the next packet mends it."""
+        memory = self.memory()
+        harms: Dict[str, Callable[[], Any]] = {
+            "move": lambda: os.rename(self.path, self.place("old")),
+            "delete": lambda: os.unlink(self.path), "empty": lambda: os.truncate(self.path, 0),
+            "replace": lambda: os.replace(write(self.place("new"), "x"), self.path),
+            "link": lambda: os.replace(self.place("link"), self.path)}
+        os.symlink(write(self.place("foreign"), ""), self.place("link"))
+        self.accept(memory, "first")
+        for name, harm in harms.items():
+            with self.subTest(harm=name):
+                harm()
+                self.logged()
+                self.assertEqual("", self.accept(memory, name))
+                self.assertEqual("%s: somebody moved, deleted or changed it; writing it anew\n"
+                                 % self.path, self.logged())
+                again = self.memory()
+                self.assertEqual({"replay"}, {self.accept(again, each) for each in ("first", name)})
+                memory.written = server.file_state(self.path)  # the start wrote it anew
+                memory.file, again.file = again.file, memory.file
+        self.assertEqual("", self.logged() + read(self.place("foreign")))
 
     def test_a_failing_rewrite_leaks_nothing(self) -> None:
-        """Each leaves the old file in use, and no open descriptor behind."""
+        """Each leaves what was remembered, and no open descriptor behind."""
         memory = self.memory()
         self.accept(memory, "a")
         os.unlink(self.path)
         os.mkdir(self.path)
         before = len(os.listdir("/proc/self/fd"))
-        for _ in range(5):
-            with self.assertRaises(server.SpaError):
-                memory.rewrite()
-        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
+        for number in range(5):
+            self.assertEqual("", self.accept(memory, str(number)))
+            self.clock.pass_seconds(60)
+        self.assertEqual(before - 1, len(os.listdir("/proc/self/fd")))
         self.assertEqual("replay", self.accept(memory, "a"))
 
-    def test_a_link_in_place_of_the_new_file_is_not_followed(self) -> None:
-        """Nobody makes root write somewhere else."""
-        target = os.path.join(self.directory, "target")
-        os.symlink(target, self.path + ".new")
-        self.memory()
-        self.assertFalse(os.path.exists(target))
+    def test_links_are_not_followed(self) -> None:
+        """Nobody makes root read or write somewhere else."""
+        for path in (self.path, self.path + ".new"):
+            target = write(self.place("target"), "# began 1 boot-1 0\n")
+            os.symlink(target, path)
+            self.assertEqual("before memory", self.accept(self.memory(), "a", NOW - 1))
+            self.assertEqual("# began 1 boot-1 0\n", read(target))
+            os.unlink(self.path)
+
+    def test_why_a_packet_is_too_old_for_the_memory(self) -> None:
+        """Made before it began, or at a time that was forgotten, by which the clock is back."""
+        memory = self.memory()
+        self.clock.pass_seconds(10)
+        memory.forgotten = int(self.clock.wall_time) + 5
+        for timestamp, reason, words in (
+                (NOW - 1, "before memory", "1 seconds before this replay memory began"),
+                (NOW + 10, "forgotten", "clock was set back; a new one will do in 6 seconds")):
+            with self.assertRaisesRegex(server.NotFresh, words) as caught:
+                memory.check_fresh(timestamp)
+            self.assertEqual(reason, caught.exception.reason)
 
 
 # ------------------------------------------------------------------- grants
@@ -1323,13 +1385,11 @@ except OSError:
 
 
 class PidFileTest(ServerCase):
-    """One server at a time, and a status that changes nothing."""
+    """One server at a time, and a status that changes nothing; a pid at any time."""
 
     def lock(self, path: str) -> int:
         """Lock a pid file, for this process."""
-        file = server.lock_pid_file(path)
-        os.pwrite(file, b"%d\n" % os.getpid(), 0)
-        return int(file)
+        return int(server.lock_pid_file(path, self.log))
 
     def test_lock(self) -> None:
         """A second server is told the pid of the first."""
@@ -1339,7 +1399,7 @@ class PidFileTest(ServerCase):
         file = self.lock(path)
         self.assertEqual(os.getpid(), server.running_server(path))
         with self.assertRaises(server.SpaError) as caught:
-            server.lock_pid_file(path)
+            self.lock(path)
         self.assertEqual("An instance of fwknopd is already running: (PID=%d)." % os.getpid(),
                          str(caught.exception))
         answer = run([sys.executable, "-c", HOLDER, path])
@@ -1349,17 +1409,47 @@ class PidFileTest(ServerCase):
         os.close(self.lock(path))
 
     def test_a_file_left_by_a_dead_server(self) -> None:
-        """Is no running server, nor is its pid one while the next has not written its own."""
+        """Is no running server, and gets the pid of the next."""
         path = os.path.join(self.directory, "fwknopd.pid")
         for text in ("1\n", "", "garbage", "99999999\n"):
             with open(path, "w") as stream:
                 stream.write(text)
             self.assertIsNone(server.running_server(path))
-            file = server.lock_pid_file(path)
-            self.addCleanup(os.close, file)
-            self.assertIsNone(server.running_server(path))
-            self.assertEqual(0, os.path.getsize(path))
+            file = self.lock(path)
+            self.assertEqual(os.getpid(), server.running_server(path))
+            os.close(file)
+            self.assertEqual("%d\n" % os.getpid(), read(path))
             path += "x"
+
+    def test_a_link_is_refused(self) -> None:
+        """Whoever owns the directory must not have root write a pid somewhere else."""
+        path, target = self.place("pid"), write(self.place("target"), "root's\n")
+        os.symlink(target, path)
+        for ask in (self.lock, server.running_server):
+            with self.assertRaisesRegex(OSError, "expected a file, not a symbolic link"):
+                ask(path)
+        self.assertEqual("root's\n", read(target))
+
+    def test_it_is_never_empty(self) -> None:
+        """Whenever somebody looks: at each call of the system by which it is made and locked."""
+        path, seen = self.place("pid"), set()
+
+        def look(frame: Any, event: str, argument: Any) -> None:
+            """Note what is in the file."""
+            if os.path.exists(path):
+                seen.add(read(path).strip())
+
+        for before in (None, "1234567\n"):
+            if before:
+                write(path, before)
+            sys.setprofile(look)
+            try:
+                file = self.lock(path)
+            finally:
+                sys.setprofile(None)
+            os.close(file)
+            os.unlink(path)
+        self.assertEqual({"1234567", str(os.getpid())}, seen)
 
     def test_the_lock_is_not_inherited_by_programs(self) -> None:
         """Programs that the server starts do not hold its lock."""
