@@ -3686,11 +3686,11 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def attribute_list(data: bytes) -> Iterator[Tuple[int, bytes]]:
-    """Type and value of each attribute in `data`."""
+    """Return type and value of each attribute in `data`; CommandError when one is cut."""
     while len(data) >= 4:
         length, kind = struct.unpack_from("=HH", data)
-        if length < 4:
-            break
+        if not 4 <= length <= len(data):
+            raise CommandError("netlink: an attribute is cut")
         yield kind & 0x3FFF, data[4:length]
         data = data[(length + 3) & ~3:]
 
@@ -3701,11 +3701,14 @@ def attributes(data: bytes) -> Dict[int, bytes]:
 
 
 def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
-    """Type, port id and body of each message in what the kernel sent."""
-    while len(data) >= 16:
-        length, kind, _, _, port = struct.unpack_from("=IHHII", data)
-        if length < 16:
-            break
+    """Return type, port id and body of each message that the kernel sent.
+
+    CommandError when one is cut. The body of an error begins with its number.
+    """
+    while data:
+        length, kind, _, _, port = struct.unpack_from("=IHHII", data.ljust(16, b"\0"))
+        if not 16 + 4 * (kind == NLMSG_ERROR) <= length <= len(data):
+            raise CommandError("netlink: a message is cut")
         yield kind, port, data[16:length]
         data = data[(length + 3) & ~3:]
 
@@ -3971,6 +3974,7 @@ class UdpCapture(Capture):
 MAX_REQUEST = MAX_PAYLOAD + 4096  # bytes of an HTTP request
 MAX_CONNECTIONS, MAX_PER_NETWORK = 32, 4  # of one family; of one IPv4 address or IPv6 /64
 FIRST_SECONDS, REST_SECONDS = 5.0, 2.0  # for the first byte, and from then on for all others
+ACCEPT_PAUSE = 1.0  # after which a connection is taken again for which there was no descriptor
 
 
 class Incoming(NamedTuple):
@@ -3996,6 +4000,7 @@ class TcpCapture(Capture):
         super().__init__(bound_socket(family, socket.SOCK_STREAM, port, (
             socket.SOL_SOCKET, socket.SO_REUSEADDR)), "TCP port %d" % port, 2 * MAX_REQUEST)
         self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
+        self.pause_end = float("inf")  # when connections are taken again, while none can be
         self.selector = selectors.EpollSelector()
         self.selector.register(self.socket, selectors.EVENT_READ)
 
@@ -4005,12 +4010,14 @@ class TcpCapture(Capture):
 
     @property
     def due(self) -> float:
-        """When the first connection has had its time."""
-        return min((each.end for each in self.connections.values()), default=float("inf"))
+        """When the first connection has had its time, or the next one can be taken again."""
+        return min([each.end for each in self.connections.values()] + [self.pause_end])
 
     def receive(self) -> Optional[Datagram]:
         """What the next connection brought that is at its end; reading goes before accepting."""
         now = self.clocks.monotonic()
+        if now >= self.pause_end:
+            self.end_pause()
         for number, connection in self.connections.items():
             if now >= connection.end:
                 return self.finish(number, reset=True)
@@ -4027,7 +4034,10 @@ class TcpCapture(Capture):
         try:
             opened, peer = self.socket.accept()
             here = opened.getsockname()
-        except OSError:  # it has gone already
+        except OSError as error:  # it has gone already, or there is no descriptor left for it
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.selector.unregister(self.socket)  # it would stay readable
+                self.pause_end = now + ACCEPT_PAUSE
             return None
         opened.setblocking(False)
         source, destination = (socket.inet_pton(self.family, name[0].partition("%")[0])
@@ -4043,6 +4053,12 @@ class TcpCapture(Capture):
         if len(self.connections) > MAX_CONNECTIONS:
             return self.finish(next(iter(self.connections)), reset=True)
         return self.read(number, now)
+
+    def end_pause(self) -> None:
+        """Take connections again."""
+        if self.pause_end != float("inf"):
+            self.pause_end = float("inf")
+            self.selector.register(self.socket, selectors.EVENT_READ)
 
     def read(self, number: int, now: float) -> Optional[Datagram]:
         """Takes what has come by a connection; returns what that makes when it is all."""
@@ -4075,6 +4091,7 @@ class TcpCapture(Capture):
             connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                          struct.pack("ii", 1, 0))
         connection.socket.close()
+        self.end_pause()
         return connection.datagram if connection.datagram.payload else None
 
     def close(self) -> None:
@@ -6664,7 +6681,7 @@ class Server(KnockGate):
                     changed = changed or port != self.grants.firewall.netlink_port
         except BlockingIOError:
             pass
-        except OSError:  # more was announced than fits
+        except (OSError, CommandError):  # more was announced than fits
             changed = True
         if changed:
             due = self.clocks.monotonic() + SETTLE_SECONDS

@@ -9,6 +9,7 @@ vectors/filters.json, and made anew and compared where tcpdump is installed.
 import json
 import os
 import random
+import resource
 import select
 import socket
 import struct
@@ -864,6 +865,33 @@ class TcpTest(unittest.TestCase):
             self.assertLessEqual(len(self.capture.connections), server.MAX_CONNECTIONS)
         self.connect(b"GET /x\n\n", "127.0.0.99")
         self.assertEqual([b"GET /x\n\n"], self.drain(1))
+
+    def test_no_descriptor_is_left(self) -> None:
+        """It waits for a second, or until a connection ends, instead of trying again and again."""
+        first = self.connect(b"A" * 100)
+        self.assertEqual([], self.drain())
+        self.connect(b"GET /x\n\n")
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+        def wait() -> None:
+            """Find it readable, and not any more once there was no descriptor for it."""
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            self.assertEqual([], self.drain())
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            self.assertEqual(([], []), (self.capture.selector.select(0), self.drain()))
+            self.assertEqual(server.ACCEPT_PAUSE, self.capture.due - self.clock.mono())
+
+        wait()
+        first.close()
+        self.assertEqual([b"A" * 100, b"GET /x\n\n"], self.drain(2))
+        self.connect(b"GET /y\n\n")
+        wait()
+        self.clock.pass_seconds(server.ACCEPT_PAUSE)
+        self.assertEqual([b"GET /y\n\n"], self.drain(1))
+        self.assertEqual(float("inf"), self.capture.due)
 
     def test_addresses(self) -> None:
         """Both ends of the connection, as a packet socket would have them."""

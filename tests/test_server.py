@@ -1695,6 +1695,23 @@ class IptablesTest(unittest.TestCase):
                 self.assertIsNone(server.parse_rule(line, place))
 
 
+class AnsweringSocket:
+    """A socket on which the kernel answers with these bytes."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer, self.ready = answer, []  # type: Tuple[bytes, List[bytes]]
+
+    def sendto(self, *_: Any) -> None:
+        """Ask."""
+        self.ready = [self.answer]
+
+    def recv(self, *_: Any) -> bytes:
+        """Return the answer, once."""
+        if not self.ready:
+            raise BlockingIOError
+        return self.ready.pop()
+
+
 class NetlinkTest(unittest.TestCase):
     """What the kernel refuses before it answers."""
 
@@ -1770,21 +1787,48 @@ class NftTest(unittest.TestCase):
         self.assertEqual({1: b"x"}, server.attributes(server.attributes(nested)[3]))
 
     def test_broken_netlink_data(self) -> None:
-        """Ends; nothing is read twice or for ever."""
+        """Ends; nothing is read twice or for ever, and the only error is one that is tried again.
+        """
         draw = random.Random(13)
         for _ in range(500):
             data = bytes(draw.randrange(4) for _ in range(draw.randrange(60)))
-            server.attributes(data)
-            list(server.attribute_list(data))
-            list(server.netlink_messages(data))
-        self.assertEqual({}, server.attributes(b"\3\0\1\0zzzz"))
+            for parse in (server.attributes, server.netlink_messages):
+                with contextlib.suppress(server.CommandError):
+                    list(parse(data))
+        with self.assertRaises(server.CommandError):
+            server.attributes(b"\3\0\1\0zzzz")
 
     def test_messages(self) -> None:
         """Several in one answer of the kernel."""
         one = struct.pack("=IHHII", 20, 5, 0, 1, 77) + b"body"
-        two = struct.pack("=IHHII", 17, 6, 0, 1, 78) + b"x\0\0\0"
-        self.assertEqual([(5, 77, b"body"), (6, 78, b"x")],
+        two = struct.pack("=IHHII", 21, 6, 0, 1, 78) + b"xxxxx\0\0\0"
+        self.assertEqual([(5, 77, b"body"), (6, 78, b"xxxxx")],
                          list(server.netlink_messages(one + two)))
+
+    def test_cut_answers(self) -> None:
+        """An answer of the kernel that is cut anywhere is a CommandError, or a shorter list."""
+        shape = server.Shape(4, 32, False)
+        element = server.attribute(server.ELEMENT_KEY, server.attribute(
+            server.DATA_VALUE, shape.key(door("10.55.0.2/32 tcp/22"))))
+        element += server.attribute(server.ELEMENT_EXPIRATION, struct.pack(">Q", 9000))
+        body = bytes(4) + server.attribute(server.LIST_ELEMENTS,
+                                           server.attribute(server.LIST_ITEM, element))
+        answer = struct.pack("=IHHII", 16 + len(body), server.NEW_ELEMENT, 0, 1, 0) + body
+        answer += struct.pack("=IHHIIi", 20, server.NLMSG_DONE, 0, 1, 0, 0)
+        answer += struct.pack("=IHHIIi", 20, server.NLMSG_ERROR, 0, 1, 0, 0)
+        netlink = server.Netlink()
+        netlink.socket.close()
+        for length in range(len(answer) + 1):
+            for whole in (False, True):  # the first message, and what is in it is cut
+                data = bytearray(answer[:length])
+                if whole and length >= 4:
+                    struct.pack_into("=I", data, 0, min(length, 16 + len(body)))
+                for ask in (lambda: netlink.commit([(server.DELETE_ELEMENT, 1, b"")]),
+                            lambda: server.NftFirewall.read_set(
+                                mock.Mock(netlink=netlink), server.GUARD_TABLE, shape)):
+                    netlink.socket = AnsweringSocket(bytes(data))
+                    with contextlib.suppress(server.CommandError):
+                        ask()
 
 
 if __name__ == "__main__":
