@@ -4921,9 +4921,9 @@ class Iptables:
                                                  "sport" if place.outgoing else "dport", door.port))
         if place.match:
             words.append(place.match)
-        if self.dated:
-            date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(min(grant.expires, LAST_DATE)))
-            words.append("-m time --datestop " + date)
+        if self.dated:  # the kernel counts the second of the date in
+            last = time.gmtime(min(grant.expires - 1, LAST_DATE))
+            words.append("-m time --datestop " + time.strftime("%Y-%m-%dT%H:%M:%S", last))
         words.append("-m comment --comment %s%d -j %s" % (MARK, grant.expires, place.target))
         if door.target and place.tells:
             words.append(TARGET_OPTIONS[door.kind] + " " + door.target_text())
@@ -5410,7 +5410,7 @@ class Grants:
         same stanza's. PacketRejected when it is not, or the stanza has too many doors open.
         """
         now = self.clocks.monotonic()
-        ends, expires = now + seconds, int(self.clocks.wall() + seconds + 0.999)
+        ends, expires = now + seconds, int(self.clocks.wall() + seconds + 0.999999)
         doors = [door for door in map(self.firewall.form, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")

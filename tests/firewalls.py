@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
 BACKENDS = (NFT, IPTABLES_NFT, IPTABLES_LEGACY)
-LATENESS = 3.0  # iptables ends a grant by itself at the next whole second but one
+LATENESS = 1.5  # iptables ends a grant by itself at the next whole second
 
 # Starts the script behind it so that only an announcement lets it look at its firewall, or, where
 # the kernel announces nothing (legacy iptables), each second.

@@ -1652,7 +1652,7 @@ class IptablesTest(unittest.TestCase):
                 (out, there, "-s 10.55.0.1/32 -d 10.55.0.2/32 -p tcp -m tcp --sport 22 -m comment "
                              "--comment _exp_1795370285 -j ACCEPT")):
             self.assertEqual(expected, self.program(dated=False).rule(place, grant))
-        self.assertIn("-m time --datestop 2026-11-22T18:38:03 -m comment",
+        self.assertIn("-m time --datestop 2026-11-22T18:38:02 -m comment",
                       self.program().rule(into, ssh._replace(expires=1795372683)))
 
     def test_rule_and_parse_rule_are_inverse(self) -> None:
