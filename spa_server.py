@@ -69,6 +69,7 @@ import fcntl
 import heapq
 import ipaddress
 import os
+import select
 import selectors
 import signal
 import socket
@@ -81,11 +82,6 @@ from _operator import _compare_digest as compare_digest  # hmac's, which small P
 from functools import partial
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, TypeVar, Union, overload)
-
-try:
-    import syslog
-except ImportError:  # not on every system; --syslog-enable then says so
-    syslog = None  # type: ignore[assignment]
 
 VERSION = "0.1.0"
 
@@ -1645,7 +1641,8 @@ def is_word(text: str) -> bool:
 
 NFT_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # NFPROTO_ of linux/netfilter.h
 WORD_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
-FACILITIES = ("LOG_DAEMON",) + tuple("LOG_LOCAL%d" % number for number in range(8))
+FACILITIES = dict([("LOG_DAEMON", 3)] + [("LOG_LOCAL%d" % number, 16 + number)
+                                         for number in range(8)])  # RFC 3164 section 4.1.1
 
 
 class ServerSettings(Settings):
@@ -2931,10 +2928,12 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # 12. Log and programs
 #
 # Where lines go, and run_program, for the firewall and gpg's list of keys. Programs are also
-# started by Gpg.run and launch, and nowhere else. Nothing secret reaches a line or a command line.
+# started by Gpg.run and launch, and nowhere else; none of them gets our stderr, which may be full.
+# Nothing secret reaches a line or a command line.
 # ======================================================================================
 
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # severities of RFC 5424 section 6.2.1
+SYSLOG = "/dev/log"
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 BURST = 20  # lines of a kind that anybody can cause at once; then one a second
 MORE_KNOCKS = "more knocks came without a line in the log"
@@ -2993,48 +2992,188 @@ def say(text: str) -> None:
         raise SpaError("standard output: " + why)
 
 
+class Outlet:
+    """A place for lines of the log. While it takes no more, lines are dropped, and knocks go on.
+
+    Each kind has a send() that never waits, and returns whether it could write the line.
+    """
+
+    def __init__(self) -> None:
+        self.dropped = 0
+
+    def write(self, severity: int, text: str) -> None:
+        """Write a line, and before it how many were dropped."""
+        if self.dropped and self.send(WARNING, "%d lines of the log were dropped: nothing took them"
+                                      % self.dropped):
+            self.dropped = 0
+        if self.dropped or not self.send(severity, text):
+            self.dropped += 1
+
+    def send(self, severity: int, text: str) -> bool:
+        """Write a line, if that is possible at once; return whether it was."""
+        raise NotImplementedError
+
+
+class StreamOutlet(Outlet):
+    """A stream, with `<N>` before each line when that is systemd's journal.
+
+    O_NONBLOCK would hold for all who share the open file. So this opens a pipe or a terminal once
+    more, for itself. Where that can't be done, as with sockets, a line is written only when poll()
+    says so; a pipe then takes PIPE_BUF bytes at once (pipe(7)).
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self.stream, self.prefixed = stream, is_journal(stream)
+        self.own, self.poll = -1, select.poll()
+        self.rest = b""  # of a line of which a terminal took a part
+        try:
+            self.number = stream.fileno()
+            self.waits = not stat.S_ISREG(os.fstat(self.number).st_mode)
+        except (OSError, ValueError):  # no file at all
+            self.waits = False
+        if self.waits:
+            self.poll.register(self.number, select.POLLOUT)
+            try:
+                self.own = os.open("/proc/self/fd/%d" % self.number,
+                                   os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        """Close what this opened for itself."""
+        if self.own >= 0:
+            os.close(self.own)
+            self.own = -1
+
+    def send(self, severity: int, text: str) -> bool:
+        """Write to the stream."""
+        line = "<%d>%s" % (severity, text) if self.prefixed else text
+        try:
+            if not self.waits:
+                self.stream.write(line + "\n")
+                self.stream.flush()
+                return True
+            self.rest = self.rest[self.write_part(self.rest):]
+            whole = line[:select.PIPE_BUF - 1].encode() + b"\n"
+            written = 0 if self.rest else self.write_part(whole)
+            if written:
+                self.rest = whole[written:]
+            return written > 0
+        except (OSError, ValueError):
+            return False
+
+    def write_part(self, text: bytes) -> int:
+        """Write what can be written at once; return how many bytes that are."""
+        if not text or not self.poll.poll(0):
+            return 0
+        return os.write(self.number if self.own < 0 else self.own, text)
+
+
+class SyslogOutlet(Outlet):
+    """Syslog, by its socket in the C library's format (RFC 3164 section 4): that one would wait."""
+
+    def __init__(self, name: str, facility: str, with_pid: bool, path: str) -> None:
+        super().__init__()
+        self.name, self.facility, self.with_pid = name, FACILITIES[facility], with_pid
+        self.path = path
+        self.socket: Optional[socket.socket] = None
+
+    def connect(self) -> socket.socket:
+        """Return a socket to what serves syslog now, which takes datagrams, or else a stream."""
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+            made = socket.socket(socket.AF_UNIX, kind)
+            made.setblocking(False)
+            try:
+                made.connect(self.path)
+                break
+            except OSError as error:
+                made.close()
+                if error.errno != errno.EPROTOTYPE or kind == socket.SOCK_STREAM:
+                    raise
+        return made
+
+    def send(self, severity: int, text: str) -> bool:
+        """Send to syslog; once more when it was started anew since the last line."""
+        pid = "[%d]" % os.getpid() if self.with_pid else ""
+        now = time.strftime("%b %e %H:%M:%S")
+        line = "<%d>%s %s%s: %s" % (self.facility << 3 | severity, now, self.name, pid, text)
+        for _ in range(2):
+            try:
+                self.socket = self.socket or self.connect()
+                kind = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+                message = line.encode() + b"\0" * (kind == socket.SOCK_STREAM)
+                if self.socket.send(message, socket.MSG_DONTWAIT) == len(message):
+                    return True
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass
+            if self.socket:  # what took half a line must not get the next one behind it
+                self.socket.close()
+                self.socket = None
+        return False
+
+
+class FileOutlet(Outlet):
+    """A file, which is opened for each line, so that it can be moved away; with knockd's date."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def open(self) -> int:
+        """Open the file, or a FIFO that somebody reads."""
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+
+    def send(self, severity: int, text: str) -> bool:
+        """Write to the file."""
+        line = "[%s] %s\n" % (time.strftime("%Y-%m-%d %H:%M"), text)
+        try:
+            with open(self.open(), "wb", buffering=0) as file:
+                return file.write(line.encode()) == len(line)
+        except OSError:
+            return False
+
+
 class Log:
-    """Lines to stderr, with `<N>` before each when that is systemd's journal, and to syslog."""
+    """Lines to stderr, to syslog, and to a file."""
 
     def __init__(self, stream: Any = None,
                  monotonic: Callable[[], float] = time.monotonic) -> None:
-        self.stream, self.to_syslog, self.level = stream, False, INFO
+        self.level = INFO
+        self.stream: Optional[StreamOutlet] = None if stream is None else StreamOutlet(stream)
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
-        self.prefixed = stream is not None and is_journal(stream)
-        self.path = ""  # of a file that gets the lines as well, with knockd's date
+        self.syslog: Optional[Outlet] = None
+        self.file: Optional[FileOutlet] = None
         self.usual = INFO  # the severity of usual lines in syslog
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
         self.first_steps = Throttle(self, MORE_KNOCKS, monotonic)
         self.further_steps = Throttle(self, MORE_KNOCKS, monotonic, STEP_BURST)
 
-    def open_syslog(self, name: str, option: str, facility: str) -> None:
-        """Lets lines go to syslog as well, under a name."""
-        if syslog is None:
-            raise SpaError("this Python has no syslog module")
-        syslog.openlog(name, getattr(syslog, option) if option else 0, getattr(syslog, facility))
-        self.to_syslog = True
+    def close_stream(self) -> None:
+        """Write no more lines to the stream."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def open_syslog(self, name: str, facility: str, with_pid: bool, path: str = SYSLOG) -> None:
+        """Let lines go to syslog as well, under a name."""
+        self.syslog = SyslogOutlet(name, facility, with_pid, path)
 
     def write(self, severity: int, text: str) -> None:
-        """One line, or none. Control characters, which a packet may have brought, are made visible.
+        """Write one line, or none. Control characters, which a packet may have brought, are shown.
         """
         if severity > self.level or not text:
             return
         text = "".join(c if " " <= c <= "~" else "\\x%02x" % ord(c) for c in text)
         if self.stream is not None and severity <= self.stream_level:
-            try:
-                self.stream.write("<%d>%s\n" % (severity, text) if self.prefixed else text + "\n")
-                self.stream.flush()
-            except (OSError, ValueError):
-                pass  # nobody reads it any more; that must not end the server
-        if self.to_syslog and syslog is not None:
-            syslog.syslog(self.usual if severity == INFO else severity, text)
-        if self.path:
-            try:
-                with open(self.path, "a") as file:  # each time, so that it can be moved away
-                    file.write("[%s] %s\n" % (time.strftime("%Y-%m-%d %H:%M"), text))
-            except OSError:
-                pass
+            self.stream.write(severity, text)
+        if self.syslog is not None:
+            self.syslog.write(self.usual if severity == INFO else severity, text)
+        if self.file is not None:
+            self.file.write(severity, text)
 
     def error(self, text: str) -> None:
         """Something failed."""
@@ -6981,7 +7120,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
         os.write(ready, b"1")
         os.close(ready)
         close_standard_files()
-        log.stream = None
+        log.close_stream()
     while server.running:
         server.turn()
         while signals:
@@ -7560,14 +7699,16 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
 
 def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
     """Lets the log go where a knockd.conf says, too."""
-    log.path = os.path.join(directory, options.log_file) if options.log_file else ""
+    path = os.path.join(directory, options.log_file) if options.log_file else ""
+    if path != (log.file.path if log.file else ""):
+        log.file = FileOutlet(path) if path else None
     try:
-        if log.path:
-            open(log.path, "a").close()
+        if log.file:
+            os.close(log.file.open())
     except OSError as error:  # as in knockd, no reason not to serve
-        log.error("%s: %s; it gets no lines" % (log.path, error.strerror))
-    if options.use_syslog and not log.to_syslog:
-        log.open_syslog("knockd", "", "LOG_DAEMON")
+        log.error("%s: %s; it gets no lines" % (path, error.strerror))
+    if options.use_syslog and not log.syslog:
+        log.open_syslog("knockd", "LOG_DAEMON", with_pid=False)
         log.stream_level = log.stream_level if log.level == DEBUG else ERROR
         log.usual = NOTICE
 
@@ -7580,7 +7721,7 @@ def serve(arguments: Arguments, log: Log) -> int:
     named = arguments.program == "fwknopd" and "foreground" not in arguments
     daemon = named or "daemon" in arguments
     if (daemon and not arguments.as_knockd) or "syslog" in arguments:
-        log.open_syslog(settings.syslog_identity, "LOG_PID", settings.syslog_facility)
+        log.open_syslog(settings.syslog_identity, settings.syslog_facility, with_pid=True)
     log.stream_level = ERROR if daemon else DEBUG
     pid = running_server(settings.pid_file) if named else None
     if pid is not None:  # for scripts that start it again and again, as with fwknopd

@@ -13,6 +13,7 @@ import re
 import signal
 import stat
 import string
+import subprocess
 import time
 import unittest
 from typing import Any, List, NamedTuple, Tuple  # noqa: F401  (in type comments)
@@ -21,7 +22,8 @@ from tests.bench import HONEST, start_ours, survive
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEY, KEYS, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, CableCase, Host, Server, end_process,
                          start_fwknopd)
-from tests.support import (TIMEOUT, SharedCase, needs_programs, needs_root, run, wait_for, write)
+from tests.support import (TIMEOUT, SharedCase, needs_programs, needs_root, read, run, wait_for,
+                           write)
 
 LETTERS = string.digits + string.ascii_letters
 BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -669,6 +671,38 @@ class LifeTest(LiveTest):
 
         match = wait_for(told, "the count of what was left out")
         self.assertGreater(int(match.group(1)), 300)
+
+    def test_a_log_that_nobody_reads(self) -> None:
+        """Stdout and stderr are one full pipe: packets are taken, and lost lines are counted."""
+        server = Server(self.cable.server, "", STANZA)
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        popen = subprocess.Popen(self.cable.server.command([*SPA_SERVER, *server.files, "-t"]),
+                                 stdin=subprocess.DEVNULL, stdout=writer, stderr=writer)
+        self.addCleanup(end_process, popen, signal.SIGKILL)
+        said = b""
+
+        def wait_said(text: bytes) -> None:
+            """Read until this has come."""
+            nonlocal said
+            while text not in said:
+                said += os.read(reader, 65536)
+
+        wait_said(Server.READY.encode())
+        with open("/proc/self/fd/%d" % writer, "wb", buffering=0,
+                  opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            while file.write(b"x" * 4096):
+                pass
+        os.close(writer)
+        for count in range(1, 6):
+            self.client.send(SERVER4, 62201, "A" * 200)
+            self.client.run(*SPA_CLIENT, *KEYS, *KNOCK4)
+            wait_for(lambda: read(os.path.join(server.directory, "run", "digest.cache")).count(
+                CLIENT4) == count, "packet %d" % count)  # noqa: B023
+        wait_said(b"x" * 65000)
+        self.client.run(*SPA_CLIENT, *KEYS, *KNOCK4)
+        wait_said(b" opened ")
+        self.assertRegex(said, rb"x[23]\d lines of the log were dropped: nothing took them\n")
 
     @needs_programs("nft")
     def test_init_on_a_fresh_host(self) -> None:

@@ -225,14 +225,13 @@ class LifeLineTest(LogCase):
     def test_background(self) -> None:
         """On the way there, stderr gets what went wrong and syslog gets all."""
         self.log.stream_level = server.ERROR
-        self.log.to_syslog = True
-        with mock.patch.object(server, "syslog") as syslog:
-            self.log.info("Starting fwknopd")
-            self.log.warning("careful")
-            self.log.error("broken")
+        self.log.syslog = mock.Mock()
+        self.log.info("Starting fwknopd")
+        self.log.warning("careful")
+        self.log.error("broken")
         self.assertEqual(["broken"], self.lines())
         self.assertEqual([(6, "Starting fwknopd"), (4, "careful"), (3, "broken")],
-                         [call[0] for call in syslog.syslog.call_args_list])
+                         [call[0] for call in self.log.syslog.write.call_args_list])
 
 
 class OpenersTest(LogCase):

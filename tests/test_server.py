@@ -12,7 +12,9 @@ import ipaddress
 import itertools
 import os
 import random
+import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -686,17 +688,93 @@ class LogTest(ServerCase):
                 stream.seek(0)
                 self.assertEqual("<3>e\n<4>w\n<6>i\n" if prefixed else "e\nw\ni\n", stream.read())
 
+    def receiver(self, kind: int, path: str) -> socket.socket:
+        """Return a socket like syslog's; another one may have been there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        made = socket.socket(socket.AF_UNIX, kind)
+        self.addCleanup(made.close)
+        made.settimeout(10)
+        made.bind(path)
+        return made
+
     def test_syslog(self) -> None:
-        """Severities are syslog's own; without a stream only syslog gets the line."""
-        with mock.patch.object(server, "syslog") as syslog:
-            log = server.Log()
-            log.to_syslog = True
-            log.error("e")
-            log.warning("w\n")
-            log.info("i")
-            log.debug("d")
-        self.assertEqual([mock.call(3, "e"), mock.call(4, "w\\x0a"), mock.call(6, "i")],
-                         syslog.syslog.mock_calls)
+        """The lines of the C library, without a stream only there; also to a syslog that is new."""
+        log, path = server.Log(), self.place("log")
+        for facility, with_pid, expected in (
+                ("LOG_DAEMON", True, r"^<27>%%s me\[%d\]: e$" % os.getpid()),
+                ("LOG_LOCAL7", False, r"^<187>%s me: e$")):
+            log.open_syslog("me", facility, with_pid, path)
+            for _ in range(2):
+                made = self.receiver(socket.SOCK_DGRAM, path)
+                log.error("e")
+                self.assertRegex(made.recv(99).decode(),
+                                 expected % r"[A-Z][a-z]{2} [ 123]\d \d\d:\d\d:\d\d")
+                for line in ("w\n", "i"):
+                    (log.warning if "w" in line else log.info)(line)
+                log.debug("d")
+                self.assertTrue(made.recv(99).endswith(b": w\\x0a"))
+                self.assertTrue(made.recv(99).endswith(b": i"))
+                made.close()
+        log.error("nobody takes this")
+        made = self.receiver(socket.SOCK_STREAM, path)
+        made.listen(5)
+        log.error("e")
+        peer = made.accept()[0]
+        peer.close()
+        log.error("again")
+        peer = made.accept()[0]
+        self.addCleanup(peer.close)
+        self.assertRegex(peer.recv(99), rb"^<187>[^\0]* me: again\0$")
+
+    def test_full(self) -> None:
+        """No place for lines is waited for: they are dropped, and counted when it goes on."""
+        reader, writer = os.pipe()
+        os.mkfifo(self.place("fifo"))
+        fifo = os.open(self.place("fifo"), os.O_RDONLY | os.O_NONBLOCK)
+        near, far = socket.socketpair()
+        terminal, end = os.openpty()
+        made = self.receiver(socket.SOCK_DGRAM, self.place("log"))
+        made.setblocking(False)
+        streams = [stack.enter_context(os.fdopen(each, "w")) for stack in [contextlib.ExitStack()]
+                   for each in (writer, near.detach(), end)]
+        for each in (reader, fifo, far.fileno(), terminal):
+            os.set_blocking(each, False)
+        for outlet, read_some in (
+                (server.StreamOutlet(streams[0]), partial(os.read, reader)),
+                (server.StreamOutlet(streams[1]), far.recv),
+                (server.StreamOutlet(streams[2]), partial(os.read, terminal)),
+                (server.FileOutlet(self.place("fifo")), partial(os.read, fifo)),
+                (server.SyslogOutlet("me", "LOG_DAEMON", False, self.place("log")), made.recv)):
+            with self.subTest(outlet=type(outlet).__name__):
+                wrote = 0
+                while outlet.dropped < 3 and wrote < 1000:
+                    outlet.write(server.INFO, "x" * 3000)
+                    wrote += 1
+                found = b""
+                for _ in range(2):
+                    with contextlib.suppress(BlockingIOError):
+                        for text in iter(partial(read_some, 65536), b""):
+                            found += text
+                    outlet.write(server.INFO, "it goes on")
+                dropped = map(int, re.findall(rb"(\d+) lines of the log were dropped: ", found))
+                self.assertEqual(wrote, found.count(b"x" * 3000) + sum(dropped))
+                self.assertEqual(wrote < 1000, b"it goes on" in found)
+        for stream in streams:
+            stream.close()
+        for each in (reader, fifo, terminal):
+            os.close(each)
+        far.close()
+
+    def test_long_lines(self) -> None:
+        """A pipe gets as much of a line as it takes at once."""
+        reader, writer = os.pipe()
+        with os.fdopen(writer, "w") as stream:
+            log = server.Log(stream)
+            log.info("x" * 9000)
+            log.close_stream()
+        with open(reader, "rb") as file:
+            self.assertEqual(b"x" * (select.PIPE_BUF - 1) + b"\n", file.read())
 
     def test_verbose(self) -> None:
         """VERBOSE shows the packet, without what may be a password in it."""
