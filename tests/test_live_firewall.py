@@ -17,10 +17,10 @@ from typing import Any, Callable, List, Tuple
 from tests import firewalls
 from tests.firewalls import (ANNOUNCED, IPTABLES_LEGACY, IPTABLES_NFT, NFT, NFT_HOST, SETUPS, Setup,
                              close_host, needs_firewalls, six)
-from tests.netns import (CLIENT4, CLIENT6, FWKNOP, GATE4, GATE6, INNER4, INNER6, OTHER4, OTHER6,
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, GATE4, GATE6, INNER4, INNER6, KEYS, OTHER4, OTHER6,
                          SERVER4, SERVER6, SPA_CLIENT, SPA_SERVER, STANZA, Cable, Gateway, Host,
-                         Server, in_parallel)
-from tests.support import TOP, long_enough, needs_programs, wait_for, write
+                         Process, Server, in_parallel)
+from tests.support import TOP, long_enough, needs_programs, read, wait_for, write
 
 GRANTED = [("", SERVER4, 22), ("", SERVER6, 22)]
 NOT_GRANTED = [("", SERVER4, 24), ("", SERVER6, 24), (OTHER4, SERVER4, 22), (OTHER6, SERVER6, 22)]
@@ -240,6 +240,77 @@ def make_programs(host: Host, backend: str, script: str = FAIL) -> Tuple[str, st
         write(os.path.join(directory, name),
               "#!/bin/sh\n" + script % {"changes": changes, "flag": flag, "real": real}, 0o755)
     return os.path.join(directory, names[0]), flag
+
+
+@needs_firewalls
+@needs_programs("strace", "fwknop")
+class StepTest(unittest.TestCase):
+    """A server that is killed at any step of a grant's life."""
+
+    # What changes something: files and log, netlink, and the start of a program, in each Python.
+    STEPS = "write,pwrite64,sendto,ftruncate,rename,vfork,fork,clone,clone3"
+
+    def trace(self, site: Site, *options: str) -> Process:
+        """Return strace at work on the server, which goes on without the programs it starts."""
+        pid = site.server.running().popen.pid
+        strace = site.host.start("strace", "-p", pid, "-e", "trace=" + self.STEPS, *options)
+        strace.wait_for("attached")
+        return strace
+
+    def live(self, site: Site) -> str:
+        """Let a new packet open, and the grant end, unless the server dies; return the packet."""
+        path = site.host.path("packet")
+        site.client.run(*FWKNOP, *KEYS, "-A", "tcp/22", *TO4, "-T", "-B", path)
+        packet, mark = read(path).strip(), site.server.mark()
+        site.client.send(SERVER4, 62201, packet)
+        wait_for(lambda: site.server.running().popen.poll() is not None
+                 or "Removed rule" in site.server.log(mark), "the end of the grant or of the server")
+        return packet
+
+    def check_killed(self, site: Site, step: str, number: int) -> bool:
+        """Kill the server before it does a step, and return whether it got there."""
+        strace = self.trace(site, "-e", "inject=%s:signal=KILL:when=%d" % (step, number))
+        cache = os.path.join(site.server.directory, "run", "digest.cache")
+        before = read(cache).count(CLIENT4)
+        packet = self.live(site)
+        killed = site.server.running().popen.poll() is not None
+        remembered = read(cache).count(CLIENT4) > before
+        if not killed:
+            strace.end(signal.SIGINT)
+        elif site.client.reaches(SERVER4, 22):
+            self.assertTrue(remembered, "open before it was remembered")
+        site.wait_closed(("", SERVER4, 22))
+        if killed:
+            site.server.start()
+        mark = site.server.mark()
+        site.client.send(SERVER4, 62201, packet, packet)
+        wait_for(lambda: site.server.log(mark).count("Replay detected") == 1 + remembered,
+                 "the packet to be a replay")
+        self.assertEqual(not remembered, " opened " in site.server.log(mark), site.server.log(mark))
+        site.wait_closed(("", SERVER4, 22))
+        wait_for(lambda: not site.count_grants(), "the end of all grants")
+        return killed
+
+    def test_kill_at_each_step(self) -> None:
+        """Nothing is open that was not remembered, nothing stays open, and no packet opens twice.
+        """
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Site(setup, access=STANZA.replace("TIMEOUT 60", "TIMEOUT 1")) as site:
+                self.live(site)  # imports what is imported late
+                strace = self.trace(site, "-c")
+                self.live(site)
+                strace.end(signal.SIGINT)
+                columns = [line.split() for line in strace.output().splitlines()]
+                steps = [(each[-1], int(each[3])) for each in columns
+                         if each and each[-1] in self.STEPS.split(",")]
+                self.assertGreaterEqual(len(steps), 2, strace.output())
+                for step, count in steps:
+                    killed = [self.check_killed(site, step, number)
+                              for number in range(1, count + 1)]
+                    self.assertTrue(killed[0], step)
+
+        in_parallel(self, [Setup(NFT, "guard"), Setup(IPTABLES_NFT, "accept")], check)
 
 
 @needs_firewalls

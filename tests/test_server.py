@@ -785,6 +785,27 @@ class LogTest(ServerCase):
         self.assertIn("message='10.55.0.2,tcp/22'", text)
         self.assertNotIn("s3cret", text)
 
+    def test_internal_error(self) -> None:
+        """VERBOSE shows message and frames of a mistake of ours, without what it quotes."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        payload = Sender().packet(timestamp=NOW)
+        for level, error, expected in (
+                (server.INFO, KeyError("s3cret"), r"KeyError in line \d+"),
+                (server.DEBUG, KeyError("s3cret"), r"KeyError in line (\d+): '...' "
+                 r"\(receive \d+, admit \d+, check_unseen \d+, .*\)"),
+                (server.DEBUG, ValueError("bad '%s': \"%s\"" % (KEYS, payload)),
+                 r"ValueError in line \d+: bad '...\" \(receive \d+, .*\)"),
+                (server.DEBUG, OSError(24, "Too many open files"),
+                 r"OSError in line (\d+): line \1: Too many open files \(receive \d+, .*\)")):
+            with self.subTest(error=error), mock.patch.object(server, "digest_of",
+                                                              side_effect=error):
+                self.log.level = level
+                self.logged()
+                made.receive(datagram(payload))
+                text = self.logged()
+                self.assertRegex(text, r"^\[10.55.0.2\] internal error: %s\n$" % expected)
+                self.assertNotIn("s3cret", text)
+
     def test_nobody_reads(self) -> None:
         """A closed stream does not end the server."""
         stream = io.StringIO()
