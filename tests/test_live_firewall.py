@@ -264,7 +264,7 @@ class StepTest(unittest.TestCase):
         packet, mark = read(path).strip(), site.server.mark()
         site.client.send(SERVER4, 62201, packet)
         wait_for(lambda: site.server.running().popen.poll() is not None
-                 or "Removed rule" in site.server.log(mark), "the end of the grant or of the server")
+                 or "Removed rule" in site.server.log(mark), "the end of grant or server")
         return packet
 
     def check_killed(self, site: Site, step: str, number: int) -> bool:
@@ -286,7 +286,8 @@ class StepTest(unittest.TestCase):
         site.client.send(SERVER4, 62201, packet, packet)
         wait_for(lambda: site.server.log(mark).count("Replay detected") == 1 + remembered,
                  "the packet to be a replay")
-        self.assertEqual(not remembered, " opened " in site.server.log(mark), site.server.log(mark))
+        log = site.server.log(mark)
+        self.assertEqual(not remembered, " opened " in log, log)
         site.wait_closed(("", SERVER4, 22))
         wait_for(lambda: not site.count_grants(), "the end of all grants")
         return killed

@@ -8,6 +8,8 @@ import ipaddress
 import os
 import re
 import signal
+import subprocess
+import sys
 import unittest
 from typing import Any, Callable, Dict, List, Tuple
 from unittest import mock
@@ -313,6 +315,19 @@ class OpenersTest(LogCase):
         self.knock(made, 1, "alice")
         self.packet(made, user="bob", kind=3, extra=[b"5"], text="10.1.0.0,tcp/22")
         self.assertEqual([("10.1.0.0", "stanza #1, user 'alice'")], self.openers(made))
+
+
+class OutputTest(LogCase):
+    """What is printed, when it can't be."""
+
+    def test_a_full_disk(self) -> None:
+        """Is told in one line, however much is printed; exit code 1."""
+        for option in ("-V", "--help"):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([sys.executable, server.__file__, option], stdout=full,
+                                      stderr=subprocess.PIPE, env={})
+            self.assertEqual((1, b"spa_server.py: standard output: No space left on device\n"),
+                             (done.returncode, done.stderr))
 
 
 class KillTest(LogCase):

@@ -793,7 +793,7 @@ class LogTest(ServerCase):
                 (server.INFO, KeyError("s3cret"), r"KeyError in line \d+"),
                 (server.DEBUG, KeyError("s3cret"), r"KeyError in line (\d+): '...' "
                  r"\(receive \d+, admit \d+, check_unseen \d+, .*\)"),
-                (server.DEBUG, ValueError("bad '%s': \"%s\"" % (KEYS, payload)),
+                (server.DEBUG, ValueError("bad '%s': \"%r\"" % (KEYS, payload)),
                  r"ValueError in line \d+: bad '...\" \(receive \d+, .*\)"),
                 (server.DEBUG, OSError(24, "Too many open files"),
                  r"OSError in line (\d+): line \1: Too many open files \(receive \d+, .*\)")):
