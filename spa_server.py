@@ -1096,24 +1096,31 @@ def read_file(path: str, theirs: bool = False) -> str:
 
 
 def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
-    """The directives of a file: a name, blanks, and a value up to a semicolon or the line's end.
+    """The directives of a file; `theirs` says whether it may be a user's own."""
+    for number, raw in enumerate(read_file(path, theirs).split("\n"), 1):
+        line = parse_line(path, number, raw, colon)
+        if line:
+            yield line
+
+
+def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
+    """The directive in a line: a name, blanks, and a value up to a semicolon or the line's end.
 
     What is behind the semicolon can only be a comment: a list that it cut might open more.
     `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
-    end, which belong to a key. `theirs` says whether the file may be a user's own.
+    end, which belong to a key.
     """
-    for number, raw in enumerate(read_file(path, theirs).split("\n"), 1):
-        text = raw.partition("\r")[0].lstrip(" \t")
-        if not text or text[0] in "#;":
-            continue
-        name = text.replace("\t", " ").partition(" ")[0]
-        value, _, rest = text[len(name):].lstrip(" \t").partition(";")
-        line = Line(path, number, name.rstrip(":") if colon else name, value)
-        if not value.strip(" \t") or "\0" in text:
-            raise line.error("expected a value" + " without zero bytes" * ("\0" in text))
-        if rest.lstrip(" \t;")[:1] not in ("", "#"):
-            raise line.error("expected nothing, or a # and a comment, behind the semicolon")
-        yield line
+    text = raw.partition("\r")[0].lstrip(" \t")
+    if not text or text[0] in "#;":
+        return None
+    name = text.replace("\t", " ").partition(" ")[0]
+    value, _, rest = text[len(name):].lstrip(" \t").partition(";")
+    line = Line(path, number, name.rstrip(":") if colon else name, value)
+    if not value.strip(" \t") or "\0" in text:
+        raise line.error("expected a value" + " without zero bytes" * ("\0" in text))
+    if rest.lstrip(" \t;")[:1] not in ("", "#"):
+        raise line.error("expected nothing, or a # and a comment, behind the semicolon")
+    return line
 
 
 def permission_warnings(path: str) -> List[str]:
@@ -1778,11 +1785,26 @@ class ServerSettings(Settings):
              "ENABLE_PCAP_PROMISC Y needs one interface as PCAP_INTF")) if applies]
 
 
-def read_server_settings(path: str, settings: ServerSettings) -> List[str]:
-    """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to."""
+def read_server_settings(path: str, settings: ServerSettings,
+                         skipping: "Optional[Log]" = None) -> List[str]:
+    """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to.
+
+    `skipping`: log what is wrong, and go on without that line.
+    """
     warnings = permission_warnings(path)
-    for line in read_lines(path, colon=False):
-        warnings += settings.take(line)
+    try:
+        for number, raw in enumerate(read_file(path).split("\n"), 1):
+            try:
+                line = parse_line(path, number, raw, colon=False)
+                warnings += settings.take(line) if line else []
+            except ConfigError as error:
+                if not skipping:
+                    raise
+                skipping.warning("%s; going on without this line" % error)
+    except ConfigError as error:
+        if not skipping:
+            raise
+        skipping.warning("%s; going on without this file" % error)
     return warnings
 
 
@@ -3806,11 +3828,16 @@ NLM_REQUEST, NLM_ACK, NLM_DUMP, NLM_CREATE = 0x1, 0x4, 0x300, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
 NFT = 10 << 8  # NFNL_SUBSYS_NFTABLES
-GET_TABLE, GET_RULE, NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = (
-    NFT | 1, NFT | 7, NFT | 12, NFT | 13, NFT | 14)
+GET_TABLE, DELETE_TABLE, GET_CHAIN, DELETE_CHAIN = NFT | 1, NFT | 2, NFT | 4, NFT | 5
+GET_RULE, DELETE_RULE, GET_SET, DELETE_SET = NFT | 7, NFT | 8, NFT | 10, NFT | 11
+NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 12, NFT | 13, NFT | 14
 NESTED = 0x8000
-TABLE_NAME, TABLE_FLAGS, TABLE_DORMANT = 1, 2, 1
-RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_USERDATA = 1, 2, 3, 7
+TABLE_NAME, TABLE_FLAGS, TABLE_OWNER = 1, 2, 7
+TABLE_DORMANT, TABLE_HAS_OWNER = 1, 2
+CHAIN_NAME, CHAIN_HOOK, CHAIN_POLICY, HOOK_NUMBER = 3, 4, 5, 1
+RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_EXPRESSIONS, RULE_USERDATA = 1, 2, 3, 4, 7
+EXPRESSION_NAME, EXPRESSION_DATA, MATCH_NAME, MATCH_INFO = 1, 2, 1, 3
+IMMEDIATE_DATA, DATA_VERDICT, VERDICT_CHAIN = 2, 2, 2
 LIST_TABLE, LIST_SET, LIST_ELEMENTS, LIST_ITEM = 1, 2, 3, 1
 ELEMENT_KEY, ELEMENT_DATA, ELEMENT_TIMEOUT, ELEMENT_EXPIRATION, DATA_VALUE = 1, 2, 4, 5, 1
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
@@ -3850,6 +3877,11 @@ def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
             raise CommandError("netlink: a message is cut")
         yield kind, port, data[16:length]
         data = data[(length + 3) & ~3:]
+
+
+def text_of(value: bytes) -> str:
+    """Return the text that ends at the first zero byte."""
+    return value.partition(b"\0")[0].decode("latin-1")
 
 
 class Netlink:
@@ -4444,6 +4476,7 @@ class Firewall:
     """
 
     keeps = False  # whether grants() tells what is open
+    legacy = False  # whether it is the iptables from before nf_tables
     quickly_intact = False  # whether intact() takes no longer for many grants
     poll_seconds = POLL_SECONDS
     netlink_port = -1  # from which it changes nf_tables itself
@@ -4474,6 +4507,10 @@ class Firewall:
 
     def prepare(self) -> None:
         """Makes what is missing of chains, sets and rules; grants stay as they are."""
+
+    def prepare_guard(self) -> None:
+        """Make the guard alone, or make it whole; what is open stays open."""
+        self.log.info(self.why)
 
     def intact(self) -> bool:
         """Return whether the rules that prepare() makes stand, and no others among them.
@@ -4510,6 +4547,9 @@ class Firewall:
 
     def unguard(self) -> None:
         """Takes the guard away."""
+
+    def leave(self) -> None:
+        """Close what this process has open for it; what stands in the kernel stays."""
 
 
 COMMENT = "spa_server.py"  # begins the comment of our rules
@@ -4678,6 +4718,17 @@ class Shape(NamedTuple):
                              target_port=int.from_bytes(value[size:size + 2], "big"))
 
 
+def parse_set_name(name: str) -> Optional[Shape]:
+    """Return the shape whose set or map has this name; None if it is none of ours."""
+    head, *words = name.split("_")
+    if head not in ("spa4", "spa6"):
+        return None
+    prefix = words[0] if words and words[0].isdigit() else {"spa4": "32", "spa6": "128"}[head]
+    kind = next((kind for kind in (FORWARD,) + NAT_KINDS if kind.lower() in words), INPUT)
+    shape = Shape(int(head[3]), int(prefix), "to" in words, kind, "all" not in words)
+    return shape if shape.set_name == name else None
+
+
 def shape_of(door: Door) -> Shape:
     """The shape of the set that a door belongs to."""
     return Shape(door.source.version, door.source.prefixlen, door.destination is not None,
@@ -4740,6 +4791,10 @@ class NftFirewall(Firewall):
         return {place._replace(chain=chain): [rule for name, rule in rules if name == chain]
                 for chain in OWN_CHAINS[place]}
 
+    def prepare_guard(self) -> None:
+        """Make the guard's table alone."""
+        self.prepare_place(GUARD_TABLE)
+
     def prepare_place(self, place: NftChain) -> None:
         """Makes a table of our own, or sets and rules in a chain of the host's."""
         if place not in self.rules:
@@ -4753,6 +4808,7 @@ class NftFirewall(Firewall):
                 self.run(self.rule_removal(place) + lines)
             except CommandError as error:
                 self.explain_missing(place)
+                self.explain_owner(place)
                 raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
             return
         table = "table %s %s" % place[:2]
@@ -4774,6 +4830,21 @@ class NftFirewall(Firewall):
                 raise CommandError("%s: there is no chain %s" % (
                     "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
                     " ".join(place)), hint="start after the service that makes it") from None
+
+    def explain_owner(self, place: NftChain) -> None:
+        """Raise the CommandError of a table that another program keeps for itself."""
+        for table in self.netlink.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
+            flags = int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
+            if text_of(table[TABLE_NAME]) == place.table and flags & TABLE_HAS_OWNER:
+                pid = int.from_bytes(table.get(TABLE_OWNER, b""), "big")  # of most programs
+                try:
+                    with open("/proc/%d/comm" % pid) as file:
+                        name = "%s (pid=%d)" % (file.read().strip(), pid)
+                except OSError:
+                    name = "another program"
+                raise CommandError("table %s %s belongs to %s, and nobody else can change it"
+                                   % (place[:2] + (name,)),
+                                   hint="let that open the port, and use GUARD_PORTS to close it")
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
@@ -4973,6 +5044,10 @@ class NftFirewall(Firewall):
         """Takes the guard away."""
         self.run(["delete table %s %s" % GUARD_TABLE[:2]])
 
+    def leave(self) -> None:
+        """Close the socket to nf_tables."""
+        self.netlink.socket.close()
+
 
 def set_name(place: NftChain, shape: Shape) -> bytes:
     """The attributes that name a set."""
@@ -4990,6 +5065,7 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 # ======================================================================================
 
 MARK = "_exp_"  # and epoch seconds: fwknop's comment of a rule
+CHAIN_PREFIX = "FWKNOP_"  # of the chains of fwknopd and of ours, unless a directive names others
 GUARDED_CHAIN, PROBE_CHAIN = "FWKNOP_GUARDED", "FWKNOP_PROBE"
 GUARD_CHAINS = {"PREROUTING": "FWKNOP_GUARD", "INPUT": "FWKNOP_GUARD_INPUT"}  # jumped to from there
 LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
@@ -5046,6 +5122,15 @@ class Iptables:
         except CommandError:
             probe("")  # fails as well when it is not for the match
             self.dated = False
+
+    def ends_grants(self) -> bool:
+        """Return whether the kernel ends grants by the time match; yes, where that can't be told.
+        """
+        try:
+            self.probe_time_match("filter")
+        except CommandError:
+            pass
+        return self.dated
 
     def rule(self, place: Place, grant: Grant) -> str:
         """The rule of a grant, as `iptables -S` prints it, without `-A CHAIN`."""
@@ -5137,8 +5222,8 @@ class IptablesFirewall(Firewall):
                 log.warning("No ip6tables: nothing is opened for IPv6")
         self.identity = ("iptables", program, self.places)
         self.rules: Dict[int, Dict[str, List[str]]] = {}  # of the guard's chains, once prepared
-        legacy = "nf_tables" not in run_program([program, "-V"])
-        self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
+        self.legacy = "nf_tables" not in run_program([program, "-V"])
+        self.poll_seconds = LEGACY_POLL_SECONDS if self.legacy else POLL_SECONDS
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes."""
@@ -5153,8 +5238,12 @@ class IptablesFirewall(Firewall):
         for program in self.programs.values():
             program.probe_time_match(self.tables[0])
             if not program.dated:
-                self.log.warning("%s has no time match: grants end only while this server runs"
-                                 % program.program)
+                self.log.warning("%s has no time match: what is open when this server is killed "
+                                 "stays open; nftables would close it" % program.program)
+
+    def prepare_guard(self) -> None:
+        """Make the guard's chains alone."""
+        do_all(self.prepare_table, [(version, "mangle") for version in self.programs])
 
     def prepare_table(self, version: int, table: str) -> None:
         """Makes what is missing in one table."""
@@ -5186,13 +5275,16 @@ class IptablesFirewall(Firewall):
             if "-N " + place.chain not in lines:
                 changes.append(":%s - [0:0]" % place.chain)
             # What is only routed here is led nowhere else.
-            jump = "-m addrtype --dst-type LOCAL " * (place.kind == DNAT) + "-j " + place.chain
+            jump = "-m addrtype --dst-type LOCAL " * (place.kind == DNAT)
+            if not place.chain.startswith(CHAIN_PREFIX):  # its name does not say whose it is
+                jump += "-m comment --comment %s " % COMMENT
+            jump += "-j " + place.chain
             present = jumps_to(place.chain, place.from_chain, lines)
             wanted = "-A %s %s" % (place.from_chain, jump)
-            if wanted not in present:
+            if wanted not in [line.replace('"', "") for line in present]:
                 changes.append("-I %s %d %s" % (place.from_chain, place.position, jump))
             changes += ["-D" + line[2:] for line in present  # an older one
-                        if place.kind == DNAT and line != wanted]
+                        if place.kind == DNAT and line.replace('"', "") != wanted]
         return changes
 
     def guard_rules(self, version: int) -> Dict[str, List[str]]:
@@ -5340,11 +5432,6 @@ class IptablesFirewall(Firewall):
         """Closes all grants, those of another fwknopd as well; the guard stays."""
         self.delete_rules(lambda door, expires: True)
 
-    def flush_marked(self) -> None:
-        """Deletes every rule in one of fwknop's chains that has its comment, of whatever kind."""
-        self.delete_lines(("mangle", "filter", "nat"), lambda table, line:
-                          line.startswith("-A FWKNOP_") and MARK in line)
-
     def remove(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
         do_all(self.remove_chains, [(program, place.table, place.from_chain, [place.chain])
@@ -5379,16 +5466,19 @@ class IptablesFirewall(Firewall):
 # ======================================================================================
 # 20. Choice of a firewall
 #
-# Which backend the settings mean, and the guards that an earlier choice left.
+# Which backend the settings mean, and what any of them has left in the kernel. All that is ours
+# carries a mark, so that it is found without configuration: its name, or a rule's comment.
 # ======================================================================================
 
 
-def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
+def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], test: bool,
                     log: Log, clocks: Clocks = CLOCKS) -> Firewall:
     """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
 
+    If the stanzas are None, nobody could read them: nftables then has the sets that stand.
     auto is what FIREWALL_EXE is. Without that it is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS
-    ask for it and nft is there, unless IPT_INPUT_ACCESS is set; and iptables otherwise.
+    ask for it and nft is there, unless IPT_INPUT_ACCESS is set; and iptables otherwise. If the
+    kernel does not end the grants of iptables, it is nftables where that does all that is set.
     """
     if settings.firewall == "none" and settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports,
@@ -5396,7 +5486,8 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
     if test or settings.firewall == "none":
         return Firewall("--test mode enabled, skipping firewall manipulation." if test else
                         "FIREWALL_TYPE none: nothing is opened", log, clocks)
-    if not settings.guard_ports and all(stanza.cycle_open for stanza in stanzas):
+    if not settings.guard_ports and stanzas is not None and all(
+            stanza.cycle_open for stanza in stanzas):
         return Firewall("every stanza opens by CMD_CYCLE_OPEN", log, clocks)
     nft, iptables = firewall_programs(settings)
     kind = settings.firewall
@@ -5405,6 +5496,11 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
         wants_nft = (os.path.basename(own) == "nft" if own else not chain_named and (
             settings.nft_accept_chains or (settings.guard_ports and nft)))
         kind = "nft" if wants_nft else "iptables"
+        if kind == "iptables" and nft and iptables and nft_suffices(settings) and not (
+                Iptables(iptables).ends_grants()):
+            kind = "nft"
+            log.warning("%s has no time match, so that it would leave doors open if this server is "
+                        "killed; using nftables" % iptables)
     for text in idle_directives(settings, kind):
         log.warning(text)
     if kind == "iptables":
@@ -5416,9 +5512,18 @@ def choose_firewall(settings: ServerSettings, stanzas: List[Stanza], test: bool,
                           "opens what yours drops")
     if not nft:
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
-    shapes = {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)}
+    shapes = (standing_shapes() if stanzas is None else
+              {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)})
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log,
                        settings.nft_forward_chains if settings.nat else (), clocks)
+
+
+def nft_suffices(settings: ServerSettings) -> bool:
+    """Return whether nftables can do all that is set, also what is set for iptables."""
+    chains = [row for row in ServerSettings.rows() if row.name.startswith("IPT_")]
+    return bool((settings.guard_ports or settings.nft_accept_chains)
+                and not any(map(settings.is_set, chains)) and not settings.enable_output
+                and (settings.nft_forward_chains or not settings.nat))
 
 
 def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
@@ -5471,18 +5576,250 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
     return [guard for guard in guards if guard.guarded()]
 
 
-def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
-    """Closes what other settings have left: NAT of our own table, and grants in fwknop's chains."""
-    current = isinstance(firewall, NftFirewall) and NAT_TABLE in firewall.places
-    for program in filter(None, firewall_programs(settings)):
+OPEN, REST, GUARD = "open", "rest", "guard"  # grants; all that is not the guard; the guard
+CHANGES_AT_ONCE = 500  # in one netlink message
+HOOK_INPUT, POLICY_DROP = struct.pack(">I", 1), struct.pack(">I", 0)  # linux/netfilter.h
+
+
+class Rule(NamedTuple):
+    """A rule of any backend: its chain, the one it leads to, its comment, and how to delete it."""
+
+    chain: str
+    target: str
+    comment: str
+    handle: Any
+
+
+class Leftover(NamedTuple):
+    """Something of ours in one table, in words, and what takes all of it away."""
+
+    words: List[str]
+    take: Callable[[], None]
+
+
+def our_part(place: str, chains: List[str], named: Set[str], rules: List[Rule],
+             what: str) -> Tuple[List[Rule], List[str], List[str]]:
+    """Find what is ours in a table: rules in chains that stay, chains that go, and both in words.
+
+    A chain is ours by its name, by the comment of what jumps to it, or if it has nothing but
+    grants. `chains` lacks those that the kernel begins with; `named` are those of the settings.
+    """
+    def marked(rule: Rule) -> bool:
+        return rule.comment.partition(":")[0] == COMMENT
+
+    with_others = {rule.chain for rule in rules if not rule.comment.startswith(MARK)}
+    ours = {chain for chain in chains if chain.startswith(CHAIN_PREFIX) or chain in named}
+    ours |= {rule.target for rule in rules if marked(rule)} & set(chains)
+    ours |= {rule.chain for rule in rules if rule.chain not in with_others} & set(chains)
+    guards = {chain for chain in ours if chain.startswith(CHAIN_PREFIX + "GUARD")}
+    gone = sorted({OPEN: set(), REST: ours - guards, GUARD: guards}[what])
+    found = [rule for rule in rules if rule.chain not in gone and (
+        rule.target in gone or (what != GUARD and rule.comment.startswith(MARK))
+        or (what == REST and marked(rule) and rule.chain not in guards))]
+    counts = collections.Counter(rule.chain for rule in found)
+    return found, gone, (["%d of the rules in chain %s %s" % (count, place, chain)
+                          for chain, count in counts.items()]
+                         + ["chain %s %s" % (place, chain) for chain in gone])
+
+
+def nft_rule(rule: Dict[int, bytes]) -> Rule:
+    """Return a rule that the kernel listed; its target is the chain that a jump leads to.
+
+    nft keeps a comment in the user data, and iptables-nft in a match of that name.
+    """
+    data = rule.get(RULE_USERDATA, b"")
+    comment, target = data[2:] if data[:1] == b"\0" else b"", b""
+    for _, item in attribute_list(rule.get(RULE_EXPRESSIONS, b"")):
+        expression = attributes(item)
+        name, data = expression.get(EXPRESSION_NAME, b""), expression.get(EXPRESSION_DATA, b"")
+        if name == b"immediate\0":
+            for kind in (IMMEDIATE_DATA, DATA_VERDICT, VERDICT_CHAIN):
+                data = attributes(data).get(kind, b"")
+            target = data
+        elif name == b"match\0" and attributes(data).get(MATCH_NAME) == b"comment\0":
+            comment = attributes(data).get(MATCH_INFO, b"")
+    return Rule(text_of(rule[RULE_CHAIN]), text_of(target), text_of(comment), rule[RULE_HANDLE])
+
+
+def nft_leftovers(netlink: Netlink, named: Set[Tuple[str, str]], what: str) -> Iterator[Leftover]:
+    """Find what is ours in nf_tables, whatever program made it; netlink alone takes it away."""
+    for family, number in NFT_FAMILIES.items():
+        dumps = {kind: netlink.dump(kind, number, b"")
+                 for kind in (GET_TABLE, GET_CHAIN, GET_RULE, GET_SET)}
+        for table in [each[TABLE_NAME] for each in dumps[GET_TABLE]]:
+            listed = {kind: [each for each in dump if each[TABLE_NAME] == table]
+                      for kind, dump in dumps.items()}
+            words, messages = nft_removal(netlink, family, table, listed, named, what)
+            if messages:
+                yield Leftover(words, partial(do_all, netlink.commit, [
+                    (messages[start:start + CHANGES_AT_ONCE],)
+                    for start in range(0, len(messages), CHANGES_AT_ONCE)]))
+
+
+def nft_removal(netlink: Netlink, family: str, table: bytes,
+                listed: Dict[int, List[Dict[int, bytes]]], named: Set[Tuple[str, str]],
+                what: str) -> Tuple[List[str], List[Tuple[int, int, bytes]]]:
+    """Return what is ours in one table, in words, and the messages that take it away."""
+    number, here, name = NFT_FAMILIES[family], attribute(TABLE_NAME, table), text_of(table)
+    place = family + " " + name
+    own = {GUARD_TABLE[:2]: GUARD, NAT_TABLE[:2]: REST}.get((family, name))
+    if own == what:
+        return ["table " + place], [(DELETE_TABLE, number, here)]
+    rules, chains, words = our_part(
+        place, [text_of(each[CHAIN_NAME]) for each in listed[GET_CHAIN] if CHAIN_HOOK not in each],
+        {chain for each, chain in named if each == name and family != "inet"},
+        [nft_rule(each) for each in listed[GET_RULE] if not own], what)
+    messages = [(DELETE_RULE, number, here + attribute(RULE_CHAIN, rule.chain.encode() + b"\0")
+                 + attribute(RULE_HANDLE, rule.handle)) for rule in rules]
+    for kind, where in ((DELETE_RULE, RULE_CHAIN), (DELETE_CHAIN, CHAIN_NAME)):  # all its rules
+        messages += [(kind, number, here + attribute(where, chain.encode() + b"\0"))
+                     for chain in chains]
+    for each in listed[GET_SET] if what != GUARD else ():
+        if parse_set_name(text_of(each[LIST_SET])):
+            body = here + attribute(LIST_SET, each[LIST_SET])
+            count = sum(len(list(attribute_list(answer.get(LIST_ELEMENTS, b""))))
+                        for answer in netlink.dump(GET_ELEMENT, number, body))
+            stays = own or what == OPEN
+            if count or not stays:  # without elements named, the first of these takes all out
+                messages.append((DELETE_ELEMENT if stays else DELETE_SET, number, body))
+                words.append("%sset %s %s" % ("%d doors of " % count if stays else "", place,
+                                              text_of(each[LIST_SET])))
+    return words, messages
+
+
+def legacy_tables(name: str) -> List[str]:
+    """Return the tables of the older iptables or ip6tables that stand: a look at others makes them.
+    """
+    try:
+        with open("/proc/net/%s_names" % name.replace("tables", "_tables")) as file:
+            return file.read().split()
+    except OSError:  # a kernel without them
+        return []
+
+
+def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
+    """Return the older iptables or ip6tables, from FIREWALL_EXE or PATH."""
+    own = (settings.firewall_program or "").replace("iptables", name)
+    for each in (own, name + "-legacy", name):
+        program = find_program(each) if "tables" in os.path.basename(each) else None
         try:
-            if os.path.basename(program) != "nft":
-                IptablesFirewall(program, [], frozenset(), log).flush_marked()
-            elif not current:
-                table = "table %s %s" % NAT_TABLE[:2]
-                run_program([program, "-f", "-"], "add %s\ndelete %s\n" % (table, table))
-        except SpaError as error:
-            log.warning("%s; what earlier settings opened by it may be left" % error)
+            if program and "nf_tables" not in run_program([program, "-V"]):
+                return program
+        except CommandError:  # another one may work
+            continue
+    return None
+
+
+def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], what: str,
+                     log: Log) -> Iterator[Leftover]:
+    """Find what is ours in tables of the older iptables."""
+    for name in ("iptables", "ip6tables"):
+        tables = legacy_tables(name)
+        program = legacy_program(settings, name) if tables else None
+        if tables and not program:
+            log.warning("No program shows the tables of an older %s: nobody looked at %s"
+                        % (name, ", ".join(tables)))
+        for table in tables if program else ():
+            firewall = Iptables(program or "")
+            lines = firewall.list(table)
+            rules, chains, words = our_part(
+                "%s %s" % (os.path.basename(firewall.program), table),
+                [line[3:] for line in lines if line.startswith("-N ")],
+                {chain for each, chain in named if each == table},
+                [iptables_rule(line) for line in lines if line.startswith("-A ")], what)
+            if words:
+                yield Leftover(words, partial(firewall.commit, {table: [
+                    "-D" + rule.handle[2:] for rule in rules] + [
+                        word + chain for word in ("-F ", "-X ") for chain in chains]}))
+
+
+def iptables_rule(line: str) -> Rule:
+    """Return a rule that `iptables -S` printed."""
+    words = line.split()
+    values = dict(zip(words, words[1:]))
+    return Rule(words[1], values.get("-j", values.get("-g", "")),
+                values.get("--comment", "").strip('"'), line)
+
+
+def legacy_lines(settings: ServerSettings, table: str) -> List[str]:
+    """Return the rules of the older iptables and ip6tables in a table, if it stands."""
+    programs = [legacy_program(settings, name) for name in ("iptables", "ip6tables")
+                if table in legacy_tables(name)]
+    return [line for program in programs if program for line in Iptables(program).list(table)]
+
+
+def is_untracked(rule: Dict[int, bytes]) -> bool:
+    """Return whether a rule that the kernel listed turns connection tracking off."""
+    for _, item in attribute_list(rule.get(RULE_EXPRESSIONS, b"")):
+        expression = attributes(item)
+        target = attributes(expression.get(EXPRESSION_DATA, b""))
+        if expression.get(EXPRESSION_NAME) == b"notrack\0":
+            return True
+        if expression.get(EXPRESSION_NAME) == b"target\0" and (  # struct xt_ct_target_info
+                target.get(MATCH_NAME) == b"NOTRACK\0" or (
+                    target.get(MATCH_NAME) == b"CT\0"
+                    and int.from_bytes(target.get(MATCH_INFO, b"")[:2], sys.byteorder) & 1)):
+            return True
+    return False
+
+
+def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
+    """Find what rules of the host do to grants: those of the backend that is not looked at else."""
+    if firewall.guard_ports:
+        places = {"%s %s" % (text_of(rule[RULE_TABLE]), text_of(rule[RULE_CHAIN]))
+                  for rule in Netlink().dump(GET_RULE, 0, b"") if is_untracked(rule)}
+        if any("NOTRACK" in line or "--notrack" in line for line in legacy_lines(settings, "raw")):
+            places.add("raw of iptables-legacy")
+        if places:
+            yield ("Rules turn connection tracking off (%s): a connection to a guarded port that "
+                   "they concern ends with its grant" % ", ".join(sorted(places)))
+    elif firewall.legacy:
+        for chain in Netlink().dump(GET_CHAIN, 0, b""):
+            hook = attributes(chain.get(CHAIN_HOOK, b"")).get(HOOK_NUMBER, b"")
+            if hook == HOOK_INPUT and chain.get(CHAIN_POLICY) == POLICY_DROP:
+                yield ("nftables drops as well (%s %s), and iptables-legacy can't open what that "
+                       "closes" % (text_of(chain[TABLE_NAME]), text_of(chain[CHAIN_NAME])))
+    elif firewall.keeps and any(line.endswith((" DROP", " REJECT")) or "-j REJECT " in line
+                                for line in legacy_lines(settings, "filter")):
+        yield ("iptables-legacy drops as well (its filter table), and what that closes stays "
+               "closed: nothing here opens it")
+
+
+def leftovers(what: str, settings: ServerSettings, log: Log,
+              netlink: Optional[Netlink] = None) -> List[Leftover]:
+    """Find all that is ours in the kernel, or a part of it, by whatever backend it was made."""
+    chains = [getattr(settings, row.attribute) for row in (
+        ServerSettings.input_access, ServerSettings.output_access, ServerSettings.forward_access,
+        ServerSettings.dnat_access, ServerSettings.snat_access, ServerSettings.masquerade_access)]
+    named = {(chain.table, chain.chain) for chain in chains}
+    found = []
+    try:
+        found = list(nft_leftovers(netlink or Netlink(), named, what))
+    except CommandError as error:
+        if error.number not in (0, errno.EINVAL, errno.EOPNOTSUPP):  # those of a kernel without it
+            raise
+    return found + list(legacy_leftovers(settings, named, what, log))
+
+
+def take_away(what: str, settings: ServerSettings, log: Log,
+              netlink: Optional[Netlink] = None) -> List[str]:
+    """Take away what leftovers() finds, and return it in words. What fails is logged and stays."""
+    taken = []
+    for leftover in leftovers(what, settings, log, netlink):
+        try:
+            leftover.take()
+            taken += leftover.words
+        except CommandError as error:
+            log.error("%s; left: %s" % (error, ", ".join(leftover.words)))
+    return taken
+
+
+def standing_shapes() -> Set[Shape]:
+    """Return the shapes of all sets of ours that nftables has."""
+    netlink = Netlink()
+    names = [text_of(each[LIST_SET]) for number in NFT_FAMILIES.values()
+             for each in netlink.dump(GET_SET, number, b"")]
+    return {shape for shape in map(parse_set_name, names) if shape}
 
 
 def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log,
@@ -5693,6 +6030,7 @@ class Grants:
                 firewall.prepare()  # what they shared
         except CommandError as error:
             self.log.error("%s; something of the old settings is left" % error)
+        old.leave()
         for grant in homeless:
             del self.live[grant.door]
             self.log.warning("Closed %s: the new settings have no place for it" % (grant.door,))
@@ -6923,7 +7261,8 @@ class Server(KnockGate):
             self.grants.flush()
         finally:
             if not self.commands.test:
-                flush_leftovers(self.settings, self.grants.firewall, self.log)
+                take_away(OPEN, self.settings, self.log,
+                          getattr(self.grants.firewall, "netlink", None))
 
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""
@@ -7143,6 +7482,11 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
     if any(not firewall.guard_ports or type(guard) is not type(firewall) for guard in guards):
         log.warning("A guard from earlier settings still closes ports, and no knock opens them; "
                     "--unguard takes it away")
+    try:
+        for text in obstacles(settings, firewall) if firewall.keeps else ():
+            log.warning(text)
+    except CommandError as error:  # a look that fails is no reason not to serve
+        log.debug("%s; whether the host's rules are in the way is not known" % error)
     for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
         try:
             with open("/proc/sys/" + name) as file:
@@ -7382,6 +7726,7 @@ R restart           -      restart              let the running server read its 
 - fw-list           -      list                 list what is open, for how long, and by whom
 - fw-list-all       -      list_all             and what the firewall prints of our tables
 - fw-flush          -      flush                close all that is open; a guard stays
+- guard             -      guard                close GUARD_PORTS, and end: for a boot
 - unguard           -      unguard              take the guard away
 - key-gen           -      key_gen              print new keys; keygen.py prints whole stanzas
 - key-gen-file      FILE   key_gen_file         or write them to a new file
@@ -7413,9 +7758,10 @@ h help              -      help                 print this
 """
 KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
 KNOCKD_FILE = "/etc/knockd.conf"
+LOOK_AGAIN_SECONDS = 0.5  # a server puts back sooner what somebody took, but for legacy iptables
 KILL_SECONDS = 30  # a server may have to wait for a firewall program
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
-           "list_all", "flush", "unguard", "key_gen"}
+           "list_all", "flush", "guard", "unguard", "key_gen"}
 
 HELP = """Usage: spa_server.py [options]
 
@@ -7518,9 +7864,13 @@ def access_files(settings: ServerSettings) -> List[str]:
     return [settings.access_file]
 
 
-def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
+def read_settings(arguments: Arguments,
+                  skipping: Optional[Log] = None) -> Tuple[ServerSettings, List[str]]:
     """fwknopd.conf, which need not exist where nobody named it, what overrides it, and the command
-    line, in this order: the last word counts."""
+    line, in this order: the last word counts.
+
+    `skipping`: log what is wrong in a file, and go on without that line.
+    """
     settings = ServerSettings()
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
@@ -7528,7 +7878,7 @@ def read_settings(arguments: Arguments) -> Tuple[ServerSettings, List[str]]:
         named or os.path.exists(arguments.config_file)))
     overrides = arguments.words["override"].split(",") if "override" in arguments else []
     for path in files + overrides:
-        warnings += read_server_settings(path, settings)
+        warnings += read_server_settings(path, settings, skipping)
     for line in arguments.lines:
         settings.take(line)
     if settings.capture_file and not settings.is_set(ServerSettings.aging):
@@ -7591,47 +7941,103 @@ def signal_server(arguments: Arguments) -> int:
     return 0
 
 
-def flush_firewall(settings: ServerSettings, firewall: Firewall, server: Optional[int],
-                   log: Log) -> None:
-    """Closes all that is open; where a server runs it does that, or it would put grants back."""
+def flush_firewall(settings: ServerSettings, server: Optional[int], log: Log) -> None:
+    """--fw-flush: closes all that is open. Where a server runs it does that, or it would put grants
+    back; without one our part is taken out of the host's own chains as well."""
+    write_to(sys.stdout, "Deleting any existing firewall rules...\n")
     if server is None:
-        try:
-            firewall.flush()
-        finally:
-            flush_leftovers(settings, firewall, log)
+        take_away_for_good((OPEN, REST), settings, log)
+        say("Nothing is open now." + " The guard stays until --unguard." * bool(
+          leftovers(GUARD, settings, log)))
         return
     os.kill(server, signal.SIGUSR2)
     for _ in range(100):
-        if not firewall.grants():
+        if not leftovers(OPEN, settings, log):
+            say("The server (pid=%d) has closed all that was open." % server)
             return
         time.sleep(0.1)
-    raise SpaError("the server (pid=%d) has not closed all grants" % server, "see its log")
+    raise SpaError("the server (pid=%d) has not closed all grants" % server,
+                   "see its log, or end it with -K and try again")
+
+
+def take_away_for_good(parts: Iterable[str], settings: ServerSettings, log: Log) -> List[str]:
+    """Take parts of ours out of the kernel, say each, and look later whether all of it stays away.
+
+    A server that these settings do not name would have put it back.
+    """
+    taken = []
+    for part in parts:
+        for words in take_away(part, settings, log):
+            taken.append(words)
+            write_to(sys.stdout, "Deleted %s\n" % words)
+    time.sleep(LOOK_AGAIN_SECONDS if taken else 0)
+    left = [words for each in leftovers(part, settings, log) for words in each.words]
+    if left:
+        raise CommandError("still there: " + ", ".join(left), hint="if a server runs, end it; "
+                           "-K finds it by its fwknopd.conf (-c) or run directory (-r)")
+    return taken
+
+
+def take_guard_away(settings: ServerSettings, server: Optional[int], log: Log) -> None:
+    """--unguard: takes away every guard of ours, whatever backend has it."""
+    if server:
+        raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
+                       "end it first, with -K")
+    guards = take_away_for_good([GUARD], settings, log)
+    say("The guard is gone. Now the host's own firewall alone decides who reaches %s."
+        % (port_list(settings.guard_ports) or "the ports it closed") if guards else
+        "There is no guard.")
+
+
+def put_guard_up(arguments: Arguments, log: Log) -> None:
+    """--guard: closes GUARD_PORTS, and ends. It needs no network, and fwknopd.conf alone.
+
+    Grants in a guard that stands, and their sets, stay as they are.
+    """
+    settings = read_settings(arguments)[0]
+    if not settings.guard_ports:
+        raise settings.error(ServerSettings.guard_ports, "expected the ports that --guard closes")
+    server = running_server(settings.pid_file)
+    if server and not leftovers(GUARD, settings, log):
+        raise SpaError("a server is running (pid=%d), and no guard stands" % server,
+                       "-R lets it read its files again")
+    if server:
+        say("The guard stands: a server is running (pid=%d), and keeps it." % server)
+        return
+    choose_firewall(settings, None, "test" in arguments, log).prepare_guard()
+    if "test" not in arguments:
+        say("Closed to everybody without a grant: " + port_list(settings.guard_ports))
+
+
+def list_firewall(arguments: Arguments, settings: ServerSettings, log: Log) -> None:
+    """--fw-list and --fw-list-all; files that can't be read keep nobody from seeing what is open.
+    """
+    stanzas: Optional[List[Stanza]] = None
+    try:
+        stanzas = read_configuration(arguments).stanzas
+    except ConfigError as error:
+        log.warning("%s; listing what the kernel has" % error)
+    firewall = choose_firewall(settings, stanzas, False, log)
+    say(list_grants(firewall, read_openers(openers_file(settings))))
+    if "list_all" in arguments:
+        say("\nListing all rules in our tables...\n" + firewall.listing())
 
 
 def run_on_firewall(arguments: Arguments, log: Log) -> None:
-    """--fw-list, --fw-list-all, --fw-flush and --unguard."""
-    settings = read_settings(arguments)[0]
-    server = running_server(settings.pid_file)
+    """--fw-list, --fw-list-all, --fw-flush and --unguard: they take of fwknopd.conf what they can.
+    """
+    settings = read_settings(arguments, log)[0]
+    try:
+        server = running_server(settings.pid_file)
+    except SpaError as error:
+        log.warning("%s; taking it that no server runs" % error)
+        server = None
     if "unguard" in arguments:
-        if server:
-            raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
-                           "end it first, with -K")
-        guards = standing_guards(settings, log)
-        for guard in guards:
-            guard.unguard()
-        say("The guard is gone. Now the host's own firewall alone decides who reaches %s."
-            % (port_list(settings.guard_ports) or "the ports it closed") if guards else
-              "There is no guard.")
-        return
-    configuration = read_configuration(arguments)
-    firewall = choose_firewall(configuration.settings, configuration.stanzas, False, log)
-    if "flush" not in arguments:
-        say(list_grants(firewall, read_openers(openers_file(settings))))
-        if "list_all" in arguments:
-            say("\nListing all rules in our tables...\n" + firewall.listing())
+        take_guard_away(settings, server, log)
+    elif "flush" in arguments:
+        flush_firewall(settings, server, log)
     else:
-        write_to(sys.stdout, "Deleting any existing firewall rules...\n")
-        flush_firewall(settings, firewall, server, log)
+        list_firewall(arguments, settings, log)
 
 
 def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
@@ -7754,6 +8160,8 @@ def run(arguments: Arguments, log: Log) -> int:
         generate_keys(arguments)
     elif {"status", "kill", "restart"} & asked:
         return signal_server(arguments)
+    elif "guard" in arguments:
+        put_guard_up(arguments, log)
     elif {"list", "list_all", "flush", "unguard"} & asked:
         run_on_firewall(arguments, log)
     elif {"dump", "check", "check_digests"} & asked:

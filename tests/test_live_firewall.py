@@ -34,6 +34,28 @@ table ip6 filter { chain input { type filter hook input priority 0; policy drop;
   ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }; }
 """
 
+# Connects to port 22 of two addresses from two others, all the time, and says when that works.
+STRANGER = r"""
+import socket, sys, time
+waiting = []
+print("knocks", flush=True)
+while True:
+    for source, address in (sys.argv[1:3], sys.argv[3:5]):
+        made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        made.setblocking(False)
+        made.bind((source, 0))
+        made.connect_ex((address, 22))
+        waiting.append(made)
+    time.sleep(0.002)
+    for made in waiting[:]:
+        try:
+            print("got in to", made.getpeername()[0], flush=True)
+            waiting.remove(made)
+        except OSError:
+            pass
+    del waiting[:-200]
+"""
+
 ACCEPT_SETUPS = [setup for setup in SETUPS if setup.mode == "accept"]
 GUARD_SETUPS = [setup for setup in SETUPS if setup.mode == "guard"]
 
@@ -187,8 +209,11 @@ class LifeTest(unittest.TestCase):
             with Site(setup) as site:
                 site.knock_both()
                 before = site.listed()
+                descriptors = "/proc/%d/fd" % site.server.running().popen.pid
+                count = len(os.listdir(descriptors))
                 site.server.configure(setup.config() + "FLUSH_IPT_AT_EXIT N;\n")
                 site.reload()
+                wait_for(lambda: count == len(os.listdir(descriptors)), "closed descriptors", 5)
                 self.assertTrue(site.is_open())
                 self.assertEqual(dict(before).keys(),
                                  dict(site.listed()).keys() - {"%s -> 0.0.0.0/0 tcp/9" % CLIENT4})
@@ -1024,6 +1049,196 @@ class GuardTest(unittest.TestCase):
                 self.assertFalse(any(site.client.probe(*NOT_GRANTED)))
 
         in_parallel(self, GUARD_SETUPS, check)
+
+
+@needs_firewalls
+class BrakeTest(unittest.TestCase):
+    """--fw-flush, --unguard and --guard: what they need, say and leave."""
+
+    NAT = ("ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_LOCAL_NAT Y;\nENABLE_IPT_SNAT Y;\n"
+           "ENABLE_IPT_OUTPUT Y;\nIPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, MINE, 1;\n"
+           "NFT_FORWARD_CHAINS inet filter forward;\nNFT_ACCEPT_CHAINS inet filter input;\n")
+
+    @staticmethod
+    def state(site: Site) -> List[str]:
+        """Return the rules of all backends, and what holds them; none of an empty table."""
+        texts = [site.host.run("nft", "list ruleset")]
+        for program in (IPTABLES_LEGACY, six(IPTABLES_LEGACY)):
+            texts.append(site.host.run(program + "-save"))
+        lines = "\n".join(texts).splitlines()
+        return [re.sub(r" (packets|bytes) \d+", "", line) for line in lines
+                if re.search(r"^-[AN]|^\t\t(?!type )\S|chain [a-z]|FWKNOP|spa|MINE", line)]
+
+    def test_nothing_is_left(self) -> None:
+        """After kill -9, without a readable file, and what the host has of its own stays."""
+
+        def check(setup: Setup) -> None:
+            """One backend in one mode, with NAT and a chain that only its jump tells of."""
+            with Cable() as cable:
+                close_host(cable.server, setup.backend)
+                cable.server.run("iptables-legacy", "-t", "mangle", "-N", "THEIRS")
+                site = Site.__new__(Site)
+                site.setup, site.cable, site.host, site.client = (
+                    setup, cable, cable.server, cable.client)
+                before = self.state(site)
+                config = setup.config().replace("NFT_ACCEPT_CHAINS inet filter input;\n", "")
+                site.server = Server(cable.server, config + self.NAT).start()
+                site.knock(*TO4)
+                site.knock(*TO6)
+                site.knock(*TO4, "-A", "tcp/80", "-N", "10.66.0.2,22")
+                self.assertNotEqual(before, self.state(site))
+                site.server.stop(signal.SIGKILL)
+                site.server.configure("GUARD_PORTS what;\nno value\n", "%include /none\n")
+                code, text = site.server.command("--fw-flush")
+                self.assertEqual(0, code, text)
+                self.assertEqual(0, site.count_grants(), text)
+                guard = setup.mode == "guard"
+                self.assertEqual(guard, text.endswith("The guard stays until --unguard.\n"), text)
+                code, more = site.host.run_code(*SPA_SERVER, "-c", "/none", "--unguard")
+                self.assertEqual(0, code, more)
+                self.assertIn("The guard is gone." if guard else "There is no guard.", more)
+                self.assertEqual(before, self.state(site), text + more)
+                code, text = site.host.run_code(*SPA_SERVER, "-c", "/none", "--fw-flush")
+                self.assertEqual((0, ["Deleting any existing firewall rules...",
+                                      "Nothing is open now."]), (code, text.splitlines()[-2:]))
+
+        in_parallel(self, SETUPS, check)
+
+    def test_a_guard_before_the_network(self) -> None:
+        """It closes without network and access.conf; a server adopts it, and nobody gets in."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            with Cable() as cable:
+                host, client = cable.server, cable.client
+                host.listen(22)
+                server = Server(host, setup.config(), "%include /none\n")
+                self.assertTrue(client.reaches(SERVER4, 22))
+                cable.unplug()
+                closed = (0, "Closed to everybody without a grant: tcp/22, tcp/24\n")
+                self.assertEqual(closed, server.command("--guard"))
+                cable.plug()
+                stranger = client.start(sys.executable, "-c", STRANGER, OTHER4, SERVER4, OTHER6,
+                                        SERVER6)
+                stranger.wait_for("knocks")
+                self.assertFalse(any(client.probe(*GRANTED)))
+                server.configure(access=STANZA)
+                server.start()
+                for where, target in ((TO4, GRANTED[0]), (TO6, GRANTED[1])):
+                    server.knock(client, "-A", "tcp/22", *where)
+                    self.assertTrue(client.reaches(target[1], 22))
+                code, text = server.command("--guard")
+                self.assertEqual(0, code, text)
+                self.assertIn("The guard stands: a server is running (pid=%d)"
+                              % server.running().popen.pid, text)
+                server.stop(signal.SIGKILL)
+                self.assertEqual(closed, server.command("--guard"))
+                self.assertTrue(all(client.probe(*GRANTED)), "a guard that is put up again")
+                server.command("--fw-flush")
+                self.assertFalse(any(client.probe(*GRANTED)))
+                self.assertEqual("knocks\n", stranger.output())
+                server.command("--unguard")
+                stranger.wait_for("got in to " + SERVER4)
+                stranger.wait_for("got in to " + SERVER6)
+
+        in_parallel(self, GUARD_SETUPS, check)
+
+    def test_no_guard_to_put_up(self) -> None:
+        """Without GUARD_PORTS, with a broken fwknopd.conf, or beside a server that has none."""
+        with Cable() as cable:
+            server = Server(cable.server, "FIREWALL_TYPE iptables;\n").start()
+            for config, expected, message in (
+                    ("", 3, "GUARD_PORTS: expected the ports that --guard closes"),
+                    ("GUARD_PORTS 22;\n", 3, "fwknopd.conf:1: GUARD_PORTS: expected"),
+                    ("GUARD_PORTS tcp/22;\n", 1, "is running (pid=")):
+                server.configure(config)
+                code, text = server.command("--guard")
+                self.assertEqual(expected, code, text)
+                self.assertIn(message, text)
+                self.assertNotRegex(cable.server.run("nft", "list ruleset"), "inet spa|_GUARD")
+
+    def test_a_kernel_without_the_time_match(self) -> None:
+        """auto takes nftables where it does all that is set; else the start says what a kill leaves
+        open, and --fw-flush closes it."""
+        refuse = ('#!/bin/sh\ntext=$(cat)\ncase "$text" in *"-m time"*) exit 2;; esac\n'
+                  'echo "$text" | exec %s "$@"\n')
+
+        def check(config: str) -> None:
+            """One configuration; only that with GUARD_PORTS alone can be had from nftables."""
+            with Cable() as cable:
+                cable.server.listen(22)
+                directory = cable.server.path("programs")
+                os.mkdir(directory)
+                for name in ("iptables-nft", "ip6tables-nft"):
+                    real = str(shutil.which(name + "-restore"))
+                    os.symlink(str(shutil.which(name)), os.path.join(directory, name))
+                    write(os.path.join(directory, name + "-restore"), refuse % real, 0o755)
+                program = "FIREWALL_EXE %s/iptables-nft;\nGUARD_PORTS tcp/22;\n" % directory
+                server = Server(cable.server, program + config).start()
+                says = "what is open when this server is killed stays open"
+                self.assertEqual((not config, bool(config)), (
+                    "has no time match, so that" in server.log(), says in server.log()))
+                server.knock(cable.client, "-A", "tcp/22", "-f", "3", *TO4)
+                expires = time.time() + 3
+                server.stop(signal.SIGKILL)
+                if config:
+                    while time.time() < expires + 1.5:  # time is the thing
+                        self.assertTrue(cable.client.reaches(SERVER4, 22, seconds=5))
+                    code, text = server.command("--fw-flush")
+                    self.assertEqual(0, code, text)
+                wait_for(lambda: not cable.client.reaches(SERVER4, 22), "a closed port", 5)
+
+        in_parallel(self, ("", "FIREWALL_TYPE iptables;\n", "ENABLE_IPT_OUTPUT Y;\n"), check)
+
+    def test_rules_of_the_host_that_are_in_the_way(self) -> None:
+        """Those of the other backend, and those that turn connection tracking off."""
+        guard, accept = Setup(NFT, "guard"), Setup(IPTABLES_NFT, "accept")
+        legacy = Setup(IPTABLES_LEGACY, "accept")
+        raw = ("-t", "raw", "-A", "PREROUTING", "-p", "tcp", "-j")
+        untracked = "turn connection tracking off (%s)"
+        nft_raw = ("nft", "add table inet t; add chain inet t pre { type filter hook prerouting "
+                   "priority raw; }; add rule inet t pre tcp dport 22 notrack")
+
+        def check(case: Tuple[Setup, Tuple[str, ...], str]) -> None:
+            """What the start says after one command."""
+            setup, command, expected = case
+            with Cable() as cable:
+                cable.server.run(*command)
+                log = Server(cable.server, setup.config()).start().log()
+                said = re.findall("connection tracking off|drops as well", log)
+                self.assertEqual(bool(expected), bool(said), log)
+                self.assertIn(expected, log)
+
+        in_parallel(self, (
+            (guard, nft_raw, untracked % "t pre"),
+            (guard, ("iptables-nft", *raw, "CT", "--notrack"), untracked % "raw PREROUTING"),
+            (guard, ("ip6tables-nft", *raw, "NOTRACK"), untracked % "raw PREROUTING"),
+            (guard, ("iptables-nft", *raw, "CT", "--zone", "1"), ""),
+            (guard, ("ip6tables-legacy", *raw, "CT", "--notrack"),
+             untracked % "raw of iptables-legacy"),
+            (accept, nft_raw, ""),
+            (accept, ("iptables-legacy", "-P", "INPUT", "DROP"), "iptables-legacy drops as well"),
+            (accept, ("iptables-legacy", "-A", "INPUT", "-i", "lo", "-j", "ACCEPT"), ""),
+            (legacy, ("nft", "add table ip h; add chain ip h in { type filter hook input priority "
+                      "0; policy drop; }"), "nftables drops as well (h in)")), check)
+
+    def test_a_chain_in_a_table_that_has_an_owner(self) -> None:
+        """The start says whose table it is, and that the guard needs nothing of it."""
+        with Cable() as cable:
+            fifo = cable.server.path("fifo")
+            os.mkfifo(fifo)
+            cable.server.start("sh", "-c", "exec nft -i < " + fifo)
+            with open(fifo, "w") as file:
+                file.write("table inet t { flags owner; chain input { type filter hook input "
+                           "priority 0; policy drop; }; }\n")
+                file.flush()
+                listing = ("nft", "list ruleset")
+                wait_for(lambda: "chain input" in cable.server.run(*listing), "a table")
+                server = Server(cable.server, "NFT_ACCEPT_CHAINS inet t input;\n")
+                code, text = server.command()
+            self.assertEqual(1, code, text)
+            self.assertRegex(text, r"table inet t belongs to nft \(pid=\d+\), and nobody else can")
+            self.assertIn("use GUARD_PORTS", text)
 
 
 # Deliver an address by another table than `local`, as policy routing and VRFs do.

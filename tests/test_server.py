@@ -1462,7 +1462,7 @@ class LifeTest(ServerCase):
                 door("10.55.0.2/32 tcp/22"), NOW + 30, 5030.0)}
             made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n"
                               % self.free_port())
-            with mock.patch.object(server, "flush_leftovers") as leftovers:
+            with mock.patch.object(server, "take_away") as leftovers:
                 made.start(flush)
             self.assertEqual(flush, leftovers.called)
             self.assertEqual((left, left), (len(self.firewall.rules), len(made.grants.live)))
