@@ -7948,7 +7948,7 @@ def flush_firewall(settings: ServerSettings, server: Optional[int], log: Log) ->
     if server is None:
         take_away_for_good((OPEN, REST), settings, log)
         say("Nothing is open now." + " The guard stays until --unguard." * bool(
-          leftovers(GUARD, settings, log)))
+            leftovers(GUARD, settings, log)))
         return
     os.kill(server, signal.SIGUSR2)
     for _ in range(100):

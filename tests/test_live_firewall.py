@@ -17,9 +17,9 @@ from typing import Any, Callable, List, Tuple
 from tests import firewalls
 from tests.firewalls import (ANNOUNCED, IPTABLES_LEGACY, IPTABLES_NFT, NFT, NFT_HOST, SETUPS, Setup,
                              close_host, needs_firewalls, six)
-from tests.netns import (CLIENT4, CLIENT6, FWKNOP, GATE4, GATE6, INNER4, INNER6, KEYS, OTHER4, OTHER6,
-                         SERVER4, SERVER6, SPA_CLIENT, SPA_SERVER, STANZA, Cable, Gateway, Host,
-                         Process, Server, in_parallel)
+from tests.netns import (CLIENT4, CLIENT6, FWKNOP, GATE4, GATE6, INNER4, INNER6, KEYS, OTHER4,
+                         OTHER6, SERVER4, SERVER6, SPA_CLIENT, SPA_SERVER, STANZA, Cable, Gateway,
+                         Host, Process, Server, in_parallel)
 from tests.support import TOP, long_enough, needs_programs, read, wait_for, write
 
 GRANTED = [("", SERVER4, 22), ("", SERVER6, 22)]
