@@ -505,18 +505,6 @@ class OutputTest(FileTestCase):
         with open(self.path("out", "", 0o644), "wb") as stream:
             self.assertEqual(b"", program("-V", stdout=stream).stderr)
 
-    def test_closed_or_broken(self) -> None:
-        """One line, and exit code 1: nobody got the keys."""
-        reader, writer = os.pipe()
-        os.close(reader)
-        answer = program(stdout=writer)
-        os.close(writer)
-        self.assertEqual((1, b"keygen.py: standard output: Broken pipe\n"),
-                         (answer.returncode, answer.stderr))
-        answer = program(preexec_fn=lambda: os.close(1))
-        self.assertEqual((1, b"keygen.py: standard output: it is closed\n"),
-                         (answer.returncode, answer.stderr))
-
     def test_standard_error_is_closed(self) -> None:
         """What is meant for it does not get among the keys; exit codes stay."""
         answer = program(*WORK, "--rc-file", self.path("rc"), preexec_fn=lambda: os.close(2))

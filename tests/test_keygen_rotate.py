@@ -399,7 +399,8 @@ class FilesTest(RotateTestCase):
         """Both files have the new keys though standard error can't be written."""
         with open("/dev/full", "w") as full:
             self.assertEqual(0, subprocess.call(
-                [sys.executable, SCRIPT, "--rotate", "work", *self.both], stderr=full))
+                [sys.executable, SCRIPT, "--rotate", "work", *self.both], stderr=full,
+                env={}))
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
 
     def test_many_at_once(self) -> None:
