@@ -3131,10 +3131,14 @@ class SyslogOutlet(Outlet):
                 return False
             except OSError:
                 pass
-            if self.socket:  # what took half a line must not get the next one behind it
-                self.socket.close()
-                self.socket = None
+            self.close()  # what took half a line must not get the next one behind it
         return False
+
+    def close(self) -> None:
+        """Close the socket; the next line makes another."""
+        if self.socket:
+            self.socket.close()
+            self.socket = None
 
 
 class FileOutlet(Outlet):
@@ -3166,7 +3170,7 @@ class Log:
         self.level = INFO
         self.stream: Optional[StreamOutlet] = None if stream is None else StreamOutlet(stream)
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
-        self.syslog: Optional[Outlet] = None
+        self.syslog: Optional[SyslogOutlet] = None
         self.file: Optional[FileOutlet] = None
         self.usual = INFO  # the severity of usual lines in syslog
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",

@@ -705,6 +705,8 @@ class LogTest(ServerCase):
                 ("LOG_DAEMON", True, r"^<27>%%s me\[%d\]: e$" % os.getpid()),
                 ("LOG_LOCAL7", False, r"^<187>%s me: e$")):
             log.open_syslog("me", facility, with_pid, path)
+            assert log.syslog
+            self.addCleanup(log.syslog.close)
             for _ in range(2):
                 made = self.receiver(socket.SOCK_DGRAM, path)
                 log.error("e")
@@ -736,6 +738,8 @@ class LogTest(ServerCase):
         terminal, end = os.openpty()
         made = self.receiver(socket.SOCK_DGRAM, self.place("log"))
         made.setblocking(False)
+        syslog = server.SyslogOutlet("me", "LOG_DAEMON", False, self.place("log"))
+        self.addCleanup(syslog.close)
         streams = [stack.enter_context(os.fdopen(each, "w")) for stack in [contextlib.ExitStack()]
                    for each in (writer, near.detach(), end)]
         for each in (reader, fifo, far.fileno(), terminal):
@@ -745,7 +749,7 @@ class LogTest(ServerCase):
                 (server.StreamOutlet(streams[1]), far.recv),
                 (server.StreamOutlet(streams[2]), partial(os.read, terminal)),
                 (server.FileOutlet(self.place("fifo")), partial(os.read, fifo)),
-                (server.SyslogOutlet("me", "LOG_DAEMON", False, self.place("log")), made.recv)):
+                (syslog, made.recv)):
             with self.subTest(outlet=type(outlet).__name__):
                 wrote = 0
                 while outlet.dropped < 3 and wrote < 1000:
@@ -1925,7 +1929,8 @@ class NftTest(unittest.TestCase):
                 for ask in (lambda: netlink.commit([(server.DELETE_ELEMENT, 1, b"")]),
                             lambda: server.NftFirewall.read_set(
                                 mock.Mock(netlink=netlink), server.GUARD_TABLE, shape)):
-                    netlink.socket = AnsweringSocket(bytes(data))
+                    answering = AnsweringSocket(bytes(data))
+                    netlink.socket = mock.Mock(sendto=answering.sendto, recv=answering.recv)
                     with contextlib.suppress(server.CommandError):
                         ask()
 
