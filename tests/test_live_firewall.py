@@ -322,7 +322,7 @@ class StepTest(unittest.TestCase):
         """
         def check(setup: Setup) -> None:
             """One backend."""
-            with Site(setup, access=STANZA.replace("TIMEOUT 60", "TIMEOUT 1")) as site:
+            with Site(setup, access=STANZA + "FW_ACCESS_TIMEOUT 1\n") as site:
                 self.live(site)  # imports what is imported late
                 strace = self.trace(site, "-c")
                 self.live(site)
