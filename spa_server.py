@@ -4483,6 +4483,8 @@ class Firewall:
     legacy = False  # whether it is the iptables from before nf_tables
     quickly_intact = False  # whether intact() takes no longer for many grants
     poll_seconds = POLL_SECONDS
+    guard_poll_seconds = float("inf")  # how often the guard is looked at, where nothing announces
+    guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # nf_tables' that the guard is in
     netlink_port = -1  # from which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
     identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
@@ -4523,6 +4525,15 @@ class Firewall:
         during prepare() would count as wanted for ever.
         """
         return True
+
+    def concerns_guard(self, kind: int, body: bytes) -> bool:
+        """Return whether nf_tables announces a change of the guard's rules, and not of a grant."""
+        return (NFT <= kind <= DELETE_RULE and MARK.encode() not in body and
+                (body[0], attributes(body[4:]).get(TABLE_NAME, b"")) in self.guard_tables)
+
+    def mend_guard(self) -> bool:
+        """Put the guard back where it is not as it should be; return whether anything was wrong."""
+        return False
 
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants`, all or none, in place of `replaced`."""
@@ -4757,6 +4768,7 @@ class NftFirewall(Firewall):
         self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
         self.identity = ("nft", program, self.places)
         self.rules: Dict[NftChain, Dict[NftChain, List[str]]] = {}  # that have to be at a place
+        self.guard_tables = frozenset([(NFT_FAMILIES["inet"], b"spa\0")] * bool(guard_ports))
         self.netlink = Netlink()
         self.netlink_port = self.netlink.socket.getsockname()[0]
 
@@ -4890,6 +4902,13 @@ class NftFirewall(Firewall):
     def intact(self) -> bool:
         """Return whether our tables are awake and all rules of ours are as they should be."""
         return all(map(self.stands, self.places))
+
+    def mend_guard(self) -> bool:
+        """Put the guard back where it is not as it should be; return whether anything was wrong."""
+        if not self.guard_ports or self.stands(GUARD_TABLE):
+            return False
+        self.prepare_place(GUARD_TABLE)
+        return True
 
     def stands(self, place: NftChain) -> bool:
         """Return whether the rules at a place are the wanted ones."""
@@ -5076,6 +5095,7 @@ LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
 GUARD_PASS = "-m conntrack --ctstate NEW"  # in the guard's rules for what NAT leads on
 TARGET_OPTIONS = {DNAT: "--to-destination", SNAT: "--to-source"}
 LEGACY_POLL_SECONDS = 5.0  # its changes are not announced
+GUARD_POLL_SECONDS = 1.0  # for the guard, of which this only looks whether it is jumped to
 
 
 class Place(NamedTuple):
@@ -5104,9 +5124,9 @@ class Iptables:
         self.program, self.restore = program, program + "-restore"
         self.dated = True  # whether rules can end by themselves
 
-    def list(self, table: str) -> List[str]:
-        """The rules of a table, as `iptables -S` prints them."""
-        return run_program([self.program, "-w", "-t", table, "-S"]).splitlines()
+    def list(self, table: str, *chain: str) -> List[str]:
+        """The rules of a table or of one chain in it, as `iptables -S` prints them."""
+        return run_program([self.program, "-w", "-t", table, "-S"] + list(chain)).splitlines()
 
     def commit(self, changes: Dict[str, List[str]]) -> None:
         """Makes the changes of each table, all of a table or none."""
@@ -5227,7 +5247,13 @@ class IptablesFirewall(Firewall):
         self.identity = ("iptables", program, self.places)
         self.rules: Dict[int, Dict[str, List[str]]] = {}  # of the guard's chains, once prepared
         self.legacy = "nf_tables" not in run_program([program, "-V"])
-        self.poll_seconds = LEGACY_POLL_SECONDS if self.legacy else POLL_SECONDS
+        if self.legacy:
+            self.poll_seconds = LEGACY_POLL_SECONDS
+        if guard_ports and self.legacy:
+            self.guard_poll_seconds = GUARD_POLL_SECONDS
+        elif guard_ports:
+            self.guard_tables = frozenset((NFT_FAMILIES[family], b"mangle\0")
+                                           for family in ("ip", "ip6"))
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes."""
@@ -5327,6 +5353,25 @@ class IptablesFirewall(Firewall):
                             for rule in rules]
         return changes + ["-I %s 1 -j %s" % jump for jump in GUARD_CHAINS.items()
                           if "-A %s -j %s" % jump not in lines]
+
+    def mend_guard(self) -> bool:
+        """Put the guard back where it is not as it should be; return whether anything was wrong.
+
+        Whether a legacy table was flushed is asked every second, and thousands of grants make it
+        long: there the jump alone is looked at.
+        """
+        mended = []
+
+        def mend(version: int, program: Iptables) -> None:
+            jump = "-A PREROUTING -j " + GUARD_CHAINS["PREROUTING"]
+            if self.legacy and jump in program.list("mangle", "PREROUTING"):
+                return
+            changes = self.guard_changes(version, program.list("mangle"))
+            program.commit({"mangle": changes})
+            mended.extend(changes)
+
+        do_all(mend, self.programs.items() if self.guard_ports else ())
+        return bool(mended)
 
     def intact(self) -> bool:
         """Return whether no table needs a change."""
@@ -5973,6 +6018,12 @@ class Grants:
             del self.live[grant.door]
             self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
                           % (self.firewall.describe(grant.door), grant.expires, grant.door))
+
+    def mend_guard(self) -> None:
+        """Put the guard back if somebody took it. All else waits for check()."""
+        if self.firewall.mend_guard():
+            self.log.warning("Somebody changed our rules in the firewall (%s); put the guard back"
+                             % self.firewall.describe())
 
     def check(self) -> bool:
         """Puts back what somebody took from the firewall: first our rules, then what is due.
@@ -7074,6 +7125,7 @@ class Server(KnockGate):
         self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
         self.check_wait = RETRY_SECONDS
+        self.guard_due = 0.0
         self.running, self.exit_code = True, 0
 
     def listen(self, captures: List[Capture]) -> None:
@@ -7155,20 +7207,35 @@ class Server(KnockGate):
 
     def hear_firewall(self) -> None:
         """Somebody changed the firewall: it is looked at soon, and once for a series of changes."""
-        changed = False
-        try:
-            while self.firewall_events is not None:
-                for _, port, _ in netlink_messages(self.firewall_events.recv(65536)):
-                    changed = changed or port != self.grants.firewall.netlink_port
-        except BlockingIOError:
-            pass
-        except (OSError, CommandError):  # more was announced than fits
-            changed = True
-        if changed:
+        if self.read_announcements():
             due = self.clocks.monotonic() + SETTLE_SECONDS
             if not self.grants.firewall.quickly_intact:
                 due = max(due, self.check_rest)
             self.check_due = min(self.check_due, due)
+
+    def read_announcements(self) -> bool:
+        """Return whether somebody changed the firewall; a changed guard is put back at once."""
+        changed = guard = False
+        try:
+            while self.firewall_events is not None:
+                for kind, port, body in netlink_messages(self.firewall_events.recv(65536)):
+                    changed = changed or port != self.grants.firewall.netlink_port
+                    guard = guard or self.grants.firewall.concerns_guard(kind, body)
+        except BlockingIOError:
+            pass
+        except (OSError, CommandError):  # more was announced than fits
+            changed = guard = True
+        if guard:
+            self.mend_guard()
+        return changed
+
+    def mend_guard(self) -> None:
+        """Put the guard back at once: until then everybody gets in."""
+        try:
+            self.grants.mend_guard()
+        except CommandError:  # check_firewall() tries again, and says why it can't
+            self.check_rest = 0.0
+        self.guard_due = self.clocks.monotonic() + self.grants.firewall.guard_poll_seconds
 
     def check_firewall(self) -> None:
         """Puts back what somebody took from the firewall; what fails is tried again."""
@@ -7181,7 +7248,7 @@ class Server(KnockGate):
             all_well = self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
-            drain_socket(self.firewall_events)  # what the attempt itself announced
+            self.read_announcements()  # mostly of the attempt itself
             self.check_rest = 0.0
             self.check_due = self.clocks.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
@@ -7253,7 +7320,6 @@ class Server(KnockGate):
         for events, react in ((self.firewall_events, self.hear_firewall),
                               (self.link_events, self.check_links)):
             if events is not None:
-                drain_socket(events)
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures)
         self.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
@@ -7271,7 +7337,7 @@ class Server(KnockGate):
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""
         next_end = self.grants.next_end()
-        due = min([self.check_due, FOR_EVER if next_end is None else next_end,
+        due = min([self.check_due, self.guard_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
                   + [sequence.next_due() for sequence in self.owners])
         for key, _ in self.selector.select(max(0.0, due - self.clocks.monotonic())):
@@ -7282,6 +7348,8 @@ class Server(KnockGate):
         self.grants.expire()
         self.commands.look()
         self.expire_knocks()
+        if self.clocks.monotonic() >= self.guard_due:
+            self.mend_guard()
         if self.clocks.monotonic() >= self.check_due or self.grants.doubtful:
             self.check_firewall()
 

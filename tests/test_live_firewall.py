@@ -393,8 +393,9 @@ class TamperTest(unittest.TestCase):
 
         def flush_everything() -> None:
             """What a firewall script begins with."""
-            site.iptables(*everything, "-F")
-            site.iptables(*everything, "-X")
+            for program in (setup.backend, six(setup.backend)):
+                host.run(program, *everything, "-F")
+                host.run_code(program, *everything, "-X")  # fails where the guard is back already
             if setup.mode == "accept":
                 close_host(host, setup.backend)
 
@@ -759,6 +760,40 @@ class ShapeTest(unittest.TestCase):
         in_parallel(self, cases, check)
 
 
+# Lets a shell do something often, in pairs, and prints when each began and ended.
+FLUSHES = """
+import random, subprocess, sys, time
+for _ in range(int(sys.argv[1])):
+    for longest in sys.argv[2:4]:
+        began = time.monotonic()
+        subprocess.check_call(["sh", "-c", sys.argv[4]])
+        print(began, time.monotonic(), flush=True)
+        time.sleep(random.uniform(0.5, 1) * float(longest) if longest == sys.argv[3]
+                   else random.uniform(0, float(longest)))
+"""
+
+# Sends a SYN to port 22 of each address every few milliseconds, and prints when one was sent that
+# got in. With it the longest time so far that this program, too, had to wait on a busy machine.
+STRANGER = """
+import select, socket, sys, time
+longest, last = 0, time.monotonic()
+while True:
+    waiting = [socket.socket(socket.AF_INET6 if ":" in each else socket.AF_INET)
+               for each in sys.argv[1:]]
+    for each, address in zip(waiting, sys.argv[1:]):
+        each.setblocking(False)
+        each.connect_ex((address, 22))
+    sent = time.monotonic()
+    time.sleep(0.003)
+    longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    for each in select.select([], waiting, [], 0)[1]:
+        if not each.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            print(sent, longest, flush=True)
+    for each in waiting:
+        each.close()
+"""
+
+
 @needs_firewalls
 class GuardTest(unittest.TestCase):
     """What the guard drops, what it lets be, and how long it stays."""
@@ -791,6 +826,31 @@ class GuardTest(unittest.TestCase):
                 self.assertIn("tcp/22, tcp/24", text)
                 self.assertEqual([True] * 6, site.client.probe(*GRANTED, *NOT_GRANTED))
                 self.assertNotRegex(site.rules(), r"FWKNOP|\bspa")
+
+        in_parallel(self, GUARD_SETUPS, check)
+
+    def test_a_stranger_gets_in_only_right_after_a_flush(self) -> None:
+        """Somebody flushes the firewall 400 times at random moments, in pairs; legacy: 24 times."""
+
+        def check(setup: Setup) -> None:
+            """One backend."""
+            window, count, pauses = (1.2, 12, (0.3, 2.4)) if setup.backend == IPTABLES_LEGACY else (
+                0.05, 200, (0.05, 0.08))
+            flush = "nft flush ruleset"
+            if setup.backend != NFT:
+                flush = "%s -t mangle -F; %s -t mangle -F" % (setup.backend, six(setup.backend))
+            with Site(setup) as site:
+                stranger = site.client.start(sys.executable, "-c", STRANGER, SERVER4, SERVER6)
+                flushes = site.host.start(sys.executable, "-c", FLUSHES, count, *pauses, flush)
+                wait_for(lambda: flushes.popen.poll() is not None, "the flushes", 120)
+                self.assertTrue(site.all_closed())
+                stranger.end(signal.SIGKILL)
+                times = [tuple(map(float, line.split())) for line in flushes.output().splitlines()]
+                self.assertEqual(2 * count, len(times))
+                for line in stranger.output().splitlines():
+                    sent, waited = map(float, line.split())
+                    began, ended = max(pair for pair in times if pair[0] <= sent)
+                    self.assertLess(sent - ended, window + waited, setup)
 
         in_parallel(self, GUARD_SETUPS, check)
 
