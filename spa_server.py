@@ -7312,17 +7312,28 @@ class Server(KnockGate):
     def start(self, flush: bool) -> None:
         """Makes the firewall ready, goes on with the grants it has or closes them, and listens."""
         captures = self.configuration.open_captures(self.log)  # fails before anything is changed
-        self.grants.firewall.prepare()
-        if flush:
-            self.flush()
-        else:
-            self.grants.adopt()
+        try:
+            self.grants.firewall.prepare()
+            if flush:
+                self.flush()
+            else:
+                self.grants.adopt()
+        except SpaError:
+            self.tell_guard()
+            raise
         for events, react in ((self.firewall_events, self.hear_firewall),
                               (self.link_events, self.check_links)):
             if events is not None:
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures)
         self.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
+
+    def tell_guard(self) -> None:
+        """Log what stays closed now that this server does not serve, and what opens it."""
+        firewall = self.grants.firewall
+        if firewall.guard_ports and firewall.guarded():
+            self.log.warning("Closed to everybody from now on, until a server runs or --unguard: "
+                             + port_list(firewall.guard_ports))
 
     def flush(self) -> None:
         """Closes all that is open: grants, cycles, and what earlier settings have left."""
@@ -7369,9 +7380,7 @@ class Server(KnockGate):
         """
         self.log.write(self.configuration.words.level, self.report())
         self.memory.close()
-        if self.grants.firewall.guard_ports:
-            self.log.info("Closed to everybody from now on, until --unguard: "
-                          + port_list(self.grants.firewall.guard_ports))
+        self.tell_guard()
         self.commands.stop()
         if self.settings.flush_at_stop:
             try:

@@ -899,6 +899,8 @@ class GuardTest(unittest.TestCase):
             code, text = server.command()
             self.assertEqual(1, code, text)
             self.assertIn("inet filter input", text)
+            self.assertIn("Closed to everybody from now on, until a server runs or --unguard: tcp/22",
+                          text)
             self.assertFalse(cable.client.reaches(SERVER4, 22))
             cable.server.run("nft", "-f", "-", input=NFT_HOST)
             server.start()
