@@ -3832,12 +3832,13 @@ NLM_REQUEST, NLM_ACK, NLM_DUMP, NLM_CREATE = 0x1, 0x4, 0x300, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
 NFT = 10 << 8  # NFNL_SUBSYS_NFTABLES
-GET_TABLE, DELETE_TABLE, GET_CHAIN, DELETE_CHAIN = NFT | 1, NFT | 2, NFT | 4, NFT | 5
-GET_RULE, DELETE_RULE, GET_SET, DELETE_SET = NFT | 7, NFT | 8, NFT | 10, NFT | 11
+NEW_TABLE, GET_TABLE, DELETE_TABLE = NFT, NFT | 1, NFT | 2
+GET_CHAIN, DELETE_CHAIN, GET_RULE, DELETE_RULE = NFT | 4, NFT | 5, NFT | 7, NFT | 8
+GET_SET, DELETE_SET = NFT | 10, NFT | 11
 NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 12, NFT | 13, NFT | 14
 NESTED = 0x8000
-TABLE_NAME, TABLE_FLAGS, TABLE_OWNER = 1, 2, 7
-TABLE_DORMANT, TABLE_HAS_OWNER = 1, 2
+TABLE_NAME, TABLE_FLAGS, TABLE_OWNER_PORT = 1, 2, 7
+TABLE_DORMANT, TABLE_OWNER, TABLE_PERSIST = 1, 2, 4  # flags
 CHAIN_NAME, CHAIN_HOOK, CHAIN_POLICY, HOOK_NUMBER = 3, 4, 5, 1
 RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_EXPRESSIONS, RULE_USERDATA = 1, 2, 3, 4, 7
 EXPRESSION_NAME, EXPRESSION_DATA, MATCH_NAME, MATCH_INFO = 1, 2, 1, 3
@@ -3889,12 +3890,21 @@ def text_of(value: bytes) -> str:
 
 
 class Netlink:
-    """A socket to nf_tables. Errors are CommandErrors with the kernel's number."""
+    """A socket to nf_tables. Errors are CommandErrors with the kernel's number.
+
+    It may own tables: then nobody else can change them, not even another socket of this process,
+    and a flush of all tables passes them by.
+    """
 
     def __init__(self) -> None:
+        self.open()
+
+    def open(self) -> None:
+        """Open the socket, with a port that the kernel chooses."""
         try:
             self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
             self.socket.bind((0, 0))
+            self.port: int = self.socket.getsockname()[0]
         except OSError as error:
             raise CommandError("netlink: %s" % error.strerror) from None
 
@@ -3965,6 +3975,18 @@ class Netlink:
         return [(struct.unpack(">Q", rule[RULE_HANDLE])[0],
                  rule.get(RULE_USERDATA, b"").decode("latin-1"))
                 for rule in found if names.items() <= rule.items()]  # old kernels list all chains
+
+    def release(self) -> int:
+        """Give up the tables that this socket owns; return the port of the socket in its place."""
+        self.socket.close()  # the only way
+        self.open()
+        return self.port
+
+    def set_table(self, place: NftChain, flags: int) -> None:
+        """Make a table, or change its flags; a table is persistent from the beginning or never."""
+        self.commit([(NEW_TABLE, NFT_FAMILIES[place.family],
+                      attribute(TABLE_NAME, place.table.encode() + b"\0")
+                      + attribute(TABLE_FLAGS, struct.pack(">I", flags)))])
 
     def table_flags(self, place: NftChain) -> int:
         """Return the flags of a table, 0 if it is not there."""
@@ -4526,6 +4548,9 @@ class Firewall:
         """
         return True
 
+    def succeed(self, old: "Firewall") -> None:
+        """Call this before prepare() where this firewall takes the place of another one."""
+
     def concerns_guard(self, kind: int, body: bytes) -> bool:
         """Return whether nf_tables announces a change of the guard's rules, and not of a grant."""
         return (NFT <= kind <= DELETE_RULE and MARK.encode() not in body and
@@ -4770,7 +4795,13 @@ class NftFirewall(Firewall):
         self.rules: Dict[NftChain, Dict[NftChain, List[str]]] = {}  # that have to be at a place
         self.guard_tables = frozenset([(NFT_FAMILIES["inet"], b"spa\0")] * bool(guard_ports))
         self.netlink = Netlink()
-        self.netlink_port = self.netlink.socket.getsockname()[0]
+        self.netlink_port = self.netlink.port
+
+    def succeed(self, old: Firewall) -> None:
+        """Go on with the socket that may own the guard's table."""
+        if isinstance(old, NftFirewall):
+            self.netlink.socket.close()
+            self.netlink, self.netlink_port = old.netlink, old.netlink_port
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes."""
@@ -4803,7 +4834,8 @@ class NftFirewall(Firewall):
         if place not in OWN_CHAINS:
             return {place: [shape.match() + " accept" for shape in shapes]}
         rules = [rule.partition(" ")[::2] for rule in (
-            self.guard_rules() if place == GUARD_TABLE else map(Shape.nat_rule, shapes))]
+            nft_guard_rules(self.guard_ports, shapes) if place == GUARD_TABLE else
+            map(Shape.nat_rule, shapes))]
         return {place._replace(chain=chain): [rule for name, rule in rules if name == chain]
                 for chain in OWN_CHAINS[place]}
 
@@ -4827,15 +4859,33 @@ class NftFirewall(Firewall):
                 self.explain_owner(place)
                 raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
             return
-        table = "table %s %s" % place[:2]
         for chain, hook in OWN_CHAINS[place].items():
             name = "chain %s %s %s" % (place[:2] + (chain,))
             lines += ["add %s %s" % (name, hook), "flush " + name]
-        lines = ["add " + table] + lines + ["add " + rule for rule in rules]
+        lines += ["add " + rule for rule in rules]
         try:
-            self.run(lines)
+            self.fill_table(place, lines)
         except CommandError:  # perhaps somebody's chain or set has the name of one of ours
-            self.run(["delete " + table] + lines)
+            self.run(["%s table %s %s" % (do, *place[:2]) for do in ("delete", "add")] + lines)
+
+    def fill_table(self, place: NftChain, lines: List[str]) -> None:
+        """Let nft do all of `lines` in a table of our own, or nothing.
+
+        The guard's is owned by our socket afterwards, where the kernel (6.9) lets it be persistent:
+        then a server that is killed leaves it behind. While it is owned, nft could not change it.
+        """
+        persistent = 0
+        if place == GUARD_TABLE:
+            self.netlink_port = self.netlink.release()
+            try:
+                self.netlink.set_table(place, TABLE_PERSIST)
+            except CommandError:  # an older kernel, or a table that was made by one
+                pass
+            persistent = self.netlink.table_flags(place) & TABLE_PERSIST
+        # An nft that does not know the word refuses to add what is there.
+        self.run(["add table %s %s" % place[:2]] * (not persistent) + lines)
+        if persistent:
+            self.netlink.set_table(place, TABLE_OWNER | TABLE_PERSIST)
 
     def explain_missing(self, place: NftChain) -> None:
         """Raises the CommandError of a chain that is not there."""
@@ -4851,8 +4901,8 @@ class NftFirewall(Firewall):
         """Raise the CommandError of a table that another program keeps for itself."""
         for table in self.netlink.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
             flags = int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
-            if text_of(table[TABLE_NAME]) == place.table and flags & TABLE_HAS_OWNER:
-                pid = int.from_bytes(table.get(TABLE_OWNER, b""), "big")  # of most programs
+            if text_of(table[TABLE_NAME]) == place.table and flags & TABLE_OWNER:
+                pid = int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big")  # of most programs
                 try:
                     with open("/proc/%d/comm" % pid) as file:
                         name = "%s (pid=%d)" % (file.read().strip(), pid)
@@ -4871,28 +4921,6 @@ class NftFirewall(Firewall):
         """The lines that take our rules out of a chain of the host's."""
         return ["delete rule %s handle %d" % (" ".join(place), handle)
                 for handle, _ in self.our_rules(place)]
-
-    def guard_rules(self) -> List[str]:
-        """The guard: what is guarded and not granted is dropped, before destination NAT.
-
-        Only what is addressed to this host: the rest is routed, and not ours to guard. Before the
-        route is known, only the table `local` tells; other tables (policy routing, VRF) may deliver
-        here as well, and the hook for input drops that. What NAT brought there has passed already.
-        Established connections and loopback are let be. The guard lets through what NAT leads on,
-        port for port: so that no port is open here for a moment longer than it leads elsewhere.
-        """
-        ports = ", ".join("%s . %d" % port for port in sorted(self.guard_ports))
-        return (["%s %s" % (chain, rule)
-                 for chain, passes in (("guard", "fib daddr type unicast"),
-                                       ("input", "ct status dnat"))
-                 for rule in ('iifname "lo" accept', "ct state established accept",
-                              passes + " accept",
-                              "meta l4proto . th dport { %s } goto closed" % ports)]
-                + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
-                   "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
-                   for peer, peer_port, port in established_connections(self.guard_ports)]
-                + ["closed %s accept" % shape.match() for shape in self.shapes_at(GUARD_TABLE)]
-                + ["closed counter drop"])
 
     def our_rules(self, chain: NftChain) -> List[Tuple[int, str]]:
         """Return handle and tag of all rules in a chain of ours, of our rules in the host's."""
@@ -4913,8 +4941,9 @@ class NftFirewall(Firewall):
     def stands(self, place: NftChain) -> bool:
         """Return whether the rules at a place are the wanted ones."""
         try:
-            return (place not in OWN_CHAINS
-                    or not self.netlink.table_flags(place) & TABLE_DORMANT) and all(
+            # As fill_table() leaves it: neither asleep, nor persistent and not owned.
+            flags = self.netlink.table_flags(place) if place in OWN_CHAINS else 0
+            return flags in (0, TABLE_OWNER | TABLE_PERSIST) and all(
                 [name for _, name in self.our_rules(chain)] == list(map(tag, rules))
                 for chain, rules in self.rules[place].items())
         except CommandError:
@@ -5065,11 +5094,35 @@ class NftFirewall(Firewall):
 
     def unguard(self) -> None:
         """Takes the guard away."""
+        self.netlink.release()
         self.run(["delete table %s %s" % GUARD_TABLE[:2]])
 
     def leave(self) -> None:
         """Close the socket to nf_tables."""
         self.netlink.socket.close()
+
+
+def nft_guard_rules(guarded: FrozenSet[Port], shapes: List[Shape]) -> List[str]:
+    """The guard: what is guarded and not granted is dropped, before destination NAT.
+
+    Only what is addressed to this host: the rest is routed, and not ours to guard. Before the
+    route is known, only the table `local` tells; other tables (policy routing, VRF) may deliver
+    here as well, and the hook for input drops that. What NAT brought there has passed already.
+    Established connections and loopback are let be. The guard lets through what NAT leads on,
+    port for port: so that no port is open here for a moment longer than it leads elsewhere.
+    """
+    ports = ", ".join("%s . %d" % port for port in sorted(guarded))
+    return (["%s %s" % (chain, rule)
+             for chain, passes in (("guard", "fib daddr type unicast"),
+                                   ("input", "ct status dnat"))
+             for rule in ('iifname "lo" accept', "ct state established accept",
+                          passes + " accept",
+                          "meta l4proto . th dport { %s } goto closed" % ports)]
+            + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
+               "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
+               for peer, peer_port, port in established_connections(guarded)]
+            + ["closed %s accept" % shape.match() for shape in shapes]
+            + ["closed counter drop"])
 
 
 def set_name(place: NftChain, shape: Shape) -> bytes:
@@ -5320,7 +5373,7 @@ class IptablesFirewall(Firewall):
     def guard_rules(self, version: int) -> Dict[str, List[str]]:
         """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP.
 
-        Two chains lead there for the same reasons as in NftFirewall.guard_rules().
+        Two chains lead there for the same reasons as in nft_guard_rules().
         """
         # For IPv6 the match calls this host's own addresses UNICAST as well.
         routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
@@ -7283,6 +7336,7 @@ class Server(KnockGate):
             if configuration.takes_packets and not self.takes_packets:
                 # Until now there was nothing to remember.
                 memory = open_memory(settings, self.log, self.clocks)
+            firewall.succeed(self.grants.firewall)
             firewall.prepare()
         except SpaError:
             close_captures(captures, self.captures)

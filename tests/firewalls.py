@@ -21,17 +21,21 @@ NFT, IPTABLES_NFT, IPTABLES_LEGACY = "nft", "iptables-nft", "iptables-legacy"
 BACKENDS = (NFT, IPTABLES_NFT, IPTABLES_LEGACY)
 LATENESS = 1.5  # iptables ends a grant by itself at the next whole second
 
-# Starts the script behind it so that only an announcement lets it look at its firewall, or, where
-# the kernel announces nothing (legacy iptables), each second.
-ANNOUNCED = [sys.executable, "-I", "-S", "-c", """
-import sys
-sys.dont_write_bytecode = True
-sys.path.insert(0, sys.argv[2].rpartition("/")[0])
-import spa_server
-spa_server.POLL_SECONDS = spa_server.Firewall.poll_seconds = 3600.0
-spa_server.LEGACY_POLL_SECONDS = 1.0
-sys.exit(spa_server.main(sys.argv[3:]))
-"""]
+
+def launcher(*statements: str) -> List[str]:
+    """Return what starts the script behind it after some statements that change `spa_server`."""
+    return [sys.executable, "-I", "-S", "-c", "\n".join([
+        "import sys", "sys.dont_write_bytecode = True",
+        "sys.path.insert(0, sys.argv[2].rpartition('/')[0])", "import spa_server",
+        *statements, "sys.exit(spa_server.main(sys.argv[3:]))"])]
+
+
+# Only an announcement lets it look at its firewall, or, where the kernel announces nothing (legacy
+# iptables), each second.
+ANNOUNCED = ("spa_server.POLL_SECONDS = spa_server.Firewall.poll_seconds = 3600.0",
+             "spa_server.LEGACY_POLL_SECONDS = 1.0")
+# As on a kernel that does not let it own the guard's table.
+OLD_KERNEL = "spa_server.TABLE_PERSIST = 8"
 
 # The host's own firewall: what comes in and is not established is dropped, nothing is forwarded.
 NFT_HOST = """

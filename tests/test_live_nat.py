@@ -14,7 +14,7 @@ import unittest
 from typing import Iterable, List, Tuple
 
 from tests import firewalls
-from tests.firewalls import ANNOUNCED, NFT, Setup, close_host, needs_firewalls, six
+from tests.firewalls import ANNOUNCED, NFT, Setup, close_host, launcher, needs_firewalls, six
 from tests.netns import (CLIENT4, CLIENT6, ECHO, FWKNOP, GATE4, GATE6, HMAC_KEY, INNER4, INNER6,
                          KEY, KEYS, OTHER4, OTHER6, SECOND4, SERVER4, SERVER6, STANZA, Cable,
                          Gateway, in_parallel)
@@ -459,7 +459,7 @@ class LifeTest(unittest.TestCase):
 
         def check(setup: Setup) -> None:
             """One backend, one attack after the other."""
-            with Site(setup, "ENABLE_IPT_SNAT Y;\n", launcher=ANNOUNCED) as site:
+            with Site(setup, "ENABLE_IPT_SNAT Y;\n", launcher=launcher(*ANNOUNCED)) as site:
                 site.knock("-A", "tcp/22", "-N", INNER4 + ",8080")
                 before = site.listed()
                 run = functools.partial(site.host.run, "nft")
