@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from typing import Any, Iterable, NamedTuple, Optional, Tuple, TypeVar
+from typing import Any, Iterable, List, NamedTuple, Optional, Tuple, TypeVar
 
 from tests.netns import STANZA, Cable, Host, Server
 from tests.support import needs_programs, needs_root, wait_for
