@@ -64,6 +64,7 @@ Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unu
 import array
 import binascii
 import collections
+import contextlib
 import errno
 import fcntl
 import heapq
@@ -2957,6 +2958,8 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # severities of RFC 5424 section 6.2.1
 SYSLOG = "/dev/log"
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+FOR_EVER = float("inf")
+PROGRAM_SECONDS = 30.0  # that a program may take while nobody waits for it: at a start, say
 BURST = 20  # lines of a kind that anybody can cause at once; then one a second
 MORE_KNOCKS = "more knocks came without a line in the log"
 STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
@@ -3262,18 +3265,29 @@ def find_program(name: str) -> Optional[str]:
     return None
 
 
-def run_program(arguments: List[str], text: str = "") -> str:
-    """What a program prints when it is given `text`; CommandError with its words when it fails."""
+def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_SECONDS) -> str:
+    """Return what a program prints when it is given `text`; CommandError when it fails.
+
+    After `seconds` it is killed with all that it has started, and may have done its work.
+    """
     try:
-        done = subprocess.run(arguments, input=text.encode(), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=30, env=PROGRAM_ENVIRONMENT)
+        process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=PROGRAM_ENVIRONMENT,
+                                   start_new_session=True)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise CommandError("%s: %s" % (arguments[0], error)) from None
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
+    with process.stdin, process.stdout, process.stderr:  # type: ignore[union-attr]
+        try:
+            output, errors = process.communicate(text.encode(), seconds)
+        except subprocess.TimeoutExpired:
+            end_group(process, signal.SIGKILL)
+            process.wait()
+            raise CommandError("%s: killed after %.1f seconds" % (arguments[0], seconds)) from None
+    if process.returncode:
+        said = errors.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
         words = said.strip().splitlines() or ["no reason given"]
         raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]), said=words[-1])
-    return done.stdout.decode("utf-8", "replace")
+    return output.decode("utf-8", "replace")  # type: ignore[no-any-return]
 
 
 # ======================================================================================
@@ -4492,6 +4506,8 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log,
 # What every backend can do, and what its guard needs to know of the host.
 # ======================================================================================
 
+PATIENCE = 5.0  # seconds that the programs of a firewall may take altogether, while others wait
+LEAST_SECONDS = 0.05  # in which a program can do something
 POLL_SECONDS = 30.0  # how often a firewall is looked at whose changes netlink announces
 
 
@@ -4510,9 +4526,32 @@ class Firewall:
     netlink_port = -1  # from which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
     identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
+    due = FOR_EVER  # until when its programs may run, on the monotonic clock
 
     def __init__(self, why: str, log: Log, clocks: Clocks = CLOCKS) -> None:
         self.why, self.log, self.clocks = why, log, clocks
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Let all that is done inside take so many seconds at the most."""
+        before = self.due
+        self.due = min(before, self.clocks.monotonic() + seconds)
+        try:
+            yield
+        finally:
+            self.due = before
+
+    def seconds_left(self) -> float:
+        """Return how long the next program may run: half of the time that is left, since what one
+        has done that was killed has to be read back; CommandError when there is no time."""
+        left: float = min(PROGRAM_SECONDS, (self.due - self.clocks.monotonic()) / 2)
+        if left < LEAST_SECONDS:
+            raise CommandError("the firewall has taken too long")
+        return left
+
+    def execute(self, arguments: List[str], text: str = "") -> str:
+        """Run a program in the time that there is for it."""
+        return run_program(arguments, text, self.seconds_left())
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes, for the log."""
@@ -4655,7 +4694,6 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 
 GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 GUARD_TABLE = NftChain("inet", "spa", "guard")
-FOR_EVER = float("inf")
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
 
@@ -4890,7 +4928,7 @@ class NftFirewall(Firewall):
     def explain_missing(self, place: NftChain) -> None:
         """Raises the CommandError of a chain that is not there."""
         try:
-            run_program([self.program, "list", "chain"] + list(place))
+            self.execute([self.program, "list", "chain"] + list(place))
         except CommandError as error:
             if "No such file or directory" in str(error):
                 raise CommandError("%s: there is no chain %s" % (
@@ -4915,7 +4953,7 @@ class NftFirewall(Firewall):
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
         if lines:
-            run_program([self.program, "-f", "-"], "\n".join(lines) + "\n")
+            self.execute([self.program, "-f", "-"], "\n".join(lines) + "\n")
 
     def rule_removal(self, place: NftChain) -> List[str]:
         """The lines that take our rules out of a chain of the host's."""
@@ -5173,20 +5211,27 @@ class Place(NamedTuple):
 class Iptables:
     """The programs of one IP version and the changes that are made through them."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, seconds_left: Callable[[], float] = lambda: PROGRAM_SECONDS
+                 ) -> None:
         self.program, self.restore = program, program + "-restore"
+        self.seconds_left = seconds_left  # for the next program to run
         self.dated = True  # whether rules can end by themselves
+
+    def run(self, arguments: List[str], text: str = "") -> str:
+        """Run one of the programs, which waits for the xtables lock for most of its time."""
+        seconds = self.seconds_left()
+        return run_program(arguments + ["-w", "%d" % max(1, seconds - 0.2)], text, seconds)
 
     def list(self, table: str, *chain: str) -> List[str]:
         """The rules of a table or of one chain in it, as `iptables -S` prints them."""
-        return run_program([self.program, "-w", "-t", table, "-S"] + list(chain)).splitlines()
+        return self.run([self.program, "-t", table, "-S"] + list(chain)).splitlines()
 
     def commit(self, changes: Dict[str, List[str]]) -> None:
         """Makes the changes of each table, all of a table or none."""
         text = "".join("*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines))
                        for table, lines in changes.items() if lines)
         if text:
-            run_program([self.restore, "-n", "-w"], text)
+            self.run([self.restore, "-n"], text)
 
     def probe_time_match(self, table: str) -> None:
         """Finds out whether the kernel has the time match, in a chain that is gone at once."""
@@ -5286,12 +5331,12 @@ class IptablesFirewall(Firewall):
             self.places.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
         self.places += access
         self.tables = list(dict.fromkeys(place.table for place in self.places))  # the guard's first
-        self.programs = {4: Iptables(program)}
+        self.programs = {4: Iptables(program, self.seconds_left)}
         if os.path.exists("/proc/net/if_inet6"):
             directory, name = os.path.split(program)
             six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
             if six:
-                self.programs[6] = Iptables(six)
+                self.programs[6] = Iptables(six, self.seconds_left)
             elif guard_ports:
                 raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
                                   "install it, or nftables")
@@ -5461,13 +5506,18 @@ class IptablesFirewall(Firewall):
     def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Adds the rules of `grants` and deletes those of `replaced`.
 
-        When one table fails, what others got is taken back.
+        When one table fails, what others got is taken back; a program that was killed has perhaps
+        done all.
         """
         if not all(self.holds(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
             self.change(grants, replaced)
         except CommandError:
+            there = {(place, door.entrance, expires) for place, door, expires in self.grant_rules()}
+            if there >= {(place, grant.door.entrance, grant.expires) for grant in grants
+                         for place in self.places_of(grant.door)}:
+                return
             mine = {(grant.door.entrance, grant.expires) for grant in grants}
             self.delete_rules(lambda door, expires: (door.entrance, expires) in mine)
             raise
@@ -5493,6 +5543,12 @@ class IptablesFirewall(Firewall):
             if parsed:
                 yield (place,) + parsed
 
+    def grant_rules(self) -> List[Tuple[Place, Door, int]]:
+        """Return place, door and expiry of every rule that is a grant, or a part of one."""
+        lines = [(table, line) for program in self.programs.values() for table in self.tables
+                 for line in program.list(table)]
+        return [rule for table, line in lines for rule in self.parse(table, line)]
+
     def delete_lines(self, tables: Iterable[str], wanted: Callable[[str, str], bool],
                      programs: Iterable[Iptables] = ()) -> None:
         """Deletes the rules that are wanted gone, by table and line of `iptables -S`.
@@ -5516,12 +5572,9 @@ class IptablesFirewall(Firewall):
         """The grants that the kernel has; those that time has ended, too."""
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         found: Dict[Door, int] = {}
-        lines = [(table, line) for program in self.programs.values() for table in self.tables
-                 for line in program.list(table)]
-        for table, line in lines:
-            for place, door, expires in self.parse(table, line):
-                if place.tells:
-                    found[door] = min(expires, found.get(door, expires))
+        for place, door, expires in self.grant_rules():
+            if place.tells:
+                found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
     def listing(self) -> str:
@@ -5999,22 +6052,31 @@ class Grants:
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
         if opened:
-            try:
-                self.firewall.open(opened, replaced)
-            except CommandError as error:
-                self.log.warning("%s; looking whether somebody changed the firewall" % error)
-                self.doubtful = True  # check() then opens again what a failure below has closed
-                self.check()
-                self.firewall.close(replaced)
-                self.firewall.open(opened, [])
-                self.doubtful = False
+            with self.firewall.within(PATIENCE):
+                self.open_new(opened, replaced)
         for grant in rivals:
             self.live.pop(grant.door, None)
         for grant in opened:
             self.enter(grant)
+        if opened and self.clocks.monotonic() >= ends:
+            raise CommandError("the firewall took longer than the %d seconds to open for" % seconds)
         for door in doors:
             self.log.info("Added %s rule to %s for %s, expires at %d" % (
                 door.word, self.firewall.describe(door), door, self.live[door].expires))
+
+    def open_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
+        """Open in the firewall, in place of what is `replaced`; what fails is tried once more."""
+        try:
+            self.firewall.open(opened, replaced)
+        except CommandError as error:
+            self.log.warning("%s; looking whether somebody changed the firewall" % error)
+            self.doubtful = True  # check() then opens again what a failure below has closed
+            self.check()
+            if self.clocks.monotonic() >= opened[0].ends:
+                raise
+            self.firewall.close(replaced)
+            self.firewall.open(opened, [])
+            self.doubtful = False
 
     def check_stanza(self, doors: List[Door], stanza: int) -> None:
         """Rejects doors that would lead another stanza's clients elsewhere, and too many of them.
@@ -6060,7 +6122,8 @@ class Grants:
         if not ended:
             return
         try:
-            self.firewall.close(ended)
+            with self.firewall.within(PATIENCE):
+                self.firewall.close(ended)
         except CommandError as error:
             self.log.error("%s; trying to close %d grants again" % (error, len(ended)))
             self.not_before = now + RETRY_SECONDS
@@ -7285,7 +7348,8 @@ class Server(KnockGate):
     def mend_guard(self) -> None:
         """Put the guard back at once: until then everybody gets in."""
         try:
-            self.grants.mend_guard()
+            with self.grants.firewall.within(PATIENCE):
+                self.grants.mend_guard()
         except CommandError:  # check_firewall() tries again, and says why it can't
             self.check_rest = 0.0
         self.guard_due = self.clocks.monotonic() + self.grants.firewall.guard_poll_seconds
@@ -7295,10 +7359,11 @@ class Server(KnockGate):
         began, doubtful = self.clocks.monotonic(), self.grants.doubtful
         self.grants.doubtful = False  # what fails below is tried again
         try:
-            if began < self.check_rest and not doubtful and self.grants.firewall.intact():
-                self.check_due = self.check_rest  # rules are looked at at once, grants then
-                return
-            all_well = self.grants.check()
+            with self.grants.firewall.within(PATIENCE):
+                if began < self.check_rest and not doubtful and self.grants.firewall.intact():
+                    self.check_due = self.check_rest  # rules are looked at at once, grants then
+                    return
+                all_well = self.grants.check()
         except CommandError as error:
             self.log.error("%s; the firewall is not as it should be, trying again" % error)
             self.read_announcements()  # mostly of the attempt itself

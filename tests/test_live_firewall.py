@@ -258,6 +258,10 @@ class LifeTest(unittest.TestCase):
 FAIL = """if %(changes)s && [ -e %(flag)s ]; then echo "no luck" >&2; exit 4; fi
 exec %(real)s "$@"
 """
+HANG = """if %(changes)s && mv %(flag)s %(flag)s.hung 2>/dev/null; then
+  grep -q before %(flag)s.hung || %(real)s "$@"; sleep 100; fi
+exec %(real)s "$@"
+"""  # once, before its work or after it
 
 
 def make_programs(host: Host, backend: str, script: str = FAIL) -> Tuple[str, str]:
@@ -569,6 +573,42 @@ class FailureTest(unittest.TestCase):
                     code, text = site.server.command()
                     self.assertEqual(1, code, text)
                     self.assertIn("failed: no luck", text)
+
+        in_parallel(self, [setup for setup in SETUPS if setup.backend != NFT], check)
+
+    def test_an_iptables_that_hangs(self) -> None:
+        """It takes one knock five seconds at most. What it has done counts; what is over meanwhile
+        is not opened; and to wait for the lock is not to hang."""
+
+        def has_grants(site: Site, count: int) -> bool:
+            """Say whether there are so many; what is over goes in the loop's next turn."""
+            return site.count_grants() == count
+
+        def check(setup: Setup) -> None:
+            """One variant in one mode."""
+            with Site(setup) as site:
+                program, hang = make_programs(site.host, setup.backend, HANG)
+                site.server.stop()
+                config = re.sub("FIREWALL_EXE .*;", "FIREWALL_EXE %s;" % program, setup.config())
+                site.server.configure(config)
+                site.server.start()
+                failed = "nothing was opened: the firewall failed"
+                for where, port, seconds, expect, count in (
+                        ("before", 22, 2, failed, 0), ("before", 22, 60, " opened ", 1),
+                        ("after", 24, 60, " opened ", 2), ("after", 25, 2, failed, 2)):
+                    write(hang, where)
+                    began, mark = time.monotonic(), site.server.mark()
+                    site.knock(*TO4, "-A", "tcp/%d" % port, "-f", str(seconds), expect=expect)
+                    self.assertLess(time.monotonic() - began, 5.5)
+                    self.assertEqual(expect == failed, failed in site.server.log(mark))
+                    wait_for(functools.partial(has_grants, site, count), site.rules())
+                self.assertTrue(all(site.client.probe(("", SERVER4, 22), ("", SERVER4, 24))))
+                if setup.backend == IPTABLES_LEGACY:
+                    site.host.start("flock", "/run/xtables.lock", "sh", "-c",
+                                    "echo locked; sleep 0.8").wait_for("locked")
+                    mark = site.server.mark()
+                    site.knock(*TO6)
+                    self.assertNotIn("looking whether", site.server.log(mark))
 
         in_parallel(self, [setup for setup in SETUPS if setup.backend != NFT], check)
 
