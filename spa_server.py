@@ -2402,6 +2402,10 @@ class Stanza(Settings):
         """
         if not self.has_key_file:
             raise error
+        self.make_void(error)
+
+    def make_void(self, error: SpaError) -> None:
+        """Let the stanza open nothing, because of this error."""
         self.void = self.void or str(error)
         self.keys = self.gpg = self.sequence = None
 
@@ -3486,7 +3490,7 @@ class GpgKeys(Keys):
         row, stanza = Stanza.gpg_decrypt_id, self.stanza
         question = ["--with-colons", "--list-secret-keys", "--", stanza.gpg_decrypt_id]
         try:
-            listing = run_program(self.command + question)
+            listing = run_program(self.command + question, seconds=GPG_SECONDS)
         except CommandError as error:
             raise stanza.error(row, "expected a secret key: %s"
                                % (error.said or error)) from None
@@ -3521,14 +3525,15 @@ class GpgKeys(Keys):
 
 
 def open_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = CLOCKS) -> None:
-    """Makes the GPG stanzas ready; ConfigError where gpg or a secret key is missing."""
+    """Make the GPG stanzas ready. One whose gpg or secret key is missing is void, until a reload
+    finds it: a keyring changes outside our files, and that must lock out nobody else."""
     gpg = Gpg(clocks)
     for stanza in stanzas:
         try:
             if stanza.gpg_decrypt_id and not stanza.void:
                 stanza.gpg = GpgKeys(stanza, settings, gpg)
         except SpaError as error:
-            stanza.give_up(error)
+            stanza.make_void(error)
 
 
 # ======================================================================================
