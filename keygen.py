@@ -508,9 +508,26 @@ def errors_named(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SpaError(f"{error.filename or path}: {error.strerror}") from error
+        raise SpaError(f"{path}: {error.strerror}") from error
     except SpaError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def real_path(path: str, links: int = 40) -> str:
+    """Return where a path leads to; SpaError if by a link of another user's.
+
+    That user could lead us to a file that only we can write. More `links` one behind the other
+    than the kernel follows are a loop, which cannot be opened.
+    """
+    way, prefix = os.path.join(os.getcwd(), path), ""
+    for part in way.split("/") if POSIX else ():
+        prefix = os.path.join(prefix or "/", part)
+        if os.path.islink(prefix):
+            if os.lstat(prefix).st_uid not in (0, os.geteuid()):
+                raise SpaError(f"{path}: {prefix} is a link of another user's, and is not followed")
+            if links:
+                real_path(os.path.join(os.path.dirname(prefix), os.readlink(prefix)), links - 1)
+    return os.path.realpath(path)
 
 
 def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
@@ -522,6 +539,9 @@ def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
     with errors_named(path):
         fd = os.open(path, os.O_RDONLY)
         stack.callback(os.close, fd)
+        link = f"/proc/self/fd/{fd}"
+        if os.path.islink(link) and os.readlink(link) != path:
+            raise SpaError("somebody else put another directory in its place")
         for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -533,39 +553,59 @@ def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
         raise SpaError("another program keeps it locked")
 
 
-def read_file(path: str, create: bool) -> bytes:
-    """Return what a regular file holds: nothing if there is none, and one may be created."""
-    if create and not os.path.lexists(path):
-        return b""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+def name_in(directory: Optional[int], path: str) -> str:
+    """Return the name that a path's file has in its directory, if that is open."""
+    return path if directory is None else os.path.basename(path)
+
+
+def read_file(path: str, directory: Optional[int], create: bool
+              ) -> Tuple[bytes, Optional[os.stat_result]]:
+    """Return what a regular file in a directory holds, and its status.
+
+    Nothing and None if there is none, and one may be created. A file of ours that another user has
+    given a second name, in a directory of that user's, is refused as a link is.
+    """
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        fd = os.open(name_in(directory, path), os.O_RDONLY | flags, dir_fd=directory)
+    except FileNotFoundError:
+        if create:
+            return b"", None
+        raise
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
         raise SpaError("not a regular file")
-    with open(path, "rb") as stream:
-        return stream.read()
+    with open(fd, "rb") as stream:
+        if directory is not None and status.st_nlink > 1 and (
+                os.fstat(directory).st_uid not in (0, os.geteuid())):
+            raise SpaError("has another name elsewhere, in a directory of another user's")
+        return stream.read(), status
 
 
-def write_copy(path: str, text: bytes, stack: contextlib.ExitStack) -> str:
+def write_copy(path: str, directory: Optional[int], old: Optional[os.stat_result], text: bytes,
+               stack: contextlib.ExitStack) -> str:
     """Put the new text of a file onto the disk beside it, until the stack's end; return its path.
 
     Appending could leave half a line with a key in it, which would stop a server from starting. A
-    new file gets mode 0600, an old one keeps mode and owner.
+    new file gets mode 0600, an `old` one keeps mode and owner.
     """
     def discard() -> None:
         with contextlib.suppress(OSError):  # it has the file's name, if all went well
-            os.unlink(copy)
+            os.unlink(copy, dir_fd=directory)
 
-    copy = f"{path}.{os.getpid()}.new"
-    fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    copy = f"{name_in(directory, path)}.{os.getpid()}.new"
+    fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
     stack.callback(discard)
     with open(fd, "wb") as stream:
         if POSIX:
             os.fchmod(fd, 0o600)  # whatever the umask is
-            if os.path.exists(path):
-                status = os.stat(path)
-                owner, new = (status.st_uid, status.st_gid), os.fstat(fd)
+            if old:
+                owner, new = (old.st_uid, old.st_gid), os.fstat(fd)
                 if owner != (new.st_uid, new.st_gid):
                     os.fchown(fd, *owner)
-                os.fchmod(fd, stat.S_IMODE(status.st_mode))
-                warn_of_readers(path, status.st_mode)
+                os.fchmod(fd, stat.S_IMODE(old.st_mode))
+                warn_of_readers(path, old.st_mode)
         stream.write(text)
         stream.flush()
         os.fsync(fd)
@@ -580,23 +620,26 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
     What somebody else changed meanwhile stays. With `create` a file that is missing is made; `done`
     is told of each.
     """
-    changes = [(os.path.realpath(path), change) for path, change in changes if path]
+    changes = [(real_path(path), change) for path, change in changes if path]
     ready = []
     with contextlib.ExitStack() as stack:
-        locked = [lock_directory(directory, stack) for directory in
-                  sorted({os.path.dirname(path) for path, _ in changes}) if POSIX]
+        locked = {directory: lock_directory(directory, stack) for directory in
+                  sorted({os.path.dirname(path) for path, _ in changes}) if POSIX}
         for path, change in changes:
+            directory = locked.get(os.path.dirname(path))
             with errors_named(path):
-                old = read_file(path, create)
+                old, status = read_file(path, directory, create)
                 new = change(old.decode("latin-1")).encode("latin-1")  # each byte as it is
-                ready.append((path, old, write_copy(path, new, stack)))
+                ready.append((path, directory, old,
+                              write_copy(path, directory, status, new, stack)))
         write_out(printed())
-        for path, old, copy in ready:
+        for path, directory, old, copy in ready:
             with errors_named(path):
-                if read_file(path, create) != old:
+                if read_file(path, directory, create)[0] != old:
                     raise SpaError("was changed by somebody else meanwhile, and left as it is")
-                os.replace(copy, path)
-        for fd in locked:
+                os.replace(copy, name_in(directory, path), src_dir_fd=directory,
+                           dst_dir_fd=directory)
+        for fd in locked.values():
             with contextlib.suppress(OSError):  # not every file system can do that
                 os.fsync(fd)  # or a power cut takes new names away again
     for path, _ in changes:

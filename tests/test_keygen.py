@@ -362,6 +362,44 @@ class AppendTest(FileTestCase):
             self.assertIn("[work]", self.read(target))
             self.assertEqual(0o600, self.mode(target))
 
+    @needs_root
+    def test_nobody_leads_root_to_a_file_of_roots(self) -> None:
+        """By a link to the file or to a directory on the way, or by a second name."""
+        os.mkdir(self.path("joe"))
+        os.mkdir(self.path("joe/sub"))
+        os.mkdir(self.path("etc"))
+        secret = self.path("etc/rc", "[root]\nX 1\n")
+        os.symlink(secret, self.path("joe/file"))
+        os.symlink("../etc", self.path("joe/dir"))
+        os.symlink("file", self.path("joe/twice"))
+        os.link(secret, self.path("joe/hard"))
+        for name in ("joe", "joe/sub", "joe/file", "joe/dir", "joe/twice"):
+            os.lchown(self.path(name), 1234, 1234)
+        for name, why in (("file", "joe/file is a link of another user's"),
+                          ("dir/rc", "joe/dir is a link of another user's"),
+                          ("twice", "joe/twice is a link of another user's"),
+                          ("sub/../file", "joe/sub/../file is a link of another user's"),
+                          ("hard", "joe/hard: has another name elsewhere")):
+            with self.subTest(name):
+                code, out, err = call(*WORK, "--rc-file", self.path("joe/" + name))
+                self.assertEqual((1, ""), (code, out))
+                self.assertIn(why, err)
+        real = os.open
+
+        def swap(path: Any, *arguments: Any, **more: Any) -> int:
+            """Put a link in the place of the directory that is about to be opened."""
+            if path == self.path("joe/sub"):
+                os.rmdir(path)
+                os.symlink("../etc", path)
+            return real(path, *arguments, **more)
+
+        with mock.patch.object(os, "open", swap):
+            self.assertIn("another directory in its place",
+                          call(*WORK, "--rc-file", self.path("joe/sub/rc"))[2])
+        self.assertEqual(("[root]\nX 1\n", ["rc"]), (self.read(secret), os.listdir(
+            self.path("etc"))))
+        self.assertEqual(0, call(*WORK, "--rc-file", self.path("joe/new"))[0])
+
     def test_a_name_twice_is_refused(self) -> None:
         """In any case, by `[name]` or `# name`; nothing is written to either file."""
         rc, access = self.path("rc"), self.path("access")
@@ -443,7 +481,7 @@ class CrashTest(FileTestCase):
         if pid == 0:
             try:
                 with mock.patch.object(os, "replace",
-                                       lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+                                       lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)):
                     call(*WORK, "--rc-file", rc)
             finally:
                 os._exit(1)

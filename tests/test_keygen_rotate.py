@@ -368,11 +368,11 @@ class FilesTest(RotateTestCase):
         """access.conf is first, and has the keys that the rc file still has."""
         real, calls = os.replace, []
 
-        def replace_once(source: str, target: str) -> None:
-            calls.append(target)
+        def replace_once(source: str, target: str, **more: int) -> None:
+            calls.append(self.path(target))
             if len(calls) == 2:
                 raise OSError(28, "No space left on device")
-            real(source, target)
+            real(source, target, **more)
         with mock.patch.object(os, "replace", replace_once):
             code, _, err = call_all("--rotate", "work", *self.both)
         self.assertEqual((1, [self.access, self.rc]), (code, calls))
@@ -424,11 +424,13 @@ for name in ("fchmod", "fchown", "geteuid", "getuid", "O_NOFOLLOW", "O_DIRECTORY
     if hasattr(os, name):
         delattr(os, name)
 real_open, real_replace = os.open, os.replace
-def open_file(path, *rest):
+def open_file(path, *rest, dir_fd=None):
+    assert dir_fd is None
     if os.path.isdir(path):
         raise PermissionError(13, "Permission denied", path)
     return real_open(path, *rest)
-def replace(source, target):
+def replace(source, target, **directories):
+    assert set(directories.values()) == {None}
     opened = [os.path.realpath("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")]
     if os.path.realpath(source) in opened or os.path.realpath(target) in opened:
         raise PermissionError(32, "used by another process", target)
