@@ -1137,7 +1137,22 @@ def permission_warnings(path: str) -> List[str]:
     if status.st_uid not in (0, os.geteuid()):
         texts.append("[-] file: %s (owner: %d) not owned by current effective user id: %d"
                      % (path, status.st_uid, os.geteuid()))
-    return texts
+    return texts + folder_warnings(os.path.dirname(path) or ".", stat.S_ISVTX)
+
+
+def folder_warnings(folder: str, harmless: int = 0) -> List[str]:
+    """Return a warning for a directory in which others can write, and so have root run commands.
+
+    A sticky one (`harmless`) lets nobody replace a file, but anybody add one.
+    """
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError:
+        return []
+    if not mode & 0o022 or mode & harmless:
+        return []
+    return ["[-] folder: %s is writable by others (mode %04o): they say what is opened, and what is "
+            "run as root" % (folder, stat.S_IMODE(mode))]
 
 
 def folder_files(folder: str) -> List[str]:
@@ -1767,7 +1782,8 @@ class ServerSettings(Settings):
 
     def warnings(self) -> List[str]:
         """What these settings do that the administrator may not expect."""
-        return [text for applies, text in (
+        folder = folder_warnings(self.access_folder) if self.access_folder else []
+        return folder + [text for applies, text in (
             (not self.aging and not self.capture_file,
              "ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay memory is "
              "never pruned, and packets older than it are accepted again"),
@@ -2467,6 +2483,7 @@ class AccessFiles:
         path = os.path.join(self.directory, line.value.rstrip())
         try:
             paths = [path] if line.name == "%include" else folder_files(path)
+            self.warnings += folder_warnings(path) if line.name != "%include" else []
         except ValueError as error:
             raise line.error(error) from None
         for each in paths:
@@ -6759,7 +6776,7 @@ class Configuration(NamedTuple):
         """Logs what is wrong, and what the administrator may not expect."""
         for text in self.voids():
             log.error(text)
-        for text in self.warnings:
+        for text in dict.fromkeys(self.warnings):
             log.warning(text)
 
 

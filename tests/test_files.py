@@ -306,6 +306,20 @@ class FolderTest(FilesCase):
         self.put(d__x_conf=stanza("ANY", "FW_ACCESS_TIMEOUT soon"))
         self.assertIn("d/x.conf:4: FW_ACCESS_TIMEOUT: expected", self.refusal())
 
+    def test_folders_that_others_can_write_to(self) -> None:
+        """They can put a stanza there that runs commands as root, or replace a file."""
+        self.put(f_conf="ACCESS_FOLDER HERE/d;\n", d__x_conf="%include_folder HERE/e\n" + QUIET,
+                 e__x_conf=QUIET, a_conf=QUIET)
+        for name, mode, warned in (
+                ("d", 0o777, True), ("d", 0o1777, True), ("d", 0o720, True), ("d", 0o755, False),
+                ("e", 0o1777, True), ("e", 0o700, False), (".", 0o777, True), (".", 0o1777, False)):
+            with self.subTest(name=name, mode=oct(mode)):
+                os.chmod(self.place(name), mode)
+                folder = self.directory if name == "." else self.place(name)
+                text = "[-] folder: %s is writable by others (mode %04o)" % (folder, mode)
+                self.assertIs(warned, any(each.startswith(text) for each in self.read().warnings))
+                os.chmod(self.place(name), 0o700)
+
     def test_init_with_a_folder(self) -> None:
         """No new stanza is made, which nobody would read."""
         self.put(f_conf="ACCESS_FOLDER HERE/d;\nGUARD_PORTS tcp/22;\n", d__x_conf=QUIET)
