@@ -1151,8 +1151,8 @@ def folder_warnings(folder: str, harmless: int = 0) -> List[str]:
         return []
     if not mode & 0o022 or mode & harmless:
         return []
-    return ["[-] folder: %s is writable by others (mode %04o): they say what is opened, and what is "
-            "run as root" % (folder, stat.S_IMODE(mode))]
+    return ["[-] folder: %s is writable by others (mode %04o): they say what is opened, and what "
+            "root runs" % (folder, stat.S_IMODE(mode))]
 
 
 def folder_files(folder: str) -> List[str]:
@@ -2972,7 +2972,7 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # 12. Log and programs
 #
 # Where lines go, and run_program, for the firewall and gpg's list of keys. Programs are also
-# started by Gpg.run and launch, and nowhere else; none of them gets our stderr, which may be full.
+# started by GpgRun and launch, and nowhere else; none of them gets our stderr, which may be full.
 # Nothing secret reaches a line or a command line.
 # ======================================================================================
 
@@ -3317,11 +3317,13 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
 # Packets that gpg decrypts and whose signature it checks (fwknop spec 1.11). What it says is
 # read from its status lines (GnuPG's doc/DETAILS), never from words. Its home's gpg.conf is not
 # read, so that this section alone says what counts: integrity, the key, one signature, its signer.
+# gpg runs beside the server's loop, and the packet begins anew when the answer is there.
 # ======================================================================================
 
 GPG_OPTIONS = ["--no-options", "--batch", "--no-tty", "--pinentry-mode", "loopback",
                "--disable-dirmngr", "--skip-hidden-recipients", "--max-output", "4096"]
-GPG_SECONDS = 5  # that a packet may take; the server waits for it
+GPG_SECONDS = 5  # that a packet may take
+GPG_AT_ONCE, GPG_WAITING = 4, 64  # of packets with HMAC, and of those without: run, and all told
 GPG_BURST = 5  # runs for packets without HMAC at once; then one a second, or as they take longer
 GPG_HMAC_SECONDS = 60  # by how much packets with HMAC, of which nothing came, may exceed that
 GPG_KNOWN = 16  # answers that are kept, since many stanzas may ask for the same packet
@@ -3332,6 +3334,7 @@ SIGNATURES = ("GOODSIG", "REVKEYSIG", "BADSIG", "ERRSIG") + EXPIRED
 TRUSTED = ("TRUST_MARGINAL", "TRUST_FULLY", "TRUST_ULTIMATE")
 
 GpgStatus = Dict[str, List[List[str]]]  # for each keyword the arguments of its lines
+GpgQuestion = Tuple[Tuple[str, ...], bytes, bytes]  # command, passphrase and message
 
 
 class GpgAnswer(NamedTuple):
@@ -3340,6 +3343,7 @@ class GpgAnswer(NamedTuple):
     plain: bytes
     status: GpgStatus
     succeeded: bool
+    cost: float = 0.0  # what it added to the time that packets keep gpg busy
 
 
 def parse_gpg_status(text: bytes) -> GpgStatus:
@@ -3407,44 +3411,81 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
     return signers[0]
 
 
+class GpgNeeded(Exception):
+    """A packet has to wait for gpg; judgement begins again when `run` has an answer."""
+
+    def __init__(self, run: "GpgRun") -> None:
+        super().__init__()
+        self.run = run
+
+
 class Gpg:
-    """Starts gpg for all stanzas: bounded in time and output, and in number but for genuine packets
+    """Asks gpg for all stanzas: bounded in time and output, and in number but for genuine packets
     with HMAC. What comes without HMAC can't use up the number of the others."""
 
     def __init__(self, clocks: Clocks = CLOCKS) -> None:
         self.clocks = clocks
-        self.answers: Dict[Tuple[Any, ...], GpgAnswer] = {}  # oldest first
-        self.busy_until = self.busy_before = clocks.monotonic() - GPG_BURST
+        # Oldest first; a rejection where gpg gave no answer.
+        self.answers: Dict[GpgQuestion, Union[GpgAnswer, PacketRejected]] = {}
+        self.busy_until = clocks.monotonic() - GPG_BURST
+        self.cost = 0.0  # of the last answer that ask() gave
 
     def ask(self, command: List[str], passphrase: bytes, message: bytes, hmac: bool) -> GpgAnswer:
-        """gpg's answer to a message; PacketRejected when it gives none, TooFast when packets of
-        which nothing comes are so many that they would keep this machine busy."""
+        """Return gpg's answer to a message; GpgNeeded when it has to be asked first.
+
+        PacketRejected when it gave none, TooFast when packets of which nothing comes are so many
+        that they would keep this machine busy.
+        """
         question = (tuple(command), passphrase, message)
-        self.busy_before = self.busy_until
-        if question not in self.answers:
+        answer = self.answers.get(question)
+        if answer is None:
             start = self.clocks.monotonic()
             if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
                 raise TooFast("gpg too fast", (
                     "GPG packets that open nothing come too fast; this one is not decrypted"
                     if hmac else
                     "GPG packets without HMAC come too fast; this one is not decrypted"))
-            try:
-                answer = self.run(command, passphrase, message)
-            finally:  # as if the burst had been saved up, one a second, since busy_until
-                cost = max(1.0, 10 * (self.clocks.monotonic() - start))  # a tenth of our time
-                self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + cost
-            while len(self.answers) >= GPG_KNOWN:
-                del self.answers[next(iter(self.answers))]
-            self.answers[question] = answer
-        return self.answers[question]
+            # As if the burst had been saved up, one a second, since busy_until.
+            self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + 1
+            raise GpgNeeded(GpgRun(self, question, hmac))
+        if isinstance(answer, PacketRejected):
+            raise self.answers.pop(question)  # type: ignore[misc]
+        self.cost = answer.cost
+        return answer
 
-    @staticmethod
-    def run(command: List[str], passphrase: bytes, message: bytes) -> GpgAnswer:
-        """Decrypts with `command`. The passphrase goes through a pipe, so nobody else sees it.
+    def keep(self, question: GpgQuestion, answer: Union[GpgAnswer, PacketRejected],
+             seconds: float) -> None:
+        """Keep an answer that took so many seconds: gpg may take a tenth of our time."""
+        cost = max(1.0, 10 * seconds)
+        self.busy_until += cost - 1
+        while len(self.answers) >= GPG_KNOWN:
+            del self.answers[next(iter(self.answers))]
+        self.answers[question] = (answer._replace(cost=cost) if isinstance(answer, GpgAnswer) else
+                                  answer)
 
-        Pipes that are filled before and read after need no loop, and bound what gpg can say. One
-        that an agent of gpg's holds open must not make us wait: they do not block.
-        """
+
+class GpgRun:
+    """A gpg that decrypts one message, for a packet that goes on when it has ended.
+
+    The passphrase goes through a pipe, so nobody else sees it. Pipes that are filled before and
+    read after need no loop, and bound what gpg can say. One that an agent of gpg's holds open must
+    not make us wait: they do not block.
+    """
+
+    def __init__(self, gpg: Gpg, question: GpgQuestion, has_hmac: bool) -> None:
+        self.gpg, self.question, self.has_hmac = gpg, question, has_hmac
+        self.process: Optional["subprocess.Popen[bytes]"] = None
+        self.ends: List[int] = []  # of pipes: those to read plaintext and status from
+        self.began = self.due = FOR_EVER
+        # The packet, and whether it was remembered: a stanza before this one decrypted it.
+        self.datagram: Optional[Datagram] = None
+        self.remembered = False
+
+    def start(self) -> None:
+        """Start gpg; an error becomes its answer."""
+        command, passphrase, message = self.question
+        self.began = self.gpg.clocks.monotonic()
+        self.due = time.monotonic() + GPG_SECONDS
         ends: List[int] = []
         try:
             for data in (message, passphrase + b"\n"):  # less than the 4096 bytes a pipe holds
@@ -3453,27 +3494,43 @@ class Gpg:
                 os.write(writer, data)
                 os.close(writer)
             for _ in range(2):
-                ends += os.pipe()
-                os.set_blocking(ends[-2], False)
-            text, secret, plain, plain_end, status, status_end = ends
-            process = subprocess.Popen(
-                command + ["--passphrase-fd", str(secret), "--status-fd", str(status_end),
-                           "--decrypt"], stdin=text, stdout=plain_end, stderr=subprocess.DEVNULL,
-                pass_fds=(secret, status_end), env=PROGRAM_ENVIRONMENT)
-            try:
-                process.wait(GPG_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise PacketRejected("gpg failed", "gpg took more than %d seconds"
-                                     % GPG_SECONDS) from None
-            return GpgAnswer(read_pipe(plain), parse_gpg_status(read_pipe(status)),
-                             process.returncode == 0)
+                reader, writer = os.pipe()
+                ends.append(writer)
+                self.ends.append(reader)
+                os.set_blocking(reader, False)
+            text, secret, plain, status = ends
+            self.process = subprocess.Popen(
+                [*command, "--passphrase-fd", str(secret), "--status-fd", str(status),
+                 "--decrypt"], stdin=text, stdout=plain, stderr=subprocess.DEVNULL,
+                pass_fds=(secret, status), env=PROGRAM_ENVIRONMENT)
         except OSError as error:
-            raise PacketRejected("gpg failed", "%s: %s" % (command[0], error.strerror)) from None
+            self.answer(PacketRejected("gpg failed", "%s: %s" % (command[0], error.strerror)))
         finally:
             for end in ends:
                 os.close(end)
+
+    def has_ended(self) -> bool:
+        """Tell whether there is an answer; kill a gpg that takes too long."""
+        process = self.process
+        if process is not None and process.poll() is not None:
+            plain, status = map(read_pipe, self.ends)
+            self.answer(GpgAnswer(plain, parse_gpg_status(status), process.returncode == 0))
+        elif process is not None and time.monotonic() >= self.due:
+            self.kill()
+            self.answer(PacketRejected("gpg failed", "gpg took more than %d seconds" % GPG_SECONDS))
+        return self.began != FOR_EVER and not self.ends
+
+    def answer(self, answer: Union[GpgAnswer, PacketRejected]) -> None:
+        """Give the answer to whoever asks again, and close the pipes."""
+        self.gpg.keep(self.question, answer, self.gpg.clocks.monotonic() - self.began)
+        while self.ends:
+            os.close(self.ends.pop())
+
+    def kill(self) -> None:
+        """End gpg at once."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
 
 def read_pipe(end: int) -> bytes:
@@ -3520,7 +3577,7 @@ class GpgKeys(Keys):
     def paid(self) -> None:
         """A run of gpg's for a packet with HMAC that is genuine and new does not count."""
         if self.hmac:
-            self.gpg.busy_until = self.gpg.busy_before
+            self.gpg.busy_until -= self.gpg.cost
 
     def open(self, message: bytes) -> bytes:
         """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
@@ -6872,6 +6929,7 @@ class Gate:
         self.selector = selectors.DefaultSelector()
         self.commands = Commands(self.selector, log, configuration.test, clocks)
         self.resolver = Resolver(self.selector)
+        self.runs: List[GpgRun] = []  # of gpg, each with the packet that waits for it
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.candidates = 0  # packets of the right form so far
         # Until when a stanza's sequence counts for the packet that has to follow it, by source.
@@ -6889,8 +6947,43 @@ class Gate:
             rejection = self.admit(datagram)
             if rejection is not None:
                 self.reject(datagram, rejection)
+        except GpgNeeded as needed:
+            self.wait_for_gpg(needed.run)
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.reject(datagram, error)
+
+    def wait_for_gpg(self, run: GpgRun) -> None:
+        """Let a packet wait for gpg, unless too many do, or a copy of it does."""
+        datagram = run.datagram
+        assert datagram is not None
+        same = [each for each in self.runs if each.has_hmac == run.has_hmac]
+        if len(same) >= GPG_WAITING or any(run.question == each.question for each in same):
+            self.reject(datagram, TooFast("gpg too fast", "too many GPG packets wait, or a copy of "
+                                          "this one does; it is not decrypted"))
+        else:
+            self.runs.append(run)
+
+    def look_at_gpg(self) -> None:
+        """Start gpg for what waits, and go on with the packets whose gpg has ended.
+
+        Judgement begins anew for them, with the stanzas as they are now.
+        """
+        for run in self.runs[:]:
+            running = [each for each in self.runs if each.process and each.has_hmac == run.has_hmac]
+            if run.process is None and len(running) < GPG_AT_ONCE:
+                run.start()
+            if not run.has_ended():
+                continue
+            self.runs.remove(run)
+            assert run.datagram is not None
+            try:
+                rejection = self.admit(run.datagram, run.remembered)
+                if rejection is not None:
+                    self.reject(run.datagram, rejection)
+            except GpgNeeded as needed:
+                self.wait_for_gpg(needed.run)
+            except Exception as error:  # as in receive()
+                self.reject(run.datagram, error)
 
     def unwrap(self, datagram: Datagram) -> Datagram:
         """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
@@ -6908,14 +7001,15 @@ class Gate:
             raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
                                  "'%s' is not an IP address" % forwarded[:60]) from None
 
-    def admit(self, datagram: Datagram) -> Optional[PacketRejected]:
+    def admit(self, datagram: Datagram, remembered: bool = False) -> Optional[PacketRejected]:
         """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
 
         The first that opens something ends it. When none does, the reason of the first whose keys
-        were right is returned, or else that of the first whose keys were wrong.
+        were right is returned, or else that of the first whose keys were wrong. A packet that waits
+        for gpg comes here again (GpgNeeded), and may be `remembered` by then.
         """
         rejection: Optional[PacketRejected] = None
-        found = remembered = proven = False
+        found = proven = False
         judged = True  # by every stanza whose HMAC is right
         tried: Optional[Stanza] = None
         gpg = is_gpg(datagram.payload)
@@ -6948,6 +7042,9 @@ class Gate:
                                                     packet._replace(server_auth=None)))
                 self.allow(packet, stanza, datagram)
                 return None
+            except GpgNeeded as needed:
+                needed.run.datagram, needed.run.remembered = datagram, remembered
+                raise
             except PacketRejected as reason:
                 reason.stanza = stanza.number
                 if isinstance(reason, NotFresh):
@@ -7491,12 +7588,14 @@ class Server(KnockGate):
         next_end = self.grants.next_end()
         due = min([self.check_due, self.guard_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
+                  + [run.due for run in self.runs]
                   + [sequence.next_due() for sequence in self.owners])
         for key, _ in self.selector.select(max(0.0, due - self.clocks.monotonic())):
             key.data()
         for capture in self.captures:
             if self.clocks.monotonic() >= capture.due:
                 self.drain(capture)
+        self.look_at_gpg()
         self.grants.expire()
         self.commands.look()
         self.expire_knocks()
@@ -7517,8 +7616,14 @@ class Server(KnockGate):
     def stop(self) -> None:
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
 
-        What commands opened is closed in any case: nobody would remember to close it.
+        What commands opened is closed in any case: nobody would remember to close it. The packets
+        of a capture file still get gpg's answers.
         """
+        while self.runs and self.settings.capture_file:
+            time.sleep(0.01)
+            self.look_at_gpg()
+        for run in self.runs:
+            run.kill()
         self.log.write(self.configuration.words.level, self.report())
         self.memory.close()
         self.tell_guard()

@@ -19,7 +19,7 @@ from tests.gnupg import Keyring
 from tests.support import SharedCase, needs_programs, read, write
 from tests.test_config import ConfigCase
 from tests.test_packet import Sender, b64, read_vectors
-from tests.test_server import DOOR22, ServerCase, datagram
+from tests.test_server import DOOR22, KEYS, ServerCase, datagram
 
 SIGNER = "0184985F04B9501DEEA2118A70D8780D786C8A06"
 SUBKEY = "1111111111111111111111112222222233333333"
@@ -332,6 +332,32 @@ sys.stdout.buffer.write(message[message.index(b"TEXT") + 4:])
 """
 
 
+def wait_for_gpg(made: Any) -> Any:
+    """Let a server's receive() wait for gpg, as if its loop went on; return the server."""
+    receive = made.receive
+
+    def receive_and_wait(each: Any) -> None:
+        """Take a datagram, and go on until no gpg runs."""
+        receive(each)
+        while made.runs:
+            made.look_at_gpg()
+            time.sleep(0.001)
+
+    made.receive = receive_and_wait
+    return made
+
+
+def open_packet(payload: bytes, keys: Any) -> Any:
+    """Return what the server's function makes of a packet, after gpg."""
+    while True:
+        try:
+            return server.open_packet(payload, keys)
+        except server.GpgNeeded as needed:
+            needed.run.start()
+            while not needed.run.has_ended():
+                time.sleep(0.001)
+
+
 class FakeGpgCase(ServerCase):
     """A server whose gpg is a script that finds the text at the end of a message."""
 
@@ -357,7 +383,7 @@ class FakeGpgCase(ServerCase):
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (self.program,
                                                                       self.directory))
         server.open_gpg(made.settings, made.stanzas, self.clocks)
-        return made
+        return wait_for_gpg(made)
 
     def message(self, number: int, text: str = "10.55.0.2,tcp/22", key_id: bytes = b"") -> bytes:
         """Return what stands for an OpenPGP message with a knock of now inside."""
@@ -434,17 +460,17 @@ class BoundsTest(FakeGpgCase):
     def test_slow_packets_without_hmac(self) -> None:
         """What takes gpg long takes its share: junk gets a tenth of the time, not all of it."""
         made = self.gpg_server()
-        gpg = made.stanzas[0].gpg.gpg
 
-        def slow(*_: Any) -> Any:
+        def slow(run: Any) -> None:
+            run.began = self.clock.mono_time
             self.clock.pass_seconds(5)
-            raise server.PacketRejected("gpg failed", "gpg took more than 5 seconds")
+            run.answer(server.PacketRejected("gpg failed", "gpg took more than 5 seconds"))
 
-        gpg.run = slow
         start = self.clock.mono_time
-        for number in range(2000):
-            made.receive(datagram(self.packet(number)))
-            self.clock.pass_seconds(0.5)
+        with mock.patch.object(server.GpgRun, "start", slow):
+            for number in range(2000):
+                made.receive(datagram(self.packet(number)))
+                self.clock.pass_seconds(0.5)
         self.assertLess(5 * made.counts["gpg failed"], 0.15 * (self.clock.mono_time - start))
         self.assertGreater(made.counts["gpg failed"], 10)
 
@@ -535,6 +561,49 @@ class BoundsTest(FakeGpgCase):
         self.answer(GOOD)
         made.receive(datagram(self.packet(99)))
         self.assertEqual([DOOR22], self.firewall.doors())
+
+    def test_others_do_not_wait(self) -> None:
+        """While gpg hangs other knocks open, and a copy of the packet starts no second gpg. Few run
+        at once, the others wait their turn, and at a stop all are ended."""
+        key = b"hmacKey-for-tests"
+        made = self.gpg_server(SIGNED + HMAC + "SOURCE ANY\n" + KEYS)
+        receive = type(made).receive
+        self.answer(GOOD, "while not os.path.exists(here + '/go'): time.sleep(0.01)")
+        packets = [self.packet(number, key) for number in range(6)]
+        for packet in packets[:1] * 3 + packets:
+            receive(made, datagram(packet))
+            made.look_at_gpg()
+        self.assertEqual((6, {"gpg too fast": 3}), (len(made.runs), made.counts))
+        self.assertEqual(server.GPG_AT_ONCE, sum(run.process is not None for run in made.runs))
+        receive(made, datagram(Sender().packet("10.55.0.2,tcp/80", timestamp=int(
+            self.clock.wall_time))))
+        self.assertEqual(1, made.counts["accepted"])
+        self.assertEqual(made.grants.live, self.firewall.rules)
+        write(self.place("go"), "")
+        made.receive(datagram(self.packet(7, key)))
+        self.assertEqual((8, 8), (made.counts["accepted"], len(self.runs()) + 1))
+        receive(made, datagram(packets[0]))
+        self.assertEqual(1, made.counts["replay"])
+        os.unlink(self.place("go"))
+        receive(made, datagram(self.packet(8, key)))
+        made.look_at_gpg()
+        (run,) = made.runs
+        made.stop()
+        self.assertEqual(-9, run.process.returncode)
+
+    def test_a_reload_while_gpg_runs(self) -> None:
+        """The packet is judged by the stanzas that there are when gpg has ended."""
+        made = self.gpg_server(SIGNED + HMAC)
+        for access, reason in ((SIGNED + HMAC + "RESTRICT_PORTS tcp/22\n", "ports"),
+                               ("SOURCE ANY\n" + KEYS, "encryption type")):
+            number = len(self.runs())
+            type(made).receive(made, datagram(self.packet(number, b"hmacKey-for-tests")))
+            made.look_at_gpg()
+            made.stanzas = self.stanzas(access)
+            server.open_gpg(made.settings, made.stanzas)
+            made.receive(datagram(b""))
+            self.assertEqual(1, made.counts[reason], made.counts)
+        self.assertEqual([], self.firewall.doors())
 
     def test_a_child_of_gpgs_that_stays(self) -> None:
         """An agent that holds the pipes open does not make the server wait for it."""
@@ -697,7 +766,7 @@ class RealGpgCase(ServerCase):
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (program, self.ring.home))
         server.open_gpg(made.settings, made.stanzas)
         self.counted()
-        return made
+        return wait_for_gpg(made)
 
     def counted(self) -> int:
         """Return how many times gpg was started since the last call."""
@@ -748,7 +817,7 @@ class VectorTest(SharedCase, RealGpgCase):
                 server.check_form(payload)
                 self.assertTrue(server.is_gpg(payload))
                 self.assertTrue(keys.authentic(payload))
-                packet, texts = server.open_packet(payload, keys)
+                packet, texts = open_packet(payload, keys)
                 self.assertEqual([expected["plaintext"].encode(), payload], texts)
                 self.assertEqual(
                     (expected["rand"], expected["username"], expected["timestamp"],
@@ -771,7 +840,7 @@ class VectorTest(SharedCase, RealGpgCase):
             made.stanzas[0].gpg.gpg.busy_until = 0
             changed = bare[:at] + (b"A" if bare[at:at + 1] != b"A" else b"B") + bare[at + 1:]
             with self.subTest(at=at), self.assertRaises(server.PacketRejected) as caught:
-                server.open_packet(changed, made.stanzas[0].gpg)
+                open_packet(changed, made.stanzas[0].gpg)
             self.assertIn("Decryption operation failed", str(caught.exception))
 
     def test_a_knock(self) -> None:

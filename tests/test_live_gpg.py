@@ -2,8 +2,11 @@
 
 import base64
 import contextlib
+import functools
 import os
+import signal
 import subprocess
+import time
 import unittest
 from typing import Dict, List, Tuple
 
@@ -189,6 +192,41 @@ class LiveGpgTest(SharedCase, CableCase):
         with open(runs) as file:
             self.assertLessEqual(len(file.read().splitlines()), 30)
         self.assertRegex(server.log(), r"Packets seen: .*\b[1-9]\d\d gpg too fast")
+
+    @staticmethod
+    def has_lines(server: Server, mark: int, text: str, count: int) -> bool:
+        """Say whether the log has so many lines with a text."""
+        return bool(server.log(mark).count(text) == count)
+
+    def test_an_agent_that_hangs(self) -> None:
+        """Other knocks open meanwhile; the packet is rejected in time, or opens when the agent goes
+        on; a stop does not wait for it."""
+        server = self.serve(self.stanza("good", lines=HMAC) + STANZA, "", "-t")
+        self.knock(server, "good")
+        answer = subprocess.check_output(
+            ["gpg-connect-agent", "--homedir", self.server_ring.home, "GETINFO pid", "/bye"])
+        agent = int(answer.split()[1])
+        self.addCleanup(os.kill, agent, signal.SIGCONT)
+        for goes_on, count, expect in ((False, 1, "gpg took more than 5 seconds"),
+                                       (True, 3, " opened ")):
+            os.kill(agent, signal.SIGSTOP)
+            mark = server.mark()
+            for _ in range(count):
+                self.client.run(*FWKNOP, *self.options("good"))
+            server.knock(self.client, *KNOCK)
+            self.assertNotIn("gpg took", server.log(mark))
+            self.assertEqual(1, server.log(mark).count(" opened "))
+            if goes_on:
+                os.kill(agent, signal.SIGCONT)
+            wait_for(functools.partial(self.has_lines, server, mark, expect, count + goes_on),
+                     expect)
+            os.kill(agent, signal.SIGCONT)
+        os.kill(agent, signal.SIGSTOP)
+        self.client.run(*FWKNOP, *self.options("good"))
+        server.knock(self.client, *KNOCK)
+        began = time.monotonic()
+        self.assertEqual(0, server.stop())
+        self.assertLess(time.monotonic() - began, 3)
 
     def test_starts_and_reloads(self) -> None:
         """A missing key or gpg makes its stanza void, until a reload finds it; others open."""
