@@ -3445,13 +3445,15 @@ class Gpg:
                     "GPG packets that open nothing come too fast; this one is not decrypted"
                     if hmac else
                     "GPG packets without HMAC come too fast; this one is not decrypted"))
-            # As if the burst had been saved up, one a second, since busy_until.
-            self.busy_until = max(self.busy_until, start - GPG_BURST + 1) + 1
             raise GpgNeeded(GpgRun(self, question, hmac))
         if isinstance(answer, PacketRejected):
             raise self.answers.pop(question)  # type: ignore[misc]
         self.cost = answer.cost
         return answer
+
+    def charge(self) -> None:
+        """Count a run, as if the burst had been saved up, one a second, since busy_until."""
+        self.busy_until = max(self.busy_until, self.clocks.monotonic() - GPG_BURST + 1) + 1
 
     def keep(self, question: GpgQuestion, answer: Union[GpgAnswer, PacketRejected],
              seconds: float) -> None:
@@ -6961,6 +6963,7 @@ class Gate:
             self.reject(datagram, TooFast("gpg too fast", "too many GPG packets wait, or a copy of "
                                           "this one does; it is not decrypted"))
         else:
+            run.gpg.charge()
             self.runs.append(run)
 
     def look_at_gpg(self) -> None:

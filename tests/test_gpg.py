@@ -574,6 +574,8 @@ class BoundsTest(FakeGpgCase):
             receive(made, datagram(packet))
             made.look_at_gpg()
         self.assertEqual((6, {"gpg too fast": 3}), (len(made.runs), made.counts))
+        gpg = made.stanzas[0].gpg.gpg  # whose ration a copy does not use up
+        self.assertEqual(self.clock.mono_time - server.GPG_BURST + 7, gpg.busy_until)
         self.assertEqual(server.GPG_AT_ONCE, sum(run.process is not None for run in made.runs))
         receive(made, datagram(Sender().packet("10.55.0.2,tcp/80", timestamp=int(
             self.clock.wall_time))))
