@@ -31,9 +31,10 @@ class KnockCase(CommandCase):
         """Return a server for an access.conf, a knockd.conf, or both."""
         self.made = ServerCase.serve(self, access or KEYED, conf)
         self.addCleanup(self.end_all, self.made)
-        sockets = mock.patch.object(server, "open_knock_captures", return_value=[])
-        sockets.start()
-        self.addCleanup(sockets.stop)
+        for name in ("open_captures", "open_knock_captures"):
+            sockets = mock.patch.object(server, name, return_value=[])
+            sockets.start()
+            self.addCleanup(sockets.stop)
         configuration = self.made.configuration
         if knockd:
             path = os.path.join(self.directory, "knockd.conf")
@@ -285,9 +286,6 @@ class StanzaTest(KnockCase):
         if os.path.exists(path):
             os.unlink(path)
         made.memory, made.takes_packets = server.ReplayMemory(None, None, made.log), False
-        sockets = mock.patch.object(server, "open_captures", return_value=[])
-        sockets.start()
-        self.addCleanup(sockets.stop)
         stanzas = self.stanzas(KEYED)
         made.reload(made.configuration._replace(stanzas=stanzas), self.firewall)
         self.assertEqual((path, True), (made.memory.path, os.path.exists(path)))
@@ -302,8 +300,7 @@ class StanzaTest(KnockCase):
         made.memory, made.takes_packets = server.ReplayMemory(None, None, made.log), False
         new = made.configuration._replace(stanzas=self.stanzas(KEYED))
         memory = server.open_memory(made.settings, made.log)
-        with mock.patch.object(server, "open_captures", return_value=[]), \
-                mock.patch.object(server, "open_memory", return_value=memory), \
+        with mock.patch.object(server, "open_memory", return_value=memory), \
                 mock.patch.object(self.firewall, "prepare", side_effect=server.CommandError("no")):
             self.assertRaises(server.CommandError, made.reload, new, self.firewall)
         self.assertIsNone(memory.file)
