@@ -7607,6 +7607,18 @@ class Server(KnockGate):
         if self.clocks.monotonic() >= self.check_due or self.grants.doubtful:
             self.check_firewall()
 
+    def command(self, request: str) -> str:
+        """Do what root asks for, by a signal or the control socket; return the answer."""
+        if request != "flush":
+            return "error: no such request"
+        self.log.info("Closing all grants.")
+        try:
+            self.flush()
+        except (SpaError, OSError) as error:
+            self.log.error(str(error) + "; trying again" * isinstance(error, CommandError))
+            return "error: %s" % error
+        return "ok"
+
     def report(self) -> str:
         """What came of the packets so far, by reason, and what is open."""
         rejected = ", ".join("%d %s" % (count, what) for what, count in sorted(self.counts.items())
@@ -7643,6 +7655,9 @@ class Server(KnockGate):
 #
 # Pid file, signals, background and reload.
 # ======================================================================================
+
+
+CONTROL_SUFFIX = ".sock"  # behind the name of the pid file
 
 
 def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
@@ -7719,6 +7734,71 @@ def running_server(path: str) -> Optional[int]:
         os.close(file)
 
 
+class Control:
+    """A Unix socket beside the pid file, through which root asks the running server for something.
+
+    A request is one line, and one packet; so is the answer: `ok`, or `error:` and why.
+    """
+
+    def __init__(self, pid_file: str, selector: selectors.BaseSelector,
+                 answer: Callable[[str], str]) -> None:
+        self.path, self.selector, self.answer = pid_file + CONTROL_SUFFIX, selector, answer
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
+        mask = os.umask(0o177)
+        try:
+            if os.path.lexists(self.path):  # who left it is dead: the pid file is locked
+                os.unlink(self.path)
+            self.socket.bind(self.path)
+        finally:
+            os.umask(mask)
+        self.socket.listen(8)
+        selector.register(self.socket, selectors.EVENT_READ, self.accept)
+
+    def accept(self) -> None:
+        """Take a connection from root, or from the user that this server runs as."""
+        try:
+            peer = self.socket.accept()[0]
+        except OSError:  # it has gone already
+            return
+        peer.setblocking(False)
+        _, user, _ = struct.unpack("=iII", peer.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, 12))  # struct ucred
+        if user in (0, os.geteuid()):
+            self.selector.register(peer, selectors.EVENT_READ, partial(self.take, peer))
+        else:
+            peer.close()
+
+    def take(self, peer: socket.socket) -> None:
+        """Do what a request asks for, answer, and end the connection."""
+        self.selector.unregister(peer)
+        with peer:
+            try:
+                request = peer.recv(4096).decode("ascii", "replace").strip()
+                if request:
+                    peer.send(self.answer(request).encode("ascii", "replace") + b"\n")
+            except OSError:  # it has gone
+                pass
+
+    def close(self) -> None:
+        """Close the socket, and take its file away."""
+        self.selector.unregister(self.socket)
+        self.socket.close()
+        try:
+            os.unlink(self.path)
+        except OSError:  # somebody did
+            pass
+
+
+def ask_server(pid_file: str, request: str) -> str:
+    """Return the running server's answer to a request; OSError if it gives none in time."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.settimeout(KILL_SECONDS)
+        server.connect(pid_file + CONTROL_SUFFIX)
+        server.send(request.encode())
+        return server.recv(4096).decode("ascii", "replace").strip()
+
+
 def catch_signals(selector: selectors.BaseSelector) -> List[int]:
     """The signals that came, to be looked at between two turns of the loop, which each wakes."""
     pending: List[int] = []
@@ -7782,6 +7862,12 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     server = Server(configuration, firewall, log)
     signals = catch_signals(server.selector)
     server.start(configuration.settings.flush_at_start)
+    control = None
+    try:
+        control = Control(configuration.settings.pid_file, server.selector, server.command)
+    except OSError as error:
+        log.warning("No control socket beside the pid file (%s): --fw-flush can't ask this server; "
+                    "kill -USR2 can" % (error.strerror or error))
     if firewall.guard_ports:
         log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
     log.info(configuration.words.started)
@@ -7797,6 +7883,8 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     try:
         server.stop()
     finally:
+        if control:
+            control.close()
         log.info(server.configuration.words.ended)
     return server.exit_code
 
@@ -7835,11 +7923,8 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
         log.info(server.report())
         return
     if number == signal.SIGUSR2:
-        log.info("Got SIGUSR2. Closing all grants.")
-        try:
-            server.flush()
-        except SpaError as error:
-            log.error(str(error) + "; trying again" * isinstance(error, CommandError))
+        log.info("Got SIGUSR2.")
+        server.command("flush")
         return
     if number != signal.SIGHUP:
         server.finish("Got %s. Exiting..." % signal.Signals(number).name)
@@ -8280,14 +8365,14 @@ def flush_firewall(settings: ServerSettings, server: Optional[int], log: Log) ->
         say("Nothing is open now." + " The guard stays until --unguard." * bool(
             leftovers(GUARD, settings, log)))
         return
-    os.kill(server, signal.SIGUSR2)
-    for _ in range(100):
-        if not leftovers(OPEN, settings, log):
-            say("The server (pid=%d) has closed all that was open." % server)
-            return
-        time.sleep(0.1)
-    raise SpaError("the server (pid=%d) has not closed all grants" % server,
-                   "see its log, or end it with -K and try again")
+    try:
+        answer = ask_server(settings.pid_file, "flush")
+    except OSError as error:
+        raise SpaError("the server (pid=%d) does not answer: %s" % (server, error),
+                       "see its log, or end it with -K and try again") from None
+    if answer != "ok":
+        raise SpaError("the server (pid=%d) could not close all: %s" % (server, answer))
+    say("The server (pid=%d) has closed all that was open." % server)
 
 
 def take_away_for_good(parts: Iterable[str], settings: ServerSettings, log: Log) -> List[str]:

@@ -8,12 +8,14 @@ import concurrent.futures
 import functools
 import os
 import re
+import selectors
 import signal
 import sys
 import time
 import unittest
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple
 
+import spa_server
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel)
 from tests.support import TOP, needs_programs, needs_root, read, wait_for, write
@@ -296,6 +298,37 @@ class ListTest(ControlTest):
 class SignalTest(ControlTest):
     """Signals, the lock, and the digest cache."""
 
+    def test_the_control_socket_answers_root_alone(self) -> None:
+        """Whoever can reach it: the kernel says who asks."""
+        directory = self.host.directory
+        os.chmod(directory, 0o711)
+        asked: Dict[str, str] = {}
+        selector = selectors.DefaultSelector()
+        self.addCleanup(selector.close)
+        path = os.path.join(directory, "pid")
+        control = spa_server.Control(path, selector,
+                                     lambda request: asked.setdefault(request, "ok"))
+        self.assertEqual(0o600, os.stat(control.path).st_mode & 0o777)
+        os.chmod(control.path, 0o666)
+        for user in (65534, 0):
+            child = os.fork()
+            if not child:
+                try:
+                    os.setuid(user)
+                    os._exit(spa_server.ask_server(path, "flush") == "ok")
+                finally:
+                    os._exit(0)
+            status = None
+            while status is None:
+                for key, _ in selector.select(0.1):
+                    key.data()
+                ended, code = os.waitpid(child, os.WNOHANG)
+                status = code >> 8 if ended else None
+            self.assertEqual(user == 0, status == 1)
+        self.assertEqual({"flush": "ok"}, asked)
+        control.close()
+        self.assertFalse(os.path.exists(control.path))
+
     def test_usr1_tells_and_goes_on(self) -> None:
         """Packets by reason and grants (none with -t), since when; the server serves on."""
         server = Server(self.host, "", STANZA, "-t").start()
@@ -371,11 +404,13 @@ class SignalTest(ControlTest):
         self.assertEqual(1, code, text)  # not while a server writes it
         self.client.send(SERVER4, 62201, packet)
         server.wait_for("Replay detected", mark)
-        self.assertEqual(["digest.cache", "fwknopd.pid"], self.state(server))
+        self.assertEqual(["digest.cache", "fwknopd.pid", "fwknopd.pid.sock"],
+                             self.state(server))
         server.stop()
         wait_for(lambda: int(time.time()) > made, "the next second, in which a memory can begin")
         server.start("--rotate-digest-cache")
-        self.assertEqual(["digest.cache", "digest.cache-old", "fwknopd.pid"], self.state(server))
+        self.assertEqual(["digest.cache", "digest.cache-old", "fwknopd.pid", "fwknopd.pid.sock"],
+                         self.state(server))
         self.client.send(SERVER4, 62201, packet)
         server.wait_for("before this replay memory began")
         self.knock(server, "-A", "tcp/22")
