@@ -4974,8 +4974,8 @@ class NftFirewall(Firewall):
             try:
                 self.run(self.rule_removal(place) + lines)
             except CommandError as error:
-                self.explain_missing(place)
-                self.explain_owner(place)
+                explain_missing(self.program, place, place in self.accept)
+                explain_owner(self.netlink, place)
                 raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
             return
         for chain, hook in OWN_CHAINS[place].items():
@@ -5005,31 +5005,6 @@ class NftFirewall(Firewall):
         self.run(["add table %s %s" % place[:2]] * (not persistent) + lines)
         if persistent:
             self.netlink.set_table(place, TABLE_OWNER | TABLE_PERSIST)
-
-    def explain_missing(self, place: NftChain) -> None:
-        """Raises the CommandError of a chain that is not there."""
-        try:
-            self.execute([self.program, "list", "chain"] + list(place))
-        except CommandError as error:
-            if "No such file or directory" in str(error):
-                raise CommandError("%s: there is no chain %s" % (
-                    "NFT_ACCEPT_CHAINS" if place in self.accept else "NFT_FORWARD_CHAINS",
-                    " ".join(place)), hint="start after the service that makes it") from None
-
-    def explain_owner(self, place: NftChain) -> None:
-        """Raise the CommandError of a table that another program keeps for itself."""
-        for table in self.netlink.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
-            flags = int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
-            if text_of(table[TABLE_NAME]) == place.table and flags & TABLE_OWNER:
-                pid = int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big")  # of most programs
-                try:
-                    with open("/proc/%d/comm" % pid) as file:
-                        name = "%s (pid=%d)" % (file.read().strip(), pid)
-                except OSError:
-                    name = "another program"
-                raise CommandError("table %s %s belongs to %s, and nobody else can change it"
-                                   % (place[:2] + (name,)),
-                                   hint="let that open the port, and use GUARD_PORTS to close it")
 
     def run(self, lines: List[str]) -> None:
         """Lets nft do all of `lines`, or nothing."""
@@ -5242,6 +5217,33 @@ def nft_guard_rules(guarded: FrozenSet[Port], shapes: List[Shape]) -> List[str]:
                for peer, peer_port, port in established_connections(guarded)]
             + ["closed %s accept" % shape.match() for shape in shapes]
             + ["closed counter drop"])
+
+
+def explain_missing(program: str, place: NftChain, accepts: bool) -> None:
+    """Raise the CommandError of a chain that is not there."""
+    try:
+        run_program([program, "list", "chain"] + list(place))
+    except CommandError as error:
+        if "No such file or directory" in str(error):
+            raise CommandError("%s: there is no chain %s" % (
+                "NFT_ACCEPT_CHAINS" if accepts else "NFT_FORWARD_CHAINS",
+                " ".join(place)), hint="start after the service that makes it") from None
+
+
+def explain_owner(netlink: Netlink, place: NftChain) -> None:
+    """Raise the CommandError of a table that another program keeps for itself."""
+    for table in netlink.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
+        flags = int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
+        if text_of(table[TABLE_NAME]) == place.table and flags & TABLE_OWNER:
+            pid = int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big")  # of most programs
+            try:
+                with open("/proc/%d/comm" % pid) as file:
+                    name = "%s (pid=%d)" % (file.read().strip(), pid)
+            except OSError:
+                name = "another program"
+            raise CommandError("table %s %s belongs to %s, and nobody else can change it"
+                               % (place[:2] + (name,)),
+                               hint="let that open the port, and use GUARD_PORTS to close it")
 
 
 def set_name(place: NftChain, shape: Shape) -> bytes:

@@ -825,7 +825,7 @@ for _ in range(int(sys.argv[1])):
 
 # Sends a SYN to port 22 of each address every few milliseconds, and prints when one was sent that
 # got in. With it the longest time so far that this program, too, had to wait on a busy machine.
-STRANGER = """
+SYNS = """
 import select, socket, sys, time
 longest, last = 0, time.monotonic()
 while True:
@@ -892,7 +892,7 @@ class GuardTest(unittest.TestCase):
             if setup.backend != NFT:
                 flush = "%s -t mangle -F; %s -t mangle -F" % (setup.backend, six(setup.backend))
             with kind(setup) as site:
-                stranger = site.client.start(sys.executable, "-c", STRANGER, SERVER4, SERVER6)
+                stranger = site.client.start(sys.executable, "-c", SYNS, SERVER4, SERVER6)
                 flushes = site.host.start(sys.executable, "-c", FLUSHES, count, *pauses, flush)
                 wait_for(lambda: flushes.popen.poll() is not None, "the flushes", 120)
                 self.assertTrue(site.all_closed())
