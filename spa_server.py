@@ -6284,7 +6284,8 @@ class Grants:
                 firewall.prepare()  # what they shared
         except CommandError as error:
             self.log.error("%s; something of the old settings is left" % error)
-        old.leave()
+        if old.netlink_port != firewall.netlink_port:  # else they share the socket
+            old.leave()
         for grant in homeless:
             del self.live[grant.door]
             self.log.warning("Closed %s: the new settings have no place for it" % (grant.door,))

@@ -35,7 +35,7 @@ table ip6 filter { chain input { type filter hook input priority 0; policy drop;
 """
 
 # Connects to port 22 of two addresses from two others, all the time, and says when that works.
-STRANGER = r"""
+INTRUDER = r"""
 import socket, sys, time
 waiting = []
 print("knocks", flush=True)
@@ -1230,16 +1230,17 @@ class BrakeTest(unittest.TestCase):
                 self.assertNotEqual(before, self.state(site))
                 site.server.stop(signal.SIGKILL)
                 site.server.configure("GUARD_PORTS what;\nno value\n", "%include /none\n")
+                files = ["-c", "/none", *site.server.files[-2:]]
                 code, text = site.server.command("--fw-flush")
                 self.assertEqual(0, code, text)
                 self.assertEqual(0, site.count_grants(), text)
                 guard = setup.mode == "guard"
                 self.assertEqual(guard, text.endswith("The guard stays until --unguard.\n"), text)
-                code, more = site.host.run_code(*SPA_SERVER, "-c", "/none", "--unguard")
+                code, more = site.host.run_code(*SPA_SERVER, *files, "--unguard")
                 self.assertEqual(0, code, more)
                 self.assertIn("The guard is gone." if guard else "There is no guard.", more)
                 self.assertEqual(before, self.state(site), text + more)
-                code, text = site.host.run_code(*SPA_SERVER, "-c", "/none", "--fw-flush")
+                code, text = site.host.run_code(*SPA_SERVER, *files, "--fw-flush")
                 self.assertEqual((0, ["Deleting any existing firewall rules...",
                                       "Nothing is open now."]), (code, text.splitlines()[-2:]))
 
@@ -1259,7 +1260,7 @@ class BrakeTest(unittest.TestCase):
                 closed = (0, "Closed to everybody without a grant: tcp/22, tcp/24\n")
                 self.assertEqual(closed, server.command("--guard"))
                 cable.plug()
-                stranger = client.start(sys.executable, "-c", STRANGER, OTHER4, SERVER4, OTHER6,
+                stranger = client.start(sys.executable, "-c", INTRUDER, OTHER4, SERVER4, OTHER6,
                                         SERVER6)
                 stranger.wait_for("knocks")
                 self.assertFalse(any(client.probe(*GRANTED)))
