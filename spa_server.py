@@ -7585,9 +7585,12 @@ class Server(KnockGate):
         try:
             self.grants.flush()
         finally:
-            if not self.commands.test:
-                take_away(OPEN, self.settings, self.log,
-                          getattr(self.grants.firewall, "netlink", None))
+            try:
+                if not self.commands.test:
+                    take_away(OPEN, self.settings, self.log,
+                              getattr(self.grants.firewall, "netlink", None))
+            except CommandError as error:
+                self.log.warning("%s; what earlier settings opened may be left" % error)
 
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""

@@ -438,6 +438,7 @@ class NftTest(unittest.TestCase):
             with self.subTest(name=name):
                 shape = server.shape_of(made)
                 self.assertEqual(name, shape.set_name)
+                self.assertEqual(shape, server.parse_set_name(name))
                 key, value = shape.key(made), shape.value(made)
                 self.assertEqual(made, shape.door(key, value))
                 self.assertEqual(made.target is None, value == b"")

@@ -95,8 +95,9 @@ class ReadmeTest(unittest.TestCase):
 
     def test_options_that_it_names_exist(self):
         """Long options in the text are options of a script."""
-        known = {"--datestop", "--homedir", "--import", "--lsign-key", "--batch",  # iptables, gpg
-                 "--passphrase", "--quick-gen-key", "--quick-add-key",
+        known = {"--datestop", "--notrack",  # iptables
+                 "--homedir", "--import", "--lsign-key", "--batch", "--passphrase",  # gpg
+                 "--quick-gen-key", "--quick-add-key",
                  "--on-calendar", "--user"}  # systemd-run
         for option in (*server.OPTIONS, *client.OPTIONS):
             known |= {"--" + option.long} if option.long else set()

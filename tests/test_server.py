@@ -1865,6 +1865,9 @@ class NftTest(unittest.TestCase):
         for shape, name in (((4, 32, False), "spa4"), ((4, 24, True), "spa4_24_to"),
                             ((6, 128, True), "spa6_to"), ((6, 56, False), "spa6_56")):
             self.assertEqual(name, server.Shape(*shape).set_name)
+            self.assertEqual(server.Shape(*shape), server.parse_set_name(name))
+        for name in ("", "spa", "spa4_32", "spa4_x", "spa5", "spa4_to_24", "blocked4", "spa4_24_"):
+            self.assertIsNone(server.parse_set_name(name))
 
     def test_set_language(self) -> None:
         """Declaration and match have the same fields, and a prefix masks the source."""
