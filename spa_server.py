@@ -5816,6 +5816,8 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
 
 OPEN, REST, GUARD = "open", "rest", "guard"  # grants; all that is not the guard; the guard
 CHANGES_AT_ONCE = 500  # in one netlink message
+# What a kernel without nf_tables says (0: there is no netlink), and one without the table.
+NOTHING_THERE = (0, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)
 HOOK_INPUT, POLICY_DROP = struct.pack(">I", 1), struct.pack(">I", 0)  # linux/netfilter.h
 
 
@@ -6034,7 +6036,7 @@ def leftovers(what: str, settings: ServerSettings, log: Log,
     try:
         found = list(nft_leftovers(netlink or Netlink(), named, what))
     except CommandError as error:
-        if error.number not in (0, errno.EINVAL, errno.EOPNOTSUPP):  # those of a kernel without it
+        if error.number not in NOTHING_THERE:
             raise
     return found + list(legacy_leftovers(settings, named, what, log))
 
@@ -6050,6 +6052,20 @@ def take_away(what: str, settings: ServerSettings, log: Log,
         except CommandError as error:
             log.error("%s; left: %s" % (error, ", ".join(leftover.words)))
     return taken
+
+
+def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
+    """Close what other settings have left; their table for NAT goes, where `firewall` has none."""
+    netlink = getattr(firewall, "netlink", None)  # nobody else can change a table that it owns
+    try:
+        take_away(OPEN, settings, log, netlink)
+        if NAT_TABLE not in getattr(firewall, "places", ()):
+            (netlink or Netlink()).commit([(
+                DELETE_TABLE, NFT_FAMILIES[NAT_TABLE.family],
+                attribute(TABLE_NAME, NAT_TABLE.table.encode() + b"\0"))])
+    except CommandError as error:
+        if error.number not in NOTHING_THERE:
+            log.warning("%s; what earlier settings opened may be left" % error)
 
 
 def standing_shapes() -> Set[Shape]:
@@ -7585,12 +7601,8 @@ class Server(KnockGate):
         try:
             self.grants.flush()
         finally:
-            try:
-                if not self.commands.test:
-                    take_away(OPEN, self.settings, self.log,
-                              getattr(self.grants.firewall, "netlink", None))
-            except CommandError as error:
-                self.log.warning("%s; what earlier settings opened may be left" % error)
+            if not self.commands.test:
+                flush_leftovers(self.settings, self.grants.firewall, self.log)
 
     def turn(self) -> None:
         """Waits for the next thing to do, and does it."""

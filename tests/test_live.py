@@ -200,9 +200,10 @@ class MatrixTest(SharedCase):
         """The real server, with the same access.conf, opens to our client what it asks for."""
         with Cable() as cable:
             daemon = start_fwknopd(cable.server, "".join(case.stanza() for case in self.cases))
-            began = time.time()
-            send_all(cable.client, SPA_CLIENT, self.cases)
-            for case in self.cases:
+            for number, case in enumerate(self.cases):
+                if number % 6 == 0:  # of more at once it may lose some
+                    began = time.time()
+                    send_all(cable.client, SPA_CLIENT, self.cases[number:number + 6])
                 with self.subTest(case=case._replace(key=b"", hmac_key=b"")):
                     line = daemon.wait_for("for %s -> 0.0.0.0/0 tcp/%d," % (CLIENT4, case.port))
                     self.assertIn("Added access rule to FWKNOP_INPUT", line)

@@ -737,7 +737,7 @@ class ShapeTest(unittest.TestCase):
     def test_a_chain_of_another_name(self) -> None:
         """IPT_INPUT_ACCESS: its position and name."""
         self.check_rules("IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 2, MYSPA, 1;\n", [],
-                         "-A INPUT -j MYSPA",
+                         '-A INPUT -m comment --comment "spa_server.py" -j MYSPA',
                          "-A MYSPA -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES")
 
     def test_output_rules_let_answers_out(self) -> None:
