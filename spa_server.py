@@ -4777,6 +4777,7 @@ GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its lim
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
+OWNER_HINT = "kill PID ends that server, kill -USR2 PID has it close all that is open"
 
 # The chains of our own tables and their hooks. The guard's for prerouting comes after connection
 # tracking (-200) and before destination NAT (-100), those of NAT just before the host's own.
@@ -4974,8 +4975,7 @@ class NftFirewall(Firewall):
             try:
                 self.run(self.rule_removal(place) + lines)
             except CommandError as error:
-                explain_missing(self.program, place, place in self.accept)
-                explain_owner(self.netlink, place)
+                explain_failure(self.program, place, place in self.accept)
                 raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
             return
         for chain, hook in OWN_CHAINS[place].items():
@@ -4985,6 +4985,7 @@ class NftFirewall(Firewall):
         try:
             self.fill_table(place, lines)
         except CommandError:  # perhaps somebody's chain or set has the name of one of ours
+            explain_owner(place)
             self.run(["%s table %s %s" % (do, *place[:2]) for do in ("delete", "add")] + lines)
 
     def fill_table(self, place: NftChain, lines: List[str]) -> None:
@@ -5219,8 +5220,9 @@ def nft_guard_rules(guarded: FrozenSet[Port], shapes: List[Shape]) -> List[str]:
             + ["closed counter drop"])
 
 
-def explain_missing(program: str, place: NftChain, accepts: bool) -> None:
-    """Raise the CommandError of a chain that is not there."""
+def explain_failure(program: str, place: NftChain, accepts: bool) -> None:
+    """Raise the CommandError of a chain that is missing, or that nobody but its owner can change.
+    """
     try:
         run_program([program, "list", "chain"] + list(place))
     except CommandError as error:
@@ -5228,22 +5230,50 @@ def explain_missing(program: str, place: NftChain, accepts: bool) -> None:
             raise CommandError("%s: there is no chain %s" % (
                 "NFT_ACCEPT_CHAINS" if accepts else "NFT_FORWARD_CHAINS",
                 " ".join(place)), hint="start after the service that makes it") from None
+    explain_owner(place)
 
 
-def explain_owner(netlink: Netlink, place: NftChain) -> None:
-    """Raise the CommandError of a table that another program keeps for itself."""
-    for table in netlink.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
+def table_owner(place: NftChain) -> str:
+    """Return name and pid of the program that alone can change a table; nothing if all can."""
+    try:
+        tables = Netlink().dump(GET_TABLE, NFT_FAMILIES[place.family], b"")
+    except CommandError:  # a kernel without nf_tables
+        return ""
+    for table in tables:
         flags = int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
         if text_of(table[TABLE_NAME]) == place.table and flags & TABLE_OWNER:
-            pid = int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big")  # of most programs
-            try:
-                with open("/proc/%d/comm" % pid) as file:
-                    name = "%s (pid=%d)" % (file.read().strip(), pid)
-            except OSError:
-                name = "another program"
-            raise CommandError("table %s %s belongs to %s, and nobody else can change it"
-                               % (place[:2] + (name,)),
-                               hint="let that open the port, and use GUARD_PORTS to close it")
+            return netlink_program(int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big"))
+    return ""
+
+
+def netlink_program(port: int) -> str:
+    """Return name and pid of the program with this netlink port, as far as /proc shows it.
+
+    Only the first netlink socket of a program has the pid as its port.
+    """
+    with open("/proc/net/netlink") as file:
+        rows = [line.split() for line in file]
+    sockets = ["socket:[%s]" % row[9] for row in rows
+               if row[1:3] == [str(NETLINK_NETFILTER), str(port)]]
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        directory = "/proc/%s/" % pid
+        try:
+            if any(os.readlink(directory + "fd/" + number) in sockets
+                   for number in os.listdir(directory + "fd")):
+                with open(directory + "comm") as file:
+                    return "%s (pid=%s)" % (file.read().strip(), pid)
+        except OSError:  # it has ended, or is not ours to look at
+            continue
+    return "another program"
+
+
+def explain_owner(place: NftChain) -> None:
+    """Raise the CommandError of a table that another program keeps for itself."""
+    owner = table_owner(place)
+    if owner:
+        raise CommandError("table %s %s belongs to %s, and nobody else can change it"
+                           % (place[:2] + (owner,)), hint=OWNER_HINT if place in OWN_CHAINS else
+                           "let that open the port, and use GUARD_PORTS to close it")
 
 
 def set_name(place: NftChain, shape: Shape) -> bytes:
@@ -8376,21 +8406,25 @@ def signal_server(arguments: Arguments) -> int:
 
 def flush_firewall(settings: ServerSettings, server: Optional[int], log: Log) -> None:
     """--fw-flush: closes all that is open. Where a server runs it does that, or it would put grants
-    back; without one our part is taken out of the host's own chains as well."""
+    back; without one our part is taken out of the host's own chains as well.
+
+    A server that could not write its pid answers as well.
+    """
     write_to(sys.stdout, "Deleting any existing firewall rules...\n")
-    if server is None:
+    name = "the server (pid=%d)" % server if server else "the server"
+    try:
+        answer = ask_server(settings.pid_file, "flush")
+    except OSError as error:
+        if server:
+            raise SpaError("%s does not answer: %s" % (name, error),
+                           "see its log, or end it with -K and try again") from None
         take_away_for_good((OPEN, REST), settings, log)
         say("Nothing is open now." + " The guard stays until --unguard." * bool(
             leftovers(GUARD, settings, log)))
         return
-    try:
-        answer = ask_server(settings.pid_file, "flush")
-    except OSError as error:
-        raise SpaError("the server (pid=%d) does not answer: %s" % (server, error),
-                       "see its log, or end it with -K and try again") from None
     if answer != "ok":
-        raise SpaError("the server (pid=%d) could not close all: %s" % (server, answer))
-    say("The server (pid=%d) has closed all that was open." % server)
+        raise SpaError("%s could not close all: %s" % (name, answer))
+    say(name.capitalize() + " has closed all that was open.")
 
 
 def take_away_for_good(parts: Iterable[str], settings: ServerSettings, log: Log) -> List[str]:
@@ -8406,8 +8440,10 @@ def take_away_for_good(parts: Iterable[str], settings: ServerSettings, log: Log)
     time.sleep(LOOK_AGAIN_SECONDS if taken else 0)
     left = [words for each in leftovers(part, settings, log) for words in each.words]
     if left:
-        raise CommandError("still there: " + ", ".join(left), hint="if a server runs, end it; "
-                           "-K finds it by its fwknopd.conf (-c) or run directory (-r)")
+        owner = table_owner(GUARD_TABLE)
+        raise CommandError("still there: " + ", ".join(left), hint=(
+            "table %s %s belongs to %s; " % (GUARD_TABLE[:2] + (owner,)) + OWNER_HINT if owner else
+            "if a server runs, end it; -K finds it by its fwknopd.conf (-c) or run directory (-r)"))
     return taken
 
 
@@ -8463,7 +8499,7 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
     try:
         server = running_server(settings.pid_file)
     except SpaError as error:
-        log.warning("%s; taking it that no server runs" % error)
+        log.warning("%s; going on without its pid" % error)
         server = None
     if "unguard" in arguments:
         take_guard_away(settings, server, log)

@@ -947,6 +947,11 @@ class GuardTest(unittest.TestCase):
                     self.assertTrue(site.all_closed(), site.server.log())
                 site.knock_both()
                 self.assertTrue(site.is_open())
+                with open(os.path.join(site.server.directory, "run", "fwknopd.pid"), "w"):
+                    pass  # as a full disk leaves it
+                code, text = site.server.command("--fw-flush")
+                self.assertIn("The server has closed all that was open.", text)
+                self.assertEqual((0, True), (code, site.all_closed()))
 
         in_parallel(self, GUARD_SETUPS, check)
 
@@ -1153,6 +1158,14 @@ class GuardTest(unittest.TestCase):
                 end = time.monotonic() + 2
                 while code == 0 and time.monotonic() < end:  # time is the thing
                     self.assertTrue(site.client.reaches(SERVER4, 22, seconds=1), text)
+                if setup.backend == NFT and OWNED:
+                    other = ("-r", site.host.path("other"))
+                    owner = (r"table inet spa belongs to \S+ \(pid=%d\)"
+                             % site.server.running().popen.pid)
+                    for option in ("--unguard", "--guard"):
+                        code, text = site.server.command(option, *other)
+                        self.assertEqual(1, code, text)
+                        self.assertRegex(text, owner + "(?s:.*)kill PID ends that server")
 
         in_parallel(self, GUARD_SETUPS, check)
 
