@@ -8640,27 +8640,12 @@ def run(arguments: Arguments, log: Log) -> int:
     return 0
 
 
-def flush_output() -> None:
-    """Let what was printed leave the process; SpaError when nobody takes it or the disk is full."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)  # Python tries once more at its end
-        os.close(null)
-        raise SpaError("standard output: %s" % error.strerror) from None
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """The program: command line in, exit code out."""
     log = Log(sys.stderr)
     try:
-        try:
-            return run(Arguments(sys.argv[1:] if argv is None else argv,
-                                 os.path.basename(sys.argv[0])), log)
-        finally:
-            flush_output()
+        return run(Arguments(sys.argv[1:] if argv is None else argv,
+                             os.path.basename(sys.argv[0])), log)
     except (SpaError, OSError) as error:
         log.error("spa_server.py: %s" % explain(error))
         if isinstance(error, SpaError) and error.hint:
