@@ -3080,11 +3080,9 @@ class StreamOutlet(Outlet):
             self.waits = False
         if self.waits:
             self.poll.register(self.number, select.POLLOUT)
-            try:
+            with contextlib.suppress(OSError):
                 self.own = os.open("/proc/self/fd/%d" % self.number,
                                    os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            except OSError:
-                pass
 
     def close(self) -> None:
         """Close what this opened for itself."""
@@ -3648,14 +3646,10 @@ def empty_file(path: str) -> None:
     """Put an empty file in place of another one, or empty that one where its directory must stay as
     it is. Both may fail, on a read-only file system."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
-    try:
+    with contextlib.suppress(OSError):
         os.close(os.open(path, flags, 0o600))
-    except OSError:
-        pass
 
 
 class ReplayMemory:
@@ -4132,12 +4126,10 @@ def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 
 
 def drain_socket(events: Optional[socket.socket]) -> None:
-    """Reads all that is waiting; nobody wants to know what it says."""
-    try:
+    """Read all that is waiting, and throw it away."""
+    with contextlib.suppress(OSError):  # nothing more, or more was lost than fits
         while events is not None:
             events.recv(65536, socket.MSG_DONTWAIT)
-    except OSError:  # nothing more, or more was lost than fits
-        pass
 
 
 # ======================================================================================
@@ -4997,10 +4989,8 @@ class NftFirewall(Firewall):
         persistent = 0
         if place == GUARD_TABLE:
             self.netlink_port = self.netlink.release()
-            try:
+            with contextlib.suppress(CommandError):  # an older kernel, or a table made by one
                 self.netlink.set_table(place, TABLE_PERSIST)
-            except CommandError:  # an older kernel, or a table that was made by one
-                pass
             persistent = self.netlink.table_flags(place) & TABLE_PERSIST
         # An nft that does not know the word refuses to add what is there.
         self.run(["add table %s %s" % place[:2]] * (not persistent) + lines)
@@ -5359,12 +5349,9 @@ class Iptables:
             self.dated = False
 
     def ends_grants(self) -> bool:
-        """Return whether the kernel ends grants by the time match; yes, where that can't be told.
-        """
-        try:
+        """Return whether the kernel ends grants by the time match; yes, if nobody can tell."""
+        with contextlib.suppress(CommandError):
             self.probe_time_match("filter")
-        except CommandError:
-            pass
         return self.dated
 
     def rule(self, place: Place, grant: Grant) -> str:
@@ -6305,10 +6292,8 @@ class Grants:
         try:
             self.firewall.flush()
         except CommandError:
-            try:
+            with contextlib.suppress(CommandError):
                 ended += self.firewall.grants()
-            except CommandError:
-                pass
             for grant in ended:
                 self.enter(grant._replace(ends=now))
             raise
@@ -6461,12 +6446,10 @@ def launch(command: Command, output: int, outlives: bool = False,
 
 
 def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
-    """Sends a signal to a program that has not ended, and to what it has started."""
-    try:
+    """Send a signal to a program that has not ended, and to what it has started."""
+    with contextlib.suppress(OSError):  # sudo's is root's, and this server need not be
         if popen.poll() is None:
             os.killpg(popen.pid, number)
-    except OSError:  # sudo's is root's, and this server need not be
-        pass
 
 
 class Child:
@@ -6735,10 +6718,8 @@ class Commands:
         pids = [pid for pid in self.left.pop((uid, closing.words), [])
                 if switched_command(pid) == (uid, closing.words)]
         for pid in pids:
-            try:
+            with contextlib.suppress(OSError):  # it has just ended, or is no leader, so no switch
                 os.killpg(pid, signal.SIGKILL)
-            except OSError:  # it has just ended, or is no leader and so no switch
-                continue
         return bool(cycles or pids)
 
     def close(self, cycle: Cycle, why: str) -> None:
@@ -7579,10 +7560,8 @@ class Server(KnockGate):
             if memory:
                 memory.close()
             if firewall.guard_ports and not stood:
-                try:
+                with contextlib.suppress(CommandError):  # there is none yet
                     firewall.unguard()
-                except CommandError:  # there is none yet
-                    pass
             raise
         self.settings, self.stanzas = settings, configuration.stanzas
         if captures != self.captures:
@@ -7742,11 +7721,9 @@ def open_pid_file(path: str) -> int:
     if not os.path.lexists(path):
         temporary = "%s.%d" % (path, os.getpid())
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
+        with contextlib.suppress(OSError):  # no room, no links here, or somebody was faster
             os.write(file, b"%d\n" % os.getpid())
             os.link(temporary, path)
-        except OSError:  # no room, no links here, or somebody else was faster
-            pass
         os.close(file)
         os.unlink(temporary)
     return open_itself(path, os.O_RDWR | os.O_CREAT)
@@ -7820,22 +7797,17 @@ class Control:
     def take(self, peer: socket.socket) -> None:
         """Do what a request asks for, answer, and end the connection."""
         self.selector.unregister(peer)
-        with peer:
-            try:
-                request = peer.recv(4096).decode("ascii", "replace").strip()
-                if request:
-                    peer.send(self.answer(request).encode("ascii", "replace") + b"\n")
-            except OSError:  # it has gone
-                pass
+        with peer, contextlib.suppress(OSError):  # who asked may have gone
+            request = peer.recv(4096).decode("ascii", "replace").strip()
+            if request:
+                peer.send(self.answer(request).encode("ascii", "replace") + b"\n")
 
     def close(self) -> None:
         """Close the socket, and take its file away."""
         self.selector.unregister(self.socket)
         self.socket.close()
-        try:
+        with contextlib.suppress(OSError):  # somebody did
             os.unlink(self.path)
-        except OSError:  # somebody did
-            pass
 
 
 def ask_server(pid_file: str, request: str) -> str:
