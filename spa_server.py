@@ -4065,11 +4065,10 @@ class Netlink:
                  rule.get(RULE_USERDATA, b"").decode("latin-1"))
                 for rule in found if names.items() <= rule.items()]  # old kernels list all chains
 
-    def release(self) -> int:
-        """Give up the tables that this socket owns; return the port of the socket in its place."""
+    def release(self) -> None:
+        """Give up the tables that this socket owns; another one takes its place."""
         self.socket.close()  # the only way
         self.open()
-        return self.port
 
     def set_table(self, place: NftChain, flags: int) -> None:
         """Make a table, or change its flags; a table is persistent from the beginning or never."""
@@ -4596,7 +4595,7 @@ class Firewall:
     poll_seconds = POLL_SECONDS
     guard_poll_seconds = float("inf")  # how often the guard is looked at, where nothing announces
     guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # nf_tables' that the guard is in
-    netlink_port = -1  # from which it changes nf_tables itself
+    netlink: Optional[Netlink] = None  # by which it changes nf_tables itself
     guard_ports: FrozenSet[Port] = frozenset()
     identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
     due = FOR_EVER  # until when its programs may run, on the monotonic clock
@@ -4892,6 +4891,7 @@ class NftFirewall(Firewall):
 
     quickly_intact = True
     keeps = True
+    netlink: Netlink
 
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
                  shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = (),
@@ -4907,13 +4907,12 @@ class NftFirewall(Firewall):
         self.rules: Dict[NftChain, Dict[NftChain, List[str]]] = {}  # that have to be at a place
         self.guard_tables = frozenset([(NFT_FAMILIES["inet"], b"spa\0")] * bool(guard_ports))
         self.netlink = Netlink()
-        self.netlink_port = self.netlink.port
 
     def succeed(self, old: Firewall) -> None:
         """Go on with the socket that may own the guard's table."""
         if isinstance(old, NftFirewall):
             self.netlink.socket.close()
-            self.netlink, self.netlink_port = old.netlink, old.netlink_port
+            self.netlink = old.netlink
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes."""
@@ -4988,7 +4987,7 @@ class NftFirewall(Firewall):
         """
         persistent = 0
         if place == GUARD_TABLE:
-            self.netlink_port = self.netlink.release()
+            self.netlink.release()
             with contextlib.suppress(CommandError):  # an older kernel, or a table made by one
                 self.netlink.set_table(place, TABLE_PERSIST)
             persistent = self.netlink.table_flags(place) & TABLE_PERSIST
@@ -6073,7 +6072,7 @@ def take_away(what: str, settings: ServerSettings, log: Log,
 
 def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
     """Close what other settings have left; their table for NAT goes, where `firewall` has none."""
-    netlink = getattr(firewall, "netlink", None)  # nobody else can change a table that it owns
+    netlink = firewall.netlink  # nobody else can change a table that it owns
     try:
         take_away(OPEN, settings, log, netlink)
         if NAT_TABLE not in getattr(firewall, "places", ()):
@@ -6315,7 +6314,7 @@ class Grants:
                 firewall.prepare()  # what they shared
         except CommandError as error:
             self.log.error("%s; something of the old settings is left" % error)
-        if old.netlink_port != firewall.netlink_port:  # else they share the socket
+        if old.netlink is not firewall.netlink:  # else they share the socket
             old.leave()
         for grant in homeless:
             del self.live[grant.door]
@@ -7484,10 +7483,11 @@ class Server(KnockGate):
     def read_announcements(self) -> bool:
         """Return whether somebody changed the firewall; a changed guard is put back at once."""
         changed = guard = False
+        netlink = self.grants.firewall.netlink
         try:
             while self.firewall_events is not None:
                 for kind, port, body in netlink_messages(self.firewall_events.recv(65536)):
-                    changed = changed or port != self.grants.firewall.netlink_port
+                    changed = changed or netlink is None or port != netlink.port
                     guard = guard or self.grants.firewall.concerns_guard(kind, body)
         except BlockingIOError:
             pass

@@ -1403,7 +1403,7 @@ class LifeTest(ServerCase):
         self.addCleanup(kernel.close)
         self.addCleanup(made.firewall_events.close)
         made.firewall_events.setblocking(False)
-        self.firewall.netlink_port = 55
+        self.firewall.netlink = mock.Mock(port=55)
         looks = []  # type: List[float]
 
         def check(seconds: float, all_well: bool) -> bool:
