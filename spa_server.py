@@ -5832,8 +5832,7 @@ def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
 
 OPEN, REST, GUARD = "open", "rest", "guard"  # grants; all that is not the guard; the guard
 CHANGES_AT_ONCE = 500  # in one netlink message
-# What a kernel without nf_tables says (0: there is no netlink), and one without the table.
-NOTHING_THERE = (0, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)
+NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables; or no such table
 HOOK_INPUT, POLICY_DROP = struct.pack(">I", 1), struct.pack(">I", 0)  # linux/netfilter.h
 
 
@@ -6052,7 +6051,7 @@ def leftovers(what: str, settings: ServerSettings, log: Log,
     try:
         found = list(nft_leftovers(netlink or Netlink(), named, what))
     except CommandError as error:
-        if error.number not in NOTHING_THERE:
+        if error.number and error.number not in NOTHING_THERE:  # 0: there is no netlink
             raise
     return found + list(legacy_leftovers(settings, named, what, log))
 
