@@ -3445,7 +3445,7 @@ class Gpg:
                     "GPG packets without HMAC come too fast; this one is not decrypted"))
             raise GpgNeeded(GpgRun(self, question, hmac))
         if isinstance(answer, PacketRejected):
-            raise self.answers.pop(question)  # type: ignore[misc]
+            raise PacketRejected(answer.reason, str(answer))  # anew: it gets a stanza and frames
         self.cost = answer.cost
         return answer
 

@@ -546,8 +546,8 @@ class BoundsTest(FakeGpgCase):
         self.assertEqual(1, made.counts["accepted"])
 
     def test_a_gpg_that_hangs(self) -> None:
-        """Is killed; the packet is rejected, and the next one has its turn."""
-        made = self.gpg_server()
+        """Is killed, once for all stanzas; the packet is rejected, and the next has its turn."""
+        made = self.gpg_server(SIGNED * 3)
         for code in ("time.sleep(600)", "status = 'x' * (1 << 22)",
                      "sys.stdout.buffer.write(bytes(1 << 22))"):
             self.answer(GOOD, code)
@@ -557,7 +557,7 @@ class BoundsTest(FakeGpgCase):
                 made.receive(datagram(self.packet(len(code))))
             self.assertLess(time.monotonic() - start, 60)
             self.assertIn("gpg took more than", self.logged())
-        self.assertEqual({"gpg failed": 3}, made.counts)
+        self.assertEqual(({"gpg failed": 3}, 3), (made.counts, len(self.runs())))
         self.answer(GOOD)
         made.receive(datagram(self.packet(99)))
         self.assertEqual([DOOR22], self.firewall.doors())
