@@ -7422,7 +7422,7 @@ class Server(KnockGate):
                 datagram = capture.receive()
                 if datagram is not None:
                     take(datagram)
-                    if 0 < self.settings.packet_limit <= self.candidates:
+                    if self.full():
                         self.finish("Packet count limit (%d) reached. Exiting..."
                                     % self.settings.packet_limit)
         except BlockingIOError:
@@ -7434,6 +7434,10 @@ class Server(KnockGate):
             self.finish(str(error))
         except OSError as error:  # the interface went away; link events tell when it is back
             self.log.warning("%s: %s; going on when it is back" % (capture.name, error.strerror))
+
+    def full(self) -> bool:
+        """Return whether so many packets came as PACKET_LIMIT says."""
+        return 0 < self.settings.packet_limit <= self.candidates
 
     def catch_up(self) -> None:
         """Takes the hits that are waiting."""
@@ -7658,9 +7662,9 @@ class Server(KnockGate):
         """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
 
         What commands opened is closed in any case: nobody would remember to close it. The packets
-        of a capture file still get gpg's answers.
+        of a capture file, and those that PACKET_LIMIT counts, still get gpg's answers.
         """
-        while self.runs and self.settings.capture_file:
+        while self.runs and (self.settings.capture_file or self.full()):
             time.sleep(0.01)
             self.look_at_gpg()
         for run in self.runs:

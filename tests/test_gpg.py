@@ -592,6 +592,11 @@ class BoundsTest(FakeGpgCase):
         (run,) = made.runs
         made.stop()
         self.assertEqual(-9, run.process.returncode)
+        write(self.place("go"), "")
+        receive(made, datagram(self.packet(9, key)))
+        made.settings.packet_limit = made.candidates
+        made.stop()  # as after the last packet of -C
+        self.assertEqual(9, made.counts["accepted"])
 
     def test_a_reload_while_gpg_runs(self) -> None:
         """The packet is judged by the stanzas that there are when gpg has ended."""
