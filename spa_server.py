@@ -2986,13 +2986,18 @@ MORE_KNOCKS = "more knocks came without a line in the log"
 STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
 
 
-def read_boot_id() -> str:
-    """A text that is another one after each boot."""
+def read_proc(name: str) -> str:
+    """Return the text of a file in /proc; nothing if this kernel does not have the file."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
+        with open("/proc/" + name) as file:
             return file.read().strip()
     except OSError:
-        return "unknown-%d" % os.getppid()
+        return ""
+
+
+def read_boot_id() -> str:
+    """Return a text that is another one after each boot."""
+    return read_proc("sys/kernel/random/boot_id") or "unknown-%d" % os.getppid()
 
 
 class Clocks(NamedTuple):
@@ -3211,8 +3216,7 @@ class Log:
         self.syslog = SyslogOutlet(name, facility, with_pid, path)
 
     def write(self, severity: int, text: str) -> None:
-        """Write one line, or none. Control characters, which a packet may have brought, are shown.
-        """
+        """Write one line, or none. Control characters, which a packet may bring, are shown."""
         if severity > self.level or not text:
             return
         text = "".join(c if " " <= c <= "~" else "\\x%02x" % ord(c) for c in text)
@@ -3945,6 +3949,11 @@ def attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
 
 
+def name_attribute(kind: int, name: str) -> bytes:
+    """Return an attribute that holds a name, with the zero byte that ends it."""
+    return attribute(kind, name.encode() + b"\0")
+
+
 def attribute_list(data: bytes) -> Iterator[Tuple[int, bytes]]:
     """Return type and value of each attribute in `data`; CommandError when one is cut."""
     while len(data) >= 4:
@@ -4058,12 +4067,11 @@ class Netlink:
 
         A chain that is not there is an error, or has none: kernels differ.
         """
-        names = {RULE_TABLE: chain.table.encode() + b"\0", RULE_CHAIN: chain.chain.encode() + b"\0"}
-        found = self.dump(GET_RULE, NFT_FAMILIES[chain.family], b"".join(
-            attribute(kind, name) for kind, name in names.items()))
+        question = name_attribute(RULE_TABLE, chain.table) + name_attribute(RULE_CHAIN, chain.chain)
+        found = self.dump(GET_RULE, NFT_FAMILIES[chain.family], question)
         return [(struct.unpack(">Q", rule[RULE_HANDLE])[0],
-                 rule.get(RULE_USERDATA, b"").decode("latin-1"))
-                for rule in found if names.items() <= rule.items()]  # old kernels list all chains
+                 rule.get(RULE_USERDATA, b"").decode("latin-1")) for rule in found
+                if attributes(question).items() <= rule.items()]  # old kernels list all chains
 
     def release(self) -> None:
         """Give up the tables that this socket owns; another one takes its place."""
@@ -4072,16 +4080,17 @@ class Netlink:
 
     def set_table(self, place: NftChain, flags: int) -> None:
         """Make a table, or change its flags; a table is persistent from the beginning or never."""
-        self.commit([(NEW_TABLE, NFT_FAMILIES[place.family],
-                      attribute(TABLE_NAME, place.table.encode() + b"\0")
+        self.commit([(NEW_TABLE, NFT_FAMILIES[place.family], name_attribute(TABLE_NAME, place.table)
                       + attribute(TABLE_FLAGS, struct.pack(">I", flags)))])
 
-    def table_flags(self, place: NftChain) -> int:
-        """Return the flags of a table, 0 if it is not there."""
+    def table_numbers(self, place: NftChain) -> Tuple[int, int]:
+        """Return flags and owner's port of a table, 0 if there are none."""
         for table in self.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
-            if table.get(TABLE_NAME) == place.table.encode() + b"\0":
-                return int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
-        return 0
+            if text_of(table.get(TABLE_NAME, b"")) == place.table:
+                flags, port = [int.from_bytes(table.get(kind, b""), "big")
+                               for kind in (TABLE_FLAGS, TABLE_OWNER_PORT)]
+                return flags, port
+        return 0, 0
 
 
 def is_own_address(address: Address) -> Optional[bool]:
@@ -4740,18 +4749,14 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
     for new ones, and the guard would cut off the administrator who has just made it.
     """
     found = []
-    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(path) as file:
-                rows = [line.split() for line in file][1:]
-        except OSError:
-            continue
-        for _, local, remote, state, *_ in rows:
-            port, (address, peer_port) = int(local.split(":")[1], 16), remote.split(":")
-            if state == "01" and ("tcp", port) in ports:
-                words = struct.pack("=%dI" % (len(address) // 8), *(
-                    int(address[i:i + 8], 16) for i in range(0, len(address), 8)))
-                found.append((parse_address(socket_text(words)), int(peer_port, 16), port))
+    rows = [line.split() for name in ("net/tcp", "net/tcp6")
+            for line in read_proc(name).splitlines()[1:]]
+    for _, local, remote, state, *_ in rows:
+        port, (address, peer_port) = int(local.split(":")[1], 16), remote.split(":")
+        if state == "01" and ("tcp", port) in ports:
+            words = struct.pack("=%dI" % (len(address) // 8), *(
+                int(address[i:i + 8], 16) for i in range(0, len(address), 8)))
+            found.append((parse_address(socket_text(words)), int(peer_port, 16), port))
     return [each for each in found if not each[0].is_loopback][:500]
 
 
@@ -4990,7 +4995,7 @@ class NftFirewall(Firewall):
             self.netlink.release()
             with contextlib.suppress(CommandError):  # an older kernel, or a table made by one
                 self.netlink.set_table(place, TABLE_PERSIST)
-            persistent = self.netlink.table_flags(place) & TABLE_PERSIST
+            persistent = self.netlink.table_numbers(place)[0] & TABLE_PERSIST
         # An nft that does not know the word refuses to add what is there.
         self.run(["add table %s %s" % place[:2]] * (not persistent) + lines)
         if persistent:
@@ -5026,7 +5031,7 @@ class NftFirewall(Firewall):
         """Return whether the rules at a place are the wanted ones."""
         try:
             # As fill_table() leaves it: neither asleep, nor persistent and not owned.
-            flags = self.netlink.table_flags(place) if place in OWN_CHAINS else 0
+            flags = self.netlink.table_numbers(place)[0] if place in OWN_CHAINS else 0
             return flags in (0, TABLE_OWNER | TABLE_PERSIST) and all(
                 [name for _, name in self.our_rules(chain)] == list(map(tag, rules))
                 for chain, rules in self.rules[place].items())
@@ -5040,8 +5045,7 @@ class NftFirewall(Firewall):
 
     def element(self, kind: int, place: NftChain, door: Door, seconds: float = 0.0
                 ) -> Tuple[int, int, bytes]:
-        """The message of a kind about a door's element of a set or map, which has a time or none.
-        """
+        """Return a message about a door's element of a set or map, which has a time or none."""
         shape = shape_of(door)
         element = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, shape.key(door)))
         if door.target and place == NAT_TABLE:
@@ -5152,11 +5156,8 @@ class NftFirewall(Firewall):
 
     def flush(self) -> None:
         """Closes all grants; the guard stays."""
-        do_all(self.flush_set, self.sets)
-
-    def flush_set(self, place: NftChain, shape: Shape) -> None:
-        """Takes every element out of a set, if there is one."""
-        self.delete(place, [door for door, _ in self.read_set(place, shape)])
+        do_all(lambda place, shape: self.delete(
+            place, [door for door, _ in self.read_set(place, shape)]), self.sets)
 
     def remove(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
@@ -5266,9 +5267,8 @@ def explain_owner(place: NftChain) -> None:
 
 
 def set_name(place: NftChain, shape: Shape) -> bytes:
-    """The attributes that name a set."""
-    return (attribute(LIST_TABLE, place.table.encode() + b"\0")
-            + attribute(LIST_SET, shape.set_name.encode() + b"\0"))
+    """Return the attributes that name a set."""
+    return name_attribute(LIST_TABLE, place.table) + name_attribute(LIST_SET, shape.set_name)
 
 
 # ======================================================================================
@@ -5648,24 +5648,18 @@ class IptablesFirewall(Firewall):
                  for line in program.list(table)]
         return [rule for table, line in lines for rule in self.parse(table, line)]
 
-    def delete_lines(self, tables: Iterable[str], wanted: Callable[[str, str], bool],
+    def delete_rules(self, wanted: Callable[[Door, int], bool],
                      programs: Iterable[Iptables] = ()) -> None:
-        """Deletes the rules that are wanted gone, by table and line of `iptables -S`.
+        """Delete the grants that are wanted gone, by door and expiry.
 
         Through these programs, or else through all.
         """
         def delete_in(program: Iptables, table: str) -> None:
-            program.commit({table: ["-D" + line[2:] for line in program.list(table)
-                                    if wanted(table, line)]})
+            program.commit({table: ["-D" + line[2:] for line in program.list(table) if any(
+                wanted(door, expires) for _, door, expires in self.parse(table, line))]})
 
         do_all(delete_in, [(program, table) for program in programs or self.programs.values()
-                           for table in tables])
-
-    def delete_rules(self, wanted: Callable[[Door, int], bool],
-                     programs: Iterable[Iptables] = ()) -> None:
-        """Deletes the grants that are wanted gone, by door and expiry."""
-        self.delete_lines(self.tables, lambda table, line: any(
-            wanted(door, expires) for _, door, expires in self.parse(table, line)), programs)
+                           for table in self.tables])
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has; those that time has ended, too."""
@@ -5817,19 +5811,6 @@ def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional
     return own if kind == "nft" else find_program("nft"), iptables
 
 
-def standing_guards(settings: ServerSettings, log: Log) -> List[Firewall]:
-    """The backends whose guard stands, with these settings or from earlier ones."""
-    guards: List[Firewall] = []
-    for program in filter(None, firewall_programs(settings)):
-        try:
-            guards.append(NftFirewall(program, (), frozenset(), [], log)
-                          if os.path.basename(program) == "nft" else
-                          IptablesFirewall(program, [], frozenset(), log))
-        except SpaError:  # a backend that does not work has no guard to speak of
-            continue
-    return [guard for guard in guards if guard.guarded()]
-
-
 OPEN, REST, GUARD = "open", "rest", "guard"  # grants; all that is not the guard; the guard
 CHANGES_AT_ONCE = 500  # in one netlink message
 NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables; or no such table
@@ -5877,6 +5858,14 @@ def our_part(place: str, chains: List[str], named: Set[str], rules: List[Rule],
                          + ["chain %s %s" % (place, chain) for chain in gone])
 
 
+def nft_expressions(rule: Dict[int, bytes]) -> Iterator[Tuple[str, Dict[int, bytes]]]:
+    """Return name and attributes of each expression of a rule that the kernel listed."""
+    for _, item in attribute_list(rule.get(RULE_EXPRESSIONS, b"")):
+        expression = attributes(item)
+        yield (text_of(expression.get(EXPRESSION_NAME, b"")),
+               attributes(expression.get(EXPRESSION_DATA, b"")))
+
+
 def nft_rule(rule: Dict[int, bytes]) -> Rule:
     """Return a rule that the kernel listed; its target is the chain that a jump leads to.
 
@@ -5884,15 +5873,13 @@ def nft_rule(rule: Dict[int, bytes]) -> Rule:
     """
     data = rule.get(RULE_USERDATA, b"")
     comment, target = data[2:] if data[:1] == b"\0" else b"", b""
-    for _, item in attribute_list(rule.get(RULE_EXPRESSIONS, b"")):
-        expression = attributes(item)
-        name, data = expression.get(EXPRESSION_NAME, b""), expression.get(EXPRESSION_DATA, b"")
-        if name == b"immediate\0":
-            for kind in (IMMEDIATE_DATA, DATA_VERDICT, VERDICT_CHAIN):
-                data = attributes(data).get(kind, b"")
-            target = data
-        elif name == b"match\0" and attributes(data).get(MATCH_NAME) == b"comment\0":
-            comment = attributes(data).get(MATCH_INFO, b"")
+    for name, content in nft_expressions(rule):
+        if name == "immediate":
+            target = content.get(IMMEDIATE_DATA, b"")
+            for kind in (DATA_VERDICT, VERDICT_CHAIN):
+                target = attributes(target).get(kind, b"")
+        elif name == "match" and content.get(MATCH_NAME) == b"comment\0":
+            comment = content.get(MATCH_INFO, b"")
     return Rule(text_of(rule[RULE_CHAIN]), text_of(target), text_of(comment), rule[RULE_HANDLE])
 
 
@@ -5924,11 +5911,10 @@ def nft_removal(netlink: Netlink, family: str, table: bytes,
         place, [text_of(each[CHAIN_NAME]) for each in listed[GET_CHAIN] if CHAIN_HOOK not in each],
         {chain for each, chain in named if each == name and family != "inet"},
         [nft_rule(each) for each in listed[GET_RULE] if not own], what)
-    messages = [(DELETE_RULE, number, here + attribute(RULE_CHAIN, rule.chain.encode() + b"\0")
+    messages = [(DELETE_RULE, number, here + name_attribute(RULE_CHAIN, rule.chain)
                  + attribute(RULE_HANDLE, rule.handle)) for rule in rules]
     for kind, where in ((DELETE_RULE, RULE_CHAIN), (DELETE_CHAIN, CHAIN_NAME)):  # all its rules
-        messages += [(kind, number, here + attribute(where, chain.encode() + b"\0"))
-                     for chain in chains]
+        messages += [(kind, number, here + name_attribute(where, chain)) for chain in chains]
     for each in listed[GET_SET] if what != GUARD else ():
         if parse_set_name(text_of(each[LIST_SET])):
             body = here + attribute(LIST_SET, each[LIST_SET])
@@ -5940,16 +5926,6 @@ def nft_removal(netlink: Netlink, family: str, table: bytes,
                 words.append("%sset %s %s" % ("%d doors of " % count if stays else "", place,
                                               text_of(each[LIST_SET])))
     return words, messages
-
-
-def legacy_tables(name: str) -> List[str]:
-    """Return the tables of the older iptables or ip6tables that stand: a look at others makes them.
-    """
-    try:
-        with open("/proc/net/%s_names" % name.replace("tables", "_tables")) as file:
-            return file.read().split()
-    except OSError:  # a kernel without them
-        return []
 
 
 def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
@@ -5965,27 +5941,36 @@ def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
     return None
 
 
+def legacy_tables(settings: ServerSettings, log: Optional[Log] = None
+                  ) -> Iterator[Tuple[Iptables, str]]:
+    """Find the tables of the older iptables and ip6tables that stand: a look at others makes them.
+
+    Without a program that shows them there are none; `log` gets that.
+    """
+    for name in ("iptables", "ip6tables"):
+        tables = read_proc("net/%s_names" % name.replace("tables", "_tables")).split()
+        program = legacy_program(settings, name) if tables else None
+        if program:
+            yield from ((Iptables(program), table) for table in tables)
+        elif tables and log:
+            log.warning("No program shows the tables of an older %s: nobody looked at %s"
+                        % (name, ", ".join(tables)))
+
+
 def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], what: str,
                      log: Log) -> Iterator[Leftover]:
     """Find what is ours in tables of the older iptables."""
-    for name in ("iptables", "ip6tables"):
-        tables = legacy_tables(name)
-        program = legacy_program(settings, name) if tables else None
-        if tables and not program:
-            log.warning("No program shows the tables of an older %s: nobody looked at %s"
-                        % (name, ", ".join(tables)))
-        for table in tables if program else ():
-            firewall = Iptables(program or "")
-            lines = firewall.list(table)
-            rules, chains, words = our_part(
-                "%s %s" % (os.path.basename(firewall.program), table),
-                [line[3:] for line in lines if line.startswith("-N ")],
-                {chain for each, chain in named if each == table},
-                [iptables_rule(line) for line in lines if line.startswith("-A ")], what)
-            if words:
-                yield Leftover(words, partial(firewall.commit, {table: [
-                    "-D" + rule.handle[2:] for rule in rules] + [
-                        word + chain for word in ("-F ", "-X ") for chain in chains]}))
+    for firewall, table in legacy_tables(settings, log):
+        lines = firewall.list(table)
+        rules, chains, words = our_part(
+            "%s %s" % (os.path.basename(firewall.program), table),
+            [line[3:] for line in lines if line.startswith("-N ")],
+            {chain for each, chain in named if each == table},
+            [iptables_rule(line) for line in lines if line.startswith("-A ")], what)
+        if words:
+            yield Leftover(words, partial(firewall.commit, {table: [
+                "-D" + rule.handle[2:] for rule in rules] + [
+                    word + chain for word in ("-F ", "-X ") for chain in chains]}))
 
 
 def iptables_rule(line: str) -> Rule:
@@ -5998,24 +5983,17 @@ def iptables_rule(line: str) -> Rule:
 
 def legacy_lines(settings: ServerSettings, table: str) -> List[str]:
     """Return the rules of the older iptables and ip6tables in a table, if it stands."""
-    programs = [legacy_program(settings, name) for name in ("iptables", "ip6tables")
-                if table in legacy_tables(name)]
-    return [line for program in programs if program for line in Iptables(program).list(table)]
+    return [line for firewall, name in legacy_tables(settings) if name == table
+            for line in firewall.list(table)]
 
 
 def is_untracked(rule: Dict[int, bytes]) -> bool:
     """Return whether a rule that the kernel listed turns connection tracking off."""
-    for _, item in attribute_list(rule.get(RULE_EXPRESSIONS, b"")):
-        expression = attributes(item)
-        target = attributes(expression.get(EXPRESSION_DATA, b""))
-        if expression.get(EXPRESSION_NAME) == b"notrack\0":
-            return True
-        if expression.get(EXPRESSION_NAME) == b"target\0" and (  # struct xt_ct_target_info
-                target.get(MATCH_NAME) == b"NOTRACK\0" or (
-                    target.get(MATCH_NAME) == b"CT\0"
-                    and int.from_bytes(target.get(MATCH_INFO, b"")[:2], sys.byteorder) & 1)):
-            return True
-    return False
+    return any(name == "notrack" or (name == "target" and (  # struct xt_ct_target_info
+        target.get(MATCH_NAME) == b"NOTRACK\0" or (
+            target.get(MATCH_NAME) == b"CT\0"
+            and int.from_bytes(target.get(MATCH_INFO, b"")[:2], sys.byteorder) & 1)))
+               for name, target in nft_expressions(rule))
 
 
 def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
@@ -6248,12 +6226,6 @@ class Grants:
             del self.live[grant.door]
             self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
                           % (self.firewall.describe(grant.door), grant.expires, grant.door))
-
-    def mend_guard(self) -> None:
-        """Put the guard back if somebody took it. All else waits for check()."""
-        if self.firewall.mend_guard():
-            self.log.warning("Somebody changed our rules in the firewall (%s); put the guard back"
-                             % self.firewall.describe())
 
     def check(self) -> bool:
         """Puts back what somebody took from the firewall: first our rules, then what is due.
@@ -6967,14 +6939,17 @@ class Gate:
             collections.OrderedDict())
         self.openers_limit = OPENERS_BYTES
 
-    def receive(self, datagram: Datagram) -> None:
-        """One datagram on its way: form, then whose it is and what it may open."""
+    def receive(self, datagram: Datagram, run: Optional[GpgRun] = None) -> None:
+        """Take a datagram on its way: form, then whose it is and what it may open.
+
+        `run`: the gpg that it has waited for. Judgement begins anew, with the stanzas as they are.
+        """
         try:
             if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
                 datagram = self.unwrap(datagram)
             check_form(datagram.payload)
-            self.candidates += 1
-            rejection = self.admit(datagram)
+            self.candidates += run is None
+            rejection = self.admit(datagram, run is not None and run.remembered)
             if rejection is not None:
                 self.reject(datagram, rejection)
         except GpgNeeded as needed:
@@ -6995,26 +6970,15 @@ class Gate:
             self.runs.append(run)
 
     def look_at_gpg(self) -> None:
-        """Start gpg for what waits, and go on with the packets whose gpg has ended.
-
-        Judgement begins anew for them, with the stanzas as they are now.
-        """
+        """Start gpg for packets that wait, and go on with those whose gpg has ended."""
         for run in self.runs[:]:
             running = [each for each in self.runs if each.process and each.has_hmac == run.has_hmac]
             if run.process is None and len(running) < GPG_AT_ONCE:
                 run.start()
-            if not run.has_ended():
-                continue
-            self.runs.remove(run)
-            assert run.datagram is not None
-            try:
-                rejection = self.admit(run.datagram, run.remembered)
-                if rejection is not None:
-                    self.reject(run.datagram, rejection)
-            except GpgNeeded as needed:
-                self.wait_for_gpg(needed.run)
-            except Exception as error:  # as in receive()
-                self.reject(run.datagram, error)
+            if run.has_ended():
+                self.runs.remove(run)
+                assert run.datagram is not None
+                self.receive(run.datagram, run)
 
     def unwrap(self, datagram: Datagram) -> Datagram:
         """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
@@ -7501,13 +7465,16 @@ class Server(KnockGate):
         return changed
 
     def mend_guard(self) -> None:
-        """Put the guard back at once: until then everybody gets in."""
+        """Put the guard back at once if somebody took it: until then everybody gets in."""
+        firewall = self.grants.firewall
         try:
-            with self.grants.firewall.within(PATIENCE):
-                self.grants.mend_guard()
+            with firewall.within(PATIENCE):
+                if firewall.mend_guard():
+                    self.log.warning("Somebody changed our rules in the firewall (%s); put the "
+                                     "guard back" % firewall.describe())
         except CommandError:  # check_firewall() tries again, and says why it can't
             self.check_rest = 0.0
-        self.guard_due = self.clocks.monotonic() + self.grants.firewall.guard_poll_seconds
+        self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
 
     def check_firewall(self) -> None:
         """Puts back what somebody took from the firewall; what fails is tried again."""
@@ -7733,8 +7700,7 @@ def open_pid_file(path: str) -> int:
 
 
 def write_pid(file: int, path: str, log: Log) -> None:
-    """Write our pid over another one. Newlines hide what is left of a longer one until it is cut.
-    """
+    """Write our pid over another one. Newlines hide the rest of a longer one until it is cut."""
     text = b"%d\n" % os.getpid()
     try:
         os.pwrite(file, text.ljust(os.fstat(file).st_size, b"\n"), 0)
@@ -7915,27 +7881,25 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
 def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> None:
     """Logs what stands in the way of the settings: guards of other ones, and no forwarding."""
     settings = configuration.settings
-    guards: List[Firewall] = []
+    guards: List[Leftover] = []
     try:
-        guards = [] if configuration.test else standing_guards(settings, log)
-    except ConfigError as error:  # of a program that these settings do not use
-        log.warning(str(error))
-    if any(not firewall.guard_ports or type(guard) is not type(firewall) for guard in guards):
-        log.warning("A guard from earlier settings still closes ports, and no knock opens them; "
-                    "--unguard takes it away")
-    try:
+        if not configuration.test:
+            firewall_programs(settings)
+            guards = leftovers(GUARD, settings, Log())
+        kinds = {each.words[0].startswith("table") for each in guards}  # iptables' has chains
+        if kinds - ({isinstance(firewall, NftFirewall)} if firewall.guard_ports else set()):
+            log.warning("A guard from earlier settings still closes ports, and no knock opens "
+                        "them; --unguard takes it away")
         for text in obstacles(settings, firewall) if firewall.keeps else ():
             log.warning(text)
+    except ConfigError as error:  # of a program that these settings do not use
+        log.warning(str(error))
     except CommandError as error:  # a look that fails is no reason not to serve
         log.debug("%s; whether the host's rules are in the way is not known" % error)
     for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
-        try:
-            with open("/proc/sys/" + name) as file:
-                if settings.forwarding and file.read().strip() == "0":
-                    log.warning("ENABLE_IPT_FORWARDING: no IPv%d is forwarded while %s is 0"
-                                % (version, name.replace("/", ".")))
-        except OSError:  # a kernel without IPv6
-            continue
+        if settings.forwarding and read_proc("sys/" + name) == "0":
+            log.warning("ENABLE_IPT_FORWARDING: no IPv%d is forwarded while %s is 0"
+                        % (version, name.replace("/", ".")))
 
 
 def take_signal(number: int, server: Server, read: Callable[[], Configuration]) -> None:
@@ -8454,8 +8418,7 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
 
 
 def list_firewall(arguments: Arguments, settings: ServerSettings, log: Log) -> None:
-    """--fw-list and --fw-list-all; files that can't be read keep nobody from seeing what is open.
-    """
+    """--fw-list and --fw-list-all. Unreadable files keep nobody from seeing what is open."""
     stanzas: Optional[List[Stanza]] = None
     try:
         stanzas = read_configuration(arguments).stanzas
@@ -8468,8 +8431,7 @@ def list_firewall(arguments: Arguments, settings: ServerSettings, log: Log) -> N
 
 
 def run_on_firewall(arguments: Arguments, log: Log) -> None:
-    """--fw-list, --fw-list-all, --fw-flush and --unguard: they take of fwknopd.conf what they can.
-    """
+    """--fw-list, --fw-list-all, --fw-flush and --unguard, with what is right in fwknopd.conf."""
     settings = read_settings(arguments, log)[0]
     try:
         server = running_server(settings.pid_file)

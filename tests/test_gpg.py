@@ -336,10 +336,10 @@ def wait_for_gpg(made: Any) -> Any:
     """Let a server's receive() wait for gpg, as if its loop went on; return the server."""
     receive = made.receive
 
-    def receive_and_wait(each: Any) -> None:
+    def receive_and_wait(each: Any, *run: Any) -> None:
         """Take a datagram, and go on until no gpg runs."""
-        receive(each)
-        while made.runs:
+        receive(each, *run)
+        while made.runs and not run:
             made.look_at_gpg()
             time.sleep(0.001)
 
