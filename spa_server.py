@@ -7428,10 +7428,8 @@ class Server(KnockGate):
             named.add(self.settings.interface)
         indices = set()
         for name in named - {"any"}:
-            try:
+            with contextlib.suppress(OSError):
                 indices.add(socket.if_nametoindex(name))
-            except OSError:
-                continue
         if not indices <= {capture.index for capture in self.captures
                            if isinstance(capture, PacketCapture)}:
             try:
