@@ -4630,10 +4630,6 @@ class Firewall:
             raise CommandError("the firewall has taken too long")
         return left
 
-    def execute(self, arguments: List[str], text: str = "") -> str:
-        """Run a program in the time that there is for it."""
-        return run_program(arguments, text, self.seconds_left())
-
     def describe(self, door: Optional[Door] = None) -> str:
         """Where this door, or access, goes, for the log."""
         return "nowhere"
@@ -5002,9 +4998,9 @@ class NftFirewall(Firewall):
             self.netlink.set_table(place, TABLE_OWNER | TABLE_PERSIST)
 
     def run(self, lines: List[str]) -> None:
-        """Lets nft do all of `lines`, or nothing."""
+        """Let nft do all of `lines`, or nothing, in the time that there is for it."""
         if lines:
-            self.execute([self.program, "-f", "-"], "\n".join(lines) + "\n")
+            run_program([self.program, "-f", "-"], "\n".join(lines) + "\n", self.seconds_left())
 
     def rule_removal(self, place: NftChain) -> List[str]:
         """The lines that take our rules out of a chain of the host's."""
@@ -5155,7 +5151,7 @@ class NftFirewall(Firewall):
                          for table in tables if "table %s %s" % table in there)
 
     def flush(self) -> None:
-        """Closes all grants; the guard stays."""
+        """Close all grants; the guard stays."""
         do_all(lambda place, shape: self.delete(
             place, [door for door, _ in self.read_set(place, shape)]), self.sets)
 
@@ -5714,8 +5710,9 @@ class IptablesFirewall(Firewall):
 # ======================================================================================
 # 20. Choice of a firewall
 #
-# Which backend the settings mean, and what any of them has left in the kernel. All that is ours
-# carries a mark, so that it is found without configuration: its name, or a rule's comment.
+# Which backend the settings mean, what rules of the host are in its way, and what any backend has
+# left in the kernel. All that is ours carries a mark, so that it is found without configuration:
+# its name, or a rule's comment.
 # ======================================================================================
 
 
@@ -6021,10 +6018,8 @@ def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
 def leftovers(what: str, settings: ServerSettings, log: Log,
               netlink: Optional[Netlink] = None) -> List[Leftover]:
     """Find all that is ours in the kernel, or a part of it, by whatever backend it was made."""
-    chains = [getattr(settings, row.attribute) for row in (
-        ServerSettings.input_access, ServerSettings.output_access, ServerSettings.forward_access,
-        ServerSettings.dnat_access, ServerSettings.snat_access, ServerSettings.masquerade_access)]
-    named = {(chain.table, chain.chain) for chain in chains}
+    values = [getattr(settings, row.attribute) for row in ServerSettings.rows()]
+    named = {(each.table, each.chain) for each in values if isinstance(each, IptablesChain)}
     found = []
     try:
         found = list(nft_leftovers(netlink or Netlink(), named, what))
