@@ -6370,14 +6370,6 @@ def switched_command(pid: int) -> Tuple[int, Tuple[bytes, ...]]:
     return owner, words[len(SWITCH) + 1:] if words[:len(SWITCH)] == SWITCH else ()
 
 
-def find_switches() -> Dict[Tuple[int, Tuple[bytes, ...]], List[int]]:
-    """Return the pids of all switches that run, by uid and by what they will run."""
-    found: Dict[Tuple[int, Tuple[bytes, ...]], List[int]] = {}
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        found.setdefault(switched_command(pid), []).append(pid)
-    return found
-
-
 def launch(command: Command, output: int, outlives: bool = False,
            source: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
     """Starts a program in a session of its own; it gets nothing of this process but its output and
@@ -6510,9 +6502,8 @@ class Commands:
         self.cycles: Dict[Tuple[Any, ...], Cycle] = {}  # what is open, by its key
         self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
         self.closing: List[Cycle] = []  # whose close runs, or has failed and is tried again
-        # Switches of a server before this one, by what they run; found when something opens.
-        self.left: Dict[Tuple[int, Tuple[bytes, ...]], List[int]] = {}
-        self.looked = False  # whether they have been looked for
+        self.left: List[int] = []  # pids of the switches of a server before this one
+        self.looked = False  # whether they have been looked for: when something opens
 
     def check(self, cycles: List[Cycle]) -> None:
         """CommandError when these are too many of a stanza; what only closes later is none."""
@@ -6602,8 +6593,10 @@ class Commands:
         of two rules that it adds, the one that closes would delete one. While a close of the same
         thing is still to be tried, it is run first, and never again: it would close what opens now.
         """
-        if not self.looked:
-            self.looked, self.left = True, find_switches()  # none of them is ours
+        if not self.looked:  # so none of them is ours
+            self.looked = True
+            self.left = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+                         if switched_command(pid)[1]]
         known, lasts, now = self.cycles.get(cycle.key), self.lasts(cycle), self.clocks.monotonic()
         pending = False
         if known and lasts and cycle.waits and known.openings[-1].popen.poll() is None:
@@ -6680,8 +6673,8 @@ class Commands:
             if child.closes and child.cycle in cycles:
                 end_group(child.popen, signal.SIGKILL)
         uid = os.geteuid() if closing.account is None else closing.account.uid
-        pids = [pid for pid in self.left.pop((uid, closing.words), [])
-                if switched_command(pid) == (uid, closing.words)]
+        pids = [pid for pid in self.left if switched_command(pid) == (uid, closing.words)]
+        self.left = [pid for pid in self.left if pid not in pids]
         for pid in pids:
             with contextlib.suppress(OSError):  # it has just ended, or is no leader, so no switch
                 os.killpg(pid, signal.SIGKILL)
