@@ -19,8 +19,9 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   or run     instead of opening, where a stanza says so: commands           section 22
   close      by the kernel when its time has come; by this server too       section 21
 
-A hit of a port takes KnockGate.take_hit() there instead: is it the next step of a sequence (section
-8), then the last one opens or runs as above.
+A packet for GPG waits at `unlock` while gpg runs beside the loop; it then begins again with the
+answer. A hit of a port goes to KnockGate.take_hit() instead: if it is the next step of a sequence
+(section 8) it counts, and the last step opens or runs as above.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH, an optional import of
@@ -48,7 +49,7 @@ From here on the machine is touched.
   17. Firewall
   18. nftables
   19. iptables
-  20. Choice of a firewall
+  20. Choice of a firewall, and leftovers
   21. Grants
   22. Commands
   23. Configuration
@@ -2971,9 +2972,9 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # ======================================================================================
 # 12. Log and programs
 #
-# Where lines go, and run_program, for the firewall and gpg's list of keys. Programs are also
-# started by GpgRun and launch, and nowhere else; none of them gets our stderr, which may be full.
-# Nothing secret reaches a line or a command line.
+# The clocks, where lines go, and run_program, for the firewall and gpg's list of keys. Programs
+# are also started by GpgRun and launch, and nowhere else; none of them gets our stderr, which may
+# be full. Nothing secret reaches a line or a command line.
 # ======================================================================================
 
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # severities of RFC 5424 section 6.2.1
@@ -5708,7 +5709,7 @@ class IptablesFirewall(Firewall):
 
 
 # ======================================================================================
-# 20. Choice of a firewall
+# 20. Choice of a firewall, and leftovers
 #
 # Which backend the settings mean, what rules of the host are in its way, and what any backend has
 # left in the kernel. All that is ours carries a mark, so that it is found without configuration:
@@ -7636,7 +7637,7 @@ class Server(KnockGate):
 # ======================================================================================
 # 26. Process
 #
-# Pid file, signals, background and reload.
+# Pid file, control socket, signals, background and reload.
 # ======================================================================================
 
 
