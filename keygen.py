@@ -731,7 +731,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def picture(keys: Keys) -> str:
-    """Return the QR code of the text that phone apps import (fwknop spec 4.1), for this console."""
+    """Return the QR code that phone apps import (tests/spec/fwknop.md 4.1), for this console."""
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     blocks = b"?" not in "\u2580\u2584\u2588".encode(encoding, "replace")
     rows = qr_symbol(" ".join(f"{name}:{key}" for name, key in keys.items()).encode("ascii"), "L")

@@ -13,6 +13,9 @@ It also hits ports in their order, as `knock` does for knockd: with KNOCK_SEQUEN
 the packet, or instead of one if there are no keys. --knock takes the command line of `knock`, as
 this file does when it is started through a link of that name.
 
+Comments cite tests/spec/fwknop.md and tests/spec/knockd.md by section. These files describe the
+formats and the behaviour of fwknop and knockd.
+
 The way of a packet:
 
   * The command line is read with the table of options, and ~/.fwknoprc with the table of
@@ -143,7 +146,7 @@ def reason(error: Exception) -> str:
 
 
 class Digest:
-    """One of the digests of fwknop spec 1.6; sizes in bytes, `block` for HMAC."""
+    """One of the digests of tests/spec/fwknop.md 1.6; sizes in bytes, `block` for HMAC."""
 
     def __init__(self, name: str, number: int, size: int, block: int, modules: str) -> None:
         self.name, self.number, self.size, self.block = name, number, size, block
@@ -209,7 +212,7 @@ class Hmac:
 
 
 def encode_base64(data: bytes) -> str:
-    """Base64 of RFC 4648 section 4 without the `=` at the end (fwknop spec 1.1)."""
+    """Base64 of RFC 4648 section 4 without the `=` at the end (tests/spec/fwknop.md 1.1)."""
     return binascii.b2a_base64(data, newline=False).decode("ascii").rstrip("=")
 
 
@@ -357,7 +360,7 @@ SALT_LENGTH = 8
 SALTED = b"Salted__"  # what `openssl enc` begins with
 PREFIX = "U2FsdGVkX1"  # base64 of SALTED, as far as the salt has no part in it: not transmitted
 
-# Encryption mode, by its name, and its number in the dump (fwknop spec 1.7).
+# Encryption mode, by its name, and its number in the dump (tests/spec/fwknop.md 1.7).
 GPG = "Asymmetric"
 MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "legacy": 8, GPG: 7}
 
@@ -390,7 +393,7 @@ def exclusive_or(left: bytes, right: bytes) -> bytes:
 
 
 def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> bytes:
-    """`Salted__`, the salt and the cipher text, like `openssl enc -md md5` (fwknop spec 1.7).
+    """`Salted__`, the salt and the cipher text, like `openssl enc -md md5` (fwknop.md 1.7).
 
     PKCS#7 padding is added in every mode, also in those that need none. Legacy mode is CBC with
     a secret of exactly 16 bytes: cut, or filled with the digit 0.
@@ -406,7 +409,7 @@ def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> b
 # ======================================================================================
 # 5. Message and packet
 #
-# The text that asks (fwknop spec 1.2 to 1.6) and the packet it becomes (1.1, 1.8, 1.11).
+# The text that asks (tests/spec/fwknop.md 1.2 to 1.6) and the packet it becomes (1.1, 1.8, 1.11).
 # ======================================================================================
 
 COMMAND, ACCESS, NAT_ACCESS, TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT = \
@@ -419,14 +422,14 @@ SOURCE_ADDRESS = "0.0.0.0"  # in a message: the address the packet comes from
 USER_LIMIT = 48  # bytes of a user name: 64 of base64
 OPTION_USER_LIMIT = 29  # bytes that fwknop keeps of -U
 TIMEOUT_LIMIT = 65536  # seconds
-PACKET_LIMIT = 400  # characters: from here on servers take a packet for one of GPG (spec 1.9)
-GPG_LIMIT = 1500  # characters: more is not looked at (spec 1.10)
-FIELD_LIMIT = 192  # bytes in a field of the message: 256 of base64 (spec 1.10)
+PACKET_LIMIT = 400  # characters: from here on servers take a packet for one of GPG (fwknop.md 1.9)
+GPG_LIMIT = 1500  # characters: more is not looked at (tests/spec/fwknop.md 1.10)
+FIELD_LIMIT = 192  # bytes in a field of the message: 256 of base64 (tests/spec/fwknop.md 1.10)
 GPG_PREFIX = "hQ"  # base64 of what a packet for an RSA key begins with: not transmitted
 
 
 class Message:
-    """The fields of fwknop spec 1.2, without the digest and what is never sent.
+    """The fields of tests/spec/fwknop.md 1.2, without the digest and what is never sent.
 
     `random` is 16 digits, `timestamp` seconds since 1970, `number` one of the seven types, `text`
     "address,access" or "address,command". `nat` has to be given for types 2, 4, 5 and 6 alone, and
@@ -440,7 +443,7 @@ class Message:
 
 
 def encode_message(message: Message) -> bytes:
-    """The message M of fwknop spec 1.1: the fields in their order with `:` in between."""
+    """The message M of tests/spec/fwknop.md 1.1: the fields in their order with `:` in between."""
     fields = [message.random, encode_base64(encode_text(message.user)), str(message.timestamp),
               PROTOCOL_VERSION, str(message.number), encode_base64(encode_text(message.text))]
     if message.nat:
@@ -451,17 +454,17 @@ def encode_message(message: Message) -> bytes:
 
 
 def message_digest(message: bytes, digest_type: str) -> str:
-    """The digest D that stands behind the message (fwknop spec 1.6)."""
+    """The digest D that stands behind the message (tests/spec/fwknop.md 1.6)."""
     return encode_base64(DIGESTS[digest_type](message))
 
 
 def add_digest(message: bytes, digest_type: str) -> bytes:
-    """The plain text P of fwknop spec 1.1."""
+    """The plain text P of tests/spec/fwknop.md 1.1."""
     return message + b":" + message_digest(message, digest_type).encode("ascii")
 
 
 def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
-    """The packet of fwknop spec 1.1 with this cipher text; without `hmac_key` there is no HMAC.
+    """The packet of fwknop.md 1.1 with this cipher text; without `hmac_key` there is no HMAC.
 
     The HMAC also covers the prefix, which is not transmitted. OpenPGP data for other than RSA keys
     begins otherwise, is sent whole, and not understood by fwknopd.
@@ -475,7 +478,7 @@ def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
 
 def check_length(packet: str, message: Message, digest_type: str, tag_length: int,
                  mode: str) -> None:
-    """Raise SpaError for a packet that servers would not understand (fwknop spec 1.9, 1.10)."""
+    """Raise SpaError for a packet that servers would not understand (fwknop.md 1.9, 1.10)."""
     if mode == GPG:
         if len(packet) > GPG_LIMIT:
             raise SpaError("the packet would be %d characters long, and servers look at most at %d"
@@ -497,7 +500,7 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
 # 6. Carriers
 #
 # What stands around a packet on the wire when it does not travel as a plain UDP datagram or over
-# TCP (fwknop spec 1.14): an HTTP request, or the headers of a packet made here.
+# TCP (tests/spec/fwknop.md 1.14): an HTTP request, or the headers of a packet made here.
 # ======================================================================================
 
 AGENT = "Fwknop/2.6.10"  # fwknopd wants it to begin so; the rest is that of fwknop's client
@@ -653,7 +656,7 @@ def parse_url(text: str) -> "Tuple[str, str, int, str]":
 
 
 def parse_access(text: str) -> str:
-    """An access list, `tcp/22` or `tcp/22,udp/53`, as the server reads it (fwknop spec 1.4)."""
+    """An access list, `tcp/22` or `tcp/22,udp/53`, as the server reads it (fwknop.md 1.4)."""
     for entry in text.split(","):
         protocol, slash, port = entry.partition("/")
         if protocol not in ("tcp", "udp") or not slash or len(port) > 5:
@@ -670,7 +673,7 @@ def parse_hits(text: str) -> "List[Tuple[str, int]]":
     """Protocols and ports of `7000, ssh, 8000:udp`; of `100:icmp` or `:icmp` the data bytes.
 
     The sequence is half a secret: no error tells it. For the server, too, there are at most 32
-    (knockd spec 1.2).
+    (tests/spec/knockd.md 1.2).
     """
     hits = []
     for number, item in enumerate(text.split(","), 1):
@@ -730,7 +733,7 @@ def parse_allow(text: str) -> str:
 
 
 def parse_user(text: str) -> str:
-    """A user name that servers accept (fwknop spec 1.3)."""
+    """A user name that servers accept (tests/spec/fwknop.md 1.3)."""
     if not 1 <= len(encode_text(text)) <= USER_LIMIT:
         raise ValueError("expected a user name of 1 to %d characters" % USER_LIMIT)
     if min(text) < " " or max(text) > "~" or set(text) & set('"/\\[]:;|=,+*?<>'):
@@ -804,7 +807,7 @@ def flag(name: str, help: str) -> bool:
 
 
 class Settings:
-    """All that can be said in ~/.fwknoprc (fwknop spec 2.2) and on the command line."""
+    """All that can be said in ~/.fwknoprc (tests/spec/fwknop.md 2.2) and on the command line."""
 
     digest_type = setting("DIGEST_TYPE", parse_digest, "SHA256", "digest inside the packet")
     protocol = setting("SPA_SERVER_PROTO", parse_carrier, "udp", "carrier of the packet")
@@ -940,7 +943,7 @@ DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
 ROWS = {row.name: row for row in DIRECTIVES.values()}
 DIRECTIVE_NAMES = [name for name in ROWS if name.isupper()]
 
-# In one layer the first of these counts (fwknop spec 2.5); one layer hides all of those below.
+# In one layer the first of these counts (fwknop.md 2.5); one layer hides all of those below.
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
                ("GPG_SIGNING_PW", "GPG_SIGNING_PW_BASE64"))
 SECRET_NAMES = {name for name, row in ROWS.items() if row.parse in SECRET}
@@ -948,7 +951,7 @@ PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP"))  # what only packets n
 
 
 def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
-    """One layer of values from several, the later ones on top (fwknop spec 2.1)."""
+    """One layer of values from several, the later ones on top (tests/spec/fwknop.md 2.1)."""
     merged = {}  # type: Dict[str, Given]
     for layer in layers:
         for sources in KEY_SOURCES:
@@ -1190,7 +1193,7 @@ def parse_command_line(words: "List[str]", options: "List[Option]" = OPTIONS,
 
 
 def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
-    """The same for a command line of `knock`, whose words are a host and ports (knockd spec 1.8).
+    """The same for a command line of `knock`, whose words are a host and ports (knockd.md 1.8).
 
     Unlike there, :tcp stays TCP under -u. No file is read or written.
     """
@@ -1215,7 +1218,7 @@ def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], 
 def format_arguments(given: "Dict[str, Given]") -> str:
     """The command line of these options for -l, but no keys; `\\` stands before a blank in a word.
 
-    fwknop reads and writes the same for words without blanks (fwknop spec 2.7).
+    fwknop reads and writes the same for words without blanks (tests/spec/fwknop.md 2.7).
     """
     words = ["fwknop"]
     for name, said in given.items():
@@ -1300,8 +1303,8 @@ def format_completion(shell: str) -> str:
 # ======================================================================================
 # 10. The rc file
 #
-# The text of ~/.fwknoprc, cut into stanzas and words exactly as fwknop does it (fwknop spec
-# 2.2), so that the same file means the same to both.
+# The text of ~/.fwknoprc, cut into stanzas and words exactly as fwknop does it
+# (tests/spec/fwknop.md 2.2), so that the same file means the same to both.
 # ======================================================================================
 
 DEFAULT_STANZA = "default"
@@ -1370,7 +1373,7 @@ def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given
 
 
 def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
-    """What these options say, as an rc file has it, in fwknop's order (fwknop spec 2.3)."""
+    """What these options say, as an rc file has it, in fwknop's order (fwknop.md 2.3)."""
     if not given.keys().isdisjoint(("HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64")):
         given = dict(given, USE_HMAC=Given("Y"))
     values = {}
@@ -1477,7 +1480,7 @@ OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # what whoever started us
 
 
 def read_private(path: str, pipe: bool = False) -> str:
-    """The text of a file with secrets; warns if others can read it (fwknop spec 2.2).
+    """The text of a file with secrets; warns if others can read it (tests/spec/fwknop.md 2.2).
 
     A pipe has to be expected, or a shell's `<(...)`: any other could keep us waiting.
     """
@@ -1616,7 +1619,7 @@ def replace_file(path: str, old: str, text: str) -> bool:
 
 
 def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
-    """Write options to a stanza of the rc file (fwknop spec 2.3); its path, and what was written.
+    """Write options to a stanza of the rc file (fwknop.md 2.3); its path, and what was written.
 
     When somebody else has changed the file meanwhile, it begins again with what that says. It asks
     before it takes the lock.
@@ -1656,7 +1659,7 @@ def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
 
 
 def read_key_file(path: str, server: "Optional[str]") -> bytes:
-    """The key of a server from lines `server: key`; the last one counts (fwknop spec 2.5).
+    """The key of a server from lines `server: key`; the last one counts (tests/spec/fwknop.md 2.5).
 
     Blanks, tabs and `=` before the key are skipped, blanks after it belong to it.
     """
@@ -1728,7 +1731,7 @@ def choose_key(settings: Settings, what: str, options: str,
 
 
 def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
-    """The encryption key, or the passphrase of GPG_SIGNER, and the HMAC key (fwknop spec 2.5).
+    """The encryption key, or the passphrase of GPG_SIGNER, and the HMAC key (fwknop.md 2.5).
 
     The first is b"" for a signer without passphrase; None if none is needed: no signature, or gpg
     asks its agent. An HMAC is used when any HMAC key is given, by USE_HMAC, and by
@@ -1756,7 +1759,7 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
 
 
 def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> None:
-    """Raise SpaError for keys of a wrong length (fwknop spec 1.7, 1.8), warn of weak ones."""
+    """Raise SpaError for keys of a wrong length (fwknop.md 1.7, 1.8), warn of weak ones."""
     if hmac_key is not None and not 1 <= len(hmac_key) <= HMAC_KEY_LIMIT:
         raise SpaError("the HMAC key is %d bytes long, expected 1 to %d"
                        % (len(hmac_key), HMAC_KEY_LIMIT))
@@ -1771,13 +1774,13 @@ def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> None:
         warn("the encryption key is empty: everybody can read this packet")
 
 
-# Bytes of a new HMAC key as fwknop chooses them (fwknop spec 2.4); for SHA-3 as keygen.py does.
+# Bytes of a new HMAC key as fwknop chooses them (fwknop.md 2.4); for SHA-3 as keygen.py does.
 HMAC_KEY_LENGTHS = {"MD5": 16, "SHA1": 20, "SHA256": 64, "SHA384": 128, "SHA512": 128,
                     "SHA3_256": 64, "SHA3_512": 64}
 
 
 def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
-    """Put new keys in the rc file, in a new file, or print them for one (fwknop spec 2.4)."""
+    """Put new keys in the rc file, in a new file, or print them for one (fwknop.md 2.4)."""
     length = settings.hmac_key_length or HMAC_KEY_LENGTHS[settings.hmac_type]
     keys = {name: binascii.b2a_base64(os.urandom(size), newline=False).decode("ascii")
             for name, size in (("KEY_BASE64", settings.key_length), ("HMAC_KEY_BASE64", length))}
@@ -1804,7 +1807,7 @@ def effective_user() -> str:
 
 
 def find_user(settings: Settings) -> str:
-    """The user name for the packet: the one set, or that of who runs this (fwknop spec 2.1)."""
+    """The user name for the packet: the one set, or that of who runs this (fwknop.md 2.1)."""
     if settings.user is not None:
         return settings.user
     name = os.environ.get("SPOOF_USER") or os.environ.get("LOGNAME")
@@ -1844,7 +1847,7 @@ def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
 
 
 def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[bytes]") -> bytes:
-    """OpenPGP data for GPG_RECIPIENT, signed by GPG_SIGNER if there is one (fwknop spec 1.11).
+    """OpenPGP data for GPG_RECIPIENT, signed by GPG_SIGNER if there is one (fwknop.md 1.11).
 
     The passphrase is the first line that gpg reads, before the plain text; where there is none
     (b""), the empty line keeps gpg from asking. Keys are taken as the key ring has them.
@@ -1992,7 +1995,7 @@ def open_ping(family: int) -> "socket.socket":
 
 
 def send_hit(link: "socket.socket", protocol: str, port: int) -> None:
-    """One hit at the host of the link, as `knock` does it (knockd spec 1.8).
+    """One hit at the host of the link, as `knock` does it (tests/spec/knockd.md 1.8).
 
     TCP: a SYN, never sent again, since the socket is closed at once. UDP: a byte, 0. ICMP: an echo
     request with `port` bytes of data (RFC 792; RFC 4443, whose checksum is the system's affair).
@@ -2025,7 +2028,7 @@ def pause(least: int, most: int) -> None:
 
 
 def random_port() -> int:
-    """A port from 10000 up (fwknop spec 1.14)."""
+    """A port from 10000 up (tests/spec/fwknop.md 1.14)."""
     return 10000 + int.from_bytes(os.urandom(7), "big") % 55536
 
 
@@ -2119,7 +2122,7 @@ def check_own(text: str, where: str) -> str:
 
 
 def resolve_address(settings: Settings, family: int) -> str:
-    """Our address: the line of RESOLVE_URL that is one (fwknop spec 2.6); SpaError without any."""
+    """Our address: the line of RESOLVE_URL that is one (fwknop.md 2.6); SpaError without any."""
     secure = "" if settings.resolve_http_only else "s"
     page = settings.resolve_url or parse_url(
         "http%s://www.cipherdyne.org/cgi-bin/myip" % secure)
@@ -2392,7 +2395,7 @@ def become(command: "List[str]") -> None:
 # 16. Output
 #
 # What is printed on standard output, in the layout that fwknop's users and scripts know
-# (fwknop spec 2.8). Keys are not among it.
+# (tests/spec/fwknop.md 2.8). Keys are not among it.
 # ======================================================================================
 
 
@@ -2467,7 +2470,7 @@ def print_version() -> None:
 
 
 def print_stanzas(given: "Dict[str, Given]") -> None:
-    """The names of the stanzas, without [default] (fwknop spec 2.3)."""
+    """The names of the stanzas, without [default] (tests/spec/fwknop.md 2.3)."""
     path = rc_path(given)
     if path is None or ("rc_file" not in given and not os.path.exists(path)):
         raise UsageError("--stanza-list needs an rc file, and there is none")
@@ -2486,12 +2489,12 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 def random_digits() -> str:
-    """Sixteen decimal digits, each value as likely as any other, to 1 in 10^22 (spec 1.2)."""
+    """Sixteen decimal digits, each value as likely as any other, to 1 in 10^22 (fwknop.md 1.2)."""
     return "%016d" % (int.from_bytes(os.urandom(16), "big") % 10 ** 16)
 
 
 def make_message(settings: Settings, allow_ip: str) -> Message:
-    """A fresh message that asks to open for `allow_ip` (fwknop spec 1.4, 1.5)."""
+    """A fresh message that asks to open for `allow_ip` (tests/spec/fwknop.md 1.4, 1.5)."""
     number, asked, nat = COMMAND, settings.command, ""
     if asked is None:
         number, asked = ACCESS, settings.access or ""

@@ -3,9 +3,9 @@
 
 This is a server for fwknop's single packet authorization (SPA) and for port knocking. It reads
 fwknopd.conf, access.conf and knockd.conf, understands the fwknop clients, and drives nftables or
-iptables. It needs nothing but Python's standard library, and nft or iptables. "fwknop spec 1.4" in
-a comment is that section of the project's own description of fwknop's formats and behaviour,
-observed from its programs; so is "knockd spec".
+iptables. It needs nothing but Python's standard library, and nft or iptables. Comments cite
+tests/spec/fwknop.md and tests/spec/knockd.md by section. These files describe the formats and the
+behaviour of fwknop and knockd.
 
 The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 24:
 
@@ -405,7 +405,7 @@ class AesInverse(Aes):
 # ======================================================================================
 # 3. Encryption and HMAC of an SPA packet
 #
-# What fwknop spec 1.6 to 1.8 says of digests, HMAC types, keys and encryption modes. This
+# What tests/spec/fwknop.md 1.6 to 1.8 says of digests, HMAC types, keys and encryption modes. This
 # server only opens packets: nothing here encrypts.
 # ======================================================================================
 
@@ -433,7 +433,7 @@ class Secret(bytes):
 
 
 class Digest:
-    """One of the digests of fwknop spec 1.6; sizes in bytes, `block` for HMAC."""
+    """One of the digests of tests/spec/fwknop.md 1.6; sizes in bytes, `block` for HMAC."""
 
     def __init__(self, name: str, number: int, size: int, block: int, modules: str) -> None:
         self.name, self.number, self.size, self.block = name, number, size, block
@@ -611,7 +611,7 @@ class PacketKeys(Keys):
         super().__init__(Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None, hmac_type,
                          lambda body: SALTED_PREFIX)
         self.secret, self.mode = key, mode
-        if mode == "LEGACY":  # spec 1.7: cut, or filled up with the digit zero
+        if mode == "LEGACY":  # tests/spec/fwknop.md 1.7: cut, or filled up with the digit zero
             self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
         self.cipher = AesInverse if hmac_key else fastest_cipher()
 
@@ -636,13 +636,13 @@ class PacketKeys(Keys):
 # ======================================================================================
 # 4. The SPA packet
 #
-# Fields and their rules (fwknop spec 1.2 to 1.6, 1.9). All seven message types decode fully.
-# Where fwknopd's C parser takes what no client sends, this one does not: numbers are digits
+# Fields and their rules (tests/spec/fwknop.md 1.2 to 1.6, 1.9). All seven message types decode
+# fully. Where fwknopd's C parser takes what no client sends, this one does not: numbers are digits
 # only, and an address has no leading zeros. IPv6 addresses are our extension.
 # ======================================================================================
 
-MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # fwknop spec 1.10
-GPG_LENGTH = 400  # from here on a packet is GPG's (spec 1.9)
+MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # tests/spec/fwknop.md 1.10
+GPG_LENGTH = 400  # from here on a packet is GPG's (tests/spec/fwknop.md 1.9)
 GPG_PREFIX = b"hQ"  # what fwknop strips of a GPG packet, and authenticates
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
@@ -657,7 +657,7 @@ NAT_EXCLUDED = " /?\"'\\`"
 
 
 class Packet(NamedTuple):
-    """The fields of an SPA packet, in the order of the wire (spec 1.2)."""
+    """The fields of an SPA packet, in the order of the wire (tests/spec/fwknop.md 1.2)."""
 
     random: str
     user: str
@@ -680,7 +680,7 @@ class Packet(NamedTuple):
 
 
 def invalid_data(name: str) -> str:
-    """The log text of a broken rule, with fwknop's name of the error (spec appendix A)."""
+    """The log text of a broken rule, with fwknop's name of the error (fwknop.md Appendix A)."""
     return "Error creating fko context: Args contain invalid data: FKO_ERROR_INVALID_DATA_" + name
 
 
@@ -705,7 +705,7 @@ class NotSpa(PacketRejected):
 
 
 def check_form(payload: bytes) -> None:
-    """Rejects what can't be an SPA packet, by length and alphabet alone (spec 1.9, 1.10)."""
+    """Rejects what can't be an SPA packet, by length and alphabet alone (fwknop.md 1.9, 1.10)."""
     if not MIN_PAYLOAD <= len(payload) <= MAX_PAYLOAD:
         raise NotSpa("length", 4097)
     if payload.translate(None, ALPHABET_AND_FILLING):
@@ -719,8 +719,8 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
     """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if that is there.
 
     `GET /PACKET ...`, or as to a proxy `GET http://HOST/PACKET ...`, with `-` for `+` and `_` for
-    `/` (fwknop spec 1.14). In a list of addresses only the last is what the proxy that sent this
-    saw; the others are what it was told, by the client in the end.
+    `/` (tests/spec/fwknop.md 1.14). In a list of addresses only the last is what the proxy that
+    sent this saw; the others are what it was told, by the client in the end.
     """
     header, end, _ = request.replace(b"\r\n", b"\n").partition(b"\n\n")
     line, *lines = header.split(b"\n")
@@ -753,7 +753,7 @@ def gpg_prefix(payload: bytes) -> bytes:
 def is_gpg(payload: bytes) -> bool:
     """Whether it is a GPG packet: by its length, as in fwknop, or else by its first character.
 
-    Curve25519's can be shorter; one of AES begins with 8, 9, + or / (spec 1.1).
+    Curve25519's can be shorter; one of AES begins with 8, 9, + or / (tests/spec/fwknop.md 1.1).
     """
     return len(payload) >= GPG_LENGTH or not gpg_prefix(payload)
 
@@ -769,10 +769,10 @@ def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Pac
     """The packet, and the texts by which it is remembered, of an authentic payload.
 
     The last is what a real client sends, so that its digest is the one in fwknopd's digest.cache as
-    well. The bit games of spec 1.13 all lead back to it. Those of OpenPGP do not: who captured a
-    message can write its lengths in other ways, or put packets before it that mean nothing. So the
-    plaintext, which nobody else can make, is remembered as well, as if it were a packet. So is the
-    packet without its tag, where another stanza would open that.
+    well. The bit games of tests/spec/fwknop.md 1.13 all lead back to it. Those of OpenPGP do not:
+    who captured a message can write its lengths in other ways, or put packets before it that mean
+    nothing. So the plaintext, which nobody else can make, is remembered as well, as if it were a
+    packet. So is the packet without its tag, where another stanza would open that.
     """
     body = keys.body(payload)
     prefix = keys.prefix(body)
@@ -809,13 +809,13 @@ def decode_packet(plain: bytes) -> Packet:
     text = decode_text(message, 256, "DECODE_MESSAGE")
     address, ports, command = decode_message(message_type, text)
     name = decode_text(user, 64, "DECODE_USERNAME")
-    check_field(set(name) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")  # spec 1.3
+    check_field(set(name) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")  # fwknop.md 1.3
     return Packet(random.decode(), name, int(timestamp), version.decode(), message_type, text, nat,
                   server_auth, timeout, digest_type, address, ports, command)
 
 
 def check_digest(message: bytes, text: bytes) -> str:
-    """The name of the digest that `text` is of `message`; its length tells the type (spec 1.6)."""
+    """The name of the digest that `text` is of `message`, by its length (fwknop.md 1.6)."""
     candidates = [digest for digest in DIGESTS.values() if digest.text_size == len(text)]
     if not candidates:
         raise PacketRejected("malformed", "Error creating fko context: Invalid digest type")
@@ -838,7 +838,7 @@ def decode_text(field: bytes, longest: int, name: str) -> str:
 
 def decode_extra(message_type: int,
                  extra: List[bytes]) -> Tuple[Optional[Tuple[str, int]], Optional[str], int]:
-    """NAT, SERVER_AUTH and TIMEOUT, each of which only some types have (spec 1.2)."""
+    """NAT, SERVER_AUTH and TIMEOUT, each of which only some types have (fwknop.md 1.2)."""
     with_nat, with_timeout = message_type in NAT_TYPES, message_type in TIMEOUT_TYPES
     check_field(len(extra) <= 1 + with_nat + with_timeout, "DECODE_WRONG_NUM_FIELDS")
     check_field(len(extra) >= with_nat, "DECODE_NATACCESS_MISSING")
@@ -854,7 +854,7 @@ def decode_extra(message_type: int,
 
 
 def decode_nat(field: bytes) -> Tuple[str, int]:
-    """Host and port of `host,port` (spec 1.5). The host may be a name, or empty."""
+    """Host and port of `host,port` (tests/spec/fwknop.md 1.5). The host may be a name, or empty."""
     text = decode_text(field, 256, "DECODE_NATACCESS")
     host, comma, port = text.partition(",")
     check_field(bool(comma) and len(host) <= 70 and not set(host) & set(NAT_EXCLUDED)
@@ -864,7 +864,7 @@ def decode_nat(field: bytes) -> Tuple[str, int]:
 
 def decode_message(message_type: int,
                    text: str) -> Tuple[Optional[Address], Tuple[Port, ...], str]:
-    """Address, ports and command of `IP,proto/port[,...]` or `IP,command` (spec 1.4)."""
+    """Address, ports and command of `IP,proto/port[,...]` or `IP,command` (fwknop.md 1.4)."""
     ip_text, comma, rest = text.partition(",")
     name = "DECODE_MESSAGE_VALIDFAIL" if message_type == COMMAND else "DECODE_ACCESS_VALIDFAIL"
     check_field(bool(comma and rest), name)
@@ -1588,7 +1588,7 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 # ======================================================================================
 # 7. fwknopd.conf
 #
-# How this server listens, remembers and drives the firewall (fwknop spec 3.2). What access
+# How this server listens, remembers and drives the firewall (tests/spec/fwknop.md 3.2). What access
 # it grants is in section 9.
 # ======================================================================================
 
@@ -1611,7 +1611,7 @@ class IptablesChain(NamedTuple):
 
 
 def parse_iptables_chain(text: str) -> IptablesChain:
-    """An IPT_*_ACCESS directive (fwknop spec 3.2)."""
+    """An IPT_*_ACCESS directive (tests/spec/fwknop.md 3.2)."""
     fields = [field.strip() for field in text.split(",")]
     expect(len(fields) == 6 and all(map(is_word, fields)) and fields[3].isdigit(),
            "`target, table, from-chain, position, to-chain, position`")
@@ -1829,8 +1829,8 @@ def read_server_settings(path: str, settings: ServerSettings,
 # ======================================================================================
 # 8. Knock sequences
 #
-# Ports that a source has to hit in order and in time (knockd spec 1.2, 1.3). A sequence is no
-# secret to those who listen on the way: it hides a service from scanners.
+# Ports that a source has to hit in order and in time (tests/spec/knockd.md 1.2, 1.3). A sequence is
+# no secret to those who listen on the way: it hides a service from scanners.
 # ======================================================================================
 
 Step = Tuple[int, int]  # protocol and port; of ICMP the number of data bytes, or ANY_SIZE
@@ -2104,7 +2104,7 @@ class OneTimeFile:
 # ======================================================================================
 # 9. access.conf
 #
-# Who may open what, for how long (fwknop spec 3.3). A stanza is the one place of policy.
+# Who may open what, for how long (tests/spec/fwknop.md 3.3). A stanza is the one place of policy.
 # ======================================================================================
 
 
@@ -2134,7 +2134,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def parse_user(text: str) -> str:
-    """A user name as a packet can carry it (fwknop spec 1.3)."""
+    """A user name as a packet can carry it (tests/spec/fwknop.md 1.3)."""
     expect(len(text) <= 48 and set(text) <= set(USER_CHARACTERS),
            "up to 48 characters as they are allowed in an SPA packet")
     return text
@@ -2215,7 +2215,7 @@ def fill_in(word: str, values: Dict[str, Any]) -> str:
     return filled
 
 
-MAX_WORDS = 30  # of a command (fwknop spec 3.8)
+MAX_WORDS = 30  # of a command (tests/spec/fwknop.md 3.8)
 CYCLE_VARIABLES = ("IP", "SRC", "PKT_SRC", "DST", "PORT", "PROTO", "TIMEOUT", "CLIENT_TIMEOUT")
 
 
@@ -2563,7 +2563,7 @@ def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
 
 
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
-    """ConfigError for NAT in a stanza that can't be without another directive (fwknop spec 3.3)."""
+    """ConfigError for NAT in a stanza that can't be without another directive (fwknop.md 3.3)."""
     for stanza in stanzas:
         forced = stanza.force_nat or stanza.forward_all
         for row, possible, needed in (
@@ -2581,7 +2581,7 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
 # ======================================================================================
 # 10. knockd.conf
 #
-# Doors of knockd (knockd spec 1.2): sequences with commands of their own, no firewall. Names are
+# Doors of knockd (knockd.md 1.2): sequences with commands of their own, no firewall. Names are
 # in any case, and a comment has a line of its own, though a number may have one behind it.
 # ======================================================================================
 
@@ -2746,8 +2746,8 @@ def read_knockd(path: str) -> KnockdFile:
 # 11. Judgement
 #
 # What a genuine packet may open: pure functions of packet, stanza, datagram, settings, time, and
-# which addresses are this host's, in the order of fwknop spec 3.4. Freshness and replay are in
-# section 14.
+# which addresses are this host's, in the order of tests/spec/fwknop.md 3.4. Freshness and replay
+# are in section 14.
 # ======================================================================================
 
 
@@ -2840,7 +2840,7 @@ def wants_nat(packet: Packet, stanza: Stanza, datagram: Datagram, settings: Serv
 
 def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[Door],
               settings: ServerSettings, is_own: Callable[[Address], Optional[bool]]) -> List[Door]:
-    """The doors of a packet with NAT, in place of the `access` doors it asks for (fwknop spec 3.6).
+    """The doors of a packet with NAT, in place of the `access` doors it asks for (fwknop.md 3.6).
 
     Every port leads to the same target. What lets through comes first, then where it leads, then
     where it comes from.
@@ -2937,7 +2937,7 @@ class Command(NamedTuple):
 
 
 def client_command(packet: Packet, stanza: Stanza, sudo: str) -> Command:
-    """What a command message runs: words between blanks, no shell, no quotes (fwknop spec 3.8).
+    """What a command message runs: words between blanks, no shell, no quotes (fwknop.md 3.8).
 
     Behind `--`, sudo takes none of them for an option or a variable.
     """
@@ -3317,8 +3317,8 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
 # ======================================================================================
 # 13. GPG
 #
-# Packets that gpg decrypts and whose signature it checks (fwknop spec 1.11). What it says is
-# read from its status lines (GnuPG's doc/DETAILS), never from words. Its home's gpg.conf is not
+# Packets that gpg decrypts and whose signature it checks (tests/spec/fwknop.md 1.11). What it says
+# is read from its status lines (GnuPG's doc/DETAILS), never from words. Its home's gpg.conf is not
 # read, so that this section alone says what counts: integrity, the key, one signature, its signer.
 # gpg runs beside the server's loop, and the packet begins anew when the answer is there.
 # ======================================================================================
@@ -3658,7 +3658,7 @@ def empty_file(path: str) -> None:
 
 
 class ReplayMemory:
-    """The packets that were seen, in fwknopd's digest.cache (fwknop spec 3.5).
+    """The packets that were seen, in fwknopd's digest.cache (tests/spec/fwknop.md 3.5).
 
     A second comment line holds when the memory began: `# began MONOTONIC BOOT_ID FORGOTTEN`.
     FORGOTTEN is an epoch second: no packet with a timestamp up to then is accepted, since one may
@@ -5271,7 +5271,7 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 # ======================================================================================
 # 19. iptables
 #
-# A grant is a rule of fwknop's shape, chain and comment (fwknop spec 3.6), so that
+# A grant is a rule of fwknop's shape, chain and comment (tests/spec/fwknop.md 3.6), so that
 # `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In
 # guard mode the chains are in the mangle table, which comes before destination NAT. Each kind of
 # door has its chain; forwarding does not look at the inner address, source NAT not at the client.
@@ -5581,7 +5581,7 @@ class IptablesFirewall(Firewall):
                 and door.source.version in self.programs and self.form(door) == door]
 
     def form(self, door: Door) -> Optional[Door]:
-        """The door with the addresses that its rule has in fwknopd (fwknop spec 3.6)."""
+        """The door with the addresses that its rule has in fwknopd (tests/spec/fwknop.md 3.6)."""
         if door.kind == FORWARD:
             return door._replace(destination=None)
         if door.kind in (SNAT, MASQUERADE) and door.port:
@@ -6970,7 +6970,7 @@ class Gate:
                 self.receive(run.datagram, run)
 
     def unwrap(self, datagram: Datagram) -> Datagram:
-        """What an HTTP request carries, and whom it comes from (fwknop spec 1.14)."""
+        """What an HTTP request carries, and whom it comes from (tests/spec/fwknop.md 1.14)."""
         if not self.settings.http:
             raise NotSpa("HTTP", 4099)
         payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
@@ -7992,7 +7992,7 @@ def own_address() -> str:
 # ======================================================================================
 # 28. Command line
 #
-# Options with fwknopd's names (fwknop spec 3.1), what each of them does, and exit codes.
+# Options with fwknopd's names (tests/spec/fwknop.md 3.1), what each of them does, and exit codes.
 # ======================================================================================
 
 # --- shared: options -- the same text in spa_server.py and spa_client.py --
@@ -8131,7 +8131,7 @@ h help              -      help                 print this
 """
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
-# The same for a command line of knockd's, which begins with the name knockd (knockd spec 1.1).
+# The same for a command line of knockd's, which begins with the name knockd (knockd.md 1.1).
 KNOCKD_OPTION_TABLE = """
 i interface         NAME   interfaces           interfaces to listen on, instead of the file's
 d daemon            -      daemon               serve in the background
@@ -8271,7 +8271,7 @@ def read_settings(arguments: Arguments,
     for line in arguments.lines:
         settings.take(line)
     if settings.capture_file and not settings.is_set(ServerSettings.aging):
-        settings.take(Line("PCAP_FILE", 0, ServerSettings.aging.name, "N"))  # fwknop spec 3.2
+        settings.take(Line("PCAP_FILE", 0, ServerSettings.aging.name, "N"))  # fwknop.md 3.2
     return settings, warnings
 
 
@@ -8303,7 +8303,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
 
 
 def signal_server(arguments: Arguments) -> int:
-    """-S, -K and -R: the words and exit codes of fwknopd (fwknop spec 3.1).
+    """-S, -K and -R: the words and exit codes of fwknopd (tests/spec/fwknop.md 3.1).
 
     What fwknopd does after five seconds, SIGKILL, is left to the administrator: it would keep the
     server from closing what it has to close.

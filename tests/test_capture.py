@@ -647,7 +647,7 @@ AGENT = "User-Agent: Fwknop/2.6.10"
 
 
 class RequestTest(ServerCase):
-    """SPA over HTTP (fwknop spec 1.14)."""
+    """SPA over HTTP (tests/spec/fwknop.md 1.14)."""
 
     def test_packets(self) -> None:
         """Path or absolute form, any case and line end, - and _ for + and /."""

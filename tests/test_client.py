@@ -804,7 +804,7 @@ class Output(Case):
     """What is printed, and what never is."""
 
     def test_layout(self) -> None:
-        """-T to the letter, as fwknop prints it (spec 2.8)."""
+        """-T to the letter, as fwknop prints it (tests/spec/fwknop.md 2.8)."""
         code, out, err = self.run_main("-T", *KNOCK, *KEYS, "-f", "60")
         self.assertEqual((code, err), (0, ""))
         names = [line[:15] for line in out.splitlines()[2:19]]
@@ -894,7 +894,7 @@ class Output(Case):
             self.failure(130)
 
     def test_a_knock_that_worked_says_nothing(self) -> None:
-        """Or cron would mail it at each (fwknop spec 2.8); with -s and with an address."""
+        """Or cron would mail it at each (tests/spec/fwknop.md 2.8); with -s and with an address."""
         with Receiver() as receiver:
             for address in (["-s"], ["-a", "10.1.2.3"]):
                 answer = self.run_main("-A", "tcp/22", *address, *KEYS, *receiver.options)

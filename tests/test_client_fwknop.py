@@ -158,7 +158,7 @@ class Messages(Case):
         self.assertGreaterEqual(numbers, {0, 1, 2, 3, 4, 5, 6})
 
     def test_types(self) -> None:
-        """The type, the text and the NAT field for each way to ask (fwknop spec 1.4, 1.5)."""
+        """The type, the text and the NAT field for each way to ask (fwknop.md 1.4, 1.5)."""
         here = ["-D", "gate.example"]
         for words, number, text, nat in (
                 (["-A", "tcp/22"], 1, "tcp/22", "<NULL>"),
@@ -875,7 +875,7 @@ class Files(Case):
     STANZA = ["-T", "--save-rc-stanza", "-n", "work"]
 
     def test_save_stanza(self) -> None:
-        """The lines of fwknop spec 2.3, in its order; the packet is made as well."""
+        """The lines of tests/spec/fwknop.md 2.3, in its order; the packet is made as well."""
         words = ("-A tcp/22 -a 10.1.2.3 -D srv.example --key-rijndael abc --key-hmac def -f 60 "
                  "--use-hmac --hmac-digest-type sha512 -P tcp -p 1234 -M cfb -m sha1 -U joe "
                  "--no-save-args").split()

@@ -228,7 +228,7 @@ class PeerTest(ConfigCase):
 
 # ------------------------------------------------------------------- the tables of directives
 
-# Every name in the first column of fwknop spec 3.2, and of 3.3.
+# Every name in the first column of tests/spec/fwknop.md 3.2, and of 3.3.
 SERVER_NAMES = """
 PCAP_INTF PCAP_FILE ENABLE_PCAP_PROMISC PCAP_FILTER PCAP_DISPATCH_COUNT PCAP_LOOP_SLEEP
 ENABLE_PCAP_ANY_DIRECTION EXIT_AT_INTF_DOWN MAX_SNIFF_BYTES ENABLE_SPA_PACKET_AGING
@@ -257,7 +257,7 @@ OUR_NAMES = ("FIREWALL_TYPE GUARD_PORTS NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PAC
              "KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT KNOCK_STRICT_DUPLICATES "
              "REQUIRE_KNOCK").split()
 
-# Defaults of spec 3.2 and 3.3 of the directives that are supported here; "" is unset.
+# Defaults of fwknop.md 3.2 and 3.3 of the directives that are supported here; "" is unset.
 SPEC_DEFAULTS = {
     "PCAP_INTF": "eth0", "PCAP_FILTER": "udp port 62201", "ENABLE_SPA_PACKET_AGING": "Y",
     "MAX_SPA_PACKET_AGE": "120", "ENABLE_DIGEST_PERSISTENCE": "Y", "ENABLE_UDP_SERVER": "N",
@@ -467,7 +467,7 @@ class DirectiveTest(ConfigCase):
     """Each directive: that there is a row, what it takes, what it does not."""
 
     def test_every_directive_has_a_row(self) -> None:
-        """All names of the spec and our own, and each in the right file."""
+        """All names of tests/spec/fwknop.md 3.2 and 3.3 and our own, in the right file."""
         for name in SERVER_NAMES + OUR_NAMES[:6]:
             self.assertIsNotNone(server.ServerSettings.row(name), name)
         for name in STANZA_NAMES + OUR_NAMES[6:]:

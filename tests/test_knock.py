@@ -58,7 +58,7 @@ def opened(made: Any, text: str) -> int:
     return sum(made.hit(each, now) == len(made.steps) for now, each in hits(text))
 
 
-# Each row of the table of knockd spec 1.3, with the door 7000,8000,9000 unless another is named:
+# Each row of the table of knockd.md 1.3, with the door 7000,8000,9000 unless another is named:
 # (stimulus, hits, how often knockd opens, how often ours does, how often a strict one of ours)
 TABLE = (
     ("no delay", "7000 8000 9000", 1, 1, 1),

@@ -125,7 +125,7 @@ GRAMMAR = (
 
 
 class KnockdConfTest(ConfigCase):
-    """The whole grammar of knockd spec 1.2."""
+    """The whole grammar of tests/spec/knockd.md 1.2."""
 
     def read(self, text: str) -> Any:
         """Return a knockd.conf with this text."""

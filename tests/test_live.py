@@ -408,7 +408,7 @@ class ReplayTest(LiveTest):
 
     @needs_programs("fwknop")
     def test_the_bit_games_without_hmac(self) -> None:
-        """The four changes of fwknop spec 1.13 that fwknopd takes for new packets open nothing."""
+        """The four changes of fwknop.md 1.13 that fwknopd takes for new packets open nothing."""
         server = self.serve("", NO_HMAC_STANZA)
         packets = (
             self.make_packet("--key-rijndael", KEY, "-U", "u" * length) for length in range(1, 30)

@@ -710,7 +710,7 @@ class ShapeTest(unittest.TestCase):
         in_parallel(self, (IPTABLES_NFT, IPTABLES_LEGACY), check)
 
     def test_output_rules(self) -> None:
-        """ENABLE_IPT_OUTPUT: a second chain for the answers (spec 3.6)."""
+        """ENABLE_IPT_OUTPUT: a second chain for the answers (tests/spec/fwknop.md 3.6)."""
         self.check_rules("ENABLE_IPT_OUTPUT Y;\n", ["-A", "tcp/22,udp/53"],
                          "-A INPUT -j FWKNOP_INPUT", "-A OUTPUT -j FWKNOP_OUTPUT",
                          "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES",

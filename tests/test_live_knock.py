@@ -278,7 +278,7 @@ class Row(NamedTuple):
     door: str = "door"
 
 
-# The rows of knockd spec 1.3. `other` is 7100,7200; `twice` 7300,7300; `one` 7400.
+# The rows of tests/spec/knockd.md 1.3. `other` is 7100,7200; `twice` 7300,7300; `one` 7400.
 ROWS = [
     Row("one port, three times", "7400 7400 7400", (3, 3, 3, 3), "one"),
     Row("no delay", "7000 8000 9000", (1, 1, 1, 1)),

@@ -1,7 +1,7 @@
 """The log in fwknopd's words: patterns of fail2ban, logwatch and logcheck for it match here, too.
 
-Each line is fwknop spec 3.10's, whole, or with words of ours after it where a row says so. That the
-real fwknopd writes the same is shown by tests/test_live_control.py.
+Each line is one of tests/spec/fwknop.md 3.10, whole, or with words of ours after it where a row
+says so. That the real fwknopd writes the same is shown by tests/test_live_control.py.
 """
 
 import ipaddress

@@ -309,7 +309,7 @@ class IptablesTest(NatCase):
         return str(program.rule(place, server.Grant(made, 1795370290, 0.0)))
 
     def test_rules_are_those_of_fwknopd(self) -> None:
-        """Spec 3.6, to the letter, where the kernel has no time match.
+        """tests/spec/fwknop.md 3.6, to the letter, where the kernel has no time match.
 
         But for `--to-ports 22` of MASQUERADE, which lets one connection at a time pass.
         """

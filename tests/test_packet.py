@@ -265,7 +265,7 @@ class AesTest(unittest.TestCase):
                 server.strip_padding((b"x" * 32 + end)[-32:])
 
     def test_bytes_to_key(self) -> None:
-        """The worked example of the spec: D1, D2 and D3."""
+        """The worked example of tests/spec/fwknop.md 1.12: D1, D2 and D3."""
         key, iv = server.bytes_to_key(lambda data: hashlib.md5(data).digest(), b"s3cretRijndael",
                                       bytes.fromhex("17a84ffc7dfde96c"))
         self.assertEqual("a8a910dbcb4d09e6e5e46a2b1bf7a54e" "c09d91a36e6d157b0f162aeea18bbdce",
@@ -771,7 +771,7 @@ class FormTest(unittest.TestCase):
         return ""
 
     def test_form(self) -> None:
-        """Lengths, alphabet and beginnings (spec 1.9, 1.10)."""
+        """Lengths, alphabet and beginnings (tests/spec/fwknop.md 1.9, 1.10)."""
         for payload, reason in (
                 (b"", "length"), (b"A" * 139, "length"), (b"A" * 1501, "length"),
                 (b"A" * 140, ""), (b"A" * 399, ""), (b"A" * 400, ""),
@@ -788,7 +788,7 @@ class FormTest(unittest.TestCase):
 
 
 class BitGameTest(unittest.TestCase):
-    """Spec 1.13: a captured packet without HMAC, sent again in other words."""
+    """tests/spec/fwknop.md 1.13: a captured packet without HMAC, sent again in other words."""
 
     def variants(self, packet: bytes) -> List[bytes]:
         """Return all that fwknopd takes for new packets: `=`, first character, last bits."""
@@ -943,7 +943,7 @@ class KeyTest(unittest.TestCase):
     """Lengths of keys, and what is shown of them."""
 
     def test_legacy_keys(self) -> None:
-        """Legacy mode fills up with zeros or cuts to sixteen bytes (spec 1.7)."""
+        """Legacy mode fills up with zeros or cuts to sixteen bytes (tests/spec/fwknop.md 1.7)."""
         for key, same in ((b"legacyke", b"legacyke00000000"), (b"k" * 20, b"k" * 16)):
             packet = Sender(key, b"", "LEGACY").packet()
             self.assertEqual(packet, Sender(same, b"", "LEGACY").packet())

@@ -366,7 +366,7 @@ class ReceiveTest(ServerCase):
                       self.logged())
 
     def test_test_mode_says_so(self) -> None:
-        """Or its log would read as if a door were open (fwknop spec 3.1)."""
+        """Or its log would read as if a door were open (tests/spec/fwknop.md 3.1)."""
         words = "; --test mode enabled, skipping firewall manipulation"
         for test, end in ((False, ""), (True, words)):
             made = self.serve("SOURCE ANY\n" + KEYS)
@@ -616,7 +616,7 @@ class ReceiveTest(ServerCase):
         self.assertIn("Replay detected from source IP: 2001:db8::2,", self.logged())
 
     def test_bit_games_without_hmac(self) -> None:
-        """The four of spec 1.13 are replays."""
+        """The four of tests/spec/fwknop.md 1.13 are replays."""
         made = self.serve("SOURCE ANY\nKEY s3cretRijndael\n")
         packet = self.knock(made, Sender(hmac_key=b""))
         self.firewall.flush()
@@ -1740,7 +1740,7 @@ class IptablesTest(unittest.TestCase):
         return made
 
     def test_rules_are_those_of_fwknopd(self) -> None:
-        """Spec 3.6, to the letter, where the kernel has no time match."""
+        """tests/spec/fwknop.md 3.6, to the letter, where the kernel has no time match."""
         ssh = server.Grant(door("10.55.0.2/32 tcp/22"), 1795370283, 0.0)
         there = server.Grant(door("10.55.0.2/32 tcp/22 10.55.0.1"), 1795370285, 0.0)
         into = server.Place("filter", "FWKNOP_INPUT", "ACCEPT")

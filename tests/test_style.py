@@ -296,6 +296,7 @@ class TreeTest(unittest.TestCase):
         headings = {name: re.findall(r"(?m)^#+ (\d+\.\d+|Appendix [A-Z])\b", text)
                     for name, text in texts.items()}
         for name, text in texts.items():
+            self.assertNotRegex(text, r"\b[Ss]pec\s[#\s]*\d", f"{name}: cite by path")
             for book, first, others in re.findall(CITATION, re.sub(r"\n[ #]*", " ", text)):
                 there = headings.get(f"tests/spec/{book}.md", [])
                 for section in (first, *re.findall(r"\d+\.\d+", others)):
