@@ -5168,11 +5168,10 @@ class NftFirewall(Firewall):
         do_all(self.run, [(lines,) for lines in batches])
 
     def guarded(self) -> bool:
-        """Whether the guard's table stands, whoever made it."""
-        try:
+        """Return whether the guard's table stands, whoever made it; False if nobody can tell."""
+        with contextlib.suppress(CommandError):
             return bool(self.our_rules(GUARD_TABLE))
-        except CommandError:
-            return False
+        return False
 
     def unguard(self) -> None:
         """Takes the guard away."""
@@ -5569,11 +5568,10 @@ class IptablesFirewall(Firewall):
 
     def intact(self) -> bool:
         """Return whether no table needs a change."""
-        try:
+        with contextlib.suppress(CommandError):
             return not any(self.missing(version, table, program.list(table))
                            for table in self.tables for version, program in self.programs.items())
-        except CommandError:
-            return False
+        return False
 
     def places_of(self, door: Door) -> List[Place]:
         """The chains for doors of this kind, if there are programs for its IP version."""
@@ -5693,12 +5691,11 @@ class IptablesFirewall(Firewall):
                         + ["-X " + chain for chain in present]})
 
     def guarded(self) -> bool:
-        """Whether the guard's chain stands, whoever made it; no, where it can't be told."""
-        try:
+        """Return whether the guard's chain stands, whoever made it; False if nobody can tell."""
+        with contextlib.suppress(CommandError):
             return any("-N " + GUARDED_CHAIN in program.list("mangle")
                        for program in self.programs.values())
-        except CommandError:
-            return False
+        return False
 
     def unguard(self) -> None:
         """Takes the guard away."""
@@ -5931,11 +5928,9 @@ def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
     own = (settings.firewall_program or "").replace("iptables", name)
     for each in (own, name + "-legacy", name):
         program = find_program(each) if "tables" in os.path.basename(each) else None
-        try:
+        with contextlib.suppress(CommandError):  # another one may work
             if program and "nf_tables" not in run_program([program, "-V"]):
                 return program
-        except CommandError:  # another one may work
-            continue
     return None
 
 
@@ -7980,12 +7975,9 @@ def write_new_file(path: str, text: str) -> None:
 def own_address() -> str:
     """The address this host would send from; nothing is sent to find it out."""
     for family, peer in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((peer, 62201))
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((peer, 62201))
+            return str(probe.getsockname()[0])
     return "127.0.0.1    # put this host's address here"
 
 
