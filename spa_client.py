@@ -61,7 +61,9 @@ did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop kno
 """
 
 import binascii
+import errno
 import os
+import stat
 import sys
 import time
 
@@ -1471,6 +1473,60 @@ def write_to(stream: "Any", text: str) -> str:
 # --- end shared: output --
 
 
+# --- shared: files -- the same text in spa_server.py and spa_client.py --
+
+
+def open_ours(path: "str", flags: "int", mode: "int" = 0o600) -> "int":
+    """Open a file; OSError if root would be led to it by somebody else, who could not change it.
+
+    That is by a link of another user's, or by a second name in a directory of that user's. Each
+    part of the way is opened, so that nobody can put a link there after the look.
+    """
+    if not hasattr(os, "O_PATH") or os.geteuid() or path.startswith(("/dev/", "/proc/")):
+        return os.open(path, flags, mode)
+    left = os.path.join(os.getcwd(), path).split("/")[::-1]
+    here, links = os.open("/", os.O_PATH), 0
+    try:
+        while True:
+            name = left.pop() or "."
+            try:
+                how = os.O_PATH if left else flags & ~os.O_TRUNC
+                step = os.open(name, how | os.O_NOFOLLOW, mode, dir_fd=here)
+            except OSError as error:
+                if error.errno != errno.ELOOP or flags & os.O_NOFOLLOW:
+                    raise
+                step = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=here)
+            status = os.fstat(step)
+            if stat.S_ISLNK(status.st_mode):
+                left += os.readlink("", dir_fd=step).split("/")[::-1]
+                os.close(step)
+                links += 1
+                if status.st_uid or links > 40:
+                    raise OSError(errno.EPERM, "a link of another user's, which is not followed"
+                                  if status.st_uid else os.strerror(errno.ELOOP))
+                if not left[-1]:  # it begins with a slash
+                    step, here = here, os.open("/", os.O_PATH)
+                    os.close(step)
+            elif left:
+                step, here = here, step
+                os.close(step)
+            elif (stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and os.fstat(here).st_uid
+                  and flags & (os.O_WRONLY | os.O_RDWR)):
+                os.close(step)
+                raise OSError(errno.EPERM, "has another name, in a directory of another user's")
+            else:
+                if flags & os.O_TRUNC:
+                    os.ftruncate(step, 0)
+                return step
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(here)
+
+
+# --- end shared: files --
+
+
 def printable(text: str) -> str:
     """The text with all but printable ASCII escaped: it may come from a file or an argument."""
     return "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text)
@@ -1540,7 +1596,7 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
 def write_private(path: str, text: str, flags: int) -> None:
     """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
     with ErrorsOf(path, "it must be a new file" if flags & os.O_EXCL else ""), os.fdopen(
-            os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "wb") as file:
+            open_ours(path, os.O_WRONLY | os.O_CREAT | flags), "wb") as file:
         file.write(encode_text(text))
         if flags & os.O_EXCL:
             file.flush()
@@ -1632,6 +1688,8 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
         raise UsageError("%s: expected the name of a stanza" % named.where)
     real = os.path.realpath(path)
     with ErrorsOf(real):
+        if os.path.exists(path):  # root must not write to what a link of somebody else's leads to
+            os.close(open_ours(path, os.O_RDONLY))
         while True:
             text = saved_text(real)
             values, dropped = choose_values(stanza_values(given), text, named.text, force)

@@ -2089,7 +2089,7 @@ class OneTimeFile:
         """
         place, raw, _ = self.lines[-1]
         try:
-            with open(self.path, "r+b", buffering=0) as file:
+            with open(open_ours(self.path, os.O_RDWR), "r+b", buffering=0) as file:
                 if os.pread(file.fileno(), len(raw), place) != raw:
                     raise SpaError("%s: somebody changed it; nothing is opened until it is read "
                                    "again" % self.path)
@@ -3037,6 +3037,60 @@ def write_to(stream: "Any", text: str) -> str:
 # --- end shared: output --
 
 
+# --- shared: files -- the same text in spa_server.py and spa_client.py --
+
+
+def open_ours(path: "str", flags: "int", mode: "int" = 0o600) -> "int":
+    """Open a file; OSError if root would be led to it by somebody else, who could not change it.
+
+    That is by a link of another user's, or by a second name in a directory of that user's. Each
+    part of the way is opened, so that nobody can put a link there after the look.
+    """
+    if not hasattr(os, "O_PATH") or os.geteuid() or path.startswith(("/dev/", "/proc/")):
+        return os.open(path, flags, mode)
+    left = os.path.join(os.getcwd(), path).split("/")[::-1]
+    here, links = os.open("/", os.O_PATH), 0
+    try:
+        while True:
+            name = left.pop() or "."
+            try:
+                how = os.O_PATH if left else flags & ~os.O_TRUNC
+                step = os.open(name, how | os.O_NOFOLLOW, mode, dir_fd=here)
+            except OSError as error:
+                if error.errno != errno.ELOOP or flags & os.O_NOFOLLOW:
+                    raise
+                step = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=here)
+            status = os.fstat(step)
+            if stat.S_ISLNK(status.st_mode):
+                left += os.readlink("", dir_fd=step).split("/")[::-1]
+                os.close(step)
+                links += 1
+                if status.st_uid or links > 40:
+                    raise OSError(errno.EPERM, "a link of another user's, which is not followed"
+                                  if status.st_uid else os.strerror(errno.ELOOP))
+                if not left[-1]:  # it begins with a slash
+                    step, here = here, os.open("/", os.O_PATH)
+                    os.close(step)
+            elif left:
+                step, here = here, step
+                os.close(step)
+            elif (stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and os.fstat(here).st_uid
+                  and flags & (os.O_WRONLY | os.O_RDWR)):
+                os.close(step)
+                raise OSError(errno.EPERM, "has another name, in a directory of another user's")
+            else:
+                if flags & os.O_TRUNC:
+                    os.ftruncate(step, 0)
+                return step
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(here)
+
+
+# --- end shared: files --
+
+
 def say(text: str) -> None:
     """Print what was asked for; SpaError when it could not be written."""
     why = write_to(sys.stdout, text + "\n")
@@ -3178,7 +3232,7 @@ class FileOutlet(Outlet):
 
     def open(self) -> int:
         """Open the file, or a FIFO that somebody reads."""
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        return open_ours(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
 
     def send(self, severity: int, text: str) -> bool:
         """Write to the file."""
@@ -3903,7 +3957,7 @@ def rotate_digest_cache(path: str) -> None:
 def open_itself(path: str, flags: int) -> int:
     """Open a file, and never one that a symbolic link in its place leads to."""
     try:
-        return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+        return open_ours(path, flags | os.O_NOFOLLOW)
     except OSError as error:
         text = "expected a file, not a symbolic link" if error.errno == errno.ELOOP else ""
         raise OSError(error.errno, text or error.strerror, path) from None
@@ -7141,8 +7195,7 @@ class Gate:
                  for door in map(grants.firewall.form, doors) if door in grants.live]
         path = openers_file(self.settings)
         try:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            with open(os.open(path, flags, 0o600), "r+") as file:
+            with open(open_ours(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
                 if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_words, grants.live.values()))
                     lines[:0] = dict.fromkeys(line for line in file
@@ -7964,7 +8017,7 @@ def write_new_file(path: str, text: str) -> None:
     """A file that was not there, for its owner alone, and on the disk when this returns."""
     make_directory(os.path.dirname(path))
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(open_ours(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -8414,8 +8467,8 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
     settings = read_settings(arguments, log)[0]
     try:
         server = running_server(settings.pid_file)
-    except SpaError as error:
-        log.warning("%s; going on without its pid" % error)
+    except (SpaError, OSError) as error:
+        log.warning("%s; going on without its pid" % explain(error))
         server = None
     if "unguard" in arguments:
         take_guard_away(settings, server, log)

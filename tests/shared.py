@@ -35,6 +35,7 @@ BLOCKS: Dict[str, Block] = {
     "digests": Block(("spa_server.py", "spa_client.py"), frozenset((
         "SpaError", "Any", "Callable"))),
     "output": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset(("os", "Any"))),
+    "files": Block(("spa_server.py", "spa_client.py"), frozenset(("errno", "os", "stat"))),
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
         "UsageError", "List", "Optional", "Tuple"))),
 }

@@ -21,7 +21,8 @@ from typing import Any, List, Tuple
 from unittest import mock
 
 import spa_client as client
-from tests.support import TIMEOUT, TOP, find_pythons, needs_programs, skip, wait_for
+from tests.support import (TIMEOUT, TOP, find_pythons, needs_programs, needs_root, skip,
+                           wait_for)
 from tests.test_client import (BLOCK, HERE, HMAC_KEY, KEY, KEYS, KNOCK, SCRIPT, Case, Receiver,
                                fields, python, unseal)
 
@@ -1001,6 +1002,17 @@ NO_SAVE_ARGS                Y
         self.assertIn("tcp/22", self.read("real"))
         os.chmod(link, 0o644)
         self.assertEqual(1, self.run_main(*words, "--force-stanza")[2].count("permissions"))
+
+    @needs_root
+    def test_nobody_leads_root_to_a_file_of_roots(self) -> None:
+        """By a link, whatever is to be written to it."""
+        self.write("[root]\n", "real")
+        link = os.path.join(self.home, ".fwknoprc")
+        os.symlink("real", link)
+        os.lchown(link, 1234, 1234)
+        for words in ([*KEYS, *self.STANZA], [*KEYS, "--save-packet", link, "--test"]):
+            self.assertIn("a link of another user's", self.failure(1, *KNOCK, *words))
+        self.assertEqual("[root]\n", self.read("real"))
 
     def test_generated_keys(self) -> None:
         """-k and -K with --save-rc-stanza put the keys into the stanza, once asked."""

@@ -26,7 +26,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple  # noqa:
 from unittest import mock
 
 import spa_server as server
-from tests.support import DirectoryCase, read, run, skip, write
+from tests.support import DirectoryCase, needs_root, read, run, skip, write
 from tests.test_packet import NOW, Sender, b64, judge
 
 CLIENT, HOST = "10.55.0.2", "10.55.0.1"
@@ -1532,6 +1532,35 @@ class PidFileTest(ServerCase):
             with self.assertRaisesRegex(OSError, "expected a file, not a symbolic link"):
                 ask(path)
         self.assertEqual("root's\n", read(target))
+
+    @needs_root
+    def test_nobody_leads_root_to_a_file_of_roots(self) -> None:
+        """By a link to a file or to a directory on the way, or by a second name."""
+        place = self.place
+        for name in ("joe", "joe/sub", "etc"):
+            os.mkdir(place(name))
+        target = write(place("etc/target"), "root's\n")
+        os.symlink("../etc/target", place("joe/file"))
+        os.symlink(place("etc"), place("joe/dir"))
+        os.symlink("joe/file", place("ours"))
+        os.link(target, place("joe/hard"))
+        for name in ("joe", "joe/sub", "joe/file", "joe/dir"):
+            os.lchown(place(name), 1234, 1234)
+        before = len(os.listdir("/proc/self/fd"))
+        for name in ("joe/file", "joe/dir/target", "joe/dir/new", "ours", "joe/hard",
+                     "joe/sub/../file"):
+            for flags in (os.O_APPEND, os.O_TRUNC, os.O_EXCL):
+                with self.subTest(name, flags=flags), self.assertRaises(OSError):
+                    server.open_ours(place(name), os.O_WRONLY | os.O_CREAT | flags)
+            self.assertFalse(server.FileOutlet(place(name)).send(server.INFO, "line"))
+            with self.assertRaises(server.SpaError):
+                server.write_new_file(place(name), "text")
+        self.assertEqual(("root's\n", ["target"], before), (
+            read(target), os.listdir(place("etc")), len(os.listdir("/proc/self/fd"))))
+        os.symlink("joe/new", place("own"))
+        self.assertTrue(server.FileOutlet(place("own")).send(server.INFO, "line"))
+        self.assertIn("line", read(place("joe/new")))
+        self.assertTrue(server.FileOutlet("/dev/null").send(server.INFO, "line"))
 
     def test_it_is_never_empty(self) -> None:
         """Whenever somebody looks: at each call of the system by which it is made and locked."""
