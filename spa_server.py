@@ -6995,6 +6995,10 @@ class Gate:
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.reject(datagram, error)
 
+    def full(self) -> bool:
+        """Return whether so many packets came as PACKET_LIMIT says."""
+        return 0 < self.settings.packet_limit <= self.candidates
+
     def wait_for_gpg(self, run: GpgRun) -> None:
         """Let a packet wait for gpg, unless too many do, or a copy of it does."""
         datagram = run.datagram
@@ -7435,10 +7439,6 @@ class Server(KnockGate):
             self.finish(str(error))
         except OSError as error:  # the interface went away; link events tell when it is back
             self.log.warning("%s: %s; going on when it is back" % (capture.name, error.strerror))
-
-    def full(self) -> bool:
-        """Return whether so many packets came as PACKET_LIMIT says."""
-        return 0 < self.settings.packet_limit <= self.candidates
 
     def catch_up(self) -> None:
         """Takes the hits that are waiting."""
