@@ -61,9 +61,7 @@ did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop kno
 """
 
 import binascii
-import errno
 import os
-import stat
 import sys
 import time
 
@@ -1482,6 +1480,8 @@ def open_ours(path: "str", flags: "int", mode: "int" = 0o600) -> "int":
     That is by a link of another user's, or by a second name in a directory of that user's. Each
     part of the way is opened, so that nobody can put a link there after the look.
     """
+    import errno
+    import stat
     if not hasattr(os, "O_PATH") or os.geteuid() or path.startswith(("/dev/", "/proc/")):
         return os.open(path, flags, mode)
     left = os.path.join(os.getcwd(), path).split("/")[::-1]
