@@ -703,7 +703,9 @@ class CycleTest(CommandCase):
         (cycle,) = self.made.commands.cycles.values()
         switch = cycle.switch
         assert switch is not None
-        self.wait_for(lambda: len(group_of(switch.pid)) == 2, "the switch's sleep")
+        # A shell that has not become `sleep` yet may still catch the signal.
+        self.wait_for(lambda: "sleep\n" in [read("/proc/%d/comm" % pid)
+                                            for pid in group_of(switch.pid)], "the switch's sleep")
         os.killpg(switch.pid, signal.SIGTERM)
         self.wait_for(lambda: len(self.got()) == 4, "the close")
         switch.wait(TIMEOUT)
