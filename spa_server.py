@@ -1916,7 +1916,7 @@ class Sequence:
 
     @property
     def key(self) -> Tuple[Any, ...]:
-        """What has to be the same after a reload, so that the steps done before it still count."""
+        """Return what a reload must not change, so that the steps done before it still count."""
         return (self.steps, self.seconds, self.flags, self.strict, self.exact, self.target,
                 self.file and self.file.path)
 
@@ -3134,7 +3134,7 @@ class StreamOutlet(Outlet):
         super().__init__()
         self.stream, self.prefixed = stream, is_journal(stream)
         self.own, self.poll = -1, select.poll()
-        self.rest = b""  # of a line of which a terminal took a part
+        self.rest = b""  # of a line that a terminal took only in part
         try:
             self.number = stream.fileno()
             self.waits = not stat.S_ISREG(os.fstat(self.number).st_mode)
@@ -3208,7 +3208,7 @@ class SyslogOutlet(Outlet):
             try:
                 self.socket = self.socket or self.connect()
                 kind = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-                message = line.encode() + b"\0" * (kind == socket.SOCK_STREAM)
+                message = line.encode() + (b"\0" if kind == socket.SOCK_STREAM else b"")
                 if self.socket.send(message, socket.MSG_DONTWAIT) == len(message):
                     return True
             except BlockingIOError:
@@ -5245,7 +5245,7 @@ def nft_guard_rules(guarded: FrozenSet[Port], shapes: List[Shape]) -> List[str]:
     Only what is addressed to this host: the rest is routed, and not ours to guard. Before the
     route is known, only the table `local` tells; other tables (policy routing, VRF) may deliver
     here as well, and the hook for input drops that. What NAT brought there has passed already.
-    Established connections and loopback are let be. The guard lets through what NAT leads on,
+    Established connections and loopback pass. The guard also lets through what NAT leads on,
     port for port: so that no port is open here for a moment longer than it leads elsewhere.
     """
     ports = ", ".join("%s . %d" % port for port in sorted(guarded))
@@ -5340,7 +5340,7 @@ LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
 GUARD_PASS = "-m conntrack --ctstate NEW"  # in the guard's rules for what NAT leads on
 TARGET_OPTIONS = {DNAT: "--to-destination", SNAT: "--to-source"}
 LEGACY_POLL_SECONDS = 5.0  # its changes are not announced
-GUARD_POLL_SECONDS = 1.0  # for the guard, of which this only looks whether it is jumped to
+GUARD_POLL_SECONDS = 1.0  # between two looks whether the guard is jumped to
 
 
 class Place(NamedTuple):
