@@ -2407,11 +2407,13 @@ def copy(read: "Callable[[int], bytes]", write: "Callable[[memoryview], int]") -
             rest = rest[write(rest):]
 
 
-def relay(link: "socket.socket") -> None:
+def relay(link: "socket.socket") -> int:
     """Copy standard input to a connection and the connection to standard output, until both end.
 
     The end of one direction is passed on, and the other lives on. Each has a thread that blocks:
     that works with whatever the two are, also on Windows, and who reads slowly slows the sender.
+    Return the exit code, for os._exit(): the thread may still read then, and Python's own end
+    crashes now and then when a thread comes back to an interpreter that is half gone.
     """
     import _thread
     sent = _thread.allocate_lock()
@@ -2428,13 +2430,19 @@ def relay(link: "socket.socket") -> None:
     link.setblocking(True)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     _thread.start_new_thread(send_input, ())
-    with ErrorsOf("the connection broke"):
-        try:
-            copy(link.recv, lambda rest: os.write(1, rest))
-        except BrokenPipeError:
-            return  # nobody reads any more
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader's end of file
-    sent.acquire()
+    try:
+        copy(link.recv, lambda rest: os.write(1, rest))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader's end of file
+        sent.acquire()
+    except BrokenPipeError:
+        pass  # nobody reads any more
+    except OSError as error:
+        tell("the connection broke: " + reason(error))
+        return 1
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 130
+    return 0
 
 
 def become(command: "List[str]") -> None:
@@ -2796,7 +2804,7 @@ def run(words: "List[str]", as_knock: bool) -> bool:
         keep = None if first.test or first.no_save_args else saved
         link = knock_at_all(several, others, command, lambda: save_arguments(given, keep))
         if link is not None and first.relay:
-            relay(link)
+            os._exit(relay(link))
         if command:
             become(command)
         return not first.test
