@@ -10,7 +10,7 @@ behaviour of fwknop and knockd.
 The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 24:
 
   capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 16
-  form       length and alphabet, before any key is touched                 section 4
+  check      length and alphabet, before any key is touched                 section 4
   unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 13
   fresh      too old? seen before? from before this memory began?           section 14
   remember   on file before a door opens: a crash must not allow a replay   section 14
@@ -20,7 +20,7 @@ The life of a datagram, in the order of Gate.receive() and Gate.admit() in secti
   close      by the kernel when its time has come; by this server too       section 21
 
 A packet for GPG waits at `unlock` while gpg runs beside the loop; it then begins again with the
-answer. A hit of a port goes to KnockGate.take_hit() instead: if it is the next step of a sequence
+answer. A hit of a port goes to KnockGate.take_knock() instead: if it is the next step of a sequence
 (section 8) it counts, and the last step opens or runs as above.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
@@ -131,12 +131,12 @@ class CommandError(SpaError):
 
 
 class PacketRejected(Exception):
-    """The packet opens nothing. `reason` is a constant to count by, `form` the line in the log."""
+    """The packet opens nothing. `reason` is a constant to count by, `template` the line in the log."""
 
-    def __init__(self, reason: str, text: str, form: str = "[{source}] {stanza}{text}") -> None:
+    def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}") -> None:
         super().__init__(text)
-        self.reason, self.form = reason, form
-        self.stanza = 0  # number of the stanza that rejected it
+        self.reason, self.template = reason, template
+        self.stanza_number = 0  # of the stanza that rejected it
 
 
 class WrongKey(PacketRejected):
@@ -211,11 +211,11 @@ class Door(NamedTuple):
                                    self.port or "*")
 
     @property
-    def entrance(self) -> "Door":
-        """The door without where it leads: of two with the same entrance only one can be open."""
+    def match(self) -> "Door":
+        """The door without where it leads: of two with the same match only one can be open."""
         return self._replace(target=None, target_port=0)
 
-    def meets(self, other: "Door") -> bool:
+    def overlaps(self, other: "Door") -> bool:
         """Whether a connection could take either of the two doors."""
         return (self.source.overlaps(other.source)
                 and (None in (self.destination, other.destination)
@@ -245,13 +245,13 @@ class Door(NamedTuple):
 class Grant(NamedTuple):
     """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds.
 
-    `stanza` is the number of the one that opened it, 0 when nobody knows any more.
+    `stanza_number` is that of the stanza that opened it, 0 if it is unknown.
     """
 
     door: Door
     expires: int
     ends: float
-    stanza: int = 0
+    stanza_number: int = 0
 
 
 # ======================================================================================
@@ -579,29 +579,30 @@ class Keys:
     """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
 
     signed = ""  # what the log says of who signed the last packet
-    opens_bare = False  # whether another stanza takes these packets without their tag
+    accepts_bare = False  # whether another stanza takes these packets without their tag
 
-    def __init__(self, hmac: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
+    def __init__(self, compute_tag: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
                  prefix: Callable[[bytes], bytes]) -> None:
-        self.hmac, self.tag_length, self.prefix = hmac, hmac_type.text_size, prefix
-        self.malformed = PacketRejected if hmac else WrongKey  # perhaps another stanza's tag
+        self.compute_tag, self.has_hmac = compute_tag, compute_tag is not None
+        self.tag_length, self.prefix = hmac_type.text_size, prefix
+        self.malformed = PacketRejected if compute_tag else WrongKey  # perhaps another stanza's tag
 
     def authentic(self, payload: bytes) -> bool:
         """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell.
 
         This is the first thing that touches a key, and all that junk gets to see of it.
         """
-        if self.hmac is None:
+        if self.compute_tag is None:
             return True
-        return compare_digest(encode_base64(self.hmac(payload[:-self.tag_length])),
+        return compare_digest(encode_base64(self.compute_tag(payload[:-self.tag_length])),
                               payload[-self.tag_length:])
 
-    def paid(self) -> None:
+    def mark_genuine(self) -> None:
         """Takes note that the packet just opened was genuine and new."""
 
     def body(self, payload: bytes) -> bytes:
         """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
-        return payload[:-self.tag_length] if self.hmac else payload.rstrip(b"=")
+        return payload[:-self.tag_length] if self.has_hmac else payload.rstrip(b"=")
 
 
 class PacketKeys(Keys):
@@ -615,7 +616,7 @@ class PacketKeys(Keys):
             self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
         self.cipher = AesInverse if hmac_key else fastest_cipher()
 
-    def open(self, ciphertext: bytes) -> bytes:
+    def decrypt(self, ciphertext: bytes) -> bytes:
         """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
 
         The sixteen digits at the start tell the right key; a wrong one is known after one block.
@@ -704,7 +705,7 @@ class NotSpa(PacketRejected):
                          "packet." % (number, ERROR_CODES[number]))
 
 
-def check_form(payload: bytes) -> None:
+def check_payload(payload: bytes) -> None:
     """Rejects what can't be an SPA packet, by length and alphabet alone (fwknop.md 1.9, 1.10)."""
     if not MIN_PAYLOAD <= len(payload) <= MAX_PAYLOAD:
         raise NotSpa("length", 4097)
@@ -765,7 +766,7 @@ def wrong_type(payload: bytes) -> WrongKey:
                     % (2 if is_gpg(payload) else 1, len(payload), GPG_LENGTH))
 
 
-def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, List[bytes]]:
+def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, List[bytes]]:
     """The packet, and the texts by which it is remembered, of an authentic payload.
 
     The last is what a real client sends, so that its digest is the one in fwknopd's digest.cache as
@@ -780,9 +781,9 @@ def open_packet(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Pac
         ciphertext = decode_base64(prefix + body)
     except ValueError:
         raise keys.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
-    plain = keys.open(ciphertext)
+    plain = keys.decrypt(ciphertext)
     bare = encode_base64(ciphertext)[len(prefix):]
-    texts = [plain] * (prefix != SALTED_PREFIX) + [bare] * keys.opens_bare
+    texts = [plain] * (prefix != SALTED_PREFIX) + [bare] * keys.accepts_bare
     return decode_packet(plain), texts + [bare + payload[len(body):].strip(b"=")]
 
 
@@ -1079,27 +1080,27 @@ class Settings:
 MAX_KEY_FILE = 1 << 20  # bytes
 
 
-def read_file(path: str, theirs: bool = False) -> str:
-    """The bytes of a file, each as one character; of a user's (`theirs`) only so many.
+def read_file(path: str, untrusted: bool = False) -> str:
+    """The bytes of a file, each as one character; of a user's (`untrusted`) only so many.
 
     That one must be a regular file, too, since whoever owns it may make it a pipe at any time.
     """
     try:
         with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
-                name, flags | (theirs and os.O_NONBLOCK))) as file:
-            if theirs and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                name, flags | (untrusted and os.O_NONBLOCK))) as file:
+            if untrusted and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError("%s: expected a regular file" % path)
-            text = file.read(MAX_KEY_FILE + 1 if theirs else -1)
+            text = file.read(MAX_KEY_FILE + 1 if untrusted else -1)
     except OSError as error:
         raise ConfigError("%s: %s" % (path, error.strerror)) from None
-    if theirs and len(text) > MAX_KEY_FILE:
+    if untrusted and len(text) > MAX_KEY_FILE:
         raise ConfigError("%s: expected at most %d bytes" % (path, MAX_KEY_FILE))
     return text
 
 
-def read_lines(path: str, colon: bool, theirs: bool = False) -> Iterator[Line]:
-    """The directives of a file; `theirs` says whether it may be a user's own."""
-    for number, raw in enumerate(read_file(path, theirs).split("\n"), 1):
+def read_lines(path: str, colon: bool, untrusted: bool = False) -> Iterator[Line]:
+    """The directives of a file; `untrusted` says whether it may be a user's own."""
+    for number, raw in enumerate(read_file(path, untrusted).split("\n"), 1):
         line = parse_line(path, number, raw, colon)
         if line:
             yield line
@@ -1287,7 +1288,7 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
     return None
 
 
-def decode_hit(packet: bytes) -> Optional[Datagram]:
+def decode_knock(packet: bytes) -> Optional[Datagram]:
     """The step of a sequence that an IP packet may be: TCP, UDP or an echo request, of any content.
 
     None for later fragments, cut headers and everything else. TCP's flags are in octet 13 of its
@@ -1417,9 +1418,9 @@ def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
 
 def network_filter(direction: str, network: Network) -> Filter:
     """What tells addresses of a network, in words of four bytes."""
-    form = ">%dI" % (network.max_prefixlen // 32)
-    masks = struct.unpack(form, network.netmask.packed)
-    values = struct.unpack(form, network.network_address.packed)
+    words = ">%dI" % (network.max_prefixlen // 32)
+    masks = struct.unpack(words, network.netmask.packed)
+    values = struct.unpack(words, network.network_address.packed)
 
     def test(place: int) -> Filter:
         return Junction("and", tuple(
@@ -1953,7 +1954,7 @@ class Sequence:
             return any(step[0] == known for known, _ in self.steps)
         return any(self.is_step(place, step) for place in range(len(self.steps)))
 
-    def hit(self, hit: Datagram, now: float) -> int:
+    def follow(self, hit: Datagram, now: float) -> int:
         """How many steps this one completes, or 0 when it is none; all: the sequence is done."""
         if hit.protocol == TCP and (hit.flags & self.flags[0]) != self.flags[1]:
             return 0
@@ -2002,7 +2003,7 @@ class Sequence:
     def expire(self, now: float) -> List[Tuple[bytes, int]]:
         """Forgets the attempts whose time is over, and returns each one's source and step.
 
-        Those that were spared in a flood come later, but hit() knows that they are over.
+        Those that were spared in a flood come later, but follow() knows that they are over.
         """
         over = []
         while self.attempts and self.next_due() <= now:
@@ -2012,7 +2013,7 @@ class Sequence:
         return over
 
 
-def open_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
+def make_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
                   target: bytes = b"") -> Sequence:
     """The sequence of a stanza or a door; ConfigError when its file can't be read."""
     try:
@@ -2064,7 +2065,7 @@ class OneTimeFile:
         # Where each line begins, itself, and its steps; the next one last.
         self.lines: List[Tuple[int, bytes, Tuple[Step, ...]]] = []
         place = 0
-        text_of_file = read_file(path, theirs=True)  # a regular one, since it is written to
+        text_of_file = read_file(path, untrusted=True)  # a regular one, since it is written to
         for number, raw in enumerate(text_of_file.encode("latin-1").split(b"\n"), 1):
             text = raw.strip(b" \t\r")
             try:
@@ -2235,7 +2236,7 @@ class Stanza(Settings):
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", choice(*MODES, ASYMMETRIC), "CBC",
                      "CBC, ECB, CFB, OFB, CTR or legacy; Asymmetric: GPG only")
-    open_seconds = Directive("FW_ACCESS_TIMEOUT", integer(0, 8388608, "seconds"), "30",
+    grant_seconds = Directive("FW_ACCESS_TIMEOUT", integer(0, 8388608, "seconds"), "30",
                              "how long to open; 0: only for as long as the client asks")
     max_seconds = Directive("MAX_FW_TIMEOUT", integer(1, 8388608, "seconds"), "300",
                             "the longest time that a client may ask for")
@@ -2311,7 +2312,7 @@ class Stanza(Settings):
         super().__init__()
         self.number = number
         self.keys: Optional[PacketKeys] = None  # finish() makes them
-        self.gpg: Optional[GpgKeys] = None  # open_gpg() does, when the server starts
+        self.gpg: Optional[GpgKeys] = None  # load_gpg() does, when the server starts
         self.has_key_file = False  # whether the keys are a user's own affair
         self.sequence: Optional[Sequence] = None
         self.void = ""  # why it opens nothing
@@ -2319,7 +2320,7 @@ class Stanza(Settings):
         self.expires: Optional[int] = None
         self.for_all = False  # whether SOURCE and DESTINATION are ANY
         self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
-        self.wrong_hmac.stanza = number
+        self.wrong_hmac.stanza_number = number
 
     def finish(self) -> List[str]:
         """Checks the stanza as a whole and makes its keys ready; returns warnings."""
@@ -2327,7 +2328,7 @@ class Stanza(Settings):
         hmac_key: Secret = self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
         self.takes_packets = bool(key or self.gpg_decrypt_id)
         self.check_needs()
-        texts = self.finish_knock()
+        texts = self.validate_knock()
         self.require(self.takes_packets or (self.sequence and not hmac_key), Stanza.source,
                      "a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, or KNOCK_SEQUENCE")
         self.require(not (hmac_key and compare_digest(key, hmac_key)), Stanza.source,
@@ -2363,7 +2364,7 @@ class Stanza(Settings):
             self.require(not self.is_set(row) or any(map(self.is_set, needed)), row,
                          "%s with it" % needed[0].name)
 
-    def finish_knock(self) -> List[str]:
+    def validate_knock(self) -> List[str]:
         """Makes the stanza's sequence ready, if it has one; returns warnings."""
         if not self.only_one(Stanza.knock_steps, Stanza.knock_file):
             return []
@@ -2377,9 +2378,9 @@ class Stanza(Settings):
                          "none of OPEN_PORTS, all of which the sequence opens")
             self.require(not self.require_username, Stanza.require_username,
                          "REQUIRE_KNOCK Y with it, since a sequence names no user")
-            self.require(self.open_seconds or self.cycle_seconds, Stanza.open_seconds,
+            self.require(self.grant_seconds or self.cycle_seconds, Stanza.grant_seconds,
                          "more than 0, since a sequence asks for no time")
-        self.sequence = open_sequence(self, self.knock_strict, self.knock_exact)
+        self.sequence = make_sequence(self, self.knock_strict, self.knock_exact)
         return self.sequence.warnings(alone=not self.require_knock)
 
     def warnings(self, key: Secret, hmac_key: Secret) -> List[str]:
@@ -2496,7 +2497,7 @@ class AccessFiles:
         try:
             path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
             self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
-            for each in read_lines(path, colon=True, theirs=True):
+            for each in read_lines(path, colon=True, untrusted=True):
                 if each.name not in KEY_FILE_NAMES:
                     raise each.error("expected only keys here, and the rest beside %include_keys")
                 self.warnings += stanza.take(each)
@@ -2534,13 +2535,13 @@ def shared_key_warnings(stanzas: List[Stanza]) -> List[str]:
     A packet without its tag is a packet for the stanza without HMAC, so both are remembered.
     """
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
-    bare = {keys.secret for _, keys in keyed if not keys.hmac}
-    protected = {keys.secret for _, keys in keyed if keys.hmac}
+    bare = {keys.secret for _, keys in keyed if not keys.has_hmac}
+    protected = {keys.secret for _, keys in keyed if keys.has_hmac}
     for _, keys in keyed:
-        keys.opens_bare = keys.hmac is not None and keys.secret in bare
+        keys.accepts_bare = keys.has_hmac and keys.secret in bare
     return ["(stanza #%d) another stanza has this key with an HMAC: its packets open here without "
             "their tag, so that the HMAC protects nothing; keygen.py makes another key"
-            % stanza.number for stanza, keys in keyed if not keys.hmac and keys.secret in protected]
+            % stanza.number for stanza, keys in keyed if not keys.has_hmac and keys.secret in protected]
 
 
 def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
@@ -2682,7 +2683,7 @@ class KnockdDoor(KnockdSettings):
         """Makes the door's sequence ready; returns warnings."""
         if bool(self.knock_steps) == bool(self.knock_file):
             raise self.line.error("expected Sequence or One_Time_Sequences, and only one of them")
-        self.sequence = open_sequence(self, options.strict, options.exact, self.target or b"")
+        self.sequence = make_sequence(self, options.strict, options.exact, self.target or b"")
         return ["[%s] %s" % (self.name, text) for text in self.sequence.warnings(alone=True)]
 
     def commands(self, address: Address) -> List[str]:
@@ -2776,7 +2777,7 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSe
     if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
         raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
                              "access.conf. (%s)" % port_list(packet.ports))
-    seconds = open_seconds(packet, stanza, now)
+    seconds = grant_seconds(packet, stanza, now)
     address = packet.address or parse_address(socket_text(datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
     network = ipaddress.ip_network("%s/%d" % (address, prefix), strict=False)
@@ -2803,9 +2804,9 @@ def check_policy(packet: Packet, stanza: Stanza, now: float) -> None:
                              "username: %s" % (packet.user, stanza.require_username))
 
 
-def open_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
+def grant_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
     """For how long to open: what the client asks for or the stanza says, within its limits."""
-    usual = stanza.cycle_seconds or stanza.open_seconds
+    usual = stanza.cycle_seconds or stanza.grant_seconds
     seconds = min(packet.timeout, stanza.max_seconds) or usual
     if not seconds:
         raise PacketRejected("no time", "FW_ACCESS_TIMEOUT is 0 and the client asked for no time.")
@@ -3489,7 +3490,8 @@ class Gpg:
         self.busy_until = clocks.monotonic() - GPG_BURST
         self.cost = 0.0  # of the last answer that ask() gave
 
-    def ask(self, command: List[str], passphrase: bytes, message: bytes, hmac: bool) -> GpgAnswer:
+    def ask(self, command: List[str], passphrase: bytes, message: bytes,
+            has_hmac: bool) -> GpgAnswer:
         """Return gpg's answer to a message; GpgNeeded when it has to be asked first.
 
         PacketRejected when it gave none, TooFast when packets of which nothing comes are so many
@@ -3499,12 +3501,12 @@ class Gpg:
         answer = self.answers.get(question)
         if answer is None:
             start = self.clocks.monotonic()
-            if start + hmac * GPG_HMAC_SECONDS < self.busy_until:
+            if start + has_hmac * GPG_HMAC_SECONDS < self.busy_until:
                 raise TooFast("gpg too fast", (
                     "GPG packets that open nothing come too fast; this one is not decrypted"
-                    if hmac else
+                    if has_hmac else
                     "GPG packets without HMAC come too fast; this one is not decrypted"))
-            raise GpgNeeded(GpgRun(self, question, hmac))
+            raise GpgNeeded(GpgRun(self, question, has_hmac))
         if isinstance(answer, PacketRejected):
             raise PacketRejected(answer.reason, str(answer))  # anew: it gets a stanza and frames
         self.cost = answer.cost
@@ -3635,12 +3637,12 @@ class GpgKeys(Keys):
             raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
         return frozenset(words[9] for words in lines if words[0] == "fpr")
 
-    def paid(self) -> None:
+    def mark_genuine(self) -> None:
         """A run of gpg's for a packet with HMAC that is genuine and new does not count."""
-        if self.hmac:
+        if self.has_hmac:
             self.gpg.busy_until -= self.gpg.cost
 
-    def open(self, message: bytes) -> bytes:
+    def decrypt(self, message: bytes) -> bytes:
         """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
 
         A message names the key that it is encrypted to, in eight octets (RFC 4880 section 5.1):
@@ -3648,7 +3650,7 @@ class GpgKeys(Keys):
         """
         if not any(key_id in message for key_id in self.key_ids):
             raise not_decrypted("No secret key")
-        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, bool(self.hmac))
+        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, self.has_hmac)
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
@@ -3659,7 +3661,7 @@ class GpgKeys(Keys):
         return answer.plain
 
 
-def open_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = CLOCKS) -> None:
+def load_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = CLOCKS) -> None:
     """Make the GPG stanzas ready. One whose gpg or secret key is missing is void, until a reload
     finds it: a keyring changes outside our files, and that must lock out nobody else."""
     gpg = Gpg(clocks)
@@ -4277,7 +4279,7 @@ class PacketCapture(Capture):
 class KnockCapture(PacketCapture):
     """A packet socket for the steps of some sequences. Others may have one at the same place."""
 
-    decode = staticmethod(decode_hit)
+    decode = staticmethod(decode_knock)
     sequences: Iterable[Sequence] = ()  # whoever makes it says which
 
 
@@ -4699,7 +4701,7 @@ class Firewall:
         """Whether there is a place for this door."""
         return bool(self.places_of(door))
 
-    def form(self, door: Door) -> Optional[Door]:
+    def normalise(self, door: Door) -> Optional[Door]:
         """The door in the form that this firewall keeps; None when the host's firewall sees to it.
 
         An address that its rules do not tell apart is any.
@@ -4733,11 +4735,11 @@ class Firewall:
         """Put the guard back where it is not as it should be; return whether anything was wrong."""
         return False
 
-    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
+    def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants`, all or none, in place of `replaced`."""
         self.log.info(self.why)
 
-    def close(self, grants: List[Grant]) -> None:
+    def remove(self, grants: List[Grant]) -> None:
         """Closes `grants`, also those that are gone already."""
 
     def grants(self) -> List[Grant]:
@@ -4751,7 +4753,7 @@ class Firewall:
     def flush(self) -> None:
         """Closes all grants, those of another fwknopd as well; the guard stays."""
 
-    def remove(self) -> None:
+    def withdraw(self) -> None:
         """Takes our part out of the host's own chains; the guard stays."""
 
     def guarded(self) -> bool:
@@ -4980,7 +4982,7 @@ class NftFirewall(Firewall):
         return ", ".join(" ".join(place[:2] + ("postrouting",) if back else place)
                          for place in places)
 
-    def form(self, door: Door) -> Optional[Door]:
+    def normalise(self, door: Door) -> Optional[Door]:
         """The door; None for what is forwarded, where the settings name no chain for it."""
         return door if door.kind != FORWARD or self.forward else None
 
@@ -5108,7 +5110,7 @@ class NftFirewall(Firewall):
         items = attribute(NESTED | LIST_ELEMENTS, attribute(NESTED | LIST_ITEM, element))
         return kind, NFT_FAMILIES[place.family], set_name(place, shape) + items
 
-    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
+    def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Opens `grants` in one transaction.
 
         Added, deleted and added again: that sets the time that an element has left on every kernel,
@@ -5116,20 +5118,20 @@ class NftFirewall(Firewall):
         is first added with the target that it has had.
         """
         now = self.clocks.monotonic()
-        before = {grant.door.entrance: grant.door for grant in replaced}
+        before = {grant.door.match: grant.door for grant in replaced}
         messages = []
         for grant in grants:
             door, places = grant.door, self.places_of(grant.door)
             if not places:
                 raise CommandError("no nftables chain for IPv%d" % door.source.version)
-            old = before.get(door.entrance, door)
+            old = before.get(door.match, door)
             for place in places:
                 messages += [self.element(NEW_ELEMENT, place, old),
                              self.element(DELETE_ELEMENT, place, old),
                              self.element(NEW_ELEMENT, place, door, max(0.001, grant.ends - now))]
         self.netlink.commit(messages)
 
-    def close(self, grants: List[Grant]) -> None:
+    def remove(self, grants: List[Grant]) -> None:
         """Takes elements out that the kernel has not ended yet."""
         for place in self.places:
             self.delete(place, [grant.door for grant in grants
@@ -5160,9 +5162,9 @@ class NftFirewall(Firewall):
         half = len(doors) // 2
         parts = [doors[:half], doors[half:]]
         if first:
-            there = {door.entrance: door for shape in set(map(shape_of, doors))
+            there = {door.match: door for shape in set(map(shape_of, doors))
                      for door, _ in self.read_set(place, shape)}
-            parts = [[there[door.entrance] for door in doors if door.entrance in there]]
+            parts = [[there[door.match] for door in doors if door.match in there]]
         do_all(self.delete_at_once, [(place, part, False) for part in parts if part])
 
     def grants(self) -> List[Grant]:
@@ -5170,12 +5172,12 @@ class NftFirewall(Firewall):
         found: Dict[Door, List[Tuple[Door, float]]] = {}
         for place, shape in self.sets:
             for door, seconds in self.read_set(place, shape):
-                found.setdefault(door.entrance, []).append((door, seconds))
+                found.setdefault(door.match, []).append((door, seconds))
         now, wall = self.clocks.monotonic(), self.clocks.wall()
         grants = []
-        for entrance, elements in found.items():
+        for match, elements in found.items():
             seconds = min(seconds for _, seconds in elements)
-            if len(elements) == len(self.places_of(entrance)) and seconds != FOR_EVER:
+            if len(elements) == len(self.places_of(match)) and seconds != FOR_EVER:
                 grants.append(Grant(elements[-1][0], int(wall + seconds + 0.999), now + seconds))
         return grants
 
@@ -5212,7 +5214,7 @@ class NftFirewall(Firewall):
         do_all(lambda place, shape: self.delete(
             place, [door for door, _ in self.read_set(place, shape)]), self.sets)
 
-    def remove(self) -> None:
+    def withdraw(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
         table = "table %s %s" % NAT_TABLE[:2]
         batches = [["add " + table, "delete " + table]] * (NAT_TABLE in self.places)
@@ -5357,7 +5359,7 @@ class Place(NamedTuple):
     position: int = 1
 
     @property
-    def tells(self) -> bool:
+    def is_primary(self) -> bool:
         """Whether its rules are grants by themselves, and not a part of those in another place."""
         return not (self.outgoing or self.match)
 
@@ -5422,7 +5424,7 @@ class Iptables:
             last = time.gmtime(min(grant.expires - 1, LAST_DATE))
             words.append("-m time --datestop " + time.strftime("%Y-%m-%dT%H:%M:%S", last))
         words.append("-m comment --comment %s%d -j %s" % (MARK, grant.expires, place.target))
-        if door.target and place.tells:
+        if door.target and place.is_primary:
             words.append(TARGET_OPTIONS[door.kind] + " " + door.target_text())
         return " ".join(words)
 
@@ -5446,7 +5448,7 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
         if place.kind == INPUT or "-p" in values:
             protocol, number = parse_port("%s/%s" % (values.get("-p"), values.get(port)))
         door = Door(ipaddress.ip_network(values[peer]), destination, protocol, number, place.kind)
-        if place.kind in TARGET_OPTIONS and place.tells:
+        if place.kind in TARGET_OPTIONS and place.is_primary:
             host, port = values[TARGET_OPTIONS[place.kind]], "0"
             if place.kind == DNAT and number:
                 host, _, port = host.rpartition(":")
@@ -5508,7 +5510,7 @@ class IptablesFirewall(Firewall):
         """Where this door, or access, goes."""
         kind = door.kind if door is not None else INPUT
         return ", ".join(place.chain for place in self.places
-                         if place.kind == kind and place.tells)
+                         if place.kind == kind and place.is_primary)
 
     def prepare(self) -> None:
         """Makes chains and jumps where they are missing, the guard first; grants stay."""
@@ -5632,9 +5634,9 @@ class IptablesFirewall(Firewall):
     def places_of(self, door: Door) -> List[Place]:
         """The chains for doors of this kind, if there are programs for its IP version."""
         return [place for place in self.places if place.kind == door.kind
-                and door.source.version in self.programs and self.form(door) == door]
+                and door.source.version in self.programs and self.normalise(door) == door]
 
-    def form(self, door: Door) -> Optional[Door]:
+    def normalise(self, door: Door) -> Optional[Door]:
         """The door with the addresses that its rule has in fwknopd (tests/spec/fwknop.md 3.6)."""
         if door.kind == FORWARD:
             return door._replace(destination=None)
@@ -5653,7 +5655,7 @@ class IptablesFirewall(Firewall):
                 lines.append(action % place.chain + " " + program.rule(place, grant))
         do_all(Iptables.commit, changes.items())
 
-    def open(self, grants: List[Grant], replaced: List[Grant]) -> None:
+    def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Adds the rules of `grants` and deletes those of `replaced`.
 
         When one table fails, what others got is taken back; a program that was killed has perhaps
@@ -5664,15 +5666,15 @@ class IptablesFirewall(Firewall):
         try:
             self.change(grants, replaced)
         except CommandError:
-            there = {(place, door.entrance, expires) for place, door, expires in self.grant_rules()}
-            if there >= {(place, grant.door.entrance, grant.expires) for grant in grants
+            there = {(place, door.match, expires) for place, door, expires in self.grant_rules()}
+            if there >= {(place, grant.door.match, grant.expires) for grant in grants
                          for place in self.places_of(grant.door)}:
                 return
-            mine = {(grant.door.entrance, grant.expires) for grant in grants}
-            self.delete_rules(lambda door, expires: (door.entrance, expires) in mine)
+            mine = {(grant.door.match, grant.expires) for grant in grants}
+            self.delete_rules(lambda door, expires: (door.match, expires) in mine)
             raise
 
-    def close(self, grants: List[Grant]) -> None:
+    def remove(self, grants: List[Grant]) -> None:
         """Deletes the rules of `grants`, also where they are gone or of another shape."""
         do_all(self.close_in, [
             (program, [grant for grant in grants if grant.door.source.version == version])
@@ -5683,8 +5685,8 @@ class IptablesFirewall(Firewall):
         try:
             self.change([], grants)
         except CommandError:
-            doors = {grant.door.entrance for grant in grants}
-            self.delete_rules(lambda door, expires: door.entrance in doors, [program])
+            doors = {grant.door.match for grant in grants}
+            self.delete_rules(lambda door, expires: door.match in doors, [program])
 
     def parse(self, table: str, line: str) -> Iterator[Tuple[Place, Door, int]]:
         """Place, door and expiry of the grant that a line of `iptables -S` is, if it is one."""
@@ -5717,7 +5719,7 @@ class IptablesFirewall(Firewall):
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         found: Dict[Door, int] = {}
         for place, door, expires in self.grant_rules():
-            if place.tells:
+            if place.is_primary:
                 found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
@@ -5731,7 +5733,7 @@ class IptablesFirewall(Firewall):
         """Closes all grants, those of another fwknopd as well; the guard stays."""
         self.delete_rules(lambda door, expires: True)
 
-    def remove(self) -> None:
+    def withdraw(self) -> None:
         """Takes our chains out of the host's tables; the guard stays."""
         do_all(self.remove_chains, [(program, place.table, place.from_chain, [place.chain])
                                     for program in self.programs.values()
@@ -6173,26 +6175,26 @@ class Grants:
             self.log.info("Found %s rule in %s for %s, expires at %d" % (
                 grant.door.word, self.firewall.describe(grant.door), grant.door, grant.expires))
 
-    def open(self, doors: List[Door], seconds: int, stanza: int = 0) -> None:
+    def grant(self, doors: List[Door], seconds: int, stanza_number: int = 0) -> None:
         """Opens doors, all or none. What is open already stays so for longer, never for less.
 
-        A door with the same entrance as one that leads elsewhere takes its place, if that is the
+        A door with the same match as one that leads elsewhere takes its place, if that is the
         same stanza's. PacketRejected when it is not, or the stanza has too many doors open.
         """
         now = self.clocks.monotonic()
         ends, expires = now + seconds, int(self.clocks.wall() + seconds + 0.999999)
-        doors = [door for door in map(self.firewall.form, doors) if door is not None]
+        doors = [door for door in map(self.firewall.normalise, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
-        self.check_stanza(doors, stanza)
+        self.check_stanza(doors, stanza_number)
         opened = [Grant(door, expires, ends,
-                        self.live[door].stanza if door in self.live else stanza) for door in doors
-                  if door not in self.live or self.live[door].ends < ends]
+                        self.live[door].stanza_number if door in self.live else stanza_number)
+                  for door in doors if door not in self.live or self.live[door].ends < ends]
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
         if opened:
             with self.firewall.within(PATIENCE):
-                self.open_new(opened, replaced)
+                self.add_new(opened, replaced)
         for grant in rivals:
             self.live.pop(grant.door, None)
         for grant in opened:
@@ -6203,21 +6205,21 @@ class Grants:
             self.log.info("Added %s rule to %s for %s, expires at %d" % (
                 door.word, self.firewall.describe(door), door, self.live[door].expires))
 
-    def open_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
+    def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
         """Open in the firewall, in place of what is `replaced`; what fails is tried once more."""
         try:
-            self.firewall.open(opened, replaced)
+            self.firewall.add(opened, replaced)
         except CommandError as error:
             self.log.warning("%s; looking whether somebody changed the firewall" % error)
             self.doubtful = True  # check() then opens again what a failure below has closed
             self.check()
             if self.clocks.monotonic() >= opened[0].ends:
                 raise
-            self.firewall.close(replaced)
-            self.firewall.open(opened, [])
+            self.firewall.remove(replaced)
+            self.firewall.add(opened, [])
             self.doubtful = False
 
-    def check_stanza(self, doors: List[Door], stanza: int) -> None:
+    def check_stanza(self, doors: List[Door], stanza_number: int) -> None:
         """Rejects doors that would lead another stanza's clients elsewhere, and too many of them.
 
         After a restart or a reload nobody knows whose a door is; it leads nowhere else then.
@@ -6225,24 +6227,24 @@ class Grants:
         for door in doors:
             for grant in self.live.values() if door.kind == DNAT else ():
                 other = grant.door
-                if (other.kind == DNAT and grant.stanza != stanza and other.meets(door)
+                if (other.kind == DNAT and grant.stanza_number != stanza_number and other.overlaps(door)
                         and (other.target, other.target_port) != (door.target, door.target_port)):
                     raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
                                          % (other, other.target_text()), "{stanza}{text}")
         new = sum(door not in self.live for door in doors)
         if len(self.live) + new <= MAX_GRANTS:
             return
-        count = sum(grant.stanza == stanza for grant in self.live.values())
+        count = sum(grant.stanza_number == stanza_number for grant in self.live.values())
         if count + new > MAX_GRANTS:
             raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
                                  % (count, MAX_GRANTS), "{stanza}{text}")
 
     def rivals(self, doors: List[Door]) -> List[Grant]:
-        """The live grants that `doors` take the place of: from the same entrance to elsewhere."""
-        entrances = {door.entrance for door in doors}
+        """The live grants that `doors` take the place of: from the same match to elsewhere."""
+        matches = {door.match for door in doors}
         return [grant for grant in self.live.values()
                 if grant.door.target and grant.door not in doors
-                and grant.door.entrance in entrances] if doors else []
+                and grant.door.match in matches] if doors else []
 
     def next_end(self) -> Optional[float]:
         """When expire() is due, on the monotonic clock."""
@@ -6262,7 +6264,7 @@ class Grants:
             return
         try:
             with self.firewall.within(PATIENCE):
-                self.firewall.close(ended)
+                self.firewall.remove(ended)
         except CommandError as error:
             self.log.error("%s; trying to close %d grants again" % (error, len(ended)))
             self.not_before = now + RETRY_SECONDS
@@ -6294,7 +6296,7 @@ class Grants:
                 if grant.door not in present and grant.ends > due
                 and self.firewall.holds(grant.door)]
         for start in range(0, len(lost), GRANTS_AT_ONCE):
-            self.firewall.open(lost[start:start + GRANTS_AT_ONCE], [])
+            self.firewall.add(lost[start:start + GRANTS_AT_ONCE], [])
         if lost:
             self.log.warning("Put back %d grants that were gone from the firewall" % len(lost))
         return intact and not lost
@@ -6319,13 +6321,13 @@ class Grants:
         """Goes on in another firewall, which is prepared; what it has no place for is closed."""
         old, self.firewall = self.firewall, firewall
         for grant in list(self.live.values()):
-            self.enter(grant._replace(stanza=0))  # its number may be another one's now
+            self.enter(grant._replace(stanza_number=0))  # its number may be another one's now
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
         moved = old.identity != firewall.identity
         try:
-            old.close(list(self.live.values()) if moved else homeless)
+            old.remove(list(self.live.values()) if moved else homeless)
             if moved:
-                old.remove()
+                old.withdraw()
             if old.guard_ports and firewall.guard_ports and type(old) is not type(firewall):
                 old.unguard()
             if moved:
@@ -6482,7 +6484,7 @@ class Child:
 class Cycle:
     """A command that opens, and one that closes in `seconds`; without words where nothing has to.
 
-    `limit` is how many seconds each may run, `stanza` and `label` say whose they are.
+    `limit` is how many seconds each may run, `stanza_number` and `label` say whose they are.
     """
 
     # The lines of the log: what it runs, what it will run, why it closes, and how a command ended.
@@ -6499,15 +6501,15 @@ class Cycle:
     waits = False  # whether `seconds` begin when the one that opens has ended, which has no limit
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
-    def __init__(self, kind: str, stanza: int, label: str, limit: int, seconds: int,
+    def __init__(self, kind: str, stanza_number: int, label: str, limit: int, seconds: int,
                  opening: Command, closing: Command) -> None:
-        self.kind, self.stanza, self.label, self.limit = kind, stanza, label, limit
+        self.kind, self.stanza_number, self.label, self.limit = kind, stanza_number, label, limit
         if kind == "CMD_EXEC":
             self.opening_line = ("{cycle.label}Running command '{cycle.opening}'"
                                  "{cycle.opening.runner}")
         self.opening, self.closing, self.seconds = opening, closing, seconds
         self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
-        self.ends = FOR_EVER  # until Commands.open()
+        self.ends = FOR_EVER  # until Commands.start_open()
         self.openings: List[Child] = []  # the last one, and those before that still run
         self.switch: Optional["subprocess.Popen[bytes]"] = None
         self.retried = False  # whether the command that closes has failed once
@@ -6560,13 +6562,13 @@ class Commands:
     def check(self, cycles: List[Cycle]) -> None:
         """CommandError when these are too many of a stanza; what only closes later is none."""
         first = cycles[0]
-        run = sum(child.cycle.stanza == first.stanza for child in self.running)
-        wait = sum(cycle.stanza == first.stanza for cycle in self.cycles.values())
+        run = sum(child.cycle.stanza_number == first.stanza_number for child in self.running)
+        wait = sum(cycle.stanza_number == first.stanza_number for cycle in self.cycles.values())
         new = {cycle.key for cycle in cycles if cycle.closing.words} - set(self.cycles)
         if (run + sum(not self.lasts(cycle) for cycle in cycles) > first.most_running
                 or wait + len(new) > first.most_open):
             raise CommandError("too many commands: %d of %s run, and %d wait to close" % (
-                run, "stanza #%d" % first.stanza if first.stanza > 0 else first.kind, wait))
+                run, "stanza #%d" % first.stanza_number if first.stanza_number > 0 else first.kind, wait))
 
     def run(self, cycles: List[Cycle]) -> None:
         """Opens all; CommandError when one can't be started, or they are too many."""
@@ -6575,7 +6577,7 @@ class Commands:
             if self.test:
                 self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
             else:
-                self.open(cycle)
+                self.start_open(cycle)
 
     def lasts(self, cycle: Cycle) -> bool:
         """Whether what the cycle opens is open, so that it has only to close later."""
@@ -6614,13 +6616,13 @@ class Commands:
             child.cycle.failure_line if code else child.cycle.end_line).format(
                 kind=child.kind, code=code))
         if child.closes:
-            self.finish_close(child.cycle, code)
+            self.end_close(child.cycle, code)
             return
         cycle = self.cycles.get(child.cycle.key)  # as it is since somebody knocked again
         if cycle and cycle.ends == FOR_EVER and cycle.openings[-1] is child:
             cycle.ends = self.clocks.monotonic() + cycle.seconds
 
-    def look(self) -> None:
+    def reap(self) -> None:
         """Takes leave of what has ended, ends what runs too long, and closes what is due."""
         now = self.clocks.monotonic()
         for child in self.running[:]:
@@ -6638,7 +6640,7 @@ class Commands:
         self.closing = [cycle for cycle in self.closing
                         if cycle in closing or cycle.switch in self.switches]
 
-    def open(self, cycle: Cycle) -> None:
+    def start_open(self, cycle: Cycle) -> None:
         """Opens, and closes when it is time; CommandError when the command can't be started.
 
         Asked for again while it is open, it closes later. The same command is not run twice then:
@@ -6706,7 +6708,7 @@ class Commands:
         return command._replace(words=SWITCH + (b"%d" % seconds,) + command.words)
 
     def end_switch(self, cycle: Cycle) -> None:
-        """Takes the switch of a cycle away, if it has one; look() takes note of its end."""
+        """Takes the switch of a cycle away, if it has one; reap() takes note of its end."""
         if cycle.switch is not None:
             end_group(cycle.switch, signal.SIGKILL)
             self.switches.append(cycle.switch)
@@ -6740,8 +6742,8 @@ class Commands:
         del self.cycles[cycle.key]
         for child in cycle.openings:
             end_group(child.popen, signal.SIGKILL)  # or it might open after this
-        for form in cycle.closing_lines:
-            self.log.info(form.format(cycle=cycle, why=cycle.reasons.get(why, why)))
+        for template in cycle.closing_lines:
+            self.log.info(template.format(cycle=cycle, why=cycle.reasons.get(why, why)))
         code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody told the switch to
             self.log.warning("%s: its switch has run it, which returned %d"
@@ -6764,7 +6766,7 @@ class Commands:
         if cycle.switch is not None:
             self.switches.append(cycle.switch)
 
-    def finish_close(self, cycle: Cycle, code: int) -> None:
+    def end_close(self, cycle: Cycle, code: int) -> None:
         """Ends the switch of what has closed; what has failed to is tried again, at last by it.
 
         The second try goes on when this server ends.
@@ -6781,7 +6783,7 @@ class Commands:
             self.start_close(cycle, self.delayed(cycle.closing, SWITCH_SECONDS))
 
     def next_due(self) -> float:
-        """When look() is due, on the monotonic clock."""
+        """When reap() is due, on the monotonic clock."""
         return min([child.due for child in self.running]
                    + [cycle.ends for cycle in self.cycles.values()], default=FOR_EVER)
 
@@ -6798,7 +6800,7 @@ class Commands:
             time.sleep(0.01)
             for child in self.running:
                 self.read(child)
-            self.look()
+            self.reap()
 
 
 # ======================================================================================
@@ -6973,21 +6975,21 @@ class Gate:
         self.resolver = Resolver(self.selector)
         self.runs: List[GpgRun] = []  # of gpg, each with the packet that waits for it
         self.counts: Dict[str, int] = collections.defaultdict(int)
-        self.candidates = 0  # packets of the right form so far
+        self.candidates = 0  # packets that passed check_payload() so far
         # Until when a stanza's sequence counts for the packet that has to follow it, by source.
         self.knocked: "collections.OrderedDict[Tuple[int, bytes], float]" = (
             collections.OrderedDict())
         self.openers_limit = OPENERS_BYTES
 
     def receive(self, datagram: Datagram, run: Optional[GpgRun] = None) -> None:
-        """Take a datagram on its way: form, then whose it is and what it may open.
+        """Take a datagram on its way: check, then whose it is and what it may open.
 
         `run`: the gpg that it has waited for. Judgement begins anew, with the stanzas as they are.
         """
         try:
             if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
                 datagram = self.unwrap(datagram)
-            check_form(datagram.payload)
+            check_payload(datagram.payload)
             self.candidates += run is None
             rejection = self.admit(datagram, run is not None and run.remembered)
             if rejection is not None:
@@ -7063,16 +7065,16 @@ class Gate:
             if not keys.authentic(datagram.payload):  # before anything else is looked at
                 continue
             try:
-                proven = proven or keys.hmac is not None
+                proven = proven or keys.has_hmac
                 if not remembered:
                     self.memory.check_unseen(datagram)  # spares the decryption
-                packet, texts = open_packet(datagram.payload, keys)
+                packet, texts = unlock(datagram.payload, keys)
                 if not remembered:
                     self.memory.check_fresh(packet.timestamp)
                     for text in texts:
                         self.memory.remember(text, datagram)
                     remembered = True
-                    keys.paid()
+                    keys.mark_genuine()
                     if keys.signed:
                         self.log.info("(stanza #%d) %s" % (stanza.number, keys.signed))
                     self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
@@ -7085,7 +7087,7 @@ class Gate:
                 needed.run.datagram, needed.run.remembered = datagram, remembered
                 raise
             except PacketRejected as reason:
-                reason.stanza = stanza.number
+                reason.stanza_number = stanza.number
                 if isinstance(reason, NotFresh):
                     self.memory.refuse(datagram.payload, reason.reason)
                     raise
@@ -7106,7 +7108,7 @@ class Gate:
         try:
             verdict = judge(packet, stanza, datagram, self.settings, is_own_address,
                             self.clocks.wall())
-            self.open(verdict, packet, stanza, datagram)
+            self.grant_access(verdict, packet, stanza, datagram)
             for knock in knocks:
                 self.knocked.pop(knock, None)
         except NameToResolve as asked:
@@ -7147,21 +7149,21 @@ class Gate:
         except Exception as error:  # as in receive()
             self.reject(datagram, error, stanza.number)
 
-    def open(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
+    def grant_access(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
         """Opens the doors, or runs commands instead; rejects the packet when that can't be done."""
         by_commands = packet.type == COMMAND or bool(stanza.cycle_open)
         try:
             if by_commands:
                 self.commands.run(self.cycles(verdict, packet, stanza, datagram))
             else:
-                self.grants.open(verdict.doors, verdict.seconds, stanza.number)
+                self.grants.grant(verdict.doors, verdict.seconds, stanza.number)
         except CommandError as error:
             self.log.error(str(error))
             why = (("command", "a command could not be started") if by_commands else
                    ("firewall", "nothing was opened: the firewall failed"))
             raise PacketRejected(*why) from None
         self.counts["accepted"] += 1
-        kept = verdict.doors if by_commands else map(self.grants.firewall.form, verdict.doors)
+        kept = verdict.doors if by_commands else map(self.grants.firewall.normalise, verdict.doors)
         doors = ", ".join(door.describe() for door in kept if door is not None)
         who = client = KNOCKER
         if not packet.is_knock:
@@ -7198,7 +7200,7 @@ class Gate:
         if not grants.firewall.keeps:
             return
         lines = ["%s\t%s\n" % (grant_words(grants.live[door]), opener)
-                 for door in map(grants.firewall.form, doors) if door in grants.live]
+                 for door in map(grants.firewall.normalise, doors) if door in grants.live]
         path = openers_file(self.settings)
         try:
             with open(open_ours(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
@@ -7212,7 +7214,7 @@ class Gate:
         except OSError as error:
             self.log.debug("%s: %s" % (path, error.strerror))
 
-    def reject(self, datagram: Datagram, why: Exception, stanza: int = 0) -> None:
+    def reject(self, datagram: Datagram, why: Exception, stanza_number: int = 0) -> None:
         """Counts a rejection, by this stanza, and unless there are too many logs it.
 
         Other traffic on TCP and ICMP is no news; where UDP is looked at, only packets should come.
@@ -7223,10 +7225,10 @@ class Gate:
         level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
         if level > self.log.level or not self.log.rejections.allows():
             return
-        stanza = stanza or rejection.stanza
-        self.log.write(level, rejection.form.format(
+        number = stanza_number or rejection.stanza_number
+        self.log.write(level, rejection.template.format(
             source=socket_text(datagram.source), text=rejection,
-            stanza="(stanza #%d) " % stanza if stanza else ""))
+            stanza="(stanza #%d) " % number if number else ""))
 
 
 class KnockGate(Gate):
@@ -7273,7 +7275,7 @@ class KnockGate(Gate):
             self.own[packed] = is_own_address(parse_address(socket_text(packed))) is not False
         return self.own[packed]
 
-    def take_hit(self, hit: Datagram, sequences: Iterable[Sequence]) -> None:
+    def take_knock(self, hit: Datagram, sequences: Iterable[Sequence]) -> None:
         """One hit on its way through the sequences that are listened for where it came in."""
         now = self.clocks.monotonic()
         for sequence in sequences:
@@ -7283,7 +7285,7 @@ class KnockGate(Gate):
             try:
                 if (hit.destination == sequence.target if sequence.target else
                         self.is_ours(hit.destination, now)):
-                    done = sequence.hit(hit, now)
+                    done = sequence.follow(hit, now)
                     if done:
                         self.step(sequence, owner, hit, done)
             except Exception as error:  # a mistake of ours must not let one packet end the server
@@ -7313,7 +7315,7 @@ class KnockGate(Gate):
                 self.log.warning("no more sequences left in the one time sequences file for door "
                                  "%s --> disabling the door" % name)
             if isinstance(owner, Stanza):
-                self.open_stanza(owner, hit)
+                self.grant_stanza(owner, hit)
             else:
                 if cycle and cycle.opening.words:
                     self.commands.run([cycle])
@@ -7331,7 +7333,7 @@ class KnockGate(Gate):
         if stanza.expires is not None and self.clocks.wall() >= stanza.expires:
             raise PacketRejected("expired stanza", "Access stanza has expired.")
 
-    def open_stanza(self, stanza: Stanza, hit: Datagram) -> None:
+    def grant_stanza(self, stanza: Stanza, hit: Datagram) -> None:
         """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
         if stanza.require_knock:
             self.knocked[stanza.number, hit.source] = self.clocks.monotonic() + stanza.knock_seconds
@@ -7421,7 +7423,7 @@ class Server(KnockGate):
     def drain(self, capture: Capture) -> None:
         """Reads from a capture until nothing is there, or others have waited long enough."""
         take: Callable[[Any], None] = (
-            partial(self.take_hit, sequences=capture.sequences) if isinstance(capture, KnockCapture)
+            partial(self.take_knock, sequences=capture.sequences) if isinstance(capture, KnockCapture)
             else self.receive)
         end = self.clocks.monotonic() + BATCH_SECONDS
         try:
@@ -7634,7 +7636,7 @@ class Server(KnockGate):
                 self.drain(capture)
         self.look_at_gpg()
         self.grants.expire()
-        self.commands.look()
+        self.commands.reap()
         self.expire_knocks()
         if self.clocks.monotonic() >= self.guard_due:
             self.mend_guard()
@@ -7681,7 +7683,7 @@ class Server(KnockGate):
             try:
                 self.grants.flush()
             finally:
-                self.grants.firewall.remove()
+                self.grants.firewall.withdraw()
 
 
 # ======================================================================================
@@ -8525,7 +8527,7 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     """-D, --exit-parse-config and --exit-parse-digest-cache."""
     configuration = read_configuration(arguments)
     if "check" in arguments:
-        open_gpg(configuration.settings, configuration.stanzas)
+        load_gpg(configuration.settings, configuration.stanzas)
         configuration.choose_firewall(log)
     configuration.tell(log)
     if configuration.voids():
@@ -8577,7 +8579,7 @@ def serve(arguments: Arguments, log: Log) -> int:
 
     def read() -> Configuration:
         configuration = read_configuration(arguments, directory)
-        open_gpg(configuration.settings, configuration.stanzas)
+        load_gpg(configuration.settings, configuration.stanzas)
         if configuration.knockd:
             log.level = DEBUG if configuration.settings.verbose else INFO
             direct_log(log, configuration.knockd.options, directory)

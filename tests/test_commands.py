@@ -104,7 +104,7 @@ class CommandCase(ServerCase):
             if not found:
                 for key, _ in self.made.selector.select(0.01):
                     key.data()
-                self.made.commands.look()
+                self.made.commands.reap()
             return found
 
         wait_for(go_on, lambda: "%s; log:\n%s" % (what, self.stream.getvalue()), pause=0)
@@ -195,7 +195,7 @@ class WordsTest(CommandCase):
     def packet(self, text: str, kind: int, timeout: Optional[int] = None) -> Any:
         """Return a packet off the wire."""
         extra = [] if timeout is None else [b"%d" % timeout]
-        return server.open_packet(self.sender.packet(text, kind, extra), self.sender.keys())[0]
+        return server.unlock(self.sender.packet(text, kind, extra), self.sender.keys())[0]
 
     def stanza(self, lines: str) -> Any:
         """Return the stanza of these lines."""
@@ -444,13 +444,13 @@ class RunTest(CommandCase):
     def test_too_many(self) -> None:
         """A packet that would start too many is rejected, before it starts any."""
         made = self.serve(ALLOWED)
-        one = type("Child", (), {"cycle": mock.Mock(stanza=1)})  # type: Any
+        one = type("Child", (), {"cycle": mock.Mock(stanza_number=1)})  # type: Any
         made.commands.running, running = [one] * server.MAX_RUNNING, made.commands.running
         text = self.knock("10.55.0.2,touch %s/got" % self.directory, 0)
         made.commands.running = running
         self.assertIn("too many commands: %d of stanza #1 run" % server.MAX_RUNNING, text)
         self.assertIn("a command could not be started", text)
-        one.cycle.stanza = 2  # others keep nobody out
+        one.cycle.stanza_number = 2  # others keep nobody out
         made.commands.running = [one] * server.MAX_RUNNING
         self.knock("10.55.0.2,id", 0)
         del made.commands.running[:server.MAX_RUNNING]
@@ -721,7 +721,7 @@ class CycleTest(CommandCase):
         made = self.serve(self.cycle(seconds=60))
         self.knock()
         self.wait_until_ended()
-        one = type("Cycle", (), {"stanza": 1, "ends": 1e99})  # type: Any
+        one = type("Cycle", (), {"stanza_number": 1, "ends": 1e99})  # type: Any
         others = [(number,) for number in range(server.MAX_CYCLES - 2)]  # type: List[Any]
         made.commands.cycles.update(dict.fromkeys(others, one))
         text = self.knock("10.55.0.2,tcp/23,tcp/24")
@@ -730,7 +730,7 @@ class CycleTest(CommandCase):
         self.knock("10.55.0.2,tcp/22,tcp/23")
         self.assertEqual(server.MAX_CYCLES, len(made.commands.cycles))
         self.assertIn(" opened ", self.knock())
-        one.stanza = 2
+        one.stanza_number = 2
         self.assertIn(" opened ", self.knock("10.55.0.2,tcp/24"))
         for key in others:
             del made.commands.cycles[key]

@@ -446,7 +446,7 @@ GOOD_SERVER = (
 )
 GOOD_STANZA = (
     ("OPEN_PORTS tcp/22, UDP/53 ,tcp/22", "open_ports", {("tcp", 22), ("udp", 53)}),
-    ("FW_ACCESS_TIMEOUT 0", "open_seconds", 0), ("FW_ACCESS_TIMEOUT 8388608", "open_seconds",
+    ("FW_ACCESS_TIMEOUT 0", "grant_seconds", 0), ("FW_ACCESS_TIMEOUT 8388608", "grant_seconds",
                                                  8388608),
     ("ENCRYPTION_MODE legacy", "mode", "LEGACY"), ("ENCRYPTION_MODE cTr", "mode", "CTR"),
     ("REQUIRE_SOURCE Y", "require_source", True), ("REQUIRE_USERNAME bob smith ",
@@ -561,7 +561,7 @@ class DirectiveTest(ConfigCase):
 
     def test_later_lines_win(self) -> None:
         """A directive that stands twice has the later value, as in fwknopd."""
-        self.assertEqual(9, self.stanza("FW_ACCESS_TIMEOUT 8\nFW_ACCESS_TIMEOUT 9").open_seconds)
+        self.assertEqual(9, self.stanza("FW_ACCESS_TIMEOUT 8\nFW_ACCESS_TIMEOUT 9").grant_seconds)
         self.assertEqual(9, self.settings("MAX_SPA_PACKET_AGE 8\nMAX_SPA_PACKET_AGE 9")
                          .max_packet_age)
 
@@ -623,7 +623,7 @@ class StanzaTest(ConfigCase):
                 found = bytes(stanza.only_one(server.Stanza.key, server.Stanza.key_base64)), bytes(
                     stanza.only_one(server.Stanza.hmac_key, server.Stanza.hmac_key_base64))
                 self.assertEqual((key, hmac_key), found)
-                self.assertEqual(bool(hmac_key), stanza.keys.hmac is not None)
+                self.assertEqual(bool(hmac_key), stanza.keys.has_hmac)
 
     def test_wrong_keys(self) -> None:
         """Too long, twice, equal, unchanged, no base64, empty."""
@@ -662,7 +662,7 @@ class StanzaTest(ConfigCase):
             text = "SOURCE ANY\n%s\nSOURCE 10.0.0.0/8\n%s\n" % (first, second)
             with self.subTest(text=text):
                 stanzas = self.stanzas(text)
-                self.assertEqual(marked, [stanza.keys.opens_bare for stanza in stanzas])
+                self.assertEqual(marked, [stanza.keys.accepts_bare for stanza in stanzas])
                 self.assertEqual(
                     ["(stanza #%d) another stanza has this key with an HMAC" % each
                      for each in warned],
@@ -731,7 +731,7 @@ class SecretTest(ConfigCase):
         """repr and str of stanzas, keys and their settings."""
         for stanza in self.stanzas(self.stanza_text):
             for each in (stanza, stanza.keys, stanza.key, stanza.hmac_key, stanza.key_base64,
-                         stanza.keys.secret, stanza.keys.hmac):
+                         stanza.keys.secret, stanza.keys.compute_tag):
                 with self.subTest(object=type(each).__name__, stanza=stanza.number):
                     self.clean("%r %s %s" % (each, each, [each]))
                     self.clean("{} {!r}".format(each, each))

@@ -73,7 +73,7 @@ class IncludeTest(FilesCase):
         self.assertEqual(["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"], self.sources())
         self.assertEqual([{("tcp", 1)}, {("tcp", 2)}, set(), set()],
                          [each.open_ports for each in stanzas])
-        self.assertEqual([7, 30, 30, 30], [each.open_seconds for each in stanzas])
+        self.assertEqual([7, 30, 30, 30], [each.grant_seconds for each in stanzas])
 
     def test_an_access_file_of_includes_alone(self) -> None:
         """An %include may stand before any SOURCE; what follows it needs one of its own."""
@@ -269,7 +269,7 @@ class KeyFileTest(FilesCase):
         self.put(f_conf="GPG_EXE /bin/false;\n", k="GPG_DECRYPT_ID x\nGPG_ALLOW_NO_PW Y\n"
                  "GPG_DISABLE_SIG Y\n", a_conf="SOURCE ANY\n%include_keys HERE/k\n" + QUIET)
         found = self.read()
-        server.open_gpg(found.settings, found.stanzas)
+        server.load_gpg(found.settings, found.stanzas)
         self.assertIn("k:1: GPG_DECRYPT_ID: expected a secret key", found.stanzas[0].void)
         self.assertIsNone(found.stanzas[0].gpg)
         self.assertEqual("", found.stanzas[1].void)
@@ -573,7 +573,7 @@ class OptionTest(FilesCase):
         self.assertEqual(0, code)
         for payload in (b"x", b"!" * 200, b"U2FsdGVkX1" + b"A" * 200):
             with self.assertRaises(server.PacketRejected) as caught:
-                server.check_form(payload)
+                server.check_payload(payload)
             found = re.search(r"error (\d+: '.*') for", str(caught.exception))
             assert found, str(caught.exception)
             self.assertIn("err code: " + found.group(1).replace(": '", ", err string: '"), out)

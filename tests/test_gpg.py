@@ -347,11 +347,11 @@ def wait_for_gpg(made: Any) -> Any:
     return made
 
 
-def open_packet(payload: bytes, keys: Any) -> Any:
+def unlock(payload: bytes, keys: Any) -> Any:
     """Return what the server's function makes of a packet, after gpg."""
     while True:
         try:
-            return server.open_packet(payload, keys)
+            return server.unlock(payload, keys)
         except server.GpgNeeded as needed:
             needed.run.start()
             while not needed.run.has_ended():
@@ -382,7 +382,7 @@ class FakeGpgCase(ServerCase):
         """Return a server with its GPG stanzas ready."""
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (self.program,
                                                                       self.directory))
-        server.open_gpg(made.settings, made.stanzas, self.clocks)
+        server.load_gpg(made.settings, made.stanzas, self.clocks)
         return wait_for_gpg(made)
 
     def message(self, number: int, text: str = "10.55.0.2,tcp/22", key_id: bytes = b"") -> bytes:
@@ -607,7 +607,7 @@ class BoundsTest(FakeGpgCase):
             type(made).receive(made, datagram(self.packet(number, b"hmacKey-for-tests")))
             made.look_at_gpg()
             made.stanzas = self.stanzas(access)
-            server.open_gpg(made.settings, made.stanzas)
+            server.load_gpg(made.settings, made.stanzas)
             made.receive(datagram(b""))
             self.assertEqual(1, made.counts[reason], made.counts)
         self.assertEqual([], self.firewall.doors())
@@ -771,7 +771,7 @@ class RealGpgCase(ServerCase):
         text = "#!/bin/sh\necho >>%s/runs\nexec gpg %s \"$@\"\n" % (self.directory, options)
         program = write(self.place("gpg"), text, 0o700)
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (program, self.ring.home))
-        server.open_gpg(made.settings, made.stanzas)
+        server.load_gpg(made.settings, made.stanzas)
         self.counted()
         return wait_for_gpg(made)
 
@@ -821,10 +821,10 @@ class VectorTest(SharedCase, RealGpgCase):
                 payload, expected = self.vector(name)
                 made = self.gpg_server(lines, self.then)
                 keys = made.stanzas[0].gpg
-                server.check_form(payload)
+                server.check_payload(payload)
                 self.assertTrue(server.is_gpg(payload))
                 self.assertTrue(keys.authentic(payload))
-                packet, texts = open_packet(payload, keys)
+                packet, texts = unlock(payload, keys)
                 self.assertEqual([expected["plaintext"].encode(), payload], texts)
                 self.assertEqual(
                     (expected["rand"], expected["username"], expected["timestamp"],
@@ -847,7 +847,7 @@ class VectorTest(SharedCase, RealGpgCase):
             made.stanzas[0].gpg.gpg.busy_until = 0
             changed = bare[:at] + (b"A" if bare[at:at + 1] != b"A" else b"B") + bare[at + 1:]
             with self.subTest(at=at), self.assertRaises(server.PacketRejected) as caught:
-                open_packet(changed, made.stanzas[0].gpg)
+                unlock(changed, made.stanzas[0].gpg)
             self.assertIn("Decryption operation failed", str(caught.exception))
 
     def test_a_knock(self) -> None:

@@ -101,7 +101,7 @@ class RotateTestCase(FileTestCase):
         for stanza in stanzas:
             assert stanza.keys is not None
             if stanza.keys.authentic(packet):
-                opened, _ = server.open_packet(packet, stanza.keys)
+                opened, _ = server.unlock(packet, stanza.keys)
                 self.assertEqual("192.0.2.7", str(opened.address))
                 numbers.append(stanza.number)
         return numbers

@@ -55,7 +55,7 @@ def hits(text: str) -> Iterable[Tuple[float, Any]]:
 
 def opened(made: Any, text: str) -> int:
     """Return how often the hits of a text complete a sequence."""
-    return sum(made.hit(each, now) == len(made.steps) for now, each in hits(text))
+    return sum(made.follow(each, now) == len(made.steps) for now, each in hits(text))
 
 
 # Each row of the table of knockd.md 1.3, with the door 7000,8000,9000 unless another is named:
@@ -118,15 +118,15 @@ class SequenceTest(unittest.TestCase):
                 ((18, 2), 2 | 0xC0, True),
                 ((0, 0), 16, True), ((0, 0), 4, True), ((2, 0), 2, False), ((63, 41), 41, True)):
             made = server.Sequence(((TCP, 7000), (UDP, 1)), 5, flags)
-            self.assertEqual(int(seen), made.hit(hit(7000, flags=given), 1.0), (flags, given))
-        self.assertEqual(2, made.hit(hit((UDP, 1)), 1.0))
+            self.assertEqual(int(seen), made.follow(hit(7000, flags=given), 1.0), (flags, given))
+        self.assertEqual(2, made.follow(hit((UDP, 1)), 1.0))
 
     def test_icmp(self) -> None:
         """Sizes of echo requests, any size, in both families."""
         for source in (ONE, TWO):
             made = sequence("100:icmp,:icmp,7000", strict=True)
             self.assertEqual([0, 1, 2, 2, 3], [
-                made.hit(hit(step, source), 1.0) or done for done, step in zip(
+                made.follow(hit(step, source), 1.0) or done for done, step in zip(
                     (0, 0, 0, 2, 0), ((ICMP, 99), (ICMP, 100), (ICMP, 5), (ICMP, 6), 7000))])
 
     def test_time(self) -> None:
@@ -135,14 +135,14 @@ class SequenceTest(unittest.TestCase):
                 (1, 0.5, 0.999, 1), (1, 0.2, 1.0, 0), (1, 0.9, 1.7, 0), (25, 24.0, 24.999, 1),
                 (25, 0.1, 25.0, 0)):
             made = sequence("1,2,3", seconds)
-            done = [made.hit(hit(port), 1000.93 + at)
+            done = [made.follow(hit(port), 1000.93 + at)
                     for port, at in ((1, 0), (2, second), (3, third))]
             self.assertEqual(count, done.count(3), (seconds, second, third))
         made = sequence("1,2", 5)
-        made.hit(hit(1), 10.0)
-        made.hit(hit(1), 14.0)  # a repeated one gives no more time
-        self.assertEqual(0, made.hit(hit(2), 15.5))
-        self.assertEqual([1, 2], [made.hit(hit(port), 16.0) for port in (1, 2)])
+        made.follow(hit(1), 10.0)
+        made.follow(hit(1), 14.0)  # a repeated one gives no more time
+        self.assertEqual(0, made.follow(hit(2), 15.5))
+        self.assertEqual([1, 2], [made.follow(hit(port), 16.0) for port in (1, 2)])
 
     def test_neighbours(self) -> None:
         """Shared prefixes in either order; another sequence's ports reset only what is strict."""
@@ -157,7 +157,7 @@ class SequenceTest(unittest.TestCase):
         scan = " ".join(map(str, range(4990, 7010)))
         self.assertEqual([0, 0], [opened(each, scan) for each in pair])
         pair = [sequence("9:icmp,8:icmp", strict=True), sequence("1,:icmp")]
-        self.assertEqual([1, 0, 0], [pair[0].hit(hit((ICMP, size)), 1.0) for size in (9, 77, 8)])
+        self.assertEqual([1, 0, 0], [pair[0].follow(hit((ICMP, size)), 1.0) for size in (9, 77, 8)])
 
     def test_scans(self) -> None:
         """All 65,535 ports up, down and in any order open nothing that is strict."""
@@ -168,9 +168,9 @@ class SequenceTest(unittest.TestCase):
             for ports in (everything, everything[::-1], mixed):
                 made = sequence(steps, strict=True)
                 last = len(made.steps)
-                self.assertNotIn(last, [made.hit(hit(port), 1.0) for port in ports])
+                self.assertNotIn(last, [made.follow(hit(port), 1.0) for port in ports])
         made = sequence("7000,8000,9000")  # or the test shows nothing
-        self.assertIn(3, [made.hit(hit(port), 1.0) for port in everything])
+        self.assertIn(3, [made.follow(hit(port), 1.0) for port in everything])
 
     def test_against_a_model(self) -> None:
         """Random hits of few ports and sources, with a slow model that keeps lists of hits."""
@@ -196,7 +196,7 @@ class SequenceTest(unittest.TestCase):
                 if len(new) == 1 and expected:
                     began[source] = now
                 seen[source] = [] if new == steps else list(new)
-                self.assertEqual(expected, made.hit(hit(step, source), now), (steps, old, step))
+                self.assertEqual(expected, made.follow(hit(step, source), now), (steps, old, step))
                 if chance.random() < 0.1:
                     made.expire(now)
 
@@ -205,22 +205,22 @@ class SequenceTest(unittest.TestCase):
         made = sequence("7000,8000,9000", strict=True)
         most = server.MAX_ATTEMPTS
         early, late, further = b"\xfe\0\0\1", b"\xfe\0\0\2", b"\xfe\0\0\3"
-        made.hit(hit(7000, further), 1.0)
-        made.hit(hit(8000, further), 1.0)
-        made.hit(hit(7000, early), 1.0)
+        made.follow(hit(7000, further), 1.0)
+        made.follow(hit(8000, further), 1.0)
+        made.follow(hit(7000, early), 1.0)
         for number in range(200000):
             if number == 200000 - most + 2:  # "further" is one of the most
-                made.hit(hit(7000, late), 2.0)
-            made.hit(hit(7000, number.to_bytes(4, "big")), 2.0)
+                made.follow(hit(7000, late), 2.0)
+            made.follow(hit(7000, number.to_bytes(4, "big")), 2.0)
         self.assertEqual(most, len(made.attempts))
-        self.assertEqual([3, 2, 0], [made.hit(hit(port, source), 3.0) for port, source in (
+        self.assertEqual([3, 2, 0], [made.follow(hit(port, source), 3.0) for port, source in (
             (9000, further), (8000, late), (8000, early))])
-        self.assertEqual(3, made.hit(hit(9000, late), 3.0))
+        self.assertEqual(3, made.follow(hit(9000, late), 3.0))
         for number in range(most + 1000):  # by somebody who knows two steps
             for port in (7000, 8000):
-                made.hit(hit(port, number.to_bytes(4, "big")), 4.0)
+                made.follow(hit(port, number.to_bytes(4, "big")), 4.0)
         self.assertEqual(most, len(made.attempts))
-        self.assertEqual([1, 2, 3], [made.hit(hit(port, late), 4.0) for port in (7000, 8000, 9000)])
+        self.assertEqual([1, 2, 3], [made.follow(hit(port, late), 4.0) for port in (7000, 8000, 9000)])
         self.assertEqual(most - 1, len(made.expire(100.0)))
         self.assertEqual(0, len(made.attempts))
 
@@ -230,11 +230,11 @@ class SequenceTest(unittest.TestCase):
         made.most, many = 4096, 40
         sources = [b"\xfe\0\0" + bytes([number]) for number in range(many)]
         for source in sources:
-            made.hit(hit(7000, source), 1.0)
-            made.hit(hit(8000, source), 1.0)
+            made.follow(hit(7000, source), 1.0)
+            made.follow(hit(8000, source), 1.0)
         for number in range(3 * made.most):
-            made.hit(hit(7000, number.to_bytes(4, "big")), 2.0)
-        done = [made.hit(hit(9000, source), 3.0) for source in sources]
+            made.follow(hit(7000, number.to_bytes(4, "big")), 2.0)
+        done = [made.follow(hit(9000, source), 3.0) for source in sources]
         self.assertGreater(done.count(3), many - server.MOST_SPARED)
         self.assertEqual(made.most, len(made.attempts) + done.count(3))
 
@@ -243,9 +243,9 @@ class SequenceTest(unittest.TestCase):
         made = sequence("7000,8000,9000")
         made.most = 4096
         for number in range(5 * made.most):
-            made.hit(hit(7000, number.to_bytes(4, "big")), 2.0)
+            made.follow(hit(7000, number.to_bytes(4, "big")), 2.0)
             if number % 5 == 0:
-                made.hit(hit(8000, number.to_bytes(4, "big")), 2.0)
+                made.follow(hit(8000, number.to_bytes(4, "big")), 2.0)
         further = [done for done, _ in made.attempts.values() if done > 1]
         self.assertEqual(made.further, len(further))
         self.assertLess(len(further), made.most // 3)
@@ -258,9 +258,9 @@ class SequenceTest(unittest.TestCase):
         made = sequence("1,2,3", 5)
         self.assertEqual(float("inf"), made.next_due())
         for number, at in ((1, 10.0), (2, 11.0), (3, 12.0)):
-            made.hit(hit(1, bytes([number])), at)
-        made.hit(hit(2, b"\3"), 12.5)
-        made.hit(hit(2, b"\1"), 14.0)
+            made.follow(hit(1, bytes([number])), at)
+        made.follow(hit(2, b"\3"), 12.5)
+        made.follow(hit(2, b"\1"), 14.0)
         told = []  # type: List[Tuple[float, bytes, int]]
         for _ in range(10):
             due = made.next_due()
@@ -270,9 +270,9 @@ class SequenceTest(unittest.TestCase):
             self.assertGreater(made.next_due(), due, "a busy loop")
         self.assertEqual([(15.0, b"\1", 2), (16.0, b"\2", 1), (17.0, b"\3", 2)], told)
         self.assertEqual({}, dict(made.attempts))
-        made.hit(hit(1), 20.0)
-        made.hit(hit(2), 20.0)
-        made.hit(hit(3), 20.0)  # done, so that nothing can be over
+        made.follow(hit(1), 20.0)
+        made.follow(hit(2), 20.0)
+        made.follow(hit(3), 20.0)  # done, so that nothing can be over
         self.assertEqual([], made.expire(made.next_due()))
         self.assertEqual(float("inf"), made.next_due())
 
@@ -281,7 +281,7 @@ class SequenceTest(unittest.TestCase):
         chance, made, now = random.Random(3), sequence("1,2,3", 5), 0.0
         for _ in range(3000):
             now += chance.random()
-            made.hit(hit(chance.choice((1, 2, 3, 1)), bytes([chance.randrange(30)])), now)
+            made.follow(hit(chance.choice((1, 2, 3, 1)), bytes([chance.randrange(30)])), now)
             ends = [due for _, due in made.attempts.values()]
             self.assertLessEqual(made.next_due(), min(ends, default=float("inf")))
             if chance.random() < 0.3:
@@ -297,7 +297,7 @@ class HitTest(unittest.TestCase):
 
     def check(self, packet: bytes, *expected: Any) -> None:
         """Fail unless the packet is a hit of this protocol, port and flags; or none."""
-        made = server.decode_hit(packet)
+        made = server.decode_knock(packet)
         self.assertEqual(expected, () if made is None else (
             made.protocol, made.destination_port, made.flags))
         if made is not None:
@@ -332,7 +332,7 @@ class HitTest(unittest.TestCase):
         self.check(ipv6(extension(6) + whole, 44))
         for packet in (ipv4(whole, 6), ipv6(whole, 6), ipv4(udp(b"")), ipv4(icmp(b""), 1),
                        ipv6(icmp(b"", 128), 58), ipv4(whole, 6, 0, b"\1" * 20)):
-            self.assertIsNotNone(server.decode_hit(packet))
+            self.assertIsNotNone(server.decode_knock(packet))
             for size in range(len(packet)):
                 self.check(packet[:size])
         self.check(b"\x44" + ipv4(whole, 6)[1:])
@@ -355,7 +355,7 @@ class HitTest(unittest.TestCase):
             if len(packet) > 9 and chance.random() < 0.7:
                 packet[6] = chance.choice((0, 6, 17, 43, 44, 58, 60))
                 packet[7:8], packet[9] = b"\0", chance.choice((1, 6, 17, 58))
-            made = server.decode_hit(bytes(packet))
+            made = server.decode_knock(bytes(packet))
             if made is not None:
                 found += 1
                 self.assertIn((made.protocol, len(made.source)), [
@@ -400,7 +400,7 @@ class HitTest(unittest.TestCase):
                 except IndexError:
                     self.assertFalse(passed)
                 self.assertFalse(run_filter(code, packet, server.PACKET_OUTGOING))
-                got = server.decode_hit(packet)
+                got = server.decode_knock(packet)
                 if got is None:
                     continue
                 looked_at = any((strict and got.protocol == protocol) or (protocol, port) in (
@@ -520,16 +520,16 @@ class OneTimeTest(ServerCase):
         self.assertEqual([(TCP, port) for port in (5, 6, 3, 4, 1, 2)], made.all_steps())
         for first, more in ((1, True), (3, True), (5, False)):
             self.assertEqual(((TCP, first), (TCP, first + 1)), made.steps)
-            made.hit(hit(first, TWO), 1.0)  # others have to begin the next one anew
-            self.assertEqual([1, 2], [made.hit(hit(port), 1.0) for port in (first, first + 1)])
+            made.follow(hit(first, TWO), 1.0)  # others have to begin the next one anew
+            self.assertEqual([1, 2], [made.follow(hit(port), 1.0) for port in (first, first + 1)])
             self.assertIs(more, made.use_up())
             self.assertEqual({}, dict(made.attempts))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
-        self.assertEqual([0] * 6, [made.hit(hit(port), 2.0) for port in range(1, 7)])
+        self.assertEqual([0] * 6, [made.follow(hit(port), 2.0) for port in range(1, 7)])
         made = server.Sequence((), 5, path=path)
         self.assertEqual(path + ": no sequence is left; this opens nothing",
                          made.warnings(alone=True)[-1])
-        self.assertEqual([0] * 6, [made.hit(hit(port), 3.0) for port in range(1, 7)])
+        self.assertEqual([0] * 6, [made.follow(hit(port), 3.0) for port in range(1, 7)])
 
     def test_what_can_not_be_marked_opens_nothing(self) -> None:
         """Changed meanwhile, gone, or not to be written: an error, and the line stays next."""

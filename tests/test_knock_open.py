@@ -55,7 +55,7 @@ class KnockCase(CommandCase):
         """Hit these ports, and return what the server logged."""
         for port in ports:
             protocol, number = port if isinstance(port, tuple) else (TCP, port)
-            self.made.take_hit(server.Datagram(
+            self.made.take_knock(server.Datagram(
                 b"", ipaddress.ip_address(source).packed, 0, ipaddress.ip_address(
                     destination or (HOST if "." in source else "fd55::1")).packed,
                 number, protocol, flags if protocol == TCP else 0), list(self.made.owners))
@@ -246,7 +246,7 @@ class StanzaTest(KnockCase):
         """Nor does it keep a hit from the sequences after it."""
         made = self.serve_for(KEYLESS + KEYLESS)
         first = next(iter(made.owners))
-        with mock.patch.object(first, "hit", side_effect=ZeroDivisionError("oh")):
+        with mock.patch.object(first, "follow", side_effect=ZeroDivisionError("oh")):
             text = self.hit(*ALL_THREE)
         self.assertIn("(stanza #1) ", text)
         self.assertIn("ZeroDivisionError", text)
@@ -259,10 +259,10 @@ class StanzaTest(KnockCase):
             self.hit(7000, source="10.1.%d.%d" % divmod(number, 256))
         made.log.level = server.DEBUG
         for number in range(2000):
-            self.made.take_hit(hit(7000, number.to_bytes(4, "big")), list(made.owners))
+            self.made.take_knock(hit(7000, number.to_bytes(4, "big")), list(made.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.BURST)
         for number in range(2000):
-            self.made.take_hit(hit(9000, number.to_bytes(4, "big")), list(made.owners))
+            self.made.take_knock(hit(9000, number.to_bytes(4, "big")), list(made.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.STEP_BURST)
         self.clock.pass_seconds(1.5)
         self.assertIn("1000 more knocks came without a line in the log\n",
@@ -274,7 +274,7 @@ class StanzaTest(KnockCase):
         made.log.level = server.DEBUG
         for number in range(1200):
             for port in (7000, 9000):
-                made.take_hit(hit(port, number.to_bytes(4, "big")), list(made.owners))
+                made.take_knock(hit(port, number.to_bytes(4, "big")), list(made.owners))
         for number in range(2 * server.BURST):
             self.hit(8000, source="0.0.0.%d" % number)
         self.assertIn("10.55.0.2: (stanza #2): OPEN SESAME\n", self.hit(5000, 6000))
@@ -314,7 +314,7 @@ class StanzaTest(KnockCase):
                               "[d]\nSequence = 7000,7000\n")
         stanza, door = made.owners
         for each in (stanza, door):
-            made.take_hit(hit(7000), [each])
+            made.take_knock(hit(7000), [each])
         self.assertEqual([], self.firewall.doors())
         self.assertEqual([1, 1], [len(each.attempts) for each in (stanza, door)])
         self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
@@ -485,7 +485,7 @@ class DoorTest(KnockCase):
     def test_too_many(self) -> None:
         """Of one door: nothing is run, the door is named, and the log does not fill."""
         made = self.door()
-        one = type("Child", (), {"cycle": mock.Mock(stanza=-1)})  # type: Any
+        one = type("Child", (), {"cycle": mock.Mock(stanza_number=-1)})  # type: Any
         most = server.KnockdCycle.most_running
         made.commands.running = [one] * most
         text = "".join(self.hit(*ALL_THREE) for _ in range(50))

@@ -652,7 +652,7 @@ for start in range(0, len(grants), 100):
 assert len(firewall.grants()) == len(grants)
 for line in sys.argv[2:]:
     subprocess.check_call(["nft", line])
-firewall.close(grants)
+firewall.remove(grants)
 print(len(firewall.grants()))
 """
 

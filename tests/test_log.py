@@ -291,7 +291,7 @@ class OpenersTest(LogCase):
     def test_doors_in_another_form(self) -> None:
         """A firewall that keeps a door without an address of it has its opener all the same."""
         made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_DESTINATION_RULE Y;\n")
-        self.firewall.form = (  # type: ignore[assignment]
+        self.firewall.normalise = (  # type: ignore[assignment]
             lambda door: door._replace(destination=None))
         self.packet(made)
         self.assertEqual(1, len(self.openers(made)))

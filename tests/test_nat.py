@@ -178,7 +178,7 @@ class NatCase(ServerCase):
         extra = [] if nat is None else [b64(nat.encode("latin-1"))]
         extra += [b"20"] * (kind in (3, 4, 6))
         sender = Sender()
-        return server.open_packet(sender.packet(text, kind, extra), sender.keys())[0]
+        return server.unlock(sender.packet(text, kind, extra), sender.keys())[0]
 
 
 class JudgeTest(NatCase):
@@ -353,10 +353,10 @@ class IptablesTest(NatCase):
                          "-m comment --comment _exp_1795370290 -j RETURN", text)
         line = "-A FWKNOP_GUARDED " + text
         self.assertIsNone(server.parse_rule(line, GUARD_PLACE))
-        self.assertEqual((made.entrance, 1795370290), server.parse_rule(line, PASS_PLACE))
+        self.assertEqual((made.match, 1795370290), server.parse_rule(line, PASS_PLACE))
         own = "-A FWKNOP_GUARDED " + self.rule(GUARD_PLACE, door("10.55.0.2/32 tcp/22"))
         self.assertIsNone(server.parse_rule(own, PASS_PLACE))
-        self.assertFalse(PASS_PLACE.tells)
+        self.assertFalse(PASS_PLACE.is_primary)
 
     def random_door(self, draw: random.Random, place: Any) -> Any:
         """Return a door as it goes to a place of this kind."""
@@ -444,8 +444,8 @@ class NftTest(unittest.TestCase):
                 self.assertEqual(made.target is None, value == b"")
                 self.assertEqual(0, (len(key) + len(value)) % 4)
                 for wrong in (value[:-1], value + b"\0\0\0\0") if value else ():
-                    self.assertEqual(made.entrance if not wrong else None, shape.door(key, wrong))
-                self.assertEqual(made.entrance, shape.door(key))
+                    self.assertEqual(made.match if not wrong else None, shape.door(key, wrong))
+                self.assertEqual(made.match, shape.door(key))
                 self.assertIsNone(shape.door(key[:-1], value))
 
     def test_bytes(self) -> None:
@@ -505,8 +505,8 @@ class GrantsTest(NatCase):
                          for port in (80, 81))
         other = nat_door("DNAT", "10.55.0.3/32 tcp/22", "10.66.0.2", 80)
         own = door("10.55.0.2/32 tcp/22")
-        self.grants.open([first, other, own], 100)
-        self.grants.open([second, own], 5)
+        self.grants.grant([first, other, own], 100)
+        self.grants.grant([second, own], 5)
         self.assertEqual(["10.55.0.2 -> 0.0.0.0/0 tcp/22 100",
                           "DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:81 5",
                           "DNAT 10.55.0.3 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:80 100"], self.live())
@@ -522,41 +522,41 @@ class GrantsTest(NatCase):
         """Nothing changes when the firewall fails for good."""
         first, second = (nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.2", port)
                          for port in (80, 81))
-        self.grants.open([first], 100)
+        self.grants.grant([first], 100)
         self.firewall.failures = 2
         with self.assertRaises(server.CommandError):
-            self.grants.open([second], 100)
+            self.grants.grant([second], 100)
         self.assertEqual([first], list(self.grants.live))
 
     def test_nobody_leads_another_stanzas_clients_elsewhere(self) -> None:
-        """Neither by the same entrance nor by a wider one, while it is open; the same is no harm.
+        """Neither by the same match nor by a wider one, while it is open; the same is no harm.
 
         A longer time does not make a door another stanza's, and nobody owns what was open before.
         """
         mine, theirs = (nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.2", port)
                         for port in (80, 81))
-        self.grants.open([mine], 100, 1)
+        self.grants.grant([mine], 100, 1)
         everything = nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.3")._replace(**ALL)
         for bad in (theirs, everything, nat_door("DNAT", "10.55.0.0/24 tcp/22", "10.66.0.3", 80),
                     nat_door("DNAT", "10.55.0.2/32 tcp/22 10.55.0.1", "10.66.0.3", 80)):
             with self.assertRaisesRegex(server.PacketRejected, "^10.55.0.2 -> 0.0.0.0/0 tcp/22 "
                                         "leads to 10.66.0.2:80 already, by another") as caught:
-                self.grants.open([door("10.55.0.2/32 tcp/81"), bad], 100, 2)
+                self.grants.grant([door("10.55.0.2/32 tcp/81"), bad], 100, 2)
             self.assertEqual("NAT", caught.exception.reason)
         others = [nat_door("DNAT", text, "10.66.0.3", 80) for text in (
             "10.55.0.3/32 tcp/22", "10.55.0.2/32 tcp/23", "10.55.0.2/32 udp/22", "::1/128 tcp/22")]
-        self.grants.open([mine] + others, 200, 2)
+        self.grants.grant([mine] + others, 200, 2)
         self.assertIn("DNAT 10.55.0.2 -> 0.0.0.0/0 tcp/22 to 10.66.0.2:80 200", self.live())
         with self.assertRaises(server.PacketRejected):
-            self.grants.open([theirs], 100, 2)
-        self.grants.open([theirs], 100, 1)
+            self.grants.grant([theirs], 100, 2)
+        self.grants.grant([theirs], 100, 1)
         self.assertNotIn(mine, self.grants.live)
         self.grants.move(self.firewall)
         with self.assertRaises(server.PacketRejected):
-            self.grants.open([mine], 100, 1)
+            self.grants.grant([mine], 100, 1)
         self.clock.pass_seconds(101)
         self.grants.expire()
-        self.grants.open([mine], 100, 2)
+        self.grants.grant([mine], 100, 2)
         self.assertIn(mine, self.grants.live)
 
     def test_words(self) -> None:
@@ -565,29 +565,29 @@ class GrantsTest(NatCase):
                                  (server.DNAT, "10.55.0.2/32 tcp/22", "DNAT"),
                                  (server.MASQUERADE, "10.55.0.2/32 tcp/22", "SNAT"),
                                  (server.SNAT, "10.55.0.2/32 tcp/22", "SNAT")):
-            self.grants.open([nat_door(kind, text)], 30)
+            self.grants.grant([nat_door(kind, text)], 30)
             self.assertIn("Added %s rule to FWKNOP_INPUT for 10.55.0.2 -> 0.0.0.0/0 tcp/22, "
                           "expires at %d\n" % (word, NOW + 30), self.logged())
-            self.grants.open([nat_door(kind, text)._replace(**ALL)], 30)
+            self.grants.grant([nat_door(kind, text)._replace(**ALL)], 30)
             self.assertIn("Added %s ALL rule to FWKNOP_INPUT for 10.55.0.2 -> 0.0.0.0/0 */*, "
                           % word, self.logged())
 
     def test_what_the_hosts_firewall_sees_to(self) -> None:
         """nftables without NFT_FORWARD_CHAINS; iptables' forms."""
-        form = server.NftFirewall.form  # type: Any
+        form = server.NftFirewall.normalise  # type: Any
         forward = nat_door("FORWARD", "10.55.0.2/32 tcp/80 10.66.0.2")
         self.assertIsNone(form(mock.Mock(forward=()), forward))
         chain = server.NftChain("inet", "filter", "forward")
         self.assertEqual(forward, form(mock.Mock(forward=(chain,)), forward))
-        form = server.IptablesFirewall.form
+        form = server.IptablesFirewall.normalise
         self.assertEqual(nat_door("FORWARD", "10.55.0.2/32 tcp/80"), form(None, forward))
         self.assertEqual(nat_door("SNAT", "0.0.0.0/0 tcp/80 10.66.0.2", "10.1.1.1"), form(
             None, nat_door("SNAT", "10.55.0.2/32 tcp/80 10.66.0.2", "10.1.1.1")))
         everything = nat_door("MASQUERADE", "fd55::2/128 tcp/1")._replace(**ALL)
         self.assertEqual(everything, form(None, everything))
-        with mock.patch.object(self.firewall, "form", return_value=None), \
+        with mock.patch.object(self.firewall, "normalise", return_value=None), \
                 self.assertRaisesRegex(server.CommandError, "no chain"):
-            self.grants.open([forward], 30)
+            self.grants.grant([forward], 30)
 
 
 class NameTest(NatCase):
@@ -685,7 +685,7 @@ class NameTest(NatCase):
     def test_a_mistake_of_ours(self) -> None:
         """Does not end the server."""
         self.knock("inner.example")
-        with mock.patch.object(self.made.grants, "open", side_effect=AttributeError):
+        with mock.patch.object(self.made.grants, "grant", side_effect=AttributeError):
             self.gate.set()
             self.turn()
         self.assertIn("internal error: AttributeError", self.logged())

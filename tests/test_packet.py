@@ -119,13 +119,13 @@ def unlock(payload: bytes, keys: Any) -> Tuple[Any, bytes]:
     """Return packet and canonical text as Server.admit() gets them: HMAC first, then the rest."""
     if not keys.authentic(payload):
         raise server.WrongKey("wrong HMAC", server.invalid_data("HMAC_COMPAREFAIL"))
-    packet, texts = server.open_packet(payload, keys)
+    packet, texts = server.unlock(payload, keys)
     return packet, texts[-1]
 
 
 def admit(payload: bytes, keys: Any) -> Tuple[Any, bytes]:
     """Return what the server makes of a payload: its form first, then the packet in it."""
-    server.check_form(payload)
+    server.check_payload(payload)
     if server.is_gpg(payload):
         raise server.wrong_type(payload)
     return unlock(payload, keys)
@@ -765,7 +765,7 @@ class FormTest(unittest.TestCase):
     def reason(self, payload: bytes) -> str:
         """Return why the form is wrong, or nothing."""
         try:
-            server.check_form(payload)
+            server.check_payload(payload)
         except server.PacketRejected as rejection:
             return str(rejection.reason)
         return ""

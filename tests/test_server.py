@@ -83,7 +83,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
         """Return whether nobody took our rules away."""
         return self.whole
 
-    def open(self, grants: List[Any], replaced: List[Any]) -> None:
+    def add(self, grants: List[Any], replaced: List[Any]) -> None:
         """All or none, as a transaction does it."""
         if self.failures:
             self.failures -= 1
@@ -99,7 +99,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
             rules[grant.door] = grant
         self.rules = rules
 
-    def close(self, grants: List[Any]) -> None:
+    def remove(self, grants: List[Any]) -> None:
         """Delete rules; what is gone already is no error."""
         if self.failing_closes:
             self.failing_closes -= 1
@@ -118,7 +118,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
             raise server.CommandError("fake failed: no luck")
         self.rules = {}
 
-    def remove(self) -> None:
+    def withdraw(self) -> None:
         """Nothing more to take away."""
         self.whole = False
 
@@ -189,7 +189,7 @@ class ServerCase(DirectoryCase):
 
 KEYS = "KEY s3cretRijndael\nHMAC_KEY hmacKey-for-tests\n"
 DOOR22 = "10.55.0.2 -> 0.0.0.0/0 tcp/22"
-NO_DECRYPTION = mock.patch.object(server.PacketKeys, "open", side_effect=AssertionError)
+NO_DECRYPTION = mock.patch.object(server.PacketKeys, "decrypt", side_effect=AssertionError)
 
 
 # ------------------------------------------------------------------- judgement
@@ -260,7 +260,7 @@ class JudgeTest(ServerCase):
         """Return a packet with these fields, off the wire."""
         extra = [b"%d" % timeout] if kind == 3 else []
         sender = Sender()
-        return server.open_packet(sender.packet(text, kind, extra, user), sender.keys())[0]
+        return server.unlock(sender.packet(text, kind, extra, user), sender.keys())[0]
 
     def judge(self, lines: str, packet: Any, came: Any, rule: bool = False) -> str:
         """Return what is opened, or the reason of the rejection."""
@@ -562,14 +562,14 @@ class ReceiveTest(ServerCase):
         """When the door opens, the digest is in the file: a crash there allows no replay."""
         made = self.serve("SOURCE ANY\n" + KEYS)
         seen = []  # type: List[str]
-        opened = self.firewall.open
+        opened = self.firewall.add
 
         def look(grants: List[Any], replaced: List[Any]) -> None:
             with open(self.path) as stream:
                 seen.append(stream.read())
             opened(grants, replaced)
 
-        self.firewall.open = look  # type: ignore[assignment]
+        self.firewall.add = look  # type: ignore[assignment]
         payload = self.knock(made)
         digest = b64(hashlib.sha256(payload).digest()).decode()
         self.assertIn(digest, seen[0])
@@ -1149,9 +1149,9 @@ class GrantsTest(ServerCase):
 
     def test_extension(self) -> None:
         """A second knock makes the rule last longer; there is never a second one."""
-        self.grants.open([self.ssh], 30)
+        self.grants.grant([self.ssh], 30)
         self.clock.pass_seconds(20)
-        self.grants.open([self.ssh], 30)
+        self.grants.grant([self.ssh], 30)
         self.assertEqual(NOW + 50, self.firewall.rules[self.ssh].expires)
         self.assertEqual(["tcp/22"], self.later(29))
         self.assertEqual([], self.later(1))
@@ -1159,8 +1159,8 @@ class GrantsTest(ServerCase):
 
     def test_never_shortened(self) -> None:
         """A knock for less time changes nothing, and the log tells the later time."""
-        self.grants.open([self.ssh], 300)
-        self.grants.open([self.ssh, self.dns], 5)
+        self.grants.grant([self.ssh], 300)
+        self.grants.grant([self.ssh, self.dns], 5)
         self.assertIn("tcp/22, expires at %d" % (NOW + 300), self.logged())
         self.assertEqual(["tcp/22"], self.later(6))
         self.assertEqual([], self.later(294))
@@ -1168,29 +1168,29 @@ class GrantsTest(ServerCase):
     def test_next_end(self) -> None:
         """Tells the loop when to come back."""
         self.assertIsNone(self.grants.next_end())
-        self.grants.open([self.ssh], 30)
-        self.grants.open([self.dns], 10)
+        self.grants.grant([self.ssh], 30)
+        self.grants.grant([self.dns], 10)
         self.assertEqual(5010.0, self.grants.next_end())
 
     def test_many_end_together(self) -> None:
         """And all are closed."""
         doors = [door("10.1.%d.%d/32 tcp/22" % (n >> 8, n & 255)) for n in range(1000)]
         for each in doors:
-            self.grants.open([each], 10)
+            self.grants.grant([each], 10)
         self.assertEqual(1000, len(self.firewall.rules))
         self.assertEqual([], self.later(10))
 
     def test_the_wall_clock_does_not_keep_a_door_open(self) -> None:
         """Jumps in both directions leave the time as it was."""
         for seconds in (-3600, 3600):
-            self.grants.open([self.ssh], 30)
+            self.grants.grant([self.ssh], 30)
             self.clock.jump(seconds)
             self.assertEqual(["tcp/22"], self.later(29))
             self.assertEqual([], self.later(2))
 
     def test_failing_close(self) -> None:
         """Is logged, tried again after a second, and never forgotten."""
-        self.grants.open([self.ssh, self.dns], 10)
+        self.grants.grant([self.ssh, self.dns], 10)
         self.firewall.failing_closes = 3
         self.assertEqual(["tcp/22", "udp/53"], self.later(10))
         self.assertIn("trying to close 2 grants again", self.logged())
@@ -1203,19 +1203,19 @@ class GrantsTest(ServerCase):
 
     def test_open_while_close_fails(self) -> None:
         """A knock in between extends the door that could not be closed."""
-        self.grants.open([self.ssh], 10)
+        self.grants.grant([self.ssh], 10)
         self.firewall.failing_closes = 1
         self.later(10)
-        self.grants.open([self.ssh], 30)
+        self.grants.grant([self.ssh], 30)
         self.assertEqual(["tcp/22"], self.later(20))
         self.assertEqual([], self.later(10))
 
     def test_all_or_none(self) -> None:
         """A failure opens no door of the packet, and takes none away."""
-        self.grants.open([self.ssh], 30)
+        self.grants.grant([self.ssh], 30)
         self.firewall.failures = 2
         with self.assertRaises(server.CommandError):
-            self.grants.open([self.ssh, self.dns], 60)
+            self.grants.grant([self.ssh, self.dns], 60)
         self.grants.check()
         self.assertEqual(["tcp/22"], self.later(29))
         self.assertEqual([], self.later(1))
@@ -1223,10 +1223,10 @@ class GrantsTest(ServerCase):
     def test_a_knock_that_fails_to_prolong_closes_nothing(self) -> None:
         """The server's next turn opens again what was open, and again until that works."""
         made = self.serve("SOURCE ANY\n" + KEYS)
-        made.grants.open([self.ssh], 30)
+        made.grants.grant([self.ssh], 30)
         self.firewall.failures = 3
         with self.assertRaises(server.CommandError):
-            made.grants.open([self.ssh, self.dns], 60)
+            made.grants.grant([self.ssh, self.dns], 60)
         with mock.patch.object(made.selector, "select", return_value=[]):
             made.check_rest = server.FOR_EVER
             for rules, due in (({}, server.RETRY_SECONDS), (made.grants.live, server.POLL_SECONDS)):
@@ -1238,8 +1238,8 @@ class GrantsTest(ServerCase):
 
     def test_check_puts_back(self) -> None:
         """Rules first, then the grants still due; not those that end anyway."""
-        self.grants.open([self.ssh], 30)
-        self.grants.open([self.dns], 10)
+        self.grants.grant([self.ssh], 30)
+        self.grants.grant([self.dns], 10)
         self.firewall.flush()
         self.firewall.whole = False
         self.clock.pass_seconds(9.8)
@@ -1255,7 +1255,7 @@ class GrantsTest(ServerCase):
     def test_check_puts_back_many(self) -> None:
         """In transactions that the kernel takes."""
         doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(950)]
-        self.grants.open(doors, 30)
+        self.grants.grant(doors, 30)
         self.firewall.flush()
         self.firewall.most = 0
         self.grants.check()
@@ -1267,16 +1267,16 @@ class GrantsTest(ServerCase):
         limit = server.MAX_GRANTS
         self.assertGreater(limit, 5000)  # one stanza may serve all the users of a busy host
         doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(limit)]
-        self.grants.open(doors, 30, 1)
+        self.grants.grant(doors, 30, 1)
         for more in ([self.ssh], [doors[0], self.ssh]):
             with self.assertRaisesRegex(
                     server.PacketRejected, "^%d doors of this stanza" % limit) as no:
-                self.grants.open(more, 30, 1)
+                self.grants.grant(more, 30, 1)
             self.assertEqual("grants", no.exception.reason)
-        self.grants.open([doors[0]], 60, 1)
-        self.grants.open([self.ssh], 60, 2)
+        self.grants.grant([doors[0]], 60, 1)
+        self.grants.grant([self.ssh], 60, 2)
         self.assertEqual(["tcp/22"] * 2, self.later(31))
-        self.grants.open(doors[1:], 30, 1)
+        self.grants.grant(doors[1:], 30, 1)
 
     def test_check_adopts_what_is_too_much(self) -> None:
         """A grant that nobody here knows of is closed in time, too."""
@@ -1288,7 +1288,7 @@ class GrantsTest(ServerCase):
 
     def test_a_flush_that_fails_is_tried_again(self) -> None:
         """Also for what only the firewall knows of; and the caller is told."""
-        self.grants.open([self.ssh], 30)
+        self.grants.grant([self.ssh], 30)
         self.firewall.rules[self.dns] = server.Grant(self.dns, 0, self.clock.mono() + 30)
         self.firewall.failing_flushes = 1
         with self.assertRaises(server.CommandError):
@@ -1297,19 +1297,19 @@ class GrantsTest(ServerCase):
 
     def test_adopt(self) -> None:
         """A restarted server knows what is open, and closes it in time, at once when it is over."""
-        self.grants.open([self.ssh], 30)
-        self.grants.open([self.dns], 10)
+        self.grants.grant([self.ssh], 30)
+        self.grants.grant([self.dns], 10)
         self.clock.pass_seconds(10)
         self.grants = server.Grants(self.firewall, self.log, self.clocks)
         self.grants.adopt()
         self.assertEqual(["tcp/22"], self.later(0))
-        self.grants.open([self.ssh], 30)
+        self.grants.grant([self.ssh], 30)
         self.assertEqual(["tcp/22"], self.later(29))
         self.assertEqual([], self.later(1))
 
     def test_flush(self) -> None:
         """Closes all, and nothing is put back."""
-        self.grants.open([self.ssh, self.dns], 30)
+        self.grants.grant([self.ssh, self.dns], 30)
         self.grants.flush()
         self.grants.check()
         self.assertEqual([], self.later(0))

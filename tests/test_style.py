@@ -323,7 +323,7 @@ for mode in server.MODES:
             packet = client.seal(data, hmac_key or None, name).encode()
             keys = server.PacketKeys(b"key", mode, hmac_key, digest)
             assert keys.authentic(packet)
-            assert server.open_packet(packet, keys)[0].digest_type == name
+            assert server.unlock(packet, keys)[0].digest_type == name
             count += 1
 print(count, "packets")
 """
