@@ -97,7 +97,7 @@ class SpaError(Exception):
     code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message + (" (%s)" % hint if hint else ""))
+        super().__init__(message + (f" ({hint})" if hint else ""))
 
 
 class UsageError(SpaError):
@@ -112,7 +112,7 @@ class ConfigError(SpaError):
     code = 3
 
     def __init__(self, path: str, line: int, message: str) -> None:
-        super().__init__("%s:%s %s" % (path, "%d:" % line if line else "", message))
+        super().__init__("{}:{} {}".format(path, "%d:" % line if line else "", message))
 
 
 class ErrorsOf:
@@ -127,7 +127,7 @@ class ErrorsOf:
     def __exit__(self, kind: object, error: "Optional[BaseException]", trace: object) -> None:
         """Errors of other kinds go on as they are."""
         if isinstance(error, (OSError, ValueError)):
-            raise SpaError("%s: %s" % (self.name, reason(error)), self.hint) from None
+            raise SpaError(f"{self.name}: {reason(error)}", self.hint) from None
 
 
 def reason(error: Exception) -> str:
@@ -170,7 +170,7 @@ class Digest:
             plain = getattr(hashlib, name)
             plain(b"", usedforsecurity=False)
         except (ImportError, AttributeError):
-            raise SpaError("this Python has no %s" % self.name) from None
+            raise SpaError(f"this Python has no {self.name}") from None
         except TypeError:
             return plain  # type: ignore[no-any-return]
         return lambda data: plain(data, usedforsecurity=False)
@@ -511,8 +511,8 @@ ICMP_ECHO = 8
 
 def encode_request(target: str, host: str, agent: str) -> bytes:
     """A GET of HTTP/1.1 (RFC 9112), after which the connection is closed."""
-    return encode_text("GET %s HTTP/1.1\r\nUser-Agent: %s\r\nAccept: */*\r\nHost: %s\r\n"
-                       "Connection: close\r\n\r\n" % (target, agent, host))
+    return encode_text(f"GET {target} HTTP/1.1\r\nUser-Agent: {agent}\r\nAccept: */*\r\nHost: {host}\r\n"
+                       "Connection: close\r\n\r\n")
 
 
 def put_checksum(data: bytes, place: int, pseudo: bytes = b"") -> bytes:
@@ -785,10 +785,10 @@ class Directive:
         except ValueError as problem:
             why = str(problem)
             if self.parse not in SECRET:
-                why += ", not '%s'" % given.text
+                why += f", not '{given.text}'"
             if not given.line:
-                raise UsageError("%s: %s" % (given.where, why)) from None
-            raise ConfigError(given.where, given.line, "%s: %s" % (self.name, why)) from None
+                raise UsageError(f"{given.where}: {why}") from None
+            raise ConfigError(given.where, given.line, f"{self.name}: {why}") from None
 
 
 def setting(name: str, parse: "Callable[[str], T]", default: str, help: str) -> "T":
@@ -933,7 +933,7 @@ class Settings:
                  "--force-stanza needs --save-rc-stanza")):
             if wrong:
                 named = self.given.get("named_config")
-                raise UsageError(("[%s] " % named.text if named else "") + message)
+                raise UsageError((f"[{named.text}] " if named else "") + message)
         if self.source_port and not raw:
             warn("the source port is ignored: it is for raw carriers (-P udpraw)")
 
@@ -1087,15 +1087,14 @@ def find_option(options: "List[Option]", name: str) -> Option:
         for option in options:
             if option.short == name[1]:
                 return option
-        raise UsageError("invalid option -- '%s'" % name[1], "--help lists them")
+        raise UsageError(f"invalid option -- '{name[1]}'", "--help lists them")
     found = [option for option in options if name[2:] and option.long.startswith(name[2:])]
     for option in found:
         if option.long == name[2:] or all(other.meaning == option.meaning for other in found):
             return option
     if not found:
-        raise UsageError("unrecognized option '%s'" % name, "--help lists them")
-    raise UsageError("option '%s' is ambiguous: %s"
-                     % (name, " ".join("--" + option.long for option in found)))
+        raise UsageError(f"unrecognized option '{name}'", "--help lists them")
+    raise UsageError("option '{}' is ambiguous: {}".format(name, " ".join("--" + option.long for option in found)))
 
 
 def parse_options(options: "List[Option]",
@@ -1110,10 +1109,10 @@ def parse_options(options: "List[Option]",
 
     def take(option: Option, name: str, attached: "Optional[str]") -> None:
         if not option.argument and attached is not None:
-            raise UsageError("option '%s' doesn't allow an argument" % name)
+            raise UsageError(f"option '{name}' doesn't allow an argument")
         if option.argument and attached is None:
             if not waiting:
-                raise UsageError("option '%s' requires an argument" % name)
+                raise UsageError(f"option '{name}' requires an argument")
             attached = waiting.pop()
         given.append((option, name, option.text + (attached or "")))
 
@@ -1254,7 +1253,7 @@ def format_man() -> str:
                          for line in text.strip("\n").split("\n"))
 
     about = (__doc__ or "\n\n").split("\n\n")
-    lines = [".TH SPA_CLIENT 1 \"\" \"spa_client.py %s\"" % VERSION, ".SH NAME",
+    lines = [f".TH SPA_CLIENT 1 \"\" \"spa_client.py {VERSION}\"", ".SH NAME",
              roff(about[0].replace(":", " -", 1)), ".SH SYNOPSIS", ".B spa_client.py",
              roff(USAGE), ".br", ".B spa_client.py", roff(KNOCK_USAGE), ".SH DESCRIPTION",
              roff(about[1]), ".PP", roff(about[2])]
@@ -1290,13 +1289,13 @@ def format_completion(shell: str) -> str:
         begin = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
         return begin + BASH_COMPLETION % " ".join(names)
     if shell != "fish":
-        raise UsageError("--completion: expected bash, zsh or fish, not '%s'" % shell)
+        raise UsageError(f"--completion: expected bash, zsh or fish, not '{shell}'")
     lines = ["-s n -l named-config -x -a"
              " \"(spa_client.py --stanza-list 2>/dev/null | string replace -fr '^ - ' '')\""]
     for option in OPTIONS:
         lines.append(" ".join(
             ["-s " + option.short] * bool(option.short) + ["-l " + option.long] * bool(option.long)
-            + ["-r"] * bool(option.argument) + ["-d '%s'" % explain(option).replace("'", "\\'")]))
+            + ["-r"] * bool(option.argument) + ["-d '{}'".format(explain(option).replace("'", "\\'"))]))
     return "\n".join("complete -c spa_client.py " + line for line in lines)
 
 
@@ -1363,7 +1362,7 @@ def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given
             raise ConfigError(path, number, "%sexpected the name of a directive"
                               % (name + ": " if known else ""))  # else it may be half a key
         if not value:
-            raise ConfigError(path, number, "%s: expected a value" % name)
+            raise ConfigError(path, number, f"{name}: expected a value")
         if suspicious and name in SECRET_NAMES:
             warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
                  "follows: keys with these characters must be given as base64"
@@ -1382,9 +1381,8 @@ def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
             value, text = ROWS[name].value(given[name]), given[name].text
             if type(value) in (int, str):
                 text = str(value)
-            if parse_line("%s %s" % (name, text))[1] != text or set("\r\n") & set(text):
-                raise UsageError("%s: an rc file can't hold values with blanks, ';' or '#'"
-                                 % given[name].where, "give keys as base64")
+            if parse_line(f"{name} {text}")[1] != text or set("\r\n") & set(text):
+                raise UsageError(f"{given[name].where}: an rc file can't hold values with blanks, ';' or '#'", "give keys as base64")
             values[name] = text
     return values
 
@@ -1409,7 +1407,7 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
         if name:  # also that of a header, which is HEADER
             place = len(lines)
     if not place:
-        lines += [""] * bool(text.strip()) + ["[%s]" % stanza]
+        lines += [""] * bool(text.strip()) + [f"[{stanza}]"]
         place = len(lines)
     lines[place:place] = ["%-24s    %s" % item for item in waiting.items()]
     return "\n".join(lines).lstrip("\n") + "\n"
@@ -1443,7 +1441,7 @@ def note(message: str) -> None:
 
 def tell(message: str) -> None:
     """One line on standard error; that nobody reads it must not stop a knock."""
-    write_to(sys.stderr, "spa_client.py: %s\n" % printable(message))
+    write_to(sys.stderr, f"spa_client.py: {printable(message)}\n")
 
 
 # --- shared: output -- the same text in spa_server.py, spa_client.py and keygen.py --
@@ -1549,12 +1547,12 @@ def read_private(path: str, pipe: bool = False) -> str:
                 raise ConfigError(path, 0, "expected a file")
             if hasattr(os, "geteuid"):
                 if status.st_mode & 0o077:
-                    warn("%s: permissions should only be user read/write (0600)" % path)
+                    warn(f"{path}: permissions should only be user read/write (0600)")
                 if status.st_uid != os.geteuid():
-                    warn("%s: not owned by current effective user id" % path)
+                    warn(f"{path}: not owned by current effective user id")
             return decode_text(file.read())
     except (OSError, ValueError) as error:
-        raise ConfigError(path, 0, "cannot be read: %s" % reason(error)) from None
+        raise ConfigError(path, 0, f"cannot be read: {reason(error)}") from None
 
 
 def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
@@ -1589,7 +1587,7 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     if named is not None:
         layers.append(parse_stanza(text, path, named.text))
         if layers[1] is None and not new:
-            raise ConfigError(path, 0, "named configuration stanza [%s] was not found" % named.text)
+            raise ConfigError(path, 0, f"named configuration stanza [{named.text}] was not found")
     return [layer for layer in layers if layer is not None]
 
 
@@ -1614,7 +1612,7 @@ def create_alone(path: str) -> int:
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             if time.monotonic() > end:
-                raise SpaError("%s: another run is writing it" % path,
+                raise SpaError(f"{path}: another run is writing it",
                                "if there is none, remove it") from None
             time.sleep(0.02)
 
@@ -1631,8 +1629,7 @@ def choose_values(values: "Dict[str, str]", text: str, stanza: str,
     for name in values:
         for sources in KEY_SOURCES + (("GPG_RECIPIENT",), ("GPG_SIGNER",)):
             rivals = sorted(old.intersection(sources) - dropped) if name in sources else []
-            if force or all(confirm("Variable '%s' found in stanza '%s'. Overwrite [N/y] ? "
-                                    % (rival, stanza)) for rival in rivals):
+            if force or all(confirm(f"Variable '{rival}' found in stanza '{stanza}'. Overwrite [N/y] ? ") for rival in rivals):
                 dropped.update(rivals)
             else:
                 wanted.pop(name)
@@ -1685,7 +1682,7 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
         raise UsageError("--save-rc-stanza needs %s" % (
             "an rc file" if named else "-n or -D, for the name of the stanza"))
     if not named.text or set("[],\r\n") & set(named.text):
-        raise UsageError("%s: expected the name of a stanza" % named.where)
+        raise UsageError(f"{named.where}: expected the name of a stanza")
     real = os.path.realpath(path)
     with ErrorsOf(real):
         if os.path.exists(path):  # root must not write to what a link of somebody else's leads to
@@ -1729,7 +1726,7 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
         if line.startswith(server + ":"):
             key = line[len(server) + 1:].lstrip(" \t=") or key
     if key is None:
-        raise ConfigError(path, 0, "no key for %s (expected a line `%s: KEY`)" % (server, server))
+        raise ConfigError(path, 0, f"no key for {server} (expected a line `{server}: KEY`)")
     return encode_text(key)
 
 
@@ -1780,11 +1777,11 @@ def choose_key(settings: Settings, what: str, options: str,
     if settings.fd is not None or settings.stdin:
         key = read_line(settings.fd or 0).rstrip(b"\r\n")
     elif os.isatty(0):
-        key = prompt_key("Enter %s: " % what)
+        key = prompt_key(f"Enter {what}: ")
     else:
-        raise UsageError("no %s given" % what, "give %s, or --stdin" % options)
+        raise UsageError(f"no {what} given", f"give {options}, or --stdin")
     if not key:
-        raise SpaError("expected the %s, got an empty line" % what)
+        raise SpaError(f"expected the {what}, got an empty line")
     return key
 
 
@@ -1842,15 +1839,15 @@ def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
     length = settings.hmac_key_length or HMAC_KEY_LENGTHS[settings.hmac_type]
     keys = {name: binascii.b2a_base64(os.urandom(size), newline=False).decode("ascii")
             for name, size in (("KEY_BASE64", settings.key_length), ("HMAC_KEY_BASE64", length))}
-    lines = "\n".join("%s: %s" % item for item in keys.items())
+    lines = "\n".join("{}: {}".format(*item) for item in keys.items())
     if settings.save_stanza:
         new = {name: Given(text, "-k") for name, text in keys.items()}
         path, written = save_stanza(dict(given, **new), settings.force_stanza)
         kinds = [kind for kind, name in zip(("Rijndael", "HMAC"), keys) if name in written]
-        say("[+] Wrote %s keys to rc file: %s" % (" and ".join(kinds) or "no", path))
+        say("[+] Wrote {} keys to rc file: {}".format(" and ".join(kinds) or "no", path))
     if settings.key_gen_file is not None:
         write_private(settings.key_gen_file, lines + "\n", os.O_EXCL)
-        say("[+] Wrote Rijndael and HMAC keys to: %s" % settings.key_gen_file)
+        say(f"[+] Wrote Rijndael and HMAC keys to: {settings.key_gen_file}")
     elif not settings.save_stanza:
         say(lines)
 
@@ -1877,7 +1874,7 @@ def find_user(settings: Settings) -> str:
     try:
         return parse_user(name)
     except ValueError as problem:
-        raise SpaError("%s, not '%s'" % (problem, name), "-U sets it") from None
+        raise SpaError(f"{problem}, not '{name}'", "-U sets it") from None
 
 
 # ======================================================================================
@@ -1924,7 +1921,7 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
     argv += ["--encrypt", "--recipient", settings.gpg_recipient or ""]
     cipher = run_program(argv, plaintext)
     if not cipher:
-        raise SpaError("%s: it printed nothing" % settings.gpg_exe)
+        raise SpaError(f"{settings.gpg_exe}: it printed nothing")
     return cipher
 
 
@@ -1963,7 +1960,7 @@ def encode_host(host: str) -> bytes:
     try:
         return host.encode("ascii" if max(host, default="") < "\x7f" else "idna")
     except (LookupError, UnicodeError):
-        raise SpaError("%s: not an ASCII name" % host,
+        raise SpaError(f"{host}: not an ASCII name",
                        "give the form that begins with xn--") from None
 
 
@@ -1994,7 +1991,7 @@ def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket
         finally:
             link.close()
     if problem:
-        raise SpaError("%s: %s" % (host, problem))
+        raise SpaError(f"{host}: {problem}")
 
 
 def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
@@ -2007,10 +2004,10 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
     if settings.protocol == "http":
         host, target = parse_place(settings.server or "")[0], "/" + packet.replace(
             "+", "-").replace("/", "_")
-        host = "[%s]" % host if ":" in host else host
+        host = f"[{host}]" if ":" in host else host
         if settings.http_proxy:  # without a port of its own it takes that of -p, as in fwknop
             own = settings.http_proxy[1] and "SPA_SERVER_PORT" in settings.given
-            target = "http://%s%s%s" % (host, ":%d" % settings.port if own else "", target)
+            target = "http://{}{}{}".format(host, ":%d" % settings.port if own else "", target)
         payload = encode_request(target, host, settings.user_agent)
     stream = open_socket(link.family, link.getpeername(), False, NETWORK_SECONDS)
     try:
@@ -2113,7 +2110,7 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     own = own_address(link) if link is not None and not hidden else None
     if own is None:
         raise UsageError("Must use one of [-s|-R|-a] to specify IP for SPA access.")
-    note("asking to open for %s, our address on the way to the server" % own)
+    note(f"asking to open for {own}, our address on the way to the server")
     return own
 
 
@@ -2175,7 +2172,7 @@ def check_own(text: str, where: str) -> str:
         text = socket.inet_ntop(socket.AF_INET, own)
     if (own[0] in (0, 127) or own[0] >= 224) if len(own) == 4 else (
             own[:15] == bytes(15) or own[0] == 255):
-        raise SpaError("%s: it says that our address is %s, which can't be" % (where, text))
+        raise SpaError(f"{where}: it says that our address is {text}, which can't be")
     return text
 
 
@@ -2183,12 +2180,12 @@ def resolve_address(settings: Settings, family: int) -> str:
     """Our address: the line of RESOLVE_URL that is one (fwknop.md 2.6); SpaError without any."""
     secure = "" if settings.resolve_http_only else "s"
     page = settings.resolve_url or parse_url(
-        "http%s://www.cipherdyne.org/cgi-bin/myip" % secure)
+        f"http{secure}://www.cipherdyne.org/cgi-bin/myip")
     url = page[0]
     if url.startswith("https:") and not secure:
         raise UsageError("https is not supported for --resolve-http-only.")
     if url.startswith("http:") and secure:
-        warn("IP resolution URL '%s' should begin with 'https://' in -R mode." % url)
+        warn(f"IP resolution URL '{url}' should begin with 'https://' in -R mode.")
     if settings.wget is not None:
         named = [] if settings.use_wget_agent else ["-U", settings.user_agent]
         answer = run_program([settings.wget] + named + [
@@ -2201,7 +2198,7 @@ def resolve_address(settings: Settings, family: int) -> str:
         except ValueError:
             continue
         return check_own(found, url)
-    raise SpaError("%s: no line of the answer is an address" % url)
+    raise SpaError(f"{url}: no line of the answer is an address")
 
 
 def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
@@ -2229,7 +2226,7 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
     head, _, body = answer.partition(b"\r\n\r\n")
     status = head.split(b"\r\n")[0].decode("ascii", "replace")
     if status.split()[1:2] != ["200"]:
-        raise SpaError("%s: %s" % (url, status or problem))
+        raise SpaError(f"{url}: {status or problem}")
     return body
 
 
@@ -2298,7 +2295,7 @@ def ask_stun(place: str, family: int) -> str:
                         return check_own(own, "STUN server " + host)
         except OSError as error:
             problem = reason(error)
-    raise SpaError("STUN server %s: %s" % (host, problem), "-a or -s need none")
+    raise SpaError(f"STUN server {host}: {problem}", "-a or -s need none")
 
 
 # ======================================================================================
@@ -2531,8 +2528,7 @@ def print_version() -> None:
     """Version, protocol, and the SHA-256 of this very file, to compare with a published one."""
     with open(__file__, "rb") as file:
         digest = binascii.hexlify(DIGESTS["SHA256"](file.read())).decode("ascii")
-    say("spa_client.py %s, FKO protocol version %s\nSHA-256 %s"
-        % (VERSION, PROTOCOL_VERSION, digest))
+    say(f"spa_client.py {VERSION}, FKO protocol version {PROTOCOL_VERSION}\nSHA-256 {digest}")
 
 
 def print_stanzas(given: "Dict[str, Given]") -> None:
@@ -2541,7 +2537,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
     if path is None or ("rc_file" not in given and not os.path.exists(path)):
         raise UsageError("--stanza-list needs an rc file, and there is none")
     text = read_private(path)
-    say("The following stanzas are configured in %s :" % path)
+    say(f"The following stanzas are configured in {path} :")
     for _, _, name, says in scan(text):
         if says == HEADER and name.lower() != DEFAULT_STANZA:
             say(" - " + name)
@@ -2573,14 +2569,14 @@ def make_message(settings: Settings, allow_ip: str) -> Message:
             asked = "%s/%d" % (protocol, settings.nat_port)
         if settings.nat_rand_port:
             settings.nat_rand_port = False  # it is told once, however many packets are made
-            say("[+] Randomly assigned port '%s' on: '%s,%s'%s" % (
+            say("[+] Randomly assigned port '{}' on: '{},{}'{}".format(
                 settings.nat_port, allow_ip, asked,
-                " will grant access to: '%s'" % nat if nat else ""))
+                f" will grant access to: '{nat}'" if nat else ""))
     if settings.timeout:
         number = {ACCESS: TIMEOUT_ACCESS, NAT_ACCESS: TIMEOUT_NAT_ACCESS,
                   LOCAL_NAT: TIMEOUT_LOCAL_NAT}.get(number, number)
     return Message(random_digits(), find_user(settings), int(time.time()) + settings.time_offset,
-                   number, "%s,%s" % (allow_ip, asked), nat, settings.timeout)
+                   number, f"{allow_ip},{asked}", nat, settings.timeout)
 
 
 def draw_ports(settings: Settings) -> None:
@@ -2631,13 +2627,13 @@ class Knock:
                 act(link)
                 done = True
             except OSError as error:
-                problems.append(SpaError("%s: %s" % (host, reason(error))))
+                problems.append(SpaError(f"{host}: {reason(error)}"))
             except SpaError as problem:
                 problems.append(problem)
         if problems and not done:
             raise problems[-1]
         for each in problems if self.first else ():
-            warn("one address of %s %s: %s" % (host, complaint, each))
+            warn(f"one address of {host} {complaint}: {each}")
 
     def hit(self, link: "socket.socket") -> None:
         """Hit all of KNOCK_SEQUENCE at one address."""
@@ -2740,7 +2736,7 @@ def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[s
         except SpaError as error:
             if len(several) == 1:
                 raise
-            tell("[%s] %s" % (settings.given["named_config"].text, error))
+            tell("[{}] {}".format(settings.given["named_config"].text, error))
             failed += 1
         if link is not None and not settings.relay:
             link.close()
@@ -2755,7 +2751,7 @@ def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
     names = [name.strip() for name in named.text.split(",")] if named else []
     if named and "" in names:
         raise UsageError("-n: expected the name of a stanza, or several with commas in between,"
-                         " not '%s'" % named.text)
+                         f" not '{named.text}'")
     layers = [dict(given, named_config=Given(name, "-n")) for name in names] or [given]
     return [Settings(merge(read_layers(layer) + [layer])) for layer in layers]
 

@@ -154,7 +154,7 @@ class TooFast(PacketRejected):
 def explain(error: Exception) -> str:
     """Return an error in a line for the administrator; that of a file names the file."""
     if isinstance(error, OSError):
-        return "%s: %s" % (error.filename or "line %d" % frames(error)[-1][1],
+        return "{}: {}".format(error.filename or "line %d" % frames(error)[-1][1],
                            error.strerror or error)
     return str(error)
 
@@ -207,7 +207,7 @@ class Door(NamedTuple):
         """The door in the words of fwknopd's log."""
         source = self.source.network_address if self.source.num_addresses == 1 else self.source
         anywhere = "0.0.0.0/0" if self.source.version == 4 else "::/0"
-        return "%s -> %s %s/%s" % (source, self.destination or anywhere, self.protocol,
+        return "{} -> {} {}/{}".format(source, self.destination or anywhere, self.protocol,
                                    self.port or "*")
 
     @property
@@ -231,7 +231,7 @@ class Door(NamedTuple):
 
     def describe(self) -> str:
         """The door with its kind, unless that is access, and where it leads."""
-        text = str(self) if self.kind == INPUT else "%s %s" % (self.kind, self)
+        text = str(self) if self.kind == INPUT else f"{self.kind} {self}"
         return text + (" to " + self.target_text() if self.target else "")
 
     def target_text(self) -> str:
@@ -457,7 +457,7 @@ class Digest:
             plain = getattr(hashlib, name)
             plain(b"", usedforsecurity=False)
         except (ImportError, AttributeError):
-            raise SpaError("this Python has no %s" % self.name) from None
+            raise SpaError(f"this Python has no {self.name}") from None
         except TypeError:
             return plain  # type: ignore[no-any-return]
         return lambda data: plain(data, usedforsecurity=False)
@@ -987,7 +987,7 @@ class Line(NamedTuple):
     def error(self, text: object) -> SpaError:
         """The error that this line is wrong in the way that `text` says."""
         if not self.number:
-            return UsageError("%s: %s" % (self.file, text))
+            return UsageError(f"{self.file}: {text}")
         name = self.name.rstrip(";:")
         named = (name[:1].isalpha() and not name.strip(self.characters)) or name in INCLUDES
         return ConfigError("%s:%d: %s%s" % (
@@ -1022,14 +1022,14 @@ class Settings:
         row = self.row(line.name)
         if row is None:
             near = self.row(line.name.upper())
-            raise line.error("unknown directive" + (", expected %s" % near.name if near else ""))
+            raise line.error("unknown directive" + (f", expected {near.name}" if near else ""))
         value = line.value if row.secret else line.value.rstrip()
         try:
             value = self.expand(value)
             self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
-            shown = "" if row.secret else ", not '%s'" % value
-            raise line.error("%s%s" % (error, shown)) from None
+            shown = "" if row.secret else f", not '{value}'"
+            raise line.error(f"{error}{shown}") from None
         self.texts[row.name], self.lines[row.name] = value, line
         return ["%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
                 ] * isinstance(row, Ignored)
@@ -1046,13 +1046,13 @@ class Settings:
     def only_one(self, first: Directive[Any], second: Directive[Any]) -> Any:
         """The value of the one that is set of two directives that exclude each other."""
         both = self.is_set(first) and self.is_set(second)
-        self.require(not both, second, "only one of %s and %s" % (first.name, second.name))
+        self.require(not both, second, f"only one of {first.name} and {second.name}")
         return getattr(self, (second if self.is_set(second) else first).attribute)
 
     def error(self, row: Directive[Any], text: str) -> SpaError:
         """The error that the value of `row` can't stay as it is, at the line that set it."""
         line = self.lines.get(row.name)
-        return line.error(text) if line else ConfigError("%s: %s" % (row.name, text))
+        return line.error(text) if line else ConfigError(f"{row.name}: {text}")
 
     def expand(self, value: str) -> str:
         """`value`, where it begins with a directive as `$FWKNOP_RUN_DIR/x` does, with its value."""
@@ -1089,10 +1089,10 @@ def read_file(path: str, untrusted: bool = False) -> str:
         with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
                 name, flags | (untrusted and os.O_NONBLOCK))) as file:
             if untrusted and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError("%s: expected a regular file" % path)
+                raise ConfigError(f"{path}: expected a regular file")
             text = file.read(MAX_KEY_FILE + 1 if untrusted else -1)
     except OSError as error:
-        raise ConfigError("%s: %s" % (path, error.strerror)) from None
+        raise ConfigError(f"{path}: {error.strerror}") from None
     if untrusted and len(text) > MAX_KEY_FILE:
         raise ConfigError("%s: expected at most %d bytes" % (path, MAX_KEY_FILE))
     return text
@@ -1134,8 +1134,7 @@ def permission_warnings(path: str) -> List[str]:
         return []
     texts = []
     if stat.S_IMODE(status.st_mode) & 0o077:
-        texts.append("[-] file: %s permissions should only be user read/write (0600, -rw-------)"
-                     % path)
+        texts.append(f"[-] file: {path} permissions should only be user read/write (0600, -rw-------)")
     if status.st_uid not in (0, os.geteuid()):
         texts.append("[-] file: %s (owner: %d) not owned by current effective user id: %d"
                      % (path, status.st_uid, os.geteuid()))
@@ -1153,8 +1152,8 @@ def folder_warnings(folder: str, harmless: int = 0) -> List[str]:
         return []
     if not mode & 0o022 or mode & harmless:
         return []
-    return ["[-] folder: %s is writable by others (mode %04o): they say what is opened, and what "
-            "root runs" % (folder, stat.S_IMODE(mode))]
+    return [f"[-] folder: {folder} is writable by others (mode {stat.S_IMODE(mode):04o}): they say what is opened, and what "
+            "root runs"]
 
 
 def folder_files(folder: str) -> List[str]:
@@ -1162,7 +1161,7 @@ def folder_files(folder: str) -> List[str]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise ValueError("%s: %s" % (folder, error.strerror)) from None
+        raise ValueError(f"{folder}: {error.strerror}") from None
     return [os.path.join(folder, name) for name in names if name.endswith(".conf")]
 
 
@@ -1181,7 +1180,7 @@ def choice(*words: str) -> Callable[[str], str]:
         for word in words:
             if text.lower() == word.lower():
                 return word
-        raise ValueError("expected %s" % ", ".join(words[:-1]) + " or " + words[-1])
+        raise ValueError("expected {}".format(", ".join(words[:-1])) + " or " + words[-1])
     return parse
 
 
@@ -1437,7 +1436,7 @@ class FilterParser:
 
     def __init__(self, text: str) -> None:
         for symbol, word in FILTER_SYMBOLS.items():
-            text = text.replace(symbol, " %s " % word)
+            text = text.replace(symbol, f" {word} ")
         self.words = text.split()[::-1]  # those to come, the next one last
         self.last: Optional[Tuple[str, str, str]] = None  # of a primitive: `port 1 or 2` repeats it
 
@@ -1796,7 +1795,7 @@ class ServerSettings(Settings):
              "and the client's -a prevent that)" if self.aging else
              "ENABLE_DIGEST_PERSISTENCE N: a restart forgets which packets were seen"),
             (self.access_folder and self.is_set(ServerSettings.access_file),
-             "ACCESS_FILE %s is not read: there is an ACCESS_FOLDER" % self.access_file),
+             f"ACCESS_FILE {self.access_file} is not read: there is an ACCESS_FOLDER"),
             (self.http and self.forwarded_for,
              "ENABLE_X_FORWARDED_FOR Y: who reaches the port past your proxy can give any address "
              "as the source"),
@@ -1819,11 +1818,11 @@ def read_server_settings(path: str, settings: ServerSettings,
             except ConfigError as error:
                 if not skipping:
                     raise
-                skipping.warning("%s; going on without this line" % error)
+                skipping.warning(f"{error}; going on without this line")
     except ConfigError as error:
         if not skipping:
             raise
-        skipping.warning("%s; going on without this file" % error)
+        skipping.warning(f"{error}; going on without this file")
     return warnings
 
 
@@ -2076,7 +2075,7 @@ class OneTimeFile:
             place += len(raw) + 1
         self.lines.reverse()
         if not self.lines:
-            self.warnings.append("%s: no sequence is left; this opens nothing" % path)
+            self.warnings.append(f"{path}: no sequence is left; this opens nothing")
 
     @property
     def steps(self) -> Tuple[Step, ...]:
@@ -2092,13 +2091,13 @@ class OneTimeFile:
         try:
             with open(open_ours(self.path, os.O_RDWR), "r+b", buffering=0) as file:
                 if os.pread(file.fileno(), len(raw), place) != raw:
-                    raise SpaError("%s: somebody changed it; nothing is opened until it is read "
-                                   "again" % self.path)
+                    raise SpaError(f"{self.path}: somebody changed it; nothing is opened until it is read "
+                                   "again")
                 if not test:
                     os.pwrite(file.fileno(), b"#", place)
                     os.fsync(file.fileno())
         except OSError as error:
-            raise SpaError("%s: %s" % (self.path, error.strerror)) from None
+            raise SpaError(f"{self.path}: {error.strerror}") from None
         self.lines.pop()
 
 
@@ -2146,7 +2145,7 @@ def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
     def parse(text: str) -> FrozenSet[str]:
         ids = [item.replace(" ", "").upper() for item in text.split(",") if text]
         expect(all(len(each) in lengths and not each.strip("0123456789ABCDEF") for each in ids),
-               "%s hex digits, with commas between the keys" % " or ".join(map(str, lengths)))
+               "{} hex digits, with commas between the keys".format(" or ".join(map(str, lengths))))
         return frozenset(ids)
     return parse
 
@@ -2211,7 +2210,7 @@ def fill_in(word: str, values: Dict[str, Any]) -> str:
     filled, *parts = word.split("$")
     for part in parts:
         name = max((name for name in CYCLE_VARIABLES if part.startswith(name)), key=len, default="")
-        expect(name != "", "only $%s after a dollar sign" % ", $".join(CYCLE_VARIABLES))
+        expect(name != "", "only ${} after a dollar sign".format(", $".join(CYCLE_VARIABLES)))
         filled += str(values[name]) + part[len(name):]
     return filled
 
@@ -2362,7 +2361,7 @@ class Stanza(Settings):
             Stanza.require_knock)]
         for row, *needed in needs:
             self.require(not self.is_set(row) or any(map(self.is_set, needed)), row,
-                         "%s with it" % needed[0].name)
+                         f"{needed[0].name} with it")
 
     def validate_knock(self) -> List[str]:
         """Makes the stanza's sequence ready, if it has one; returns warnings."""
@@ -2410,8 +2409,7 @@ class Stanza(Settings):
              "has expired (ACCESS_EXPIRE)"),
             (not self.open_ports, "no OPEN_PORTS: every port may be opened"),
             (self.takes_packets and not self.require_source,
-             "Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: '%s'"
-             % self.texts.get("SOURCE", "ANY"))) if applies]
+             "Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: '{}'".format(self.texts.get("SOURCE", "ANY")))) if applies]
 
     def give_up(self, error: SpaError) -> None:
         """Makes the stanza void if its keys are in a file of their own; else raises the error.
@@ -2496,7 +2494,7 @@ class AccessFiles:
         stanza.has_key_file = True
         try:
             path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
-            self.warnings += ["Including key file: '%s'" % path] + permission_warnings(path)
+            self.warnings += [f"Including key file: '{path}'"] + permission_warnings(path)
             for each in read_lines(path, colon=True, untrusted=True):
                 if each.name not in KEY_FILE_NAMES:
                     raise each.error("expected only keys here, and the rest beside %include_keys")
@@ -2508,7 +2506,7 @@ class AccessFiles:
     def checked(path: str, line: Line) -> str:
         """The path of a file to include, once it is there."""
         if not os.path.isfile(path):
-            raise line.error("Access file: '%s' was not found." % path)
+            raise line.error(f"Access file: '{path}' was not found.")
         return path
 
 
@@ -2519,7 +2517,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
         files.read(path)
     stanzas = files.stanzas
     if not stanzas:
-        raise ConfigError("%s: expected a stanza, which begins with SOURCE" % ", ".join(paths))
+        raise ConfigError("{}: expected a stanza, which begins with SOURCE".format(", ".join(paths)))
     warnings = files.warnings
     for stanza in stanzas:
         try:
@@ -2621,8 +2619,7 @@ class KnockdSettings(Settings):
 
     def dump(self) -> str:
         """What the file set, in its own syntax. Sequences are secrets."""
-        return "".join("\t%s\n" % row.name if isinstance(row, Bare) else "\t%s = %s\n" % (
-            row.name, PLACEHOLDER if row.secret else self.texts[row.name])
+        return "".join(f"\t{row.name}\n" if isinstance(row, Bare) else f"\t{row.name} = {PLACEHOLDER if row.secret else self.texts[row.name]}\n"
             for row in self.rows() if self.is_set(row))
 
 
@@ -2684,7 +2681,7 @@ class KnockdDoor(KnockdSettings):
         if bool(self.knock_steps) == bool(self.knock_file):
             raise self.line.error("expected Sequence or One_Time_Sequences, and only one of them")
         self.sequence = make_sequence(self, options.strict, options.exact, self.target or b"")
-        return ["[%s] %s" % (self.name, text) for text in self.sequence.warnings(alone=True)]
+        return [f"[{self.name}] {text}" for text in self.sequence.warnings(alone=True)]
 
     def commands(self, address: Address) -> List[str]:
         """What starts and what stops for a client; nothing stops where nothing started."""
@@ -2704,8 +2701,8 @@ class KnockdFile(NamedTuple):
 
     def dump(self) -> str:
         """The file as it was understood."""
-        return "[options]\n%s" % self.options.dump() + "".join(
-            "[%s]\n%s" % (door.name, door.dump()) for door in self.doors)
+        return f"[options]\n{self.options.dump()}" + "".join(
+            f"[{door.name}]\n{door.dump()}" for door in self.doors)
 
 
 def read_knockd(path: str) -> KnockdFile:
@@ -2728,7 +2725,7 @@ def read_knockd(path: str) -> KnockdFile:
                 made.doors.append(section)
         elif isinstance(KnockdOptions.row(name), Bare):
             if equals or section is None:
-                raise line.error("expected %s alone, in a section" % name)
+                raise line.error(f"expected {name} alone, in a section")
             made.options.take(line._replace(value="Y"))
         elif section is None:
             raise line.error("expected a section first: [options], or a door's [name]")
@@ -2776,7 +2773,7 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSe
     wanted = set(packet.ports)
     if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
         raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
-                             "access.conf. (%s)" % port_list(packet.ports))
+                             f"access.conf. ({port_list(packet.ports)})")
     seconds = grant_seconds(packet, stanza, now)
     address = packet.address or parse_address(socket_text(datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
@@ -2785,8 +2782,7 @@ def judge(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSe
     if settings.destination_rule:
         destination = parse_address(socket_text(datagram.destination))
         if destination.version != address.version:
-            raise PacketRejected("family", "The packet was sent to %s, which %s can't connect to."
-                                 % (destination, address))
+            raise PacketRejected("family", f"The packet was sent to {destination}, which {address} can't connect to.")
     doors = [Door(network, destination, protocol, port) for protocol, port in packet.ports]
     if with_nat and not stanza.cycle_open:
         doors = nat_doors(packet, stanza, datagram, doors, settings, is_own)
@@ -2800,8 +2796,8 @@ def check_policy(packet: Packet, stanza: Stanza, now: float) -> None:
     if packet.address is None and stanza.require_source:
         raise PacketRejected("no address", "Got 0.0.0.0 when valid source IP was required.")
     if stanza.require_username and packet.user != stanza.require_username:
-        raise PacketRejected("user", "Username in SPA data (%s) does not match required "
-                             "username: %s" % (packet.user, stanza.require_username))
+        raise PacketRejected("user", f"Username in SPA data ({packet.user}) does not match required "
+                             f"username: {stanza.require_username}")
 
 
 def grant_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
@@ -2821,9 +2817,9 @@ class NameToResolve(Exception):
 
 def no_nat(datagram: Datagram, why: str = "") -> PacketRejected:
     """The rejection of a packet whose NAT can't be, in fwknopd's words."""
-    return PacketRejected("NAT", "SPA packet from %s requested NAT access, but is not "
-                          "enabled/supported%s" % (socket_text(datagram.source),
-                                                   why and " (%s)" % why), "{stanza}{text}")
+    return PacketRejected("NAT", "SPA packet from {} requested NAT access, but is not "
+                          "enabled/supported{}".format(socket_text(datagram.source),
+                                                   why and f" ({why})"), "{stanza}{text}")
 
 
 def wants_nat(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSettings) -> bool:
@@ -2911,7 +2907,7 @@ def nat_host(host: str, local: bool, datagram: Datagram, version: int, settings:
     if own is None:
         raise no_nat(datagram, no_host % address)
     if own != local:
-        raise no_nat(datagram, "%s is %s address of this host" % (address, "no" if local else "an"))
+        raise no_nat(datagram, "{} is {} address of this host".format(address, "no" if local else "an"))
     return address
 
 
@@ -3239,7 +3235,7 @@ class FileOutlet(Outlet):
 
     def send(self, severity: int, text: str) -> bool:
         """Write to the file."""
-        line = "[%s] %s\n" % (time.strftime("%Y-%m-%d %H:%M"), text)
+        line = "[{}] {}\n".format(time.strftime("%Y-%m-%d %H:%M"), text)
         try:
             with open(self.open(), "wb", buffering=0) as file:
                 return file.write(line.encode()) == len(line)
@@ -3277,7 +3273,7 @@ class Log:
         """Write one line, or none. Control characters, which a packet may bring, are shown."""
         if severity > self.level or not text:
             return
-        text = "".join(c if " " <= c <= "~" else "\\x%02x" % ord(c) for c in text)
+        text = "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
         if self.stream is not None and severity <= self.stream_level:
             self.stream.write(severity, text)
         if self.syslog is not None:
@@ -3356,18 +3352,18 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
                                    stderr=subprocess.PIPE, env=PROGRAM_ENVIRONMENT,
                                    start_new_session=True)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise CommandError("%s: %s" % (arguments[0], error)) from None
+        raise CommandError(f"{arguments[0]}: {error}") from None
     with process.stdin, process.stdout, process.stderr:  # type: ignore[union-attr]
         try:
             output, errors = process.communicate(text.encode(), seconds)
         except subprocess.TimeoutExpired:
             end_group(process, signal.SIGKILL)
             process.wait()
-            raise CommandError("%s: killed after %.1f seconds" % (arguments[0], seconds)) from None
+            raise CommandError(f"{arguments[0]}: killed after {seconds:.1f} seconds") from None
     if process.returncode:
         said = errors.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
         words = said.strip().splitlines() or ["no reason given"]
-        raise CommandError("%s failed: %s" % (" ".join(arguments), words[0]), said=words[-1])
+        raise CommandError("{} failed: {}".format(" ".join(arguments), words[0]), said=words[-1])
     return output.decode("utf-8", "replace")  # type: ignore[no-any-return]
 
 
@@ -3462,10 +3458,10 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
                                  "GPG ERROR: " + problem)
     signers = [valid[0][0], valid[0][9]]  # the key that signed, and the one that it belongs to
     for wanted, text in (
-            (stanza.gpg_fingerprints, "signed by: %s, but that fingerprint is not in the "
-             "GPG_FINGERPRINT_ID list." % signers[0]),
-            (stanza.gpg_remote_ids, "signed by ID: %s, but that ID is not in the GPG_REMOTE_ID "
-             "list." % signers[0][-16:])):
+            (stanza.gpg_fingerprints, f"signed by: {signers[0]}, but that fingerprint is not in the "
+             "GPG_FINGERPRINT_ID list."),
+            (stanza.gpg_remote_ids, f"signed by ID: {signers[0][-16:]}, but that ID is not in the GPG_REMOTE_ID "
+             "list.")):
         if wanted and not any(signer.endswith(each) for signer in signers for each in wanted):
             raise PacketRejected("gpg signer", "Incoming SPA packet " + text)
     return signers[0]
@@ -3567,7 +3563,7 @@ class GpgRun:
                  "--decrypt"], stdin=text, stdout=plain, stderr=subprocess.DEVNULL,
                 pass_fds=(secret, status), env=PROGRAM_ENVIRONMENT)
         except OSError as error:
-            self.answer(PacketRejected("gpg failed", "%s: %s" % (command[0], error.strerror)))
+            self.answer(PacketRejected("gpg failed", f"{command[0]}: {error.strerror}"))
         finally:
             for end in ends:
                 os.close(end)
@@ -3616,7 +3612,7 @@ class GpgKeys(Keys):
         named = stanza.gpg_program or settings.gpg_program or "gpg"
         program = find_program(named)
         if program is None:
-            raise stanza.error(Stanza.gpg_decrypt_id, "there is no program %s to decrypt" % named)
+            raise stanza.error(Stanza.gpg_decrypt_id, f"there is no program {named} to decrypt")
         self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home, *GPG_OPTIONS]
         self.command += ["--skip-verify"] * stanza.gpg_disable_sig
         self.fingerprints = self.find_key()
@@ -3654,8 +3650,7 @@ class GpgKeys(Keys):
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
-            self.signed = "Incoming SPA data signed by '%s' (fingerprint '%s')." % (
-                signer[-8:], signer)
+            self.signed = f"Incoming SPA data signed by '{signer[-8:]}' (fingerprint '{signer}')."
         if not answer.succeeded:
             raise PacketRejected("gpg failed", "gpg ended with an error")
         return answer.plain
@@ -3749,7 +3744,7 @@ class ReplayMemory:
             self.rewrite()
         except OSError as error:
             if error.errno not in DISK_FAILURES:
-                raise SpaError("%s: %s" % (path, error.strerror)) from None
+                raise SpaError(f"{path}: {error.strerror}") from None
             self.began = self.clocks.monotonic() + 1
             self.give_up_file(error)
 
@@ -3768,7 +3763,7 @@ class ReplayMemory:
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise OSError(error.errno, error.strerror, path) from None
-            self.log.error("%s; a new memory begins" % explain(error))
+            self.log.error(f"{explain(error)}; a new memory begins")
             lines = [""]
         if lines == [""]:
             self.began += 1
@@ -3804,7 +3799,7 @@ class ReplayMemory:
             reason = self.refused[digest]
             raise NotFresh(reason, "SPA data time difference is too great (sent again)."
                            if reason in ("stale", "from the future") else
-                           "SPA packet was refused before (%s)." % reason)
+                           f"SPA packet was refused before ({reason}).")
         self.check_unknown(digest, datagram)
 
     def refuse(self, payload: bytes, reason: str) -> None:
@@ -3855,8 +3850,7 @@ class ReplayMemory:
         took it away or changed it, and some time after it could not be written."""
         try:
             if self.file is not None and self.written != file_state(path):
-                self.log.warning("%s: somebody moved, deleted or changed it; writing it anew"
-                                 % path)
+                self.log.warning(f"{path}: somebody moved, deleted or changed it; writing it anew")
                 self.close()
             if self.file is not None:
                 self.append(self.file, line)
@@ -3864,7 +3858,7 @@ class ReplayMemory:
                     self.clocks.monotonic() >= self.rewrite_due):
                 self.rewrite()
                 if self.rewrite_due:
-                    self.log.info("%s: packets are written to it again" % path)
+                    self.log.info(f"{path}: packets are written to it again")
                 self.rewrite_due = 0.0
         except OSError as error:
             self.give_up_file(error)
@@ -3895,8 +3889,8 @@ class ReplayMemory:
         assert self.path is not None
         self.close()
         self.rewrite_due = self.clocks.monotonic() + REWRITE_SECONDS
-        self.log.error("%s: %s; only this process remembers packets, and the next start will "
-                       "reject those that were made before it" % (self.path, error.strerror))
+        self.log.error(f"{self.path}: {error.strerror}; only this process remembers packets, and the next start will "
+                       "reject those that were made before it")
         empty_file(self.path)
 
     def prune(self) -> None:
@@ -4063,7 +4057,7 @@ class Netlink:
             self.socket.bind((0, 0))
             self.port: int = self.socket.getsockname()[0]
         except OSError as error:
-            raise CommandError("netlink: %s" % error.strerror) from None
+            raise CommandError(f"netlink: {error.strerror}") from None
 
     def __del__(self) -> None:
         """Close the socket when the backend goes: a reload replaces it, a check drops it."""
@@ -4466,16 +4460,16 @@ class FileCapture(Capture):
         self.name, self.tree, self.any_direction = path, tree, any_direction
         self.packets, self.passed, self.cut = 0, 0, 0
         if os.path.exists(path) and not os.path.isfile(path):
-            raise SpaError("%s: expected a regular file" % path)
+            raise SpaError(f"{path}: expected a regular file")
         try:
             self.file = open(path, "rb")
         except OSError as error:
-            raise SpaError("%s: %s" % (path, error.strerror)) from None
+            raise SpaError(f"{path}: {error.strerror}") from None
         head = self.file.read(24)
         self.order = PCAP_ORDERS.get(head[:4], "")
         if not self.order or len(head) < 24:
             self.file.close()
-            raise SpaError("%s: expected a capture file in the pcap format" % path,
+            raise SpaError(f"{path}: expected a capture file in the pcap format",
                            "tcpdump -r FILE -w NEW or editcap -F pcap FILE NEW make one of pcapng"
                            if head[:4] == PCAPNG else "")
         number = struct.unpack(self.order + "20xI", head)[0] & 0xFFFF  # above are other things
@@ -4551,7 +4545,7 @@ def capture_lines(settings: ServerSettings, captures: Iterable[Capture]) -> List
     if PacketCapture in kinds:
         lines.append("Sniffing interface: " + settings.interface)
     if lines:
-        lines.append("PCAP filter is: '%s'" % settings.texts.get(row.name, row.default))
+        lines.append(f"PCAP filter is: '{settings.texts.get(row.name, row.default)}'")
     names = sorted({each.name for each in captures if isinstance(each, KnockCapture)})
     if names:
         lines.append("Listening for knock sequences: " + ", ".join(names))
@@ -4608,9 +4602,9 @@ def packet_sockets(kind: Callable[..., T], name: str, code: bytes, log: Log,
         raise
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
-            raise SpaError("%s: %s" % (name, error.strerror)) from None
-        log.warning("Interface %s does not exist; it is waited for, and until then no knock is "
-                    "heard" % name)
+            raise SpaError(f"{name}: {error.strerror}") from None
+        log.warning(f"Interface {name} does not exist; it is waited for, and until then no knock is "
+                    "heard")
         return []
 
 
@@ -4776,7 +4770,7 @@ def tag(rule: str) -> str:
     Firewalls print rules in words of their own, and each version in others: so the comments are
     compared. A checksum will do, since who may change rules may do anything.
     """
-    return "%s:%08x" % (COMMENT, binascii.crc32(rule.encode()))
+    return f"{COMMENT}:{binascii.crc32(rule.encode()):08x}"
 
 
 def tag_in(text: str) -> str:
@@ -4868,7 +4862,7 @@ class Shape(NamedTuple):
         if place == NAT_TABLE and self.kind != MASQUERADE:
             word, value = "map", " : " + address
             value += " . inet_service" * (self.kind == DNAT and self.ports)
-        return "add %s %s %s %s { type %s%s; flags timeout; }" % (
+        return "add {} {} {} {} {{ type {}{}; flags timeout; }}".format(
             word, place.family, place.table, self.set_name, " . ".join(fields), value)
 
     def match(self, word: str = "") -> str:
@@ -4876,16 +4870,16 @@ class Shape(NamedTuple):
         header = "ip" if self.version == 4 else "ip6"
         anywhere = "0.0.0.0/%d" if self.version == 4 else "::/%d"
         mask = ipaddress.ip_network(anywhere % self.prefix).netmask
-        source = "%s saddr" % header + (" & %s" % mask if self.prefix != mask.max_prefixlen else "")
-        fields = [source] + ["%s daddr" % header] * self.destination
+        source = f"{header} saddr" + (f" & {mask}" if self.prefix != mask.max_prefixlen else "")
+        fields = [source] + [f"{header} daddr"] * self.destination
         fields += ["meta l4proto", "th dport"] * self.ports
-        return "%s %s@%s" % (" . ".join(fields), word, self.set_name)
+        return "{} {}@{}".format(" . ".join(fields), word, self.set_name)
 
     def nat_rule(self) -> str:
         """Chain and rule in the table for NAT; what is only routed here is led nowhere else."""
         if self.kind == MASQUERADE:
-            return "postrouting %s masquerade" % self.match()
-        return "%s %s ip%s to %s" % ("prerouting fib daddr type local" if self.kind == DNAT
+            return f"postrouting {self.match()} masquerade"
+        return "{} {} ip{} to {}".format("prerouting fib daddr type local" if self.kind == DNAT
                                      else "postrouting",
                                      self.kind.lower(), "6" * (self.version == 6),
                                      self.match("map "))
@@ -5019,7 +5013,7 @@ class NftFirewall(Firewall):
         if place not in self.rules:
             self.rules[place] = self.wanted_rules(place)
         lines = [shape.creation(place) for shape in self.shapes_at(place)]
-        rules = ['rule %s %s comment "%s"' % (" ".join(chain), rule, tag(rule))
+        rules = ['rule {} {} comment "{}"'.format(" ".join(chain), rule, tag(rule))
                  for chain, rules in self.rules[place].items() for rule in rules]
         if place not in OWN_CHAINS:
             lines += ["insert " + rule for rule in rules[::-1]]  # each goes before the last one
@@ -5027,17 +5021,17 @@ class NftFirewall(Firewall):
                 self.run(self.rule_removal(place) + lines)
             except CommandError as error:
                 explain_failure(self.program, place, place in self.accept)
-                raise CommandError("%s (chain %s)" % (error, " ".join(place))) from None
+                raise CommandError("{} (chain {})".format(error, " ".join(place))) from None
             return
         for chain, hook in OWN_CHAINS[place].items():
             name = "chain %s %s %s" % (place[:2] + (chain,))
-            lines += ["add %s %s" % (name, hook), "flush " + name]
+            lines += [f"add {name} {hook}", "flush " + name]
         lines += ["add " + rule for rule in rules]
         try:
             self.fill_table(place, lines)
         except CommandError:  # perhaps somebody's chain or set has the name of one of ours
             explain_owner(place)
-            self.run(["%s table %s %s" % (do, *place[:2]) for do in ("delete", "add")] + lines)
+            self.run(["{} table {} {}".format(do, *place[:2]) for do in ("delete", "add")] + lines)
 
     def fill_table(self, place: NftChain, lines: List[str]) -> None:
         """Let nft do all of `lines` in a table of our own, or nothing.
@@ -5052,7 +5046,7 @@ class NftFirewall(Firewall):
                 self.netlink.set_table(place, TABLE_PERSIST)
             persistent = self.netlink.table_numbers(place)[0] & TABLE_PERSIST
         # An nft that does not know the word refuses to add what is there.
-        self.run(["add table %s %s" % place[:2]] * (not persistent) + lines)
+        self.run(["add table {} {}".format(*place[:2])] * (not persistent) + lines)
         if persistent:
             self.netlink.set_table(place, TABLE_OWNER | TABLE_PERSIST)
 
@@ -5207,7 +5201,7 @@ class NftFirewall(Firewall):
         tables = dict.fromkeys((place.family, place.table) for place in self.places)
         there = run_program([self.program, "list", "tables"]).splitlines()
         return "\n".join(run_program([self.program, "list", "table"] + list(table))
-                         for table in tables if "table %s %s" % table in there)
+                         for table in tables if "table {} {}".format(*table) in there)
 
     def flush(self) -> None:
         """Close all grants; the guard stays."""
@@ -5216,13 +5210,13 @@ class NftFirewall(Firewall):
 
     def withdraw(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
-        table = "table %s %s" % NAT_TABLE[:2]
+        table = "table {} {}".format(*NAT_TABLE[:2])
         batches = [["add " + table, "delete " + table]] * (NAT_TABLE in self.places)
         rules = {place: self.rule_removal(place) for place in self.chains}
         batches += rules.values()
         # Chains of one table share the sets, so these go when no rule needs them any more.
         sets = {place[:2] + (shape.set_name,) for place, shape in self.sets if rules.get(place)}
-        batches += [["delete set %s %s %s" % each] for each in sorted(sets)]
+        batches += [["delete set {} {} {}".format(*each)] for each in sorted(sets)]
         do_all(self.run, [(lines,) for lines in batches])
 
     def guarded(self) -> bool:
@@ -5234,7 +5228,7 @@ class NftFirewall(Firewall):
     def unguard(self) -> None:
         """Takes the guard away."""
         self.netlink.release()
-        self.run(["delete table %s %s" % GUARD_TABLE[:2]])
+        self.run(["delete table {} {}".format(*GUARD_TABLE[:2])])
 
     def leave(self) -> None:
         """Close the socket to nf_tables."""
@@ -5251,16 +5245,16 @@ def nft_guard_rules(guarded: FrozenSet[Port], shapes: List[Shape]) -> List[str]:
     port for port: so that no port is open here for a moment longer than it leads elsewhere.
     """
     ports = ", ".join("%s . %d" % port for port in sorted(guarded))
-    return (["%s %s" % (chain, rule)
+    return ([f"{chain} {rule}"
              for chain, passes in (("guard", "fib daddr type unicast"),
                                    ("input", "ct status dnat"))
              for rule in ('iifname "lo" accept', "ct state established accept",
                           passes + " accept",
-                          "meta l4proto . th dport { %s } goto closed" % ports)]
+                          f"meta l4proto . th dport {{ {ports} }} goto closed")]
             + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
                "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
                for peer, peer_port, port in established_connections(guarded)]
-            + ["closed %s accept" % shape.match() for shape in shapes]
+            + [f"closed {shape.match()} accept" for shape in shapes]
             + ["closed counter drop"])
 
 
@@ -5271,7 +5265,7 @@ def explain_failure(program: str, place: NftChain, accepts: bool) -> None:
         run_program([program, "list", "chain"] + list(place))
     except CommandError as error:
         if "No such file or directory" in str(error):
-            raise CommandError("%s: there is no chain %s" % (
+            raise CommandError("{}: there is no chain {}".format(
                 "NFT_ACCEPT_CHAINS" if accepts else "NFT_FORWARD_CHAINS",
                 " ".join(place)), hint="start after the service that makes it") from None
     explain_owner(place)
@@ -5297,15 +5291,15 @@ def netlink_program(port: int) -> str:
     """
     with open("/proc/net/netlink") as file:
         rows = [line.split() for line in file]
-    sockets = ["socket:[%s]" % row[9] for row in rows
+    sockets = [f"socket:[{row[9]}]" for row in rows
                if row[1:3] == [str(NETLINK_NETFILTER), str(port)]]
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        directory = "/proc/%s/" % pid
+        directory = f"/proc/{pid}/"
         try:
             if any(os.readlink(directory + "fd/" + number) in sockets
                    for number in os.listdir(directory + "fd")):
                 with open(directory + "comm") as file:
-                    return "%s (pid=%s)" % (file.read().strip(), pid)
+                    return f"{file.read().strip()} (pid={pid})"
         except OSError:  # it has ended, or is not ours to look at
             continue
     return "another program"
@@ -5384,7 +5378,7 @@ class Iptables:
 
     def commit(self, changes: Dict[str, List[str]]) -> None:
         """Makes the changes of each table, all of a table or none."""
-        text = "".join("*%s\n%s\nCOMMIT\n" % (table, "\n".join(lines))
+        text = "".join("*{}\n{}\nCOMMIT\n".format(table, "\n".join(lines))
                        for table, lines in changes.items() if lines)
         if text:
             self.run([self.restore, "-n"], text)
@@ -5392,8 +5386,8 @@ class Iptables:
     def probe_time_match(self, table: str) -> None:
         """Finds out whether the kernel has the time match, in a chain that is gone at once."""
         def probe(match: str) -> None:
-            self.commit({table: [":%s - [0:0]" % PROBE_CHAIN,
-                                 "-A %s %s-j RETURN" % (PROBE_CHAIN, match),
+            self.commit({table: [f":{PROBE_CHAIN} - [0:0]",
+                                 f"-A {PROBE_CHAIN} {match}-j RETURN",
                                  "-F " + PROBE_CHAIN, "-X " + PROBE_CHAIN]})
         try:
             probe("-m time --datestop 2000-01-01T00:00:00 ")
@@ -5414,7 +5408,7 @@ class Iptables:
         sides = {peer: str(door.source)} if door.source.prefixlen else {}
         if door.destination is not None:
             sides[here] = "%s/%d" % (door.destination, door.destination.max_prefixlen)
-        words = ["%s %s" % (side, sides[side]) for side in ("-s", "-d") if side in sides]
+        words = [f"{side} {sides[side]}" for side in ("-s", "-d") if side in sides]
         if door.port:
             words.append("-p %s -m %s --%s %d" % (door.protocol, door.protocol,
                                                  "sport" if place.outgoing else "dport", door.port))
@@ -5446,7 +5440,7 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
             values[peer] = str(any_source(destination.version))
         protocol, number = "*", 0
         if place.kind == INPUT or "-p" in values:
-            protocol, number = parse_port("%s/%s" % (values.get("-p"), values.get(port)))
+            protocol, number = parse_port("{}/{}".format(values.get("-p"), values.get(port)))
         door = Door(ipaddress.ip_network(values[peer]), destination, protocol, number, place.kind)
         if place.kind in TARGET_OPTIONS and place.is_primary:
             host, port = values[TARGET_OPTIONS[place.kind]], "0"
@@ -5467,7 +5461,7 @@ def any_source(version: int) -> Network:
 def jumps_to(chain: str, from_chain: str, lines: List[str]) -> List[str]:
     """The lines of `iptables -S` that jump to a chain from another one, whatever they match."""
     return [line for line in lines
-            if line.startswith("-A %s " % from_chain) and line.endswith(" -j " + chain)]
+            if line.startswith(f"-A {from_chain} ") and line.endswith(" -j " + chain)]
 
 
 class IptablesFirewall(Firewall):
@@ -5519,8 +5513,8 @@ class IptablesFirewall(Firewall):
         for program in self.programs.values():
             program.probe_time_match(self.tables[0])
             if not program.dated:
-                self.log.warning("%s has no time match: what is open when this server is killed "
-                                 "stays open; nftables would close it" % program.program)
+                self.log.warning(f"{program.program} has no time match: what is open when this server is killed "
+                                 "stays open; nftables would close it")
 
     def prepare_guard(self) -> None:
         """Make the guard's chains alone."""
@@ -5535,16 +5529,14 @@ class IptablesFirewall(Firewall):
                     for line in lines)
         for place in self.access:
             if (place.table == table and place.kind == INPUT and not drops and not self.guard_ports
-                    and "-P %s ACCEPT" % place.from_chain in lines):
-                self.log.warning("%s drops nothing (%s): without GUARD_PORTS no port is hidden"
-                                 % (place.from_chain, program.program))
+                    and f"-P {place.from_chain} ACCEPT" in lines):
+                self.log.warning(f"{place.from_chain} drops nothing ({program.program}): without GUARD_PORTS no port is hidden")
         program.commit({table: changes})
         for place in self.access if version == 4 else []:
             if place.table == table and any(
                     change.startswith("-I") and change.endswith(" -j " + place.chain)
                     for change in changes):
-                self.log.info("Added jump rule from chain: %s to chain: %s"
-                              % (place.from_chain, place.chain))
+                self.log.info(f"Added jump rule from chain: {place.from_chain} to chain: {place.chain}")
 
     def missing(self, version: int, table: str, lines: List[str]) -> List[str]:
         """Return the changes that a table needs, by its lines; none where it is as it should be."""
@@ -5554,14 +5546,14 @@ class IptablesFirewall(Firewall):
             if place.table != table:
                 continue
             if "-N " + place.chain not in lines:
-                changes.append(":%s - [0:0]" % place.chain)
+                changes.append(f":{place.chain} - [0:0]")
             # What is only routed here is led nowhere else.
             jump = "-m addrtype --dst-type LOCAL " * (place.kind == DNAT)
             if not place.chain.startswith(CHAIN_PREFIX):  # its name does not say whose it is
-                jump += "-m comment --comment %s " % COMMENT
+                jump += f"-m comment --comment {COMMENT} "
             jump += "-j " + place.chain
             present = jumps_to(place.chain, place.from_chain, lines)
-            wanted = "-A %s %s" % (place.from_chain, jump)
+            wanted = f"-A {place.from_chain} {jump}"
             if wanted not in [line.replace('"', "") for line in present]:
                 changes.append("-I %s %d %s" % (place.from_chain, place.position, jump))
             changes += ["-D" + line[2:] for line in present  # an older one
@@ -5595,15 +5587,15 @@ class IptablesFirewall(Firewall):
             self.rules[version] = self.guard_rules(version)
         changes = []
         for chain, rules in self.rules[version].items():
-            there = [line for line in lines if line.startswith("-A %s " % chain)]
+            there = [line for line in lines if line.startswith(f"-A {chain} ")]
             grants = [line for line in there if chain == GUARDED_CHAIN and MARK in line]
             if "-N " + chain not in lines or list(map(tag, rules)) != [
                     tag_in(line) for line in there if line not in grants]:
-                changes += [":%s - [0:0]" % chain] + grants
-                changes += ["-A %s -m comment --comment %s %s" % (chain, tag(rule), rule)
+                changes += [f":{chain} - [0:0]"] + grants
+                changes += [f"-A {chain} -m comment --comment {tag(rule)} {rule}"
                             for rule in rules]
-        return changes + ["-I %s 1 -j %s" % jump for jump in GUARD_CHAINS.items()
-                          if "-A %s -j %s" % jump not in lines]
+        return changes + ["-I {} 1 -j {}".format(*jump) for jump in GUARD_CHAINS.items()
+                          if "-A {} -j {}".format(*jump) not in lines]
 
     def mend_guard(self) -> bool:
         """Put the guard back where it is not as it should be; return whether anything was wrong.
@@ -5800,8 +5792,8 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
         if kind == "iptables" and nft and iptables and nft_suffices(settings) and not (
                 Iptables(iptables).ends_grants()):
             kind = "nft"
-            log.warning("%s has no time match, so that it would leave doors open if this server is "
-                        "killed; using nftables" % iptables)
+            log.warning(f"{iptables} has no time match, so that it would leave doors open if this server is "
+                        "killed; using nftables")
     for text in idle_directives(settings, kind):
         log.warning(text)
     if kind == "iptables":
@@ -5836,7 +5828,7 @@ def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
         (ServerSettings.rule_prepend, kind == "iptables", "with nftables")]
     rows += [(row, settings.nat, "without ENABLE_IPT_FORWARDING") for row in (
         ServerSettings.snat, ServerSettings.snat_address, ServerSettings.nft_forward_chains)]
-    return ["%s has no effect %s" % (row.name, where) for row, used, where in rows
+    return [f"{row.name} has no effect {where}" for row, used, where in rows
             if not used and getattr(settings, row.attribute)]
 
 
@@ -5908,7 +5900,7 @@ def our_part(place: str, chains: List[str], named: Set[str], rules: List[Rule],
     counts = collections.Counter(rule.chain for rule in found)
     return found, gone, (["%d of the rules in chain %s %s" % (count, place, chain)
                           for chain, count in counts.items()]
-                         + ["chain %s %s" % (place, chain) for chain in gone])
+                         + [f"chain {place} {chain}" for chain in gone])
 
 
 def nft_expressions(rule: Dict[int, bytes]) -> Iterator[Tuple[str, Dict[int, bytes]]]:
@@ -5976,7 +5968,7 @@ def nft_removal(netlink: Netlink, family: str, table: bytes,
             stays = own or what == OPEN
             if count or not stays:  # without elements named, the first of these takes all out
                 messages.append((DELETE_ELEMENT if stays else DELETE_SET, number, body))
-                words.append("%sset %s %s" % ("%d doors of " % count if stays else "", place,
+                words.append("{}set {} {}".format("%d doors of " % count if stays else "", place,
                                               text_of(each[LIST_SET])))
     return words, messages
 
@@ -5999,13 +5991,12 @@ def legacy_tables(settings: ServerSettings, log: Optional[Log] = None
     Without a program that shows them there are none; `log` gets that.
     """
     for name in ("iptables", "ip6tables"):
-        tables = read_proc("net/%s_names" % name.replace("tables", "_tables")).split()
+        tables = read_proc("net/{}_names".format(name.replace("tables", "_tables"))).split()
         program = legacy_program(settings, name) if tables else None
         if program:
             yield from ((Iptables(program), table) for table in tables)
         elif tables and log:
-            log.warning("No program shows the tables of an older %s: nobody looked at %s"
-                        % (name, ", ".join(tables)))
+            log.warning("No program shows the tables of an older {}: nobody looked at {}".format(name, ", ".join(tables)))
 
 
 def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], what: str,
@@ -6014,7 +6005,7 @@ def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], what
     for firewall, table in legacy_tables(settings, log):
         lines = firewall.list(table)
         rules, chains, words = our_part(
-            "%s %s" % (os.path.basename(firewall.program), table),
+            f"{os.path.basename(firewall.program)} {table}",
             [line[3:] for line in lines if line.startswith("-N ")],
             {chain for each, chain in named if each == table},
             [iptables_rule(line) for line in lines if line.startswith("-A ")], what)
@@ -6050,19 +6041,19 @@ def is_untracked(rule: Dict[int, bytes]) -> bool:
 def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
     """Find what rules of the host do to grants: those of the backend that is not looked at else."""
     if firewall.guard_ports:
-        places = {"%s %s" % (text_of(rule[RULE_TABLE]), text_of(rule[RULE_CHAIN]))
+        places = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
                   for rule in Netlink().dump(GET_RULE, 0, b"") if is_untracked(rule)}
         if any("NOTRACK" in line or "--notrack" in line for line in legacy_lines(settings, "raw")):
             places.add("raw of iptables-legacy")
         if places:
-            yield ("Rules turn connection tracking off (%s): a connection to a guarded port that "
-                   "they concern ends with its grant" % ", ".join(sorted(places)))
+            yield ("Rules turn connection tracking off ({}): a connection to a guarded port that "
+                   "they concern ends with its grant".format(", ".join(sorted(places))))
     elif firewall.legacy:
         for chain in Netlink().dump(GET_CHAIN, 0, b""):
             hook = attributes(chain.get(CHAIN_HOOK, b"")).get(HOOK_NUMBER, b"")
             if hook == HOOK_INPUT and chain.get(CHAIN_POLICY) == POLICY_DROP:
-                yield ("nftables drops as well (%s %s), and iptables-legacy can't open what that "
-                       "closes" % (text_of(chain[TABLE_NAME]), text_of(chain[CHAIN_NAME])))
+                yield (f"nftables drops as well ({text_of(chain[TABLE_NAME])} {text_of(chain[CHAIN_NAME])}), and iptables-legacy can't open what that "
+                       "closes")
     elif firewall.keeps and any(line.endswith((" DROP", " REJECT")) or "-j REJECT " in line
                                 for line in legacy_lines(settings, "filter")):
         yield ("iptables-legacy drops as well (its filter table), and what that closes stays "
@@ -6092,7 +6083,7 @@ def take_away(what: str, settings: ServerSettings, log: Log,
             leftover.take()
             taken += leftover.words
         except CommandError as error:
-            log.error("%s; left: %s" % (error, ", ".join(leftover.words)))
+            log.error("{}; left: {}".format(error, ", ".join(leftover.words)))
     return taken
 
 
@@ -6107,7 +6098,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
                 attribute(TABLE_NAME, NAT_TABLE.table.encode() + b"\0"))])
     except CommandError as error:
         if error.number not in NOTHING_THERE:
-            log.warning("%s; what earlier settings opened may be left" % error)
+            log.warning(f"{error}; what earlier settings opened may be left")
 
 
 def standing_shapes() -> Set[Shape]:
@@ -6210,7 +6201,7 @@ class Grants:
         try:
             self.firewall.add(opened, replaced)
         except CommandError as error:
-            self.log.warning("%s; looking whether somebody changed the firewall" % error)
+            self.log.warning(f"{error}; looking whether somebody changed the firewall")
             self.doubtful = True  # check() then opens again what a failure below has closed
             self.check()
             if self.clocks.monotonic() >= opened[0].ends:
@@ -6229,8 +6220,7 @@ class Grants:
                 other = grant.door
                 if (other.kind == DNAT and grant.stanza_number != stanza_number and other.overlaps(door)
                         and (other.target, other.target_port) != (door.target, door.target_port)):
-                    raise PacketRejected("NAT", "%s leads to %s already, by another stanza"
-                                         % (other, other.target_text()), "{stanza}{text}")
+                    raise PacketRejected("NAT", f"{other} leads to {other.target_text()} already, by another stanza", "{stanza}{text}")
         new = sum(door not in self.live for door in doors)
         if len(self.live) + new <= MAX_GRANTS:
             return
@@ -6285,8 +6275,7 @@ class Grants:
             return True
         intact = self.firewall.intact()
         if not intact:
-            self.log.warning("Somebody changed our rules in the firewall (%s); putting them back"
-                             % self.firewall.describe())
+            self.log.warning(f"Somebody changed our rules in the firewall ({self.firewall.describe()}); putting them back")
             self.firewall.prepare()
         present = {grant.door: grant for grant in self.firewall.grants()}
         for door in set(present) - set(self.live):
@@ -6333,12 +6322,12 @@ class Grants:
             if moved:
                 firewall.prepare()  # what they shared
         except CommandError as error:
-            self.log.error("%s; something of the old settings is left" % error)
+            self.log.error(f"{error}; something of the old settings is left")
         if old.netlink is not firewall.netlink:  # else they share the socket
             old.leave()
         for grant in homeless:
             del self.live[grant.door]
-            self.log.warning("Closed %s: the new settings have no place for it" % (grant.door,))
+            self.log.warning(f"Closed {grant.door}: the new settings have no place for it")
 
 
 OPENERS_BYTES = 65536  # size of a file up to which it is not tidied up
@@ -6451,9 +6440,9 @@ def launch(command: Command, output: int, outlives: bool = False,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
     except OSError as error:  # whose text names the program in its own way in Python 3.6
-        raise CommandError("%s: %s" % (command, os.strerror(error.errno or 0))) from None
+        raise CommandError(f"{command}: {os.strerror(error.errno or 0)}") from None
     except (ValueError, subprocess.SubprocessError) as error:
-        raise CommandError("%s: %s" % (command, error)) from None
+        raise CommandError(f"{command}: {error}") from None
 
 
 def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
@@ -6539,7 +6528,7 @@ class KnockdCycle(Cycle):
         self.texts = door.commands(address)
         start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None)
                        for text in self.texts]
-        super().__init__(door.name, door.number, "%s: %s: " % (address, door.name), limit,
+        super().__init__(door.name, door.number, f"{address}: {door.name}: ", limit,
                          door.stop_seconds, start, stop)
         self.closing_kind = door.name
         self.key = door.number, address, stop
@@ -6575,7 +6564,7 @@ class Commands:
         self.check(cycles)
         for cycle in cycles:
             if self.test:
-                self.log.info("--test mode enabled, not running: %s" % str(cycle.opening))
+                self.log.info(f"--test mode enabled, not running: {str(cycle.opening)}")
             else:
                 self.start_open(cycle)
 
@@ -6610,7 +6599,7 @@ class Commands:
         lines = child.printed[:MAX_OUTPUT].decode("latin-1").splitlines()
         more = len(child.printed) > MAX_OUTPUT or len(lines) > MAX_OUTPUT_LINES
         for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
-            self.log.info("%s: %s" % (child.kind, line))
+            self.log.info(f"{child.kind}: {line}")
         code = child.popen.returncode
         self.log.write(WARNING if code else INFO, (
             child.cycle.failure_line if code else child.cycle.end_line).format(
@@ -6629,8 +6618,7 @@ class Commands:
             if child.popen.poll() is not None:
                 self.finish(child)
             elif now >= child.due:
-                self.log.warning("%s: %s: command runs for too long (CMD_EXEC_TIMEOUT)"
-                                 % (child.kind, child.command))
+                self.log.warning(f"{child.kind}: {child.command}: command runs for too long (CMD_EXEC_TIMEOUT)")
                 end_group(child.popen, child.signal)
                 child.signal, child.due = signal.SIGKILL, now + GRACE_SECONDS
         for cycle in [cycle for cycle in self.cycles.values() if now >= cycle.ends]:
@@ -6673,8 +6661,7 @@ class Commands:
                 opening = cycle.opening
                 pending = bool(cycle.closing.words) and self.end_closing(cycle.closing)
                 if pending:
-                    self.log.info("%s: what closes has not succeeded yet, and is run before it"
-                                  % cycle.kind)
+                    self.log.info(f"{cycle.kind}: what closes has not succeeded yet, and is run before it")
                     opening = close_and_open(cycle.closing, opening)
                 self.log.info(cycle.opening_line.format(cycle=cycle))
                 child = Child(cycle, opening, False, now, pipe[1])
@@ -6762,7 +6749,7 @@ class Commands:
 
     def leave_to_switch(self, cycle: Cycle, why: str) -> None:
         """Lets the switch close, which goes on when this server ends."""
-        self.log.error("%s; its switch tries it again" % why)
+        self.log.error(f"{why}; its switch tries it again")
         if cycle.switch is not None:
             self.switches.append(cycle.switch)
 
@@ -6777,7 +6764,7 @@ class Commands:
             self.closing.remove(cycle)
             self.end_switch(cycle)
         elif cycle.retried:
-            self.leave_to_switch(cycle, "%s%s has failed twice" % (cycle.label, cycle.closing))
+            self.leave_to_switch(cycle, f"{cycle.label}{cycle.closing} has failed twice")
         else:
             cycle.retried = True
             self.start_close(cycle, self.delayed(cycle.closing, SWITCH_SECONDS))
@@ -6828,7 +6815,7 @@ class Configuration(NamedTuple):
         return Words(
             program="knockd", starting="", leaving="", restarted="", ended="shutting down",
             started="starting up, listening on " + ",".join(self.knockd.options.interfaces),
-            rereading="re-reading config file: %s" % self.settings.knockd_file, level=DEBUG)
+            rereading=f"re-reading config file: {self.settings.knockd_file}", level=DEBUG)
 
     def listenings(self) -> List[Listening]:
         """The sequences of stanzas and of knockd's doors, and where to listen for them."""
@@ -7040,7 +7027,7 @@ class Gate:
             return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
         except ValueError:
             raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
-                                 "'%s' is not an IP address" % forwarded[:60]) from None
+                                 f"'{forwarded[:60]}' is not an IP address") from None
 
     def admit(self, datagram: Datagram, remembered: bool = False) -> Optional[PacketRejected]:
         """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
@@ -7099,7 +7086,7 @@ class Gate:
         if tried is None and found:
             return wrong_type(datagram.payload)
         return rejection or (tried and tried.wrong_hmac) or PacketRejected(
-            "source", "No access data found for source IP: %s" % socket_text(datagram.source),
+            "source", f"No access data found for source IP: {socket_text(datagram.source)}",
             "{text}")
 
     def allow(self, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
@@ -7168,7 +7155,7 @@ class Gate:
         who = client = KNOCKER
         if not packet.is_knock:
             user = packet.user.replace("'", "\\x27")  # it may try to look like our words
-            who, client = "user '%s'" % user, "user '%s' (client %s)" % (user, packet.version)
+            who, client = f"user '{user}'", f"user '{user}' (client {packet.version})"
         test = "; --test mode enabled, skipping firewall manipulation" * self.commands.test
         self.log.info("(stanza #%d) %s %s" % (
             stanza.number, client, "opened %s for %d seconds%s" % (doors, verdict.seconds, test)
@@ -7183,8 +7170,7 @@ class Gate:
         limit = self.settings.command_seconds
         if packet.type == COMMAND:
             command = client_command(packet, stanza, self.settings.sudo_program)
-            self.log.info("%sProcessing SPA Command message: command='%s'."
-                          % (label, packet.command))
+            self.log.info(f"{label}Processing SPA Command message: command='{packet.command}'.")
             return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
         return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds,
                       *cycle_commands(stanza, door, datagram, verdict.seconds, self.clocks.wall()))
@@ -7199,7 +7185,7 @@ class Gate:
         grants = self.grants
         if not grants.firewall.keeps:
             return
-        lines = ["%s\t%s\n" % (grant_words(grants.live[door]), opener)
+        lines = [f"{grant_words(grants.live[door])}\t{opener}\n"
                  for door in map(grants.firewall.normalise, doors) if door in grants.live]
         path = openers_file(self.settings)
         try:
@@ -7212,7 +7198,7 @@ class Gate:
                     self.openers_limit = max(OPENERS_BYTES, 2 * sum(map(len, lines)))
                 file.writelines(lines)
         except OSError as error:
-            self.log.debug("%s: %s" % (path, error.strerror))
+            self.log.debug(f"{path}: {error.strerror}")
 
     def reject(self, datagram: Datagram, why: Exception, stanza_number: int = 0) -> None:
         """Counts a rejection, by this stanza, and unless there are too many logs it.
@@ -7304,7 +7290,7 @@ class KnockGate(Gate):
         if level <= self.log.level and throttle.allows():
             self.log.write(level, "%s: %s: Stage %d" % (source, name, done))
             if last:
-                self.log.info("%s: %s: OPEN SESAME" % (source, name))
+                self.log.info(f"{source}: {name}: OPEN SESAME")
         if not last:
             return
         try:
@@ -7313,7 +7299,7 @@ class KnockGate(Gate):
                 self.commands.check([cycle])
             if not sequence.use_up(self.commands.test):
                 self.log.warning("no more sequences left in the one time sequences file for door "
-                                 "%s --> disabling the door" % name)
+                                 f"{name} --> disabling the door")
             if isinstance(owner, Stanza):
                 self.grant_stanza(owner, hit)
             else:
@@ -7323,13 +7309,12 @@ class KnockGate(Gate):
         except SpaError as error:
             self.counts["knock"] += 1
             if self.log.rejections.allows():
-                self.log.error("%s: nothing is opened: %s" % (name, error))
+                self.log.error(f"{name}: nothing is opened: {error}")
 
     def check_source(self, stanza: Stanza, hit: Datagram) -> None:
         """Rejects a complete sequence of whom the stanza is not for, before it counts as used."""
         if not (stanza.for_all or stanza.admits(hit)):
-            raise PacketRejected("source", "No access data found for source IP: %s"
-                                 % socket_text(hit.source))
+            raise PacketRejected("source", f"No access data found for source IP: {socket_text(hit.source)}")
         if stanza.expires is not None and self.clocks.wall() >= stanza.expires:
             raise PacketRejected("expired stanza", "Access stanza has expired.")
 
@@ -7372,8 +7357,8 @@ def internal_error(error: Exception, verbose: bool) -> PacketRejected:
         message = explain(error)
         quotes = [index for index, c in enumerate(message) if c in "'\""]
         if quotes:
-            message = "%s...%s" % (message[:quotes[0] + 1], message[quotes[-1]:])
-        text += ": %s (%s)" % (message, ", ".join("%s %d" % frame for frame in where[1:]))
+            message = f"{message[:quotes[0] + 1]}...{message[quotes[-1]:]}"
+        text += ": {} ({})".format(message, ", ".join("%s %d" % frame for frame in where[1:]))
     return PacketRejected("error", text)
 
 
@@ -7442,7 +7427,7 @@ class Server(KnockGate):
             self.exit_code = 1
             self.finish(str(error))
         except OSError as error:  # the interface went away; link events tell when it is back
-            self.log.warning("%s: %s; going on when it is back" % (capture.name, error.strerror))
+            self.log.warning(f"{capture.name}: {error.strerror}; going on when it is back")
 
     def catch_up(self) -> None:
         """Takes the hits that are waiting."""
@@ -7509,8 +7494,8 @@ class Server(KnockGate):
         try:
             with firewall.within(PATIENCE):
                 if firewall.mend_guard():
-                    self.log.warning("Somebody changed our rules in the firewall (%s); put the "
-                                     "guard back" % firewall.describe())
+                    self.log.warning(f"Somebody changed our rules in the firewall ({firewall.describe()}); put the "
+                                     "guard back")
         except CommandError:  # check_firewall() tries again, and says why it can't
             self.check_rest = 0.0
         self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
@@ -7526,7 +7511,7 @@ class Server(KnockGate):
                     return
                 all_well = self.grants.check()
         except CommandError as error:
-            self.log.error("%s; the firewall is not as it should be, trying again" % error)
+            self.log.error(f"{error}; the firewall is not as it should be, trying again")
             self.read_announcements()  # mostly of the attempt itself
             self.check_rest = 0.0
             self.check_due = self.clocks.monotonic() + self.check_wait
@@ -7585,7 +7570,7 @@ class Server(KnockGate):
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
                             ServerSettings.pid_file, ServerSettings.syslog_identity,
                             ServerSettings.syslog_facility):
-            self.log.warning("%s takes effect at the next start" % name)
+            self.log.warning(f"{name} takes effect at the next start")
 
     def start(self, flush: bool) -> None:
         """Makes the firewall ready, goes on with the grants it has or closes them, and listens."""
@@ -7652,7 +7637,7 @@ class Server(KnockGate):
             self.flush()
         except (SpaError, OSError) as error:
             self.log.error(str(error) + "; trying again" * isinstance(error, CommandError))
-            return "error: %s" % error
+            return f"error: {error}"
         return "ok"
 
     def report(self) -> str:
@@ -7708,8 +7693,8 @@ def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
     except OSError as error:
         if error.errno not in DISK_FAILURES:
             raise
-        log.error("%s; nothing keeps a second server from starting, and -S, -K and -R do not find "
-                  "this one" % explain(error))
+        log.error(f"{explain(error)}; nothing keeps a second server from starting, and -S, -K and -R do not find "
+                  "this one")
         return os.open(os.devnull, os.O_RDWR)  # to be closed in its place
     for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
         try:
@@ -7722,7 +7707,7 @@ def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
             time.sleep(wait)
     pid = os.pread(file, 32, 0).decode("latin-1").strip()
     os.close(file)
-    raise SpaError("An instance of %s is already running: (PID=%s)." % (program, pid))
+    raise SpaError(f"An instance of {program} is already running: (PID={pid}).")
 
 
 def open_pid_file(path: str) -> int:
@@ -7745,7 +7730,7 @@ def write_pid(file: int, path: str, log: Log) -> None:
         os.pwrite(file, text.ljust(os.fstat(file).st_size, b"\n"), 0)
         os.ftruncate(file, len(text))
     except OSError as error:
-        log.error("%s: %s; -S, -K and -R do not find this server" % (path, error.strerror))
+        log.error(f"{path}: {error.strerror}; -S, -K and -R do not find this server")
 
 
 def running_server(path: str) -> Optional[int]:
@@ -7760,8 +7745,7 @@ def running_server(path: str) -> Optional[int]:
     except BlockingIOError:
         pid = os.pread(file, 32, 0).strip()
         if not pid.isdigit():
-            raise SpaError("%s: a server has locked it that could not write its pid"
-                           % path) from None
+            raise SpaError(f"{path}: a server has locked it that could not write its pid") from None
         return int(pid)
     finally:
         os.close(file)
@@ -7934,7 +7918,7 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
     except ConfigError as error:  # of a program that these settings do not use
         log.warning(str(error))
     except CommandError as error:  # a look that fails is no reason not to serve
-        log.debug("%s; whether the host's rules are in the way is not known" % error)
+        log.debug(f"{error}; whether the host's rules are in the way is not known")
     for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
         if settings.forwarding and read_proc("sys/" + name) == "0":
             log.warning("ENABLE_IPT_FORWARDING: no IPv%d is forwarded while %s is 0"
@@ -7953,7 +7937,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
         server.command("flush")
         return
     if number != signal.SIGHUP:
-        server.finish("Got %s. Exiting..." % signal.Signals(number).name)
+        server.finish(f"Got {signal.Signals(number).name}. Exiting...")
         return
     log.info(server.configuration.words.rereading)
     try:
@@ -8007,7 +7991,7 @@ def first_configuration(ports: FrozenSet[Port], config_path: str, access_path: s
     values = {"name": socket.gethostname().partition(".")[0] or "server", "address": own_address(),
               "access": port_list(ports).replace(" ", ""), "key": key, "hmac_key": hmac_key}
     if not os.path.exists(config_path):
-        write_new_file(config_path, "GUARD_PORTS                 %(access)s;\n" % values)
+        write_new_file(config_path, "GUARD_PORTS                 {access};\n".format(**values))
     write_new_file(access_path, SERVER_STANZA % values)
     return CLIENT_STANZA % values
 
@@ -8026,7 +8010,7 @@ def write_new_file(path: str, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise SpaError("%s: %s" % (path, error.strerror)) from None
+        raise SpaError(f"{path}: {error.strerror}") from None
 
 
 def own_address() -> str:
@@ -8071,15 +8055,14 @@ def find_option(options: "List[Option]", name: str) -> Option:
         for option in options:
             if option.short == name[1]:
                 return option
-        raise UsageError("invalid option -- '%s'" % name[1], "--help lists them")
+        raise UsageError(f"invalid option -- '{name[1]}'", "--help lists them")
     found = [option for option in options if name[2:] and option.long.startswith(name[2:])]
     for option in found:
         if option.long == name[2:] or all(other.meaning == option.meaning for other in found):
             return option
     if not found:
-        raise UsageError("unrecognized option '%s'" % name, "--help lists them")
-    raise UsageError("option '%s' is ambiguous: %s"
-                     % (name, " ".join("--" + option.long for option in found)))
+        raise UsageError(f"unrecognized option '{name}'", "--help lists them")
+    raise UsageError("option '{}' is ambiguous: {}".format(name, " ".join("--" + option.long for option in found)))
 
 
 def parse_options(options: "List[Option]",
@@ -8094,10 +8077,10 @@ def parse_options(options: "List[Option]",
 
     def take(option: Option, name: str, attached: "Optional[str]") -> None:
         if not option.argument and attached is not None:
-            raise UsageError("option '%s' doesn't allow an argument" % name)
+            raise UsageError(f"option '{name}' doesn't allow an argument")
         if option.argument and attached is None:
             if not waiting:
-                raise UsageError("option '%s' requires an argument" % name)
+                raise UsageError(f"option '{name}' requires an argument")
             attached = waiting.pop()
         given.append((option, name, option.text + (attached or "")))
 
@@ -8238,7 +8221,7 @@ class Arguments:
             self.lines.append(Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE))
         given, others = parse_options(self.options, words)
         if others:
-            raise UsageError("unexpected argument '%s'" % others[0], "--help lists the options")
+            raise UsageError(f"unexpected argument '{others[0]}'", "--help lists the options")
         for option, name, text in given:
             if option.argument in ("FILE", "FILES", "DIR"):  # which the background is not beside
                 paths = text.split(",") if option.argument == "FILES" else [text]
@@ -8247,7 +8230,7 @@ class Arguments:
             if row is None:
                 self.words[option.name] = text or name
                 if len(ACTIONS & set(self.words)) > 1:
-                    raise UsageError("option '%s' does not go with the one before" % name)
+                    raise UsageError(f"option '{name}' does not go with the one before")
             else:
                 self.lines.append(Line(name, 0, row.name, text))
 
@@ -8297,7 +8280,7 @@ def access_files(settings: ServerSettings) -> List[str]:
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
     if not os.path.exists(settings.access_file):
-        raise ConfigError("%s: %s" % (settings.access_file, os.strerror(errno.ENOENT)),
+        raise ConfigError(f"{settings.access_file}: {os.strerror(errno.ENOENT)}",
                           "--init tcp/22 makes one")
     return [settings.access_file]
 
@@ -8336,7 +8319,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
     The target of what is forwarded says so, since all chains are in one list here.
     """
     now = firewall.clocks.monotonic()
-    lines = ["Listing rules in fwknopd (%s)..." % firewall.describe(), "",
+    lines = [f"Listing rules in fwknopd ({firewall.describe()})...", "",
              "num  target     prot opt source               destination"]
     for number, grant in enumerate(sorted(firewall.grants(), key=lambda grant: grant.ends), 1):
         door = grant.door
@@ -8391,14 +8374,14 @@ def flush_firewall(settings: ServerSettings, server: Optional[int], log: Log) ->
         answer = ask_server(settings.pid_file, "flush")
     except OSError as error:
         if server:
-            raise SpaError("%s does not answer: %s" % (name, error),
+            raise SpaError(f"{name} does not answer: {error}",
                            "see its log, or end it with -K and try again") from None
         take_away_for_good((OPEN, REST), settings, log)
         say("Nothing is open now." + " The guard stays until --unguard." * bool(
             leftovers(GUARD, settings, log)))
         return
     if answer != "ok":
-        raise SpaError("%s could not close all: %s" % (name, answer))
+        raise SpaError(f"{name} could not close all: {answer}")
     say(name.capitalize() + " has closed all that was open.")
 
 
@@ -8411,7 +8394,7 @@ def take_away_for_good(parts: Iterable[str], settings: ServerSettings, log: Log)
     for part in parts:
         for words in take_away(part, settings, log):
             taken.append(words)
-            write_to(sys.stdout, "Deleted %s\n" % words)
+            write_to(sys.stdout, f"Deleted {words}\n")
     time.sleep(LOOK_AGAIN_SECONDS if taken else 0)
     left = [words for each in leftovers(part, settings, log) for words in each.words]
     if left:
@@ -8459,7 +8442,7 @@ def list_firewall(arguments: Arguments, settings: ServerSettings, log: Log) -> N
     try:
         stanzas = read_configuration(arguments).stanzas
     except ConfigError as error:
-        log.warning("%s; listing what the kernel has" % error)
+        log.warning(f"{error}; listing what the kernel has")
     firewall = choose_firewall(settings, stanzas, False, log)
     say(list_grants(firewall, read_openers(openers_file(settings))))
     if "list_all" in arguments:
@@ -8472,7 +8455,7 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
     try:
         server = running_server(settings.pid_file)
     except (SpaError, OSError) as error:
-        log.warning("%s; going on without its pid" % explain(error))
+        log.warning(f"{explain(error)}; going on without its pid")
         server = None
     if "unguard" in arguments:
         take_guard_away(settings, server, log)
@@ -8487,16 +8470,15 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
     try:
         ports = parse_ports(arguments.words["init"])
     except ValueError as error:
-        raise UsageError("--init: %s" % error) from None
+        raise UsageError(f"--init: {error}") from None
     if not ports or is_journal(sys.stdout):
         raise UsageError("--init: expected ports, and a terminal or file to print the keys to")
     there = [path for path in (arguments.config_file, settings.access_file) if os.path.exists(path)]
     if there and not ports <= settings.guard_ports:
         both = len(there) == 2
-        raise ConfigError("--init: %s %s there already" % (" and ".join(there),
+        raise ConfigError("--init: {} {} there already".format(" and ".join(there),
                                                            "are" if both else "is"),
-                          "set GUARD_PORTS %s in fwknopd.conf, or move %s away"
-                          % (port_list(ports), "both" if both else "it"))
+                          "set GUARD_PORTS {} in fwknopd.conf, or move {} away".format(port_list(ports), "both" if both else "it"))
     configured = settings.access_file in there or settings.access_folder
     if configured:
         write_to(sys.stdout, "There is a configuration already; serving it\n")
@@ -8514,12 +8496,12 @@ def generate_keys(arguments: Arguments) -> None:
         hmac_size = integer(1, MAX_HMAC_KEY_BYTES)(
             words.get("hmac_key_len", str(min(digest.block, MAX_HMAC_KEY_BYTES))))
     except ValueError as error:
-        raise UsageError("--key-gen: %s" % error) from None
-    text = "KEY_BASE64: %s\nHMAC_KEY_BASE64: %s" % (random_key(size), random_key(hmac_size))
+        raise UsageError(f"--key-gen: {error}") from None
+    text = f"KEY_BASE64: {random_key(size)}\nHMAC_KEY_BASE64: {random_key(hmac_size)}"
     path = words.get("key_gen_file")
     if path:
         write_new_file(path, text + "\n")
-        text = "[+] Wrote Rijndael and HMAC keys to: %s" % path
+        text = f"[+] Wrote Rijndael and HMAC keys to: {path}"
     say(text)
 
 
@@ -8554,7 +8536,7 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
         if log.file:
             os.close(log.file.open())
     except OSError as error:  # as in knockd, no reason not to serve
-        log.error("%s: %s; it gets no lines" % (path, error.strerror))
+        log.error(f"{path}: {error.strerror}; it gets no lines")
     if options.use_syslog and not log.syslog:
         log.open_syslog("knockd", "LOG_DAEMON", with_pid=False)
         log.stream_level = log.stream_level if log.level == DEBUG else ERROR
@@ -8595,7 +8577,7 @@ def run(arguments: Arguments, log: Log) -> int:
         say((KNOCKD_HELP if arguments.as_knockd else HELP)
               % "\n".join(option.format(option.help) for option in arguments.options))
     elif "version" in arguments:
-        say("spa_server.py %s, FKO protocol version 3.0.0\nsha256 %s" % (VERSION, own_hash()))
+        say(f"spa_server.py {VERSION}, FKO protocol version 3.0.0\nsha256 {own_hash()}")
     elif "codes" in arguments:
         say("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
     elif {"key_gen", "key_gen_file"} & asked:
@@ -8620,7 +8602,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run(Arguments(sys.argv[1:] if argv is None else argv,
                              os.path.basename(sys.argv[0])), log)
     except (SpaError, OSError) as error:
-        log.error("spa_server.py: %s" % explain(error))
+        log.error(f"spa_server.py: {explain(error)}")
         if isinstance(error, SpaError) and error.hint:
             log.error("hint: " + error.hint)
         return (2 if isinstance(error, UsageError) else
