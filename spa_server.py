@@ -1017,7 +1017,7 @@ class Settings:
                     return row
         return None
 
-    def take(self, line: Line) -> List[str]:
+    def set_line(self, line: Line) -> List[str]:
         """Sets what `line` says; ConfigError when it can't be. Returns warnings."""
         row = self.row(line.name)
         if row is None:
@@ -1814,7 +1814,7 @@ def read_server_settings(path: str, settings: ServerSettings,
         for number, raw in enumerate(read_file(path).split("\n"), 1):
             try:
                 line = parse_line(path, number, raw, colon=False)
-                warnings += settings.take(line) if line else []
+                warnings += settings.set_line(line) if line else []
             except ConfigError as error:
                 if not skipping:
                     raise
@@ -2310,7 +2310,7 @@ class Stanza(Settings):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
-        self.keys: Optional[PacketKeys] = None  # finish() makes them
+        self.keys: Optional[PacketKeys] = None  # validate() makes them
         self.gpg: Optional[GpgKeys] = None  # load_gpg() does, when the server starts
         self.has_key_file = False  # whether the keys are a user's own affair
         self.sequence: Optional[Sequence] = None
@@ -2321,7 +2321,7 @@ class Stanza(Settings):
         self.wrong_hmac = WrongKey("wrong HMAC", invalid_data("HMAC_COMPAREFAIL"))
         self.wrong_hmac.stanza_number = number
 
-    def finish(self) -> List[str]:
+    def validate(self) -> List[str]:
         """Checks the stanza as a whole and makes its keys ready; returns warnings."""
         key: Secret = self.only_one(Stanza.key, Stanza.key_base64)
         hmac_key: Secret = self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
@@ -2473,7 +2473,7 @@ class AccessFiles:
             if line.name == "%include_keys":
                 self.include_keys(line, stanza)
             else:
-                self.warnings += stanza.take(line)
+                self.warnings += stanza.set_line(line)
 
     def include(self, line: Line, depth: int) -> None:
         """Reads the file that an %include line names, or the *.conf of a folder."""
@@ -2498,7 +2498,7 @@ class AccessFiles:
             for each in read_lines(path, colon=True, untrusted=True):
                 if each.name not in KEY_FILE_NAMES:
                     raise each.error("expected only keys here, and the rest beside %include_keys")
-                self.warnings += stanza.take(each)
+                self.warnings += stanza.set_line(each)
         except SpaError as error:
             stanza.give_up(error)
 
@@ -2521,7 +2521,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
     warnings = files.warnings
     for stanza in stanzas:
         try:
-            warnings += [] if stanza.void else stanza.finish()
+            warnings += [] if stanza.void else stanza.validate()
         except SpaError as error:
             stanza.give_up(error)
     return stanzas, warnings + shared_key_warnings(stanzas)
@@ -2669,14 +2669,14 @@ class KnockdDoor(KnockdSettings):
         self.number = -number  # a stanza of access.conf has a positive one
         self.sequence = Sequence((), 0)
 
-    def take(self, line: Line) -> List[str]:
+    def set_line(self, line: Line) -> List[str]:
         """As in other files, but TCP flags add up."""
         flags = self.texts.get(KnockdDoor.knock_flags.name)
         if flags and self.row(line.name) is KnockdDoor.knock_flags:
             line = line._replace(value=flags + "," + line.value)
-        return super().take(line)
+        return super().set_line(line)
 
-    def finish(self, options: KnockdOptions) -> List[str]:
+    def validate(self, options: KnockdOptions) -> List[str]:
         """Makes the door's sequence ready; returns warnings."""
         if bool(self.knock_steps) == bool(self.knock_file):
             raise self.line.error("expected Sequence or One_Time_Sequences, and only one of them")
@@ -2726,7 +2726,7 @@ def read_knockd(path: str) -> KnockdFile:
         elif isinstance(KnockdOptions.row(name), Bare):
             if equals or section is None:
                 raise line.error(f"expected {name} alone, in a section")
-            made.options.take(line._replace(value="Y"))
+            made.options.set_line(line._replace(value="Y"))
         elif section is None:
             raise line.error("expected a section first: [options], or a door's [name]")
         elif "\0" in text or not (value or (equals and "command" in name.lower())):
@@ -2734,9 +2734,9 @@ def read_knockd(path: str) -> KnockdFile:
         elif section is not made.options and KnockdOptions.row(name) is not None:
             raise line.error("expected in the section [options]")
         else:
-            section.take(line)
+            section.set_line(line)
     for door in made.doors:
-        made.warnings.extend(door.finish(made.options))
+        made.warnings.extend(door.validate(made.options))
     return made
 
 
@@ -8257,11 +8257,11 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
                            (KnockdOptions.log_file, knockd.options.log_file
                             or arguments.words.get("log_file"))):
             if value:
-                knockd.options.take(Line("--" + row.name.lower(), 0, row.name, value))
+                knockd.options.set_line(Line("--" + row.name.lower(), 0, row.name, value))
         if arguments.as_knockd and (knockd.options.is_set(KnockdOptions.pid_file)
                                     or not settings.is_set(ServerSettings.pid_file)):
             path = os.path.join(directory, knockd.options.pid_file)
-            settings.take(Line("PidFile", 0, ServerSettings.pid_file.name, path))
+            settings.set_line(Line("PidFile", 0, ServerSettings.pid_file.name, path))
     there = settings.access_folder or os.path.exists(settings.access_file)
     alone = knockd and not there and not settings.is_set(ServerSettings.access_file)
     stanzas, more = ([], []) if arguments.as_knockd or alone else read_stanzas(
@@ -8301,9 +8301,9 @@ def read_settings(arguments: Arguments,
     for path in files + overrides:
         warnings += read_server_settings(path, settings, skipping)
     for line in arguments.lines:
-        settings.take(line)
+        settings.set_line(line)
     if settings.capture_file and not settings.is_set(ServerSettings.aging):
-        settings.take(Line("PCAP_FILE", 0, ServerSettings.aging.name, "N"))  # fwknop.md 3.2
+        settings.set_line(Line("PCAP_FILE", 0, ServerSettings.aging.name, "N"))  # fwknop.md 3.2
     return settings, warnings
 
 

@@ -925,8 +925,8 @@ class CommandLineTest(ConfigCase):
     def test_warnings_of_what_is_over_or_meant_so(self) -> None:
         """A stanza that has expired; no age of the packets in a file."""
         stanza = self.stanza("ACCESS_EXPIRE 01/01/2020")
-        self.assertIn("(stanza #1) has expired (ACCESS_EXPIRE)", stanza.finish())
-        self.assertNotIn("expired", "".join(self.stanza("ACCESS_EXPIRE 01/01/2037").finish()))
+        self.assertIn("(stanza #1) has expired (ACCESS_EXPIRE)", stanza.validate())
+        self.assertNotIn("expired", "".join(self.stanza("ACCESS_EXPIRE 01/01/2037").validate()))
         for lines, warned in (("", True), ("PCAP_FILE /x;\n", False)):
             found = self.settings("ENABLE_SPA_PACKET_AGING N;\n" + lines)
             self.assertEqual(warned, "ENABLE_SPA_PACKET_AGING" in "".join(found.warnings()))

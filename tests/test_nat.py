@@ -170,7 +170,7 @@ class NatCase(ServerCase):
         made = server.ServerSettings()
         for number, line in enumerate(text.splitlines(), 1):
             name, value = line.rstrip(";").split(" ", 1)
-            made.take(server.Line("fwknopd.conf", number, name, value))
+            made.set_line(server.Line("fwknopd.conf", number, name, value))
         return made
 
     def packet(self, kind: int, text: str, nat: Optional[str]) -> Any:

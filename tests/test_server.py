@@ -266,7 +266,7 @@ class JudgeTest(ServerCase):
         """Return what is opened, or the reason of the rejection."""
         stanza = self.stanzas("SOURCE ANY\n" + KEYS + lines + "\n")[0]
         settings = server.ServerSettings()
-        settings.take(server.Line("", 1, "ENABLE_DESTINATION_RULE", "NY"[rule]))
+        settings.set_line(server.Line("", 1, "ENABLE_DESTINATION_RULE", "NY"[rule]))
         try:
             doors, seconds = judge(packet, stanza, came, settings)
         except server.PacketRejected as rejection:
