@@ -6134,12 +6134,12 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log
 # ======================================================================================
 # 21. Grants
 #
-# The register of open doors. The kernel has it too, and ends each grant by itself; this one
-# closes in time where the kernel can't, extends, and puts back what somebody flushed.
+# The register of open doors. The kernel has it too, and ends each grant by itself. This one
+# closes in time where the kernel can't, prolongs, and puts back what somebody flushed.
 # ======================================================================================
 
-RETRY_SECONDS = 1.0
-MAX_GRANTS = 10000  # of a stanza: each costs time whenever the firewall is read
+RETRY_SECONDS = 1.0  # between two tries: little for an open door, enough for a busy firewall
+MAX_GRANTS = 10000  # of a stanza: twice a busy host's; each look at the firewall reads them all
 
 
 class Grants:
@@ -6148,29 +6148,30 @@ class Grants:
     def __init__(self, firewall: Firewall, log: Log, clocks: Clocks = CLOCKS) -> None:
         self.firewall, self.log, self.clocks = firewall, log, clocks
         self.live: Dict[Door, Grant] = {}
-        self.ends: List[Tuple[float, int, Grant]] = []  # a heap, with what was extended since too
-        self.count = 0
-        self.not_before = 0.0  # when a close that failed is tried again
-        self.doubtful = False  # whether it failed, and may have less than `live`: check() is due
+        self.ends: List[Tuple[float, int, Grant]] = []  # a heap; also of grants prolonged since
+        self.count = 0  # of all grants so far: the heap never has to compare two of them
+        self.not_before = 0.0  # when to try a failed close again
+        self.doubtful = False  # whether the firewall failed and may lack grants: check() is due
 
     def enter(self, grant: Grant) -> None:
-        """Notes a grant that the firewall has."""
+        """Record a grant that the firewall has."""
         self.live[grant.door] = grant
         self.count += 1
         heapq.heappush(self.ends, (grant.ends, self.count, grant))
 
     def adopt(self) -> None:
-        """Goes on with the grants that the firewall has from before."""
+        """Go on with the grants that an earlier server left in the firewall."""
         for grant in self.firewall.grants():
             self.enter(grant)
-            self.log.info("Found %s rule in %s for %s, expires at %d" % (
-                grant.door.word, self.firewall.describe(grant.door), grant.door, grant.expires))
+            door = grant.door
+            self.log.info(f"Found {door.word} rule in {self.firewall.describe(door)} for {door}, "
+                          f"expires at {grant.expires}")
 
     def grant(self, doors: List[Door], seconds: int, stanza_number: int = 0) -> None:
-        """Opens doors, all or none. What is open already stays so for longer, never for less.
+        """Open all doors or none. A door that is open already may stay so for longer, never less.
 
-        A door with the same match as one that leads elsewhere takes its place, if that is the
-        same stanza's. PacketRejected when it is not, or the stanza has too many doors open.
+        A DNAT door replaces one of the same stanza with the same match and another target. Raise
+        PacketRejected if that one is another stanza's, or if the stanza has too many doors open.
         """
         now = self.clocks.monotonic()
         ends, expires = now + seconds, int(self.clocks.wall() + seconds + 0.999999)
@@ -6191,18 +6192,18 @@ class Grants:
         for grant in opened:
             self.enter(grant)
         if opened and self.clocks.monotonic() >= ends:
-            raise CommandError("the firewall took longer than the %d seconds to open for" % seconds)
+            raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
         for door in doors:
-            self.log.info("Added %s rule to %s for %s, expires at %d" % (
-                door.word, self.firewall.describe(door), door, self.live[door].expires))
+            self.log.info(f"Added {door.word} rule to {self.firewall.describe(door)} for {door}, "
+                          f"expires at {self.live[door].expires}")
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
-        """Open in the firewall, in place of what is `replaced`; what fails is tried once more."""
+        """Add grants to the firewall in place of the `replaced` ones; try once more if that fails."""
         try:
             self.firewall.add(opened, replaced)
         except CommandError as error:
             self.log.warning(f"{error}; looking whether somebody changed the firewall")
-            self.doubtful = True  # check() then opens again what a failure below has closed
+            self.doubtful = True  # if the second try fails too, check() puts back what it closed
             self.check()
             if self.clocks.monotonic() >= opened[0].ends:
                 raise
@@ -6211,37 +6212,39 @@ class Grants:
             self.doubtful = False
 
     def check_stanza(self, doors: List[Door], stanza_number: int) -> None:
-        """Rejects doors that would lead another stanza's clients elsewhere, and too many of them.
+        """Reject doors that lead another stanza's clients elsewhere, and too many doors.
 
-        After a restart or a reload nobody knows whose a door is; it leads nowhere else then.
+        After a restart or a reload the owner of a door is unknown, so its target cannot be changed.
         """
         for door in doors:
             for grant in self.live.values() if door.kind == DNAT else ():
                 other = grant.door
-                if (other.kind == DNAT and grant.stanza_number != stanza_number and other.overlaps(door)
+                if (other.kind == DNAT and grant.stanza_number != stanza_number
+                        and other.overlaps(door)
                         and (other.target, other.target_port) != (door.target, door.target_port)):
-                    raise PacketRejected("NAT", f"{other} leads to {other.target_text()} already, by another stanza", "{stanza}{text}")
+                    raise PacketRejected("NAT", f"{other} leads to {other.target_text()} already, "
+                                         "by another stanza", "{stanza}{text}")
         new = sum(door not in self.live for door in doors)
         if len(self.live) + new <= MAX_GRANTS:
             return
         count = sum(grant.stanza_number == stanza_number for grant in self.live.values())
         if count + new > MAX_GRANTS:
-            raise PacketRejected("grants", "%d doors of this stanza are open, and %d are the limit"
-                                 % (count, MAX_GRANTS), "{stanza}{text}")
+            raise PacketRejected("grants", f"{count} doors of this stanza are open, and "
+                                 f"{MAX_GRANTS} are the limit", "{stanza}{text}")
 
     def rivals(self, doors: List[Door]) -> List[Grant]:
-        """The live grants that `doors` take the place of: from the same match to elsewhere."""
+        """Return the live grants with the match of one of `doors` and another target."""
         matches = {door.match for door in doors}
         return [grant for grant in self.live.values()
                 if grant.door.target and grant.door not in doors
                 and grant.door.match in matches] if doors else []
 
     def next_end(self) -> Optional[float]:
-        """When expire() is due, on the monotonic clock."""
+        """Return when expire() is due, on the monotonic clock; None without grants."""
         return max(self.ends[0][0], self.not_before) if self.ends else None
 
     def expire(self) -> None:
-        """Closes all grants whose time has come; what can't be closed is tried again."""
+        """Close all grants whose time has come; try those again that can't be closed."""
         now = self.clocks.monotonic()
         if now < self.not_before:
             return
@@ -6256,44 +6259,45 @@ class Grants:
             with self.firewall.within(PATIENCE):
                 self.firewall.remove(ended)
         except CommandError as error:
-            self.log.error("%s; trying to close %d grants again" % (error, len(ended)))
+            self.log.error(f"{error}; trying to close {len(ended)} grants again")
             self.not_before = now + RETRY_SECONDS
             for grant in ended:
                 self.enter(grant)
             return
         for grant in ended:
             del self.live[grant.door]
-            self.log.info("Removed rule 1 from %s with expire time of %d (%s)"
-                          % (self.firewall.describe(grant.door), grant.expires, grant.door))
+            self.log.info(f"Removed rule 1 from {self.firewall.describe(grant.door)} "
+                          f"with expire time of {grant.expires} ({grant.door})")
 
     def check(self) -> bool:
-        """Puts back what somebody took from the firewall: first our rules, then what is due.
+        """Put back our rules and then the grants that somebody took from the firewall.
 
-        Returns whether nothing was missing.
+        Return whether nothing was missing.
         """
         if not self.firewall.keeps:
             return True
         intact = self.firewall.intact()
         if not intact:
-            self.log.warning(f"Somebody changed our rules in the firewall ({self.firewall.describe()}); putting them back")
+            self.log.warning("Somebody changed our rules in the firewall "
+                             f"({self.firewall.describe()}); putting them back")
             self.firewall.prepare()
         present = {grant.door: grant for grant in self.firewall.grants()}
         for door in set(present) - set(self.live):
-            self.enter(present[door])  # whoever opened it, it is closed in time
-        due = self.clocks.monotonic() + 0.5  # what ends now may be gone from the kernel already
+            self.enter(present[door])  # whoever opened it, this server closes it in time
+        due = self.clocks.monotonic() + 0.5  # the kernel may have ended already what ends now
         lost = [grant for grant in self.live.values()
                 if grant.door not in present and grant.ends > due
                 and self.firewall.holds(grant.door)]
         for start in range(0, len(lost), GRANTS_AT_ONCE):
             self.firewall.add(lost[start:start + GRANTS_AT_ONCE], [])
         if lost:
-            self.log.warning("Put back %d grants that were gone from the firewall" % len(lost))
+            self.log.warning(f"Put back {len(lost)} grants that were gone from the firewall")
         return intact and not lost
 
     def flush(self) -> None:
-        """Closes everything, also what this server does not know of.
+        """Close every grant, also those that this server does not know.
 
-        A CommandError says that something may be open still; expire() tries it again.
+        CommandError means that some may still be open; expire() tries to close them again.
         """
         now = self.clocks.monotonic()
         ended, self.live, self.ends = list(self.live.values()), {}, []
@@ -6307,10 +6311,10 @@ class Grants:
             raise
 
     def move(self, firewall: Firewall) -> None:
-        """Goes on in another firewall, which is prepared; what it has no place for is closed."""
+        """Go on in another firewall, which is prepared; close the grants that it can't hold."""
         old, self.firewall = self.firewall, firewall
         for grant in list(self.live.values()):
-            self.enter(grant._replace(stanza_number=0))  # its number may be another one's now
+            self.enter(grant._replace(stanza_number=0))  # another stanza may have its number now
         homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
         moved = old.identity != firewall.identity
         try:
@@ -6320,7 +6324,7 @@ class Grants:
             if old.guard_ports and firewall.guard_ports and type(old) is not type(firewall):
                 old.unguard()
             if moved:
-                firewall.prepare()  # what they shared
+                firewall.prepare()  # the two may have shared what the old one withdrew
         except CommandError as error:
             self.log.error(f"{error}; something of the old settings is left")
         if old.netlink is not firewall.netlink:  # else they share the socket
@@ -6330,21 +6334,21 @@ class Grants:
             self.log.warning(f"Closed {grant.door}: the new settings have no place for it")
 
 
-OPENERS_BYTES = 65536  # size of a file up to which it is not tidied up
+OPENERS_BYTES = 65536  # some 800 grants: a smaller file is not worth tidying up
 
 
 def openers_file(settings: ServerSettings) -> str:
-    """The file that says who opened what."""
+    """Return the path of the file that says who opened each grant."""
     return os.path.join(settings.run_directory, "grants")
 
 
 def grant_words(grant: Grant) -> str:
-    """A grant in words that no other one has."""
-    return "%s %s%d" % (grant.door.describe(), MARK, grant.expires)
+    """Return a text that identifies a grant: its door and its end."""
+    return f"{grant.door.describe()} {MARK}{grant.expires}"
 
 
 def find_opener(openers: Dict[str, str], grant: Grant) -> str:
-    """Who opened a grant; what a kernel says of its end may be a second off."""
+    """Return who opened a grant, or "-". The end that a kernel tells may be a second off."""
     for shift in (0, 1, -1):
         opener = openers.get(grant_words(grant._replace(expires=grant.expires + shift)))
         if opener:
@@ -6353,13 +6357,13 @@ def find_opener(openers: Dict[str, str], grant: Grant) -> str:
 
 
 def read_openers(path: str) -> Dict[str, str]:
-    """Who opened grants, by their words; nothing where no server has written it."""
+    """Return who opened which grant; empty if no server has written the file."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             pairs = [line.rstrip("\n").partition("\t")[::2] for line in file]
     except OSError:
         return {}
-    return dict(reversed(pairs))  # who asks for the same again does not become its opener
+    return dict(reversed(pairs))  # the first line counts: who asks again does not become the opener
 
 
 # ======================================================================================
