@@ -3139,12 +3139,16 @@ class StreamOutlet(Outlet):
             self.waits = False
         if self.waits:
             self.poll.register(self.number, select.POLLOUT)
+
+    def open_own(self) -> None:
+        """Open the stream once more, without waiting, where that is possible."""
+        if self.waits:
             with contextlib.suppress(OSError):
-                self.own = os.open("/proc/self/fd/%d" % self.number,
+                self.own = os.open(f"/proc/self/fd/{self.number}",
                                    os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def close(self) -> None:
-        """Close what this opened for itself."""
+        """Close what open_own() opened."""
         if self.own >= 0:
             os.close(self.own)
             self.own = -1
@@ -3246,10 +3250,9 @@ class FileOutlet(Outlet):
 class Log:
     """Lines to stderr, to syslog, and to a file."""
 
-    def __init__(self, stream: Any = None,
-                 monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.level = INFO
-        self.stream: Optional[StreamOutlet] = None if stream is None else StreamOutlet(stream)
+        self.stream: Optional[StreamOutlet] = None
         self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
         self.syslog: Optional[SyslogOutlet] = None
         self.file: Optional[FileOutlet] = None
@@ -3258,6 +3261,12 @@ class Log:
                                    monotonic)
         self.first_steps = Throttle(self, MORE_KNOCKS, monotonic)
         self.further_steps = Throttle(self, MORE_KNOCKS, monotonic, STEP_BURST)
+
+    def open_stream(self, stream: Any) -> None:
+        """Write lines to a stream, which may be None as sys.stderr may be."""
+        if stream is not None:
+            self.stream = StreamOutlet(stream)
+            self.stream.open_own()
 
     def close_stream(self) -> None:
         """Write no more lines to the stream."""
@@ -3730,21 +3739,21 @@ class ReplayMemory:
         self.file: Optional[int] = None
         self.written = (0, 0, 0)  # device, inode and size of the file as this process wrote it
         self.rewrite_due = 0.0  # when another attempt to write the file anew may be made
-        if path:
-            self.start(path)
 
-    def start(self, path: str) -> None:
-        """Take over what the file remembers, and write it anew.
+    def open_file(self) -> None:
+        """Read the file, if there is to be one, and write it anew.
 
-        If that fails, its beginning is not trusted: the server before may have failed as well, and
-        have taken packets that are not in the file.
+        If that fails, the memory begins now: the server before may have failed as well, and have
+        accepted packets that are not in the file.
         """
+        if not self.path:
+            return
         try:
-            self.load(path)
+            self.load(self.path)
             self.rewrite()
         except OSError as error:
             if error.errno not in DISK_FAILURES:
-                raise SpaError(f"{path}: {error.strerror}") from None
+                raise SpaError(f"{self.path}: {error.strerror}") from None
             self.began = self.clocks.monotonic() + 1
             self.give_up_file(error)
 
@@ -3943,7 +3952,9 @@ def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> 
             rotate_digest_cache(settings.digest_file)
         except OSError as error:
             log.error(explain(error))
-    return ReplayMemory(path, settings.max_packet_age if settings.aging else None, log, clocks)
+    memory = ReplayMemory(path, settings.max_packet_age if settings.aging else None, log, clocks)
+    memory.open_file()
+    return memory
 
 
 def rotate_digest_cache(path: str) -> None:
@@ -4047,22 +4058,22 @@ class Netlink:
     and a flush of all tables passes them by.
     """
 
-    def __init__(self) -> None:
-        self.open()
+    def __init__(self, opened: socket.socket) -> None:
+        self.socket = opened
+        self.port: int = opened.getsockname()[0]
 
-    def open(self) -> None:
-        """Open the socket, with a port that the kernel chooses."""
-        try:
-            self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-            self.socket.bind((0, 0))
-            self.port: int = self.socket.getsockname()[0]
-        except OSError as error:
-            raise CommandError(f"netlink: {error.strerror}") from None
+    @classmethod
+    def open(cls) -> "Netlink":
+        """Open a socket to nf_tables; raise CommandError if the kernel has none."""
+        return cls(open_netlink_socket())
 
     def __del__(self) -> None:
         """Close the socket when the backend goes: a reload replaces it, a check drops it."""
-        if hasattr(self, "socket"):  # the kernel could have refused to make it
-            self.socket.close()
+        self.socket.close()
+
+    def close(self) -> None:
+        """Close the socket; the kernel then gives up the tables that it owns."""
+        self.socket.close()
 
     def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
         """struct nlmsghdr and struct nfgenmsg, and the attributes `body`."""
@@ -4127,9 +4138,10 @@ class Netlink:
                 if attributes(question).items() <= rule.items()]  # old kernels list all chains
 
     def release(self) -> None:
-        """Give up the tables that this socket owns; another one takes its place."""
-        self.socket.close()  # the only way
-        self.open()
+        """Give up the tables that this socket owns, by closing it: there is no other way."""
+        self.close()
+        self.socket = open_netlink_socket()
+        self.port = self.socket.getsockname()[0]
 
     def set_table(self, place: NftChain, flags: int) -> None:
         """Make a table, or change its flags; a table is persistent from the beginning or never."""
@@ -4171,8 +4183,18 @@ def is_own_address(address: Address) -> Optional[bool]:
     return False
 
 
-def netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
-    """A socket that becomes readable when the kernel changes something; None if there is none."""
+def open_netlink_socket() -> socket.socket:
+    """Open a socket to nf_tables, at a port that the kernel chooses; raise CommandError."""
+    try:
+        opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        opened.bind((0, 0))
+    except OSError as error:
+        raise CommandError(f"netlink: {error.strerror}") from None
+    return opened
+
+
+def open_netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
+    """Open a socket that becomes readable when the kernel changes something; None without one."""
     try:
         events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
     except (OSError, AttributeError):
@@ -4948,8 +4970,8 @@ class NftFirewall(Firewall):
     netlink: Netlink
 
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
-                 shapes: List[Shape], log: Log, forward: Tuple[NftChain, ...] = (),
-                 clocks: Clocks = CLOCKS) -> None:
+                 shapes: List[Shape], netlink: Netlink, log: Log,
+                 forward: Tuple[NftChain, ...] = (), clocks: Clocks = CLOCKS) -> None:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
         self.shapes, self.forward, self.clocks = shapes, forward, clocks
         self.chains = list(dict.fromkeys(accept + forward))  # the host's that our rules go to
@@ -4960,12 +4982,12 @@ class NftFirewall(Firewall):
         self.identity = ("nft", program, self.places)
         self.rules: Dict[NftChain, Dict[NftChain, List[str]]] = {}  # that have to be at a place
         self.guard_tables = frozenset([(NFT_FAMILIES["inet"], b"spa\0")] * bool(guard_ports))
-        self.netlink = Netlink()
+        self.netlink = netlink
 
     def succeed(self, old: Firewall) -> None:
         """Go on with the socket that may own the guard's table."""
         if isinstance(old, NftFirewall):
-            self.netlink.socket.close()
+            self.netlink.close()
             self.netlink = old.netlink
 
     def describe(self, door: Optional[Door] = None) -> str:
@@ -5232,7 +5254,7 @@ class NftFirewall(Firewall):
 
     def leave(self) -> None:
         """Close the socket to nf_tables."""
-        self.netlink.socket.close()
+        self.netlink.close()
 
 
 def nft_guard_rules(guarded: FrozenSet[Port], shapes: List[Shape]) -> List[str]:
@@ -5274,7 +5296,7 @@ def explain_failure(program: str, place: NftChain, accepts: bool) -> None:
 def table_owner(place: NftChain) -> str:
     """Return name and pid of the program that alone can change a table; nothing if all can."""
     try:
-        tables = Netlink().dump(GET_TABLE, NFT_FAMILIES[place.family], b"")
+        tables = Netlink.open().dump(GET_TABLE, NFT_FAMILIES[place.family], b"")
     except CommandError:  # a kernel without nf_tables
         return ""
     for table in tables:
@@ -5807,8 +5829,9 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
     shapes = (standing_shapes() if stanzas is None else
               {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)})
-    return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes), log,
-                       settings.nft_forward_chains if settings.nat else (), clocks)
+    return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes),
+                       Netlink.open(), log, settings.nft_forward_chains if settings.nat else (),
+                       clocks)
 
 
 def nft_suffices(settings: ServerSettings) -> bool:
@@ -6042,14 +6065,14 @@ def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
     """Find what rules of the host do to grants: those of the backend that is not looked at else."""
     if firewall.guard_ports:
         places = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
-                  for rule in Netlink().dump(GET_RULE, 0, b"") if is_untracked(rule)}
+                  for rule in Netlink.open().dump(GET_RULE, 0, b"") if is_untracked(rule)}
         if any("NOTRACK" in line or "--notrack" in line for line in legacy_lines(settings, "raw")):
             places.add("raw of iptables-legacy")
         if places:
             yield ("Rules turn connection tracking off ({}): a connection to a guarded port that "
                    "they concern ends with its grant".format(", ".join(sorted(places))))
     elif firewall.legacy:
-        for chain in Netlink().dump(GET_CHAIN, 0, b""):
+        for chain in Netlink.open().dump(GET_CHAIN, 0, b""):
             hook = attributes(chain.get(CHAIN_HOOK, b"")).get(HOOK_NUMBER, b"")
             if hook == HOOK_INPUT and chain.get(CHAIN_POLICY) == POLICY_DROP:
                 yield (f"nftables drops as well ({text_of(chain[TABLE_NAME])} {text_of(chain[CHAIN_NAME])}), and iptables-legacy can't open what that "
@@ -6067,7 +6090,7 @@ def leftovers(what: str, settings: ServerSettings, log: Log,
     named = {(each.table, each.chain) for each in values if isinstance(each, IptablesChain)}
     found = []
     try:
-        found = list(nft_leftovers(netlink or Netlink(), named, what))
+        found = list(nft_leftovers(netlink or Netlink.open(), named, what))
     except CommandError as error:
         if error.number and error.number not in NOTHING_THERE:  # 0: there is no netlink
             raise
@@ -6093,7 +6116,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
     try:
         take_away(OPEN, settings, log, netlink)
         if NAT_TABLE not in getattr(firewall, "places", ()):
-            (netlink or Netlink()).commit([(
+            (netlink or Netlink.open()).commit([(
                 DELETE_TABLE, NFT_FAMILIES[NAT_TABLE.family],
                 attribute(TABLE_NAME, NAT_TABLE.table.encode() + b"\0"))])
     except CommandError as error:
@@ -6103,7 +6126,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
 
 def standing_shapes() -> Set[Shape]:
     """Return the shapes of all sets of ours that nftables has."""
-    netlink = Netlink()
+    netlink = Netlink.open()
     names = [text_of(each[LIST_SET]) for number in NFT_FAMILIES.values()
              for each in netlink.dump(GET_SET, number, b"")]
     return {shape for shape in map(parse_set_name, names) if shape}
@@ -7385,8 +7408,8 @@ class Server(KnockGate):
         super().__init__(configuration, firewall, log, clocks)
         self.captures: List[Capture] = []
         self.since = self.clocks.wall()
-        self.firewall_events = netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
-        self.link_events = netlink_events(NETLINK_ROUTE, GROUP_LINK)
+        self.firewall_events = open_netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
+        self.link_events = open_netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
         self.check_wait = RETRY_SECONDS
         self.guard_due = 0.0
@@ -8601,7 +8624,8 @@ def run(arguments: Arguments, log: Log) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The program: command line in, exit code out."""
-    log = Log(sys.stderr)
+    log = Log()
+    log.open_stream(sys.stderr)
     try:
         return run(Arguments(sys.argv[1:] if argv is None else argv,
                              os.path.basename(sys.argv[0])), log)

@@ -491,7 +491,8 @@ class NameTest(ConfigCase):
         """Lines with knockd's date; one that can't be written is told, and no reason to stop."""
         path = os.path.join(self.directory, "log")
         stream = io.StringIO()
-        log = server.Log(stream)
+        log = server.Log()
+        log.open_stream(stream)
         options = server.KnockdOptions()
         for name in ("log", "no/such/log"):
             options.log_file = name

@@ -640,10 +640,11 @@ import spa_server as server
 source, target = ipaddress.ip_network("10.55.0.2/32"), ipaddress.ip_address("10.66.0.2")
 doors = [server.Door(source, None, "tcp", port) for port in range(1, 250)]
 doors += [server.Door(source, None, "tcp", port, server.DNAT, target, 22) for port in range(1, 4)]
-log = server.Log(sys.stderr)
+log = server.Log()
+log.open_stream(sys.stderr)
 firewall = server.NftFirewall("nft", server.parse_nft_chains("inet filter input"), frozenset(),
                               [server.Shape(4, 32, False, kind) for kind in ("access", "DNAT")],
-                              log)
+                              server.Netlink.open(), log)
 firewall.prepare()
 ends = time.monotonic() + 300
 grants = [server.Grant(door, 0, ends) for door in doors]

@@ -149,13 +149,15 @@ class ServerCase(DirectoryCase):
         self.clocks = self.clock.clocks()
         self.firewall = FakeFirewall(self.clock)
         self.stream = io.StringIO()
-        self.log = server.Log(self.stream, monotonic=self.clock.mono)
+        self.log = server.Log(self.clock.mono)
+        self.log.open_stream(self.stream)
 
     def memory(self, boot: str = "boot-1", path: Optional[str] = "", max_age: Optional[int] = 120
                ) -> server.ReplayMemory:
         """Return a replay memory on the fake clocks, as a start of the server makes it."""
         made = server.ReplayMemory(self.path if path == "" else path, max_age, self.log,
                                    self.clock.clocks(boot))
+        made.open_file()
         self.addCleanup(made.close)
         return made
 
@@ -680,7 +682,8 @@ class LogTest(ServerCase):
                 self.addCleanup(os.environ.pop, "JOURNAL_STREAM", None)
                 stream.truncate(0)
                 stream.seek(0)
-                log = server.Log(stream)
+                log = server.Log()
+                log.open_stream(stream)
                 log.error("e")
                 log.warning("w")
                 log.info("i")
@@ -744,10 +747,13 @@ class LogTest(ServerCase):
                    for each in (writer, near.detach(), end)]
         for each in (reader, fifo, far.fileno(), terminal):
             os.set_blocking(each, False)
+        outlets = [server.StreamOutlet(stream) for stream in streams]
+        for opened in outlets:
+            opened.open_own()
         for outlet, read_some in (
-                (server.StreamOutlet(streams[0]), partial(os.read, reader)),
-                (server.StreamOutlet(streams[1]), far.recv),
-                (server.StreamOutlet(streams[2]), partial(os.read, terminal)),
+                (outlets[0], partial(os.read, reader)),
+                (outlets[1], far.recv),
+                (outlets[2], partial(os.read, terminal)),
                 (server.FileOutlet(self.place("fifo")), partial(os.read, fifo)),
                 (syslog, made.recv)):
             with self.subTest(outlet=type(outlet).__name__):
@@ -774,7 +780,8 @@ class LogTest(ServerCase):
         """A pipe gets as much of a line as it takes at once."""
         reader, writer = os.pipe()
         with os.fdopen(writer, "w") as stream:
-            log = server.Log(stream)
+            log = server.Log()
+            log.open_stream(stream)
             log.info("x" * 9000)
             log.close_stream()
         with open(reader, "rb") as file:
@@ -813,7 +820,8 @@ class LogTest(ServerCase):
     def test_nobody_reads(self) -> None:
         """A closed stream does not end the server."""
         stream = io.StringIO()
-        log = server.Log(stream)
+        log = server.Log()
+        log.open_stream(stream)
         stream.close()
         log.error("e")
 
@@ -1851,8 +1859,8 @@ class NetlinkTest(unittest.TestCase):
         """So that they are tried again, and do not end the server."""
         if not hasattr(socket, "AF_NETLINK"):
             skip("no netlink on this system")
-        netlink = server.Netlink()
-        netlink.socket.close()
+        netlink = server.Netlink.open()
+        netlink.close()
         full = mock.Mock(side_effect=OSError(105, "No buffer space available"))
         netlink.socket = mock.Mock(recv=full, sendto=full)
         for call in (lambda: netlink.commit([(server.DELETE_ELEMENT, 1, b"")]),
@@ -1951,8 +1959,8 @@ class NftTest(unittest.TestCase):
         answer = struct.pack("=IHHII", 16 + len(body), server.NEW_ELEMENT, 0, 1, 0) + body
         answer += struct.pack("=IHHIIi", 20, server.NLMSG_DONE, 0, 1, 0, 0)
         answer += struct.pack("=IHHIIi", 20, server.NLMSG_ERROR, 0, 1, 0, 0)
-        netlink = server.Netlink()
-        netlink.socket.close()
+        netlink = server.Netlink.open()
+        netlink.close()
         for length in range(len(answer) + 1):
             for whole in (False, True):  # the first message, and what is in it is cut
                 data = bytearray(answer[:length])
