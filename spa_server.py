@@ -245,13 +245,15 @@ class Door(NamedTuple):
 class Grant(NamedTuple):
     """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds.
 
-    `stanza_number` is that of the stanza that opened it, 0 if it is unknown.
+    `stanza_number` is that of the stanza that opened it, 0 if it is unknown. The server closes an
+    `early` grant before the kernel would end it.
     """
 
     door: Door
     expires: int
     ends: float
     stanza_number: int = 0
+    early: bool = False
 
 
 # ======================================================================================
@@ -4841,6 +4843,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # ======================================================================================
 
 GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
+LOOKS = 5  # at a set, until no element of it ends while others are taken out
 GUARD_TABLE = NftChain("inet", "spa", "guard")
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
@@ -5148,40 +5151,29 @@ class NftFirewall(Firewall):
         self.netlink.commit(messages)
 
     def remove(self, grants: List[Grant]) -> None:
-        """Takes elements out that the kernel has not ended yet."""
-        for place in self.places:
-            self.delete(place, [grant.door for grant in grants
-                                if place in self.places_of(grant.door)])
+        """Take out the elements of `grants`. The kernel itself ends those whose time has come."""
+        now = self.clocks.monotonic()
+        matches = {grant.door.match for grant in grants if grant.early or grant.ends > now}
+        wanted = {shape_of(match) for match in matches}
+        do_all(self.take_out, [(place, shape, matches) for place, shape in self.sets
+                               if shape in wanted])
 
-    def delete(self, place: NftChain, doors: List[Door]) -> None:
-        """Takes elements out of the sets of a place, those that are there."""
-        do_all(self.delete_at_once, [(place, doors[start:start + GRANTS_AT_ONCE])
-                                     for start in range(0, len(doors), GRANTS_AT_ONCE)])
+    def take_out(self, place: NftChain, shape: Shape, matches: Set[Door]) -> None:
+        """Take out those elements of a set that are there, GRANTS_AT_ONCE in a transaction.
 
-    def delete_at_once(self, place: NftChain, doors: List[Door], first: bool = True) -> None:
-        """The same in one transaction, since the kernel waits up to 20 ms in each.
-
-        An element that is gone would undo all of it: so each is added before, which nobody sees.
-        Where that can't be done, those that are there go as the kernel has them, since somebody may
-        have changed a map; and if that fails as well, in two parts.
+        A missing element aborts the transaction. One may end between the look and the deletion:
+        then this looks again.
         """
-        kinds = (NEW_ELEMENT, DELETE_ELEMENT) if len(doors) > 1 else (DELETE_ELEMENT,)
-        try:
-            self.netlink.commit([self.element(kind, place, door)
-                                 for door in doors for kind in kinds])
-            return
-        except CommandError as error:
-            if len(doors) == 1:
-                if error.number != errno.ENOENT:
-                    raise
+        for attempts_left in reversed(range(LOOKS)):
+            there = [self.element(DELETE_ELEMENT, place, door)
+                     for door, _ in self.read_set(place, shape) if door.match in matches]
+            try:
+                for start in range(0, len(there), GRANTS_AT_ONCE):
+                    self.netlink.commit(there[start:start + GRANTS_AT_ONCE])
                 return
-        half = len(doors) // 2
-        parts = [doors[:half], doors[half:]]
-        if first:
-            there = {door.match: door for shape in set(map(shape_of, doors))
-                     for door, _ in self.read_set(place, shape)}
-            parts = [[there[door.match] for door in doors if door.match in there]]
-        do_all(self.delete_at_once, [(place, part, False) for part in parts if part])
+            except CommandError as error:
+                if error.number != errno.ENOENT or not attempts_left:
+                    raise
 
     def grants(self) -> List[Grant]:
         """The grants that the kernel has in every place. Only NAT's maps tell where doors lead."""
@@ -5199,14 +5191,10 @@ class NftFirewall(Firewall):
 
     def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
         """The doors in a set with the seconds they have left, FOR_EVER if somebody said so."""
-        try:
+        doors, answers = [], []
+        with missing_is_empty():
             answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[place.family],
                                         set_name(place, shape))
-        except CommandError as error:
-            if error.number == errno.ENOENT:
-                return []
-            raise
-        doors = []
         for answer in answers:
             for _, item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
                 element = attributes(item)
@@ -5227,8 +5215,12 @@ class NftFirewall(Firewall):
 
     def flush(self) -> None:
         """Close all grants; the guard stays."""
-        do_all(lambda place, shape: self.delete(
-            place, [door for door, _ in self.read_set(place, shape)]), self.sets)
+        def empty(place: NftChain, shape: Shape) -> None:
+            with missing_is_empty():  # without elements named, this takes all out
+                self.netlink.commit([(DELETE_ELEMENT, NFT_FAMILIES[place.family],
+                                      set_name(place, shape))])
+
+        do_all(empty, self.sets)
 
     def withdraw(self) -> None:
         """Takes our rules and sets out of the host's chains; the guard stays."""
@@ -5334,6 +5326,16 @@ def explain_owner(place: NftChain) -> None:
         raise CommandError("table %s %s belongs to %s, and nobody else can change it"
                            % (place[:2] + (owner,)), hint=OWNER_HINT if place in OWN_CHAINS else
                            "let that open the port, and use GUARD_PORTS to close it")
+
+
+@contextlib.contextmanager
+def missing_is_empty() -> Iterator[None]:
+    """Ignore the CommandError of a set that is not there: it has no elements."""
+    try:
+        yield
+    except CommandError as error:
+        if error.number != errno.ENOENT:
+            raise
 
 
 def set_name(place: NftChain, shape: Shape) -> bytes:
@@ -6330,7 +6332,7 @@ class Grants:
             with contextlib.suppress(CommandError):
                 ended += self.firewall.grants()
             for grant in ended:
-                self.enter(grant._replace(ends=now))
+                self.enter(grant._replace(ends=now, early=True))
             raise
 
     def move(self, firewall: Firewall) -> None:

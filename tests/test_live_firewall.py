@@ -649,7 +649,7 @@ firewall.prepare()
 ends = time.monotonic() + 300
 grants = [server.Grant(door, 0, ends) for door in doors]
 for start in range(0, len(grants), 100):
-    firewall.open(grants[start:start + 100], [])
+    firewall.add(grants[start:start + 100], [])
 assert len(firewall.grants()) == len(grants)
 for line in sys.argv[2:]:
     subprocess.check_call(["nft", line])

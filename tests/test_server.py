@@ -5,6 +5,7 @@ fakes too. The live firewalls have tests of their own.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -1947,6 +1948,35 @@ class NftTest(unittest.TestCase):
         two = struct.pack("=IHHII", 21, 6, 0, 1, 78) + b"xxxxx\0\0\0"
         self.assertEqual([(5, 77, b"body"), (6, 78, b"xxxxx")],
                          list(server.netlink_messages(one + two)))
+
+    def test_what_the_kernel_ends_by_itself(self) -> None:
+        """A grant whose time has come costs no netlink; one that ends in between, a second look."""
+        doors = [door("10.55.0.2/32 tcp/%d" % port) for port in (1, 2, 3)]
+        chain, clock = server.parse_nft_chains("inet filter input"), Clock()
+        netlink = mock.Mock()
+        with mock.patch.object(server, "Netlink", return_value=netlink):
+            firewall = server.NftFirewall("nft", chain, frozenset(), [server.shape_of(doors[0])],
+                                          mock.Mock(), clocks=clock.clocks())
+        now = clock.mono()
+        firewall.remove([server.Grant(each, 0, now) for each in doors])
+        self.assertEqual([], netlink.mock_calls)
+        looks = [doors, doors[1:], doors[1:]]
+        missing = server.CommandError("gone", errno.ENOENT)
+        for failures in ([missing, None], [missing] * 9, [server.CommandError("no", errno.EPERM)]):
+            netlink.commit.reset_mock(side_effect=True)
+            netlink.commit.side_effect = failures
+            with mock.patch.object(firewall, "read_set", side_effect=[
+                    [(each, 9.0) for each in look] for look in looks * 3]):
+                grants = [server.Grant(doors[0], 0, now + 9), server.Grant(doors[1], 0, now + 9),
+                          server.Grant(doors[2], 0, now, early=True)]
+                if failures[-1]:
+                    self.assertRaises(server.CommandError, firewall.remove, grants)
+                    self.assertLess(netlink.commit.call_count, 9)
+                    continue
+                firewall.remove(grants)
+            self.assertEqual([[firewall.element(server.DELETE_ELEMENT, chain[0], each)
+                               for each in look] for look in looks[:2]],
+                             [each[0][0] for each in netlink.commit.call_args_list])
 
     def test_cut_answers(self) -> None:
         """An answer of the kernel that is cut anywhere is a CommandError, or a shorter list."""
