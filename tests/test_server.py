@@ -1954,9 +1954,8 @@ class NftTest(unittest.TestCase):
         doors = [door("10.55.0.2/32 tcp/%d" % port) for port in (1, 2, 3)]
         chain, clock = server.parse_nft_chains("inet filter input"), Clock()
         netlink = mock.Mock()
-        with mock.patch.object(server, "Netlink", return_value=netlink):
-            firewall = server.NftFirewall("nft", chain, frozenset(), [server.shape_of(doors[0])],
-                                          mock.Mock(), clocks=clock.clocks())
+        firewall = server.NftFirewall("nft", chain, frozenset(), [server.shape_of(doors[0])],
+                                      netlink, mock.Mock(), clocks=clock.clocks())
         now = clock.mono()
         firewall.remove([server.Grant(each, 0, now) for each in doors])
         self.assertEqual([], netlink.mock_calls)
