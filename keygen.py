@@ -57,8 +57,32 @@ VERSION = "0.1.0"
 # place. The limits are those of fwknop's client and server: what is printed here works with both.
 # ======================================================================================
 
+# --- shared: errors -- the same text in spa_server.py, spa_client.py and keygen.py --
+
+
 class SpaError(Exception):
-    """Told to the administrator in one line, without a traceback: exit code 1."""
+    """An error that the administrator is told in one line; `hint` says what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def explain(error: Exception, name: str = "") -> str:
+    """Return an error as a line for the administrator, `name: reason`.
+
+    Without a name, an OSError has that of its file, or else the line of this script.
+    """
+    if not isinstance(error, OSError):
+        return f"{name}: {error}" if name else str(error)
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        line, trace = trace.tb_lineno, trace.tb_next
+    where = name or error.filename or f"line {line}"
+    return f"{where}: {error.strerror or error}"
+
+
+# --- end shared: errors --
 
 
 class UsageError(SpaError, argparse.ArgumentTypeError):  # argparse puts the option before it
@@ -508,7 +532,7 @@ def errors_named(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SpaError(f"{path}: {error.strerror}") from error
+        raise SpaError(explain(error, path)) from error
     except SpaError as error:
         raise type(error)(f"{path}: {error}") from error
 
@@ -842,8 +866,8 @@ def main(argv: Optional[Sequence[str]] = None,
     """Run the command line and return the exit code; only here errors become one."""
     try:
         run(argv, random)
-    except SpaError as error:
-        tell(f"keygen.py: {error}")
+    except (SpaError, OSError) as error:
+        tell(f"keygen.py: {explain(error)}")
         return 2 if isinstance(error, UsageError) else 3 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130

@@ -91,48 +91,60 @@ PROTOCOL_VERSION = "3.0.0"
 # ======================================================================================
 
 
-class SpaError(Exception):
-    """Something to be told in one line; nothing was sent. `hint` says what to do about it."""
+# --- shared: errors -- the same text in spa_server.py, spa_client.py and keygen.py --
 
-    code = 1
+
+class SpaError(Exception):
+    """An error that the administrator is told in one line; `hint` says what to do about it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message + (f" ({hint})" if hint else ""))
+        super().__init__(message)
+        self.hint = hint
+
+
+def explain(error: Exception, name: str = "") -> str:
+    """Return an error as a line for the administrator, `name: reason`.
+
+    Without a name, an OSError has that of its file, or else the line of this script.
+    """
+    if not isinstance(error, OSError):
+        return f"{name}: {error}" if name else str(error)
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        line, trace = trace.tb_lineno, trace.tb_next
+    where = name or error.filename or f"line {line}"
+    return f"{where}: {error.strerror or error}"
+
+
+# --- end shared: errors --
 
 
 class UsageError(SpaError):
-    """The command line can't be obeyed."""
-
-    code = 2
+    """A command line that can't be obeyed: exit code 2."""
 
 
 class ConfigError(SpaError):
-    """A file, or a line of it, that can't be used; `line` is 0 when it is the whole file."""
-
-    code = 3
-
-    def __init__(self, path: str, line: int, message: str) -> None:
-        super().__init__("{}:{} {}".format(path, "%d:" % line if line else "", message))
+    """A file, or a line of it, that can't be used; the text begins with its name: exit code 3."""
 
 
-class ErrorsOf:
-    """Turns an OSError or ValueError of its block into the SpaError `name: reason`, with a hint."""
+class errors_named:
+    """A context that turns an OSError or ValueError into the SpaError `name: reason`."""
 
     def __init__(self, name: str, hint: str = "") -> None:
         self.name, self.hint = name, hint
 
     def __enter__(self) -> None:
-        """Nothing is to be done before."""
+        """Do nothing before the block."""
 
     def __exit__(self, kind: object, error: "Optional[BaseException]", trace: object) -> None:
-        """Errors of other kinds go on as they are."""
+        """Let errors of other kinds pass as they are."""
         if isinstance(error, (OSError, ValueError)):
-            raise SpaError(f"{self.name}: {reason(error)}", self.hint) from None
+            raise SpaError(explain(error, self.name), self.hint) from None
 
 
-def reason(error: Exception) -> str:
-    """Why the system refused, in its own words."""
-    return getattr(error, "strerror", None) or str(error)
+def complaint(error: SpaError) -> str:
+    """Return an error with its hint, in one line."""
+    return f"{error} ({error.hint})" if error.hint else str(error)
 
 
 # ======================================================================================
@@ -788,7 +800,7 @@ class Directive:
                 why += f", not '{given.text}'"
             if not given.line:
                 raise UsageError(f"{given.where}: {why}") from None
-            raise ConfigError(given.where, given.line, f"{self.name}: {why}") from None
+            raise ConfigError(f"{given.where}:{given.line}: {self.name}: {why}") from None
 
 
 def setting(name: str, parse: "Callable[[str], T]", default: str, help: str) -> "T":
@@ -1231,7 +1243,7 @@ def split_arguments(line: str) -> "List[str]":
     return [word.replace("\1", " ").replace("\0", "\\") for word in words[1:] if word]
 
 
-def explain(option: Option) -> str:
+def help_text(option: Option) -> str:
     """The help of an option, which may be that of its directive."""
     return option.help or ROWS[option.name].help
 
@@ -1241,7 +1253,7 @@ def format_help(as_knock: bool) -> str:
     usages = [KNOCK_USAGE] if as_knock else [USAGE, KNOCK_USAGE]
     lines = ["Usage: spa_client.py " + usage for usage in usages] + [""]
     for option in KNOCK_OPTIONS if as_knock else OPTIONS:
-        lines.append(option.format(explain(option)))
+        lines.append(option.format(help_text(option)))
     return "\n".join(lines + [EXAMPLES.rstrip()] * (not as_knock))
 
 
@@ -1260,7 +1272,7 @@ def format_man() -> str:
     for title, options in (("OPTIONS", OPTIONS), ("OPTIONS OF --knock", KNOCK_OPTIONS)):
         lines.append(".SH " + roff(title))
         for option in options:
-            lines += [".TP", ".B " + roff(option.format("").strip()), roff(explain(option))]
+            lines += [".TP", ".B " + roff(option.format("").strip()), roff(help_text(option))]
     return "\n".join(lines + [".SH EXAMPLES", ".nf", roff(EXAMPLES), ".fi", ".SH EXIT STATUS",
                               roff(about[-1].partition(": ")[2])])
 
@@ -1295,7 +1307,7 @@ def format_completion(shell: str) -> str:
     for option in OPTIONS:
         lines.append(" ".join(
             ["-s " + option.short] * bool(option.short) + ["-l " + option.long] * bool(option.long)
-            + ["-r"] * bool(option.argument) + ["-d '{}'".format(explain(option).replace("'", "\\'"))]))
+            + ["-r"] * bool(option.argument) + ["-d '{}'".format(help_text(option).replace("'", "\\'"))]))
     return "\n".join("complete -c spa_client.py " + line for line in lines)
 
 
@@ -1359,10 +1371,10 @@ def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given
         name, value, suspicious = parse_line(says)
         if name not in DIRECTIVE_NAMES:
             known = name.upper() in DIRECTIVE_NAMES or not name.strip(LETTERS)
-            raise ConfigError(path, number, "%sexpected the name of a directive"
-                              % (name + ": " if known else ""))  # else it may be half a key
+            shown = f"{name}: " if known else ""  # another text may be half a key
+            raise ConfigError(f"{path}:{number}: {shown}expected the name of a directive")
         if not value:
-            raise ConfigError(path, number, f"{name}: expected a value")
+            raise ConfigError(f"{path}:{number}: {name}: expected a value")
         if suspicious and name in SECRET_NAMES:
             warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
                  "follows: keys with these characters must be given as base64"
@@ -1544,7 +1556,7 @@ def read_private(path: str, pipe: bool = False) -> str:
         with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
             status = os.fstat(file.fileno())
             if status.st_mode >> 12 not in ((0o10, 0o1) if pipe else (0o10,)):  # S_IFREG, S_IFIFO
-                raise ConfigError(path, 0, "expected a file")
+                raise ConfigError(f"{path}: expected a file")
             if hasattr(os, "geteuid"):
                 if status.st_mode & 0o077:
                     warn(f"{path}: permissions should only be user read/write (0600)")
@@ -1552,7 +1564,7 @@ def read_private(path: str, pipe: bool = False) -> str:
                     warn(f"{path}: not owned by current effective user id")
             return decode_text(file.read())
     except (OSError, ValueError) as error:
-        raise ConfigError(path, 0, f"cannot be read: {reason(error)}") from None
+        raise ConfigError(explain(error, f"{path}: cannot be read")) from None
 
 
 def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
@@ -1587,13 +1599,13 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     if named is not None:
         layers.append(parse_stanza(text, path, named.text))
         if layers[1] is None and not new:
-            raise ConfigError(path, 0, f"named configuration stanza [{named.text}] was not found")
+            raise ConfigError(f"{path}: named configuration stanza [{named.text}] was not found")
     return [layer for layer in layers if layer is not None]
 
 
 def write_private(path: str, text: str, flags: int) -> None:
     """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
-    with ErrorsOf(path, "it must be a new file" if flags & os.O_EXCL else ""), os.fdopen(
+    with errors_named(path, "it must be a new file" if flags & os.O_EXCL else ""), os.fdopen(
             open_ours(path, os.O_WRONLY | os.O_CREAT | flags), "wb") as file:
         file.write(encode_text(text))
         if flags & os.O_EXCL:
@@ -1684,7 +1696,7 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
     if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError(f"{named.where}: expected the name of a stanza")
     real = os.path.realpath(path)
-    with ErrorsOf(real):
+    with errors_named(real):
         if os.path.exists(path):  # root must not write to what a link of somebody else's leads to
             os.close(open_ours(path, os.O_RDONLY))
         while True:
@@ -1710,7 +1722,7 @@ def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
             write_private(path, format_arguments(given) + "\n", os.O_TRUNC)
     except SpaError as error:
         if "save_args_file" in given:
-            warn(str(error))
+            warn(complaint(error))
 
 
 def read_key_file(path: str, server: "Optional[str]") -> bytes:
@@ -1726,14 +1738,14 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
         if line.startswith(server + ":"):
             key = line[len(server) + 1:].lstrip(" \t=") or key
     if key is None:
-        raise ConfigError(path, 0, f"no key for {server} (expected a line `{server}: KEY`)")
+        raise ConfigError(f"{path}: no key for {server} (expected a line `{server}: KEY`)")
     return encode_text(key)
 
 
 def read_line(descriptor: int) -> bytes:
     """One line from an open file, and not a byte more: the next may be the other key."""
     line = byte = b""
-    with ErrorsOf("file descriptor %d" % descriptor):
+    with errors_named("file descriptor %d" % descriptor):
         if descriptor > 2:
             os.set_inheritable(descriptor, False)  # it is not for what --exec runs
         while byte != b"\n":
@@ -1890,7 +1902,7 @@ MAX_WORDS = 500  # characters of what a program says; the reason is at the end
 def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
     """What a program prints when it reads `given`; SpaError with its own words when it fails."""
     import subprocess
-    with ErrorsOf(argv[0]):
+    with errors_named(argv[0]):
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
         out, errors = process.communicate(given)
@@ -1970,7 +1982,7 @@ MAX_ADDRESSES = 16  # of one server: who answers for its name must not make us s
 def find_addresses(host: str, port: int, family: int) -> "List[Address]":
     """The addresses of a host, each once; SpaError when the resolver knows none."""
     name = encode_host(host)
-    with ErrorsOf(host):
+    with errors_named(host):
         found = socket.getaddrinfo(name, port, family, socket.SOCK_DGRAM)
     addresses = {(each[0], each[4]): None for each in found}  # type: Dict[Address, None]
     return list(addresses)[:MAX_ADDRESSES]
@@ -1978,20 +1990,20 @@ def find_addresses(host: str, port: int, family: int) -> "List[Address]":
 
 def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket]":
     """Links to those of the addresses that have a route; SpaError if none has."""
-    problem = "it has no address"  # type: Optional[str]
+    problem = f"{host}: it has no address"
     for family, address in addresses:
         try:
             link = open_socket(family, address)
         except OSError as error:
-            problem = problem and reason(error)
+            problem = problem and explain(error, host)
             continue
-        problem = None
+        problem = ""
         try:
             yield link
         finally:
             link.close()
     if problem:
-        raise SpaError(f"{host}: {problem}")
+        raise SpaError(problem)
 
 
 def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
@@ -2030,7 +2042,7 @@ def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
     datagram = encode_raw(
         settings.protocol, payload, socket.inet_aton(source) + socket.inet_aton(peer),
         (settings.source_port or 0, settings.port), (settings.icmp_type, settings.icmp_code))
-    with ErrorsOf(settings.server or "", "it needs root"):
+    with errors_named(settings.server or "", "it needs root"):
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     try:
         raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
@@ -2045,7 +2057,7 @@ def open_ping(family: int) -> "socket.socket":
     try:
         return socket.socket(family, socket.SOCK_DGRAM, number)
     except OSError:
-        with ErrorsOf("ICMP", "it needs root, or a group in net.ipv4.ping_group_range"):
+        with errors_named("ICMP", "it needs root, or a group in net.ipv4.ping_group_range"):
             return socket.socket(family, socket.SOCK_RAW, number)
 
 
@@ -2204,7 +2216,7 @@ def resolve_address(settings: Settings, family: int) -> str:
 def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
     """The body of a web page, as it came; SpaError unless it comes within NETWORK_SECONDS."""
     url, host, port, path = page
-    end, answer, problem = time.monotonic() + NETWORK_SECONDS, b"", "it has no address"
+    end, answer, problem = time.monotonic() + NETWORK_SECONDS, b"", f"{url}: it has no address"
     for kind, address in find_addresses(host, port, family):
         link = None  # type: Any
         try:
@@ -2219,14 +2231,14 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
                 answer += piece
             break
         except (OSError, LookupError, ValueError) as error:
-            problem, answer = reason(error), b""  # half an answer may have half an address
+            problem, answer = explain(error, url), b""  # half an answer may have half an address
         finally:
             if link is not None:
                 link.close()
     head, _, body = answer.partition(b"\r\n\r\n")
     status = head.split(b"\r\n")[0].decode("ascii", "replace")
     if status.split()[1:2] != ["200"]:
-        raise SpaError(f"{url}: {status or problem}")
+        raise SpaError(f"{url}: {status}" if status else problem)
     return body
 
 
@@ -2278,7 +2290,7 @@ def decode_stun(answer: bytes, identity: bytes) -> "Optional[str]":
 def ask_stun(place: str, family: int) -> str:
     """Our address in this family as a STUN server sees it; SpaError if none answers."""
     host, port = parse_place(place, STUN_PORT)
-    problem = "no answer"
+    problem = f"STUN server {host}: no answer"
     for link in open_links(host, find_addresses(host, port, family)):
         identity = os.urandom(12)
         try:
@@ -2294,8 +2306,8 @@ def ask_stun(place: str, family: int) -> str:
                     if own is not None:
                         return check_own(own, "STUN server " + host)
         except OSError as error:
-            problem = reason(error)
-    raise SpaError(f"STUN server {host}: {problem}", "-a or -s need none")
+            problem = explain(error, f"STUN server {host}")
+    raise SpaError(problem, "-a or -s need none")
 
 
 # ======================================================================================
@@ -2434,7 +2446,7 @@ def relay(link: "socket.socket") -> int:
     except BrokenPipeError:
         pass  # nobody reads any more
     except OSError as error:
-        tell("the connection broke: " + reason(error))
+        tell(explain(error, "the connection broke"))
         return 1
     except KeyboardInterrupt:
         tell("interrupted")
@@ -2444,7 +2456,7 @@ def relay(link: "socket.socket") -> int:
 
 def become(command: "List[str]") -> None:
     """Go on as this command (on Windows: run it, and end with its exit code); SpaError if not."""
-    with ErrorsOf("--exec: " + command[0]):
+    with errors_named("--exec: " + command[0]):
         if os.name == "nt":
             import subprocess
             raise SystemExit(subprocess.call(command))
@@ -2619,7 +2631,7 @@ class Knock:
         self.first = False
 
     def at_each(self, host: str, addresses: "List[Address]",
-                act: "Callable[[socket.socket], None]", complaint: str) -> None:
+                act: "Callable[[socket.socket], None]", failure: str) -> None:
         """Do this at each address of a host; SpaError if it can't be done at any."""
         problems, done = [], False  # type: List[SpaError], bool
         for link in open_links(host, addresses):
@@ -2627,13 +2639,13 @@ class Knock:
                 act(link)
                 done = True
             except OSError as error:
-                problems.append(SpaError(f"{host}: {reason(error)}"))
+                problems.append(SpaError(explain(error, host)))
             except SpaError as problem:
                 problems.append(problem)
         if problems and not done:
             raise problems[-1]
         for each in problems if self.first else ():
-            warn(f"one address of {host} {complaint}: {each}")
+            warn(f"one address of {host} {failure}: {complaint(each)}")
 
     def hit(self, link: "socket.socket") -> None:
         """Hit all of KNOCK_SEQUENCE at one address."""
@@ -2736,7 +2748,8 @@ def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[s
         except SpaError as error:
             if len(several) == 1:
                 raise
-            tell("[{}] {}".format(settings.given["named_config"].text, error))
+            name = settings.given["named_config"].text
+            tell(f"[{name}] {complaint(error)}")
             failed += 1
         if link is not None and not settings.relay:
             link.close()
@@ -2817,10 +2830,11 @@ def main(argv: "Optional[List[str]]" = None) -> int:
             raise SpaError("standard output: " + Notes.unsaid)
         return 0
     except SpaError as error:
-        tell(str(error))
-        return 1 if as_knock else error.code
+        tell(complaint(error))
+        return (1 if as_knock else 2 if isinstance(error, UsageError) else
+                3 if isinstance(error, ConfigError) else 1)
     except (OSError, ValueError) as error:
-        tell(reason(error))
+        tell(explain(error))
         return 1
     except KeyboardInterrupt:
         tell("interrupted")

@@ -103,12 +103,32 @@ Port = Tuple[str, int]  # ("tcp" or "udp", 1 to 65535)
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
 
 
+# --- shared: errors -- the same text in spa_server.py, spa_client.py and keygen.py --
+
+
 class SpaError(Exception):
-    """Something the administrator is told in one line; `hint` says what to do about it."""
+    """An error that the administrator is told in one line; `hint` says what to do about it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def explain(error: Exception, name: str = "") -> str:
+    """Return an error as a line for the administrator, `name: reason`.
+
+    Without a name, an OSError has that of its file, or else the line of this script.
+    """
+    if not isinstance(error, OSError):
+        return f"{name}: {error}" if name else str(error)
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        line, trace = trace.tb_lineno, trace.tb_next
+    where = name or error.filename or f"line {line}"
+    return f"{where}: {error.strerror or error}"
+
+
+# --- end shared: errors --
 
 
 class ConfigError(SpaError):
@@ -149,14 +169,6 @@ class NotFresh(PacketRejected):
 
 class TooFast(PacketRejected):
     """The packet was not looked at, since too many like it came before."""
-
-
-def explain(error: Exception) -> str:
-    """Return an error in a line for the administrator; that of a file names the file."""
-    if isinstance(error, OSError):
-        return "{}: {}".format(error.filename or "line %d" % frames(error)[-1][1],
-                           error.strerror or error)
-    return str(error)
 
 
 def frames(error: Exception) -> List[Tuple[str, int]]:

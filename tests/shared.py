@@ -34,6 +34,7 @@ BLOCKS: Dict[str, Block] = {
         "struct", "Callable", "List", "Tuple"))),
     "digests": Block(("spa_server.py", "spa_client.py"), frozenset((
         "SpaError", "Any", "Callable"))),
+    "errors": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset()),
     "output": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset(("os", "Any"))),
     "files": Block(("spa_server.py", "spa_client.py"), frozenset(("errno", "os", "stat"))),
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
