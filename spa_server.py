@@ -81,7 +81,7 @@ import subprocess
 import sys
 import time
 from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
-from functools import partial
+from functools import lru_cache, partial
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, TypeVar, Union, overload)
 
@@ -935,12 +935,12 @@ T = TypeVar("T")
 
 
 class Directive(Generic[T]):
-    """A row: `settings.attribute` is the parsed value. A default is parsed as a file's."""
+    """A row: `settings.attribute` is its value, parsed from a file's text or from the default."""
 
     secret = False  # whether no dump and no message may show the value
 
     def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str) -> None:
-        self.names = names.split()  # the first is the one that is written
+        self.names = names.split()  # dumps and errors write the first one
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
 
     def __set_name__(self, owner: type, attribute: str) -> None:
@@ -954,12 +954,10 @@ class Directive(Generic[T]):
     def __get__(self, settings: "Settings", owner: type) -> T: ...
 
     def __get__(self, settings: Optional["Settings"], owner: type) -> Union["Directive[T]", T]:
-        """The default. A value that a file sets is in the instance's __dict__, which goes first."""
+        """Return the row of a class. An instance's __dict__ has the values, and goes first."""
         if settings is None:
             return self
-        value = self.parse(settings.expand(self.default))
-        settings.__dict__[self.attribute] = value
-        return value
+        raise AttributeError(f"{self.name} has no value before set_defaults()")
 
 
 class Flag(Directive[bool]):
@@ -1018,9 +1016,10 @@ class Settings:
         self.lines: Dict[str, Line] = {}
 
     @classmethod
-    def rows(cls) -> Iterator[Directive[Any]]:
-        """The rows in the order of the table."""
-        return (row for row in vars(cls).values() if isinstance(row, Directive))
+    @lru_cache(maxsize=None)
+    def rows(cls) -> Tuple[Directive[Any], ...]:
+        """Return the rows in the order of the table."""
+        return tuple(row for row in vars(cls).values() if isinstance(row, Directive))
 
     @classmethod
     def row(cls, name: str) -> Optional[Directive[Any]]:
@@ -1047,6 +1046,24 @@ class Settings:
         self.texts[row.name], self.lines[row.name] = value, line
         return ["%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
                 ] * isinstance(row, Ignored)
+
+    def set_defaults(self) -> None:
+        """Give each directive that is not set its default. Call this after the last file is read.
+
+        A default may begin with another directive ($FWKNOP_RUN_DIR), whose value it waits for.
+        """
+        for attribute, value in self.defaults().items():
+            self.__dict__.setdefault(attribute, value)
+        for row in self.rows():
+            if row.attribute not in self.__dict__:
+                self.__dict__[row.attribute] = row.parse(self.expand(row.default))
+
+    @classmethod
+    @lru_cache(maxsize=None)
+    def defaults(cls) -> Dict[str, Any]:
+        """Parse the defaults that begin with no other directive: once, for 1,000 stanzas too."""
+        return {row.attribute: row.parse(row.default) for row in cls.rows()
+                if not row.default.startswith("$")}
 
     def is_set(self, row: Directive[Any]) -> bool:
         """Whether a file or an option set this directive."""
@@ -1076,7 +1093,9 @@ class Settings:
         row = self.row(name)
         if row is None:
             raise ValueError("expected the name of a directive after the dollar sign")
-        return str(getattr(self, row.attribute)) + slash + rest
+        value = (self.__dict__[row.attribute] if self.is_set(row) else
+                 row.parse(self.expand(row.default)))
+        return f"{value}{slash}{rest}"
 
     def dump(self) -> str:
         """The table in the file's own syntax; what no file set is a comment. No secrets."""
@@ -2534,6 +2553,7 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
         raise ConfigError("{}: expected a stanza, which begins with SOURCE".format(", ".join(paths)))
     warnings = files.warnings
     for stanza in stanzas:
+        stanza.set_defaults()
         try:
             warnings += [] if stanza.void else stanza.validate()
         except SpaError as error:
@@ -2749,7 +2769,9 @@ def read_knockd(path: str) -> KnockdFile:
             raise line.error("expected in the section [options]")
         else:
             section.set_line(line)
+    made.options.set_defaults()
     for door in made.doors:
+        door.set_defaults()
         made.warnings.extend(door.validate(made.options))
     return made
 
@@ -8343,6 +8365,7 @@ def read_settings(arguments: Arguments,
         warnings += read_server_settings(path, settings, skipping)
     for line in arguments.lines:
         settings.set_line(line)
+    settings.set_defaults()
     if settings.capture_file and not settings.is_set(ServerSettings.aging):
         settings.set_line(Line("PCAP_FILE", 0, ServerSettings.aging.name, "N"))  # fwknop.md 3.2
     return settings, warnings

@@ -287,6 +287,7 @@ class WordsTest(CommandCase):
                 with open(path, "w") as stream:
                     stream.write("FIREWALL_TYPE nft;\nFIREWALL_EXE /no/such/nft;\n" + conf)
                 server.read_server_settings(path, settings)
+                settings.set_defaults()
                 if type_needed:
                     with self.assertRaises(server.ConfigError):
                         server.choose_firewall(settings, self.stanzas(access), False, self.log)

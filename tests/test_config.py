@@ -32,6 +32,7 @@ class ConfigCase(DirectoryCase):
         """Return the settings of a fwknopd.conf with this text."""
         settings = server.ServerSettings()
         server.read_server_settings(self.write("fwknopd.conf", text), settings)
+        settings.set_defaults()
         return settings
 
     def warnings(self, text: str) -> List[str]:
@@ -489,10 +490,27 @@ class DirectiveTest(ConfigCase):
 
     def test_every_row_says_what_it_is(self) -> None:
         """Help for the README, and a default that its own parser takes."""
-        for settings in (server.ServerSettings(), server.Stanza(1)):
+        for settings in (server.ServerSettings(), server.Stanza(1), server.KnockdOptions()):
+            settings.set_defaults()
             for row in settings.rows():
                 self.assertTrue(row.help, row.name)
                 getattr(settings, row.attribute)
+
+    def test_defaults_are_parsed_once_at_one_step(self) -> None:
+        """Nothing has a value before; stanzas share one; $FWKNOP_RUN_DIR waits for the last file."""
+        settings = server.ServerSettings()
+        with self.assertRaisesRegex(AttributeError, "UDPSERV_PORT has no value before"):
+            self.assertIsNone(settings.udp_port)
+        settings.set_line(server.Line("f", 1, "ACCESS_FILE", "$DIGEST_FILE/$x"))
+        settings.set_line(server.Line("f", 2, "FWKNOP_RUN_DIR", "/a"))
+        settings.set_defaults()
+        self.assertEqual(("/run/fwknop/digest.cache/$x", "/a/digest.cache", "/a/fwknopd.pid"),
+                         (settings.access_file, settings.digest_file, settings.pid_file))
+        first, second = self.stanzas(KEYED + KEYED)
+        for row in server.Stanza.rows():
+            if not first.is_set(row):
+                with self.subTest(row.name):
+                    self.assertIs(getattr(first, row.attribute), getattr(second, row.attribute))
 
     def test_defaults(self) -> None:
         """fwknop's, but for the table of reasoned differences."""

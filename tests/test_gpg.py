@@ -134,6 +134,7 @@ class GpgDirectiveTest(ConfigCase):
                                     "--gpg-home-dir", "/b", "--gpg-exe", "/c")
         self.assertEqual(("/b", "/c"), (settings.gpg_home, settings.gpg_program))
         plain = server.ServerSettings()
+        plain.set_defaults()
         self.assertEqual(os.path.expanduser("~/.gnupg"), plain.gpg_home)
 
 

@@ -494,6 +494,7 @@ class NameTest(ConfigCase):
         log = server.Log()
         log.open_stream(stream)
         options = server.KnockdOptions()
+        options.set_defaults()
         for name in ("log", "no/such/log"):
             options.log_file = name
             server.direct_log(log, options, self.directory)

@@ -171,6 +171,7 @@ class NatCase(ServerCase):
         for number, line in enumerate(text.splitlines(), 1):
             name, value = line.rstrip(";").split(" ", 1)
             made.set_line(server.Line("fwknopd.conf", number, name, value))
+        made.set_defaults()
         return made
 
     def packet(self, kind: int, text: str, nat: Optional[str]) -> Any:
@@ -266,6 +267,7 @@ class ConfigTest(ConfigCase):
                 (guard + "ENABLE_IPT_LOCAL_NAT Y;", "OPEN_PORTS tcp/80", [])):
             settings = server.ServerSettings()
             server.read_server_settings(self.write("f.conf", conf), settings)
+            settings.set_defaults()
             stanzas, _ = server.read_stanzas(self.write("a.conf", stanza + access + "\n"))
             self.assertEqual(expected, server.port_warnings(settings, stanzas), (conf, access))
 

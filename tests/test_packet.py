@@ -133,7 +133,9 @@ def admit(payload: bytes, keys: Any) -> Tuple[Any, bytes]:
 
 def judge(packet: Any, stanza: Any, came: Any, settings: Any = None) -> Any:
     """Return the server's verdict, by these settings or the defaults; no address is its own."""
-    return server.judge(packet, stanza, came, settings or server.ServerSettings(),
+    settings = settings or server.ServerSettings()
+    settings.set_defaults()
+    return server.judge(packet, stanza, came, settings,
                         lambda address: False, NOW)
 
 
@@ -620,6 +622,7 @@ class FieldTest(unittest.TestCase):
     def test_types_without_a_server_yet(self) -> None:
         """What types 0, 2, 4, 5 and 6 ask for is rejected where nothing enables it."""
         stanza = server.Stanza(1)
+        stanza.set_defaults()
         datagram = server.Datagram(b"", b"\x0a\x37\0\2", 1, b"\x0a\x37\0\1", 62201)
         seen = set()
         for kind, text, extra, _nat, _timeout, _auth in TYPES:

@@ -171,6 +171,7 @@ class ServerCase(DirectoryCase):
         settings = server.ServerSettings()
         text = "FWKNOP_RUN_DIR %s;\n%s" % (self.directory, conf)
         server.read_server_settings(write(self.place("fwknopd.conf"), text), settings)
+        settings.set_defaults()
         self.clock.pass_seconds(-seconds)
         made = server.Server(server.Configuration(settings, self.stanzas(access), []),
                              self.firewall, self.log, self.clocks)
@@ -1341,6 +1342,7 @@ class LifeTest(ServerCase):
         with open(path, "w") as stream:
             stream.write("FWKNOP_RUN_DIR %s;\nENABLE_UDP_SERVER Y;\n%s" % (self.directory, lines))
         server.read_server_settings(path, settings)
+        settings.set_defaults()
         return server.Configuration(settings, self.stanzas("SOURCE ANY\n" + KEYS), [])
 
     def start(self, port: int) -> Any:
