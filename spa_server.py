@@ -6257,7 +6257,7 @@ class Grants:
                           f"expires at {self.live[door].expires}")
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
-        """Add grants to the firewall in place of the `replaced` ones; try once more if that fails."""
+        """Add grants in place of the `replaced` ones; if the firewall fails, try once more."""
         try:
             self.firewall.add(opened, replaced)
         except CommandError as error:
@@ -6430,16 +6430,16 @@ def read_openers(path: str) -> Dict[str, str]:
 #
 # Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
 # open and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors). The
-# server never waits for one. No kernel ends what a command opened, so a dead man's switch is
-# set first: a process that closes it, should this server not live to do so.
+# server never waits for one. No kernel closes what a command opened. So a dead man's switch is
+# set first: a process that closes, should this server not live to do so.
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza; a packet can ask for 30 ports
-MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of one command, in the log
-GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL
-STOP_SECONDS = 5.0  # how long a clean stop waits for commands
-SWITCH_SECONDS = 2  # how much later than the server its switch closes
+MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza: a packet with 30 ports runs, and three are open
+MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of a command, in the log: an error message fits
+GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL, for a shell's trap to clean up
+STOP_SECONDS = 5.0  # that a stop waits for commands; what is still open then, the switches close
+SWITCH_SECONDS = 2  # that a switch closes later than a live server would, so that it comes second
 TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing"  # why it closes
 
 # The first program that is executed is trusted. The kernel lets this server wait for it, and its
@@ -6447,17 +6447,17 @@ TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing" 
 RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 
 # The shell of a command that opens holds one end of a pipe as its input, and the switch waits at
-# the other: the time begins when the command has ended, whoever lives to see it.
+# the other. So the time begins when the command has ended, even if this server is dead by then.
 RUN_AT_PIPE = (b"/bin/sh", b"-c", b'"$@" </dev/null; exit $?', b"sh")
 
-# Without a pipe `cat` ends at once. SIGTERM ends only what it waits for: whoever ends all processes
-# of the service closes at once.
+# Without a pipe `cat` ends at once. SIGTERM ends only what the switch waits for, so it closes at
+# once when somebody ends all processes of the service.
 SWITCH = (b"/bin/sh", b"-c",
           b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
 
 
 def close_and_open(closing: Command, opening: Command) -> Command:
-    """Return the command that runs `closing`, whatever comes of it, and then `opening`."""
+    """Return the command that runs `closing` and then, even if that fails, `opening`."""
     count = len(closing.words)
     first = b" ".join(b'"${%d}"' % number for number in range(1, count + 1))
     script = b'%s; shift %d; exec "$@"' % (first, count)
@@ -6465,27 +6465,32 @@ def close_and_open(closing: Command, opening: Command) -> Command:
                             + opening.words)
 
 
+def delayed(command: Command, seconds: int) -> Command:
+    """Return a switch: the command that waits some seconds and then runs `command`."""
+    return command._replace(words=SWITCH + (b"%d" % seconds,) + command.words)
+
+
 def switched_command(pid: int) -> Tuple[int, Tuple[bytes, ...]]:
-    """Return what a switch will run, after the uid that runs it; no words for another process."""
+    """Return the uid and the command line that a switch will run; (0, ()) for other processes."""
     try:
-        with open("/proc/%d/cmdline" % pid, "rb") as file:
-            words = tuple(file.read().split(b"\0")[:-1])
-        owner = os.stat("/proc/%d" % pid).st_uid
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            arguments = tuple(file.read().split(b"\0")[:-1])
+        owner = os.stat(f"/proc/{pid}").st_uid
     except OSError:  # it has ended
         return 0, ()
-    return owner, words[len(SWITCH) + 1:] if words[:len(SWITCH)] == SWITCH else ()
+    is_switch = arguments[:len(SWITCH)] == SWITCH
+    return (owner, arguments[len(SWITCH) + 1:]) if is_switch else (0, ())
 
 
 def launch(command: Command, output: int, outlives: bool = False,
            source: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
-    """Starts a program in a session of its own; it gets nothing of this process but its output and
-    input (`source`).
+    """Start a program in a session of its own. Of this process it gets only output and `source`.
 
-    If it `outlives` this server, it goes on when nobody takes its output any more. CommandError
-    when it can't be started.
+    A program that `outlives` this server goes on when nobody reads its output any more. Raise
+    CommandError if it can't be started.
     """
     def become() -> None:
-        """In the child: signals and umask as usual, and then who it is, the user last."""
+        """In the child: reset signals and umask, then change groups and, last, the user."""
         for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
         if outlives:
@@ -6502,44 +6507,40 @@ def launch(command: Command, output: int, outlives: bool = False,
             command.words, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
-    except OSError as error:  # whose text names the program in its own way in Python 3.6
+    except OSError as error:  # Python 3.6 names the program in its own way in the error's text
         raise CommandError(f"{command}: {os.strerror(error.errno or 0)}") from None
     except (ValueError, subprocess.SubprocessError) as error:
         raise CommandError(f"{command}: {error}") from None
 
 
 def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
-    """Send a signal to a program that has not ended, and to what it has started."""
-    with contextlib.suppress(OSError):  # sudo's is root's, and this server need not be
+    """Send a signal to a program that has not ended, and to all that it has started."""
+    with contextlib.suppress(OSError):  # sudo runs as root, and this server may run as a user
         if popen.poll() is None:
             os.killpg(popen.pid, number)
 
 
 class Child:
-    """A command of a cycle that runs, until `due` on the monotonic clock, and what it printed."""
+    """A command of a cycle that runs, until `due` on the monotonic clock, and its output so far."""
 
     def __init__(self, cycle: "Cycle", command: Command, closes: bool, now: float,
-                 source: int = subprocess.DEVNULL) -> None:
-        self.cycle, self.command, self.closes = cycle, command, closes
+                 popen: "subprocess.Popen[bytes]") -> None:
+        self.cycle, self.command, self.closes, self.popen = cycle, command, closes, popen
         self.kind = cycle.closing_kind if closes else cycle.kind
-        run = RUN if source == subprocess.DEVNULL else RUN_AT_PIPE
-        self.popen = launch(command._replace(words=run + command.words), subprocess.PIPE,
-                            cycle.waits, source)
-        assert self.popen.stdout is not None
-        self.output, self.printed = self.popen.stdout, b""
-        os.set_blocking(self.output.fileno(), False)
+        assert popen.stdout is not None
+        self.output, self.printed = popen.stdout, b""
         limit = (cycle.limit + SWITCH_SECONDS if closes else FOR_EVER if cycle.waits else
                  cycle.limit)
-        self.due, self.signal = now + limit, signal.SIGTERM  # which ends it then
+        self.due, self.signal = now + limit, signal.SIGTERM  # the signal ends it then
 
 
 class Cycle:
-    """A command that opens, and one that closes in `seconds`; without words where nothing has to.
+    """A command that opens, and one that closes after `seconds`; without words if none has to.
 
-    `limit` is how many seconds each may run, `stanza_number` and `label` say whose they are.
+    `limit` is how many seconds each may run. `stanza_number` and `label` say whose they are.
     """
 
-    # The lines of the log: what it runs, what it will run, why it closes, and how a command ended.
+    # Templates of log lines: what runs, what will run, why it closes, and how a command ended.
     opening_line = ("{cycle.label}Running CMD_CYCLE_OPEN command: "
                     "{cycle.opening}{cycle.opening.runner}")
     waiting_line = ("{cycle.label}Running CMD_CYCLE_CLOSE command in {seconds} seconds: "
@@ -6547,10 +6548,10 @@ class Cycle:
     closing_lines: Tuple[str, ...] = ("{cycle.label}{why}, running CMD_CYCLE_CLOSE command: "
                                       "{cycle.closing}{cycle.closing.runner}",)
     end_line = failure_line = "{kind}: command returned {code}, pid_status: {code}"
-    reasons: Dict[str, str] = {}  # other words for why it closes
-    closing_kind = "CMD_CYCLE_CLOSE"  # what begins the lines of the command that closes
+    reasons: Dict[str, str] = {}  # other texts for `why`
+    closing_kind = "CMD_CYCLE_CLOSE"  # begins the log lines of the command that closes
 
-    waits = False  # whether `seconds` begin when the one that opens has ended, which has no limit
+    waits = False  # whether `seconds` count from the end of the first command, which has no limit
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
     def __init__(self, kind: str, stanza_number: int, label: str, limit: int, seconds: int,
@@ -6560,24 +6561,24 @@ class Cycle:
             self.opening_line = ("{cycle.label}Running command '{cycle.opening}'"
                                  "{cycle.opening.runner}")
         self.opening, self.closing, self.seconds = opening, closing, seconds
-        self.key: Tuple[Any, ...] = (closing,)  # what opens one thing has the same
+        self.key: Tuple[Any, ...] = (closing,)  # cycles that open the same have the same key
         self.ends = FOR_EVER  # until Commands.start_open()
-        self.openings: List[Child] = []  # the last one, and those before that still run
+        self.openings: List[Child] = []  # the last one, and earlier ones that still run
         self.switch: Optional["subprocess.Popen[bytes]"] = None
         self.retried = False  # whether the command that closes has failed once
 
     @property
     def is_open(self) -> bool:
-        """Whether its command has opened or is about to, and its switch has not closed."""
+        """Return whether its command has opened or is about to, and its switch has not closed."""
         return (self.openings[-1].popen.poll() in (None, 0)
                 and self.switch is not None and self.switch.poll() is None)
 
 
 class KnockdCycle(Cycle):
-    """Start_Command and Stop_Command of a knockd.conf's door; in the log they look as there.
+    """Start_Command and Stop_Command of a door in knockd.conf, with knockd's lines in the log.
 
-    Some close what they have opened by themselves, or leave programs that go on: what these print
-    is read, and no SIGPIPE ends them when the server has ended.
+    Some of these commands close by themselves, or leave programs running. The server reads on
+    what such programs print, and no SIGPIPE ends them when the server has ended.
     """
 
     opening_line, waiting_line = "{cycle.kind}: running command: {cycle.texts[0]}", ""
@@ -6585,7 +6586,7 @@ class KnockdCycle(Cycle):
     end_line, failure_line = "", "{kind}: command returned non-zero status code ({code})"
     reasons = {TIME_IS_OVER: "command timeout", SHUT_DOWN: "shutting down", FLUSHED: "flushing"}
     waits = True
-    most_running, most_open = 100, 1000
+    most_running, most_open = 100, 1000  # of a door, which all its clients share
 
     def __init__(self, door: KnockdDoor, address: Address, limit: int) -> None:
         self.texts = door.commands(address)
@@ -6604,46 +6605,51 @@ class Commands:
                  clocks: Clocks = CLOCKS) -> None:
         self.selector, self.log, self.test, self.clocks = selector, log, test, clocks
         self.running: List[Child] = []
-        self.survived: List[Child] = []  # that have ended before what they have started
-        self.cycles: Dict[Tuple[Any, ...], Cycle] = {}  # what is open, by its key
-        self.switches: List["subprocess.Popen[bytes]"] = []  # that are about to end
-        self.closing: List[Cycle] = []  # whose close runs, or has failed and is tried again
-        self.left: List[int] = []  # pids of the switches of a server before this one
-        self.looked = False  # whether they have been looked for: when something opens
+        self.survived: List[Child] = []  # ended, but a program that they started still prints
+        self.cycles: Dict[Tuple[Any, ...], Cycle] = {}  # the open ones, by key
+        self.switches: List["subprocess.Popen[bytes]"] = []  # about to end
+        self.closing: List[Cycle] = []  # their close runs, or failed and will be tried again
+        self.earlier: Optional[List[int]] = None  # pids of an earlier server's switches, once known
 
     def check(self, cycles: List[Cycle]) -> None:
-        """CommandError when these are too many of a stanza; what only closes later is none."""
+        """Raise CommandError if the stanza would exceed its limit. Prolonging does not count."""
         first = cycles[0]
         run = sum(child.cycle.stanza_number == first.stanza_number for child in self.running)
         wait = sum(cycle.stanza_number == first.stanza_number for cycle in self.cycles.values())
         new = {cycle.key for cycle in cycles if cycle.closing.words} - set(self.cycles)
         if (run + sum(not self.lasts(cycle) for cycle in cycles) > first.most_running
                 or wait + len(new) > first.most_open):
-            raise CommandError("too many commands: %d of %s run, and %d wait to close" % (
-                run, "stanza #%d" % first.stanza_number if first.stanza_number > 0 else first.kind, wait))
+            owner = f"stanza #{first.stanza_number}" if first.stanza_number > 0 else first.kind
+            raise CommandError(f"too many commands: {run} of {owner} run, and {wait} wait to close")
 
     def run(self, cycles: List[Cycle]) -> None:
-        """Opens all; CommandError when one can't be started, or they are too many."""
+        """Open all cycles; raise CommandError if they are too many or one can't be started."""
         self.check(cycles)
         for cycle in cycles:
             if self.test:
-                self.log.info(f"--test mode enabled, not running: {str(cycle.opening)}")
+                self.log.info(f"--test mode enabled, not running: {cycle.opening!s}")
             else:
                 self.start_open(cycle)
 
     def lasts(self, cycle: Cycle) -> bool:
-        """Whether what the cycle opens is open, so that it has only to close later."""
+        """Return whether the same command has opened already, so that only the close moves."""
         known = self.cycles.get(cycle.key)
         return known is not None and known.opening == cycle.opening and known.is_open
 
-    def follow(self, child: Child) -> Child:
-        """Takes output and end of a command to the log."""
+    def start(self, cycle: Cycle, command: Command, closes: bool,
+              source: int = subprocess.DEVNULL) -> Child:
+        """Start a command of a cycle; the loop then reads its output. CommandError if it can't."""
+        shell = RUN if source == subprocess.DEVNULL else RUN_AT_PIPE
+        popen = launch(command._replace(words=shell + command.words), subprocess.PIPE,
+                       cycle.waits, source)
+        child = Child(cycle, command, closes, self.clocks.monotonic(), popen)
+        os.set_blocking(child.output.fileno(), False)
         self.running.append(child)
-        self.selector.register(child.output, selectors.EVENT_READ, lambda: self.read(child))
+        self.selector.register(child.output, selectors.EVENT_READ, partial(self.read, child))
         return child
 
     def read(self, child: Child, last: bool = False) -> None:
-        """Takes what a command has printed, and throws away what is too much of it."""
+        """Read what a command has printed, and keep as much as the log shows."""
         if child.output.closed:
             return
         text = child.output.read(65536)
@@ -6652,36 +6658,37 @@ class Commands:
             self.selector.unregister(child.output)
             child.output.close()
 
-    def finish(self, child: Child) -> None:
-        """Logs the output and the end of a command that has ended, in its cycle's words."""
+    def report_end(self, child: Child) -> None:
+        """Log the output and the end of a command that has ended, as its cycle's templates say."""
         self.running.remove(child)
         self.read(child, last=not child.cycle.waits)
         self.survived = [each for each in self.survived + [child] if not each.output.closed]
         if len(self.survived) > MAX_RUNNING:
             self.read(self.survived[0], last=True)
         lines = child.printed[:MAX_OUTPUT].decode("latin-1").splitlines()
-        more = len(child.printed) > MAX_OUTPUT or len(lines) > MAX_OUTPUT_LINES
-        for line in lines[:MAX_OUTPUT_LINES] + ["(and more)"] * more:
+        if len(child.printed) > MAX_OUTPUT or len(lines) > MAX_OUTPUT_LINES:
+            lines[MAX_OUTPUT_LINES:] = ["(and more)"]
+        for line in lines:
             self.log.info(f"{child.kind}: {line}")
         code = child.popen.returncode
-        self.log.write(WARNING if code else INFO, (
-            child.cycle.failure_line if code else child.cycle.end_line).format(
-                kind=child.kind, code=code))
+        template = child.cycle.failure_line if code else child.cycle.end_line
+        self.log.write(WARNING if code else INFO, template.format(kind=child.kind, code=code))
         if child.closes:
             self.end_close(child.cycle, code)
             return
-        cycle = self.cycles.get(child.cycle.key)  # as it is since somebody knocked again
+        cycle = self.cycles.get(child.cycle.key)  # another object if somebody knocked again
         if cycle and cycle.ends == FOR_EVER and cycle.openings[-1] is child:
             cycle.ends = self.clocks.monotonic() + cycle.seconds
 
     def reap(self) -> None:
-        """Takes leave of what has ended, ends what runs too long, and closes what is due."""
+        """Report commands that have ended, end those that run too long, and close what is due."""
         now = self.clocks.monotonic()
         for child in self.running[:]:
             if child.popen.poll() is not None:
-                self.finish(child)
+                self.report_end(child)
             elif now >= child.due:
-                self.log.warning(f"{child.kind}: {child.command}: command runs for too long (CMD_EXEC_TIMEOUT)")
+                self.log.warning(f"{child.kind}: {child.command}: "
+                                 "command runs for too long (CMD_EXEC_TIMEOUT)")
                 end_group(child.popen, child.signal)
                 child.signal, child.due = signal.SIGKILL, now + GRACE_SECONDS
         for cycle in [cycle for cycle in self.cycles.values() if now >= cycle.ends]:
@@ -6692,43 +6699,56 @@ class Commands:
                         if cycle in closing or cycle.switch in self.switches]
 
     def start_open(self, cycle: Cycle) -> None:
-        """Opens, and closes when it is time; CommandError when the command can't be started.
+        """Set the switch, and start the command that opens; CommandError if it can't be started.
 
-        Asked for again while it is open, it closes later. The same command is not run twice then:
-        of two rules that it adds, the one that closes would delete one. While a close of the same
-        thing is still to be tried, it is run first, and never again: it would close what opens now.
+        If the same command has opened already, only the close moves. To run it again could add a
+        second rule, and the close would delete one of the two.
         """
-        if not self.looked:  # so none of them is ours
-            self.looked = True
-            self.left = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-                         if switched_command(pid)[1]]
+        if self.earlier is None:  # there is no switch of this server yet
+            self.earlier = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+                            if switched_command(pid)[1]]
         known, lasts, now = self.cycles.get(cycle.key), self.lasts(cycle), self.clocks.monotonic()
-        pending = False
         if known and lasts and cycle.waits and known.openings[-1].popen.poll() is None:
             return  # its time has not begun
         if lasts or not cycle.waits:
             cycle.ends = now + cycle.seconds
         if known and known.ends != FOR_EVER:
             cycle.ends = max(cycle.ends, known.ends)
-        seconds = (cycle.seconds if cycle.ends == FOR_EVER else
-                   int(cycle.ends - now + 0.999))
+        seconds = cycle.seconds if cycle.ends == FOR_EVER else int(cycle.ends - now + 0.999)
         if known:
             cycle.openings = [each for each in known.openings
                               if lasts or each.popen.poll() is None]
-        pipe = (os.pipe() if cycle.waits and cycle.closing.words and not lasts else
-                (subprocess.DEVNULL,) * 2)
+        waits = cycle.waits and cycle.closing.words and not lasts
+        pipe = os.pipe() if waits else (subprocess.DEVNULL, subprocess.DEVNULL)
         try:
             if cycle.closing.words:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
             if not lasts:
-                opening = cycle.opening
-                pending = bool(cycle.closing.words) and self.end_closing(cycle.closing)
-                if pending:
-                    self.log.info(f"{cycle.kind}: what closes has not succeeded yet, and is run before it")
-                    opening = close_and_open(cycle.closing, opening)
-                self.log.info(cycle.opening_line.format(cycle=cycle))
-                child = Child(cycle, opening, False, now, pipe[1])
-                cycle.openings.append(self.follow(child))
+                self.start_opening(cycle, pipe[1])
+        finally:
+            for end in pipe if waits else ():
+                os.close(end)
+        if known:
+            self.end_switch(known)
+        if cycle.closing.words:
+            self.cycles[cycle.key] = cycle
+            self.log.info(cycle.waiting_line.format(cycle=cycle, seconds=seconds))
+
+    def start_opening(self, cycle: Cycle, source: int) -> None:
+        """Start the command that opens; CommandError if it can't be started.
+
+        If an earlier close of the same thing has not succeeded yet, run it first and end its
+        tries: a later one would close what opens now.
+        """
+        opening, pending = cycle.opening, False
+        try:
+            if cycle.closing.words and self.end_closing(cycle.closing):
+                pending = True
+                self.log.info(f"{cycle.kind}: what closes has not succeeded yet, "
+                              "and is run before it")
+                opening = close_and_open(cycle.closing, opening)
+            self.log.info(cycle.opening_line.format(cycle=cycle))
+            cycle.openings.append(self.start(cycle, opening, False, source))
         except CommandError as error:
             if pending:
                 self.closing.append(cycle)
@@ -6736,29 +6756,15 @@ class Commands:
             else:
                 self.end_switch(cycle)
             raise
-        finally:
-            for end in pipe:
-                if end != subprocess.DEVNULL:
-                    os.close(end)
-        if known:
-            self.end_switch(known)
-        if cycle.closing.words:
-            self.cycles[cycle.key] = cycle
-            self.log.info(cycle.waiting_line.format(cycle=cycle, seconds=seconds))
 
     def set_switch(self, cycle: Cycle, seconds: int, source: int = subprocess.DEVNULL) -> None:
-        """Gives a cycle a switch, in place of the one that it may have."""
-        switch = launch(self.delayed(cycle.closing, seconds), subprocess.DEVNULL, source=source)
+        """Give a cycle a switch, in place of the one that it may have."""
+        switch = launch(delayed(cycle.closing, seconds), subprocess.DEVNULL, source=source)
         self.end_switch(cycle)
         cycle.switch = switch
 
-    @staticmethod
-    def delayed(command: Command, seconds: int) -> Command:
-        """The same, some seconds later."""
-        return command._replace(words=SWITCH + (b"%d" % seconds,) + command.words)
-
     def end_switch(self, cycle: Cycle) -> None:
-        """Takes the switch of a cycle away, if it has one; reap() takes note of its end."""
+        """End the switch of a cycle, if it has one; reap() waits for its end."""
         if cycle.switch is not None:
             end_group(cycle.switch, signal.SIGKILL)
             self.switches.append(cycle.switch)
@@ -6767,7 +6773,7 @@ class Commands:
     def end_closing(self, closing: Command) -> bool:
         """End the tries of a close that is not done, and its switch; return whether there were any.
 
-        Those that an earlier server has left are found by their command line.
+        The command line identifies those that an earlier server has left.
         """
         cycles = [cycle for cycle in self.closing if cycle.closing == closing]
         self.closing = [cycle for cycle in self.closing if cycle not in cycles]
@@ -6777,17 +6783,18 @@ class Commands:
             if child.closes and child.cycle in cycles:
                 end_group(child.popen, signal.SIGKILL)
         uid = os.geteuid() if closing.account is None else closing.account.uid
-        pids = [pid for pid in self.left if switched_command(pid) == (uid, closing.words)]
-        self.left = [pid for pid in self.left if pid not in pids]
+        earlier = self.earlier or []
+        pids = [pid for pid in earlier if switched_command(pid) == (uid, closing.words)]
+        self.earlier = [pid for pid in earlier if pid not in pids]
         for pid in pids:
             with contextlib.suppress(OSError):  # it has just ended, or is no leader, so no switch
                 os.killpg(pid, signal.SIGKILL)
         return bool(cycles or pids)
 
     def close(self, cycle: Cycle, why: str) -> None:
-        """Starts what closes, also if what opens has failed: that may have done half its work.
+        """Start the command that closes, even if the other failed: it may have done half its work.
 
-        A switch stays until it has closed, and waits meanwhile for as long as that may take.
+        The switch stays until the command has closed, and waits for as long as that may take.
         """
         del self.cycles[cycle.key]
         for child in cycle.openings:
@@ -6795,31 +6802,30 @@ class Commands:
         for template in cycle.closing_lines:
             self.log.info(template.format(cycle=cycle, why=cycle.reasons.get(why, why)))
         code = cycle.switch.poll() if cycle.switch else None
-        if code is not None and code >= 0:  # this server was late, or somebody told the switch to
-            self.log.warning("%s: its switch has run it, which returned %d"
-                             % (cycle.closing_kind, code))
+        if code is not None and code >= 0:  # this server was late, or somebody ended the sleep
+            self.log.warning(f"{cycle.closing_kind}: its switch has run it, which returned {code}")
         if code != 0:
             self.closing.append(cycle)
             self.start_close(cycle, cycle.closing)
 
     def start_close(self, cycle: Cycle, command: Command) -> None:
-        """Starts the command that closes a cycle."""
+        """Start the command that closes a cycle; if it can't be started, the switch will."""
         try:
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
-            self.follow(Child(cycle, command, True, self.clocks.monotonic()))
+            self.start(cycle, command, closes=True)
         except CommandError as error:
             self.leave_to_switch(cycle, str(error))
 
     def leave_to_switch(self, cycle: Cycle, why: str) -> None:
-        """Lets the switch close, which goes on when this server ends."""
+        """Let the switch close; it goes on when this server ends."""
         self.log.error(f"{why}; its switch tries it again")
         if cycle.switch is not None:
             self.switches.append(cycle.switch)
 
     def end_close(self, cycle: Cycle, code: int) -> None:
-        """Ends the switch of what has closed; what has failed to is tried again, at last by it.
+        """End the switch of a cycle that is closed. Try a failed close again, and then leave it.
 
-        The second try goes on when this server ends.
+        The second try, and the switch as the third, go on when this server ends.
         """
         if cycle not in self.closing:  # somebody opened the same again, and that ended it
             return
@@ -6830,20 +6836,20 @@ class Commands:
             self.leave_to_switch(cycle, f"{cycle.label}{cycle.closing} has failed twice")
         else:
             cycle.retried = True
-            self.start_close(cycle, self.delayed(cycle.closing, SWITCH_SECONDS))
+            self.start_close(cycle, delayed(cycle.closing, SWITCH_SECONDS))
 
     def next_due(self) -> float:
-        """When reap() is due, on the monotonic clock."""
+        """Return when reap() is due, on the monotonic clock."""
         return min([child.due for child in self.running]
                    + [cycle.ends for cycle in self.cycles.values()], default=FOR_EVER)
 
     def close_all(self, why: str) -> None:
-        """Closes all cycles now."""
+        """Start to close all cycles now."""
         for cycle in list(self.cycles.values()):
             self.close(cycle, why)
 
     def stop(self) -> None:
-        """Closes everything at once, and waits a while for the commands that run."""
+        """Close all cycles now, and wait up to STOP_SECONDS for the commands that run."""
         end = self.clocks.monotonic() + STOP_SECONDS
         self.close_all(SHUT_DOWN)
         while self.running and self.clocks.monotonic() < end:
