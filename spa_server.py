@@ -2355,65 +2355,74 @@ class Stanza(Settings):
         self.wrong_hmac.stanza_number = number
 
     def validate(self) -> List[str]:
-        """Checks the stanza as a whole and makes its keys ready; returns warnings."""
+        """Check the stanza as a whole, make its keys and its sequence, and return warnings."""
         key: Secret = self.only_one(Stanza.key, Stanza.key_base64)
         hmac_key: Secret = self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
-        self.takes_packets = bool(key or self.gpg_decrypt_id)
+        gpg = bool(self.gpg_decrypt_id)
+        self.takes_packets = bool(key) or gpg
         self.check_needs()
         texts = self.validate_knock()
-        self.require(self.takes_packets or (self.sequence and not hmac_key), Stanza.source,
-                     "a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, or KNOCK_SEQUENCE")
-        self.require(not (hmac_key and compare_digest(key, hmac_key)), Stanza.source,
-                     "an HMAC key that is not the encryption key")
-        if self.gpg_decrypt_id:
-            self.require(self.gpg_passphrase or self.gpg_no_passphrase, Stanza.gpg_decrypt_id,
-                         "GPG_DECRYPT_PW as well, or GPG_ALLOW_NO_PW Y")
-            self.require(self.gpg_disable_sig or self.gpg_remote_ids or self.gpg_fingerprints,
-                         Stanza.gpg_decrypt_id, "GPG_REMOTE_ID or GPG_FINGERPRINT_ID as well: "
-                         "who may sign; or GPG_DISABLE_SIG Y")
-        elif self.mode == ASYMMETRIC:
-            self.require(not key, Stanza.mode, "GPG_DECRYPT_ID, or the mode of KEY")
+        self.require_all(
+            (self.takes_packets or (self.sequence and not hmac_key), Stanza.source,
+             "a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, or KNOCK_SEQUENCE"),
+            (not hmac_key or not compare_digest(key, hmac_key), Stanza.source,
+             "an HMAC key that is not the encryption key"),
+            (not gpg or self.gpg_passphrase or self.gpg_no_passphrase, Stanza.gpg_decrypt_id,
+             "GPG_DECRYPT_PW as well, or GPG_ALLOW_NO_PW Y"),
+            (not gpg or self.gpg_disable_sig or self.gpg_remote_ids or self.gpg_fingerprints,
+             Stanza.gpg_decrypt_id,
+             "GPG_REMOTE_ID or GPG_FINGERPRINT_ID as well: who may sign; or GPG_DISABLE_SIG Y"),
+            (gpg or not key or self.mode != ASYMMETRIC, Stanza.mode,
+             "GPG_DECRYPT_ID, or the mode of KEY"))
         if key and self.mode != ASYMMETRIC:
             self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
         self.for_all = self.source.everything and self.destination.everything
         self.expires = min((end for end in (self.expire_epoch, self.expire_date)
                             if end is not None), default=None)
-        return ["(stanza #%d) %s" % (self.number, text)
-                for text in texts + self.warnings(key, hmac_key)]
+        return [f"(stanza #{self.number}) {text}" for text in texts + self.warnings(key, hmac_key)]
+
+    def require_all(self, *rules: Tuple[object, Directive[Any], str]) -> None:
+        """Raise ConfigError for the first rule (condition, directive, text) that does not hold."""
+        for right, row, what in rules:
+            self.require(right, row, what)
 
     def check_needs(self) -> None:
-        """ConfigError for a directive that needs another one, which is not there."""
-        needs: List[Tuple[Directive[Any], ...]] = [  # a directive, and one of these
-            (Stanza.command_group, Stanza.command_user),
-            (Stanza.sudo_user, Stanza.enable_sudo), (Stanza.sudo_group, Stanza.enable_sudo),
-            (Stanza.cycle_close, Stanza.cycle_open), (Stanza.cycle_seconds, Stanza.cycle_open),
-            (Stanza.cycle_open, Stanza.cycle_close)]
-        needs += [(Stanza.cycle_open, Stanza.cycle_seconds)] * bool(self.cycle_close)
-        needs += [(row, Stanza.knock_steps, Stanza.knock_file) for row in (
-            Stanza.knock_seconds, Stanza.knock_flags, Stanza.knock_strict, Stanza.knock_exact,
-            Stanza.require_knock)]
-        for row, *needed in needs:
-            self.require(not self.is_set(row) or any(map(self.is_set, needed)), row,
-                         f"{needed[0].name} with it")
+        """Raise ConfigError for a directive that stands without another one that it needs."""
+        has = self.is_set
+        cycle, knock = has(Stanza.cycle_open), has(Stanza.knock_steps) or has(Stanza.knock_file)
+        for condition, row, needed in (
+                (has(Stanza.command_user), Stanza.command_group, "CMD_EXEC_USER"),
+                (has(Stanza.enable_sudo), Stanza.sudo_user, "ENABLE_CMD_SUDO_EXEC"),
+                (has(Stanza.enable_sudo), Stanza.sudo_group, "ENABLE_CMD_SUDO_EXEC"),
+                (cycle, Stanza.cycle_close, "CMD_CYCLE_OPEN"),
+                (cycle, Stanza.cycle_seconds, "CMD_CYCLE_OPEN"),
+                (has(Stanza.cycle_close), Stanza.cycle_open, "CMD_CYCLE_CLOSE"),
+                (self.cycle_seconds or not self.cycle_close, Stanza.cycle_open, "CMD_CYCLE_TIMER"),
+                (knock, Stanza.knock_seconds, "KNOCK_SEQUENCE"),
+                (knock, Stanza.knock_flags, "KNOCK_SEQUENCE"),
+                (knock, Stanza.knock_strict, "KNOCK_SEQUENCE"),
+                (knock, Stanza.knock_exact, "KNOCK_SEQUENCE"),
+                (knock, Stanza.require_knock, "KNOCK_SEQUENCE")):
+            self.require(condition or not has(row), row, needed + " with it")
 
     def validate_knock(self) -> List[str]:
-        """Makes the stanza's sequence ready, if it has one; returns warnings."""
+        """Check and make the stanza's sequence, if it has one, and return warnings."""
         if not self.only_one(Stanza.knock_steps, Stanza.knock_file):
             return []
-        if self.require_knock:
-            self.require(self.takes_packets, Stanza.require_knock,
-                         "a KEY as well, for the packet to follow")
-        else:
-            self.require(self.open_ports, Stanza.knock_file if self.knock_file else
-                         Stanza.knock_steps, "OPEN_PORTS with it")
-            self.require(self.open_ports.isdisjoint(self.restrict_ports), Stanza.restrict_ports,
-                         "none of OPEN_PORTS, all of which the sequence opens")
-            self.require(not self.require_username, Stanza.require_username,
-                         "REQUIRE_KNOCK Y with it, since a sequence names no user")
-            self.require(self.grant_seconds or self.cycle_seconds, Stanza.grant_seconds,
-                         "more than 0, since a sequence asks for no time")
+        packet = self.require_knock  # follows the sequence, and says what to open
+        self.require_all(
+            (self.takes_packets or not packet, Stanza.require_knock,
+             "a KEY as well, for the packet to follow"),
+            (packet or self.open_ports, Stanza.knock_file if self.knock_file else
+             Stanza.knock_steps, "OPEN_PORTS with it"),
+            (packet or self.open_ports.isdisjoint(self.restrict_ports), Stanza.restrict_ports,
+             "none of OPEN_PORTS, all of which the sequence opens"),
+            (packet or not self.require_username, Stanza.require_username,
+             "REQUIRE_KNOCK Y with it, since a sequence names no user"),
+            (packet or self.grant_seconds or self.cycle_seconds, Stanza.grant_seconds,
+             "more than 0, since a sequence asks for no time"))
         self.sequence = make_sequence(self, self.knock_strict, self.knock_exact)
-        return self.sequence.warnings(alone=not self.require_knock)
+        return self.sequence.warnings(alone=not packet)
 
     def warnings(self, key: Secret, hmac_key: Secret) -> List[str]:
         """What this stanza does that the administrator may not expect."""
