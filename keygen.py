@@ -481,9 +481,9 @@ LOCK_TRIES = 500  # ten seconds; another run needs milliseconds, but any reader 
 
 
 def write_to(stream: "Any", text: str) -> str:
-    """Write to standard output or standard error; return why the text did not leave, "" if it did.
+    """Write to standard output or standard error; return why that failed, "" if it did not.
 
-    Python would write a rest again at exit, fail, and end with 120: so the rest goes nowhere.
+    Python would write the rest again at exit, fail, and end with 120: so the rest is thrown away.
     """
     try:
         stream.write(text)
@@ -494,7 +494,7 @@ def write_to(stream: "Any", text: str) -> str:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
-            pass  # it is no file
+            pass  # the stream is no file
         return getattr(error, "strerror", None) or str(error)
     return ""
 

@@ -1460,9 +1460,9 @@ def tell(message: str) -> None:
 
 
 def write_to(stream: "Any", text: str) -> str:
-    """Write to standard output or standard error; return why the text did not leave, "" if it did.
+    """Write to standard output or standard error; return why that failed, "" if it did not.
 
-    Python would write a rest again at exit, fail, and end with 120: so the rest goes nowhere.
+    Python would write the rest again at exit, fail, and end with 120: so the rest is thrown away.
     """
     try:
         stream.write(text)
@@ -1473,7 +1473,7 @@ def write_to(stream: "Any", text: str) -> str:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
-            pass  # it is no file
+            pass  # the stream is no file
         return getattr(error, "strerror", None) or str(error)
     return ""
 
@@ -1485,53 +1485,53 @@ def write_to(stream: "Any", text: str) -> str:
 
 
 def open_ours(path: "str", flags: "int", mode: "int" = 0o600) -> "int":
-    """Open a file; OSError if root would be led to it by somebody else, who could not change it.
+    """Open a file; raise OSError if another user could have led root to this file.
 
-    That is by a link of another user's, or by a second name in a directory of that user's. Each
-    part of the way is opened, so that nobody can put a link there after the look.
+    That user could put a link of his own on the way, or a second name of root's file in his own
+    directory. Each part of the path is opened in turn: nobody can put a link there after the check.
     """
     import errno
     import stat
     if not hasattr(os, "O_PATH") or os.geteuid() or path.startswith(("/dev/", "/proc/")):
         return os.open(path, flags, mode)
-    left = os.path.join(os.getcwd(), path).split("/")[::-1]
-    here, links = os.open("/", os.O_PATH), 0
+    names = os.path.join(os.getcwd(), path).split("/")[::-1]  # pop() gives the next
+    directory, links = os.open("/", os.O_PATH), 0
     try:
         while True:
-            name = left.pop() or "."
+            name = names.pop() or "."
             try:
-                how = os.O_PATH if left else flags & ~os.O_TRUNC
-                step = os.open(name, how | os.O_NOFOLLOW, mode, dir_fd=here)
+                how = os.O_PATH if names else flags & ~os.O_TRUNC
+                found = os.open(name, how | os.O_NOFOLLOW, mode, dir_fd=directory)
             except OSError as error:
                 if error.errno != errno.ELOOP or flags & os.O_NOFOLLOW:
                     raise
-                step = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=here)
-            status = os.fstat(step)
+                found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+            status = os.fstat(found)
             if stat.S_ISLNK(status.st_mode):
-                left += os.readlink("", dir_fd=step).split("/")[::-1]
-                os.close(step)
+                names += os.readlink("", dir_fd=found).split("/")[::-1]
+                os.close(found)
                 links += 1
-                if status.st_uid or links > 40:
+                if status.st_uid or links > 40:  # as many as Linux follows (path_resolution(7))
                     raise OSError(errno.EPERM, "a link of another user's, which is not followed"
                                   if status.st_uid else os.strerror(errno.ELOOP))
-                if not left[-1]:  # it begins with a slash
-                    step, here = here, os.open("/", os.O_PATH)
-                    os.close(step)
-            elif left:
-                step, here = here, step
-                os.close(step)
-            elif (stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and os.fstat(here).st_uid
-                  and flags & (os.O_WRONLY | os.O_RDWR)):
-                os.close(step)
+                if not names[-1]:  # the link begins with a slash
+                    found, directory = directory, os.open("/", os.O_PATH)
+                    os.close(found)
+            elif names:
+                found, directory = directory, found
+                os.close(found)
+            elif (stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+                  and os.fstat(directory).st_uid and flags & (os.O_WRONLY | os.O_RDWR)):
+                os.close(found)
                 raise OSError(errno.EPERM, "has another name, in a directory of another user's")
             else:
                 if flags & os.O_TRUNC:
-                    os.ftruncate(step, 0)
-                return step
+                    os.ftruncate(found, 0)
+                return found
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
     finally:
-        os.close(here)
+        os.close(directory)
 
 
 # --- end shared: files --

@@ -3014,23 +3014,36 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 # ======================================================================================
 # 12. Log and programs
 #
-# The clocks, where lines go, and run_program, for the firewall and gpg's list of keys. Programs
-# are also started by GpgRun and launch, and nowhere else; none of them gets our stderr, which may
-# be full. Nothing secret reaches a line or a command line.
+# The clocks, the log, and run_program() for the firewall and for gpg's list of keys. Apart from it,
+# only GpgRun and launch() start programs. No program gets our stderr, which may be full. No secret
+# reaches a line of the log or a command line.
 # ======================================================================================
 
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # severities of RFC 5424 section 6.2.1
 SYSLOG = "/dev/log"
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 FOR_EVER = float("inf")
-PROGRAM_SECONDS = 30.0  # that a program may take while nobody waits for it: at a start, say
-BURST = 20  # lines of a kind that anybody can cause at once; then one a second
+PROGRAM_SECONDS = 30.0  # limit of a program while no knock waits: iptables may wait for its lock
+# Lines that strangers can cause, of a kind: so many at once, enough to see what they do; then one a
+# second, which is at most 86,400 lines or about 10 MB a day.
+BURST = 20
+STEP_BURST = 1000  # lines about further steps, which take a part of the sequence to cause: 100 kB
 MORE_KNOCKS = "more knocks came without a line in the log"
-STEP_BURST = 1000  # those that only who knows a part of a sequence can cause
+
+
+class Shown(Dict[int, str]):
+    """A table for str.translate() that shows all but printable ASCII as `\\xNN`."""
+
+    def __missing__(self, number: int) -> str:
+        """Return how the log shows such a character."""
+        return f"\\x{number:02x}"
+
+
+SHOWN = Shown((number, chr(number)) for number in range(0x20, 0x7F))
 
 
 def read_proc(name: str) -> str:
-    """Return the text of a file in /proc; nothing if this kernel does not have the file."""
+    """Return the text of a file in /proc; "" if this kernel does not have the file."""
     try:
         with open("/proc/" + name) as file:
             return file.read().strip()
@@ -3039,12 +3052,12 @@ def read_proc(name: str) -> str:
 
 
 def read_boot_id() -> str:
-    """Return a text that is another one after each boot."""
-    return read_proc("sys/kernel/random/boot_id") or "unknown-%d" % os.getppid()
+    """Return a text that differs after each boot."""
+    return read_proc("sys/kernel/random/boot_id") or f"unknown-{os.getppid()}"
 
 
 class Clocks(NamedTuple):
-    """Where the server reads the time. `boot_id` names the boot that `monotonic` counts from."""
+    """The sources of the time. `boot_id` names the boot that `monotonic` counts from."""
 
     wall: Callable[[], float] = time.time  # epoch seconds
     monotonic: Callable[[], float] = time.monotonic
@@ -3058,9 +3071,9 @@ CLOCKS = Clocks()  # this machine's
 
 
 def write_to(stream: "Any", text: str) -> str:
-    """Write to standard output or standard error; return why the text did not leave, "" if it did.
+    """Write to standard output or standard error; return why that failed, "" if it did not.
 
-    Python would write a rest again at exit, fail, and end with 120: so the rest goes nowhere.
+    Python would write the rest again at exit, fail, and end with 120: so the rest is thrown away.
     """
     try:
         stream.write(text)
@@ -3071,7 +3084,7 @@ def write_to(stream: "Any", text: str) -> str:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
-            pass  # it is no file
+            pass  # the stream is no file
         return getattr(error, "strerror", None) or str(error)
     return ""
 
@@ -3083,104 +3096,101 @@ def write_to(stream: "Any", text: str) -> str:
 
 
 def open_ours(path: "str", flags: "int", mode: "int" = 0o600) -> "int":
-    """Open a file; OSError if root would be led to it by somebody else, who could not change it.
+    """Open a file; raise OSError if another user could have led root to this file.
 
-    That is by a link of another user's, or by a second name in a directory of that user's. Each
-    part of the way is opened, so that nobody can put a link there after the look.
+    That user could put a link of his own on the way, or a second name of root's file in his own
+    directory. Each part of the path is opened in turn: nobody can put a link there after the check.
     """
     import errno
     import stat
     if not hasattr(os, "O_PATH") or os.geteuid() or path.startswith(("/dev/", "/proc/")):
         return os.open(path, flags, mode)
-    left = os.path.join(os.getcwd(), path).split("/")[::-1]
-    here, links = os.open("/", os.O_PATH), 0
+    names = os.path.join(os.getcwd(), path).split("/")[::-1]  # pop() gives the next
+    directory, links = os.open("/", os.O_PATH), 0
     try:
         while True:
-            name = left.pop() or "."
+            name = names.pop() or "."
             try:
-                how = os.O_PATH if left else flags & ~os.O_TRUNC
-                step = os.open(name, how | os.O_NOFOLLOW, mode, dir_fd=here)
+                how = os.O_PATH if names else flags & ~os.O_TRUNC
+                found = os.open(name, how | os.O_NOFOLLOW, mode, dir_fd=directory)
             except OSError as error:
                 if error.errno != errno.ELOOP or flags & os.O_NOFOLLOW:
                     raise
-                step = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=here)
-            status = os.fstat(step)
+                found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+            status = os.fstat(found)
             if stat.S_ISLNK(status.st_mode):
-                left += os.readlink("", dir_fd=step).split("/")[::-1]
-                os.close(step)
+                names += os.readlink("", dir_fd=found).split("/")[::-1]
+                os.close(found)
                 links += 1
-                if status.st_uid or links > 40:
+                if status.st_uid or links > 40:  # as many as Linux follows (path_resolution(7))
                     raise OSError(errno.EPERM, "a link of another user's, which is not followed"
                                   if status.st_uid else os.strerror(errno.ELOOP))
-                if not left[-1]:  # it begins with a slash
-                    step, here = here, os.open("/", os.O_PATH)
-                    os.close(step)
-            elif left:
-                step, here = here, step
-                os.close(step)
-            elif (stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and os.fstat(here).st_uid
-                  and flags & (os.O_WRONLY | os.O_RDWR)):
-                os.close(step)
+                if not names[-1]:  # the link begins with a slash
+                    found, directory = directory, os.open("/", os.O_PATH)
+                    os.close(found)
+            elif names:
+                found, directory = directory, found
+                os.close(found)
+            elif (stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+                  and os.fstat(directory).st_uid and flags & (os.O_WRONLY | os.O_RDWR)):
+                os.close(found)
                 raise OSError(errno.EPERM, "has another name, in a directory of another user's")
             else:
                 if flags & os.O_TRUNC:
-                    os.ftruncate(step, 0)
-                return step
+                    os.ftruncate(found, 0)
+                return found
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
     finally:
-        os.close(here)
+        os.close(directory)
 
 
 # --- end shared: files --
 
 
 def say(text: str) -> None:
-    """Print what was asked for; SpaError when it could not be written."""
+    """Print what was asked for; raise SpaError if it could not be written."""
     why = write_to(sys.stdout, text + "\n")
     if why:
-        raise SpaError("standard output: " + why)
+        raise SpaError(f"standard output: {why}")
 
 
 class Outlet:
-    """A place for lines of the log. While it takes no more, lines are dropped, and knocks go on.
-
-    Each kind has a send() that never waits, and returns whether it could write the line.
-    """
+    """A destination of log lines. While it takes no more, lines are dropped, and knocks go on."""
 
     def __init__(self) -> None:
         self.dropped = 0
 
     def write(self, severity: int, text: str) -> None:
-        """Write a line, and before it how many were dropped."""
-        if self.dropped and self.send(WARNING, "%d lines of the log were dropped: nothing took them"
-                                      % self.dropped):
+        """Write a line or drop it; first tell how many lines were dropped."""
+        if self.dropped and self.send(
+                WARNING, f"{self.dropped} lines of the log were dropped: nothing took them"):
             self.dropped = 0
         if self.dropped or not self.send(severity, text):
             self.dropped += 1
 
     def send(self, severity: int, text: str) -> bool:
-        """Write a line, if that is possible at once; return whether it was."""
+        """Write a line if that is possible without waiting; return whether it was."""
         raise NotImplementedError
 
 
 class StreamOutlet(Outlet):
-    """A stream, with `<N>` before each line when that is systemd's journal.
+    """A stream; each line begins with `<N>`, its severity, if that is systemd's journal.
 
-    O_NONBLOCK would hold for all who share the open file. So this opens a pipe or a terminal once
-    more, for itself. Where that can't be done, as with sockets, a line is written only when poll()
-    says so; a pipe then takes PIPE_BUF bytes at once (pipe(7)).
+    O_NONBLOCK would hold for all programs that share the open file. So open_own() opens a pipe or
+    a terminal once more. A socket can't be opened so: a line is written only when poll() says that
+    it can. A pipe that is ready takes PIPE_BUF bytes at once (pipe(7)).
     """
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
         self.stream, self.prefixed = stream, is_journal(stream)
         self.own, self.poll = -1, select.poll()
-        self.rest = b""  # of a line that a terminal took only in part
+        self.rest = b""  # the end of a line of which a terminal took only the beginning
         try:
             self.number = stream.fileno()
             self.waits = not stat.S_ISREG(os.fstat(self.number).st_mode)
-        except (OSError, ValueError):  # no file at all
+        except (OSError, ValueError):  # the stream is no file
             self.waits = False
         if self.waits:
             self.poll.register(self.number, select.POLLOUT)
@@ -3200,7 +3210,7 @@ class StreamOutlet(Outlet):
 
     def send(self, severity: int, text: str) -> bool:
         """Write to the stream."""
-        line = "<%d>%s" % (severity, text) if self.prefixed else text
+        line = f"<{severity}>{text}" if self.prefixed else text
         try:
             if not self.waits:
                 self.stream.write(line + "\n")
@@ -3216,14 +3226,17 @@ class StreamOutlet(Outlet):
             return False
 
     def write_part(self, text: bytes) -> int:
-        """Write what can be written at once; return how many bytes that are."""
+        """Write as much as possible without waiting; return how many bytes that was."""
         if not text or not self.poll.poll(0):
             return 0
         return os.write(self.number if self.own < 0 else self.own, text)
 
 
 class SyslogOutlet(Outlet):
-    """Syslog, by its socket in the C library's format (RFC 3164 section 4): that one would wait."""
+    """Syslog, by its socket, in the format of the C library (RFC 3164 section 4).
+
+    The C library's own syslog() would wait while the socket is full.
+    """
 
     def __init__(self, name: str, facility: str, with_pid: bool, path: str) -> None:
         super().__init__()
@@ -3232,24 +3245,24 @@ class SyslogOutlet(Outlet):
         self.socket: Optional[socket.socket] = None
 
     def connect(self) -> socket.socket:
-        """Return a socket to what serves syslog now, which takes datagrams, or else a stream."""
+        """Connect to the daemon that serves syslog now: by datagrams, or else by a stream."""
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-            made = socket.socket(socket.AF_UNIX, kind)
-            made.setblocking(False)
+            opened = socket.socket(socket.AF_UNIX, kind)
+            opened.setblocking(False)
             try:
-                made.connect(self.path)
+                opened.connect(self.path)
                 break
             except OSError as error:
-                made.close()
+                opened.close()
                 if error.errno != errno.EPROTOTYPE or kind == socket.SOCK_STREAM:
                     raise
-        return made
+        return opened
 
     def send(self, severity: int, text: str) -> bool:
-        """Send to syslog; once more when it was started anew since the last line."""
-        pid = "[%d]" % os.getpid() if self.with_pid else ""
+        """Send to syslog; try twice, since the daemon may have started anew after the last line."""
+        pid = f"[{os.getpid()}]" if self.with_pid else ""
         now = time.strftime("%b %e %H:%M:%S")
-        line = "<%d>%s %s%s: %s" % (self.facility << 3 | severity, now, self.name, pid, text)
+        line = f"<{self.facility << 3 | severity}>{now} {self.name}{pid}: {text}"
         for _ in range(2):
             try:
                 self.socket = self.socket or self.connect()
@@ -3261,30 +3274,30 @@ class SyslogOutlet(Outlet):
                 return False
             except OSError:
                 pass
-            self.close()  # what took half a line must not get the next one behind it
+            self.close()  # a stream may have taken half a line: the next line needs a new one
         return False
 
     def close(self) -> None:
-        """Close the socket; the next line makes another."""
+        """Close the socket; the next line opens another."""
         if self.socket:
             self.socket.close()
             self.socket = None
 
 
 class FileOutlet(Outlet):
-    """A file, which is opened for each line, so that it can be moved away; with knockd's date."""
+    """A file, opened for each line so that it can be moved away; lines begin with knockd's date."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
 
     def open(self) -> int:
-        """Open the file, or a FIFO that somebody reads."""
+        """Open the file to append to, or a FIFO that somebody reads."""
         return open_ours(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
 
     def send(self, severity: int, text: str) -> bool:
         """Write to the file."""
-        line = "[{}] {}\n".format(time.strftime("%Y-%m-%d %H:%M"), text)
+        line = f"[{time.strftime('%Y-%m-%d %H:%M')}] {text}\n"
         try:
             with open(self.open(), "wb", buffering=0) as file:
                 return file.write(line.encode()) == len(line)
@@ -3298,17 +3311,17 @@ class Log:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.level = INFO
         self.stream: Optional[StreamOutlet] = None
-        self.stream_level = DEBUG  # ERROR on the way into the background: the rest is for syslog
+        self.stream_level = DEBUG  # ERROR on the way into the background: syslog gets the rest
         self.syslog: Optional[SyslogOutlet] = None
         self.file: Optional[FileOutlet] = None
-        self.usual = INFO  # the severity of usual lines in syslog
+        self.usual = INFO  # the severity that syslog gets for usual lines
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
         self.first_steps = Throttle(self, MORE_KNOCKS, monotonic)
         self.further_steps = Throttle(self, MORE_KNOCKS, monotonic, STEP_BURST)
 
     def open_stream(self, stream: Any) -> None:
-        """Write lines to a stream, which may be None as sys.stderr may be."""
+        """Write lines to a stream; None, as sys.stderr may be, is no stream."""
         if stream is not None:
             self.stream = StreamOutlet(stream)
             self.stream.open_own()
@@ -3320,14 +3333,14 @@ class Log:
             self.stream = None
 
     def open_syslog(self, name: str, facility: str, with_pid: bool, path: str = SYSLOG) -> None:
-        """Let lines go to syslog as well, under a name."""
+        """Write lines to syslog as well, under a name."""
         self.syslog = SyslogOutlet(name, facility, with_pid, path)
 
     def write(self, severity: int, text: str) -> None:
         """Write one line, or none. Control characters, which a packet may bring, are shown."""
         if severity > self.level or not text:
             return
-        text = "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
+        text = text.translate(SHOWN)
         if self.stream is not None and severity <= self.stream_level:
             self.stream.write(severity, text)
         if self.syslog is not None:
@@ -3336,35 +3349,35 @@ class Log:
             self.file.write(severity, text)
 
     def error(self, text: str) -> None:
-        """Something failed."""
+        """Write that something failed."""
         self.write(ERROR, text)
 
     def warning(self, text: str) -> None:
-        """Something the administrator should know."""
+        """Write something that the administrator should know."""
         self.write(WARNING, text)
 
     def info(self, text: str) -> None:
-        """What the server does."""
+        """Write what the server does."""
         self.write(INFO, text)
 
     def debug(self, text: str) -> None:
-        """What is said only with VERBOSE."""
+        """Write a line that only VERBOSE shows."""
         self.write(DEBUG, text)
 
 
 class Throttle:
-    """Whether a line may be written of which anybody can cause many: they must not fill the disk.
+    """A limit to the rate of log lines that strangers can cause, so that they can't fill the disk.
 
-    It tells how many it has held back, and of what.
+    When the next line may be written, the log first gets the number of lines held back and `text`.
     """
 
-    def __init__(self, log: Log, what: str, monotonic: Callable[[], float],
+    def __init__(self, log: Log, text: str, monotonic: Callable[[], float],
                  burst: int = BURST) -> None:
-        self.log, self.what, self.monotonic, self.burst = log, what, monotonic, burst
+        self.log, self.text, self.monotonic, self.burst = log, text, monotonic, burst
         self.quiet_until, self.held_back = monotonic() - burst, 0
 
     def allows(self) -> bool:
-        """Whether the next line may be written."""
+        """Return whether the next line may be written, and count it."""
         now = self.monotonic()
         if now < self.quiet_until:
             self.held_back += 1
@@ -3372,34 +3385,35 @@ class Throttle:
         # As if the burst had been saved up, a line a second, since quiet_until.
         self.quiet_until = max(self.quiet_until, now - self.burst + 1) + 1
         if self.held_back:
-            self.log.info("%d %s" % (self.held_back, self.what))
+            self.log.info(f"{self.held_back} {self.text}")
             self.held_back = 0
         return True
 
 
 def is_journal(stream: Any) -> bool:
-    """Whether `stream` goes to systemd's journal (JOURNAL_STREAM of systemd.exec(5))."""
+    """Return whether a stream goes to systemd's journal (JOURNAL_STREAM of systemd.exec(5))."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError, AttributeError):
         return False
-    return os.environ.get("JOURNAL_STREAM") == "%d:%d" % (status.st_dev, status.st_ino)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def find_program(name: str) -> Optional[str]:
-    """The path of an executable: `name` when it has a slash, else from PATH, /usr/sbin or /sbin."""
-    places = [""] if "/" in name else os.environ.get("PATH", "").split(":") + ["/usr/sbin", "/sbin"]
-    for place in places:
-        path = os.path.join(place, name)
+    """Return the path of an executable: `name` if it has a slash, else one in PATH or the sbins."""
+    directories = [""] if "/" in name else [*os.environ.get("PATH", "").split(":"),
+                                            "/usr/sbin", "/sbin"]
+    for directory in directories:
+        path = os.path.join(directory, name)
         if path.startswith("/") and os.path.isfile(path) and os.access(path, os.X_OK):
             return path
     return None
 
 
 def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_SECONDS) -> str:
-    """Return what a program prints when it is given `text`; CommandError when it fails.
+    """Return the output of a program that reads `text`; raise CommandError if it fails.
 
-    After `seconds` it is killed with all that it has started, and may have done its work.
+    After `seconds` the program is killed with all that it started; its work may have been done.
     """
     try:
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -3416,8 +3430,8 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
             raise CommandError(f"{arguments[0]}: killed after {seconds:.1f} seconds") from None
     if process.returncode:
         said = errors.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
-        words = said.strip().splitlines() or ["no reason given"]
-        raise CommandError("{} failed: {}".format(" ".join(arguments), words[0]), said=words[-1])
+        lines = said.strip().splitlines() or ["no reason given"]
+        raise CommandError(f"{' '.join(arguments)} failed: {lines[0]}", said=lines[-1])
     return output.decode("utf-8", "replace")  # type: ignore[no-any-return]
 
 
