@@ -53,11 +53,13 @@ From here on the machine is touched.
   21. Grants
   22. Commands
   23. Configuration
-  24. Gate
-  25. Server
-  26. Process
-  27. First configuration
-  28. Command line
+  24. Access
+  25. Knock listener
+  26. Gate
+  27. Server
+  28. Process
+  29. First configuration
+  30. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -687,11 +689,6 @@ class Packet(NamedTuple):
     address: Optional[Address]  # None: where the packet came from
     ports: Tuple[Port, ...]
     command: str
-
-    @property
-    def is_knock(self) -> bool:
-        """Whether it stands for a knock sequence instead of a packet, which has a version."""
-        return not self.version
 
 
 def invalid_data(name: str) -> str:
@@ -2794,61 +2791,95 @@ def read_knockd(path: str) -> KnockdFile:
 # ======================================================================================
 
 
+class Request(NamedTuple):
+    """What a client asks for, by an SPA packet or by a complete knock sequence."""
+
+    datagram: Datagram  # the packet's, or the last one of the sequence
+    address: Optional[Address]  # to open to; None: the packet names none
+    ports: Tuple[Port, ...]
+    user: Optional[str] = None  # None: a sequence, which names nobody
+    version: str = ""
+    type: int = ACCESS
+    timeout: int = 0  # seconds; 0: as the stanza says
+    nat: Optional[Tuple[str, int]] = None
+    command: str = ""
+
+    @classmethod
+    def of_packet(cls, packet: Packet, datagram: Datagram) -> "Request":
+        """Return the request that a packet makes."""
+        return cls(datagram, packet.address, packet.ports, packet.user, packet.version,
+                   packet.type, packet.timeout, packet.nat, packet.command)
+
+
 class Verdict(NamedTuple):
-    """What a packet may do: doors to open, and for how many seconds; none for a command."""
+    """What a request may do: open doors for some seconds; a command message has no doors."""
 
     doors: List[Door]
     seconds: int
+    by_commands: bool = False  # whether the stanza's commands open, or the client's command runs
 
 
-def judge(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSettings,
-          is_own: Callable[[Address], Optional[bool]], now: float) -> Verdict:
-    """What the packet may do by this stanza; PacketRejected when that is nothing.
+class Lookup(NamedTuple):
+    """Judgement waits for the address, of this IP version, of the NAT host with this name."""
 
-    NameToResolve when that depends on the address of the host that it wants NAT to. `is_own` tells
-    the addresses of this host, as is_own_address() does.
+    name: str
+    version: int
+
+
+OwnAddress = Callable[[Address], Optional[bool]]  # is_own_address() in section 15
+
+
+def judge(request: Request, stanza: Stanza, settings: ServerSettings,
+          is_own_address: OwnAddress, now: float) -> Union[Verdict, Lookup]:
+    """Return what a request may do by this stanza; PacketRejected when that is nothing.
+
+    Return a Lookup when that depends on the address of its NAT host: judge again with the address
+    in place of the name.
     """
-    check_policy(packet, stanza, now)
-    with_nat = wants_nat(packet, stanza, datagram, settings)
-    if packet.type == COMMAND:
+    check_policy(request, stanza, now)
+    with_nat = wants_nat(request, stanza, settings)
+    if request.type == COMMAND:
         if not stanza.enable_commands or stanza.cycle_open:
             raise PacketRejected("command", "SPA Command messages are not allowed in the current "
                                  "configuration.")
-        return Verdict([], 0)
-    wanted = set(packet.ports)
+        return Verdict([], 0, True)
+    wanted = set(request.ports)
     if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
         raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
-                             f"access.conf. ({port_list(packet.ports)})")
-    seconds = grant_seconds(packet, stanza, now)
-    address = packet.address or parse_address(socket_text(datagram.source))
+                             f"access.conf. ({port_list(request.ports)})")
+    seconds = grant_seconds(request.timeout, stanza, now)
+    address = request.address or parse_address(socket_text(request.datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
-    network = ipaddress.ip_network("%s/%d" % (address, prefix), strict=False)
-    destination = None
+    network = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
+    destination: Optional[Address] = None
     if settings.destination_rule:
-        destination = parse_address(socket_text(datagram.destination))
+        destination = parse_address(socket_text(request.datagram.destination))
         if destination.version != address.version:
-            raise PacketRejected("family", f"The packet was sent to {destination}, which {address} can't connect to.")
-    doors = [Door(network, destination, protocol, port) for protocol, port in packet.ports]
-    if with_nat and not stanza.cycle_open:
-        doors = nat_doors(packet, stanza, datagram, doors, settings, is_own)
-    return Verdict(doors, seconds)
+            raise PacketRejected("family", f"The packet was sent to {destination}, which {address} "
+                                 "can't connect to.")
+    doors = [Door(network, destination, protocol, port) for protocol, port in request.ports]
+    if stanza.cycle_open or not with_nat:
+        return Verdict(doors, seconds, bool(stanza.cycle_open))
+    host = nat_target(request, stanza, settings, is_own_address, address.version)
+    if isinstance(host, Lookup):
+        return host
+    return Verdict(nat_doors(request, stanza, doors, settings, is_own_address, *host), seconds)
 
 
-def check_policy(packet: Packet, stanza: Stanza, now: float) -> None:
-    """Rejects by what holds for every message type: expiry, the address named, the user."""
+def check_policy(request: Request, stanza: Stanza, now: float) -> None:
+    """Reject by the rules for every message type: expiry, the address named, the user."""
     if stanza.expires is not None and now >= stanza.expires:
         raise PacketRejected("expired stanza", "Access stanza has expired.")
-    if packet.address is None and stanza.require_source:
+    if request.address is None and stanza.require_source:
         raise PacketRejected("no address", "Got 0.0.0.0 when valid source IP was required.")
-    if stanza.require_username and packet.user != stanza.require_username:
-        raise PacketRejected("user", f"Username in SPA data ({packet.user}) does not match required "
-                             f"username: {stanza.require_username}")
+    if stanza.require_username and request.user not in (None, stanza.require_username):
+        raise PacketRejected("user", f"Username in SPA data ({request.user}) does not match "
+                             f"required username: {stanza.require_username}")
 
 
-def grant_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
-    """For how long to open: what the client asks for or the stanza says, within its limits."""
-    usual = stanza.cycle_seconds or stanza.grant_seconds
-    seconds = min(packet.timeout, stanza.max_seconds) or usual
+def grant_seconds(wanted: int, stanza: Stanza, now: float) -> int:
+    """Return for how long to open: as the client wants or the stanza says, within its limits."""
+    seconds = min(wanted, stanza.max_seconds) or stanza.cycle_seconds or stanza.grant_seconds
     if not seconds:
         raise PacketRejected("no time", "FW_ACCESS_TIMEOUT is 0 and the client asked for no time.")
     if stanza.expires is not None:
@@ -2856,54 +2887,57 @@ def grant_seconds(packet: Packet, stanza: Stanza, now: float) -> int:
     return seconds
 
 
-class NameToResolve(Exception):
-    """Name and IP version of a NAT host; judgement goes on when the packet has its address."""
+def no_nat(request: Request, why: str = "") -> PacketRejected:
+    """Return the rejection of a packet whose NAT can't be, in fwknop's words."""
+    why = f" ({why})" if why else ""
+    return PacketRejected("NAT", f"SPA packet from {socket_text(request.datagram.source)} requested"
+                          f" NAT access, but is not enabled/supported{why}", "{stanza}{text}")
 
 
-def no_nat(datagram: Datagram, why: str = "") -> PacketRejected:
-    """The rejection of a packet whose NAT can't be, in fwknopd's words."""
-    return PacketRejected("NAT", "SPA packet from {} requested NAT access, but is not "
-                          "enabled/supported{}".format(socket_text(datagram.source),
-                                                   why and f" ({why})"), "{stanza}{text}")
-
-
-def wants_nat(packet: Packet, stanza: Stanza, datagram: Datagram, settings: ServerSettings) -> bool:
-    """Whether packet or stanza want NAT; rejects a packet's that fwknopd.conf does not enable.
+def wants_nat(request: Request, stanza: Stanza, settings: ServerSettings) -> bool:
+    """Return whether packet or stanza want NAT; reject NAT that fwknopd.conf does not enable.
 
     FORWARD_ALL alone does not want it: such a stanza opens ports of this host, too.
     """
-    if packet.type in NAT_TYPES:
-        if not (settings.local_nat if packet.type in LOCAL_NAT_TYPES else settings.forwarding):
-            raise no_nat(datagram)
+    if request.type in NAT_TYPES:
+        if not (settings.local_nat if request.type in LOCAL_NAT_TYPES else settings.forwarding):
+            raise no_nat(request)
         return True
     return bool(stanza.force_nat or (stanza.forward_all
                                      and (stanza.force_snat or stanza.force_masquerade)))
 
 
-def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[Door],
-              settings: ServerSettings, is_own: Callable[[Address], Optional[bool]]) -> List[Door]:
-    """The doors of a packet with NAT, in place of the `access` doors it asks for (fwknop.md 3.6).
+def nat_target(request: Request, stanza: Stanza, settings: ServerSettings,
+               is_own_address: OwnAddress,
+               version: int) -> Union[Lookup, Tuple[Optional[Address], int]]:
+    """Return the address and port that NAT leads to, or the Lookup that tells the address.
 
-    Every port leads to the same target. What lets through comes first, then where it leads, then
-    where it comes from.
+    With FORWARD_ALL, packet and stanza need not name them: then None and 0.
+    """
+    if stanza.force_nat:
+        return stanza.force_nat
+    if not request.nat:
+        return None, 0
+    host = nat_host(request.nat[0], request, version, settings, is_own_address)
+    return host if isinstance(host, Lookup) else (host, request.nat[1])
+
+
+def nat_doors(request: Request, stanza: Stanza, access: List[Door], settings: ServerSettings,
+              is_own_address: OwnAddress, address: Optional[Address], port: int) -> List[Door]:
+    """Return the doors of a packet with NAT, in place of the `access` doors it asks for
+    (tests/spec/fwknop.md 3.6). Every port leads to `address` and `port`.
+
+    Order: accept, then DNAT, then SNAT or MASQUERADE.
     """
     version = access[0].source.version
-    address: Optional[Address] = None
-    port = 0  # with FORWARD_ALL, packet and stanza need not say where to
-    if stanza.force_nat:
-        address, port = stanza.force_nat
-    elif packet.nat:
-        address = nat_host(packet.nat[0], packet.type in LOCAL_NAT_TYPES, datagram, version,
-                           settings, is_own)
-        port = packet.nat[1]
     if address is not None and address.version != version:
-        raise no_nat(datagram, "%s is not IPv%d" % (address, version))
-    own = address is not None and bool(is_own(address))
+        raise no_nat(request, f"{address} is not IPv{version}")
+    own = address is not None and bool(is_own_address(address))
     if own and any((door.protocol, port) in stanza.restrict_ports for door in access):
-        raise no_nat(datagram, "port %d is in RESTRICT_PORTS" % port)
+        raise no_nat(request, f"port {port} is in RESTRICT_PORTS")
     new = stanza.force_snat or (None if stanza.force_masquerade else settings.snat_address)
     if new is not None and new.version != version:
-        new = None  # no address for this client, who is masqueraded then
+        new = None  # SNAT has no address of this version: masquerade the client
     everything = stanza.forward_all and not own
     if everything:
         access, port = [access[0]._replace(protocol="*", port=0)], 0
@@ -2921,38 +2955,40 @@ def nat_doors(packet: Packet, stanza: Stanza, datagram: Datagram, access: List[D
     return list(dict.fromkeys(through + onward + back))
 
 
-def nat_host(host: str, local: bool, datagram: Datagram, version: int, settings: ServerSettings,
-             is_own: Callable[[Address], Optional[bool]]) -> Address:
-    """The address that a client may be led to by the `host` of its packet.
+def nat_host(host: str, request: Request, version: int, settings: ServerSettings,
+             is_own_address: OwnAddress) -> Union[Address, Lookup]:
+    """Return the address that NAT may lead a client to, by the `host` of its packet.
 
-    Forwarding leads to other hosts only: else it would lead around this host's firewall. Local NAT
-    leads to this host only: to the address named if it is one of ours, and else to the one that was
-    knocked at, since a client may know this host by a name or by the address of a router before it.
+    Forwarding leads to other hosts only; otherwise it would lead around this host's firewall. Local
+    NAT leads to this host only: to the address named if it is one of ours, else to the address that
+    the packet was sent to. The client may know this host by a name, or by a router's address.
     """
+    local = request.type in LOCAL_NAT_TYPES
     address: Optional[Address] = None
     try:
         address = parse_address(host)
     except ValueError:
         if host and not is_word(host):
-            raise no_nat(datagram, "expected a host name") from None
+            raise no_nat(request, "expected a host name") from None
         if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
                                  "disabled.", "{stanza}{text}") from None
-    no_host = "%s is not the address of one host"
+    no_host = f"{address} is not the address of one host"
     if address is not None and (
             address.is_loopback or address.is_link_local or not may_be_host(address)):
-        raise no_nat(datagram, no_host % address)
-    if local and (address is None or is_own(address) is False):
-        address = parse_address(socket_text(datagram.destination))
+        raise no_nat(request, no_host)
+    if local and (address is None or is_own_address(address) is False):
+        address = parse_address(socket_text(request.datagram.destination))
+        no_host = f"{address} is not the address of one host"
     if address is None:
         if not host:
-            raise no_nat(datagram, "it names no host")
-        raise NameToResolve(host, version)
-    own = is_own(address)
+            raise no_nat(request, "it names no host")
+        return Lookup(host, version)
+    own = is_own_address(address)
     if own is None:
-        raise no_nat(datagram, no_host % address)
+        raise no_nat(request, no_host)
     if own != local:
-        raise no_nat(datagram, "{} is {} address of this host".format(address, "no" if local else "an"))
+        raise no_nat(request, f"{address} is {'no' if local else 'an'} address of this host")
     return address
 
 
@@ -2978,13 +3014,13 @@ class Command(NamedTuple):
             " setuid/setgid user/group to %s/%s (UID=%d,GID=%d)" % self.account[:4])
 
 
-def client_command(packet: Packet, stanza: Stanza, sudo: str) -> Command:
+def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
     """What a command message runs: words between blanks, no shell, no quotes (fwknop.md 3.8).
 
     Behind `--`, sudo takes none of them for an option or a variable.
     """
-    words, prefix = packet.command.encode("latin-1").split(), [sudo]
-    if (not 0 < len(words) <= MAX_WORDS or "\0" in packet.command
+    words, prefix = command.encode("latin-1").split(), [sudo]
+    if (not 0 < len(words) <= MAX_WORDS or "\0" in command
             or (words[0].startswith(b"-") and not stanza.enable_sudo)):
         raise PacketRejected("command", "A command has 1 to %d words without zero bytes, and "
                              "begins with a program." % MAX_WORDS)
@@ -3591,6 +3627,14 @@ class Gpg:
                                   answer)
 
 
+class Entry:
+    """A datagram on its way through the stanzas."""
+
+    def __init__(self, datagram: Datagram) -> None:
+        self.datagram = datagram
+        self.remembered = False  # by a stanza that decrypted it, in the replay memory
+
+
 class GpgRun:
     """A gpg that decrypts one message, for a packet that goes on when it has ended.
 
@@ -3604,9 +3648,7 @@ class GpgRun:
         self.process: Optional["subprocess.Popen[bytes]"] = None
         self.ends: List[int] = []  # of pipes: those to read plaintext and status from
         self.began = self.due = FOR_EVER
-        # The packet, and whether it was remembered: a stanza before this one decrypted it.
-        self.datagram: Optional[Datagram] = None
-        self.remembered = False
+        self.entry: Optional[Entry] = None  # the packet that waits
 
     def start(self) -> None:
         """Start gpg; an error becomes its answer."""
@@ -6974,311 +7016,138 @@ class Words(NamedTuple):
 
 
 # ======================================================================================
-# 24. Gate
+# 24. Access
 #
-# What happens to a datagram, or to a knock, in its order.
+# From a request to what it changes: judge it (section 11), then open doors (section 21) or run
+# commands (section 22), and tell the log, the counters and --fw-list. Packets and knock
+# sequences both end here.
 # ======================================================================================
 
-MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
-MAX_OWN = 1000  # addresses of which it is known whether they are this host's
 KNOCKER = "a knock sequence"  # who opened
 
 
-def resolve_name(name: str, version: int,
-                 monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
-    """The address of a host; None without one, or when it took so long that nobody waits any more.
+class Tally:
+    """What became of packets and knocks: a count for each reason, and a line for each rejection."""
 
-    The name goes as bytes: for a str, Python would need the codec `idna`, which routers lack.
-    """
-    family, began = socket.AF_INET if version == 4 else socket.AF_INET6, monotonic()
-    try:
-        found = socket.getaddrinfo(name.encode(), None, family, socket.SOCK_STREAM)
-        address = parse_address(str(found[0][4][0]))
-    except (OSError, ValueError):
-        return None
-    return address if monotonic() - began < LOOKUP_SECONDS else None
-
-
-class Resolver:
-    """Looks names up in threads of their own, a few at a time, so that no packet stops the server.
-
-    The answer is a call, in the selector's loop, with the address or with None.
-    """
-
-    def __init__(self, selector: selectors.BaseSelector,
-                 resolve: Callable[[str, int], Optional[Address]] = resolve_name) -> None:
-        self.selector, self.resolve = selector, resolve
-        self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
-        self.answers: List[Tuple[int, Callable[[], None]]] = []
-        self.busy: List[int] = []  # for which stanza, each
-
-    def look_up(self, name: str, version: int, stanza: int,
-                then: Callable[[Optional[Address]], None]) -> bool:
-        """Starts to look `name` up for an IP version; False when too many of a stanza's are."""
-        def work() -> None:
-            self.answers.append((stanza, partial(then, self.resolve(name, version))))
-            self.sockets[1].send(b"\0")
-
-        if self.busy.count(stanza) >= MAX_LOOKUPS:
-            return False
-        if not self.sockets:
-            self.sockets = socket.socketpair()
-            self.selector.register(self.sockets[0], selectors.EVENT_READ, self.deliver)
-        import threading
-        threading.Thread(target=work, daemon=True).start()
-        self.busy.append(stanza)  # only the selector's loop takes it away
-        return True
-
-    def deliver(self) -> None:
-        """Gives the answers that are there."""
-        self.sockets[0].recv(MAX_LOOKUPS)
-        while self.answers:
-            stanza, answer = self.answers.pop(0)
-            self.busy.remove(stanza)
-            answer()
-
-
-class Gate:
-    """What becomes of a datagram: it is unlocked, judged, remembered, and opens or is rejected."""
-
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
-                 clocks: Clocks = CLOCKS) -> None:
-        self.settings, self.stanzas = configuration.settings, configuration.stanzas
-        self.log, self.clocks = log, clocks
-        self.grants = Grants(firewall, log, clocks)
-        self.takes_packets = configuration.takes_packets  # or has done so
-        self.memory = (open_memory(self.settings, log, clocks) if self.takes_packets else
-                       ReplayMemory(None, None, log, clocks))
-        self.selector = selectors.DefaultSelector()
-        self.commands = Commands(self.selector, log, configuration.test, clocks)
-        self.resolver = Resolver(self.selector)
-        self.runs: List[GpgRun] = []  # of gpg, each with the packet that waits for it
+    def __init__(self, log: Log) -> None:
+        self.log = log
         self.counts: Dict[str, int] = collections.defaultdict(int)
-        self.candidates = 0  # packets that passed check_payload() so far
-        # Until when a stanza's sequence counts for the packet that has to follow it, by source.
-        self.knocked: "collections.OrderedDict[Tuple[int, bytes], float]" = (
-            collections.OrderedDict())
+
+    def reject(self, datagram: Datagram, why: Exception, stanza_number: int = 0) -> None:
+        """Count a rejection by this stanza. Log it, unless too many lines came before.
+
+        Other traffic is usual on TCP and ICMP; UDP's port is for packets only.
+        """
+        rejection = (why if isinstance(why, PacketRejected) else
+                     internal_error(why, self.log.level >= DEBUG))
+        self.counts[rejection.reason] += 1
+        level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
+        if level > self.log.level or not self.log.rejections.allows():
+            return
+        number = stanza_number or rejection.stanza_number
+        self.log.write(level, rejection.template.format(
+            source=socket_text(datagram.source), text=rejection,
+            stanza=f"(stanza #{number}) " if number else ""))
+
+    def __str__(self) -> str:
+        """Return the counts in one line."""
+        rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items())
+                             if reason != "accepted")
+        return f"{self.counts['accepted']} accepted; rejected: {rejected or 'none'}"
+
+
+def internal_error(error: Exception, verbose: bool) -> PacketRejected:
+    """Return the rejection of a packet by a mistake in this program, with the line it happened in.
+
+    If `verbose`, it has the message and all frames. Quoted parts of the message are left out: they
+    may be parts of a key or of a packet.
+    """
+    where = frames(error)
+    text = f"internal error: {type(error).__name__} in line {where[-1][1]}"
+    if verbose:
+        message = explain(error)
+        quotes = [index for index, c in enumerate(message) if c in "'\""]
+        if quotes:
+            message = f"{message[:quotes[0] + 1]}...{message[quotes[-1]:]}"
+        calls = ", ".join(f"{name} {line}" for name, line in where[1:])
+        text += f": {message} ({calls})"
+    return PacketRejected("error", text)
+
+
+class Access:
+    """Open doors, or run commands, for requests that judge() allows."""
+
+    def __init__(self, settings: ServerSettings, grants: Grants, commands: Commands, tally: Tally,
+                 log: Log, clocks: Clocks = CLOCKS) -> None:
+        self.settings, self.grants, self.commands = settings, grants, commands
+        self.tally, self.log, self.clocks = tally, log, clocks
         self.openers_limit = OPENERS_BYTES
 
-    def receive(self, datagram: Datagram, run: Optional[GpgRun] = None) -> None:
-        """Take a datagram on its way: check, then whose it is and what it may open.
+    def allow(self, request: Request, stanza: Stanza) -> Optional[Lookup]:
+        """Judge a request, and do what the verdict says; PacketRejected if that is nothing.
 
-        `run`: the gpg that it has waited for. Judgement begins anew, with the stanzas as they are.
+        Return the look-up that judge() asks for, if it does: then nothing is done yet.
         """
+        verdict = judge(request, stanza, self.settings, is_own_address, self.clocks.wall())
+        if isinstance(verdict, Lookup):
+            return verdict
         try:
-            if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
-                datagram = self.unwrap(datagram)
-            check_payload(datagram.payload)
-            self.candidates += run is None
-            rejection = self.admit(datagram, run is not None and run.remembered)
-            if rejection is not None:
-                self.reject(datagram, rejection)
-        except GpgNeeded as needed:
-            self.wait_for_gpg(needed.run)
-        except Exception as error:  # a mistake of ours must not let one packet end the server
-            self.reject(datagram, error)
-
-    def full(self) -> bool:
-        """Return whether so many packets came as PACKET_LIMIT says."""
-        return 0 < self.settings.packet_limit <= self.candidates
-
-    def wait_for_gpg(self, run: GpgRun) -> None:
-        """Let a packet wait for gpg, unless too many do, or a copy of it does."""
-        datagram = run.datagram
-        assert datagram is not None
-        same = [each for each in self.runs if each.has_hmac == run.has_hmac]
-        if len(same) >= GPG_WAITING or any(run.question == each.question for each in same):
-            self.reject(datagram, TooFast("gpg too fast", "too many GPG packets wait, or a copy of "
-                                          "this one does; it is not decrypted"))
-        else:
-            run.gpg.charge()
-            self.runs.append(run)
-
-    def look_at_gpg(self) -> None:
-        """Start gpg for packets that wait, and go on with those whose gpg has ended."""
-        for run in self.runs[:]:
-            running = [each for each in self.runs if each.process and each.has_hmac == run.has_hmac]
-            if run.process is None and len(running) < GPG_AT_ONCE:
-                run.start()
-            if run.has_ended():
-                self.runs.remove(run)
-                assert run.datagram is not None
-                self.receive(run.datagram, run)
-
-    def unwrap(self, datagram: Datagram) -> Datagram:
-        """What an HTTP request carries, and whom it comes from (tests/spec/fwknop.md 1.14)."""
-        if not self.settings.http:
-            raise NotSpa("HTTP", 4099)
-        payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
-        if not self.settings.forwarded_for:
-            return datagram._replace(payload=payload)
-        if forwarded is None:  # the proxy always adds it
-            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: there "
-                                 "is none, or the request has no end")
-        try:
-            return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
-        except ValueError:
-            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
-                                 f"'{forwarded[:60]}' is not an IP address") from None
-
-    def admit(self, datagram: Datagram, remembered: bool = False) -> Optional[PacketRejected]:
-        """Tries the stanzas in the file's order: unlock, fresh, remember, judge, open.
-
-        The first that opens something ends it. When none does, the reason of the first whose keys
-        were right is returned, or else that of the first whose keys were wrong. A packet that waits
-        for gpg comes here again (GpgNeeded), and may be `remembered` by then.
-        """
-        rejection: Optional[PacketRejected] = None
-        found = proven = False
-        judged = True  # by every stanza whose HMAC is right
-        tried: Optional[Stanza] = None
-        gpg = is_gpg(datagram.payload)
-        for stanza in self.stanzas:
-            if not (stanza.for_all or stanza.admits(datagram)) or not stanza.takes_packets:
-                continue
-            found = True
-            keys = stanza.gpg if gpg else stanza.keys
-            if keys is None:
-                continue
-            tried = tried or stanza
-            if not keys.authentic(datagram.payload):  # before anything else is looked at
-                continue
-            try:
-                proven = proven or keys.has_hmac
-                if not remembered:
-                    self.memory.check_unseen(datagram)  # spares the decryption
-                packet, texts = unlock(datagram.payload, keys)
-                if not remembered:
-                    self.memory.check_fresh(packet.timestamp)
-                    for text in texts:
-                        self.memory.remember(text, datagram)
-                    remembered = True
-                    keys.mark_genuine()
-                    if keys.signed:
-                        self.log.info("(stanza #%d) %s" % (stanza.number, keys.signed))
-                    self.log.info("(stanza #%d) SPA Packet from IP: %s received with access source "
-                                  "match" % (stanza.number, socket_text(datagram.source)))
-                self.log.debug("(stanza #%d) %r" % (stanza.number,
-                                                    packet._replace(server_auth=None)))
-                self.allow(packet, stanza, datagram)
-                return None
-            except GpgNeeded as needed:
-                needed.run.datagram, needed.run.remembered = datagram, remembered
-                raise
-            except PacketRejected as reason:
-                reason.stanza_number = stanza.number
-                if isinstance(reason, NotFresh):
-                    self.memory.refuse(datagram.payload, reason.reason)
-                    raise
-                judged = judged and not isinstance(reason, TooFast)
-                if rejection is None or isinstance(rejection, WrongKey):
-                    rejection = reason
-        if rejection is not None and proven and judged and not remembered:
-            self.memory.refuse(datagram.payload, rejection.reason)
-        if tried is None and found:
-            return wrong_type(datagram.payload)
-        return rejection or (tried and tried.wrong_hmac) or PacketRejected(
-            "source", f"No access data found for source IP: {socket_text(datagram.source)}",
-            "{text}")
-
-    def allow(self, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
-        """Opens what the packet may open, perhaps later: when the name of its NAT host is known."""
-        knocks = self.check_knocks(packet, stanza, datagram)
-        try:
-            verdict = judge(packet, stanza, datagram, self.settings, is_own_address,
-                            self.clocks.wall())
-            self.grant_access(verdict, packet, stanza, datagram)
-            for knock in knocks:
-                self.knocked.pop(knock, None)
-        except NameToResolve as asked:
-            name, version = asked.args
-            if not self.resolver.look_up(name, version, stanza.number,
-                                         partial(self.go_on, packet, stanza, datagram)):
-                raise PacketRejected("NAT", "too many NAT hosts are looked up") from None
-
-    def check_knocks(self, packet: Packet, stanza: Stanza,
-                     datagram: Datagram) -> Set[Tuple[int, bytes]]:
-        """The knocks that REQUIRE_KNOCK asks for, which are used up when the packet opens.
-
-        They come from where the packet comes from, and from whom it opens to: else one knock would
-        do for others.
-        """
-        if not stanza.require_knock or packet.is_knock:
-            return set()
-        wanted = {(stanza.number, datagram.source)}
-        if packet.address is not None:
-            wanted.add((stanza.number, packet.address.packed))
-        self.catch_up()
-        if any(self.knocked.get(knock, 0.0) < self.clocks.monotonic() for knock in wanted):
-            raise PacketRejected("no knock", "No knock sequence came before the packet "
-                                 "(REQUIRE_KNOCK).")
-        return wanted
-
-    def catch_up(self) -> None:
-        """Takes the hits that are waiting: the packet in hand may have come behind them."""
-
-    def go_on(self, packet: Packet, stanza: Stanza, datagram: Datagram,
-              address: Optional[Address]) -> None:
-        """Goes on with a packet whose NAT host has been looked up, unless a reload came between."""
-        try:
-            if packet.nat is None or address is None or stanza not in self.stanzas:
-                raise PacketRejected("NAT", "Unable to resolve Hostname in NAT SPA message")
-            self.log.info("Resolved NAT IP in SPA message")
-            self.allow(packet._replace(nat=(str(address), packet.nat[1])), stanza, datagram)
-        except Exception as error:  # as in receive()
-            self.reject(datagram, error, stanza.number)
-
-    def grant_access(self, verdict: Verdict, packet: Packet, stanza: Stanza, datagram: Datagram) -> None:
-        """Opens the doors, or runs commands instead; rejects the packet when that can't be done."""
-        by_commands = packet.type == COMMAND or bool(stanza.cycle_open)
-        try:
-            if by_commands:
-                self.commands.run(self.cycles(verdict, packet, stanza, datagram))
+            if verdict.by_commands:
+                self.commands.run(self.cycles(verdict, request, stanza))
             else:
                 self.grants.grant(verdict.doors, verdict.seconds, stanza.number)
         except CommandError as error:
             self.log.error(str(error))
-            why = (("command", "a command could not be started") if by_commands else
-                   ("firewall", "nothing was opened: the firewall failed"))
-            raise PacketRejected(*why) from None
-        self.counts["accepted"] += 1
-        kept = verdict.doors if by_commands else map(self.grants.firewall.normalise, verdict.doors)
-        doors = ", ".join(door.describe() for door in kept if door is not None)
-        who = client = KNOCKER
-        if not packet.is_knock:
-            user = packet.user.replace("'", "\\x27")  # it may try to look like our words
-            who, client = f"user '{user}'", f"user '{user}' (client {packet.version})"
-        test = "; --test mode enabled, skipping firewall manipulation" * self.commands.test
-        self.log.info("(stanza #%d) %s %s" % (
-            stanza.number, client, "opened %s for %d seconds%s" % (doors, verdict.seconds, test)
-            if doors else "ran a command"))
-        if not by_commands:
-            self.note_opener("stanza #%d, %s" % (stanza.number, who), verdict.doors)
+            raise PacketRejected(*(
+                ("command", "a command could not be started") if verdict.by_commands else
+                ("firewall", "nothing was opened: the firewall failed"))) from None
+        self.tally.counts["accepted"] += 1
+        self.tell(verdict, request, stanza.number)
+        return None
 
-    def cycles(self, verdict: Verdict, packet: Packet, stanza: Stanza,
-               datagram: Datagram) -> List[Cycle]:
-        """What a command message runs, or what opens the doors and closes them again."""
-        label = "[%s] (stanza #%d) " % (socket_text(datagram.source), stanza.number)
+    def cycles(self, verdict: Verdict, request: Request, stanza: Stanza) -> List[Cycle]:
+        """Return the run of a command message, or the cycles that open and close the doors."""
+        label = f"[{socket_text(request.datagram.source)}] (stanza #{stanza.number}) "
         limit = self.settings.command_seconds
-        if packet.type == COMMAND:
-            command = client_command(packet, stanza, self.settings.sudo_program)
-            self.log.info(f"{label}Processing SPA Command message: command='{packet.command}'.")
+        if request.type == COMMAND:
+            command = client_command(request.command, stanza, self.settings.sudo_program)
+            self.log.info(f"{label}Processing SPA Command message: command='{request.command}'.")
             return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
         return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds,
-                      *cycle_commands(stanza, door, datagram, verdict.seconds, self.clocks.wall()))
+                      *cycle_commands(stanza, door, request.datagram, verdict.seconds,
+                                      self.clocks.wall()))
                 for door in verdict.doors]
 
-    def note_opener(self, opener: str, doors: List[Door]) -> None:
-        """Writes for --fw-list who opened doors: all else of a grant the kernel itself knows.
+    def tell(self, verdict: Verdict, request: Request, stanza_number: int) -> None:
+        """Log what a request has opened or run, and note for --fw-list who asked."""
+        normalise = self.grants.firewall.normalise
+        doors = verdict.doors if verdict.by_commands else [
+            door for door in map(normalise, verdict.doors) if door is not None]
+        who = client = KNOCKER
+        if request.user is not None:
+            user = request.user.replace("'", "\\x27")  # it may try to look like our text
+            who, client = f"user '{user}'", f"user '{user}' (client {request.version})"
+        done = "ran a command"
+        if doors:
+            done = "opened {} for {} seconds{}".format(
+                ", ".join(door.describe() for door in doors), verdict.seconds,
+                "; --test mode enabled, skipping firewall manipulation"
+                if self.commands.test else "")
+        self.log.info(f"(stanza #{stanza_number}) {client} {done}")
+        if not verdict.by_commands:
+            self.note_opener(f"stanza #{stanza_number}, {who}", doors)
 
-        What is over goes each time the file has doubled, so that a packet costs its own lines only.
-        That it can't be written keeps nobody out.
+    def note_opener(self, opener: str, doors: List[Door]) -> None:
+        """Write for --fw-list who opened doors; the kernel knows all else of a grant.
+
+        Lines of grants that are over go whenever the file has doubled, so a packet pays for its own
+        lines only. A failure to write keeps nobody out.
         """
         grants = self.grants
         if not grants.firewall.keeps:
             return
         lines = [f"{grant_words(grants.live[door])}\t{opener}\n"
-                 for door in map(grants.firewall.normalise, doors) if door in grants.live]
+                 for door in doors if door in grants.live]
         path = openers_file(self.settings)
         try:
             with open(open_ours(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
@@ -7292,37 +7161,33 @@ class Gate:
         except OSError as error:
             self.log.debug(f"{path}: {error.strerror}")
 
-    def reject(self, datagram: Datagram, why: Exception, stanza_number: int = 0) -> None:
-        """Counts a rejection, by this stanza, and unless there are too many logs it.
 
-        Other traffic on TCP and ICMP is no news; where UDP is looked at, only packets should come.
-        """
-        rejection = (why if isinstance(why, PacketRejected) else
-                     internal_error(why, self.log.level >= DEBUG))
-        self.counts[rejection.reason] += 1
-        level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
-        if level > self.log.level or not self.log.rejections.allows():
-            return
-        number = stanza_number or rejection.stanza_number
-        self.log.write(level, rejection.template.format(
-            source=socket_text(datagram.source), text=rejection,
-            stanza="(stanza #%d) " % number if number else ""))
+# ======================================================================================
+# 25. Knock listener
+#
+# The way of a knock packet: is it the next step of a sequence (section 8)? The last one opens,
+# runs a command, or lets a packet follow.
+# ======================================================================================
+
+MAX_OWN = 1000  # addresses of which it is known whether they are this host's
 
 
-class KnockGate(Gate):
-    """What becomes of a hit: the last step of a sequence opens, runs, or lets a packet follow."""
+class KnockListener:
+    """The knock sequences, and the sources that are on their way through them."""
 
-    def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
-                 clocks: Clocks = CLOCKS) -> None:
-        super().__init__(configuration, firewall, log, clocks)
+    def __init__(self, configuration: Configuration, access: Access) -> None:
+        self.access, self.tally, self.log = access, access.tally, access.log
+        self.clocks = access.clocks
         self.own: Dict[bytes, bool] = {}  # whether an address is one of this host's
         self.own_until = 0.0
         self.owners: Dict[Sequence, Union[Stanza, KnockdDoor]] = {}
-        self.listen_for(configuration)
+        # Until when a stanza's sequence counts for the packet that has to follow it, by source.
+        self.knocked: "collections.OrderedDict[Tuple[int, bytes], float]" = (
+            collections.OrderedDict())
+        self.configure(configuration)
 
-    def listen_for(self, configuration: Configuration) -> None:
+    def configure(self, configuration: Configuration) -> None:
         """Go on with the sequences of a configuration; the steps of unchanged ones still count."""
-        self.configuration = configuration
         before: Dict[Tuple[Any, ...], List[Tuple[Sequence, int]]] = {}
         for sequence, owner in self.owners.items():
             before.setdefault((type(owner), sequence.key), []).append((sequence, owner.number))
@@ -7337,15 +7202,15 @@ class KnockGate(Gate):
                 known, number = same.pop(0)
                 sequence.attempts, sequence.further = known.attempts, known.further
                 numbers[number] = owner.number
-        # Of the lines about complete sequences; nobody can hold back those of another one.
+        # One for each, for the lines about its end: no other sequence can hold those back.
         self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.clocks.monotonic)
                           for sequence in self.owners}
         self.knocked = collections.OrderedDict(
             ((numbers[number], source), until) for (number, source), until in self.knocked.items()
             if number in numbers)
 
-    def is_ours(self, packed: bytes, now: float) -> bool:
-        """Tell whether an address is one of this host's, or a broadcast one, as of a second ago."""
+    def is_own_address(self, packed: bytes, now: float) -> bool:
+        """Return whether an address is this host's, or a broadcast one, as of a second ago."""
         if now > self.own_until or len(self.own) > MAX_OWN:
             self.own.clear()
             self.own_until = now + 1
@@ -7353,111 +7218,366 @@ class KnockGate(Gate):
             self.own[packed] = is_own_address(parse_address(socket_text(packed))) is not False
         return self.own[packed]
 
-    def take_knock(self, hit: Datagram, sequences: Iterable[Sequence]) -> None:
-        """One hit on its way through the sequences that are listened for where it came in."""
+    def take_knock(self, knock: Datagram, sequences: Iterable[Sequence]) -> None:
+        """Take a knock packet through the sequences that are listened for where it came in."""
         now = self.clocks.monotonic()
         for sequence in sequences:
             owner = self.owners.get(sequence)
-            if owner is None or not sequence.concerns(hit):
+            if owner is None or not sequence.concerns(knock):
                 continue
             try:
-                if (hit.destination == sequence.target if sequence.target else
-                        self.is_ours(hit.destination, now)):
-                    done = sequence.follow(hit, now)
+                if (knock.destination == sequence.target if sequence.target else
+                        self.is_own_address(knock.destination, now)):
+                    done = sequence.follow(knock, now)
                     if done:
-                        self.step(sequence, owner, hit, done)
+                        self.step(sequence, owner, knock, done)
             except Exception as error:  # a mistake of ours must not let one packet end the server
-                self.reject(hit, error, max(owner.number, 0))
+                self.tally.reject(knock, error, max(owner.number, 0))
 
-    def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], hit: Datagram,
+    def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], knock: Datagram,
              done: int) -> None:
-        """Takes note of a step; the last one opens, once a line of a file is marked."""
-        source, last = socket_text(hit.source), done == len(sequence.steps)
-        door = owner if isinstance(owner, KnockdDoor) else None
-        name = door.name if door else "(stanza #%d)" % owner.number
+        """Log a step. After the last one, use up a line of a one-time file, then open."""
+        source, last = socket_text(knock.source), done == len(sequence.steps)
+        name = owner.name if isinstance(owner, KnockdDoor) else f"(stanza #{owner.number})"
         if last and isinstance(owner, Stanza):
-            self.check_source(owner, hit)
-        level = INFO if door or last else DEBUG
+            self.check_source(owner, knock)
+        level = INFO if last or isinstance(owner, KnockdDoor) else DEBUG
         throttle = self.completed[sequence] if last else self.throttle(done)
         if level <= self.log.level and throttle.allows():
-            self.log.write(level, "%s: %s: Stage %d" % (source, name, done))
+            self.log.write(level, f"{source}: {name}: Stage {done}")
             if last:
                 self.log.info(f"{source}: {name}: OPEN SESAME")
-        if not last:
-            return
-        try:
-            cycle = door and KnockdCycle(door, parse_address(source), self.settings.command_seconds)
-            if cycle:
-                self.commands.check([cycle])
-            if not sequence.use_up(self.commands.test):
-                self.log.warning("no more sequences left in the one time sequences file for door "
-                                 f"{name} --> disabling the door")
-            if isinstance(owner, Stanza):
-                self.grant_stanza(owner, hit)
-            else:
-                if cycle and cycle.opening.words:
-                    self.commands.run([cycle])
-                self.counts["accepted"] += 1
-        except SpaError as error:
-            self.counts["knock"] += 1
-            if self.log.rejections.allows():
-                self.log.error(f"{name}: nothing is opened: {error}")
+        if last:
+            try:
+                self.complete(sequence, owner, knock, name)
+            except SpaError as error:
+                self.tally.counts["knock"] += 1
+                if self.log.rejections.allows():
+                    self.log.error(f"{name}: nothing is opened: {error}")
 
-    def check_source(self, stanza: Stanza, hit: Datagram) -> None:
-        """Rejects a complete sequence of whom the stanza is not for, before it counts as used."""
-        if not (stanza.for_all or stanza.admits(hit)):
-            raise PacketRejected("source", f"No access data found for source IP: {socket_text(hit.source)}")
+    def complete(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], knock: Datagram,
+                 name: str) -> None:
+        """Do what a complete sequence is for, once a line of its one-time file is marked."""
+        commands, cycles = self.access.commands, []  # type: Commands, List[Cycle]
+        if isinstance(owner, KnockdDoor):
+            cycles = [KnockdCycle(owner, parse_address(socket_text(knock.source)),
+                                  self.access.settings.command_seconds)]
+            commands.check(cycles)  # a line is not used up for a command that can't be run
+        if not sequence.use_up(commands.test):
+            self.log.warning("no more sequences left in the one time sequences file for door "
+                             f"{name} --> disabling the door")
+        if isinstance(owner, Stanza):
+            self.grant_stanza(owner, knock)
+            return
+        if cycles[0].opening.words:
+            commands.run(cycles)
+        self.tally.counts["accepted"] += 1
+
+    def check_source(self, stanza: Stanza, knock: Datagram) -> None:
+        """Reject a complete sequence that is not for this stanza, before it counts as used."""
+        if not stanza.admits(knock):
+            raise PacketRejected("source", "No access data found for source IP: "
+                                 + socket_text(knock.source))
         if stanza.expires is not None and self.clocks.wall() >= stanza.expires:
             raise PacketRejected("expired stanza", "Access stanza has expired.")
 
-    def grant_stanza(self, stanza: Stanza, hit: Datagram) -> None:
-        """Opens a stanza's OPEN_PORTS for the source of a hit, or lets a packet of it follow."""
-        if stanza.require_knock:
-            self.knocked[stanza.number, hit.source] = self.clocks.monotonic() + stanza.knock_seconds
-            self.knocked.move_to_end((stanza.number, hit.source))
-            if len(self.knocked) > MAX_ATTEMPTS:
-                self.knocked.popitem(last=False)
+    def grant_stanza(self, stanza: Stanza, knock: Datagram) -> None:
+        """Open a stanza's OPEN_PORTS to the source of a knock, or let a packet from it follow."""
+        if not stanza.require_knock:
+            self.access.allow(Request(knock, parse_address(socket_text(knock.source)),
+                                      tuple(sorted(stanza.open_ports))), stanza)
             return
-        self.allow(Packet(
-            "", stanza.require_username, 0, "", ACCESS, "", None, None, 0, "",
-            parse_address(socket_text(hit.source)), tuple(sorted(stanza.open_ports)), ""),
-            stanza, hit)
+        key = stanza.number, knock.source
+        self.knocked[key] = self.clocks.monotonic() + stanza.knock_seconds
+        self.knocked.move_to_end(key)
+        if len(self.knocked) > MAX_ATTEMPTS:
+            self.knocked.popitem(last=False)
+
+    def came(self, needed: Set[Tuple[int, bytes]]) -> bool:
+        """Return whether all of these knocks (stanza's number, source) came, and still count."""
+        now = self.clocks.monotonic()
+        return all(self.knocked.get(knock, 0.0) >= now for knock in needed)
+
+    def use_up(self, knocks: Set[Tuple[int, bytes]]) -> None:
+        """Forget knocks that a packet has followed."""
+        for knock in knocks:
+            self.knocked.pop(knock, None)
 
     def throttle(self, done: int) -> Throttle:
-        """What holds back lines about a source that has done so many steps."""
+        """Return the limit of lines about sources that have done so many steps."""
         return self.log.further_steps if done > 1 else self.log.first_steps
 
-    def expire_knocks(self) -> None:
-        """Forgets the attempts whose time is over."""
+    def expire(self) -> None:
+        """Forget the attempts whose time is over."""
         now = self.clocks.monotonic()
         for sequence, owner in self.owners.items():
             for source, done in sequence.expire(now):
                 if isinstance(owner, KnockdDoor) and self.throttle(done).allows():
-                    self.log.info("%s: %s: sequence timeout (stage %d)"
-                                  % (socket_text(source), owner.name, done))
-
-
-def internal_error(error: Exception, verbose: bool) -> PacketRejected:
-    """Return the rejection of a packet by a mistake of ours, with the line that it happened in.
-
-    If `verbose`, it has the message and all frames. What the message quotes is left out: it may be
-    a part of a key or of a packet.
-    """
-    where = frames(error)
-    text = "internal error: %s in line %d" % (type(error).__name__, where[-1][1])
-    if verbose:
-        message = explain(error)
-        quotes = [index for index, c in enumerate(message) if c in "'\""]
-        if quotes:
-            message = f"{message[:quotes[0] + 1]}...{message[quotes[-1]:]}"
-        text += ": {} ({})".format(message, ", ".join("%s %d" % frame for frame in where[1:]))
-    return PacketRejected("error", text)
+                    self.log.info(f"{socket_text(source)}: {owner.name}: sequence timeout "
+                                  f"(stage {done})")
 
 
 # ======================================================================================
-# 25. Server
+# 26. Gate
 #
-# The loop around the gate.
+# The way of a packet, from a datagram to access. Until authentic_stanzas() yields a stanza, nobody has
+# proven anything; the docstring of this file names all that has run by then.
+# ======================================================================================
+
+AnyKeys = Union[PacketKeys, GpgKeys]
+
+MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
+
+
+def resolve_name(name: str, version: int,
+                 monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
+    """Return the address of a host, or None: it has none, or the answer took too long.
+
+    The name goes as bytes: for a str, Python would need the codec `idna`, which routers lack.
+    """
+    family, began = socket.AF_INET if version == 4 else socket.AF_INET6, monotonic()
+    try:
+        found = socket.getaddrinfo(name.encode(), None, family, socket.SOCK_STREAM)
+        address = parse_address(str(found[0][4][0]))
+    except (OSError, ValueError):
+        return None
+    return address if monotonic() - began < LOOKUP_SECONDS else None
+
+
+class Resolver:
+    """Look names up in threads, a few at a time, so that no packet stops the server.
+
+    The answer is a call, in the selector's loop, with the address or with None.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector,
+                 resolve: Callable[[str, int], Optional[Address]] = resolve_name) -> None:
+        self.selector, self.resolve = selector, resolve
+        self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
+        self.answers: List[Tuple[int, Callable[[], None]]] = []
+        self.busy: List[int] = []  # the stanza's number, for each name in work
+
+    def look_up(self, lookup: Lookup, stanza_number: int,
+                then: Callable[[Optional[Address]], None]) -> bool:
+        """Start to look a name up; return False if too many of this stanza's are in work."""
+        def work() -> None:
+            self.answers.append((stanza_number, partial(then, self.resolve(*lookup))))
+            self.sockets[1].send(b"\0")
+
+        if self.busy.count(stanza_number) >= MAX_LOOKUPS:
+            return False
+        if not self.sockets:
+            self.sockets = socket.socketpair()
+            self.selector.register(self.sockets[0], selectors.EVENT_READ, self.deliver)
+        import threading
+        threading.Thread(target=work, daemon=True).start()
+        self.busy.append(stanza_number)  # only the selector's loop takes it away
+        return True
+
+    def deliver(self) -> None:
+        """Pass on the answers that are there."""
+        self.sockets[0].recv(MAX_LOOKUPS)
+        while self.answers:
+            stanza_number, answer = self.answers.pop(0)
+            self.busy.remove(stanza_number)
+            answer()
+
+
+class Gate:
+    """Unlock packets, keep replays out, and let the rest ask for access."""
+
+    def __init__(self, configuration: Configuration, access: Access, knocks: KnockListener,
+                 resolver: Resolver, catch_up: Callable[[], None]) -> None:
+        self.access, self.knocks, self.resolver = access, knocks, resolver
+        self.tally, self.log, self.clocks = access.tally, access.log, access.clocks
+        self.catch_up = catch_up  # take the knock packets that wait: some came before the packet
+        self.memory = ReplayMemory(None, None, self.log, self.clocks)
+        self.runs: List[GpgRun] = []  # of gpg, each with the packet that waits for it
+        self.candidates = 0  # packets that passed check_payload() so far
+        self.configure(configuration)
+
+    def configure(self, configuration: Configuration) -> None:
+        """Go on with the settings and stanzas of a configuration."""
+        self.settings, self.stanzas = configuration.settings, configuration.stanzas
+        takers = [stanza for stanza in self.stanzas if stanza.takes_packets]
+        # By whether a packet is GPG's: the stanzas that have keys for it, in the file's order.
+        self.keyed: Dict[bool, List[Tuple[Stanza, AnyKeys]]] = {
+            False: [(stanza, stanza.keys) for stanza in takers if stanza.keys is not None],
+            True: [(stanza, stanza.gpg) for stanza in takers if stanza.gpg is not None]}
+
+    def receive(self, datagram: Datagram, entry: Optional[Entry] = None) -> None:
+        """Take a datagram through check, unlock, judge and open; or reject it.
+
+        With `entry` it comes again, after gpg has ended; the stanzas may be others by then.
+        """
+        try:
+            if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
+                datagram = self.unwrap(datagram)
+            check_payload(datagram.payload)
+            if entry is None:
+                entry = Entry(datagram)
+                self.candidates += 1
+            self.admit(entry)
+        except GpgNeeded as needed:
+            self.wait_for_gpg(needed.run, entry)
+        except Exception as error:  # a mistake of ours must not let one packet end the server
+            self.tally.reject(datagram, error)
+
+    def authentic_stanzas(self, datagram: Datagram) -> Iterator[Tuple[Stanza, AnyKeys]]:
+        """Yield the stanzas whose HMAC the packet has, in the file's order, and their keys.
+
+        Without an HMAC key a stanza is always among them. Raise PacketRejected if there is none.
+        """
+        payload, found = datagram.payload, False
+        wrong: Optional[PacketRejected] = None
+        for stanza, keys in self.keyed[is_gpg(payload)]:
+            if stanza.for_all or stanza.admits(datagram):
+                if keys.authentic(payload):  # before anything else is looked at
+                    found = True
+                    yield stanza, keys
+                wrong = wrong or stanza.wrong_hmac
+        if not found:
+            raise wrong or self.no_keys(datagram)
+
+    def no_keys(self, datagram: Datagram) -> PacketRejected:
+        """Return the rejection of a packet for which no stanza has keys."""
+        if any(stanza.admits(datagram) for stanza in self.stanzas if stanza.takes_packets):
+            return wrong_type(datagram.payload)
+        source = socket_text(datagram.source)
+        return PacketRejected("source", f"No access data found for source IP: {source}", "{text}")
+
+    def admit(self, entry: Entry) -> None:
+        """Let the first stanza that can open something for a packet do so, in the file's order.
+
+        If none can, raise the reason of the first whose keys were right; or else of the first.
+        """
+        reasons: List[PacketRejected] = []
+        is_proven, is_final, datagram = False, True, entry.datagram
+        for stanza, keys in self.authentic_stanzas(datagram):
+            is_proven = is_proven or keys.has_hmac
+            try:
+                self.let_in(entry, stanza, keys)
+                return
+            except PacketRejected as reason:
+                reason.stanza_number = stanza.number
+                if isinstance(reason, NotFresh):
+                    self.memory.refuse(datagram.payload, reason.reason)
+                    raise
+                is_final = is_final and not isinstance(reason, TooFast)
+                reasons.append(reason)
+        first = min(reasons, key=lambda reason: isinstance(reason, WrongKey))  # False comes first
+        if is_proven and is_final and not entry.remembered:
+            self.memory.refuse(datagram.payload, first.reason)
+        raise first
+
+    def let_in(self, entry: Entry, stanza: Stanza, keys: AnyKeys) -> None:
+        """Unlock a packet that is authentic for this stanza, remember it, and ask for access.
+
+        It is remembered before anything opens: a crash in between must not allow a replay.
+        """
+        datagram, prefix = entry.datagram, f"(stanza #{stanza.number}) "
+        if not entry.remembered:
+            self.memory.check_unseen(datagram)  # a replay does not cost a decryption
+        packet, texts = unlock(datagram.payload, keys)
+        if not entry.remembered:
+            self.memory.check_fresh(packet.timestamp)
+            for text in texts:
+                self.memory.remember(text, datagram)
+            entry.remembered = True
+            keys.mark_genuine()
+            if keys.signed:
+                self.log.info(prefix + keys.signed)
+            self.log.info(f"{prefix}SPA Packet from IP: {socket_text(datagram.source)} received "
+                          "with access source match")
+        self.log.debug(f"{prefix}{packet._replace(server_auth=None)!r}")
+        self.ask(Request.of_packet(packet, datagram), stanza)
+
+    def ask(self, request: Request, stanza: Stanza) -> None:
+        """Ask for access, perhaps later: when the address of the packet's NAT host is known."""
+        knocks = self.knocks_needed(request, stanza)
+        lookup = self.access.allow(request, stanza)
+        if lookup is None:
+            self.knocks.use_up(knocks)
+        elif not self.resolver.look_up(lookup, stanza.number,
+                                       partial(self.ask_again, request, stanza)):
+            raise PacketRejected("NAT", "too many NAT hosts are looked up")
+
+    def ask_again(self, request: Request, stanza: Stanza, address: Optional[Address]) -> None:
+        """Ask with the address of the NAT host, unless a reload came between."""
+        try:
+            if request.nat is None or address is None or stanza not in self.stanzas:
+                raise PacketRejected("NAT", "Unable to resolve Hostname in NAT SPA message")
+            self.log.info("Resolved NAT IP in SPA message")
+            self.ask(request._replace(nat=(str(address), request.nat[1])), stanza)
+        except Exception as error:  # as in receive()
+            self.tally.reject(request.datagram, error, stanza.number)
+
+    def knocks_needed(self, request: Request, stanza: Stanza) -> Set[Tuple[int, bytes]]:
+        """Return the knocks that REQUIRE_KNOCK asks for; PacketRejected if one is missing.
+
+        Both the packet's source and the address it opens must have knocked; otherwise one client's
+        knock would serve another.
+        """
+        if not stanza.require_knock:
+            return set()
+        needed = {(stanza.number, request.datagram.source)}
+        if request.address is not None:
+            needed.add((stanza.number, request.address.packed))
+        self.catch_up()
+        if not self.knocks.came(needed):
+            raise PacketRejected("no knock", "No knock sequence came before the packet "
+                                 "(REQUIRE_KNOCK).")
+        return needed
+
+    def unwrap(self, datagram: Datagram) -> Datagram:
+        """Return the payload of an HTTP request as a datagram (tests/spec/fwknop.md 1.14)."""
+        if not self.settings.http:
+            raise NotSpa("HTTP", 4099)
+        payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
+        if not self.settings.forwarded_for:
+            return datagram._replace(payload=payload)
+        if forwarded is None:  # the proxy always adds it
+            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: there "
+                                 "is none, or the request has no end")
+        try:
+            return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
+        except ValueError:
+            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
+                                 f"'{forwarded[:60]}' is not an IP address") from None
+
+    def is_full(self) -> bool:
+        """Return whether as many packets came as PACKET_LIMIT allows."""
+        return 0 < self.settings.packet_limit <= self.candidates
+
+    def wait_for_gpg(self, run: GpgRun, entry: Optional[Entry]) -> None:
+        """Let a packet wait for gpg; reject it if too many wait, or a copy of it does."""
+        assert entry is not None  # admit() had it
+        same = [each for each in self.runs if each.has_hmac == run.has_hmac]
+        if len(same) >= GPG_WAITING or any(run.question == each.question for each in same):
+            self.tally.reject(entry.datagram, TooFast(
+                "gpg too fast", "too many GPG packets wait, or a copy of this one does; it is not "
+                "decrypted"))
+        else:
+            run.entry = entry
+            run.gpg.charge()
+            self.runs.append(run)
+
+    def go_on_with_gpg(self) -> None:
+        """Start gpg for packets that wait, and go on with those whose gpg has ended."""
+        for run in self.runs[:]:
+            running = [each for each in self.runs if each.process and each.has_hmac == run.has_hmac]
+            if run.process is None and len(running) < GPG_AT_ONCE:
+                run.start()
+            if run.has_ended():
+                self.runs.remove(run)
+                assert run.entry is not None
+                self.receive(run.entry.datagram, run.entry)
+
+
+# ======================================================================================
+# 27. Server
+#
+# The loop: it reads the captures, minds the firewall, and does in time whatever is due.
 # ======================================================================================
 
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
@@ -7465,29 +7585,63 @@ SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until 
 CHECK_SHARE = 0.25  # of the time goes into that, unless there is something to put back
 
 
-class Server(KnockGate):
-    """The loop around the gate: captures, the firewall's state, reload, start and stop."""
+class Server:
+    """The loop, and all that it drives: captures, gate, knock listener, grants and commands."""
 
     def __init__(self, configuration: Configuration, firewall: Firewall, log: Log,
                  clocks: Clocks = CLOCKS) -> None:
-        super().__init__(configuration, firewall, log, clocks)
+        self.configuration, self.log, self.clocks = configuration, log, clocks
+        self.settings = configuration.settings
+        self.selector = selectors.DefaultSelector()
+        self.tally = Tally(log)
+        self.grants = Grants(firewall, log, clocks)
+        self.commands = Commands(self.selector, log, configuration.test, clocks)
+        self.access = Access(self.settings, self.grants, self.commands, self.tally, log, clocks)
+        self.knocks = KnockListener(configuration, self.access)
+        self.gate = Gate(configuration, self.access, self.knocks, Resolver(self.selector),
+                         self.catch_up)
+        self.remembers = False  # whether the gate has the settings' replay memory
         self.captures: List[Capture] = []
+        self.firewall_events: Optional[socket.socket] = None
+        self.link_events: Optional[socket.socket] = None
         self.since = self.clocks.wall()
-        self.firewall_events = open_netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
-        self.link_events = open_netlink_events(NETLINK_ROUTE, GROUP_LINK)
         self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
         self.check_wait = RETRY_SECONDS
         self.guard_due = 0.0
         self.running, self.exit_code = True, 0
 
+    def start(self, flush: bool) -> None:
+        """Make the firewall ready, go on with the grants it has or close them, and listen."""
+        if self.configuration.takes_packets:
+            self.gate.memory = open_memory(self.settings, self.log, self.clocks)
+            self.remembers = True
+        captures = self.configuration.open_captures(self.log)  # fails before anything is changed
+        self.firewall_events = open_netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
+        self.link_events = open_netlink_events(NETLINK_ROUTE, GROUP_LINK)
+        try:
+            self.grants.firewall.prepare()
+            if flush:
+                self.flush()
+            else:
+                self.grants.adopt()
+        except SpaError:
+            self.tell_guard()
+            raise
+        for events, react in ((self.firewall_events, self.hear_firewall),
+                              (self.link_events, self.check_links)):
+            if events is not None:
+                self.selector.register(events, selectors.EVENT_READ, react)
+        self.listen(captures)
+        self.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
+
     def listen(self, captures: List[Capture]) -> None:
-        """Reads from `captures` from now on; those before that are not among them are closed."""
+        """Read from `captures` from now on; close the others that were read before."""
         for capture in captures:
             if isinstance(capture, KnockCapture) and capture not in self.captures:
                 drain_socket(capture.socket)  # the one before it has heard this as well
         self.catch_up()
         old, self.captures = self.captures, captures
-        for line in capture_lines(self.settings, captures) if self.stanzas else ():
+        for line in capture_lines(self.settings, captures) if self.gate.stanzas else ():
             self.log.info(line)
         for capture in old:
             if capture not in captures:
@@ -7498,45 +7652,45 @@ class Server(KnockGate):
                 self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
 
     def drain(self, capture: Capture) -> None:
-        """Reads from a capture until nothing is there, or others have waited long enough."""
-        take: Callable[[Any], None] = (
-            partial(self.take_knock, sequences=capture.sequences) if isinstance(capture, KnockCapture)
-            else self.receive)
+        """Read from a capture until nothing is there, or others have waited long enough."""
+        take: Callable[[Any], None] = self.gate.receive
+        if isinstance(capture, KnockCapture):
+            take = partial(self.knocks.take_knock, sequences=capture.sequences)
         end = self.clocks.monotonic() + BATCH_SECONDS
         try:
             while self.running and self.clocks.monotonic() < end:
                 datagram = capture.receive()
                 if datagram is not None:
                     take(datagram)
-                    if self.full():
-                        self.finish("Packet count limit (%d) reached. Exiting..."
-                                    % self.settings.packet_limit)
+                    if self.gate.is_full():
+                        self.end_loop(f"Packet count limit ({self.settings.packet_limit}) reached. "
+                                      "Exiting...")
         except BlockingIOError:
             pass
         except EOFError as error:
-            self.finish(str(error))
+            self.end_loop(str(error))
         except SpaError as error:
             self.exit_code = 1
-            self.finish(str(error))
+            self.end_loop(str(error))
         except OSError as error:  # the interface went away; link events tell when it is back
             self.log.warning(f"{capture.name}: {error.strerror}; going on when it is back")
 
     def catch_up(self) -> None:
-        """Takes the hits that are waiting."""
+        """Take the knock packets that are waiting."""
         for capture in self.captures:
             if isinstance(capture, KnockCapture):
                 self.drain(capture)
 
-    def finish(self, why: str) -> None:
-        """Lets the server's loop end."""
+    def end_loop(self, why: str) -> None:
+        """Let the loop end after this turn."""
         self.log.info(self.configuration.words.leaving)
         self.log.write(ERROR if self.exit_code else self.configuration.words.level, why)
         self.running = False
 
     def check_links(self) -> None:
-        """Listens anew when an interface that was named is there again, or is another one."""
+        """Listen anew when an interface that was named is there again, or is another one."""
         drain_socket(self.link_events)
-        self.own.clear()
+        self.knocks.own.clear()
         if self.settings.capture_file:
             return
         named = {name for each in self.configuration.listenings() if each.sequences
@@ -7556,7 +7710,7 @@ class Server(KnockGate):
                 self.log.error(str(error))
 
     def hear_firewall(self) -> None:
-        """Somebody changed the firewall: it is looked at soon, and once for a series of changes."""
+        """Look at the firewall soon after somebody changed it, once for a series of changes."""
         if self.read_announcements():
             due = self.clocks.monotonic() + SETTLE_SECONDS
             if not self.grants.firewall.quickly_intact:
@@ -7586,14 +7740,14 @@ class Server(KnockGate):
         try:
             with firewall.within(PATIENCE):
                 if firewall.mend_guard():
-                    self.log.warning(f"Somebody changed our rules in the firewall ({firewall.describe()}); put the "
-                                     "guard back")
+                    self.log.warning("Somebody changed our rules in the firewall "
+                                     f"({firewall.describe()}); put the guard back")
         except CommandError:  # check_firewall() tries again, and says why it can't
             self.check_rest = 0.0
         self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
 
     def check_firewall(self) -> None:
-        """Puts back what somebody took from the firewall; what fails is tried again."""
+        """Put back rules and grants that somebody took from the firewall; retry after a failure."""
         began, doubtful = self.clocks.monotonic(), self.grants.doubtful
         self.grants.doubtful = False  # what fails below is tried again
         try:
@@ -7616,9 +7770,9 @@ class Server(KnockGate):
             self.check_wait = RETRY_SECONDS
 
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:
-        """Goes on with other settings and stanzas; live grants stay, in a new firewall as well.
+        """Go on with other settings and stanzas; live grants stay, in a new firewall as well.
 
-        What can fail comes first: then all goes on with the old ones.
+        Steps that can fail come first; after a failure the server goes on with the old settings.
         """
         settings, old = configuration.settings, self.settings
 
@@ -7636,7 +7790,7 @@ class Server(KnockGate):
         captures = configuration.open_captures(self.log, self.captures, same)
         memory, stood = None, firewall.guarded()
         try:
-            if configuration.takes_packets and not self.takes_packets:
+            if configuration.takes_packets and not self.remembers:
                 # Until now there was nothing to remember.
                 memory = open_memory(settings, self.log, self.clocks)
             firewall.succeed(self.grants.firewall)
@@ -7649,39 +7803,21 @@ class Server(KnockGate):
                 with contextlib.suppress(CommandError):  # there is none yet
                     firewall.unguard()
             raise
-        self.settings, self.stanzas = settings, configuration.stanzas
+        self.configuration, self.settings, self.access.settings = configuration, settings, settings
+        self.gate.configure(configuration)
         if captures != self.captures:
             self.listen(captures)
         self.grants.move(firewall)
-        self.listen_for(configuration)
+        self.knocks.configure(configuration)
         if memory:
-            self.memory, self.takes_packets = memory, True
-        self.memory.max_age = settings.max_packet_age if settings.aging else None
+            self.gate.memory, self.remembers = memory, True
+        self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
         self.check_rest = 0.0
         self.check_firewall()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
                             ServerSettings.pid_file, ServerSettings.syslog_identity,
                             ServerSettings.syslog_facility):
             self.log.warning(f"{name} takes effect at the next start")
-
-    def start(self, flush: bool) -> None:
-        """Makes the firewall ready, goes on with the grants it has or closes them, and listens."""
-        captures = self.configuration.open_captures(self.log)  # fails before anything is changed
-        try:
-            self.grants.firewall.prepare()
-            if flush:
-                self.flush()
-            else:
-                self.grants.adopt()
-        except SpaError:
-            self.tell_guard()
-            raise
-        for events, react in ((self.firewall_events, self.hear_firewall),
-                              (self.link_events, self.check_links)):
-            if events is not None:
-                self.selector.register(events, selectors.EVENT_READ, react)
-        self.listen(captures)
-        self.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
 
     def tell_guard(self) -> None:
         """Log what stays closed now that this server does not serve, and what opens it."""
@@ -7691,7 +7827,7 @@ class Server(KnockGate):
                              + port_list(firewall.guard_ports))
 
     def flush(self) -> None:
-        """Closes all that is open: grants, cycles, and what earlier settings have left."""
+        """Close all that is open: grants, cycles, and grants that earlier settings have left."""
         self.commands.close_all(FLUSHED)
         try:
             self.grants.flush()
@@ -7700,21 +7836,21 @@ class Server(KnockGate):
                 flush_leftovers(self.settings, self.grants.firewall, self.log)
 
     def turn(self) -> None:
-        """Waits for the next thing to do, and does it."""
+        """Wait for the next thing to do, and do it."""
         next_end = self.grants.next_end()
         due = min([self.check_due, self.guard_due, FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
-                  + [run.due for run in self.runs]
-                  + [sequence.next_due() for sequence in self.owners])
+                  + [run.due for run in self.gate.runs]
+                  + [sequence.next_due() for sequence in self.knocks.owners])
         for key, _ in self.selector.select(max(0.0, due - self.clocks.monotonic())):
             key.data()
         for capture in self.captures:
             if self.clocks.monotonic() >= capture.due:
                 self.drain(capture)
-        self.look_at_gpg()
+        self.gate.go_on_with_gpg()
         self.grants.expire()
         self.commands.reap()
-        self.expire_knocks()
+        self.knocks.expire()
         if self.clocks.monotonic() >= self.guard_due:
             self.mend_guard()
         if self.clocks.monotonic() >= self.check_due or self.grants.doubtful:
@@ -7728,32 +7864,30 @@ class Server(KnockGate):
         try:
             self.flush()
         except (SpaError, OSError) as error:
-            self.log.error(str(error) + "; trying again" * isinstance(error, CommandError))
+            again = "; trying again" if isinstance(error, CommandError) else ""
+            self.log.error(f"{error}{again}")
             return f"error: {error}"
         return "ok"
 
     def report(self) -> str:
-        """What came of the packets so far, by reason, and what is open."""
-        rejected = ", ".join("%d %s" % (count, what) for what, count in sorted(self.counts.items())
-                             if what != "accepted")
-        return "Packets seen: %d accepted; rejected: %s; %d grants are open; since %s" % (
-            self.counts["accepted"], rejected or "none",
-            len(self.grants.live) if self.grants.firewall.keeps else 0,
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since)))
+        """Return how many packets were accepted and rejected, and how many grants are open."""
+        count = len(self.grants.live) if self.grants.firewall.keeps else 0
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"Packets seen: {self.tally}; {count} grants are open; since {since}"
 
     def stop(self) -> None:
-        """A clean end: grants are closed, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
+        """End cleanly: close the grants, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
 
-        What commands opened is closed in any case: nobody would remember to close it. The packets
+        Doors that commands opened are closed in any case: nobody would remember them. The packets
         of a capture file, and those that PACKET_LIMIT counts, still get gpg's answers.
         """
-        while self.runs and (self.settings.capture_file or self.full()):
+        while self.gate.runs and (self.settings.capture_file or self.gate.is_full()):
             time.sleep(0.01)
-            self.look_at_gpg()
-        for run in self.runs:
+            self.gate.go_on_with_gpg()
+        for run in self.gate.runs:
             run.kill()
         self.log.write(self.configuration.words.level, self.report())
-        self.memory.close()
+        self.gate.memory.close()
         self.tell_guard()
         self.commands.stop()
         if self.settings.flush_at_stop:
@@ -7764,7 +7898,7 @@ class Server(KnockGate):
 
 
 # ======================================================================================
-# 26. Process
+# 28. Process
 #
 # Pid file, control socket, signals, background and reload.
 # ======================================================================================
@@ -8029,7 +8163,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
         server.command("flush")
         return
     if number != signal.SIGHUP:
-        server.finish(f"Got {signal.Signals(number).name}. Exiting...")
+        server.end_loop(f"Got {signal.Signals(number).name}. Exiting...")
         return
     log.info(server.configuration.words.rereading)
     try:
@@ -8047,7 +8181,7 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
 
 
 # ======================================================================================
-# 27. First configuration
+# 29. First configuration
 #
 # `--init tcp/22`: keys and both files where there are none, and the client's stanza. More
 # stanzas are keygen.py's work.
@@ -8115,7 +8249,7 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 28. Command line
+# 30. Command line
 #
 # Options with fwknopd's names (tests/spec/fwknop.md 3.1), what each of them does, and exit codes.
 # ======================================================================================

@@ -549,7 +549,7 @@ class FileTest(ServerCase):
         with open(path, "wb") as file:
             file.write(text)
         made = self.serve("SOURCE ANY\n" + KEYS, "PCAP_FILE %s;\n%s" % (path, conf))
-        made.memory.max_age = None
+        made.gate.memory.max_age = None
         made.start(False)
         for _ in range(limit):
             if not made.running:
@@ -582,7 +582,7 @@ class FileTest(ServerCase):
             ipv6(udp(self.packet())),
         ]
         made = self.read(write_pcap(packets))
-        self.assertEqual((2, 0), (made.counts["accepted"], made.exit_code))
+        self.assertEqual((2, 0), (made.tally.counts["accepted"], made.exit_code))
         log = self.logged()
         self.assertIn("x.pcap: 6 packets, 2 of them pass PCAP_FILTER, 0 are cut short", log)
         self.assertIn("Gracefully leaving the fwknopd event loop.", log)
@@ -594,7 +594,7 @@ class FileTest(ServerCase):
         made = self.read(
             write_pcap([ipv4(udp(self.packet())) for _ in range(9)]), "PACKET_LIMIT 4;\n"
         )
-        self.assertEqual(4, made.counts["accepted"])
+        self.assertEqual(4, made.tally.counts["accepted"])
         self.assertIn("Packet count limit (4) reached. Exiting...", self.logged())
 
     def test_broken_files(self) -> None:
@@ -632,7 +632,7 @@ class FileTest(ServerCase):
                 text[draw.randrange(24, len(text))] = draw.randrange(256)
             made = self.read(bytes(text))
             self.assertFalse(made.running)
-            self.assertNotIn("error", made.counts)
+            self.assertNotIn("error", made.tally.counts)
 
 
 # ------------------------------------------------------------------- HTTP and TCP
@@ -696,7 +696,8 @@ class RequestTest(ServerCase):
 
     def receive(self, made: Any, payload: bytes, protocol: int = 6) -> str:
         """Let a server receive a payload, and return what it says then."""
-        made.receive(server.Datagram(payload, b"\x0a\x37\0\2", 9, b"\x0a\x37\0\1", 80, protocol))
+        made.gate.receive(server.Datagram(payload, b"\x0a\x37\0\2", 9, b"\x0a\x37\0\1", 80,
+                                          protocol))
         return self.logged()
 
     def test_server(self) -> None:
@@ -706,7 +707,7 @@ class RequestTest(ServerCase):
         text = request("/" + packet, AGENT, "X-Forwarded-For: 203.0.113.9")
         made = self.serve("SOURCE ANY\n" + KEYS)
         self.assertNotIn("opened", self.receive(made, text))
-        self.assertEqual({"HTTP": 1}, dict(made.counts))
+        self.assertEqual({"HTTP": 1}, dict(made.tally.counts))
         made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_SPA_OVER_HTTP Y;\n")
         self.assertNotIn("opened", self.receive(made, text, 17), "nobody sends HTTP over UDP")
         self.assertIn("opened 10.55.0.2 ->", self.receive(made, text))
@@ -734,7 +735,7 @@ class RequestTest(ServerCase):
         for payload in (b"x!" * 99, b"\0" * 200, b"", b"GET / HTTP/1.1\r\n\r\n", b"A" * 2000):
             for protocol in (6, 1, 58):
                 self.assertEqual("", self.receive(made, payload, protocol))
-        self.assertEqual(15, sum(made.counts.values()))
+        self.assertEqual(15, sum(made.tally.counts.values()))
         self.log.level = server.DEBUG
         self.assertIn("error 4098", self.receive(made, b"\0" * 200))
         for _ in range(99):
@@ -752,8 +753,9 @@ class RequestTest(ServerCase):
             text = bytearray(seed)
             for _ in range(draw.randrange(6)):
                 text[draw.randrange(4, len(text))] = draw.choice(b"\0\n\r :/,{}%A\xff")
-            made.receive(server.Datagram(bytes(text), b"\x0a\x37\0\2", 9, b"\x0a\x37\0\1", 80, 6))
-        self.assertNotIn("error", made.counts)
+            made.gate.receive(server.Datagram(bytes(text), b"\x0a\x37\0\2", 9, b"\x0a\x37\0\1",
+                                              80, 6))
+        self.assertNotIn("error", made.tally.counts)
 
 
 class TcpTest(unittest.TestCase):

@@ -92,7 +92,7 @@ class CommandCase(ServerCase):
         """Send a packet of now, and return what it made the server log."""
         CommandCase.count += 1
         extra = [] if timeout is None else [b"%d" % timeout]
-        self.made.receive(datagram(self.sender.packet(
+        self.made.gate.receive(datagram(self.sender.packet(
             text, kind, extra, user, int(self.clock.wall_time), "%016d" % self.count), source))
         return self.logged()
 
@@ -207,9 +207,9 @@ class WordsTest(CommandCase):
             with self.subTest(lines=lines, text=text):
                 packet, stanza = self.packet(text, 0), self.stanza(lines)
                 try:
-                    self.assertEqual(([], 0), judge(packet, stanza, datagram()))
+                    self.assertEqual(([], 0, True), judge(packet, stanza, datagram()))
                     words = [word.decode("latin-1") for word in
-                             server.client_command(packet, stanza, "SUDO").words]
+                             server.client_command(packet.command, stanza, "SUDO").words]
                 except server.PacketRejected as rejection:
                     self.assertEqual(expected, rejection.reason)
                 else:
@@ -233,7 +233,7 @@ class WordsTest(CommandCase):
                 stanza = self.stanza("CMD_CYCLE_OPEN %s %s\nCMD_CYCLE_CLOSE %s x %s\n"
                                      "CMD_CYCLE_TIMER 7\n%s" % (SH, template, SH, template, lines))
                 came = datagram(b"", source, "10.55.0.1" if "." in source else "::1")
-                doors, seconds = judge(self.packet(text, 1), stanza, came)
+                doors, seconds, _ = judge(self.packet(text, 1), stanza, came)
                 made = server.cycle_commands(stanza, doors[0], came, seconds, NOW)
                 self.assertEqual([SH + " " + expected, SH + " x " + expected],
                                  [str(command) for command in made])
@@ -319,7 +319,7 @@ class RunTest(CommandCase):
         self.assertIn("(stanza #1) user 'bob' (client 3.0.0) ran a command\n", text)
         self.assertTrue(text.endswith("CMD_EXEC: out: a 'b c'\nCMD_EXEC: err\n"
                                       "CMD_EXEC: command returned 3, pid_status: 3\n"), text)
-        self.assertEqual(1, self.made.counts["accepted"])
+        self.assertEqual(1, self.made.tally.counts["accepted"])
         self.assertEqual({}, self.firewall.rules)
 
     def test_what_a_command_gets(self) -> None:
@@ -373,7 +373,7 @@ class RunTest(CommandCase):
             text = self.run_command("id a")
         self.assertIn("/no/such id a: No such file or directory\n", text)
         self.assertIn("a command could not be started", text)
-        self.assertEqual({"command": 1}, dict(self.made.counts))
+        self.assertEqual({"command": 1}, dict(self.made.tally.counts))
         self.assertEqual([], self.made.commands.running)
 
     def test_a_program_that_its_owner_holds_back(self) -> None:

@@ -6,6 +6,7 @@ with the packets of the real client in vectors/ and packets that gpg makes here.
 
 import base64
 import contextlib
+import functools
 import hmac
 import os
 import sys
@@ -335,16 +336,16 @@ sys.stdout.buffer.write(message[message.index(b"TEXT") + 4:])
 
 def wait_for_gpg(made: Any) -> Any:
     """Let a server's receive() wait for gpg, as if its loop went on; return the server."""
-    receive = made.receive
+    receive = made.gate.receive
 
     def receive_and_wait(each: Any, *run: Any) -> None:
         """Take a datagram, and go on until no gpg runs."""
         receive(each, *run)
-        while made.runs and not run:
-            made.look_at_gpg()
+        while made.gate.runs and not run:
+            made.gate.go_on_with_gpg()
             time.sleep(0.001)
 
-    made.receive = receive_and_wait
+    made.gate.receive = receive_and_wait
     return made
 
 
@@ -383,7 +384,8 @@ class FakeGpgCase(ServerCase):
         """Return a server with its GPG stanzas ready."""
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (self.program,
                                                                       self.directory))
-        server.load_gpg(made.settings, made.stanzas, self.clocks)
+        server.load_gpg(made.settings, made.gate.stanzas, self.clocks)
+        made.gate.configure(made.configuration)
         return wait_for_gpg(made)
 
     def message(self, number: int, text: str = "10.55.0.2,tcp/22", key_id: bytes = b"") -> bytes:
@@ -407,7 +409,7 @@ class BoundsTest(FakeGpgCase):
     def test_a_knock_opens(self) -> None:
         """And the log says who signed."""
         made = self.gpg_server()
-        made.receive(datagram(self.packet(1)))
+        made.gate.receive(datagram(self.packet(1)))
         self.assertEqual([DOOR22], self.firewall.doors())
         self.assertIn("(stanza #1) Incoming SPA data signed by '786C8A06' (fingerprint '%s').\n"
                       % SIGNER, self.logged())
@@ -417,21 +419,21 @@ class BoundsTest(FakeGpgCase):
         made = self.gpg_server()
         message = self.message(1)
         for number in range(4):  # other spellings, which gpg has to read
-            made.receive(datagram(strip(message[:50] + bytes([number]) + message[51:])))
-        self.assertEqual({"accepted": 1, "replay": 3}, made.counts)
+            made.gate.receive(datagram(strip(message[:50] + bytes([number]) + message[51:])))
+        self.assertEqual({"accepted": 1, "replay": 3}, made.tally.counts)
         self.assertEqual(1, self.logged().count("Incoming SPA data signed by"))
         self.clock.pass_seconds(-500)
         stale = self.packet(2)
         self.clock.pass_seconds(500)
-        made.receive(datagram(stale))
-        self.assertEqual(1, made.counts["stale"])
+        made.gate.receive(datagram(stale))
+        self.assertEqual(1, made.tally.counts["stale"])
         self.assertNotIn("signed by", self.logged())
 
     def test_the_passphrase_goes_through_a_pipe(self) -> None:
         """Not among the words or in the environment, and gpg.conf and HOME are not asked."""
         self.answer(GOOD, "assert passphrase == b's3cret #1 \\n'")
         made = self.gpg_server(SIGNED + "GPG_DECRYPT_PW s3cret #1 \n")
-        made.receive(datagram(self.packet(1)))
+        made.gate.receive(datagram(self.packet(1)))
         self.assertEqual([DOOR22], self.firewall.doors())
         (run,) = self.runs()
         self.assertNotIn("s3cret", run)
@@ -445,17 +447,17 @@ class BoundsTest(FakeGpgCase):
         made = self.gpg_server()
         self.answer("NODATA 1\n")
         for number in range(30):
-            made.receive(datagram(self.packet(number)))
+            made.gate.receive(datagram(self.packet(number)))
         self.assertEqual(server.GPG_BURST, len(self.runs()))
-        self.assertEqual(30 - server.GPG_BURST, made.counts["gpg too fast"])
+        self.assertEqual(30 - server.GPG_BURST, made.tally.counts["gpg too fast"])
         self.assertIn("GPG packets without HMAC come too fast", self.logged())
         self.clock.pass_seconds(3.01)
         for number in range(30, 60):
-            made.receive(datagram(self.packet(number)))
+            made.gate.receive(datagram(self.packet(number)))
         self.assertEqual(server.GPG_BURST + 3, len(self.runs()))
         self.clock.pass_seconds(1000)
         self.answer(GOOD)
-        made.receive(datagram(self.packet(60)))
+        made.gate.receive(datagram(self.packet(60)))
         self.assertEqual([DOOR22], self.firewall.doors())
 
     def test_slow_packets_without_hmac(self) -> None:
@@ -470,48 +472,48 @@ class BoundsTest(FakeGpgCase):
         start = self.clock.mono_time
         with mock.patch.object(server.GpgRun, "start", slow):
             for number in range(2000):
-                made.receive(datagram(self.packet(number)))
+                made.gate.receive(datagram(self.packet(number)))
                 self.clock.pass_seconds(0.5)
-        self.assertLess(5 * made.counts["gpg failed"], 0.15 * (self.clock.mono_time - start))
-        self.assertGreater(made.counts["gpg failed"], 10)
+        self.assertLess(5 * made.tally.counts["gpg failed"], 0.15 * (self.clock.mono_time - start))
+        self.assertGreater(made.tally.counts["gpg failed"], 10)
 
     def test_the_limit_is_one_for_all_stanzas(self) -> None:
         """And a packet that several stanzas try is decrypted once."""
         other = SIGNED.replace(SIGNER, SUBKEY)
         made = self.gpg_server(other * 9 + SIGNED)
-        made.receive(datagram(self.packet(1)))
+        made.gate.receive(datagram(self.packet(1)))
         self.assertEqual([DOOR22], self.firewall.doors())
         self.assertIn("(stanza #10) user 'bob'", self.logged())
         self.assertEqual(1, len(self.runs()))
         self.answer("NODATA 1\n")
         for number in range(2, 30):
-            made.receive(datagram(self.packet(number)))
+            made.gate.receive(datagram(self.packet(number)))
         self.assertEqual(server.GPG_BURST, len(self.runs()))
 
     def test_junk_does_not_start_gpg(self) -> None:
         """Without the id of the key in it, or the HMAC where there is one; or when seen before."""
         made = self.gpg_server()
         for number in range(30):
-            made.receive(datagram(self.packet(number, key_id=bytes(8))))
+            made.gate.receive(datagram(self.packet(number, key_id=bytes(8))))
         self.assertEqual([], self.runs())
-        self.assertEqual({"gpg decryption": 30}, made.counts)
+        self.assertEqual({"gpg decryption": 30}, made.tally.counts)
         self.assertIn("GPG ERROR: No secret key", self.logged())
         for payload in (b"A" * 1500, b"A" * 401, b"hF4D" + b"A" * 401, b"=" * 600):
-            made.receive(datagram(payload))
+            made.gate.receive(datagram(payload))
         self.assertEqual([], self.runs())
         made = self.gpg_server(SIGNED + HMAC)
         for number in range(30):
-            made.receive(datagram(self.packet(number)))
-            made.receive(datagram(self.packet(number, b"wrong")))
+            made.gate.receive(datagram(self.packet(number)))
+            made.gate.receive(datagram(self.packet(number, b"wrong")))
         self.assertEqual([], self.runs())
-        self.assertEqual({"wrong HMAC": 60}, made.counts)
+        self.assertEqual({"wrong HMAC": 60}, made.tally.counts)
         for _ in range(20):  # the limit is not for those with an HMAC; but once seen, never again
-            made.receive(datagram(self.packet(1, b"hmacKey-for-tests")))
+            made.gate.receive(datagram(self.packet(1, b"hmacKey-for-tests")))
         self.assertEqual(1, len(self.runs()))
-        self.assertEqual(19, made.counts["replay"])
+        self.assertEqual(19, made.tally.counts["replay"])
         for number in range(10, 20):
-            made.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
-        self.assertEqual(11, made.counts["accepted"])
+            made.gate.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
+        self.assertEqual(11, made.tally.counts["accepted"])
 
     def test_what_was_rejected_is_not_decrypted_again(self) -> None:
         """Who captures a packet that gpg took and we did not can't make gpg run with it."""
@@ -519,32 +521,32 @@ class BoundsTest(FakeGpgCase):
         self.answer(GOOD.replace("TRUST_FULLY", "TRUST_UNDEFINED"))
         for _ in range(50):
             for number in range(10):
-                made.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
+                made.gate.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
         self.assertEqual(10, len(self.runs()))
-        self.assertEqual({"gpg signature": 500}, made.counts)
+        self.assertEqual({"gpg signature": 500}, made.tally.counts)
 
     def test_packets_with_hmac_of_which_nothing_comes(self) -> None:
         """Are limited after a while, too, but never by those without HMAC; genuine ones never."""
         made = self.gpg_server(SIGNED + HMAC + SIGNED)
         for number in range(30):
-            made.receive(datagram(self.packet(number)))
-        self.assertEqual(server.GPG_BURST, made.counts["accepted"])
+            made.gate.receive(datagram(self.packet(number)))
+        self.assertEqual(server.GPG_BURST, made.tally.counts["accepted"])
         for number in range(100, 200):
-            made.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
-        self.assertEqual(server.GPG_BURST + 100, made.counts["accepted"])
+            made.gate.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
+        self.assertEqual(server.GPG_BURST + 100, made.tally.counts["accepted"])
         self.answer(GOOD.replace("TRUST_FULLY", "TRUST_UNDEFINED"))
         made = self.gpg_server(SIGNED + HMAC)
         payloads = [self.packet(number, b"hmacKey-for-tests") for number in range(100)]
         before = len(self.runs())
         for payload in payloads:
-            made.receive(datagram(payload))
+            made.gate.receive(datagram(payload))
         self.assertEqual(server.GPG_HMAC_SECONDS + server.GPG_BURST, len(self.runs()) - before)
-        self.assertEqual(100 - 65, made.counts["gpg too fast"])
-        self.assertEqual(65, len(made.memory.refused))
+        self.assertEqual(100 - 65, made.tally.counts["gpg too fast"])
+        self.assertEqual(65, len(made.gate.memory.refused))
         self.clock.pass_seconds(30)
         self.answer(GOOD)  # what was not looked at is not refused for ever
-        made.receive(datagram(payloads[-1]))
-        self.assertEqual(1, made.counts["accepted"])
+        made.gate.receive(datagram(payloads[-1]))
+        self.assertEqual(1, made.tally.counts["accepted"])
 
     def test_a_gpg_that_hangs(self) -> None:
         """Is killed, once for all stanzas; the packet is rejected, and the next has its turn."""
@@ -555,12 +557,12 @@ class BoundsTest(FakeGpgCase):
             start = time.monotonic()
             self.clock.pass_seconds(10)
             with mock.patch.object(server, "GPG_SECONDS", 0.5):
-                made.receive(datagram(self.packet(len(code))))
+                made.gate.receive(datagram(self.packet(len(code))))
             self.assertLess(time.monotonic() - start, 60)
             self.assertIn("gpg took more than", self.logged())
-        self.assertEqual(({"gpg failed": 3}, 3), (made.counts, len(self.runs())))
+        self.assertEqual(({"gpg failed": 3}, 3), (made.tally.counts, len(self.runs())))
         self.answer(GOOD)
-        made.receive(datagram(self.packet(99)))
+        made.gate.receive(datagram(self.packet(99)))
         self.assertEqual([DOOR22], self.firewall.doors())
 
     def test_others_do_not_wait(self) -> None:
@@ -568,36 +570,36 @@ class BoundsTest(FakeGpgCase):
         at once, the others wait their turn, and at a stop all are ended."""
         key = b"hmacKey-for-tests"
         made = self.gpg_server(SIGNED + HMAC + "SOURCE ANY\n" + KEYS)
-        receive = type(made).receive
+        receive = functools.partial(server.Gate.receive, made.gate)
         self.answer(GOOD, "while not os.path.exists(here + '/go'): time.sleep(0.01)")
         packets = [self.packet(number, key) for number in range(6)]
         for packet in packets[:1] * 3 + packets:
-            receive(made, datagram(packet))
-            made.look_at_gpg()
-        self.assertEqual((6, {"gpg too fast": 3}), (len(made.runs), made.counts))
-        gpg = made.stanzas[0].gpg.gpg  # whose ration a copy does not use up
+            receive(datagram(packet))
+            made.gate.go_on_with_gpg()
+        self.assertEqual((6, {"gpg too fast": 3}), (len(made.gate.runs), made.tally.counts))
+        gpg = made.gate.stanzas[0].gpg.gpg  # whose ration a copy does not use up
         self.assertEqual(self.clock.mono_time - server.GPG_BURST + 7, gpg.busy_until)
-        self.assertEqual(server.GPG_AT_ONCE, sum(run.process is not None for run in made.runs))
-        receive(made, datagram(Sender().packet("10.55.0.2,tcp/80", timestamp=int(
+        self.assertEqual(server.GPG_AT_ONCE, sum(run.process is not None for run in made.gate.runs))
+        receive(datagram(Sender().packet("10.55.0.2,tcp/80", timestamp=int(
             self.clock.wall_time))))
-        self.assertEqual(1, made.counts["accepted"])
+        self.assertEqual(1, made.tally.counts["accepted"])
         self.assertEqual(made.grants.live, self.firewall.rules)
         write(self.place("go"), "")
-        made.receive(datagram(self.packet(7, key)))
-        self.assertEqual((8, 8), (made.counts["accepted"], len(self.runs()) + 1))
-        receive(made, datagram(packets[0]))
-        self.assertEqual(1, made.counts["replay"])
+        made.gate.receive(datagram(self.packet(7, key)))
+        self.assertEqual((8, 8), (made.tally.counts["accepted"], len(self.runs()) + 1))
+        receive(datagram(packets[0]))
+        self.assertEqual(1, made.tally.counts["replay"])
         os.unlink(self.place("go"))
-        receive(made, datagram(self.packet(8, key)))
-        made.look_at_gpg()
-        (run,) = made.runs
+        receive(datagram(self.packet(8, key)))
+        made.gate.go_on_with_gpg()
+        (run,) = made.gate.runs
         made.stop()
         self.assertEqual(-9, run.process.returncode)
         write(self.place("go"), "")
-        receive(made, datagram(self.packet(9, key)))
-        made.settings.packet_limit = made.candidates
+        receive(datagram(self.packet(9, key)))
+        made.settings.packet_limit = made.gate.candidates
         made.stop()  # as after the last packet of -C
-        self.assertEqual(9, made.counts["accepted"])
+        self.assertEqual(9, made.tally.counts["accepted"])
 
     def test_a_reload_while_gpg_runs(self) -> None:
         """The packet is judged by the stanzas that there are when gpg has ended."""
@@ -605,12 +607,13 @@ class BoundsTest(FakeGpgCase):
         for access, reason in ((SIGNED + HMAC + "RESTRICT_PORTS tcp/22\n", "ports"),
                                ("SOURCE ANY\n" + KEYS, "encryption type")):
             number = len(self.runs())
-            type(made).receive(made, datagram(self.packet(number, b"hmacKey-for-tests")))
-            made.look_at_gpg()
-            made.stanzas = self.stanzas(access)
-            server.load_gpg(made.settings, made.stanzas)
-            made.receive(datagram(b""))
-            self.assertEqual(1, made.counts[reason], made.counts)
+            server.Gate.receive(made.gate, datagram(self.packet(number, b"hmacKey-for-tests")))
+            made.gate.go_on_with_gpg()
+            stanzas = self.stanzas(access)
+            server.load_gpg(made.settings, stanzas)
+            made.gate.configure(made.configuration._replace(stanzas=stanzas))
+            made.gate.receive(datagram(b""))
+            self.assertEqual(1, made.tally.counts[reason], made.tally.counts)
         self.assertEqual([], self.firewall.doors())
 
     def test_a_child_of_gpgs_that_stays(self) -> None:
@@ -619,7 +622,7 @@ class BoundsTest(FakeGpgCase):
         self.answer(GOOD, "pid = os.fork()\nif not pid:\n    time.sleep(60)\n    os._exit(0)\n"
                           "open(here + '/child', 'w').write(str(pid))\n")
         start = time.monotonic()
-        made.receive(datagram(self.packet(1)))
+        made.gate.receive(datagram(self.packet(1)))
         took = time.monotonic() - start
         with open(os.path.join(self.directory, "child")) as file:
             os.kill(int(file.read()), 9)
@@ -635,12 +638,12 @@ class BoundsTest(FakeGpgCase):
                 (GOOD, "message = b'TEXT'"), (GOOD, "message = b'TEXT' + bytes(3000)"),
                 (GOOD, "import atexit; atexit.register(os._exit, 2)"))):
             self.answer(text.encode("latin-1").decode("latin-1"), code)
-            made.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
+            made.gate.receive(datagram(self.packet(number, b"hmacKey-for-tests")))
         os.unlink(self.program)
-        made.receive(datagram(self.packet(99, b"hmacKey-for-tests")))
+        made.gate.receive(datagram(self.packet(99, b"hmacKey-for-tests")))
         self.assertIn("No such file", self.logged())
-        self.assertNotIn("accepted", made.counts)
-        self.assertNotIn("error", made.counts)
+        self.assertNotIn("accepted", made.tally.counts)
+        self.assertNotIn("error", made.tally.counts)
         if before:
             self.assertEqual(before, sorted(os.listdir("/proc/self/fd")))
 
@@ -652,37 +655,37 @@ class BoundsTest(FakeGpgCase):
                                (SIGNED + HMAC + symmetric, (2, 1))):
             made = self.gpg_server(access)
             self.logged()
-            made.receive(datagram(Sender().packet(timestamp=int(self.clock.wall_time),
+            made.gate.receive(datagram(Sender().packet(timestamp=int(self.clock.wall_time),
                                                   rand="%016d" % len(access))))
-            made.receive(datagram(self.packet(len(access), b"hmacKey-for-tests")))
+            made.gate.receive(datagram(self.packet(len(access), b"hmacKey-for-tests")))
             text = self.logged()
-            self.assertEqual(2, made.counts["accepted"], text)
+            self.assertEqual(2, made.tally.counts["accepted"], text)
             for each in number:
                 self.assertIn("(stanza #%d) user 'bob'" % each, text)
             self.clock.pass_seconds(100)
         made = self.gpg_server(symmetric)
-        made.receive(datagram(self.packet(1, b"hmacKey-for-tests")))
+        made.gate.receive(datagram(self.packet(1, b"hmacKey-for-tests")))
         self.assertIn("No stanza encryption mode match for encryption type: 2.", self.logged())
         made = self.gpg_server(SIGNED + HMAC)
-        made.receive(datagram(Sender().packet()))
+        made.gate.receive(datagram(Sender().packet()))
         self.assertIn("No stanza encryption mode match for encryption type: 1.", self.logged())
-        self.assertEqual({"encryption type": 1}, made.counts)
+        self.assertEqual({"encryption type": 1}, made.tally.counts)
 
     def test_the_plaintext_is_remembered(self) -> None:
         """In the file too, so that a message in other words is a replay after a restart as well."""
         made = self.gpg_server()
         message = self.message(1)
-        made.receive(datagram(strip(message)))
+        made.gate.receive(datagram(strip(message)))
         with open(self.path) as file:
             digests = [line.split()[0] for line in file if not line.startswith("#")]
         self.assertEqual([server.digest_of(message[message.index(b"TEXT") + 4:]),
                           server.digest_of(strip(message))], digests)
         for boot in range(2):
-            made.receive(datagram(strip(message.replace(bytes(268), bytes([boot + 1]) * 268))))
+            made.gate.receive(datagram(strip(message.replace(bytes(268), bytes([boot + 1]) * 268))))
             self.assertEqual({"accepted": 1 - boot, "replay": 1}, {
-                "accepted": made.counts["accepted"], "replay": made.counts["replay"]})
+                "accepted": made.tally.counts["accepted"], "replay": made.tally.counts["replay"]})
             self.assertEqual(2, len(self.runs()) - boot)
-            made.memory.close()
+            made.gate.memory.close()
             made = self.gpg_server()
 
     def test_starts_without_gpg_or_key(self) -> None:
@@ -690,7 +693,7 @@ class BoundsTest(FakeGpgCase):
         def error_of(code: str) -> str:
             with open(self.program, "w") as file:
                 file.write("#!/bin/sh\n" + code)
-            return str(self.gpg_server().stanzas[0].void).replace(self.directory + "/", "")
+            return str(self.gpg_server().gate.stanzas[0].void).replace(self.directory + "/", "")
 
         for code, expected in (
                 ("echo 'gpg: error reading key: No secret key' >&2; exit 2",
@@ -703,7 +706,7 @@ class BoundsTest(FakeGpgCase):
             self.assertIn(expected, said)
         os.unlink(self.program)
         self.assertIn("access.conf:2: GPG_DECRYPT_ID: there is no program",
-                      self.gpg_server().stanzas[0].void)
+                      self.gpg_server().gate.stanzas[0].void)
 
 
 # ------------------------------------------------------------------- the real gpg
@@ -772,7 +775,8 @@ class RealGpgCase(ServerCase):
         text = "#!/bin/sh\necho >>%s/runs\nexec gpg %s \"$@\"\n" % (self.directory, options)
         program = write(self.place("gpg"), text, 0o700)
         made = self.serve(access, "GPG_EXE %s;\nGPG_HOME_DIR %s;\n" % (program, self.ring.home))
-        server.load_gpg(made.settings, made.stanzas)
+        server.load_gpg(made.settings, made.gate.stanzas)
+        made.gate.configure(made.configuration)
         self.counted()
         return wait_for_gpg(made)
 
@@ -821,7 +825,7 @@ class VectorTest(SharedCase, RealGpgCase):
             with self.subTest(name=name):
                 payload, expected = self.vector(name)
                 made = self.gpg_server(lines, self.then)
-                keys = made.stanzas[0].gpg
+                keys = made.gate.stanzas[0].gpg
                 server.check_payload(payload)
                 self.assertTrue(server.is_gpg(payload))
                 self.assertTrue(keys.authentic(payload))
@@ -840,15 +844,15 @@ class VectorTest(SharedCase, RealGpgCase):
         for at in range(0, len(payload), 7):
             changed = payload[:at] + (b"A" if payload[at:at + 1] != b"A" else b"B") + payload[
                 at + 1:]
-            self.assertFalse(made.stanzas[0].gpg.authentic(changed))
+            self.assertFalse(made.gate.stanzas[0].gpg.authentic(changed))
         bare = self.vector("gpg_unsigned")[0]
         made = self.gpg_server(GPG_STANZA + "GPG_DISABLE_SIG Y\n", self.then)
-        made.stanzas[0].gpg.gpg.monotonic = lambda: 1e9
+        made.gate.stanzas[0].gpg.gpg.monotonic = lambda: 1e9
         for at in (20, 60, 300, 400, 500, len(bare) - 3):
-            made.stanzas[0].gpg.gpg.busy_until = 0
+            made.gate.stanzas[0].gpg.gpg.busy_until = 0
             changed = bare[:at] + (b"A" if bare[at:at + 1] != b"A" else b"B") + bare[at + 1:]
             with self.subTest(at=at), self.assertRaises(server.PacketRejected) as caught:
-                unlock(changed, made.stanzas[0].gpg)
+                unlock(changed, made.gate.stanzas[0].gpg)
             self.assertIn("Decryption operation failed", str(caught.exception))
 
     def test_a_knock(self) -> None:
@@ -857,31 +861,31 @@ class VectorTest(SharedCase, RealGpgCase):
         payload, _ = self.vector("gpg_unsigned")
         stanza = GPG_STANZA + "GPG_DISABLE_SIG Y\n"
         made = self.gpg_server(stanza, self.then)
-        made.receive(datagram(payload))
+        made.gate.receive(datagram(payload))
         self.assertEqual(["10.1.2.3 -> 0.0.0.0/0 tcp/22"], self.firewall.doors(), self.logged())
         self.assertEqual(1, self.counted())
         for again in (payload, payload + b"=", payload + b"=="):
-            made.receive(datagram(again))
+            made.gate.receive(datagram(again))
         self.assertEqual(0, self.counted())  # known without gpg
         message = base64.b64decode(b"hQ" + payload + b"=" * (-len(payload) - 2 & 3))
         for name, each in sorted(other_words(message).items()):
             with self.subTest(name=name):
-                made.stanzas[0].gpg.gpg.busy_until = 0
+                made.gate.stanzas[0].gpg.gpg.busy_until = 0
                 self.logged()
-                replays = made.counts["replay"]
-                made.receive(datagram(strip(each)))
+                replays = made.tally.counts["replay"]
+                made.gate.receive(datagram(strip(each)))
                 self.assertEqual(1, self.counted())
-                self.assertEqual(replays + 1, made.counts["replay"], self.logged())
-        self.assertEqual(1, made.counts["accepted"])
+                self.assertEqual(replays + 1, made.tally.counts["replay"], self.logged())
+        self.assertEqual(1, made.tally.counts["accepted"])
 
     def test_an_hmac_does_not_make_it_another_packet(self) -> None:
         """Captured and sent without its tag to a stanza with the same key and no HMAC."""
         self.clock.wall_time = float(VECTOR_TIME)
         payload, _ = self.vector("gpg_signed_hmac_sha256")
         made = self.gpg_server(SIGNED + HMAC + SIGNED, self.then)
-        made.receive(datagram(payload))
-        made.receive(datagram(payload[:-43]))
-        self.assertEqual((1, 1), (made.counts["accepted"], made.counts["replay"]), self.logged())
+        made.gate.receive(datagram(payload))
+        made.gate.receive(datagram(payload[:-43]))
+        self.assertEqual({"accepted": 1, "replay": 1}, made.tally.counts, self.logged())
 
 
 @needs_programs("gpg", "gpgconf")
@@ -950,8 +954,8 @@ class KeyTest(SharedCase, RealGpgCase):
                         payload = self.packet(self.recipients[kind], signers=names,
                                               hmac_key=hmac_key)
                         self.assertLessEqual(len(payload), 1500)
-                        made.receive(datagram(payload))
-                        self.assertEqual(1, made.counts["accepted"], self.logged())
+                        made.gate.receive(datagram(payload))
+                        self.assertEqual(1, made.tally.counts["accepted"], self.logged())
                         self.assertEqual(1, self.counted())
 
     def test_lengths(self) -> None:
@@ -961,14 +965,14 @@ class KeyTest(SharedCase, RealGpgCase):
         for signer in ("good", "rsa"):
             payload = self.packet(recipient, signers=(self.signers[signer],))
             self.assertLessEqual(len(payload), 1500)
-            made.receive(datagram(payload))
-        self.assertEqual(2, made.counts["accepted"], self.logged())
+            made.gate.receive(datagram(payload))
+        self.assertEqual(2, made.tally.counts["accepted"], self.logged())
         big = self.clients.generate("big", "rsa4096")
         self.ring.take(self.clients, big)
         payload = self.packet(recipient, signers=(big,))
         self.assertGreater(len(payload), 1500)
-        made.receive(datagram(payload))
-        self.assertEqual(1, made.counts["length"])
+        made.gate.receive(datagram(payload))
+        self.assertEqual(1, made.tally.counts["length"])
         short = self.packet(self.recipients["curve25519"], hmac_key=b"")
         self.assertLess(len(short), 400)  # GPG all the same
 
@@ -987,29 +991,29 @@ class KeyTest(SharedCase, RealGpgCase):
                 (("good", "rsa"), "Bad GPG signature - GPG ERROR: expected one signature"),
                 (("good", "other"), "Bad GPG signature - GPG ERROR: expected one signature")):
             with self.subTest(names=names):
-                made.receive(datagram(self.packet(
+                made.gate.receive(datagram(self.packet(
                     recipient, signers=tuple(self.signers[name] for name in names))))
                 self.assertIn(expected, self.logged())
                 self.assertEqual({}, self.firewall.rules)
         options = ("--faked-system-time", "20200101T000100")
         expired = self.packet(recipient, *options, signers=(self.signers["expired"],))
-        made.receive(datagram(expired))
+        made.gate.receive(datagram(expired))
         self.assertIn("Bad GPG signature - GPG ERROR: EXPKEYSIG", self.logged())
-        made.receive(datagram(self.packet(recipient, signers=(self.signers["good"],))))
+        made.gate.receive(datagram(self.packet(recipient, signers=(self.signers["good"],))))
         self.assertEqual([DOOR22], self.firewall.doors(), self.logged())
         made = self.gpg_server(self.stanza(
             recipient, self.signers["expired"], self.signers["untrusted"],
             lines=HMAC + "GPG_IGNORE_SIG_VERIFY_ERROR Y\n"))
-        made.receive(datagram(expired))
-        made.receive(datagram(self.packet(recipient, signers=(self.signers["untrusted"],))))
-        made.receive(datagram(self.packet(recipient, signers=(self.signers["unknown"],))))
-        self.assertEqual({"accepted": 2, "gpg signature": 1}, made.counts, self.logged())
+        made.gate.receive(datagram(expired))
+        made.gate.receive(datagram(self.packet(recipient, signers=(self.signers["untrusted"],))))
+        made.gate.receive(datagram(self.packet(recipient, signers=(self.signers["unknown"],))))
+        self.assertEqual({"accepted": 2, "gpg signature": 1}, made.tally.counts, self.logged())
 
     def test_other_recipients(self) -> None:
         """Another key of the same home is not GPG_DECRYPT_ID; nor is a passphrase a key."""
         mine, other = self.recipients["curve25519"], self.recipients["rsa2048"]
         made = self.gpg_server(self.stanza(mine))
-        made.receive(datagram(self.packet(other)))
+        made.gate.receive(datagram(self.packet(other)))
         self.assertEqual(0, self.counted())
         self.assertIn("GPG ERROR: No secret key", self.logged())
         # The id of our key stands in it, but the session key is encrypted to the other one.
@@ -1018,21 +1022,21 @@ class KeyTest(SharedCase, RealGpgCase):
         disguised = message + b"\xca" + bytes([len(key_id)]) + key_id
         text = b64(disguised)
         tag = b64(hmac.new(b"hmacKey-for-tests", text, "sha256").digest())
-        made.receive(datagram(strip(disguised) + tag))
+        made.gate.receive(datagram(strip(disguised) + tag))
         self.assertEqual(1, self.counted())
         self.assertIn("Decryption operation failed", self.logged())
         both = self.packet(mine, "--recipient", other)
-        made.receive(datagram(both))
-        self.assertEqual({"gpg decryption": 2, "accepted": 1}, made.counts, self.logged())
+        made.gate.receive(datagram(both))
+        self.assertEqual({"gpg decryption": 2, "accepted": 1}, made.tally.counts, self.logged())
 
     def test_a_passphrase(self) -> None:
         """The right one opens; a wrong one does not, and the log says it, but not which."""
         stanza = "SOURCE ANY\nGPG_DECRYPT_ID %s\nGPG_DISABLE_SIG Y\n%s" % (self.locked, HMAC)
         for passphrase, accepted in (("open # sesame", 0), ("open # sesame ", 1)):
             made = self.gpg_server(stanza + "GPG_DECRYPT_PW %s\n" % passphrase)
-            made.receive(datagram(self.packet(self.locked)))
+            made.gate.receive(datagram(self.packet(self.locked)))
             text = self.logged()
-            self.assertEqual(accepted, made.counts["accepted"], text)
+            self.assertEqual(accepted, made.tally.counts["accepted"], text)
             self.assertEqual(not accepted, "is GPG_DECRYPT_PW right?" in text)
             self.assertNotIn(passphrase, text)
 
@@ -1044,16 +1048,16 @@ class KeyTest(SharedCase, RealGpgCase):
                                        "-z", "9")
         tag = b64(hmac.new(b"hmacKey-for-tests", b64(message), "sha256").digest())
         self.assertLess(len(strip(message) + tag), 1500)
-        made.receive(datagram(strip(message) + tag))
-        self.assertEqual({"gpg failed": 1}, made.counts, self.logged())
+        made.gate.receive(datagram(strip(message) + tag))
+        self.assertEqual({"gpg failed": 1}, made.tally.counts, self.logged())
 
     def test_without_integrity_protection(self) -> None:
         """What gpg decrypts but can't vouch for is rejected."""
         recipient = self.recipients["rsa2048"]
         made = self.gpg_server(self.stanza(recipient))
-        made.receive(datagram(self.packet(recipient, "--rfc2440", "--disable-mdc")))
+        made.gate.receive(datagram(self.packet(recipient, "--rfc2440", "--disable-mdc")))
         self.assertIn("GPG ERROR: Bad data", self.logged())
-        self.assertEqual({"gpg decryption": 1}, made.counts)
+        self.assertEqual({"gpg decryption": 1}, made.tally.counts)
 
     def test_other_words(self) -> None:
         """A captured message without HMAC, in every other encoding that gpg takes, is a replay."""
@@ -1062,24 +1066,24 @@ class KeyTest(SharedCase, RealGpgCase):
             made = self.gpg_server(self.stanza(recipient, self.signers["rsa"], lines=""))
             message = self.clients.encrypt(self.plain(), recipient, "-z", "0",
                                            signers=(self.signers["rsa"],))
-            made.receive(datagram(strip(message)))
-            self.assertEqual(1, made.counts["accepted"], self.logged())
+            made.gate.receive(datagram(strip(message)))
+            self.assertEqual(1, made.tally.counts["accepted"], self.logged())
             others = other_words(message)
             self.assertGreater(len(others), 3)
             for name, each in sorted(others.items()):
                 with self.subTest(kind=kind, name=name):
-                    made.stanzas[0].gpg.gpg.busy_until = 0
-                    replays = made.counts["replay"]
+                    made.gate.stanzas[0].gpg.gpg.busy_until = 0
+                    replays = made.tally.counts["replay"]
                     self.logged()
-                    made.receive(datagram(strip(each)))
-                    self.assertEqual(replays + 1, made.counts["replay"], self.logged())
-            self.assertEqual(1, made.counts["accepted"])
+                    made.gate.receive(datagram(strip(each)))
+                    self.assertEqual(replays + 1, made.tally.counts["replay"], self.logged())
+            self.assertEqual(1, made.tally.counts["accepted"])
 
     def test_no_such_key(self) -> None:
         """The stanza is void, with gpg's words."""
         for name in ("nobody@fko.test", self.signers["good"], "fko.test"):
             with self.subTest(name=name):
-                (stanza,) = self.gpg_server(self.stanza(name)).stanzas
+                (stanza,) = self.gpg_server(self.stanza(name)).gate.stanzas
                 self.assertIn("access.conf:2: GPG_DECRYPT_ID: expected ", stanza.void)
 
 

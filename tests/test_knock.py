@@ -220,7 +220,8 @@ class SequenceTest(unittest.TestCase):
             for port in (7000, 8000):
                 made.follow(hit(port, number.to_bytes(4, "big")), 4.0)
         self.assertEqual(most, len(made.attempts))
-        self.assertEqual([1, 2, 3], [made.follow(hit(port, late), 4.0) for port in (7000, 8000, 9000)])
+        self.assertEqual([1, 2, 3], [made.follow(hit(port, late), 4.0)
+                                     for port in (7000, 8000, 9000)])
         self.assertEqual(most - 1, len(made.expire(100.0)))
         self.assertEqual(0, len(made.attempts))
 

@@ -42,12 +42,13 @@ class KnockCase(CommandCase):
                 stream.write(knockd)
             configuration = configuration._replace(knockd=server.read_knockd(path))
         if not access:
-            self.made.stanzas = []
             configuration = configuration._replace(stanzas=[])
-        self.made.listen_for(configuration)
-        self.made.own_until = float("inf")
+        self.made.configuration = configuration
+        self.made.gate.configure(configuration)
+        self.made.knocks.configure(configuration)
+        self.made.knocks.own_until = float("inf")
         for text in (HOST, "fd55::1"):
-            self.made.own[ipaddress.ip_address(text).packed] = True
+            self.made.knocks.own[ipaddress.ip_address(text).packed] = True
         return self.made
 
     def hit(self, *ports: Any, source: str = CLIENT, destination: str = "",
@@ -55,10 +56,10 @@ class KnockCase(CommandCase):
         """Hit these ports, and return what the server logged."""
         for port in ports:
             protocol, number = port if isinstance(port, tuple) else (TCP, port)
-            self.made.take_knock(server.Datagram(
+            self.made.knocks.take_knock(server.Datagram(
                 b"", ipaddress.ip_address(source).packed, 0, ipaddress.ip_address(
                     destination or (HOST if "." in source else "fd55::1")).packed,
-                number, protocol, flags if protocol == TCP else 0), list(self.made.owners))
+                number, protocol, flags if protocol == TCP else 0), list(self.made.knocks.owners))
         return self.logged()
 
 
@@ -70,7 +71,7 @@ class StanzaTest(KnockCase):
         for count, most in ((1, server.MAX_ATTEMPTS), (4, server.MAX_ATTEMPTS // 4),
                             (20, server.LEAST_ATTEMPTS)):
             made = self.serve_for(KEYLESS * count)
-            self.assertEqual([most] * count, [each.most for each in made.owners])
+            self.assertEqual([most] * count, [each.most for each in made.knocks.owners])
 
     def test_opens(self) -> None:
         """OPEN_PORTS, for as long as the stanza says, by the firewall; both families."""
@@ -109,7 +110,7 @@ class StanzaTest(KnockCase):
         self.firewall.rules = {}
         self.serve_for(KEYLESS)
         self.hit(*ALL_THREE, flags=SYN | ACK)
-        self.made.own[ipaddress.ip_address("10.55.0.77").packed] = False
+        self.made.knocks.own[ipaddress.ip_address("10.55.0.77").packed] = False
         self.hit(*ALL_THREE, destination="10.55.0.77")
         self.hit(*ALL_THREE[:2])
         self.hit(1, ALL_THREE[2])
@@ -171,14 +172,14 @@ class StanzaTest(KnockCase):
         self.hit(*ALL_THREE)
         self.assertIn(" opened ", self.knock("10.55.0.2,tcp/25"))
         self.assertIn(refused, self.knock("10.55.0.2,tcp/26"))
-        self.assertEqual(6, made.counts["no knock"])
+        self.assertEqual(6, made.tally.counts["no knock"])
 
     def test_a_packet_that_overtakes_the_last_hit(self) -> None:
         """What waits in the sockets for knocks is taken before the packet is rejected."""
         made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\n")
         self.hit(*ALL_THREE[:2])
         waiting = [hit(ALL_THREE[2])]
-        capture = mock.Mock(spec=server.KnockCapture, sequences=list(made.owners))
+        capture = mock.Mock(spec=server.KnockCapture, sequences=list(made.knocks.owners))
         capture.receive.side_effect = lambda: waiting.pop() if waiting else self.nothing()
         made.captures.append(capture)
         self.assertIn(" opened ", self.knock())
@@ -195,7 +196,7 @@ class StanzaTest(KnockCase):
         with mock.patch.object(server, "MAX_ATTEMPTS", 10):
             for number in range(30):
                 self.hit(*ALL_THREE, source="10.55.1.%d" % number)
-        self.assertEqual(10, len(made.knocked))
+        self.assertEqual(10, len(made.knocks.knocked))
         self.assertIn(" opened ", self.knock("10.55.1.29,tcp/25", source="10.55.1.29"))
 
     def test_a_reload_between_steps(self) -> None:
@@ -245,7 +246,7 @@ class StanzaTest(KnockCase):
     def test_a_mistake_does_not_end_the_server(self) -> None:
         """Nor does it keep a hit from the sequences after it."""
         made = self.serve_for(KEYLESS + KEYLESS)
-        first = next(iter(made.owners))
+        first = next(iter(made.knocks.owners))
         with mock.patch.object(first, "follow", side_effect=ZeroDivisionError("oh")):
             text = self.hit(*ALL_THREE)
         self.assertIn("(stanza #1) ", text)
@@ -259,10 +260,12 @@ class StanzaTest(KnockCase):
             self.hit(7000, source="10.1.%d.%d" % divmod(number, 256))
         made.log.level = server.DEBUG
         for number in range(2000):
-            self.made.take_knock(hit(7000, number.to_bytes(4, "big")), list(made.owners))
+            self.made.knocks.take_knock(hit(7000, number.to_bytes(4, "big")),
+                                        list(made.knocks.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.BURST)
         for number in range(2000):
-            self.made.take_knock(hit(9000, number.to_bytes(4, "big")), list(made.owners))
+            self.made.knocks.take_knock(hit(9000, number.to_bytes(4, "big")),
+                                        list(made.knocks.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.STEP_BURST)
         self.clock.pass_seconds(1.5)
         self.assertIn("1000 more knocks came without a line in the log\n",
@@ -274,7 +277,8 @@ class StanzaTest(KnockCase):
         made.log.level = server.DEBUG
         for number in range(1200):
             for port in (7000, 9000):
-                made.take_knock(hit(port, number.to_bytes(4, "big")), list(made.owners))
+                made.knocks.take_knock(hit(port, number.to_bytes(4, "big")),
+                                       list(made.knocks.owners))
         for number in range(2 * server.BURST):
             self.hit(8000, source="0.0.0.%d" % number)
         self.assertIn("10.55.0.2: (stanza #2): OPEN SESAME\n", self.hit(5000, 6000))
@@ -285,26 +289,26 @@ class StanzaTest(KnockCase):
         path = made.settings.digest_file
         if os.path.exists(path):
             os.unlink(path)
-        made.memory, made.takes_packets = server.ReplayMemory(None, None, made.log), False
+        made.gate.memory, made.remembers = server.ReplayMemory(None, None, made.log), False
         stanzas = self.stanzas(KEYED)
         made.reload(made.configuration._replace(stanzas=stanzas), self.firewall)
-        self.assertEqual((path, True), (made.memory.path, os.path.exists(path)))
-        memory = made.memory
+        self.assertEqual((path, True), (made.gate.memory.path, os.path.exists(path)))
+        memory = made.gate.memory
         made.reload(made.configuration._replace(stanzas=self.stanzas(KEYLESS)), self.firewall)
         made.reload(made.configuration._replace(stanzas=stanzas), self.firewall)
-        self.assertIs(memory, made.memory)
+        self.assertIs(memory, made.gate.memory)
 
     def test_a_reload_that_fails_leaves_no_memory_open(self) -> None:
         """It goes on with sequences only, and the file of packets is closed again."""
         made = self.serve_for(KEYLESS)
-        made.memory, made.takes_packets = server.ReplayMemory(None, None, made.log), False
+        made.gate.memory, made.remembers = server.ReplayMemory(None, None, made.log), False
         new = made.configuration._replace(stanzas=self.stanzas(KEYED))
         memory = server.open_memory(made.settings, made.log)
         with mock.patch.object(server, "open_memory", return_value=memory), \
                 mock.patch.object(self.firewall, "prepare", side_effect=server.CommandError("no")):
             self.assertRaises(server.CommandError, made.reload, new, self.firewall)
         self.assertIsNone(memory.file)
-        self.assertEqual((None, False), (made.memory.path, made.takes_packets))
+        self.assertEqual((None, False), (made.gate.memory.path, made.remembers))
 
     def test_captures(self) -> None:
         """A hit meets the sequences of the socket that heard it, and no others, so that it counts
@@ -312,9 +316,9 @@ class StanzaTest(KnockCase):
         """
         made = self.serve_for(KEYLESS.replace("7000,9000,8000", "7000,7000"),
                               "[d]\nSequence = 7000,7000\n")
-        stanza, door = made.owners
+        stanza, door = made.knocks.owners
         for each in (stanza, door):
-            made.take_knock(hit(7000), [each])
+            made.knocks.take_knock(hit(7000), [each])
         self.assertEqual([], self.firewall.doors())
         self.assertEqual([1, 1], [len(each.attempts) for each in (stanza, door)])
         self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
@@ -351,7 +355,7 @@ class DoorTest(KnockCase):
             "10.55.0.2: d: OPEN SESAME", command % "start", "10.55.0.2: d: command timeout",
             command % "stop"], text.splitlines())
         self.assertEqual("start 10.55.0.2\nstop 10.55.0.2\n", self.read("got"))
-        self.assertEqual(1, self.made.counts["accepted"])
+        self.assertEqual(1, self.made.tally.counts["accepted"])
 
     def test_output_and_codes(self) -> None:
         """What a command prints, and how it failed; the stop runs all the same."""
@@ -368,7 +372,7 @@ class DoorTest(KnockCase):
         self.hit(7000, source="fd55::2")
         self.hit(*ALL_THREE[:2])
         self.clock.pass_seconds(25.1)
-        self.made.expire_knocks()
+        self.made.knocks.expire()
         self.assertEqual(["fd55::2: d: sequence timeout (stage 1)",
                           "10.55.0.2: d: sequence timeout (stage 2)"], self.logged().splitlines())
 
@@ -493,7 +497,7 @@ class DoorTest(KnockCase):
         self.assertIn("d: nothing is opened: too many commands: %d of d run" % most,
                       text)
         self.assertLessEqual(text.count("nothing is opened"), server.BURST)
-        self.assertEqual((50, ""), (made.counts["knock"], self.read("got")))
+        self.assertEqual((50, ""), (made.tally.counts["knock"], self.read("got")))
 
     def test_one_time(self) -> None:
         """Marked before it runs; after the last the others go on."""
@@ -519,7 +523,7 @@ class DoorTest(KnockCase):
     def test_target(self) -> None:
         """That address alone, be it this host's or not; without it any of this host's."""
         self.serve_for("", "[t]\nSequence = 1\nTarget = 10.55.0.50\n[a]\nSequence = 1\n")
-        self.made.own[ipaddress.ip_address("10.55.0.50").packed] = False
+        self.made.knocks.own[ipaddress.ip_address("10.55.0.50").packed] = False
         self.assertEqual(["10.55.0.2: t: Stage 1", "10.55.0.2: t: OPEN SESAME"],
                          self.hit(1, destination="10.55.0.50").splitlines())
         self.assertEqual(["10.55.0.2: a: Stage 1", "10.55.0.2: a: OPEN SESAME"],
@@ -530,14 +534,14 @@ class DoorTest(KnockCase):
         made = self.door()
         asked = []  # type: List[Any]
         with mock.patch.object(server, "is_own_address", side_effect=asked.append):
-            made.own.clear()
-            made.own_until = 0.0
+            made.knocks.own.clear()
+            made.knocks.own_until = 0.0
             for now in (10.0, 10.5, 11.0, 11.2):
-                made.is_ours(ONE, now)
+                made.knocks.is_own_address(ONE, now)
             self.assertEqual(2, len(asked))
             for number in range(3000):
-                made.is_ours(number.to_bytes(4, "big"), 11.3)
-            self.assertLessEqual(len(made.own), server.MAX_OWN + 1)
+                made.knocks.is_own_address(number.to_bytes(4, "big"), 11.3)
+            self.assertLessEqual(len(made.knocks.own), server.MAX_OWN + 1)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class LogCase(ServerCase):
         fields.setdefault("timestamp", NOW)
         fields.setdefault("rand", "%016d" % self.count)
         payload = payload or (sender or Sender()).packet(**fields)
-        made.receive(datagram(payload))
+        made.gate.receive(datagram(payload))
         return payload
 
     def after(self, event: str) -> List[str]:
@@ -176,7 +176,7 @@ class LifeLineTest(LogCase):
             raise server.ConfigError("a:1: X: unknown directive")
 
         def again() -> Any:
-            return server.Configuration(made.settings, made.stanzas, [], test=True)
+            return server.Configuration(made.settings, made.gate.stanzas, [], test=True)
 
         self.assertEqual(["Got SIGHUP. Re-reading configs.", "Re-starting fwknopd"],
                          self.after_signal(signal.SIGHUP, made, again))
@@ -264,7 +264,7 @@ class OpenersTest(LogCase):
         made = self.serve(STANZA)
         path = server.openers_file(made.settings)
         with mock.patch.object(server, "OPENERS_BYTES", 500):
-            made.openers_limit = 500
+            made.access.openers_limit = 500
             self.knock(made, 3, "alice")
             size = os.stat(path).st_size
             self.clock.pass_seconds(10)
@@ -282,7 +282,7 @@ class OpenersTest(LogCase):
         made = self.serve(STANZA)
         with mock.patch.object(server, "OPENERS_BYTES", 500), \
                 mock.patch.object(server, "grant_words", side_effect=server.grant_words) as words:
-            made.openers_limit = 500
+            made.access.openers_limit = 500
             self.knock(made, 200, "alice")
         self.assertLess(words.call_count, 200 + 2 * 200)
         self.assertEqual(200, len(self.openers(made)))

@@ -192,14 +192,14 @@ class JudgeTest(NatCase):
         settings = self.settings(conf)
         server.check_nat(settings, [stanza])
         try:
-            doors, seconds = server.judge(self.packet(kind, text, nat), stanza, came, settings,
-                                          lambda each: OWN.get(str(each), False), NOW)
+            verdict = server.judge(server.Request.of_packet(self.packet(kind, text, nat), came),
+                                   stanza, settings, lambda each: OWN.get(str(each), False), NOW)
         except server.PacketRejected as rejection:
             return str(rejection)
-        except server.NameToResolve as asked:
-            return "look up %s IPv%d" % asked.args
-        self.assertEqual(20 if kind in (4, 6) else 30, seconds)
-        return [each.describe() for each in doors]
+        if isinstance(verdict, server.Lookup):
+            return "look up %s IPv%d" % verdict
+        self.assertEqual(20 if kind in (4, 6) else 30, verdict.seconds)
+        return [each.describe() for each in verdict.doors]
 
     def test_table(self) -> None:
         """Each row of the table."""
@@ -601,15 +601,15 @@ class NameTest(NatCase):
         self.gate = threading.Event()
         self.asked = []  # type: List[Tuple[str, int]]
         self.made = self.serve("SOURCE ANY\n" + KEYS, BOTH)
-        self.made.resolver.resolve = self.resolve
+        self.made.gate.resolver.resolve = self.resolve
         self.addCleanup(self.finish)
 
     def finish(self) -> None:
         """Let all look-ups end."""
         self.gate.set()
-        while self.made.resolver.busy:
+        while self.made.gate.resolver.busy:
             self.turn()
-        for each in self.made.resolver.sockets:
+        for each in self.made.gate.resolver.sockets:
             each.close()
 
     def resolve(self, name: str, version: int) -> Any:
@@ -629,27 +629,28 @@ class NameTest(NatCase):
         self.count = getattr(self, "count", 0) + 1
         payload = Sender().packet("0.0.0.0,tcp/22", 2, [b64(name.encode() + b",80")],
                                   timestamp=int(self.clock.wall_time), rand="%016d" % self.count)
-        self.made.receive(datagram(payload, source, "10.55.0.1" if "." in source else "fd55::1"))
+        self.made.gate.receive(datagram(payload, source,
+                                        "10.55.0.1" if "." in source else "fd55::1"))
         return payload
 
     def test_a_name(self) -> None:
         """Is looked up in the client's family; others are served meanwhile; a replay is one."""
         payload = self.knock("inner.example")
         self.assertEqual([], self.firewall.doors())
-        self.made.receive(datagram(payload))
+        self.made.gate.receive(datagram(payload))
         self.assertIn("Replay detected", self.logged())
         packet = Sender().packet(timestamp=int(self.clock.wall_time))
-        self.made.receive(datagram(packet))
+        self.made.gate.receive(datagram(packet))
         self.assertEqual(1, len(self.firewall.doors()))
         self.knock("inner.example", "2001:db8::2")
         self.gate.set()
-        while self.made.resolver.busy:
+        while self.made.gate.resolver.busy:
             self.turn()
         self.assertEqual({("inner.example", 4), ("inner.example", 6)}, set(self.asked))
         self.assertEqual(2, self.logged().count("Resolved NAT IP in SPA message\n"))
         self.assertIn("10.55.0.2 -> 192.0.2.9 tcp/80", self.firewall.doors())
         self.assertIn("2001:db8::2 -> 2001:db8::9 tcp/80", self.firewall.doors())
-        self.assertEqual(3, self.made.counts["accepted"])
+        self.assertEqual(3, self.made.tally.counts["accepted"])
 
     def test_names_that_lead_nowhere(self) -> None:
         """No such host, this host, and too many at a time."""
@@ -659,12 +660,12 @@ class NameTest(NatCase):
         self.logged()
         self.knock("inner.example")
         self.assertIn("(stanza #1) too many NAT hosts are looked up", self.logged())
-        self.made.stanzas[0].number = 2  # another one's are not too many
+        self.made.gate.stanzas[0].number = 2  # another one's are not too many
         self.knock("unknown.example")
         self.assertNotIn("too many", self.logged())
-        self.made.stanzas[0].number = 1
+        self.made.gate.stanzas[0].number = 1
         self.gate.set()
-        while self.made.resolver.busy:
+        while self.made.gate.resolver.busy:
             self.turn()
         said = self.logged()
         self.assertEqual(server.MAX_LOOKUPS,
@@ -678,7 +679,8 @@ class NameTest(NatCase):
     def test_a_reload_comes_between(self) -> None:
         """The stanza may not be there any more, so nothing is opened."""
         self.knock("inner.example")
-        self.made.stanzas = self.stanzas("SOURCE ANY\n" + KEYS)
+        stanzas = self.stanzas("SOURCE ANY\n" + KEYS)
+        self.made.gate.configure(self.made.configuration._replace(stanzas=stanzas))
         self.gate.set()
         self.turn()
         self.assertIn("Unable to resolve", self.logged())

@@ -135,7 +135,7 @@ def judge(packet: Any, stanza: Any, came: Any, settings: Any = None) -> Any:
     """Return the server's verdict, by these settings or the defaults; no address is its own."""
     settings = settings or server.ServerSettings()
     settings.set_defaults()
-    return server.judge(packet, stanza, came, settings,
+    return server.judge(server.Request.of_packet(packet, came), stanza, settings,
                         lambda address: False, NOW)
 
 

@@ -175,8 +175,10 @@ class ServerCase(DirectoryCase):
         self.clock.pass_seconds(-seconds)
         made = server.Server(server.Configuration(settings, self.stanzas(access), []),
                              self.firewall, self.log, self.clocks)
+        made.gate.memory = server.open_memory(settings, self.log, self.clocks)
+        made.remembers = True
         self.clock.pass_seconds(seconds)
-        self.addCleanup(made.memory.close)
+        self.addCleanup(made.gate.memory.close)
         made.grants.adopt()
         for each in (made.selector, made.firewall_events, made.link_events):
             if each is not None:
@@ -272,7 +274,7 @@ class JudgeTest(ServerCase):
         settings = server.ServerSettings()
         settings.set_line(server.Line("", 1, "ENABLE_DESTINATION_RULE", "NY"[rule]))
         try:
-            doors, seconds = judge(packet, stanza, came, settings)
+            doors, seconds, _ = judge(packet, stanza, came, settings)
         except server.PacketRejected as rejection:
             return str(rejection.reason)
         sources = {str(door.source).replace("/32", "").replace("/128", "") for door in doors}
@@ -347,7 +349,7 @@ class ReceiveTest(ServerCase):
         fields.setdefault("timestamp", int(self.clock.wall_time))
         self.count = getattr(self, "count", 0) + 1
         payload = (sender or self.sender).packet(rand="%016d" % self.count, **fields)
-        made.receive(datagram(payload, source))
+        made.gate.receive(datagram(payload, source))
         return payload
 
     def test_a_knock_opens_and_the_time_closes(self) -> None:
@@ -435,7 +437,7 @@ class ReceiveTest(ServerCase):
                 self.knock(made, sender, **fields)
                 self.assertIn(expected, self.logged())
                 self.assertEqual({}, self.firewall.rules)
-                self.assertEqual(1, sum(made.counts.values()))
+                self.assertEqual(1, sum(made.tally.counts.values()))
 
     def test_form_and_gpg(self) -> None:
         """Junk never reaches a key; GPG packets are told by their length."""
@@ -446,7 +448,7 @@ class ReceiveTest(ServerCase):
                              "an SPA message' for incoming packet."),
                 (b"U2FsdGVkX1" + b"A" * 200, "preprocess_spa_data() returned error 4096"),
                 (b"A" * 600, "No stanza encryption mode match for encryption type: 2.")):
-            made.receive(datagram(payload))
+            made.gate.receive(datagram(payload))
             self.assertIn(expected, self.logged())
 
     def test_an_hmac_is_looked_at_before_anything_else(self) -> None:
@@ -455,8 +457,8 @@ class ReceiveTest(ServerCase):
         with NO_DECRYPTION:
             for payload in (Sender(hmac_key=b"x").packet(), Sender(hmac_key=b"").packet(),
                             b"A" * 200, b"=" * 200, b"A" * 140 + b"="):
-                made.receive(datagram(payload))
-        self.assertEqual({"wrong HMAC": 5}, made.counts)
+                made.gate.receive(datagram(payload))
+        self.assertEqual({"wrong HMAC": 5}, made.tally.counts)
 
     def test_braces_in_a_packet(self) -> None:
         """A user name may have braces, which mean nothing in a log line."""
@@ -467,7 +469,7 @@ class ReceiveTest(ServerCase):
                 self.knock(made, user=user)
                 self.assertIn("Username in SPA data (%s) does not match required username: "
                               "{pyuser}\n" % user, self.logged())
-        self.assertEqual({"user": 9}, made.counts)
+        self.assertEqual({"user": 9}, made.tally.counts)
         self.knock(made, user="{pyuser}")
         self.assertEqual([DOOR22], self.firewall.doors())
         self.assertIn("user '{pyuser}' ", self.logged())
@@ -492,24 +494,24 @@ class ReceiveTest(ServerCase):
         made = self.serve("SOURCE ANY\n" + KEYS)
         payload = self.knock(made)
         stale = Sender().packet(timestamp=NOW - 500)
-        made.receive(datagram(stale))
+        made.gate.receive(datagram(stale))
         self.logged()
         with NO_DECRYPTION:
             for _ in range(3000):
-                made.receive(datagram(payload))
-                made.receive(datagram(stale))
-        self.assertEqual(3000, made.counts["replay"])
-        self.assertEqual(3001, made.counts["stale"])
-        self.assertNotIn("error", made.counts)
+                made.gate.receive(datagram(payload))
+                made.gate.receive(datagram(stale))
+        self.assertEqual(3000, made.tally.counts["replay"])
+        self.assertEqual(3001, made.tally.counts["stale"])
+        self.assertNotIn("error", made.tally.counts)
         self.assertLess(len(self.logged().splitlines()), 30)
 
     def test_refused_packets_are_known_within_bounds(self) -> None:
         """The memory of them does not grow."""
         made = self.serve("SOURCE ANY\n" + KEYS)
         for number in range(server.REFUSED_KNOWN + 50):
-            made.memory.refused["%d" % number] = "stale"
-        made.receive(datagram(Sender().packet(timestamp=NOW - 500)))
-        self.assertEqual(server.REFUSED_KNOWN, len(made.memory.refused))
+            made.gate.memory.refused["%d" % number] = "stale"
+        made.gate.receive(datagram(Sender().packet(timestamp=NOW - 500)))
+        self.assertEqual(server.REFUSED_KNOWN, len(made.gate.memory.refused))
 
     def test_what_is_known_as_refused(self) -> None:
         """Any packet that an HMAC proves and that opened nothing, and then for the same reason.
@@ -530,11 +532,12 @@ class ReceiveTest(ServerCase):
             with self.subTest(fields=fields, reason=reason):
                 self.knock(made, sender, **fields)
                 payload = self.knock(made, sender, **fields)
-                self.assertEqual([reason] * 2 * bool(reason), list(made.memory.refused.values()))
+                self.assertEqual([reason] * 2 if reason else [],
+                                 list(made.gate.memory.refused.values()))
                 if reason:
                     with NO_DECRYPTION:
-                        made.receive(datagram(payload))
-                    self.assertEqual({reason: 3}, made.counts)
+                        made.gate.receive(datagram(payload))
+                    self.assertEqual({reason: 3}, made.tally.counts)
 
     def test_a_failing_firewall(self) -> None:
         """Opens nothing, is an error in the log, and the packet stays remembered."""
@@ -543,11 +546,11 @@ class ReceiveTest(ServerCase):
         payload = self.knock(made)
         self.assertEqual({}, self.firewall.rules)
         self.assertEqual({}, made.grants.live)
-        self.assertEqual({"firewall": 1}, made.counts)
+        self.assertEqual({"firewall": 1}, made.tally.counts)
         text = self.logged()
         self.assertIn("fake-restore failed: no reason given", text)
         self.assertIn("nothing was opened: the firewall failed", text)
-        made.receive(datagram(payload))
+        made.gate.receive(datagram(payload))
         self.assertIn("Replay detected", self.logged())
         self.assertEqual({}, self.firewall.rules)
         self.knock(made)
@@ -588,25 +591,25 @@ class ReceiveTest(ServerCase):
                 ({"timestamp": NOW + 121}, self.sender, False),
                 ({}, Sender(hmac_key=b"wrong"), False), ({}, Sender(key=b"wrong"), False)):
             made = self.serve(access)
-            before = len(made.memory.seen)
+            before = len(made.gate.memory.seen)
             self.knock(made, sender, **fields)
             with self.subTest(fields=fields):
-                self.assertEqual(before + remembered, len(made.memory.seen))
+                self.assertEqual(before + remembered, len(made.gate.memory.seen))
 
     def test_rejections_are_limited_in_the_log_and_counted(self) -> None:
         """A burst, then one a second, and how many were left out; the counts miss none."""
         made = self.serve("SOURCE ANY\n" + KEYS)
         self.logged()
         for _ in range(1000):
-            made.receive(datagram(b"!" * 150))
+            made.gate.receive(datagram(b"!" * 150))
         self.assertEqual(server.BURST, len(self.logged().splitlines()))
         self.clock.pass_seconds(1)
         for _ in range(1000):
-            made.receive(datagram(b"!" * 150))
+            made.gate.receive(datagram(b"!" * 150))
         lines = self.logged().splitlines()
         self.assertEqual(2, len(lines))
         self.assertIn("%d more packets were rejected" % (1000 - server.BURST), lines[0])
-        self.assertEqual({"not an SPA packet": 2000}, made.counts)
+        self.assertEqual({"not an SPA packet": 2000}, made.tally.counts)
         self.knock(made)
         self.assertIn("opened", self.logged(), "what opens is logged, whatever else comes")
 
@@ -614,9 +617,9 @@ class ReceiveTest(ServerCase):
         """The same over IPv6, from packet to door."""
         made = self.serve("SOURCE 2001:db8::/32\n" + KEYS + "ACCESS_PREFIX6 64\n")
         payload = self.sender.packet("2001:db8::2,tcp/22", timestamp=NOW)
-        made.receive(datagram(payload, "2001:db8::2", "2001:db8::1"))
+        made.gate.receive(datagram(payload, "2001:db8::2", "2001:db8::1"))
         self.assertEqual(["2001:db8::/64 -> ::/0 tcp/22"], self.firewall.doors())
-        made.receive(datagram(payload, "2001:db8::2", "2001:db8::1"))
+        made.gate.receive(datagram(payload, "2001:db8::2", "2001:db8::1"))
         self.assertIn("Replay detected from source IP: 2001:db8::2,", self.logged())
 
     def test_bit_games_without_hmac(self) -> None:
@@ -632,7 +635,7 @@ class ReceiveTest(ServerCase):
                         + [alphabet[n:n + 1] + packet[1:] for n in range(64) if n & 3 == first & 3]
                         + [packet[:-1] + alphabet[n:n + 1]
                            for n in range(last & ~3, (last & ~3) + 4)]):
-            made.receive(datagram(variant))
+            made.gate.receive(datagram(variant))
             self.assertEqual({}, self.firewall.rules, variant)
 
     def test_a_key_with_and_without_hmac(self) -> None:
@@ -643,13 +646,13 @@ class ReceiveTest(ServerCase):
                        "SOURCE ANY\nKEY s3cretRijndael\n"]
             made = self.serve("".join(stanzas[::order]))
             payload = Sender(hmac_type=kind).packet(timestamp=NOW, rand="%016d" % number)
-            keys = made.stanzas[order < 0].keys
+            keys = made.gate.stanzas[order < 0].keys
             assert keys is not None
             forms = [payload, payload[:-keys.tag_length]]
             with self.subTest(kind=kind, order=order, turn=turn):
                 for form in 2 * forms[::turn]:
-                    made.receive(datagram(form))
-                self.assertEqual({"accepted": 1, "replay": 3}, made.counts, self.logged())
+                    made.gate.receive(datagram(form))
+                self.assertEqual({"accepted": 1, "replay": 3}, made.tally.counts, self.logged())
 
     def test_junk_does_not_stop_the_server(self) -> None:
         """Random datagrams, and whatever a holder of the keys may put into a packet."""
@@ -657,13 +660,13 @@ class ReceiveTest(ServerCase):
         made = self.serve("SOURCE ANY\n" + KEYS + "REQUIRE_USERNAME x{y}\n")
         for _ in range(300):
             payload = bytes(draw.randrange(256) for _ in range(draw.randrange(300)))
-            made.receive(datagram(payload))
+            made.gate.receive(datagram(payload))
             message = b":".join([b"1234567890123456"] + [
                 b64(bytes(draw.randrange(256) for _ in range(draw.randrange(20))))
                 for _ in range(draw.randrange(8))])
-            made.receive(datagram(self.sender.seal(self.sender.plain(message))))
+            made.gate.receive(datagram(self.sender.seal(self.sender.plain(message))))
         self.assertEqual({}, self.firewall.rules)
-        self.assertNotIn("error", made.counts, "no internal error either")
+        self.assertNotIn("error", made.tally.counts, "no internal error either")
 
 
 # ------------------------------------------------------------------- replay memory
@@ -793,7 +796,7 @@ class LogTest(ServerCase):
         """VERBOSE shows the packet, without what may be a password in it."""
         made = self.serve("SOURCE ANY\n" + KEYS)
         self.log.level = server.DEBUG
-        made.receive(datagram(Sender().packet(timestamp=NOW, extra=(b64(b"s3cret"),))))
+        made.gate.receive(datagram(Sender().packet(timestamp=NOW, extra=(b64(b"s3cret"),))))
         text = self.logged()
         self.assertIn("message='10.55.0.2,tcp/22'", text)
         self.assertNotIn("s3cret", text)
@@ -805,7 +808,7 @@ class LogTest(ServerCase):
         for level, error, expected in (
                 (server.INFO, KeyError("s3cret"), r"KeyError in line \d+"),
                 (server.DEBUG, KeyError("s3cret"), r"KeyError in line (\d+): '...' "
-                 r"\(receive \d+, admit \d+, check_unseen \d+, .*\)"),
+                 r"\(receive \d+, admit \d+, let_in \d+, check_unseen \d+, .*\)"),
                 (server.DEBUG, ValueError("bad '%s': \"%r\"" % (KEYS, payload)),
                  r"ValueError in line \d+: bad '...\" \(receive \d+, .*\)"),
                 (server.DEBUG, OSError(24, "Too many open files"),
@@ -814,7 +817,7 @@ class LogTest(ServerCase):
                                                               side_effect=error):
                 self.log.level = level
                 self.logged()
-                made.receive(datagram(payload))
+                made.gate.receive(datagram(payload))
                 text = self.logged()
                 self.assertRegex(text, r"^\[10.55.0.2\] internal error: %s\n$" % expected)
                 self.assertNotIn("s3cret", text)
@@ -944,11 +947,11 @@ class MemoryTest(ServerCase):
     def test_persistence_off(self) -> None:
         """ENABLE_DIGEST_PERSISTENCE N: no file, replays are still told, older ones are rejected."""
         made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_DIGEST_PERSISTENCE N;\n")
-        self.assertIsNone(made.memory.path)
+        self.assertIsNone(made.gate.memory.path)
         payload = Sender().packet(timestamp=NOW)
-        made.receive(datagram(payload))
-        made.receive(datagram(payload))
-        self.assertEqual({"accepted": 1, "replay": 1}, made.counts)
+        made.gate.receive(datagram(payload))
+        made.gate.receive(datagram(payload))
+        self.assertEqual({"accepted": 1, "replay": 1}, made.tally.counts)
         self.assertFalse(os.path.exists(self.path))
         self.clock.pass_seconds(10)
         self.assertEqual("before memory", self.accept(self.memory(path=None), "other", NOW))
@@ -1384,7 +1387,7 @@ class LifeTest(ServerCase):
         """Also the one that brings the first stanza, beside the doors of a knockd.conf."""
         port, made = self.free_port(), self.start(self.free_port())
         new = self.configuration("UDPSERV_PORT %d;\n" % port)
-        made.stanzas = []
+        made.gate.configure(made.configuration._replace(stanzas=[]))
         self.logged()
         made.reload(new, self.firewall)
         self.assertIn("Kicking off UDP server to listen on port %d." % port, self.logged())
@@ -1465,7 +1468,7 @@ class LifeTest(ServerCase):
         """Closes all grants, unless FLUSH_IPT_AT_EXIT is N."""
         for conf, left in (("", 0), ("FLUSH_IPT_AT_EXIT N;\n", 1)):
             made = self.serve("SOURCE ANY\n" + KEYS, conf)
-            made.receive(datagram(Sender(salt=os.urandom(8)).packet(timestamp=NOW)))
+            made.gate.receive(datagram(Sender(salt=os.urandom(8)).packet(timestamp=NOW)))
             made.stop()
             self.assertEqual(left, len(self.firewall.rules))
             self.firewall.whole = True
@@ -1762,10 +1765,10 @@ class CaptureTest(ServerCase):
                 passed += 1
                 found = self.receive(bytes(packet))
                 if found is not None:
-                    made.receive(found)
+                    made.gate.receive(found)
                     self.assertEqual((4, 4), (len(found.source), len(found.destination)))
         self.assertGreater(passed, 500)
-        self.assertNotIn("error", made.counts)
+        self.assertNotIn("error", made.tally.counts)
 
 
 # ------------------------------------------------------------------- firewall texts
