@@ -5453,6 +5453,7 @@ def set_name(place: NftChain, shape: Shape) -> bytes:
 
 MARK = "_exp_"  # and epoch seconds: fwknop's comment of a rule
 CHAIN_PREFIX = "FWKNOP_"  # of the chains of fwknopd and of ours, unless a directive names others
+GUARD_PREFIX = CHAIN_PREFIX + "GUARD"  # of the guard's chains, all in the table mangle
 GUARDED_CHAIN, PROBE_CHAIN = "FWKNOP_GUARDED", "FWKNOP_PROBE"
 GUARD_CHAINS = {"PREROUTING": "FWKNOP_GUARD", "INPUT": "FWKNOP_GUARD_INPUT"}  # jumped to from there
 LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
@@ -5592,8 +5593,8 @@ class IptablesFirewall(Firewall):
 
     keeps = True
 
-    def __init__(self, program: str, access: List[Place], guard_ports: FrozenSet[Port],
-                 log: Log, clocks: Clocks = CLOCKS) -> None:
+    def __init__(self, programs: Dict[int, str], legacy: bool, access: List[Place],
+                 guard_ports: FrozenSet[Port], log: Log, clocks: Clocks = CLOCKS) -> None:
         self.access, self.guard_ports, self.log, self.clocks = access, guard_ports, log, clocks
         guarded = Place("mangle", GUARDED_CHAIN, "RETURN", first=True)
         self.places = [guarded] * bool(guard_ports)
@@ -5601,23 +5602,14 @@ class IptablesFirewall(Firewall):
             self.places.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
         self.places += access
         self.tables = list(dict.fromkeys(place.table for place in self.places))  # the guard's first
-        self.programs = {4: Iptables(program, self.seconds_left)}
-        if os.path.exists("/proc/net/if_inet6"):
-            directory, name = os.path.split(program)
-            six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
-            if six:
-                self.programs[6] = Iptables(six, self.seconds_left)
-            elif guard_ports:
-                raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
-                                  "install it, or nftables")
-            else:
-                log.warning("No ip6tables: nothing is opened for IPv6")
-        self.identity = ("iptables", program, self.places)
+        self.programs = {version: Iptables(program, self.seconds_left)
+                         for version, program in programs.items()}
+        self.identity = ("iptables", programs[4], self.places)
         self.rules: Dict[int, Dict[str, List[str]]] = {}  # of the guard's chains, once prepared
-        self.legacy = "nf_tables" not in run_program([program, "-V"])
-        if self.legacy:
+        self.legacy = legacy
+        if legacy:
             self.poll_seconds = LEGACY_POLL_SECONDS
-        if guard_ports and self.legacy:
+        if guard_ports and legacy:
             self.guard_poll_seconds = GUARD_POLL_SECONDS
         elif guard_ports:
             self.guard_tables = frozenset((NFT_FAMILIES[family], b"mangle\0")
@@ -6002,7 +5994,7 @@ class Leftover(NamedTuple):
     take: Callable[[], None]
 
 
-def our_part(place: str, chains: List[str], named: Set[str], rules: List[Rule],
+def our_part(firewall: str, table: str, chains: List[str], named: Set[str], rules: List[Rule],
              what: str) -> Tuple[List[Rule], List[str], List[str]]:
     """Find what is ours in a table: rules in chains that stay, chains that go, and both in words.
 
@@ -6016,15 +6008,15 @@ def our_part(place: str, chains: List[str], named: Set[str], rules: List[Rule],
     ours = {chain for chain in chains if chain.startswith(CHAIN_PREFIX) or chain in named}
     ours |= {rule.target for rule in rules if marked(rule)} & set(chains)
     ours |= {rule.chain for rule in rules if rule.chain not in with_others} & set(chains)
-    guards = {chain for chain in ours if chain.startswith(CHAIN_PREFIX + "GUARD")}
+    guards = {chain for chain in ours if table == "mangle" and chain.startswith(GUARD_PREFIX)}
     gone = sorted({OPEN: set(), REST: ours - guards, GUARD: guards}[what])
     found = [rule for rule in rules if rule.chain not in gone and (
         rule.target in gone or (what != GUARD and rule.comment.startswith(MARK))
         or (what == REST and marked(rule) and rule.chain not in guards))]
     counts = collections.Counter(rule.chain for rule in found)
-    return found, gone, (["%d of the rules in chain %s %s" % (count, place, chain)
+    return found, gone, ([f"{count} of the rules in chain {firewall} {table} {chain}"
                           for chain, count in counts.items()]
-                         + [f"chain {place} {chain}" for chain in gone])
+                         + [f"chain {firewall} {table} {chain}" for chain in gone])
 
 
 def nft_expressions(rule: Dict[int, bytes]) -> Iterator[Tuple[str, Dict[int, bytes]]]:
@@ -6077,7 +6069,7 @@ def nft_removal(netlink: Netlink, family: str, table: bytes,
     if own == what:
         return ["table " + place], [(DELETE_TABLE, number, here)]
     rules, chains, words = our_part(
-        place, [text_of(each[CHAIN_NAME]) for each in listed[GET_CHAIN] if CHAIN_HOOK not in each],
+        family, name, [text_of(each[CHAIN_NAME]) for each in listed[GET_CHAIN] if CHAIN_HOOK not in each],
         {chain for each, chain in named if each == name and family != "inet"},
         [nft_rule(each) for each in listed[GET_RULE] if not own], what)
     messages = [(DELETE_RULE, number, here + name_attribute(RULE_CHAIN, rule.chain)
@@ -6097,25 +6089,32 @@ def nft_removal(netlink: Netlink, family: str, table: bytes,
     return words, messages
 
 
+def is_legacy(program: str) -> bool:
+    """Run an iptables program to ask whether it is the one from before nf_tables."""
+    return "nf_tables" not in run_program([program, "-V"])
+
+
 def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
     """Return the older iptables or ip6tables, from FIREWALL_EXE or PATH."""
     own = (settings.firewall_program or "").replace("iptables", name)
     for each in (own, name + "-legacy", name):
         program = find_program(each) if "tables" in os.path.basename(each) else None
         with contextlib.suppress(CommandError):  # another one may work
-            if program and "nf_tables" not in run_program([program, "-V"]):
+            if program and (program.endswith("-legacy") or is_legacy(program)):
                 return program
     return None
 
 
-def legacy_tables(settings: ServerSettings, log: Optional[Log] = None
+def legacy_tables(settings: ServerSettings, only: str = "", log: Optional[Log] = None
                   ) -> Iterator[Tuple[Iptables, str]]:
-    """Find the tables of the older iptables and ip6tables that stand: a look at others makes them.
+    """Find the tables of the older iptables and ip6tables that stand, or `only` that of a name.
 
-    Without a program that shows them there are none; `log` gets that.
+    /proc lists them. To ask a program for any other table would make the table. Without a program
+    that shows them this finds none, and tells `log`.
     """
     for name in ("iptables", "ip6tables"):
-        tables = read_proc("net/{}_names".format(name.replace("tables", "_tables"))).split()
+        names = read_proc("net/{}_names".format(name.replace("tables", "_tables"))).split()
+        tables = [table for table in names if only in ("", table)]
         program = legacy_program(settings, name) if tables else None
         if program:
             yield from ((Iptables(program), table) for table in tables)
@@ -6126,10 +6125,11 @@ def legacy_tables(settings: ServerSettings, log: Optional[Log] = None
 def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], what: str,
                      log: Log) -> Iterator[Leftover]:
     """Find what is ours in tables of the older iptables."""
-    for firewall, table in legacy_tables(settings, log):
+    only = "mangle" if what == GUARD else ""
+    for firewall, table in legacy_tables(settings, only, log):
         lines = firewall.list(table)
         rules, chains, words = our_part(
-            f"{os.path.basename(firewall.program)} {table}",
+            os.path.basename(firewall.program), table,
             [line[3:] for line in lines if line.startswith("-N ")],
             {chain for each, chain in named if each == table},
             [iptables_rule(line) for line in lines if line.startswith("-A ")], what)
@@ -6149,7 +6149,7 @@ def iptables_rule(line: str) -> Rule:
 
 def legacy_lines(settings: ServerSettings, table: str) -> List[str]:
     """Return the rules of the older iptables and ip6tables in a table, if it stands."""
-    return [line for firewall, name in legacy_tables(settings) if name == table
+    return [line for firewall, _ in legacy_tables(settings, table)
             for line in firewall.list(table)]
 
 
@@ -6248,7 +6248,18 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log
         access += [(FORWARD, settings.forward_access), (DNAT, settings.dnat_access)]
         if settings.snat:
             access += [(SNAT, settings.snat_access), (MASQUERADE, settings.masquerade_access)]
-    return IptablesFirewall(program, [
+    programs = {4: program}
+    if os.path.exists("/proc/net/if_inet6"):
+        directory, name = os.path.split(program)
+        six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
+        if six:
+            programs[6] = six
+        elif settings.guard_ports:
+            raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
+                              "install it, or nftables")
+        else:
+            log.warning("No ip6tables: nothing is opened for IPv6")
+    return IptablesFirewall(programs, is_legacy(program), [
         Place(chain.table, chain.chain, chain.target, first=settings.rule_prepend, kind=kind,
               outgoing=kind == INPUT and chain.from_chain == "OUTPUT",
               from_chain=chain.from_chain, position=chain.position) for kind, chain in access],

@@ -1085,13 +1085,15 @@ class GuardTest(unittest.TestCase):
             self.assertIn("start after the service that makes it", text)
 
     def test_a_broken_iptables_beside_nft(self) -> None:
-        """Neither keeps the server from its start nor --unguard from its work."""
+        """Neither keeps the server from its start nor --unguard from its work: neither runs it."""
         with Cable() as cable:
             cable.server.listen(22)
             directory = cable.server.path("programs")
             os.mkdir(directory)
+            ran = os.path.join(directory, "ran")
             for name in ("iptables", "iptables-restore", "ip6tables", "ip6tables-restore"):
-                write(os.path.join(directory, name), "#!/bin/sh\necho no luck >&2\nexit 1\n", 0o755)
+                write(os.path.join(directory, name),
+                      "#!/bin/sh\n: >%s\necho no luck >&2\nexit 1\n" % ran, 0o755)
             path = "PATH=%s:%s" % (directory, os.environ["PATH"])
             server = Server(cable.server, "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n",
                             launcher=["env", path]).start()
@@ -1101,6 +1103,7 @@ class GuardTest(unittest.TestCase):
             self.assertEqual(0, code, text)
             self.assertIn("The guard is gone", text)
             self.assertTrue(cable.client.reaches(SERVER4, 22))
+            self.assertFalse(os.path.exists(ran))
 
     def test_two_chains_of_one_table(self) -> None:
         """Share their sets; a clean stop takes rules and sets away."""

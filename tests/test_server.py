@@ -1841,6 +1841,23 @@ class IptablesTest(unittest.TestCase):
                 self.assertIsNone(server.parse_rule(line, place))
 
 
+    def test_older_tables_are_asked_of_no_more_than_needed(self) -> None:
+        """A look for a guard runs a program only where /proc names the guard's table."""
+        netlink, settings = mock.Mock(**{"dump.return_value": []}), server.ServerSettings()
+        ran = []  # type: List[str]
+
+        def run_program(arguments: List[str], *_: Any) -> str:
+            ran.append(arguments[2])
+            return "-N FWKNOP_GUARDED\n"
+
+        for names, expected in (("", []), ("filter\nraw", []), ("filter\nmangle", ["mangle"] * 2)):
+            with mock.patch.object(server, "read_proc", return_value=names), \
+                    mock.patch.object(server, "find_program", lambda name: "/x/" + name), \
+                    mock.patch.object(server, "run_program", run_program):
+                found = server.leftovers(server.GUARD, settings, mock.Mock(), netlink)
+            self.assertEqual((expected, len(expected)), (ran, len(found)))
+
+
 class AnsweringSocket:
     """A socket on which the kernel answers with these bytes."""
 
