@@ -1859,43 +1859,44 @@ def read_server_settings(path: str, settings: ServerSettings,
 # ======================================================================================
 # 8. Knock sequences
 #
-# Ports that a source has to hit in order and in time (tests/spec/knockd.md 1.2, 1.3). A sequence is
-# no secret to those who listen on the way: it hides a service from scanners.
+# Ports that a client has to hit in order and in time (tests/spec/knockd.md 1.2, 1.3). An attacker
+# on the path sees the sequence and can repeat it: it hides a service only from scanners.
 # ======================================================================================
 
 Step = Tuple[int, int]  # protocol and port; of ICMP the number of data bytes, or ANY_SIZE
 ANY_SIZE = -1
 STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
-MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # that the kernel looks for one by one
-MAX_STEPS = 32
-MAX_ECHO = 1452  # data bytes of an echo request that fits into one packet of 1500 bytes
-TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}
-MAX_ATTEMPTS, LEAST_ATTEMPTS = 65536, 4096  # sources on their way: of all sequences, and of one
-MOST_SPARED, SPARED_SHARE = 16, 8  # of those further on: in a row, and one in so many attempts
+MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # both make less than MAX_INSTRUCTIONS
+MAX_STEPS = 32  # as in knockd
+MAX_ECHO = 1452  # data bytes of an ICMPv6 echo request in a packet of 1500 bytes
+TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}  # RFC 9293 section 3.1
+MAX_ATTEMPTS, LEAST_ATTEMPTS = 65536, 4096  # of all sequences (14 MB); of each, at least
+MOST_SPARED = 16  # attempts to spare for one knock packet, so that none costs more time
+SPARED_SHARE = 8  # spare attempts only while at most an eighth has done a second step
 
 
 def parse_steps(text: str) -> Tuple[Step, ...]:
-    """`7000, 8000:udp, 100:icmp`: an echo request with 100 data bytes; `:icmp` takes any.
+    """Parse `7000, 8000:udp, 100:icmp`: the last step is an echo request with 100 data bytes.
 
-    A comment may follow a blank, as knockd reads a number up to where it ends. Without the blank it
-    would be half a sequence.
+    `:icmp` matches any size. knockd reads a number up to where it ends, so a comment may follow;
+    it needs a blank, because `7000#8000` may be half a sequence.
     """
     steps = []
-    listed, mark, _ = text.partition("#")
-    expect(not mark or listed[-1:] in ("", " ", "\t"), "a blank before the # of a comment")
-    for item in listed.split(","):
+    ports, mark, _ = text.partition("#")
+    expect(not mark or ports[-1:] in ("", " ", "\t"), "a blank before the # of a comment")
+    for item in ports.split(","):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
         number = STEP_PROTOCOLS.get(protocol if colon else "tcp")
         sized = number == ICMP and (port in ("", "0") or (is_port(port) and int(port) <= MAX_ECHO))
         expect(sized or (number in (TCP, UDP) and is_port(port)),
                "ports such as `7000, 8000:udp, 100:icmp`")
         steps.append((number or 0, int(port) if port else ANY_SIZE))
-    expect(len(steps) <= MAX_STEPS, "at most %d ports" % MAX_STEPS)
+    expect(len(steps) <= MAX_STEPS, f"at most {MAX_STEPS} ports")
     return tuple(steps)
 
 
 def parse_flags(text: str) -> Tuple[int, int]:
-    """`syn,!ack`: which TCP flags are looked at, and which of them have to be set."""
+    """Parse `syn,!ack`: the TCP flags to look at, and those of them that must be set."""
     mask = value = 0
     for item in text.split(",") if text else ():
         bit = TCP_FLAGS.get(item.lstrip("!").lower(), 0)
@@ -1906,42 +1907,42 @@ def parse_flags(text: str) -> Tuple[int, int]:
 
 
 class Sequence:
-    """Steps that open something, and how far each source has come.
+    """Steps that open something, and the attempt of each source that has begun them.
 
-    `seconds` is the time from the first step to the last. `flags` says which TCP segments count;
-    all others are not seen. A wrong step ends an attempt, and is tried as a first one. What is
-    wrong: another port of this sequence; if `strict`, any port of its protocols, also one of
-    another sequence. A step that comes again is none, since hosts send their SYN again; if `exact`
-    it is wrong. In a flood the oldest attempts are forgotten; those further on than the first step
-    are spared, as long as they are not too many themselves.
+    `seconds` is the time from the first step to the last. TCP segments without the right `flags`
+    are ignored. A wrong step ends an attempt, and is then tried as a first one. Wrong is another
+    port of this sequence; with `strict` any other port of its protocols, even if it is a step of
+    another sequence. Ignore a repeated step, because hosts resend SYNs; with `exact` it ends the
+    attempt. In a flood the oldest attempts are forgotten. Those that have done a second step are
+    spared, unless these are too many.
     """
 
     def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
                  strict: bool = False, exact: bool = False, target: bytes = b"",
-                 path: Optional[str] = None) -> None:
-        self.file = None if path is None else OneTimeFile(path)
-        self.steps = self.file.steps if self.file else steps
+                 file: "Optional[OneTimeFile]" = None) -> None:
+        self.steps, self.file = file.steps if file else steps, file
         self.seconds, self.flags = seconds, flags
         self.strict, self.exact, self.target = strict, exact, target
         self.most = MAX_ATTEMPTS
-        # How many steps each source has done, and until when it counts; the oldest first.
+        # By source: the number of steps done, and the time at which it is over; the oldest first.
         self.attempts: "collections.OrderedDict[bytes, Tuple[int, float]]" = (
             collections.OrderedDict())
-        self.further = 0  # how many of them have done more than the first
+        self.further = 0  # attempts that have done a second step
 
     def warnings(self, alone: bool) -> List[str]:
-        """What is wrong in its file; and, if it opens `alone`, that it hides little."""
+        """Return what is wrong in its file; and, if it opens `alone`, that it hides little."""
         texts = self.file.warnings if self.file else []
         if not alone or not self.steps:
             return texts
         if len(self.steps) == 1:
             return texts + ["one port is no secret: a scan of all ports opens it"]
-        for way in (1, -1):  # of a scan of all ports one after the other
-            gaps = [(after[1] - before[1]) * way if after[0] == before[0] else 0
+        for direction in (1, -1):  # in which a scan tries all ports one after the other
+            gaps = [(after[1] - before[1]) * direction if after[0] == before[0] else 0
                     for before, after in zip(self.steps, self.steps[1:])]
             if all(gap == 1 or (gap > 1 and not self.strict) for gap in gaps):
+                remedy = "" if self.strict else ", or make it strict"
                 return texts + ["a scan of all ports opens it: let its ports rise and fall"
-                                + ", or make it strict" * (not self.strict)]
+                                + remedy]
         return texts
 
     @property
@@ -1951,43 +1952,47 @@ class Sequence:
                 self.file and self.file.path)
 
     def all_steps(self) -> List[Step]:
-        """Those of every line of a file, as they come one after the other."""
+        """Return the steps, or those of all lines of a file: each of them becomes the next one."""
         lines = self.file.lines if self.file else []
-        return [step for _, _, steps in lines for step in steps] or list(self.steps)
+        return [step for line in lines for step in line.steps] or list(self.steps)
 
     def use_up(self, test: bool = False) -> bool:
-        """Before something is opened: goes on to the next line of a file; False after the last.
+        """Mark the line of a file as used, and go on to the next one; return False if none is left.
 
-        SpaError when the line could not be marked, and then nothing may be opened. A `test` leaves
-        the file as it is.
+        Call this before anything is opened. If it raises SpaError, the line is not marked, and
+        nothing may be opened. A `test` does not change the file.
         """
         if self.file is None:
             return True
-        self.file.use(test)
+        self.file.mark_used(test)
         self.steps = self.file.steps
         self.attempts.clear()
         self.further = 0
         return bool(self.steps)
 
-    def is_step(self, place: int, step: Step) -> bool:
-        """Whether this is the step at a place of the sequence, which may have none."""
-        return place < len(self.steps) and self.steps[place] in (step, (step[0], ANY_SIZE))
+    def is_step(self, index: int, step: Step) -> bool:
+        """Return whether this is the step at an index, which may be beyond the last step."""
+        return index < len(self.steps) and self.steps[index] in (step, (step[0], ANY_SIZE))
 
-    def concerns(self, hit: Datagram) -> bool:
-        """Whether a hit could change anything: a first step, or one of a source on its way."""
-        return hit.source in self.attempts or self.is_step(0, (hit.protocol, hit.destination_port))
+    def concerns(self, knock: Datagram) -> bool:
+        """Return whether a knock packet is a first step, or its source has an attempt."""
+        return (knock.source in self.attempts
+                or self.is_step(0, (knock.protocol, knock.destination_port)))
 
     def is_wrong(self, step: Step) -> bool:
-        """Whether the step, which is not the one that is waited for, ends an attempt."""
+        """Return whether a step that is not the next one ends an attempt."""
         if self.strict:
             return any(step[0] == known for known, _ in self.steps)
-        return any(self.is_step(place, step) for place in range(len(self.steps)))
+        return any(self.is_step(index, step) for index in range(len(self.steps)))
 
-    def follow(self, hit: Datagram, now: float) -> int:
-        """How many steps this one completes, or 0 when it is none; all: the sequence is done."""
-        if hit.protocol == TCP and (hit.flags & self.flags[0]) != self.flags[1]:
+    def follow(self, knock: Datagram, now: float) -> int:
+        """Return how many steps the source of a knock packet has now done; 0 if it does not count.
+
+        All of them: the sequence is complete.
+        """
+        if knock.protocol == TCP and (knock.flags & self.flags[0]) != self.flags[1]:
             return 0
-        step, source = (hit.protocol, hit.destination_port), hit.source
+        step, source = (knock.protocol, knock.destination_port), knock.source
         done, due = self.attempts.get(source, (0, 0.0))
         if now < due:
             if self.is_step(done, step):
@@ -1997,14 +2002,14 @@ class Sequence:
             self.forget(source)
         if not self.is_step(0, step):
             return 0
-        self.forget(source)  # its time is over, and the new attempt is the last
+        self.forget(source)  # an attempt whose time is over: the new one is the newest
         return self.advance(source, 1, now + self.seconds)
 
     def advance(self, source: bytes, done: int, due: float) -> int:
-        """Takes note of a step; returns `done`.
+        """Note that a source has done so many steps; return that number.
 
-        When there are too many attempts the oldest is forgotten. If it is further on than the first
-        step, and not too many are, it becomes the newest instead.
+        If there are too many attempts, the oldest is forgotten. One that has done a second step
+        becomes the newest instead, unless these are too many.
         """
         if done == len(self.steps):
             self.forget(source)
@@ -2022,17 +2027,17 @@ class Sequence:
         return done
 
     def forget(self, source: bytes) -> None:
-        """Ends the attempt of a source, if there is one."""
+        """End the attempt of a source, if there is one."""
         self.further -= self.attempts.pop(source, (0, 0.0))[0] > 1
 
     def next_due(self) -> float:
-        """When expire() has something to do; later for an attempt that was spared."""
+        """Return when expire() has something to do; that may be late for a spared attempt."""
         return next((due for _, due in self.attempts.values()), float("inf"))
 
     def expire(self, now: float) -> List[Tuple[bytes, int]]:
-        """Forgets the attempts whose time is over, and returns each one's source and step.
+        """Forget the attempts whose time is over; return each one's source and steps done.
 
-        Those that were spared in a flood come later, but follow() knows that they are over.
+        Attempts that were spared in a flood come later, but follow() knows that they are over.
         """
         over = []
         while self.attempts and self.next_due() <= now:
@@ -2044,18 +2049,21 @@ class Sequence:
 
 def make_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
                   target: bytes = b"") -> Sequence:
-    """The sequence of a stanza or a door; ConfigError when its file can't be read."""
+    """Return the sequence of a stanza or a door; ConfigError if its file can't be read."""
     try:
-        return Sequence(owner.knock_steps or (), owner.knock_seconds, owner.knock_flags, strict,
-                        exact, target, owner.knock_file)
+        file = read_one_time_file(owner.knock_file) if owner.knock_file else None
     except ConfigError as error:
         raise owner.error(type(owner).knock_file, str(error)) from None
+    return Sequence(owner.knock_steps or (), owner.knock_seconds, owner.knock_flags, strict, exact,
+                    target, file)
 
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
-    """What the kernel lets pass for these sequences: their ports, or, where one is strict or they
-    are too many, all of a protocol; and of TCP segments with the flags that count, unless there are
-    too many of those."""
+    """Return the filter that lets the steps of these sequences pass.
+
+    It lets a whole protocol pass if one sequence is strict, or if the ports are too many; and TCP
+    segments with any flags if there are too many kinds.
+    """
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
     few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
     for sequence in sequences:
@@ -2069,7 +2077,7 @@ def sequence_filter(sequences: List[Sequence]) -> Filter:
 
 
 def step_filter(protocol: int, flags: Tuple[int, int], ports: Set[int]) -> Filter:
-    """What tells steps of a protocol to these ports, or to all if there are none."""
+    """Return a filter for steps of a protocol to these ports, or to every port if none is given."""
     def test(start: int, behind: bool) -> Filter:
         if protocol == ICMP:  # echo requests
             return field_is_one_of(start, 1, (8, 128), behind)
@@ -2081,54 +2089,64 @@ def step_filter(protocol: int, flags: Tuple[int, int], ports: Set[int]) -> Filte
     return transport_filter((protocol,), (ICMP6 if protocol == ICMP else protocol,), test)
 
 
-class OneTimeFile:
-    """A file of sequences of which each opens once: a line is used up when it begins with `#`.
+class OneTimeLine(NamedTuple):
+    """A line of a one-time file that is not used yet; `offset` is where it begins in the file."""
 
-    What is wrong in it is in `warnings`. One that is used up opens nothing, and keeps nobody else
-    out. ConfigError when there is no such file.
+    offset: int
+    text: str
+    steps: Tuple[Step, ...]
+
+
+class OneTimeFile:
+    """A file of sequences that open once each: a `#` at the beginning marks a line as used.
+
+    An exhausted file opens nothing; other stanzas and doors are unaffected.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.warnings = permission_warnings(path)
-        # Where each line begins, itself, and its steps; the next one last.
-        self.lines: List[Tuple[int, bytes, Tuple[Step, ...]]] = []
-        place = 0
-        text_of_file = read_file(path, untrusted=True)  # a regular one, since it is written to
-        for number, raw in enumerate(text_of_file.encode("latin-1").split(b"\n"), 1):
-            text = raw.strip(b" \t\r")
-            try:
-                if text and not text.startswith(b"#"):
-                    self.lines.append((place, raw, parse_steps(text.decode("latin-1"))))
-            except ValueError as error:
-                self.warnings.append("%s:%d: %s; this line opens nothing" % (path, number, error))
-            place += len(raw) + 1
-        self.lines.reverse()
-        if not self.lines:
-            self.warnings.append(f"{path}: no sequence is left; this opens nothing")
+    def __init__(self, path: str, lines: List[OneTimeLine], warnings: List[str]) -> None:
+        self.path, self.warnings = path, warnings
+        self.lines = lines  # the next one last
 
     @property
     def steps(self) -> Tuple[Step, ...]:
-        """Those of the line that is next; none when all are used up."""
-        return self.lines[-1][2] if self.lines else ()
+        """The steps of the next line; none if all lines are used."""
+        return self.lines[-1].steps if self.lines else ()
 
-    def use(self, test: bool = False) -> None:
-        """Marks the line, on disk before anything is opened; SpaError when that can't be done.
+    def mark_used(self, test: bool = False) -> None:
+        """Mark the next line, on disk before anything is opened; raise SpaError if that fails.
 
-        A `test` only checks that it could be.
+        A `test` only checks that it would work.
         """
-        place, raw, _ = self.lines[-1]
+        line = self.lines[-1]
+        raw = line.text.encode("latin-1")
         try:
             with open(open_ours(self.path, os.O_RDWR), "r+b", buffering=0) as file:
-                if os.pread(file.fileno(), len(raw), place) != raw:
-                    raise SpaError(f"{self.path}: somebody changed it; nothing is opened until it is read "
-                                   "again")
+                if os.pread(file.fileno(), len(raw), line.offset) != raw:
+                    raise SpaError(f"{self.path}: somebody changed it; nothing is opened until it "
+                                   "is read again")
                 if not test:
-                    os.pwrite(file.fileno(), b"#", place)
+                    os.pwrite(file.fileno(), b"#", line.offset)
                     os.fsync(file.fileno())
         except OSError as error:
             raise SpaError(f"{self.path}: {error.strerror}") from None
         self.lines.pop()
+
+
+def read_one_time_file(path: str) -> OneTimeFile:
+    """Return the unused lines of a file, and warnings; raise ConfigError if it can't be read."""
+    lines, warnings, offset = [], permission_warnings(path), 0
+    content = read_file(path, untrusted=True)  # so a regular file: mark_used() writes to it
+    for number, text in enumerate(content.split("\n"), 1):
+        listed = text.strip(" \t\r")
+        try:
+            if listed and not listed.startswith("#"):
+                lines.append(OneTimeLine(offset, text, parse_steps(listed)))
+        except ValueError as error:
+            warnings.append(f"{path}:{number}: {error}; this line opens nothing")
+        offset += len(text) + 1
+    if not lines:
+        warnings.append(f"{path}: no sequence is left; this opens nothing")
+    return OneTimeFile(path, lines[::-1], warnings)
 
 
 # ======================================================================================

@@ -505,14 +505,14 @@ class OneTimeTest(ServerCase):
                 (b"x\xff\n\xe9\n 1,2\n", b"x\xff\n\xe9\n#1,2\n"),
                 (b"  # x\n\t7:icmp", b"  # x\n#7:icmp")):
             with self.subTest(text=text):
-                made = server.OneTimeFile(self.write(text))
-                made.use()
+                made = server.read_one_time_file(self.write(text))
+                made.mark_used()
                 self.assertEqual(marked, self.read())
 
     def test_in_order(self) -> None:
         """The first usable line first; each once; the last one leaves none; so does a restart."""
         path = self.write(b"# codes\n 1,2\nbad\n 3,4\n 5,6\n")
-        made = server.Sequence((), 5, path=path)
+        made = server.Sequence((), 5, file=server.read_one_time_file(path))
         told = (path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens "
                 "nothing")
         self.assertEqual([told], made.warnings(alone=False))
@@ -527,7 +527,7 @@ class OneTimeTest(ServerCase):
             self.assertEqual({}, dict(made.attempts))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
         self.assertEqual([0] * 6, [made.follow(hit(port), 2.0) for port in range(1, 7)])
-        made = server.Sequence((), 5, path=path)
+        made = server.Sequence((), 5, file=server.read_one_time_file(path))
         self.assertEqual(path + ": no sequence is left; this opens nothing",
                          made.warnings(alone=True)[-1])
         self.assertEqual([0] * 6, [made.follow(hit(port), 3.0) for port in range(1, 7)])
@@ -535,29 +535,29 @@ class OneTimeTest(ServerCase):
     def test_what_can_not_be_marked_opens_nothing(self) -> None:
         """Changed meanwhile, gone, or not to be written: an error, and the line stays next."""
         path = self.write(b" 1,2\n 3,4\n")
-        made = server.OneTimeFile(path)
+        made = server.read_one_time_file(path)
         for change in (b" 1,3\n 3,4\n", b" 1,", b"", b"#1,2\n 3,4\n", b"\n 1,2\n 3,4\n"):
             self.write(change)
             with self.assertRaisesRegex(server.SpaError, "somebody changed it"):
-                made.use()
+                made.mark_used()
             self.assertEqual(change, self.read())
         for spoil in (lambda: os.unlink(path), lambda: os.mkdir(path),
                       lambda: make_fifo(path)):
             spoil()
             with self.assertRaises(server.SpaError):
-                made.use()
+                made.mark_used()
         self.assertEqual(((TCP, 1), (TCP, 2)), made.steps)
 
     def test_on_disk_before_it_opens(self) -> None:
         """fsync comes after the mark; when it fails the line does not count as used."""
         path, calls = self.write(b" 1,2\n 3,4\n"), []  # type: str, List[bytes]
-        made = server.OneTimeFile(path)
+        made = server.read_one_time_file(path)
         with mock.patch.object(os, "fsync", side_effect=lambda _: calls.append(self.read())):
-            made.use()
+            made.mark_used()
         self.assertEqual([b"#1,2\n 3,4\n"], calls)
         failing = mock.patch.object(os, "fsync", side_effect=OSError(5, "I/O error"))
         with failing, self.assertRaisesRegex(server.SpaError, "codes: I/O error"):
-            made.use()
+            made.mark_used()
         self.assertEqual(((TCP, 3), (TCP, 4)), made.steps)
 
     def test_files_that_are_none(self) -> None:
@@ -569,13 +569,14 @@ class OneTimeTest(ServerCase):
                 (lambda: make_fifo(path), "a regular file")):
             spoil()
             with self.assertRaisesRegex(server.ConfigError, "^%s: .*%s" % (path, expected)):
-                server.OneTimeFile(path)
+                server.read_one_time_file(path)
         self.assertTrue(stat.S_ISFIFO(os.stat(path).st_mode))
 
     def test_long_files(self) -> None:
         """Are read in a moment, and the kernel's filter does not grow with them."""
         path = self.write(b"".join(b" %d,%d,%d\n" % (n, n + 1, n + 2) for n in range(1, 20000)))
-        begin, made = time.monotonic(), server.Sequence((), 5, SYN_ONLY, path=path)
+        begin = time.monotonic()
+        made = server.Sequence((), 5, SYN_ONLY, file=server.read_one_time_file(path))
         self.assertLess(time.monotonic() - begin, 5)
         assert made.file is not None
         self.assertEqual(19999, len(made.file.lines))
