@@ -1844,6 +1844,7 @@ class IptablesTest(unittest.TestCase):
     def test_older_tables_are_asked_of_no_more_than_needed(self) -> None:
         """A look for a guard runs a program only where /proc names the guard's table."""
         netlink, settings = mock.Mock(**{"dump.return_value": []}), server.ServerSettings()
+        settings.set_defaults()
         ran = []  # type: List[str]
 
         def run_program(arguments: List[str], *_: Any) -> str:
