@@ -1618,20 +1618,20 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 # ======================================================================================
 # 7. fwknopd.conf
 #
-# How this server listens, remembers and drives the firewall (tests/spec/fwknop.md 3.2). What access
-# it grants is in section 9.
+# How this server listens, remembers and drives the firewall (tests/spec/fwknop.md 3.2). Section 9
+# says what access it grants.
 # ======================================================================================
 
 
 def parse_interface(text: str) -> str:
-    """The name of a network interface, or `any`."""
-    expect(0 < len(text) < 16 and not set(text) & set(",/ \t"),
+    """Parse the name of a network interface, or `any`."""
+    expect(0 < len(text) < 16 and not set(text) & set(",/ \t"),  # IFNAMSIZ of linux/if.h
            "the name of one interface, or `any`")
     return text
 
 
 class IptablesChain(NamedTuple):
-    """Where access rules go: `target, table, from-chain, position, to-chain, position`."""
+    """The chain for access rules of one kind, and the position of the jump to it."""
 
     target: str
     table: str
@@ -1641,11 +1641,11 @@ class IptablesChain(NamedTuple):
 
 
 def parse_iptables_chain(text: str) -> IptablesChain:
-    """An IPT_*_ACCESS directive (tests/spec/fwknop.md 3.2)."""
+    """Parse an IPT_*_ACCESS directive (tests/spec/fwknop.md 3.2); the last position is ignored."""
     fields = [field.strip() for field in text.split(",")]
-    expect(len(fields) == 6 and all(map(is_word, fields)) and fields[3].isdigit(),
+    expect(len(fields) == 6 and all(map(is_plain_name, fields)) and fields[3].isdigit(),
            "`target, table, from-chain, position, to-chain, position`")
-    expect(fields[2] != fields[4] and len(fields[4]) <= 28,
+    expect(fields[2] != fields[4] and len(fields[4]) <= 28,  # the longest name that iptables takes
            "a chain of our own of at most 28 characters")
     return IptablesChain(fields[0], fields[1], fields[2], max(1, int(fields[3])), fields[4])
 
@@ -1659,57 +1659,57 @@ class NftChain(NamedTuple):
 
 
 def parse_nft_chains(text: str) -> Tuple[NftChain, ...]:
-    """A comma list of nftables chains: `inet filter input, ip6 filter input`."""
+    """Parse a comma list of nftables chains: `inet filter input, ip6 filter input`."""
     chains = []
-    for words in [item.split() for item in text.split(",") if text]:
-        expect(len(words) == 3 and words[0] in NFT_FAMILIES and all(map(is_word, words)),
+    for names in [item.split() for item in text.split(",") if text]:
+        expect(len(names) == 3 and names[0] in NFT_FAMILIES and all(map(is_plain_name, names)),
                "`inet|ip|ip6 TABLE CHAIN`, with commas between")
-        chains.append(NftChain(*words))
+        chains.append(NftChain(*names))
     return tuple(chains)
 
 
 def may_be_host(address: Address) -> bool:
-    """Tell whether a host can have this address: not 0.0.0.0/8, multicast, 240.0.0.0/4 or `::`."""
+    """Return whether a host can have this address: not 0.0.0.0/8, multicast, 240.0.0.0/4, `::`."""
     reserved = address.version == 4 and (address.packed[0] == 0 or address.packed[0] >= 240)
     return not (reserved or address.is_unspecified or address.is_multicast)
 
 
 def parse_nat_address(text: str) -> Address:
-    """An address that NAT can lead to, or let come from."""
+    """Parse an address that NAT can put in the place of a destination or a source."""
     address = parse_address(text)
     expect(may_be_host(address), "the IP address of a host")
     return address
 
 
 def parse_nat_target(text: str) -> Tuple[Address, int]:
-    """`IP PORT` of a FORCE_NAT directive."""
-    words = text.split()
-    expect(len(words) == 2 and is_port(words[1]), "`IP PORT`")
-    return parse_nat_address(words[0]), int(words[1])
+    """Parse the `IP PORT` of a FORCE_NAT directive."""
+    fields = text.split()
+    expect(len(fields) == 2 and is_port(fields[1]), "`IP PORT`")
+    return parse_nat_address(fields[0]), int(fields[1])
 
 
-def is_word(text: str) -> bool:
-    """Whether `text` can be a name in a firewall's language: letters, digits, `_`, `-`, `.`."""
-    return bool(text) and text[0] != "-" and not text.strip(WORD_CHARACTERS)
+def is_plain_name(text: str) -> bool:
+    """Return whether `text` is a name to a firewall: of PLAIN_CHARACTERS, and no option."""
+    return bool(text) and text[0] != "-" and not text.strip(PLAIN_CHARACTERS)
 
 
 NFT_FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}  # NFPROTO_ of linux/netfilter.h
-WORD_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
-FACILITIES = dict([("LOG_DAEMON", 3)] + [("LOG_LOCAL%d" % number, 16 + number)
-                                         for number in range(8)])  # RFC 3164 section 4.1.1
+PLAIN_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
+FACILITIES = {"LOG_DAEMON": 3,  # RFC 3164 section 4.1.1
+              **{f"LOG_LOCAL{number}": 16 + number for number in range(8)}}
 
 
 class ServerSettings(Settings):
-    """fwknopd.conf: how this server listens, remembers and opens."""
+    """fwknopd.conf: how this server listens, remembers and drives the firewall."""
 
     expands = True
 
     verbose = Directive("VERBOSE", integer(0, 9), "0", "1 and more: say more in the log")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
-                              "what to look at, in tcpdump's language; see Carriers")
-    any_direction = Flag("ENABLE_PCAP_ANY_DIRECTION", "look at what this host sends, too")
-    promiscuous = Flag("ENABLE_PCAP_PROMISC", "look at what PCAP_INTF hears for other hosts, too")
+                              "packets to look at, in tcpdump's language; see Carriers")
+    any_direction = Flag("ENABLE_PCAP_ANY_DIRECTION", "look at packets that this host sends, too")
+    promiscuous = Flag("ENABLE_PCAP_PROMISC", "look at packets for other hosts on PCAP_INTF, too")
     capture_file = NoDefault("PCAP_FILE", parse_path,
                              "judge the packets of this file of `tcpdump -w` instead, and end")
     packet_limit = Directive("PACKET_LIMIT", integer(0, 10 ** 9), "0",
@@ -1718,7 +1718,7 @@ class ServerSettings(Settings):
     udp_port = Directive("UDPSERV_PORT", integer(1, 65535), "62201", "port of that socket")
     tcp_server = Flag("ENABLE_TCP_SERVER", "listen on a TCP socket as well")
     tcp_port = Directive("TCPSERV_PORT", integer(1, 65535), "62201", "port of that one")
-    http = Flag("ENABLE_SPA_OVER_HTTP", "take packets in HTTP requests, where TCP is looked at")
+    http = Flag("ENABLE_SPA_OVER_HTTP", "accept packets in HTTP requests, if TCP is looked at")
     any_agent = Flag("ALLOW_ANY_USER_AGENT", "from every User-Agent, not only from Fwknop")
     forwarded_for = Flag("ENABLE_X_FORWARDED_FOR",
                          "the source is the last address in X-Forwarded-For")
@@ -1736,8 +1736,8 @@ class ServerSettings(Settings):
     nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
                                    "the same for what NAT forwards: inet filter forward")
     firewall_program = NoDefault("FIREWALL_EXE", parse_path,
-                                 "iptables or nft to run; auto takes what this names. Without it "
-                                 "the one in PATH")
+                                 "iptables or nft to run, whose name decides FIREWALL_TYPE auto; "
+                                 "without it the one in PATH")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
                              "target, table, from-chain, position, chain, position")
@@ -1748,22 +1748,22 @@ class ServerSettings(Settings):
                                "the same for what NAT forwards")
     dnat_access = Directive("IPT_DNAT_ACCESS", parse_iptables_chain,
                             "DNAT, nat, PREROUTING, 1, FWKNOP_PREROUTING, 1",
-                            "the same for where NAT leads to")
+                            "the same for destination NAT")
     snat_access = Directive("IPT_SNAT_ACCESS", parse_iptables_chain,
                             "SNAT, nat, POSTROUTING, 1, FWKNOP_POSTROUTING, 1",
-                            "the same for an address that NAT lets it come from")
+                            "the same for source NAT to a given address")
     masquerade_access = Directive("IPT_MASQUERADE_ACCESS", parse_iptables_chain,
                                   "MASQUERADE, nat, POSTROUTING, 1, FWKNOP_MASQUERADE, 1",
-                                  "the same for the address of the way out")
+                                  "the same for source NAT to the outgoing interface's address")
     forwarding = Flag("ENABLE_IPT_FORWARDING",
                       "NAT to hosts behind this one (message types 2 and 4)")
     local_nat = Flag("ENABLE_IPT_LOCAL_NAT",
                      "NAT to another port of this host (message types 5 and 6)")
     snat = Flag("ENABLE_IPT_SNAT",
-                "let what NAT forwards come from this host, so that answers find back")
+                "give forwarded connections this host's address, so that answers come back to it")
     snat_address = NoDefault("SNAT_TRANSLATE_IP", parse_nat_address,
-                             "from this address; without it from that of the way out")
-    nat_dns = Flag("ENABLE_NAT_DNS", "look up the host that a client wants NAT to by its name", "Y")
+                             "that address; without it the outgoing interface's")
+    nat_dns = Flag("ENABLE_NAT_DNS", "look up a host that a client wants NAT to by its name", "Y")
     enable_output = Flag("ENABLE_IPT_OUTPUT", "let answers out with rules of their own (iptables)")
     destination_rule = Flag("ENABLE_DESTINATION_RULE",
                             "open only the address that the packet was sent to")
@@ -1775,7 +1775,7 @@ class ServerSettings(Settings):
     command_seconds = Directive("CMD_EXEC_TIMEOUT", integer(1, 86400, "seconds"), "60",
                                 "how long a command may run until it is ended")
     sudo_program = Directive("SUDO_EXE", parse_path, "/usr/bin/sudo",
-                             "what ENABLE_CMD_SUDO_EXEC runs commands through")
+                             "program through which ENABLE_CMD_SUDO_EXEC runs commands")
     syslog_identity = Directive("SYSLOG_IDENTITY", str, "fwknopd", "name in syslog")
     syslog_facility = Directive("SYSLOG_FACILITY", choice(*FACILITIES), "LOG_DAEMON",
                                 "LOG_DAEMON, LOG_LOCAL0 to LOG_LOCAL7")
@@ -1808,11 +1808,11 @@ class ServerSettings(Settings):
 
     @property
     def nat(self) -> bool:
-        """Whether there is NAT of any kind."""
+        """Whether NAT of any kind is enabled."""
         return self.forwarding or self.local_nat
 
     def warnings(self) -> List[str]:
-        """What these settings do that the administrator may not expect."""
+        """Return what the administrator may not expect of these settings."""
         folder = folder_warnings(self.access_folder) if self.access_folder else []
         return folder + [text for applies, text in (
             (not self.aging and not self.capture_file,
@@ -1827,17 +1827,17 @@ class ServerSettings(Settings):
             (self.access_folder and self.is_set(ServerSettings.access_file),
              f"ACCESS_FILE {self.access_file} is not read: there is an ACCESS_FOLDER"),
             (self.http and self.forwarded_for,
-             "ENABLE_X_FORWARDED_FOR Y: who reaches the port past your proxy can give any address "
-             "as the source"),
+             "ENABLE_X_FORWARDED_FOR Y: a client that reaches the port past your proxy can give "
+             "any address as the source"),
             (self.promiscuous and self.interface == "any",
              "ENABLE_PCAP_PROMISC Y needs one interface as PCAP_INTF")) if applies]
 
 
 def read_server_settings(path: str, settings: ServerSettings,
                          skipping: "Optional[Log]" = None) -> List[str]:
-    """Fills `settings` from a fwknopd.conf; returns the warnings it gave rise to.
+    """Set the lines of a fwknopd.conf in `settings`; return warnings.
 
-    `skipping`: log what is wrong, and go on without that line.
+    With a log in `skipping`, log what is wrong, and go on without that line.
     """
     warnings = permission_warnings(path)
     try:
@@ -2128,7 +2128,7 @@ class OneTimeFile:
                     os.pwrite(file.fileno(), b"#", line.offset)
                     os.fsync(file.fileno())
         except OSError as error:
-            raise SpaError(f"{self.path}: {error.strerror}") from None
+            raise SpaError(explain(error, self.path)) from None
         self.lines.pop()
 
 
@@ -2986,7 +2986,7 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
     try:
         address = parse_address(host)
     except ValueError:
-        if host and not is_word(host):
+        if host and not is_plain_name(host):
             raise no_nat(request, "expected a host name") from None
         if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
