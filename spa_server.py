@@ -3492,20 +3492,24 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
 # ======================================================================================
 # 13. GPG
 #
-# Packets that gpg decrypts and whose signature it checks (tests/spec/fwknop.md 1.11). What it says
-# is read from its status lines (GnuPG's doc/DETAILS), never from words. Its home's gpg.conf is not
-# read, so that this section alone says what counts: integrity, the key, one signature, its signer.
-# gpg runs beside the server's loop, and the packet begins anew when the answer is there.
+# gpg decrypts packets and checks their signature (tests/spec/fwknop.md 1.11). The server reads gpg's
+# status lines (GnuPG's doc/DETAILS), never its prose. gpg does not read the gpg.conf of its home,
+# so this section alone says what counts: integrity, the key, one signature, its signer. gpg runs
+# beside the server's loop; judgement of the packet begins anew when gpg has answered.
 # ======================================================================================
 
 GPG_OPTIONS = ["--no-options", "--batch", "--no-tty", "--pinentry-mode", "loopback",
                "--disable-dirmngr", "--skip-hidden-recipients", "--max-output", "4096"]
-GPG_SECONDS = 5  # that a packet may take
-GPG_AT_ONCE, GPG_WAITING = 4, 64  # of packets with HMAC, and of those without: run, and all told
-GPG_BURST = 5  # runs for packets without HMAC at once; then one a second, or as they take longer
-GPG_HMAC_SECONDS = 60  # by how much packets with HMAC, of which nothing came, may exceed that
-GPG_KNOWN = 16  # answers that are kept, since many stanzas may ask for the same packet
-GPG_OUTPUT = 65536  # what a pipe holds: gpg stops there, and its time ends
+GPG_SECONDS = 5  # limit of a run: 15 ms are usual, longer ones wait for gpg's agent
+GPG_AT_ONCE = 4  # runs for packets with HMAC, and as many for others: if one hangs, three go on
+GPG_WAITING = 64  # packets of either kind that run or wait: the last one waits for 16 runs
+# Runs without HMAC: 5 at once, then one a second or fewer, so that gpg has a tenth of the time.
+# Runs with HMAC from which nothing came may exceed that by 60: so many honest clients may have a
+# wrong clock or an expired key. Sent again, such a packet is known and costs no run.
+GPG_BURST = 5
+GPG_HMAC_SECONDS = 60
+GPG_KNOWN = 16  # answers kept for the stanzas that ask the same: twice those that can come at once
+GPG_OUTPUT = 65536  # bytes that a pipe holds (pipe(7)): gpg then stands still until its time ends
 
 EXPIRED = ("EXPSIG", "EXPKEYSIG")
 SIGNATURES = ("GOODSIG", "REVKEYSIG", "BADSIG", "ERRSIG") + EXPIRED
@@ -3516,32 +3520,32 @@ GpgQuestion = Tuple[Tuple[str, ...], bytes, bytes]  # command, passphrase and me
 
 
 class GpgAnswer(NamedTuple):
-    """What gpg made of a message: plaintext, status, and whether it ended without an error."""
+    """The result of a run of gpg."""
 
     plain: bytes
     status: GpgStatus
     succeeded: bool
-    cost: float = 0.0  # what it added to the time that packets keep gpg busy
+    cost: float = 0.0  # seconds that the run added to Gpg.busy_until
 
 
 def parse_gpg_status(text: bytes) -> GpgStatus:
-    """The lines `[GNUPG:] KEYWORD ARGUMENT...`; all others mean nothing."""
+    """Parse the lines `[GNUPG:] KEYWORD ARGUMENT...`, and ignore all others."""
     status: GpgStatus = {}
     for line in text.decode("latin-1").split("\n"):
-        words = line.split(" ")
-        if words[0] == "[GNUPG:]" and len(words) > 1:
-            status.setdefault(words[1], []).append(words[2:])
+        fields = line.split(" ")
+        if fields[0] == "[GNUPG:]" and len(fields) > 1:
+            status.setdefault(fields[1], []).append(fields[2:])
     return status
 
 
 def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
-    """Rejects unless one whole text was decrypted with one of these keys, its integrity proven.
+    """Raise WrongKey unless one whole text was decrypted with one of these keys, and is intact.
 
-    A message that a passphrase opens (gpg would try ours) has no DECRYPTION_KEY; text beside what
-    was encrypted would be a second PLAINTEXT.
+    gpg tries our passphrase on a message that is encrypted with one: this has no DECRYPTION_KEY.
+    Text beside the encrypted text would be a second PLAINTEXT.
     """
     status = answer.status
-    used = {words[0] for words in status.get("DECRYPTION_KEY", []) if words}
+    used = {arguments[0] for arguments in status.get("DECRYPTION_KEY", []) if arguments}
     for right, problem in (
             ("NODATA" not in status, "No data"),
             ("NO_SECKEY" not in status or used, "No secret key"),
@@ -3555,19 +3559,19 @@ def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
 
 
 def not_decrypted(problem: str) -> WrongKey:
-    """The rejection of a message that gpg can't decrypt for this stanza."""
+    """Return the rejection of a message that gpg can't decrypt for this stanza."""
     return WrongKey("gpg decryption", "Error creating fko context: Decryption operation "
-                    "failed - GPG ERROR: " + problem)
+                    f"failed - GPG ERROR: {problem}")
 
 
 def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
-    """The fingerprint of the one key that signed, which this stanza names; else rejects."""
+    """Return the fingerprint of the signer; raise PacketRejected unless the stanza trusts it."""
     status = answer.status
     kinds = [kind for kind in SIGNATURES for _ in status.get(kind, [])]
     if not kinds and "NEWSIG" not in status:
         raise PacketRejected("gpg signature", "Error creating fko context: Missing GPG signature")
-    valid = [words for words in status.get("VALIDSIG", []) if len(words) > 9]
-    trust = [word for word in status if word.startswith("TRUST_")] or ["TRUST_UNDEFINED"]
+    valid = [arguments for arguments in status.get("VALIDSIG", []) if len(arguments) > 9]
+    trust = [keyword for keyword in status if keyword.startswith("TRUST_")] or ["TRUST_UNDEFINED"]
     kind = kinds[0] if len(kinds) == len(status.get("NEWSIG", [])) == 1 else ""
     for right, problem in (
             (kind, "expected one signature"),
@@ -3577,16 +3581,16 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
             (stanza.gpg_any_trust or (len(trust) == 1 and trust[0] in TRUSTED), " ".join(trust))):
         if not right:
             raise PacketRejected("gpg signature", "Error creating fko context: Bad GPG signature - "
-                                 "GPG ERROR: " + problem)
-    signers = [valid[0][0], valid[0][9]]  # the key that signed, and the one that it belongs to
+                                 f"GPG ERROR: {problem}")
+    signer, primary = valid[0][0], valid[0][9]  # the key that signed may be a subkey
     for wanted, text in (
-            (stanza.gpg_fingerprints, f"signed by: {signers[0]}, but that fingerprint is not in the "
+            (stanza.gpg_fingerprints, f"signed by: {signer}, but that fingerprint is not in the "
              "GPG_FINGERPRINT_ID list."),
-            (stanza.gpg_remote_ids, f"signed by ID: {signers[0][-16:]}, but that ID is not in the GPG_REMOTE_ID "
-             "list.")):
-        if wanted and not any(signer.endswith(each) for signer in signers for each in wanted):
-            raise PacketRejected("gpg signer", "Incoming SPA packet " + text)
-    return signers[0]
+            (stanza.gpg_remote_ids, f"signed by ID: {signer[-16:]}, but that ID is not in the "
+             "GPG_REMOTE_ID list.")):
+        if wanted and not any(key.endswith(each) for key in (signer, primary) for each in wanted):
+            raise PacketRejected("gpg signer", f"Incoming SPA packet {text}")
+    return signer
 
 
 class GpgNeeded(Exception):
@@ -3598,45 +3602,48 @@ class GpgNeeded(Exception):
 
 
 class Gpg:
-    """Asks gpg for all stanzas: bounded in time and output, and in number but for genuine packets
-    with HMAC. What comes without HMAC can't use up the number of the others."""
+    """The limits of gpg's runs, and its last answers, for all stanzas.
+
+    Runs are limited in time and output, and in number apart from those for genuine packets with
+    HMAC. Packets without HMAC can't use up the number of the others.
+    """
 
     def __init__(self, clocks: Clocks = CLOCKS) -> None:
         self.clocks = clocks
-        # Oldest first; a rejection where gpg gave no answer.
+        # Oldest first. A rejection stands for an answer that gpg did not give.
         self.answers: Dict[GpgQuestion, Union[GpgAnswer, PacketRejected]] = {}
         self.busy_until = clocks.monotonic() - GPG_BURST
-        self.cost = 0.0  # of the last answer that ask() gave
+        self.cost = 0.0  # of the answer that ask() returned last
 
     def ask(self, command: List[str], passphrase: bytes, message: bytes,
             has_hmac: bool) -> GpgAnswer:
-        """Return gpg's answer to a message; GpgNeeded when it has to be asked first.
+        """Return gpg's answer to a message; raise GpgNeeded if gpg has to run first.
 
-        PacketRejected when it gave none, TooFast when packets of which nothing comes are so many
-        that they would keep this machine busy.
+        Raise PacketRejected if gpg gave no answer. Raise TooFast if so many packets open nothing
+        that running gpg for them would keep this machine busy.
         """
         question = (tuple(command), passphrase, message)
         answer = self.answers.get(question)
         if answer is None:
-            start = self.clocks.monotonic()
-            if start + has_hmac * GPG_HMAC_SECONDS < self.busy_until:
-                raise TooFast("gpg too fast", (
-                    "GPG packets that open nothing come too fast; this one is not decrypted"
-                    if has_hmac else
-                    "GPG packets without HMAC come too fast; this one is not decrypted"))
+            excess = GPG_HMAC_SECONDS if has_hmac else 0
+            if self.clocks.monotonic() + excess < self.busy_until:
+                kind = "that open nothing" if has_hmac else "without HMAC"
+                raise TooFast("gpg too fast", f"GPG packets {kind} come too fast; this one is not "
+                              "decrypted")
             raise GpgNeeded(GpgRun(self, question, has_hmac))
         if isinstance(answer, PacketRejected):
-            raise PacketRejected(answer.reason, str(answer))  # anew: it gets a stanza and frames
+            # A copy, since the gate notes the stanza in it, and Python the frames.
+            raise PacketRejected(answer.reason, str(answer))
         self.cost = answer.cost
         return answer
 
     def charge(self) -> None:
-        """Count a run, as if the burst had been saved up, one a second, since busy_until."""
+        """Count a run, as if one run a second had been saved up since busy_until."""
         self.busy_until = max(self.busy_until, self.clocks.monotonic() - GPG_BURST + 1) + 1
 
     def keep(self, question: GpgQuestion, answer: Union[GpgAnswer, PacketRejected],
              seconds: float) -> None:
-        """Keep an answer that took so many seconds: gpg may take a tenth of our time."""
+        """Keep an answer, and count its seconds tenfold: gpg may have a tenth of the time."""
         cost = max(1.0, 10 * seconds)
         self.busy_until += cost - 1
         while len(self.answers) >= GPG_KNOWN:
@@ -3654,17 +3661,17 @@ class Entry:
 
 
 class GpgRun:
-    """A gpg that decrypts one message, for a packet that goes on when it has ended.
+    """A run of gpg that decrypts one message; its packet waits until the run has ended.
 
-    The passphrase goes through a pipe, so nobody else sees it. Pipes that are filled before and
-    read after need no loop, and bound what gpg can say. One that an agent of gpg's holds open must
-    not make us wait: they do not block.
+    The passphrase goes through a pipe, so nobody else sees it. The server fills the pipes before
+    the run and reads them after it: this needs no loop, and limits gpg's output. They do not block,
+    because an agent that gpg started may hold them open.
     """
 
     def __init__(self, gpg: Gpg, question: GpgQuestion, has_hmac: bool) -> None:
         self.gpg, self.question, self.has_hmac = gpg, question, has_hmac
         self.process: Optional["subprocess.Popen[bytes]"] = None
-        self.ends: List[int] = []  # of pipes: those to read plaintext and status from
+        self.ends: List[int] = []  # of the pipes that gpg writes plaintext and status to
         self.began = self.due = FOR_EVER
         self.entry: Optional[Entry] = None  # the packet that waits
 
@@ -3675,7 +3682,7 @@ class GpgRun:
         self.due = time.monotonic() + GPG_SECONDS
         ends: List[int] = []
         try:
-            for data in (message, passphrase + b"\n"):  # less than the 4096 bytes a pipe holds
+            for data in (message, passphrase + b"\n"):  # an empty pipe takes 4096 bytes at once
                 reader, writer = os.pipe()
                 ends.append(reader)
                 os.write(writer, data)
@@ -3691,37 +3698,37 @@ class GpgRun:
                  "--decrypt"], stdin=text, stdout=plain, stderr=subprocess.DEVNULL,
                 pass_fds=(secret, status), env=PROGRAM_ENVIRONMENT)
         except OSError as error:
-            self.answer(PacketRejected("gpg failed", f"{command[0]}: {error.strerror}"))
+            self.answer(PacketRejected("gpg failed", explain(error, command[0])))
         finally:
             for end in ends:
                 os.close(end)
 
     def has_ended(self) -> bool:
-        """Tell whether there is an answer; kill a gpg that takes too long."""
+        """Return whether there is an answer; kill a gpg that takes too long."""
         process = self.process
         if process is not None and process.poll() is not None:
             plain, status = map(read_pipe, self.ends)
             self.answer(GpgAnswer(plain, parse_gpg_status(status), process.returncode == 0))
         elif process is not None and time.monotonic() >= self.due:
             self.kill()
-            self.answer(PacketRejected("gpg failed", "gpg took more than %d seconds" % GPG_SECONDS))
+            self.answer(PacketRejected("gpg failed", f"gpg took more than {GPG_SECONDS} seconds"))
         return self.began != FOR_EVER and not self.ends
 
     def answer(self, answer: Union[GpgAnswer, PacketRejected]) -> None:
-        """Give the answer to whoever asks again, and close the pipes."""
+        """Keep the answer for the packet's next judgement, and close the pipes."""
         self.gpg.keep(self.question, answer, self.gpg.clocks.monotonic() - self.began)
         while self.ends:
             os.close(self.ends.pop())
 
     def kill(self) -> None:
-        """End gpg at once."""
+        """Kill gpg, and wait for its end."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
 
 def read_pipe(end: int) -> bytes:
-    """What is in a pipe that does not block."""
+    """Return the contents of a pipe that does not block."""
     try:
         return os.read(end, GPG_OUTPUT)
     except BlockingIOError:
@@ -3729,48 +3736,29 @@ def read_pipe(end: int) -> bytes:
 
 
 class GpgKeys(Keys):
-    """What opens the GPG packets of one stanza."""
+    """The keys that unlock the GPG packets of one stanza: `fingerprints` and their `command`."""
 
-    def __init__(self, stanza: Stanza, settings: ServerSettings, gpg: Gpg) -> None:
+    def __init__(self, stanza: Stanza, gpg: Gpg, command: List[str],
+                 fingerprints: FrozenSet[str]) -> None:
         hmac_key = stanza.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
         hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
         super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
                          stanza.hmac_type, gpg_prefix)
-        self.stanza, self.gpg = stanza, gpg
-        named = stanza.gpg_program or settings.gpg_program or "gpg"
-        program = find_program(named)
-        if program is None:
-            raise stanza.error(Stanza.gpg_decrypt_id, f"there is no program {named} to decrypt")
-        self.command = [program, "--homedir", stanza.gpg_home or settings.gpg_home, *GPG_OPTIONS]
-        self.command += ["--skip-verify"] * stanza.gpg_disable_sig
-        self.fingerprints = self.find_key()
-        self.key_ids = [binascii.unhexlify(each[-16:]) for each in self.fingerprints]
-
-    def find_key(self) -> FrozenSet[str]:
-        """The fingerprints of GPG_DECRYPT_ID and its subkeys; ConfigError unless gpg has it."""
-        row, stanza = Stanza.gpg_decrypt_id, self.stanza
-        question = ["--with-colons", "--list-secret-keys", "--", stanza.gpg_decrypt_id]
-        try:
-            listing = run_program(self.command + question, seconds=GPG_SECONDS)
-        except CommandError as error:
-            raise stanza.error(row, "expected a secret key: %s"
-                               % (error.said or error)) from None
-        lines = [line.split(":") for line in listing.split("\n")]
-        count = sum(words[0] == "sec" for words in lines)
-        if count != 1:
-            raise stanza.error(row, "expected the id of one secret key, not of %d" % count)
-        return frozenset(words[9] for words in lines if words[0] == "fpr")
+        self.stanza, self.gpg, self.command = stanza, gpg, command
+        self.fingerprints = fingerprints
+        self.key_ids = [binascii.unhexlify(each[-16:]) for each in fingerprints]
 
     def mark_genuine(self) -> None:
-        """A run of gpg's for a packet with HMAC that is genuine and new does not count."""
+        """Take back the cost of the run, if the packet came with an HMAC."""
         if self.has_hmac:
             self.gpg.busy_until -= self.gpg.cost
 
     def decrypt(self, message: bytes) -> bytes:
-        """The plaintext of an OpenPGP message; PacketRejected unless all is as the stanza wants it.
+        """Return the plaintext of an OpenPGP message; raise PacketRejected unless the stanza's key
+        decrypts it and the stanza trusts its signer.
 
-        A message names the key that it is encrypted to, in eight octets (RFC 4880 section 5.1):
-        junk does not, and what is for other keys need not cost a run of gpg.
+        A message names the key that it is encrypted to, in eight octets (RFC 4880 section 5.1).
+        Junk and messages for other keys do not name ours, and so cost no run of gpg.
         """
         if not any(key_id in message for key_id in self.key_ids):
             raise not_decrypted("No secret key")
@@ -3784,14 +3772,38 @@ class GpgKeys(Keys):
         return answer.plain
 
 
+def run_gpg_listing(stanza: Stanza, command: List[str]) -> FrozenSet[str]:
+    """Run gpg to list the fingerprints of GPG_DECRYPT_ID and its subkeys; raise ConfigError unless
+    gpg has the one secret key."""
+    row = Stanza.gpg_decrypt_id
+    question = ["--with-colons", "--list-secret-keys", "--", stanza.gpg_decrypt_id]
+    try:
+        listing = run_program(command + question, seconds=GPG_SECONDS)
+    except CommandError as error:
+        raise stanza.error(row, f"expected a secret key: {error.said or error}") from None
+    records = [line.split(":") for line in listing.split("\n")]
+    count = sum(fields[0] == "sec" for fields in records)
+    if count != 1:
+        raise stanza.error(row, f"expected the id of one secret key, not of {count}")
+    return frozenset(fields[9] for fields in records if fields[0] == "fpr")
+
+
 def load_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = CLOCKS) -> None:
-    """Make the GPG stanzas ready. One whose gpg or secret key is missing is void, until a reload
-    finds it: a keyring changes outside our files, and that must lock out nobody else."""
+    """Run gpg to find the keys of each GPG stanza. A stanza without gpg or secret key is void until
+    a reload finds them: a keyring changes outside our files, and must lock out nobody else."""
     gpg = Gpg(clocks)
     for stanza in stanzas:
+        if not stanza.gpg_decrypt_id or stanza.void:
+            continue
+        named = stanza.gpg_program or settings.gpg_program or "gpg"
+        program = find_program(named)
         try:
-            if stanza.gpg_decrypt_id and not stanza.void:
-                stanza.gpg = GpgKeys(stanza, settings, gpg)
+            if program is None:
+                raise stanza.error(Stanza.gpg_decrypt_id, f"there is no program {named} to decrypt")
+            command = [program, "--homedir", stanza.gpg_home or settings.gpg_home, *GPG_OPTIONS]
+            if stanza.gpg_disable_sig:
+                command.append("--skip-verify")
+            stanza.gpg = GpgKeys(stanza, gpg, command, run_gpg_listing(stanza, command))
         except SpaError as error:
             stanza.make_void(error)
 
