@@ -7944,15 +7944,15 @@ class Server:
 # Pid file, control socket, signals, background and reload.
 # ======================================================================================
 
-
-CONTROL_SUFFIX = ".sock"  # behind the name of the pid file
+CONTROL_SUFFIX = ".sock"  # follows the name of the pid file
+ANSWER_SECONDS = 30  # as PROGRAM_SECONDS: the server may be waiting for a firewall program
 
 
 def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
-    """Return the descriptor of the pid file, locked as long as it is open, with our pid in it.
+    """Return the descriptor of the pid file with our pid in it, locked until it is closed.
 
-    SpaError when a server has it, or a link is in its place. A disk that fails is no reason not to
-    serve: then the log says what can't be done.
+    Raise SpaError if another server has it, or a link is in its place. A disk that fails does not
+    keep this server from serving: the log says what does not work then.
     """
     try:
         make_directory(os.path.dirname(path))
@@ -7960,12 +7960,13 @@ def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
     except OSError as error:
         if error.errno not in DISK_FAILURES:
             raise
-        log.error(f"{explain(error)}; nothing keeps a second server from starting, and -S, -K and -R do not find "
-                  "this one")
-        return os.open(os.devnull, os.O_RDWR)  # to be closed in its place
-    for wait in (0.05, 0.1, 0.2, 0):  # --status holds it for a moment, too
+        log.error(f"{explain(error)}; nothing keeps a second server from starting, and -S, -K "
+                  "and -R do not find this one")
+        return os.open(os.devnull, os.O_RDWR)  # the caller closes this instead
+    for wait in (0.05, 0.1, 0.2, 0):  # --status holds the lock for a moment, too
         try:
-            # The pid is ours before the lock says that it is a server's, and once more after it.
+            # Whoever sees the exclusive lock reads our pid, so write it under a shared one first.
+            # Another start may do the same at that time, so write it once more.
             for lock in (fcntl.LOCK_SH, fcntl.LOCK_EX):
                 fcntl.flock(file, lock | fcntl.LOCK_NB)
                 write_pid(file, path, log)
@@ -7978,11 +7979,11 @@ def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
 
 
 def open_pid_file(path: str) -> int:
-    """Open the pid file. A new one has a pid in it before it has its name, so it is never empty."""
+    """Open the pid file. A new one gets our pid before its name, so that it is never empty."""
     if not os.path.lexists(path):
-        temporary = "%s.%d" % (path, os.getpid())
+        temporary = f"{path}.{os.getpid()}"
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with contextlib.suppress(OSError):  # no room, no links here, or somebody was faster
+        with contextlib.suppress(OSError):  # no room, no links here, or another start was faster
             os.write(file, b"%d\n" % os.getpid())
             os.link(temporary, path)
         os.close(file)
@@ -7997,11 +7998,11 @@ def write_pid(file: int, path: str, log: Log) -> None:
         os.pwrite(file, text.ljust(os.fstat(file).st_size, b"\n"), 0)
         os.ftruncate(file, len(text))
     except OSError as error:
-        log.error(f"{path}: {error.strerror}; -S, -K and -R do not find this server")
+        log.error(f"{explain(error, path)}; -S, -K and -R do not find this server")
 
 
 def running_server(path: str) -> Optional[int]:
-    """Return the pid of the server that has locked this file, None without one. Change nothing."""
+    """Return the pid of the server that has locked this file, or None; change nothing."""
     try:
         file = open_itself(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -8019,67 +8020,76 @@ def running_server(path: str) -> Optional[int]:
 
 
 class Control:
-    """A Unix socket beside the pid file, through which root asks the running server for something.
+    """A Unix socket beside the pid file, through which root sends the running server requests.
 
-    A request is one line, and one packet; so is the answer: `ok`, or `error:` and why.
+    A request is one line in one packet. So is the answer: `ok`, or `error:` and the reason.
     """
 
     def __init__(self, pid_file: str, selector: selectors.BaseSelector,
                  answer: Callable[[str], str]) -> None:
         self.path, self.selector, self.answer = pid_file + CONTROL_SUFFIX, selector, answer
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.setblocking(False)
+        self.socket: Optional[socket.socket] = None
+
+    def listen(self) -> None:
+        """Open the socket, with a file for its owner alone; raise OSError if that fails."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mask = os.umask(0o177)
         try:
-            if os.path.lexists(self.path):  # who left it is dead: the pid file is locked
+            if os.path.lexists(self.path):  # its server is dead: this one has locked the pid file
                 os.unlink(self.path)
-            self.socket.bind(self.path)
+            listener.bind(self.path)
+            listener.listen(8)  # few ask at a time, by hand
+        except OSError:
+            listener.close()
+            raise
         finally:
             os.umask(mask)
-        self.socket.listen(8)
-        selector.register(self.socket, selectors.EVENT_READ, self.accept)
+        listener.setblocking(False)
+        self.socket = listener
+        self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, listener))
 
-    def accept(self) -> None:
-        """Take a connection from root, or from the user that this server runs as."""
+    def accept(self, listener: socket.socket) -> None:
+        """Accept a connection from root, or from the user that this server runs as."""
         try:
-            peer = self.socket.accept()[0]
+            peer = listener.accept()[0]
         except OSError:  # it has gone already
             return
         peer.setblocking(False)
         _, user, _ = struct.unpack("=iII", peer.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, 12))  # struct ucred
         if user in (0, os.geteuid()):
-            self.selector.register(peer, selectors.EVENT_READ, partial(self.take, peer))
+            self.selector.register(peer, selectors.EVENT_READ, partial(self.respond, peer))
         else:
             peer.close()
 
-    def take(self, peer: socket.socket) -> None:
-        """Do what a request asks for, answer, and end the connection."""
+    def respond(self, peer: socket.socket) -> None:
+        """Do what a request asks for, answer it, and close the connection."""
         self.selector.unregister(peer)
-        with peer, contextlib.suppress(OSError):  # who asked may have gone
+        with peer, contextlib.suppress(OSError):  # the other end may have gone
             request = peer.recv(4096).decode("ascii", "replace").strip()
             if request:
                 peer.send(self.answer(request).encode("ascii", "replace") + b"\n")
 
     def close(self) -> None:
-        """Close the socket, and take its file away."""
-        self.selector.unregister(self.socket)
-        self.socket.close()
-        with contextlib.suppress(OSError):  # somebody did
-            os.unlink(self.path)
+        """Close the socket, if it is open, and remove its file."""
+        if self.socket:
+            self.selector.unregister(self.socket)
+            self.socket.close()
+            with contextlib.suppress(OSError):  # somebody else removed it
+                os.unlink(self.path)
 
 
 def ask_server(pid_file: str, request: str) -> str:
-    """Return the running server's answer to a request; OSError if it gives none in time."""
+    """Return the running server's answer to a request; raise OSError if it gives none in time."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.settimeout(KILL_SECONDS)
+        server.settimeout(ANSWER_SECONDS)
         server.connect(pid_file + CONTROL_SUFFIX)
         server.send(request.encode())
         return server.recv(4096).decode("ascii", "replace").strip()
 
 
 def catch_signals(selector: selectors.BaseSelector) -> List[int]:
-    """The signals that came, to be looked at between two turns of the loop, which each wakes."""
+    """Return a list that signals are added to from now on. Each signal also wakes the selector."""
     pending: List[int] = []
     reader, writer = socket.socketpair()
     for end in (reader, writer):
@@ -8087,17 +8097,16 @@ def catch_signals(selector: selectors.BaseSelector) -> List[int]:
     signal.set_wakeup_fd(writer.detach())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: pending.append(number))
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it wakes the loop up
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it only has to wake the loop
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     selector.register(reader, selectors.EVENT_READ, lambda: drain_socket(reader))
     return pending
 
 
 def go_to_background() -> int:
-    """Goes on in a child of its own session; the parent waits until the child says that it serves.
+    """Go on in a child with a session of its own. Return a descriptor for the child's ready byte.
 
-    Returns the descriptor to say it on, by writing a byte; the parent then ends with 0, or with 1
-    when the child ended first.
+    The parent waits for that byte and ends with 0, or with 1 if the child ends without it.
     """
     reader, writer = os.pipe()
     if os.fork():
@@ -8110,7 +8119,7 @@ def go_to_background() -> int:
 
 
 def close_standard_files() -> None:
-    """Connects stdin, stdout and stderr with /dev/null."""
+    """Connect stdin, stdout and stderr with /dev/null."""
     null = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(null, number)
@@ -8118,7 +8127,7 @@ def close_standard_files() -> None:
 
 
 def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, log: Log) -> int:
-    """Serves until a signal ends it; returns the exit code."""
+    """Serve until a signal ends the server; return the exit code."""
     configuration = read()
     log.level = DEBUG if configuration.settings.verbose else INFO
     firewall = configuration.choose_firewall(log)
@@ -8134,19 +8143,19 @@ def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, lo
 
 def serve_until_told(configuration: Configuration, firewall: Firewall,
                      read: Callable[[], Configuration], ready: Optional[int], log: Log) -> int:
-    """Starts the server, says so to `ready`, and stops it when a signal came; the exit code."""
+    """Start the server, say so through `ready`, serve until told to stop; return the exit code."""
     configuration.tell(log)
     warn_of_host(configuration, firewall, log)
     log.info(configuration.words.starting)
     server = Server(configuration, firewall, log)
     signals = catch_signals(server.selector)
     server.start(configuration.settings.flush_at_start)
-    control = None
+    control = Control(configuration.settings.pid_file, server.selector, server.command)
     try:
-        control = Control(configuration.settings.pid_file, server.selector, server.command)
+        control.listen()
     except OSError as error:
-        log.warning("No control socket beside the pid file (%s): --fw-flush can't ask this server; "
-                    "kill -USR2 can" % (error.strerror or error))
+        log.warning(f"No control socket beside the pid file ({explain(error, control.path)}): "
+                    "--fw-flush can't ask this server; kill -USR2 can")
     if firewall.guard_ports:
         log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
     log.info(configuration.words.started)
@@ -8158,18 +8167,17 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     while server.running:
         server.turn()
         while signals:
-            take_signal(signals.pop(0), server, read)
+            obey_signal(signals.pop(0), server, read)
     try:
         server.stop()
     finally:
-        if control:
-            control.close()
+        control.close()
         log.info(server.configuration.words.ended)
     return server.exit_code
 
 
 def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> None:
-    """Logs what stands in the way of the settings: guards of other ones, and no forwarding."""
+    """Warn of what hinders the settings on this host: old guards, its rules, no forwarding."""
     settings = configuration.settings
     guards: List[Leftover] = []
     try:
@@ -8184,17 +8192,19 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
             log.warning(text)
     except ConfigError as error:  # of a program that these settings do not use
         log.warning(str(error))
-    except CommandError as error:  # a look that fails is no reason not to serve
+    except CommandError as error:  # serve without having looked
         log.debug(f"{error}; whether the host's rules are in the way is not known")
     for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
         if settings.forwarding and read_proc("sys/" + name) == "0":
-            log.warning("ENABLE_IPT_FORWARDING: no IPv%d is forwarded while %s is 0"
-                        % (version, name.replace("/", ".")))
+            setting = name.replace("/", ".")
+            log.warning(f"ENABLE_IPT_FORWARDING: no IPv{version} is forwarded while {setting} is 0")
 
 
-def take_signal(number: int, server: Server, read: Callable[[], Configuration]) -> None:
-    """SIGHUP reads the files again, and keeps the old settings if they are bad; SIGUSR1 logs the
-    counters; SIGUSR2 closes all that is open; the others end the server."""
+def obey_signal(number: int, server: Server, read: Callable[[], Configuration]) -> None:
+    """Do what a signal asks for: reload, log the counters, close all that is open, or stop.
+
+    SIGHUP reads the files again, and keeps the old settings if the new ones are bad.
+    """
     log = server.log
     if number == signal.SIGUSR1:
         log.info(server.report())
@@ -8217,8 +8227,8 @@ def take_signal(number: int, server: Server, read: Callable[[], Configuration]) 
         log.info(configuration.words.restarted)
     except Exception as error:  # a mistake of ours in reading must not end the server
         known = isinstance(error, (SpaError, OSError))
-        log.error("%s; going on with the old settings" % (
-            explain(error) if known else internal_error(error, log.level >= DEBUG)))
+        text = explain(error) if known else internal_error(error, log.level >= DEBUG)
+        log.error(f"{text}; going on with the old settings")
 
 
 # ======================================================================================
@@ -8447,7 +8457,7 @@ h help              -      help                 print this
 KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
 KNOCKD_FILE = "/etc/knockd.conf"
 LOOK_AGAIN_SECONDS = 0.5  # a server puts back sooner what somebody took, but for legacy iptables
-KILL_SECONDS = 30  # a server may have to wait for a firewall program
+
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
            "list_all", "flush", "guard", "unguard", "key_gen"}
 
@@ -8615,11 +8625,11 @@ def signal_server(arguments: Arguments) -> int:
         return 1
     if "kill" in arguments:
         os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + KILL_SECONDS
+        end = time.monotonic() + ANSWER_SECONDS
         while running_server(path) == pid:
             if time.monotonic() > end:
                 raise SpaError("fwknopd (pid=%d) has not ended yet, after SIGTERM and %d seconds"
-                               % (pid, KILL_SECONDS), "see its log")
+                               % (pid, ANSWER_SECONDS), "see its log")
             time.sleep(0.05)
         write_to(sys.stdout, "Killed fwknopd (pid=%d) via SIGTERM\n" % pid)
     elif "restart" in arguments:

@@ -308,6 +308,7 @@ class SignalTest(ControlTest):
         path = os.path.join(directory, "pid")
         control = spa_server.Control(path, selector,
                                      lambda request: asked.setdefault(request, "ok"))
+        control.listen()
         self.assertEqual(0o600, os.stat(control.path).st_mode & 0o777)
         os.chmod(control.path, 0o666)
         for user in (65534, 0):

@@ -165,7 +165,7 @@ class LifeLineTest(LogCase):
     def after_signal(self, number: int, made: Any, read: Callable[[], Any]) -> List[str]:
         """Return the lines of a signal."""
         self.lines()
-        server.take_signal(number, made, read)
+        server.obey_signal(number, made, read)
         return self.lines()
 
     def test_signals(self) -> None:
@@ -338,7 +338,7 @@ class KillTest(LogCase):
         path = os.path.join(self.directory, "fwknopd.pid")
         self.addCleanup(os.close, server.lock_pid_file(path, self.log))
         arguments = server.Arguments(["-K", "-p", path, "-c", os.devnull])
-        with mock.patch("os.kill") as kill, mock.patch.object(server, "KILL_SECONDS", 0.2), \
+        with mock.patch("os.kill") as kill, mock.patch.object(server, "ANSWER_SECONDS", 0.2), \
                 mock.patch("builtins.print") as said, \
                 self.assertRaisesRegex(server.SpaError, r"\(pid=%d\) has not ended yet"
                                        % os.getpid()):

@@ -1461,7 +1461,7 @@ class LifeTest(ServerCase):
         server.warn_of_host(new, firewall, self.log)
         self.assertRegex(self.logged(), r":4: FIREWALL_EXE: expected an nft or iptables program")
         with mock.patch.object(server.Server, "reload"):
-            server.take_signal(signal.SIGHUP, made, lambda: new)
+            server.obey_signal(signal.SIGHUP, made, lambda: new)
         self.assertNotIn("old settings", self.logged())
 
     def test_stop(self) -> None:
