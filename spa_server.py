@@ -7,21 +7,32 @@ iptables. It needs nothing but Python's standard library, and nft or iptables. C
 tests/spec/fwknop.md and tests/spec/knockd.md by section. These files describe the formats and the
 behaviour of fwknop and knockd.
 
-The life of a datagram, in the order of Gate.receive() and Gate.admit() in section 24:
+The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 26:
 
   capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 16
   check      length and alphabet, before any key is touched                 section 4
   unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 13
   fresh      too old? seen before? from before this memory began?           section 14
   remember   on file before a door opens: a crash must not allow a replay   section 14
-  judge      user, address, ports, expiry: what may this packet open?       section 11
+  judge      user, address, ports, expiry: what may this packet open?       sections 11, 24
   open       the firewall gets the grant, and ends it by itself             sections 21, 17 to 19
   or run     instead of opening, where a stanza says so: commands           section 22
   close      by the kernel when its time has come; by this server too       section 21
 
 A packet for GPG waits at `unlock` while gpg runs beside the loop; it then begins again with the
-answer. A hit of a port goes to KnockGate.take_knock() instead: if it is the next step of a sequence
-(section 8) it counts, and the last step opens or runs as above.
+answer. A packet that may be a knock goes to KnockListener.take_knock() in section 25 instead. If it
+is the next step of a sequence (section 8) it counts; the last step opens or runs as above.
+
+Until a packet's key is proven, 21 functions of 000 lines have run. With the usual set-up, a packet
+socket and stanzas with HMAC, these take junk from the kernel to a line in the log:
+
+  Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
+  Entry.__init__, Gate.admit, Gate.authentic_stanzas, is_gpg, Keys.authentic, Hmac.__call__,
+  encode_base64, Tally.reject, Throttle.allows, socket_text, Log.write, Outlet.write,
+  StreamOutlet.send, StreamOutlet.write_part, Gate.is_full
+
+UDP and TCP sockets add their own receive() (section 16), HTTP adds Gate.unwrap(). A stanza without
+HMAC proves the key by decryption: unlock() and all that it calls. Knock sequences have no key.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH, an optional import of
@@ -7129,14 +7140,15 @@ class Access:
 
         Return the look-up that judge() asks for, if it does: then nothing is done yet.
         """
-        verdict = judge(request, stanza, self.settings, is_own_address, self.clocks.wall())
+        verdict = judge(request, stanza, self.settings, is_own_address,  # section 11
+                        self.clocks.wall())
         if isinstance(verdict, Lookup):
             return verdict
         try:
             if verdict.by_commands:
-                self.commands.run(self.cycles(verdict, request, stanza))
+                self.commands.run(self.cycles(verdict, request, stanza))  # section 22
             else:
-                self.grants.grant(verdict.doors, verdict.seconds, stanza.number)
+                self.grants.grant(verdict.doors, verdict.seconds, stanza.number)  # section 21
         except CommandError as error:
             self.log.error(str(error))
             raise PacketRejected(*(
@@ -7269,7 +7281,7 @@ class KnockListener:
             try:
                 if (knock.destination == sequence.target if sequence.target else
                         self.is_own_address(knock.destination, now)):
-                    done = sequence.follow(knock, now)
+                    done = sequence.follow(knock, now)  # section 8
                     if done:
                         self.step(sequence, owner, knock, done)
             except Exception as error:  # a mistake of ours must not let one packet end the server
@@ -7361,8 +7373,8 @@ class KnockListener:
 # ======================================================================================
 # 26. Gate
 #
-# The way of a packet, from a datagram to access. Until authentic_stanzas() yields a stanza, nobody has
-# proven anything; the docstring of this file names all that has run by then.
+# The way of a packet, from a datagram to access. Until authentic_stanzas() yields a stanza, no key
+# is proven; the docstring of this file names all functions that have run by then.
 # ======================================================================================
 
 AnyKeys = Union[PacketKeys, GpgKeys]
@@ -7454,7 +7466,7 @@ class Gate:
         try:
             if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
                 datagram = self.unwrap(datagram)
-            check_payload(datagram.payload)
+            check_payload(datagram.payload)  # section 4
             if entry is None:
                 entry = Entry(datagram)
                 self.candidates += 1
@@ -7473,7 +7485,7 @@ class Gate:
         wrong: Optional[PacketRejected] = None
         for stanza, keys in self.keyed[is_gpg(payload)]:
             if stanza.for_all or stanza.admits(datagram):
-                if keys.authentic(payload):  # before anything else is looked at
+                if keys.authentic(payload):  # section 3, before anything else is looked at
                     found = True
                     yield stanza, keys
                 wrong = wrong or stanza.wrong_hmac
@@ -7518,8 +7530,8 @@ class Gate:
         """
         datagram, prefix = entry.datagram, f"(stanza #{stanza.number}) "
         if not entry.remembered:
-            self.memory.check_unseen(datagram)  # a replay does not cost a decryption
-        packet, texts = unlock(datagram.payload, keys)
+            self.memory.check_unseen(datagram)  # section 14; a replay costs no decryption
+        packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 13
         if not entry.remembered:
             self.memory.check_fresh(packet.timestamp)
             for text in texts:
@@ -7536,7 +7548,7 @@ class Gate:
     def ask(self, request: Request, stanza: Stanza) -> None:
         """Ask for access, perhaps later: when the address of the packet's NAT host is known."""
         knocks = self.knocks_needed(request, stanza)
-        lookup = self.access.allow(request, stanza)
+        lookup = self.access.allow(request, stanza)  # section 24
         if lookup is None:
             self.knocks.use_up(knocks)
         elif not self.resolver.look_up(lookup, stanza.number,
@@ -7626,6 +7638,84 @@ SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until 
 CHECK_SHARE = 0.25  # of the time goes into that, unless there is something to put back
 
 
+class FirewallWatch:
+    """Put back rules and grants that somebody took from the firewall."""
+
+    def __init__(self, grants: Grants, log: Log, clocks: Clocks) -> None:
+        self.grants, self.log, self.clocks = grants, log, clocks
+        self.events: Optional[socket.socket] = None  # announces changes of nf_tables, once open
+        self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
+        self.check_wait = RETRY_SECONDS
+        self.guard_due = 0.0
+
+    def hear(self) -> None:
+        """Look at the firewall soon after somebody changed it, once for a series of changes."""
+        if self.read_announcements():
+            due = self.clocks.monotonic() + SETTLE_SECONDS
+            if not self.grants.firewall.quickly_intact:
+                due = max(due, self.check_rest)
+            self.check_due = min(self.check_due, due)
+
+    def read_announcements(self) -> bool:
+        """Return whether somebody changed the firewall; a changed guard is put back at once."""
+        changed = guard = False
+        netlink = self.grants.firewall.netlink
+        try:
+            while self.events is not None:
+                for kind, port, body in netlink_messages(self.events.recv(65536)):
+                    changed = changed or netlink is None or port != netlink.port
+                    guard = guard or self.grants.firewall.concerns_guard(kind, body)
+        except BlockingIOError:
+            pass
+        except (OSError, CommandError):  # more was announced than fits
+            changed = guard = True
+        if guard:
+            self.mend_guard()
+        return changed
+
+    def mend_guard(self) -> None:
+        """Put the guard back at once if somebody took it: until then everybody gets in."""
+        firewall = self.grants.firewall
+        try:
+            with firewall.within(PATIENCE):
+                if firewall.mend_guard():
+                    self.log.warning("Somebody changed our rules in the firewall "
+                                     f"({firewall.describe()}); put the guard back")
+        except CommandError:  # check() tries again, and says why it can't
+            self.check_rest = 0.0
+        self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
+
+    def check(self) -> None:
+        """Put back rules and grants that somebody took from the firewall; retry after a failure."""
+        began, doubtful = self.clocks.monotonic(), self.grants.doubtful
+        self.grants.doubtful = False  # what fails below is tried again
+        try:
+            with self.grants.firewall.within(PATIENCE):
+                if began < self.check_rest and not doubtful and self.grants.firewall.intact():
+                    self.check_due = self.check_rest  # rules are looked at at once, grants then
+                    return
+                all_well = self.grants.check()
+        except CommandError as error:
+            self.log.error(f"{error}; the firewall is not as it should be, trying again")
+            self.read_announcements()  # mostly of the attempt itself
+            self.check_rest = 0.0
+            self.check_due = self.clocks.monotonic() + self.check_wait
+            self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
+        else:
+            now = self.clocks.monotonic()
+            self.check_due = now + self.grants.firewall.poll_seconds
+            rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
+            self.check_rest = now + rest * all_well
+            self.check_wait = RETRY_SECONDS
+
+    def do_what_is_due(self) -> None:
+        """Look at the guard or at the whole firewall when it is time."""
+        if self.clocks.monotonic() >= self.guard_due:
+            self.mend_guard()
+        if self.clocks.monotonic() >= self.check_due or self.grants.doubtful:
+            self.check()
+
+
 class Server:
     """The loop, and all that it drives: captures, gate, knock listener, grants and commands."""
 
@@ -7636,6 +7726,7 @@ class Server:
         self.selector = selectors.DefaultSelector()
         self.tally = Tally(log)
         self.grants = Grants(firewall, log, clocks)
+        self.watch = FirewallWatch(self.grants, log, clocks)
         self.commands = Commands(self.selector, log, configuration.test, clocks)
         self.access = Access(self.settings, self.grants, self.commands, self.tally, log, clocks)
         self.knocks = KnockListener(configuration, self.access)
@@ -7643,12 +7734,8 @@ class Server:
                          self.catch_up)
         self.remembers = False  # whether the gate has the settings' replay memory
         self.captures: List[Capture] = []
-        self.firewall_events: Optional[socket.socket] = None
         self.link_events: Optional[socket.socket] = None
         self.since = self.clocks.wall()
-        self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
-        self.check_wait = RETRY_SECONDS
-        self.guard_due = 0.0
         self.running, self.exit_code = True, 0
 
     def start(self, flush: bool) -> None:
@@ -7657,7 +7744,7 @@ class Server:
             self.gate.memory = open_memory(self.settings, self.log, self.clocks)
             self.remembers = True
         captures = self.configuration.open_captures(self.log)  # fails before anything is changed
-        self.firewall_events = open_netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
+        self.watch.events = open_netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = open_netlink_events(NETLINK_ROUTE, GROUP_LINK)
         try:
             self.grants.firewall.prepare()
@@ -7668,12 +7755,12 @@ class Server:
         except SpaError:
             self.tell_guard()
             raise
-        for events, react in ((self.firewall_events, self.hear_firewall),
+        for events, react in ((self.watch.events, self.watch.hear),
                               (self.link_events, self.check_links)):
             if events is not None:
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures)
-        self.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
+        self.watch.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
 
     def listen(self, captures: List[Capture]) -> None:
         """Read from `captures` from now on; close the others that were read before."""
@@ -7750,66 +7837,6 @@ class Server:
             except SpaError as error:
                 self.log.error(str(error))
 
-    def hear_firewall(self) -> None:
-        """Look at the firewall soon after somebody changed it, once for a series of changes."""
-        if self.read_announcements():
-            due = self.clocks.monotonic() + SETTLE_SECONDS
-            if not self.grants.firewall.quickly_intact:
-                due = max(due, self.check_rest)
-            self.check_due = min(self.check_due, due)
-
-    def read_announcements(self) -> bool:
-        """Return whether somebody changed the firewall; a changed guard is put back at once."""
-        changed = guard = False
-        netlink = self.grants.firewall.netlink
-        try:
-            while self.firewall_events is not None:
-                for kind, port, body in netlink_messages(self.firewall_events.recv(65536)):
-                    changed = changed or netlink is None or port != netlink.port
-                    guard = guard or self.grants.firewall.concerns_guard(kind, body)
-        except BlockingIOError:
-            pass
-        except (OSError, CommandError):  # more was announced than fits
-            changed = guard = True
-        if guard:
-            self.mend_guard()
-        return changed
-
-    def mend_guard(self) -> None:
-        """Put the guard back at once if somebody took it: until then everybody gets in."""
-        firewall = self.grants.firewall
-        try:
-            with firewall.within(PATIENCE):
-                if firewall.mend_guard():
-                    self.log.warning("Somebody changed our rules in the firewall "
-                                     f"({firewall.describe()}); put the guard back")
-        except CommandError:  # check_firewall() tries again, and says why it can't
-            self.check_rest = 0.0
-        self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
-
-    def check_firewall(self) -> None:
-        """Put back rules and grants that somebody took from the firewall; retry after a failure."""
-        began, doubtful = self.clocks.monotonic(), self.grants.doubtful
-        self.grants.doubtful = False  # what fails below is tried again
-        try:
-            with self.grants.firewall.within(PATIENCE):
-                if began < self.check_rest and not doubtful and self.grants.firewall.intact():
-                    self.check_due = self.check_rest  # rules are looked at at once, grants then
-                    return
-                all_well = self.grants.check()
-        except CommandError as error:
-            self.log.error(f"{error}; the firewall is not as it should be, trying again")
-            self.read_announcements()  # mostly of the attempt itself
-            self.check_rest = 0.0
-            self.check_due = self.clocks.monotonic() + self.check_wait
-            self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
-        else:
-            now = self.clocks.monotonic()
-            self.check_due = now + self.grants.firewall.poll_seconds
-            rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
-            self.check_rest = now + rest * all_well
-            self.check_wait = RETRY_SECONDS
-
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:
         """Go on with other settings and stanzas; live grants stay, in a new firewall as well.
 
@@ -7853,8 +7880,8 @@ class Server:
         if memory:
             self.gate.memory, self.remembers = memory, True
         self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
-        self.check_rest = 0.0
-        self.check_firewall()
+        self.watch.check_rest = 0.0
+        self.watch.check()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
                             ServerSettings.pid_file, ServerSettings.syslog_identity,
                             ServerSettings.syslog_facility):
@@ -7879,7 +7906,8 @@ class Server:
     def turn(self) -> None:
         """Wait for the next thing to do, and do it."""
         next_end = self.grants.next_end()
-        due = min([self.check_due, self.guard_due, FOR_EVER if next_end is None else next_end,
+        due = min([self.watch.check_due, self.watch.guard_due,
+                   FOR_EVER if next_end is None else next_end,
                    self.commands.next_due()] + [capture.due for capture in self.captures]
                   + [run.due for run in self.gate.runs]
                   + [sequence.next_due() for sequence in self.knocks.owners])
@@ -7892,10 +7920,7 @@ class Server:
         self.grants.expire()
         self.commands.reap()
         self.knocks.expire()
-        if self.clocks.monotonic() >= self.guard_due:
-            self.mend_guard()
-        if self.clocks.monotonic() >= self.check_due or self.grants.doubtful:
-            self.check_firewall()
+        self.watch.do_what_is_due()
 
     def command(self, request: str) -> str:
         """Do what root asks for, by a signal or the control socket; return the answer."""

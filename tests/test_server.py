@@ -180,7 +180,7 @@ class ServerCase(DirectoryCase):
         self.clock.pass_seconds(seconds)
         self.addCleanup(made.gate.memory.close)
         made.grants.adopt()
-        for each in (made.selector, made.firewall_events, made.link_events):
+        for each in (made.selector, made.watch.events, made.link_events):
             if each is not None:
                 self.addCleanup(each.close)
         return made
@@ -1241,12 +1241,13 @@ class GrantsTest(ServerCase):
         with self.assertRaises(server.CommandError):
             made.grants.grant([self.ssh, self.dns], 60)
         with mock.patch.object(made.selector, "select", return_value=[]):
-            made.check_rest = server.FOR_EVER
+            made.watch.check_rest = server.FOR_EVER
             for rules, due in (({}, server.RETRY_SECONDS), (made.grants.live, server.POLL_SECONDS)):
                 made.turn()
                 self.assertEqual(rules, self.firewall.rules)
-                self.assertAlmostEqual(due, made.check_due - made.clocks.monotonic(), delta=0.5)
-                made.check_due = 0.0
+                now = made.clocks.monotonic()
+                self.assertAlmostEqual(due, made.watch.check_due - now, delta=0.5)
+                made.watch.check_due = 0.0
         self.assertEqual([NOW + 30], [each.expires for each in self.firewall.rules.values()])
 
     def test_check_puts_back(self) -> None:
@@ -1411,12 +1412,12 @@ class LifeTest(ServerCase):
         there, only the grants have to wait.
         """
         made = self.serve("SOURCE ANY\n" + KEYS)
-        if made.firewall_events is not None:  # root's
-            made.firewall_events.close()
-        made.firewall_events, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        if made.watch.events is not None:  # root's
+            made.watch.events.close()
+        made.watch.events, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.addCleanup(kernel.close)
-        self.addCleanup(made.firewall_events.close)
-        made.firewall_events.setblocking(False)
+        self.addCleanup(made.watch.events.close)
+        made.watch.events.setblocking(False)
         self.firewall.netlink = mock.Mock(port=55)
         looks = []  # type: List[float]
 
@@ -1427,10 +1428,10 @@ class LifeTest(ServerCase):
 
         def hear() -> float:
             for port in (55, 77):  # the first is ours
-                self.assertEqual(server.POLL_SECONDS, made.check_due - self.clock.mono())
+                self.assertEqual(server.POLL_SECONDS, made.watch.check_due - self.clock.mono())
                 kernel.send(struct.pack("=IHHII", 16, 0, 0, 0, port))
-                made.hear_firewall()
-            return float(made.check_due - self.clock.mono())
+                made.watch.hear()
+            return float(made.watch.check_due - self.clock.mono())
 
         soon = server.SETTLE_SECONDS
         for seconds, all_well, quickly, wait, rest in (
@@ -1440,16 +1441,16 @@ class LifeTest(ServerCase):
             self.clock.pass_seconds(100)
             self.firewall.quickly_intact = quickly
             with mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
-                made.check_firewall()
+                made.watch.check()
                 self.assertAlmostEqual(wait, hear())
                 self.clock.pass_seconds(wait)
                 del looks[:]
-                made.check_firewall()
+                made.watch.check()
                 self.assertEqual(0 if rest else 1, len(looks))
                 if rest:
-                    self.assertAlmostEqual(rest, made.check_due - self.clock.mono())
+                    self.assertAlmostEqual(rest, made.watch.check_due - self.clock.mono())
                     self.firewall.whole = False
-                    made.check_firewall()
+                    made.watch.check()
                     self.assertEqual(1, len(looks))
 
     def test_a_program_that_is_not_used(self) -> None:

@@ -24,6 +24,7 @@ from tests.support import (SCRIPTS, TIMEOUT, TOP, find_pythons, left_open, neare
 MAX_WIDTH = 100
 MAX_FUNCTION = 60
 MAX_CLASS = 300
+MAX_FAMILY = 400  # lines of a class with all its ancestors in the file
 MAX_LINES = {"spa_server.py": 9000, "spa_client.py": 3400, "keygen.py": 1050}  # for all planned
 TOP_LEVEL = {"spa_server.py", "spa_client.py", "keygen.py", "tests", "README.md", "LICENSE"}
 
@@ -161,6 +162,21 @@ class TextTest(unittest.TestCase):
             limit = MAX_CLASS if isinstance(node, ast.ClassDef) else MAX_FUNCTION
             lines = last_line(node) - node.lineno + 1
             self.assertLessEqual(lines, limit, f"{name}:{node.lineno}: {dotted}")
+
+    @for_each_script
+    def test_families_are_small(self, name: str, text: str, tree: ast.Module) -> None:
+        """A class has at most 400 lines together with its ancestors in the file."""
+        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+        def family(node: ast.ClassDef) -> Set[str]:
+            """Return the names of a class and of its ancestors here."""
+            bases = [each.id for each in node.bases if isinstance(each, ast.Name)]
+            return {node.name}.union(*(family(classes[base]) for base in bases if base in classes))
+
+        for node in classes.values():
+            lines = sum(last_line(classes[each]) - classes[each].lineno + 1
+                        for each in family(node))
+            self.assertLessEqual(lines, MAX_FAMILY, f"{name}: {node.name}")
 
     @for_each_script
     def test_everything_has_a_docstring(self, name: str, text: str, tree: ast.Module) -> None:
