@@ -3503,10 +3503,10 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
 # ======================================================================================
 # 13. GPG
 #
-# gpg decrypts packets and checks their signature (tests/spec/fwknop.md 1.11). The server reads gpg's
-# status lines (GnuPG's doc/DETAILS), never its prose. gpg does not read the gpg.conf of its home,
-# so this section alone says what counts: integrity, the key, one signature, its signer. gpg runs
-# beside the server's loop; judgement of the packet begins anew when gpg has answered.
+# gpg decrypts packets and checks their signature (tests/spec/fwknop.md 1.11). The server reads
+# gpg's status lines (GnuPG's doc/DETAILS), never its prose. gpg does not read the gpg.conf of its
+# home, so this section alone says what counts: integrity, the key, one signature, its signer. gpg
+# runs beside the server's loop; judgement of the packet begins anew when gpg has answered.
 # ======================================================================================
 
 GPG_OPTIONS = ["--no-options", "--batch", "--no-tty", "--pinentry-mode", "loopback",
@@ -3822,23 +3822,23 @@ def load_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = C
 # ======================================================================================
 # 14. Replay memory
 #
-# A packet is remembered as long as it could be fresh. Instead of paying for fsync, a packet
-# that was made before this memory began (a new boot, a lost file) is rejected as well. Times
-# within a boot are monotonic, so that a wall clock that jumps neither forgets nor locks out.
-# A full disk locks nobody out: the process remembers, and the file is emptied, since it is no
+# The server remembers a packet as long as it could be fresh. It pays for no fsync: instead it also
+# rejects packets made before this memory began (a new boot, a lost file). Times within a boot are
+# monotonic: a wall clock that jumps makes the server neither forget packets nor lock clients out.
+# A full disk locks nobody out either: the process remembers, and empties the file, which is no
 # record any more. The next start then begins a new memory.
 # ======================================================================================
 
 DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
 REFUSED_KNOWN = 20000  # refused packets that are known by their digest: 3 MB
-REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file
-REWRITE_SECONDS = 60  # from one attempt to write a file anew to the next
-# What a machine does to a directory that was set up right: that stops no start.
+REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file: 100 kB
+REWRITE_SECONDS = 60  # between attempts to write the file: each that fails logs an error
+# Failures of a disk that was set up right. They stop no start; a wrong path or owner does.
 DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def digest_of(text: bytes) -> str:
-    """The digest by which a packet is remembered."""
+    """Return the digest by which a packet is remembered."""
     return encode_base64(DIGESTS["SHA256"](text)).decode()
 
 
@@ -3852,8 +3852,10 @@ def file_state(path: str) -> Tuple[int, int, int]:
 
 
 def empty_file(path: str) -> None:
-    """Put an empty file in place of another one, or empty that one where its directory must stay as
-    it is. Both may fail, on a read-only file system."""
+    """Put an empty file in place of another one; empty that one if its directory can't be changed.
+
+    Both may fail, on a read-only file system.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.suppress(OSError):
         os.unlink(path)
@@ -3864,23 +3866,23 @@ def empty_file(path: str) -> None:
 class ReplayMemory:
     """The packets that were seen, in fwknopd's digest.cache (tests/spec/fwknop.md 3.5).
 
-    A second comment line holds when the memory began: `# began MONOTONIC BOOT_ID FORGOTTEN`.
-    FORGOTTEN is an epoch second: no packet with a timestamp up to then is accepted, since one may
-    have been forgotten. Without jumps of the clock all of those are too old anyway.
+    The second line of the file says when the memory began: `# began MONOTONIC BOOT_ID FORGOTTEN`.
+    FORGOTTEN is an epoch second: packets up to that timestamp may have been forgotten, so they are
+    rejected. Unless the clock jumped, all of those are too old anyway.
     """
 
     def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
                  clocks: Clocks = CLOCKS) -> None:
         self.path, self.max_age, self.log, self.clocks = path, max_age, log, clocks
         self.boot_id = clocks.boot_id()
-        # By digest, oldest first: its line in the file, and when it came on the monotonic clock.
+        # By digest, oldest first: the packet's line in the file, and its time, monotonic.
         self.seen: Dict[str, Tuple[str, float]] = {}
-        self.refused: Dict[str, str] = {}  # and why
+        self.refused: Dict[str, str] = {}  # the reason by digest
         self.began, self.forgotten = clocks.monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
         self.written = (0, 0, 0)  # device, inode and size of the file as this process wrote it
-        self.rewrite_due = 0.0  # when another attempt to write the file anew may be made
+        self.rewrite_due = 0.0  # when the next attempt to write the file anew may be made
 
     def open_file(self) -> None:
         """Read the file, if there is to be one, and write it anew.
@@ -3895,18 +3897,18 @@ class ReplayMemory:
             self.rewrite()
         except OSError as error:
             if error.errno not in DISK_FAILURES:
-                raise SpaError(f"{self.path}: {error.strerror}") from None
+                raise SpaError(explain(error, self.path)) from None
             self.began = self.clocks.monotonic() + 1
             self.give_up_file(error)
 
     def load(self, path: str) -> None:
-        """Take over what a file remembers, if it is there. A link is not followed.
+        """Read the packets of a file, if it exists. A link is not followed.
 
-        A file was emptied because packets are missing in it, perhaps of this second: the memory
-        begins with the next one.
+        An empty file misses packets (see give_up_file()), perhaps of this second. So the memory
+        begins with the next second.
         """
         try:
-            flags = os.O_RDONLY | os.O_NONBLOCK  # a FIFO would be waited for
+            flags = os.O_RDONLY | os.O_NONBLOCK  # else a FIFO would make the server wait
             with open(open_itself(path, flags), encoding="ascii", errors="replace") as file:
                 lines = file.read().split("\n")
         except FileNotFoundError:
@@ -3921,22 +3923,22 @@ class ReplayMemory:
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         unread = 0
         for line in lines:
-            words = line.split()
-            if words[:2] == ["#", "began"]:
-                self.load_beginning(words)
-            elif (len(words) == 7 and words[6].isdigit() and len(words[6]) < 12
+            fields = line.split()
+            if fields[:2] == ["#", "began"]:
+                self.load_beginning(fields)
+            elif (len(fields) == 7 and fields[6].isdigit() and len(fields[6]) < 12
                   and not line.startswith("#")):
-                age = min(max(0.0, wall - int(words[6])), now)
-                self.seen[words[0]] = line, now - age
-            elif words and not line.startswith("#"):
+                age = min(max(0.0, wall - int(fields[6])), now)
+                self.seen[fields[0]] = line, now - age
+            elif fields and not line.startswith("#"):
                 unread += 1
         if unread:
-            self.log.warning("%s: %d lines are not packets and are dropped" % (path, unread))
+            self.log.warning(f"{path}: {unread} lines are not packets and are dropped")
 
-    def load_beginning(self, words: List[str]) -> None:
-        """Goes on with the memory of these words, `# began MONOTONIC BOOT_ID FORGOTTEN`."""
+    def load_beginning(self, fields: List[str]) -> None:
+        """Continue the memory that `# began MONOTONIC BOOT_ID FORGOTTEN` describes, if it can be."""
         try:
-            began, boot_id, forgotten = float(words[2]), words[3], int(words[4])
+            began, boot_id, forgotten = float(fields[2]), fields[3], int(fields[4])
         except (ValueError, IndexError):
             return
         self.forgotten = forgotten
@@ -3944,7 +3946,7 @@ class ReplayMemory:
             self.began = began
 
     def check_unseen(self, datagram: Datagram) -> None:
-        """Rejects what was seen or refused, for the same reason: it spares the decryption."""
+        """Raise NotFresh if this very packet came before: it need not be decrypted again."""
         digest = digest_of(datagram.payload.rstrip(b"="))
         if digest in self.refused:
             reason = self.refused[digest]
@@ -3954,10 +3956,10 @@ class ReplayMemory:
         self.check_unknown(digest, datagram)
 
     def refuse(self, payload: bytes, reason: str) -> None:
-        """Knows a packet again that somebody with the keys made, and that opened nothing.
+        """Remember a genuine packet that opened nothing, and why.
 
-        Who captured it could make this server decrypt it for ever. It is refused even when it might
-        be taken later, as one from the future is in its time: its client then makes a new one.
+        Otherwise anyone who captured it could make this server decrypt it again and again. A packet
+        from the future stays refused when its time has come: its client then makes a new one.
         """
         digest = digest_of(payload.rstrip(b"="))
         if digest not in self.seen:
@@ -3966,39 +3968,46 @@ class ReplayMemory:
             del self.refused[next(iter(self.refused))]
 
     def check_fresh(self, timestamp: int) -> None:
-        """Rejects a packet by its age, which differs from ours by a clock that is off, too."""
+        """Raise NotFresh if a packet is too old or too new, by this host's clock."""
         if self.max_age is None:
             return
         age = self.clocks.wall() - timestamp
         if abs(age) > self.max_age:
             reason, why = (("stale", "The packet is old, or the client's clock is behind.")
                            if age > 0 else ("from the future", "The client's clock is ahead."))
-            raise NotFresh(reason, "SPA data time difference is too great (%d seconds). %s"
-                           % (abs(age), why))
+            raise NotFresh(reason, f"SPA data time difference is too great ({int(abs(age))} "
+                           f"seconds). {why}")
         began = self.clocks.wall() - (self.clocks.monotonic() - self.began)
         if timestamp < int(began):
-            raise NotFresh("before memory", "SPA packet was made %d seconds before this replay "
-                           "memory began; a new one will do." % max(1, began - timestamp))
+            seconds = int(max(1, began - timestamp))
+            raise NotFresh("before memory", f"SPA packet was made {seconds} seconds before this "
+                           "replay memory began; a new one will do.")
         if timestamp <= self.forgotten:
+            seconds = int(max(1, self.forgotten + 1 - self.clocks.wall()))
             raise NotFresh("forgotten", "SPA packet may have been seen and forgotten, since this "
-                           "host's clock was set back; a new one will do in %d seconds."
-                           % max(1, self.forgotten + 1 - self.clocks.wall()))
+                           f"host's clock was set back; a new one will do in {seconds} seconds.")
 
     def remember(self, canonical: bytes, datagram: Datagram) -> None:
-        """Put a packet into memory and file before it opens anything; reject one that is there."""
-        digest, source = digest_of(canonical), socket_text(datagram.source)
+        """Put a packet into memory and file; raise NotFresh if it is there already.
+
+        Call this before the packet opens anything.
+        """
+        digest = digest_of(canonical)
         self.check_unknown(digest, datagram)
-        line = "%s %d %s %d %s %d %d" % (digest, datagram.protocol, source, datagram.source_port,
-                                         socket_text(datagram.destination),
-                                         datagram.destination_port, self.clocks.wall())
+        line = (f"{digest} {datagram.protocol} {socket_text(datagram.source)} "
+                f"{datagram.source_port} {socket_text(datagram.destination)} "
+                f"{datagram.destination_port} {int(self.clocks.wall())}")
         self.seen[digest] = line, self.clocks.monotonic()
         self.prune()
         if self.path:
             self.record(self.path, line.encode() + b"\n")
 
     def record(self, path: str, line: bytes) -> None:
-        """Add a line to the file, or write it anew: when most of it is forgotten, when somebody
-        took it away or changed it, and some time after it could not be written."""
+        """Add a line to the file, or write the file anew.
+
+        That is when most lines are of forgotten packets, when somebody moved or changed the file,
+        and REWRITE_SECONDS after it could not be written.
+        """
         try:
             if self.file is not None and self.written != file_state(path):
                 self.log.warning(f"{path}: somebody moved, deleted or changed it; writing it anew")
@@ -4015,19 +4024,18 @@ class ReplayMemory:
             self.give_up_file(error)
 
     def check_unknown(self, digest: str, datagram: Datagram) -> None:
-        """Rejects what is remembered by this digest."""
+        """Raise NotFresh if the memory has this digest."""
         if digest in self.seen:
             _, protocol, source, _, _, port, created = self.seen[digest][0].split()
-            raise NotFresh("replay", "Replay detected from source IP: %s, Destination proto/port: "
-                           "%d/%d, Original source IP: %s, Original dst proto/port: %s/%s, "
-                           "Entry created: %s"
-                           % (socket_text(datagram.source), datagram.protocol,
-                              datagram.destination_port, source, protocol, port,
-                              time.strftime("%m/%d/%y %H:%M:%S", time.localtime(int(created)))),
-                           "{text}")
+            came = time.strftime("%m/%d/%y %H:%M:%S", time.localtime(int(created)))
+            raise NotFresh("replay", (
+                f"Replay detected from source IP: {socket_text(datagram.source)}, "
+                f"Destination proto/port: {datagram.protocol}/{datagram.destination_port}, "
+                f"Original source IP: {source}, Original dst proto/port: {protocol}/{port}, "
+                f"Entry created: {came}"), "{text}")
 
     def append(self, file: int, text: bytes) -> None:
-        """Write text wholly to the end of the file, or raise OSError."""
+        """Write all of the text to the end of the file, or raise OSError."""
         if os.write(file, text) != len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         device, inode, size = self.written
@@ -4035,17 +4043,19 @@ class ReplayMemory:
         self.lines_in_file += 1
 
     def give_up_file(self, error: OSError) -> None:
-        """Remember in this process alone. The file misses a packet now, so it is emptied before
-        that packet opens anything: a file that is no record must not look like one."""
+        """Remember packets in this process alone, and empty the file, which misses a packet now.
+
+        The next start must not take it for a record. Call this before the packet opens anything.
+        """
         assert self.path is not None
         self.close()
         self.rewrite_due = self.clocks.monotonic() + REWRITE_SECONDS
-        self.log.error(f"{self.path}: {error.strerror}; only this process remembers packets, and the next start will "
-                       "reject those that were made before it")
+        self.log.error(f"{explain(error, self.path)}; only this process remembers packets, and the "
+                       "next start will reject those that were made before it")
         empty_file(self.path)
 
     def prune(self) -> None:
-        """Forgets packets that no clock right within MAX_SPA_PACKET_AGE could take for fresh."""
+        """Forget packets that are too old even by a clock that is off by MAX_SPA_PACKET_AGE."""
         if self.max_age is None:
             return
         keep = 2 * self.max_age + 1
@@ -4053,16 +4063,16 @@ class ReplayMemory:
         while self.seen:
             digest, (line, came) = next(iter(self.seen.items()))
             created = int(line.split()[-1])
-            if came >= now or created >= wall:  # a clock that was set back makes fresh again
+            if came >= now or created >= wall:  # a clock set back makes old packets fresh again
                 break
             self.forgotten = max(self.forgotten, created + self.max_age)
             del self.seen[digest]
 
     def rewrite(self) -> None:
-        """Replace the file by what is remembered now, and keep it open to append to."""
+        """Write all that is remembered to a new file, and keep this open to append to."""
         assert self.path is not None
         temporary = self.path + ".new"
-        began = "# began %.3f %s %d\n" % (self.began, self.boot_id, self.forgotten)
+        began = f"# began {self.began:.3f} {self.boot_id} {self.forgotten}\n"
         text = DIGEST_HEADER + began + "".join(line + "\n" for line, _ in self.seen.values())
         make_directory(os.path.dirname(self.path))
         if os.path.lexists(temporary):
@@ -4073,24 +4083,24 @@ class ReplayMemory:
             os.rename(temporary, self.path)
         except OSError:
             os.close(file)
-            os.unlink(temporary)  # the room that it takes is needed
+            os.unlink(temporary)  # the disk needs its room
             raise
         self.close()
         self.file, self.lines_in_file, self.written = file, len(self.seen), file_state(self.path)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         if self.file is not None:
             os.close(self.file)
             self.file = None
 
 
 def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> ReplayMemory:
-    """Return the replay memory of the settings."""
+    """Return the replay memory that the settings ask for, with its file opened."""
     path: Optional[str] = settings.digest_file
     if not settings.digest_persistence:
         path = None
-        try:  # it would not know of the packets seen meanwhile
+        try:  # a later start must not read it: it misses the packets seen meanwhile
             rotate_digest_cache(settings.digest_file)
         except OSError as error:
             log.error(explain(error))
@@ -4100,13 +4110,13 @@ def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> 
 
 
 def rotate_digest_cache(path: str) -> None:
-    """Puts `-old` behind the name of the file, if it is there."""
+    """Rename the file, if it exists, to its name with `-old` behind."""
     if os.path.exists(path):
         os.rename(path, path + "-old")
 
 
 def open_itself(path: str, flags: int) -> int:
-    """Open a file, and never one that a symbolic link in its place leads to."""
+    """Open a file; raise OSError if a symbolic link is in its place."""
     try:
         return open_ours(path, flags | os.O_NOFOLLOW)
     except OSError as error:
@@ -4115,7 +4125,7 @@ def open_itself(path: str, flags: int) -> int:
 
 
 def make_directory(path: str) -> None:
-    """Make a directory that only its owner may look into, if it is missing."""
+    """Make a directory that only its owner may read, if it is missing."""
     os.makedirs(path, 0o700, exist_ok=True)
 
 
