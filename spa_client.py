@@ -165,11 +165,11 @@ class Digest:
         self.modules, self.text_size = modules, (size * 8 + 5) // 6  # as base64
 
     def constructor(self) -> "Callable[[bytes], Any]":
-        """The function that starts this digest over some bytes.
+        """Return the function that starts this digest over some bytes.
 
-        The interpreter's own small modules are ten times cheaper to import than hashlib with its
-        OpenSSL, which is for interpreters without them. In FIPS mode it gives out MD5 only "not
-        for security"; before Python 3.9 it does not know that argument.
+        Python's own small modules import ten times faster than hashlib with its OpenSSL, which
+        serves Pythons without them. In FIPS mode hashlib has MD5 only with usedforsecurity=False,
+        and before Python 3.9 it does not know that argument.
         """
         name = self.name.lower()
         for module in self.modules.split():
@@ -188,7 +188,7 @@ class Digest:
         return lambda data: plain(data, usedforsecurity=False)
 
     def __call__(self, data: bytes) -> bytes:
-        """The digest of `data`."""
+        """Return the digest of `data`."""
         return self.constructor()(data).digest()  # type: ignore[no-any-return]
 
 
@@ -204,7 +204,7 @@ DIGESTS = {digest.name: digest for digest in (
 
 
 class Hmac:
-    """RFC 2104 with a fixed key and a fixed beginning: a call then costs two copies of a hash."""
+    """HMAC (RFC 2104) with a fixed key and beginning: a call only copies two prepared hashes."""
 
     def __init__(self, digest: Digest, key: bytes, beginning: bytes = b"") -> None:
         start = digest.constructor()
@@ -213,7 +213,7 @@ class Hmac:
         self.outer = start(bytes(byte ^ 0x5C for byte in key))
 
     def __call__(self, data: bytes) -> bytes:
-        """The HMAC of beginning and `data`."""
+        """Return the HMAC of beginning and `data`."""
         inner, outer = self.inner.copy(), self.outer.copy()
         inner.update(data)
         outer.update(inner.digest())
@@ -258,11 +258,11 @@ def decode_text(data: bytes) -> str:
 
 
 class AesTables:
-    """The S-box of FIPS 197 section 5.1.1, and the columns that SubBytes and MixColumns make of it.
+    """The S-box of FIPS 197 section 5.1.1, and tables that join SubBytes and MixColumns.
 
     columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0 on top:
-    a round is then sixteen look-ups and xors. How long a look-up takes depends on key and caches,
-    as in every AES made of tables.
+    a round is then sixteen look-ups and xors. The time of a look-up depends on key and caches, as
+    in every AES made of tables.
     """
 
     def __init__(self) -> None:
@@ -280,7 +280,7 @@ class AesTables:
         self.columns = self.multiply(self.box, (2, 1, 1, 3))
 
     def multiply(self, box: bytes, factors: "Tuple[int, ...]") -> "List[List[int]]":
-        """The words of `factors` times each byte of `box`, in the four rotations."""
+        """Multiply each byte of `box` by `factors` to a word; return these in four rotations."""
         words = [0] * 256
         for position, value in enumerate(box):
             for factor in factors if value else ():
@@ -297,12 +297,12 @@ class Aes:
 
     def __init__(self, key: bytes) -> None:
         if Aes.tables is None:
-            Aes.tables = AesTables()  # half a millisecond, so only when there is something to do
+            Aes.tables = AesTables()  # half a millisecond: not before somebody needs it
         self.box, self.columns = Aes.tables.box, Aes.tables.columns
         self.words = self.expand(key)
 
     def expand(self, key: bytes) -> "List[int]":
-        """The round keys of section 5.2, four words each."""
+        """Return the round keys of section 5.2, four words each."""
         words = list(struct.unpack(">%dI" % (len(key) // 4), key))
         length, constant, box = len(words), 1, self.box
         for i in range(length, 4 * (length + 7)):
@@ -319,14 +319,14 @@ class Aes:
         return words
 
     def encrypt_block(self, block: bytes) -> bytes:
-        """Cipher() of section 5.1 over 16 bytes."""
+        """Encrypt 16 bytes: Cipher() of section 5.1."""
         a, b, c, d = struct.unpack(">4I", block)
         return struct.pack(">4I", *self.rounds(self.columns, self.box, self.words, a, b, c, d))
 
     @staticmethod
     def rounds(columns: "List[List[int]]", box: bytes, k: "List[int]",
                a: int, b: int, c: int, d: int) -> "Tuple[int, int, int, int]":
-        """All rounds over the four columns a, b, c, d of the state, with the round keys `k`."""
+        """Do all rounds over the four columns a, b, c, d of the state, with the round keys `k`."""
         t0, t1, t2, t3 = columns
         a, b, c, d = a ^ k[0], b ^ k[1], c ^ k[2], d ^ k[3]
         for i in range(4, len(k) - 4, 4):
@@ -346,9 +346,9 @@ class Aes:
 
 def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
                  salt: bytes) -> "Tuple[bytes, bytes]":
-    """The AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes with MD5 and count 1.
+    """Return the AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes, with MD5 and count 1.
 
-    It is what `openssl enc -md md5` does. `md5` returns the digest of its argument.
+    `openssl enc -md md5` does the same. `md5` returns the digest of its argument.
     """
     first = md5(secret + salt)
     second = md5(first + secret + salt)

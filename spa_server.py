@@ -153,7 +153,7 @@ class UsageError(SpaError):
 
 
 class CommandError(SpaError):
-    """A program or the kernel did not do what it was told.
+    """A failure of a program or of the kernel.
 
     `number` is the kernel's errno, `said` the last line of a program.
     """
@@ -164,28 +164,28 @@ class CommandError(SpaError):
 
 
 class PacketRejected(Exception):
-    """The packet opens nothing. `reason` is a constant to count by, `template` the line in the log."""
+    """A packet opens nothing. The server counts by the constant `reason`, and logs `template`."""
 
     def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}") -> None:
         super().__init__(text)
         self.reason, self.template = reason, template
-        self.stanza_number = 0  # of the stanza that rejected it
+        self.stanza_number = 0  # of the stanza that rejected the packet
 
 
 class WrongKey(PacketRejected):
-    """The packet was not made with this stanza's keys; another stanza may know it."""
+    """A packet was not made with this stanza's keys; the server tries the next stanza."""
 
 
 class NotFresh(PacketRejected):
-    """The packet is too old, too new, or was seen before; that holds for every stanza."""
+    """A packet is too old, too new, or came before; no other stanza would accept it either."""
 
 
 class TooFast(PacketRejected):
-    """The packet was not looked at, since too many like it came before."""
+    """A packet was not decrypted, because too many like it came before."""
 
 
 def frames(error: Exception) -> List[Tuple[str, int]]:
-    """Return function and line of each frame that an error came through, the innermost last."""
+    """Return function and line of each frame that an error passed, the innermost last."""
     found, trace = [("", 0)], error.__traceback__
     while trace is not None:
         found.append((trace.tb_frame.f_code.co_name, trace.tb_lineno))
@@ -194,10 +194,10 @@ def frames(error: Exception) -> List[Tuple[str, int]]:
 
 
 class Datagram(NamedTuple):
-    """What came in: payload, and where from and to. Addresses are packed: 4 bytes or 16.
+    """A datagram that came in. Addresses are packed: 4 bytes or 16.
 
-    One that may be a step of a knock sequence (a hit) comes without payload and source port. The
-    port of an ICMP echo request is then the number of its data bytes.
+    A knock packet (a step of a sequence, perhaps) has no payload and source port here. For an ICMP
+    echo request its destination port is the number of its data bytes.
     """
 
     payload: bytes
@@ -205,19 +205,20 @@ class Datagram(NamedTuple):
     source_port: int
     destination: bytes
     destination_port: int
-    protocol: int = 17  # of IP: UDP, or what carried it instead; ICMP has no ports
-    flags: int = 0  # TCP's, of a hit
+    protocol: int = 17  # IP's number of UDP, TCP or ICMP; ICMP has no ports
+    flags: int = 0  # TCP's, of a knock packet
 
 
-# The kinds of doors: to this host; through it; translating where to; and where from (two).
+# The kinds of doors. A connection may come in, or pass through this host; NAT may change its
+# destination, or its source: to a given address, or to that of the interface it leaves by.
 INPUT, FORWARD, DNAT, SNAT, MASQUERADE = "access", "FORWARD", "DNAT", "SNAT", "MASQUERADE"
 
 
 class Door(NamedTuple):
-    """What can be opened: from a network to an address (None: to any) and a port.
+    """A door that a grant opens: from a network to an address (None: to any) and a port.
 
-    Protocol "*" with port 0 is everything. A DNAT door leads on to `target` and `target_port`, and
-    behind an SNAT door the source is `target`.
+    Protocol "*" with port 0 is everything. A DNAT door leads to `target` and `target_port`; an SNAT
+    door makes `target` the source.
     """
 
     source: Network
@@ -229,19 +230,18 @@ class Door(NamedTuple):
     target_port: int = 0
 
     def __str__(self) -> str:
-        """The door in the words of fwknopd's log."""
+        """Return the door as fwknopd's log writes it."""
         source = self.source.network_address if self.source.num_addresses == 1 else self.source
-        anywhere = "0.0.0.0/0" if self.source.version == 4 else "::/0"
-        return "{} -> {} {}/{}".format(source, self.destination or anywhere, self.protocol,
-                                   self.port or "*")
+        destination = self.destination or ("0.0.0.0/0" if self.source.version == 4 else "::/0")
+        return f"{source} -> {destination} {self.protocol}/{self.port or '*'}"
 
     @property
     def match(self) -> "Door":
-        """The door without where it leads: of two with the same match only one can be open."""
+        """Return the door without its target. Of doors that differ only there, one can be open."""
         return self._replace(target=None, target_port=0)
 
     def overlaps(self, other: "Door") -> bool:
-        """Whether a connection could take either of the two doors."""
+        """Tell whether a connection could take either of the two doors."""
         return (self.source.overlaps(other.source)
                 and (None in (self.destination, other.destination)
                      or self.destination == other.destination)
@@ -249,29 +249,29 @@ class Door(NamedTuple):
                      or (self.protocol, self.port) == (other.protocol, other.port)))
 
     @property
-    def word(self) -> str:
-        """What fwknopd's log calls its rule: `access`, `FORWARD ALL`, `SNAT`."""
+    def rule_name(self) -> str:
+        """Return the name that fwknopd's log gives the rule: `access`, `FORWARD ALL`, `SNAT`."""
         kind = SNAT if self.kind == MASQUERADE else self.kind
-        return kind + " ALL" * (not self.port)
+        return kind if self.port else f"{kind} ALL"
 
     def describe(self) -> str:
-        """The door with its kind, unless that is access, and where it leads."""
+        """Return the door with its kind, unless that is access, and with its target."""
         text = str(self) if self.kind == INPUT else f"{self.kind} {self}"
-        return text + (" to " + self.target_text() if self.target else "")
+        return f"{text} to {self.target_text()}" if self.target else text
 
     def target_text(self) -> str:
-        """The target as iptables writes it: `10.66.0.2:22`, `[fd66::2]:22` or an address."""
+        """Return the target as iptables writes it: `10.66.0.2:22`, `[fd66::2]:22`, an address."""
         if not self.target_port:
             return str(self.target)
-        host = "[%s]" if self.source.version == 6 else "%s"
-        return host % self.target + ":%d" % self.target_port
+        host = f"[{self.target}]" if self.source.version == 6 else str(self.target)
+        return f"{host}:{self.target_port}"
 
 
 class Grant(NamedTuple):
-    """An open door, until `ends` on the monotonic clock; `expires` is that in epoch seconds.
+    """An open door. It ends at `ends` on the monotonic clock, which is `expires` in epoch seconds.
 
-    `stanza_number` is that of the stanza that opened it, 0 if it is unknown. The server closes an
-    `early` grant before the kernel would end it.
+    `stanza_number` names the stanza that opened it; 0 is unknown. The server closes an `early`
+    grant before the kernel would end it.
     """
 
     door: Door
@@ -284,19 +284,19 @@ class Grant(NamedTuple):
 # ======================================================================================
 # 2. AES (FIPS 197)
 #
-# The block cipher alone, from the standard. Modes are in section 3. `cryptography` is used
-# instead of it where many packets have to be decrypted (section 3, fastest_cipher).
+# The block cipher alone, from the standard. Modes are in section 3. Where anybody can make the
+# server decrypt, `cryptography` takes its place (section 3, fastest_cipher).
 # ======================================================================================
 
 # --- shared: aes -- the same text in spa_server.py and spa_client.py --
 
 
 class AesTables:
-    """The S-box of FIPS 197 section 5.1.1, and the columns that SubBytes and MixColumns make of it.
+    """The S-box of FIPS 197 section 5.1.1, and tables that join SubBytes and MixColumns.
 
     columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0 on top:
-    a round is then sixteen look-ups and xors. How long a look-up takes depends on key and caches,
-    as in every AES made of tables.
+    a round is then sixteen look-ups and xors. The time of a look-up depends on key and caches, as
+    in every AES made of tables.
     """
 
     def __init__(self) -> None:
@@ -314,7 +314,7 @@ class AesTables:
         self.columns = self.multiply(self.box, (2, 1, 1, 3))
 
     def multiply(self, box: bytes, factors: "Tuple[int, ...]") -> "List[List[int]]":
-        """The words of `factors` times each byte of `box`, in the four rotations."""
+        """Multiply each byte of `box` by `factors` to a word; return these in four rotations."""
         words = [0] * 256
         for position, value in enumerate(box):
             for factor in factors if value else ():
@@ -331,12 +331,12 @@ class Aes:
 
     def __init__(self, key: bytes) -> None:
         if Aes.tables is None:
-            Aes.tables = AesTables()  # half a millisecond, so only when there is something to do
+            Aes.tables = AesTables()  # half a millisecond: not before somebody needs it
         self.box, self.columns = Aes.tables.box, Aes.tables.columns
         self.words = self.expand(key)
 
     def expand(self, key: bytes) -> "List[int]":
-        """The round keys of section 5.2, four words each."""
+        """Return the round keys of section 5.2, four words each."""
         words = list(struct.unpack(">%dI" % (len(key) // 4), key))
         length, constant, box = len(words), 1, self.box
         for i in range(length, 4 * (length + 7)):
@@ -353,14 +353,14 @@ class Aes:
         return words
 
     def encrypt_block(self, block: bytes) -> bytes:
-        """Cipher() of section 5.1 over 16 bytes."""
+        """Encrypt 16 bytes: Cipher() of section 5.1."""
         a, b, c, d = struct.unpack(">4I", block)
         return struct.pack(">4I", *self.rounds(self.columns, self.box, self.words, a, b, c, d))
 
     @staticmethod
     def rounds(columns: "List[List[int]]", box: bytes, k: "List[int]",
                a: int, b: int, c: int, d: int) -> "Tuple[int, int, int, int]":
-        """All rounds over the four columns a, b, c, d of the state, with the round keys `k`."""
+        """Do all rounds over the four columns a, b, c, d of the state, with the round keys `k`."""
         t0, t1, t2, t3 = columns
         a, b, c, d = a ^ k[0], b ^ k[1], c ^ k[2], d ^ k[3]
         for i in range(4, len(k) - 4, 4):
@@ -380,9 +380,9 @@ class Aes:
 
 def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
                  salt: bytes) -> "Tuple[bytes, bytes]":
-    """The AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes with MD5 and count 1.
+    """Return the AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes, with MD5 and count 1.
 
-    It is what `openssl enc -md md5` does. `md5` returns the digest of its argument.
+    `openssl enc -md md5` does the same. `md5` returns the digest of its argument.
     """
     first = md5(secret + salt)
     second = md5(first + secret + salt)
@@ -407,10 +407,10 @@ class AesInverse(Aes):
         self.inverse_words = self.inverse_round_keys()
 
     def decrypt_block(self, block: bytes) -> bytes:
-        """EqInvCipher() of section 5.3.5 over 16 bytes.
+        """Decrypt 16 bytes: EqInvCipher() of section 5.3.5.
 
-        Its rows turn to the other side: with the second and the fourth column exchanged, in the
-        round keys as well, it is the same rounds with the inverse tables.
+        Its rows turn to the other side. So this exchanges the second and the fourth column, in the
+        round keys as well, and does the same rounds with the inverse tables.
         """
         a, d, c, b = struct.unpack(">4I", block)
         a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
@@ -418,7 +418,7 @@ class AesInverse(Aes):
         return struct.pack(">4I", a, d, c, b)
 
     def inverse_round_keys(self) -> "List[int]":
-        """The round keys last first, those in between through InvMixColumns (section 5.3.5)."""
+        """Return the round keys, last first, the inner ones after InvMixColumns (section 5.3.5)."""
         (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
         for i in range(len(self.words) - 4, -1, -4):
             for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
@@ -432,23 +432,23 @@ class AesInverse(Aes):
 # ======================================================================================
 # 3. Encryption and HMAC of an SPA packet
 #
-# What tests/spec/fwknop.md 1.6 to 1.8 says of digests, HMAC types, keys and encryption modes. This
-# server only opens packets: nothing here encrypts.
+# Digests, HMAC types, keys and encryption modes (tests/spec/fwknop.md 1.6 to 1.8). The server
+# decrypts packets, and never encrypts one.
 # ======================================================================================
 
-SALTED_PREFIX = b"U2FsdGVkX1"  # what base64 makes of "Salted__": never sent, but authenticated
+SALTED_PREFIX = b"U2FsdGVkX1"  # base64 of "Salted__": no client sends it, but the HMAC covers it
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-ALPHABET_AND_FILLING = ALPHABET + b"="
+ALPHABET_AND_PADDING = ALPHABET + b"="
 MAX_KEY_BYTES, LEGACY_KEY_BYTES, MAX_HMAC_KEY_BYTES = 32, 16, 128
 MAX_PASSPHRASE_BYTES = 255  # gpg's
-PLACEHOLDER = "__CHANGEME__"  # for a key, in the files that fwknop ships and in a dump
+PLACEHOLDER = "__CHANGEME__"  # stands for a key in fwknop's sample files and in our dump
 MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
 ASYMMETRIC = "Asymmetric"  # the mode that is GPG
 NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data is invalid"
 
 
 class Secret(bytes):
-    """Bytes that no message shows, not even a traceback."""
+    """Bytes that no message shows; a traceback does not either."""
 
     def __repr__(self) -> str:
         return "<secret>"
@@ -467,11 +467,11 @@ class Digest:
         self.modules, self.text_size = modules, (size * 8 + 5) // 6  # as base64
 
     def constructor(self) -> "Callable[[bytes], Any]":
-        """The function that starts this digest over some bytes.
+        """Return the function that starts this digest over some bytes.
 
-        The interpreter's own small modules are ten times cheaper to import than hashlib with its
-        OpenSSL, which is for interpreters without them. In FIPS mode it gives out MD5 only "not
-        for security"; before Python 3.9 it does not know that argument.
+        Python's own small modules import ten times faster than hashlib with its OpenSSL, which
+        serves Pythons without them. In FIPS mode hashlib has MD5 only with usedforsecurity=False,
+        and before Python 3.9 it does not know that argument.
         """
         name = self.name.lower()
         for module in self.modules.split():
@@ -490,7 +490,7 @@ class Digest:
         return lambda data: plain(data, usedforsecurity=False)
 
     def __call__(self, data: bytes) -> bytes:
-        """The digest of `data`."""
+        """Return the digest of `data`."""
         return self.constructor()(data).digest()  # type: ignore[no-any-return]
 
 
@@ -506,7 +506,7 @@ DIGESTS = {digest.name: digest for digest in (
 
 
 class Hmac:
-    """RFC 2104 with a fixed key and a fixed beginning: a call then costs two copies of a hash."""
+    """HMAC (RFC 2104) with a fixed key and beginning: a call only copies two prepared hashes."""
 
     def __init__(self, digest: Digest, key: bytes, beginning: bytes = b"") -> None:
         start = digest.constructor()
@@ -515,7 +515,7 @@ class Hmac:
         self.outer = start(bytes(byte ^ 0x5C for byte in key))
 
     def __call__(self, data: bytes) -> bytes:
-        """The HMAC of beginning and `data`."""
+        """Return the HMAC of beginning and `data`."""
         inner, outer = self.inner.copy(), self.outer.copy()
         inner.update(data)
         outer.update(inner.digest())
@@ -526,28 +526,28 @@ class Hmac:
 
 
 def expect(right: bool, what: str) -> None:
-    """ValueError that `what` was expected, unless the value is `right`."""
+    """Raise ValueError that `what` was expected, unless the value is `right`."""
     if not right:
-        raise ValueError("expected " + what)
+        raise ValueError(f"expected {what}")
 
 
 def encode_base64(data: bytes) -> bytes:
-    """RFC 4648 base64 without '=', as everywhere in an SPA packet."""
+    """Return base64 (RFC 4648) without '=', as all SPA packets have it."""
     return binascii.b2a_base64(data, newline=False).rstrip(b"=")
 
 
 def decode_base64(text: bytes) -> bytes:
-    """The bytes of a base64 text without '='; ValueError for any other character or length."""
+    """Return the bytes of a base64 text without '='; ValueError for another character or length."""
     if len(text) % 4 == 1 or text.translate(None, ALPHABET):
         raise ValueError("expected base64")
     return binascii.a2b_base64(text + b"=" * (-len(text) % 4))
 
 
 class LibraryAes:
-    """AesInverse, done by `cryptography`.
+    """The same as AesInverse, by `cryptography`.
 
-    Its import takes longer (80 ms) than our AES needs for a hundred packets, and 6 MB. With an HMAC
-    only genuine packets are decrypted, so it is worth it only for a stanza without one.
+    Its import takes 6 MB and 80 ms, longer than our AES needs for a hundred packets. With an HMAC
+    the server decrypts only genuine packets, so the import pays only for a stanza without one.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -558,22 +558,22 @@ class LibraryAes:
 
 
 def fastest_cipher() -> Any:
-    """LibraryAes, or AesInverse where it does not work."""
+    """Return LibraryAes if it works here, else AesInverse."""
     try:
         LibraryAes(bytes(16))
-    except Exception:  # a broken installation raises anything; ours does the same work
+    except Exception:  # a broken installation may raise anything; ours does the same work
         return AesInverse
     return LibraryAes
 
 
 def xor(left: bytes, right: bytes) -> bytes:
-    """Exclusive or of two blocks of 16 bytes."""
+    """Return the exclusive or of two blocks of 16 bytes."""
     number = int.from_bytes(left, "big") ^ int.from_bytes(right, "big")
     return number.to_bytes(16, "big")
 
 
 def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
-    """`text` (whole blocks) decrypted in `mode`, with its padding (NIST SP 800-38A section 6)."""
+    """Decrypt `text` (whole blocks) in `mode`, padding included (NIST SP 800-38A section 6)."""
     blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
     if mode in ("CFB", "OFB", "CTR"):
         plain, given = b"", iv
@@ -587,15 +587,15 @@ def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
 
 
 def next_counter(counter: bytes) -> bytes:
-    """The block after `counter`, which is one big-endian number (SP 800-38A appendix B.1)."""
+    """Return the block after `counter`, a big-endian number (SP 800-38A appendix B.1)."""
     return ((int.from_bytes(counter, "big") + 1) % (1 << 128)).to_bytes(16, "big")
 
 
 def strip_padding(plain: bytes) -> bytes:
-    """`plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError when it has none.
+    """Return `plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError without one.
 
-    fwknopd lets wrong padding pass. Here every byte counts: else a captured packet without HMAC
-    could be changed in its padding and sent again as a new one.
+    fwknopd lets wrong padding pass. Here every byte counts: otherwise an attacker could change the
+    padding of a captured packet without HMAC, and send it again as a new one.
     """
     length = plain[-1]
     expect(1 <= length <= 16 and plain[-length:] == bytes([length]) * length, "padding")
@@ -603,21 +603,21 @@ def strip_padding(plain: bytes) -> bytes:
 
 
 class Keys:
-    """The HMAC of a stanza; `prefix` tells what the sender left off the base64 text of a packet."""
+    """The HMAC of a stanza. `prefix` returns what the client left off the base64 of a packet."""
 
-    signed = ""  # what the log says of who signed the last packet
-    accepts_bare = False  # whether another stanza takes these packets without their tag
+    signed = ""  # the log line about the signer of the last packet
+    accepts_bare = False  # whether another stanza accepts these packets without their tag
 
     def __init__(self, compute_tag: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
                  prefix: Callable[[bytes], bytes]) -> None:
         self.compute_tag, self.has_hmac = compute_tag, compute_tag is not None
         self.tag_length, self.prefix = hmac_type.text_size, prefix
-        self.malformed = PacketRejected if compute_tag else WrongKey  # perhaps another stanza's tag
+        self.malformed = PacketRejected if compute_tag else WrongKey  # may have another's tag
 
     def authentic(self, payload: bytes) -> bool:
-        """Whether the tag at the end of a packet is right; without an HMAC key nobody can tell.
+        """Tell whether the tag at the end of a packet is right; a stanza without HMAC can't tell.
 
-        This is the first thing that touches a key, and all that junk gets to see of it.
+        Nothing uses a key before this, and junk reaches no other use of one.
         """
         if self.compute_tag is None:
             return True
@@ -625,28 +625,28 @@ class Keys:
                               payload[-self.tag_length:])
 
     def mark_genuine(self) -> None:
-        """Takes note that the packet just opened was genuine and new."""
+        """Take a packet that proved genuine and new off the rate limit, where one holds (GPG)."""
 
     def body(self, payload: bytes) -> bytes:
-        """A packet without its tag. Some '=' at the end of one without HMAC means nothing."""
+        """Return a packet without its tag, or, without HMAC, without the '=' that may follow it."""
         return payload[:-self.tag_length] if self.has_hmac else payload.rstrip(b"=")
 
 
 class PacketKeys(Keys):
-    """The keys of one stanza, and what is ready made from them to open its packets fast."""
+    """The keys of one stanza, prepared to unlock its packets fast."""
 
     def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
         super().__init__(Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None, hmac_type,
                          lambda body: SALTED_PREFIX)
         self.secret, self.mode = key, mode
-        if mode == "LEGACY":  # tests/spec/fwknop.md 1.7: cut, or filled up with the digit zero
+        if mode == "LEGACY":  # cut the key, or fill it up with the digit zero (fwknop.md 1.7)
             self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
         self.cipher = AesInverse if hmac_key else fastest_cipher()
 
     def decrypt(self, ciphertext: bytes) -> bytes:
-        """The plaintext of "Salted__", salt and encrypted blocks; WrongKey unless it begins as one.
+        """Return the plaintext of "Salted__", salt and encrypted blocks; WrongKey if it is none.
 
-        The sixteen digits at the start tell the right key; a wrong one is known after one block.
+        A plaintext begins with sixteen digits, so one block is enough to tell a wrong key.
         """
         if not ciphertext.startswith(b"Salted__"):
             raise self.malformed("malformed", invalid_data("ENCRYPT_TYPE_UNKNOWN"))
@@ -664,24 +664,25 @@ class PacketKeys(Keys):
 # ======================================================================================
 # 4. The SPA packet
 #
-# Fields and their rules (tests/spec/fwknop.md 1.2 to 1.6, 1.9). All seven message types decode
-# fully. Where fwknopd's C parser takes what no client sends, this one does not: numbers are digits
+# Fields and their rules (tests/spec/fwknop.md 1.2 to 1.6, 1.9), for all seven message types.
+# fwknopd's C parser accepts some texts that no client sends. This one does not: numbers are digits
 # only, and an address has no leading zeros. IPv6 addresses are our extension.
 # ======================================================================================
 
 MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # tests/spec/fwknop.md 1.10
 GPG_LENGTH = 400  # from here on a packet is GPG's (tests/spec/fwknop.md 1.9)
-GPG_PREFIX = b"hQ"  # what fwknop strips of a GPG packet, and authenticates
+GPG_PREFIX = b"hQ"  # no client sends it before its GPG packet, but the HMAC covers it
+GPG_WHOLE = (b"h", b"w")  # a GPG packet that begins so was sent whole (gpg_prefix)
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
 NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
 LOCAL_NAT_TYPES = (LOCAL_NAT, LOCAL_NAT_TIMEOUT)
 TIMEOUT_TYPES = (ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT_TIMEOUT)
 
-MAX_TIMEOUT = 65536
+MAX_TIMEOUT = 65536  # seconds (tests/spec/fwknop.md 1.2)
 PRINTABLE = bytes(range(0x20, 0x7F))
-USER_CHARACTERS = PRINTABLE.translate(None, b'"/\\[]:;|=,+*?<>').decode()
-NAT_EXCLUDED = " /?\"'\\`"
+USER_CHARACTERS = PRINTABLE.translate(None, b'"/\\[]:;|=,+*?<>').decode()  # fwknop.md 1.3
+NAT_EXCLUDED = " /?\"'\\`"  # fwknop.md 1.5
 
 
 class Packet(NamedTuple):
@@ -695,20 +696,20 @@ class Packet(NamedTuple):
     message: str
     nat: Optional[Tuple[str, int]]
     server_auth: Optional[str]
-    timeout: int  # seconds the client asks for; 0 when it does not
+    timeout: int  # seconds that the client asks for; 0 if it does not
     digest_type: str
-    address: Optional[Address]  # None: where the packet came from
+    address: Optional[Address]  # None: the packet's source
     ports: Tuple[Port, ...]
     command: str
 
 
 def invalid_data(name: str) -> str:
-    """The log text of a broken rule, with fwknop's name of the error (fwknop.md Appendix A)."""
+    """Return the log text for fwknop's name of an error (fwknop.md Appendix A)."""
     return "Error creating fko context: Args contain invalid data: FKO_ERROR_INVALID_DATA_" + name
 
 
 def check_field(right: bool, name: str) -> None:
-    """Rejects the packet as malformed, with fwknop's name of the error, unless `right`."""
+    """Reject the packet as malformed, with fwknop's name of the error, unless `right`."""
     if not right:
         raise PacketRejected("malformed", invalid_data(name))
 
@@ -720,18 +721,18 @@ ERROR_CODES = {4096: "Data is not a valid SPA message format",
 
 
 class NotSpa(PacketRejected):
-    """What came is something else than an SPA packet; fwknopd has numbers and words for it."""
+    """A datagram is no SPA packet; fwknopd's log has a number and a text for each case."""
 
     def __init__(self, reason: str, number: int) -> None:
-        super().__init__(reason, "preprocess_spa_data() returned error %d: '%s' for incoming "
-                         "packet." % (number, ERROR_CODES[number]))
+        super().__init__(reason, f"preprocess_spa_data() returned error {number}: "
+                         f"'{ERROR_CODES[number]}' for incoming packet.")
 
 
 def check_payload(payload: bytes) -> None:
-    """Rejects what can't be an SPA packet, by length and alphabet alone (fwknop.md 1.9, 1.10)."""
+    """Reject a payload that no client sends, by length and characters (fwknop.md 1.9, 1.10)."""
     if not MIN_PAYLOAD <= len(payload) <= MAX_PAYLOAD:
         raise NotSpa("length", 4097)
-    if payload.translate(None, ALPHABET_AND_FILLING):
+    if payload.translate(None, ALPHABET_AND_PADDING):
         raise NotSpa("not an SPA packet", 4098)
     if payload.startswith(SALTED_PREFIX) or (
             len(payload) > GPG_LENGTH and payload.startswith(GPG_PREFIX)):
@@ -739,11 +740,11 @@ def check_payload(payload: bytes) -> None:
 
 
 def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
-    """The SPA packet in an HTTP request, and the last address of X-Forwarded-For if that is there.
+    """Return the SPA packet in an HTTP request, and the last address of its X-Forwarded-For if any.
 
     `GET /PACKET ...`, or as to a proxy `GET http://HOST/PACKET ...`, with `-` for `+` and `_` for
-    `/` (tests/spec/fwknop.md 1.14). In a list of addresses only the last is what the proxy that
-    sent this saw; the others are what it was told, by the client in the end.
+    `/` (tests/spec/fwknop.md 1.14). The proxy that sent the request saw the last address of the
+    list itself. It copied the others from what it got, and a client may have made them up.
     """
     header, end, _ = request.replace(b"\r\n", b"\n").partition(b"\n\n")
     line, *lines = header.split(b"\n")
@@ -753,7 +754,7 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
     fields = {name.lower(): value.strip()
               for name, _, value in (each.partition(b":") for each in lines)}
     agent = fields.get(b"user-agent", b"")
-    forwarded = fields.get(b"x-forwarded-for") if end else None  # what was cut off might say more
+    forwarded = fields.get(b"x-forwarded-for") if end else None  # the rest might name another
     if not target.startswith(b"/") or not (any_agent or agent.startswith(b"Fwknop")):
         raise NotSpa("not an SPA packet", 4098)
     return (target[1:].replace(b"-", b"+").replace(b"_", b"/"),
@@ -761,41 +762,44 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
 
 
 def gpg_prefix(payload: bytes) -> bytes:
-    """What the sender of a GPG packet left off its base64 text: `hQ`, or nothing.
+    """Return what the client left off the base64 text of a GPG packet: `hQ`, or nothing.
 
     An OpenPGP message begins with the packet of a session key: tag octet, length, version 3 (RFC
     4880 sections 4.2 and 5.1). For RSA keys of 2048 bits and more gpg writes the old format with a
-    length of two octets, 85 0x xx 03; its first two characters, `hQ`, are never sent. All else is
-    sent whole and begins with `h` or `w`: `hF4D` is 84 5E 03, Curve25519's with a length of one
-    octet; `w` is the new format, C1. No text without its `hQ` begins so: there stands the rest of
-    the length, and `h` would mean 2,112 octets or more, where 1,500 characters hold 1,125.
+    length of two octets, 85 0x xx 03; no client sends the first two characters of that, `hQ`. It
+    sends all other messages whole, and they begin with `h` or `w`: `hF4D` is 84 5E 03, Curve25519's
+    with a length of one octet; `w` is the new format, C1. No text without its `hQ` begins so: it
+    begins with the rest of the length, where `h` would mean 2,112 octets or more, but the longest
+    packet, 1,500 characters, holds 1,125.
     """
-    return b"" if payload[:1] in (b"h", b"w") else GPG_PREFIX
+    return b"" if payload.startswith(GPG_WHOLE) else GPG_PREFIX
 
 
 def is_gpg(payload: bytes) -> bool:
-    """Whether it is a GPG packet: by its length, as in fwknop, or else by its first character.
+    """Tell whether it is a GPG packet: by its length, as in fwknop, or by its first character.
 
     Curve25519's can be shorter; one of AES begins with 8, 9, + or / (tests/spec/fwknop.md 1.1).
     """
-    return len(payload) >= GPG_LENGTH or not gpg_prefix(payload)
+    return len(payload) >= GPG_LENGTH or payload.startswith(GPG_WHOLE)
 
 
 def wrong_type(payload: bytes) -> WrongKey:
-    """The rejection of a packet when no stanza has keys for its kind of encryption."""
+    """Return the rejection of a packet when no stanza has keys for its kind of encryption."""
+    number = 2 if is_gpg(payload) else 1
     return WrongKey("encryption type", "No stanza encryption mode match for encryption type: "
-                    "%d. (%d characters; from %d on it is a GPG packet)"
-                    % (2 if is_gpg(payload) else 1, len(payload), GPG_LENGTH))
+                    f"{number}. ({len(payload)} characters; from {GPG_LENGTH} on it is a GPG "
+                    "packet)")
 
 
 def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, List[bytes]]:
-    """The packet, and the texts by which it is remembered, of an authentic payload.
+    """Decrypt and decode an authentic payload; return the packet, and texts to remember it by.
 
-    The last is what a real client sends, so that its digest is the one in fwknopd's digest.cache as
-    well. The bit games of tests/spec/fwknop.md 1.13 all lead back to it. Those of OpenPGP do not:
-    who captured a message can write its lengths in other ways, or put packets before it that mean
-    nothing. So the plaintext, which nobody else can make, is remembered as well, as if it were a
-    packet. So is the packet without its tag, where another stanza would open that.
+    The last text is the one that a real client sends, so that its digest is the one in fwknopd's
+    digest.cache. Whoever changes spare bits of a captured packet (tests/spec/fwknop.md 1.13) comes
+    back to the same text. With OpenPGP an attacker can do more: write the lengths of a captured
+    message in other ways, or put packets before it that mean nothing. So the plaintext, which only
+    a key holder can make, is a text as well. So is the packet without its tag, if another stanza
+    accepts that.
     """
     body = keys.body(payload)
     prefix = keys.prefix(body)
@@ -805,18 +809,19 @@ def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, 
         raise keys.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
     plain = keys.decrypt(ciphertext)
     bare = encode_base64(ciphertext)[len(prefix):]
-    texts = [plain] * (prefix != SALTED_PREFIX) + [bare] * keys.accepts_bare
+    texts = [] if prefix == SALTED_PREFIX else [plain]
+    texts += [bare] if keys.accepts_bare else []
     return decode_packet(plain), texts + [bare + payload[len(body):].strip(b"=")]
 
 
 def decode_packet(plain: bytes) -> Packet:
-    """The fields of RAND:USER:TIMESTAMP:VERSION:TYPE:MSG[:NAT][:AUTH][:TIMEOUT]:DIGEST."""
+    """Decode the fields of RAND:USER:TIMESTAMP:VERSION:TYPE:MSG[:NAT][:AUTH][:TIMEOUT]:DIGEST."""
     if not plain[:16].isdigit() or plain[16:17] != b":":
         raise WrongKey("wrong key", NOT_DECRYPTED)
     check_field(not plain.translate(None, PRINTABLE), "DECODE_NON_ASCII")
     fields = plain.split(b":")
     check_field(len(fields) >= 7, "DECODE_LT_MIN_FIELDS")
-    digest_type = check_digest(plain[:-len(fields[-1]) - 1], fields[-1])
+    digest_type = find_digest(plain[:-len(fields[-1]) - 1], fields[-1])
     random, user, timestamp, version, type_text, message = fields[:6]
     check_field(timestamp != b"", "DECODE_TIMESTAMP_MISSING")
     check_field(len(timestamp) <= 12, "DECODE_TIMESTAMP_TOOBIG")
@@ -837,8 +842,8 @@ def decode_packet(plain: bytes) -> Packet:
                   server_auth, timeout, digest_type, address, ports, command)
 
 
-def check_digest(message: bytes, text: bytes) -> str:
-    """The name of the digest that `text` is of `message`, by its length (fwknop.md 1.6)."""
+def find_digest(message: bytes, text: bytes) -> str:
+    """Return the name of the digest of `message` that `text` is, by its length (fwknop.md 1.6)."""
     candidates = [digest for digest in DIGESTS.values() if digest.text_size == len(text)]
     if not candidates:
         raise PacketRejected("malformed", "Error creating fko context: Invalid digest type")
@@ -850,7 +855,7 @@ def check_digest(message: bytes, text: bytes) -> str:
 
 
 def decode_text(field: bytes, longest: int, name: str) -> str:
-    """The text of a base64 field of at most `longest` characters; `name` begins its errors."""
+    """Decode a base64 field of at most `longest` characters; `name` begins its errors."""
     check_field(field != b"", name + "_MISSING")
     check_field(len(field) <= longest, name + "_TOOBIG")
     try:
@@ -861,7 +866,7 @@ def decode_text(field: bytes, longest: int, name: str) -> str:
 
 def decode_extra(message_type: int,
                  extra: List[bytes]) -> Tuple[Optional[Tuple[str, int]], Optional[str], int]:
-    """NAT, SERVER_AUTH and TIMEOUT, each of which only some types have (fwknop.md 1.2)."""
+    """Decode NAT, SERVER_AUTH and TIMEOUT, as far as the type has them (fwknop.md 1.2)."""
     with_nat, with_timeout = message_type in NAT_TYPES, message_type in TIMEOUT_TYPES
     check_field(len(extra) <= 1 + with_nat + with_timeout, "DECODE_WRONG_NUM_FIELDS")
     check_field(len(extra) >= with_nat, "DECODE_NATACCESS_MISSING")
@@ -877,7 +882,7 @@ def decode_extra(message_type: int,
 
 
 def decode_nat(field: bytes) -> Tuple[str, int]:
-    """Host and port of `host,port` (tests/spec/fwknop.md 1.5). The host may be a name, or empty."""
+    """Decode `host,port` (tests/spec/fwknop.md 1.5). The host may be a name, or empty."""
     text = decode_text(field, 256, "DECODE_NATACCESS")
     host, comma, port = text.partition(",")
     check_field(bool(comma) and len(host) <= 70 and not set(host) & set(NAT_EXCLUDED)
@@ -887,31 +892,32 @@ def decode_nat(field: bytes) -> Tuple[str, int]:
 
 def decode_message(message_type: int,
                    text: str) -> Tuple[Optional[Address], Tuple[Port, ...], str]:
-    """Address, ports and command of `IP,proto/port[,...]` or `IP,command` (fwknop.md 1.4)."""
+    """Decode `IP,proto/port[,...]` or `IP,command` to address, ports, command (fwknop.md 1.4)."""
     ip_text, comma, rest = text.partition(",")
-    name = "DECODE_MESSAGE_VALIDFAIL" if message_type == COMMAND else "DECODE_ACCESS_VALIDFAIL"
+    is_command = message_type == COMMAND
+    name = "DECODE_MESSAGE_VALIDFAIL" if is_command else "DECODE_ACCESS_VALIDFAIL"
     check_field(bool(comma and rest), name)
     try:
         address = parse_address(ip_text)
-        ports = [parse_port(item) for item in rest.split(",") if message_type != COMMAND]
+        ports = [] if is_command else [parse_port(item) for item in rest.split(",")]
     except ValueError:
         raise PacketRejected("malformed", invalid_data(name)) from None
     return (None if address.is_unspecified else address, tuple(dict.fromkeys(ports)),
-            rest if message_type == COMMAND else "")
+            rest if is_command else "")
 
 
 def port_list(ports: Iterable[Port]) -> str:
-    """Ports in words: `tcp/22, udp/53`."""
-    return ", ".join("%s/%d" % port for port in sorted(ports))
+    """Return ports as text, sorted: `tcp/22, udp/53`."""
+    return ", ".join(f"{protocol}/{number}" for protocol, number in sorted(ports))
 
 
 def is_port(text: str) -> bool:
-    """Whether `text` is a port number: up to five digits, 1 to 65535."""
+    """Tell whether `text` is a port number: up to five digits, 1 to 65535."""
     return 0 < len(text) <= 5 and not text.strip("0123456789") and 1 <= int(text) <= 65535
 
 
 def parse_port(text: str) -> Port:
-    """`tcp/22` or `udp/53` as (protocol, port)."""
+    """Parse `tcp/22` or `udp/53` to (protocol, port)."""
     protocol, _, number = text.partition("/")
     expect(protocol in PROTOCOL_NUMBERS and is_port(number),
            "tcp/PORT or udp/PORT, PORT 1 to 65535")
@@ -919,7 +925,7 @@ def parse_port(text: str) -> Port:
 
 
 def parse_address(text: str) -> Address:
-    """An IPv4 or IPv6 address; one that IPv6 wraps around IPv4 comes out as the IPv4 address."""
+    """Parse an IPv4 or IPv6 address; an IPv4-mapped one (::ffff:1.2.3.4) becomes IPv4."""
     octets = text.split(".")
     try:
         # inet_aton() reads 010 as eight, Python before 3.9.5 as ten: nobody can tell what is meant.
@@ -6350,7 +6356,7 @@ class Grants:
         for grant in self.firewall.grants():
             self.enter(grant)
             door = grant.door
-            self.log.info(f"Found {door.word} rule in {self.firewall.describe(door)} for {door}, "
+            self.log.info(f"Found {door.rule_name} rule in {self.firewall.describe(door)} for {door}, "
                           f"expires at {grant.expires}")
 
     def grant(self, doors: List[Door], seconds: int, stanza_number: int = 0) -> None:
@@ -6380,7 +6386,7 @@ class Grants:
         if opened and self.clocks.monotonic() >= ends:
             raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
         for door in doors:
-            self.log.info(f"Added {door.word} rule to {self.firewall.describe(door)} for {door}, "
+            self.log.info(f"Added {door.rule_name} rule to {self.firewall.describe(door)} for {door}, "
                           f"expires at {self.live[door].expires}")
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
