@@ -2820,9 +2820,8 @@ def read_knockd(path: str) -> KnockdFile:
 # ======================================================================================
 # 11. Judgement
 #
-# What a genuine packet may open: pure functions of packet, stanza, datagram, settings, time, and
-# which addresses are this host's, in the order of tests/spec/fwknop.md 3.4. Freshness and replay
-# are in section 14.
+# Decide what a request may open: pure functions of request, stanza, settings, time and this host's
+# addresses, in the order of tests/spec/fwknop.md 3.4. Freshness and replay are in section 14.
 # ======================================================================================
 
 
@@ -3028,31 +3027,30 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
 
 
 def socket_text(packed: bytes) -> str:
-    """A packed address of 4 or 16 bytes as text."""
+    """Return a packed address of 4 or 16 bytes as text."""
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 class Command(NamedTuple):
-    """A program with its arguments, and who runs it; None is who runs this server."""
+    """A program with its arguments, and the account it runs as; None is the server's own."""
 
     words: Tuple[bytes, ...]
     account: Optional[Account]
 
     def __str__(self) -> str:
-        """The words as fwknopd's log shows them."""
+        """Return the words as fwknopd's log shows them."""
         return b" ".join(self.words).decode("latin-1")
 
     @property
     def runner(self) -> str:
-        """Who runs it, for the log."""
+        """Return the account that it runs as, for the log."""
         return "" if self.account is None else (
             " setuid/setgid user/group to %s/%s (UID=%d,GID=%d)" % self.account[:4])
 
 
 def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
-    """What a command message runs: words between blanks, no shell, no quotes (fwknop.md 3.8).
-
-    Behind `--`, sudo takes none of them for an option or a variable.
+    """Return the run of a command message: words between blanks, no shell, no quotes
+    (fwknop.md 3.8). Behind `--`, sudo takes none of them for an option or a variable.
     """
     words, prefix = command.encode("latin-1").split(), [sudo]
     if (not 0 < len(words) <= MAX_WORDS or "\0" in command
@@ -3068,9 +3066,9 @@ def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
 
 def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
                    now: float) -> List[Command]:
-    """The commands that open a door and close it again; without words for NONE.
+    """Return the commands that open a door and close it again; NONE is a command without words.
 
-    A packet gets into them only as parsed addresses and numbers.
+    Of a packet only parsed addresses and numbers get into them.
     """
     source = door.source if door.source.num_addresses > 1 else door.source.network_address
     values = {"IP": source, "SRC": source, "PKT_SRC": socket_text(datagram.source),
@@ -7000,7 +6998,7 @@ class Commands:
 
 
 class Configuration(NamedTuple):
-    """All files as they were read."""
+    """The settings, stanzas and doors of all files."""
 
     settings: ServerSettings
     stanzas: List[Stanza]
@@ -7010,17 +7008,17 @@ class Configuration(NamedTuple):
     test: bool = False  # whether packets are only judged and logged
 
     @property
-    def words(self) -> "Words":
-        """What it says of itself: as knockd, when that is all it is."""
+    def lifecycle(self) -> "Lifecycle":
+        """Return its log lines about itself: knockd's, if it only serves a knockd.conf."""
         if self.stanzas or self.knockd is None:
-            return Words()
-        return Words(
+            return Lifecycle()
+        return Lifecycle(
             program="knockd", starting="", leaving="", restarted="", ended="shutting down",
             started="starting up, listening on " + ",".join(self.knockd.options.interfaces),
             rereading=f"re-reading config file: {self.settings.knockd_file}", level=DEBUG)
 
     def listenings(self) -> List[Listening]:
-        """The sequences of stanzas and of knockd's doors, and where to listen for them."""
+        """Return the sequences of stanzas and of knockd's doors, and where to listen for them."""
         found = [Listening((self.settings.interface,),
                            [stanza.sequence for stanza in self.stanzas if stanza.sequence],
                            self.four_only)]
@@ -7031,20 +7029,21 @@ class Configuration(NamedTuple):
 
     @property
     def takes_packets(self) -> bool:
-        """Whether there is something to open by packets."""
+        """Whether a stanza opens by packets."""
         return any(stanza.takes_packets for stanza in self.stanzas)
 
     def choose_firewall(self, log: Log, clocks: Clocks = CLOCKS) -> Firewall:
-        """The firewall that the settings mean; ConfigError without one."""
+        """Return the firewall that the settings mean; ConfigError without one."""
         return choose_firewall(self.settings, self.stanzas, self.test, log, clocks)
 
     def open_captures(self, log: Log, current: Iterable[Capture] = (),
                       same: bool = False) -> List[Capture]:
-        """What to listen on or to read, for packets and for knock sequences.
+        """Open sockets or a file to read packets and knock sequences from.
 
-        `same`: for packets, those of `current`.
+        If `same`, packets are still read from the captures in `current`.
         """
-        captures = [each for each in current if not isinstance(each, KnockCapture)] * same
+        captures = [each for each in current
+                    if same and not isinstance(each, KnockCapture)]
         try:
             if self.takes_packets and not same:
                 open_captures(self.settings, log, current, captures)
@@ -7058,20 +7057,20 @@ class Configuration(NamedTuple):
         return captures
 
     def voids(self) -> List[str]:
-        """What is wrong with stanzas that open nothing for it."""
+        """Return a line about each stanza that opens nothing, and why."""
         return ["(stanza #%d) %s; this stanza opens nothing" % (stanza.number, stanza.void)
                 for stanza in self.stanzas if stanza.void]
 
     def tell(self, log: Log) -> None:
-        """Logs what is wrong, and what the administrator may not expect."""
+        """Log the void stanzas and the warnings."""
         for text in self.voids():
             log.error(text)
         for text in dict.fromkeys(self.warnings):
             log.warning(text)
 
 
-class Words(NamedTuple):
-    """What a server says of itself in the log, where it says something: these are fwknopd's."""
+class Lifecycle(NamedTuple):
+    """The log lines about start, reload and end; these are fwknopd's."""
 
     program: str = "fwknopd"
     starting: str = "Starting fwknopd"
@@ -7080,7 +7079,7 @@ class Words(NamedTuple):
     restarted: str = "Re-starting fwknopd"
     leaving: str = "Gracefully leaving the fwknopd event loop."
     ended: str = "Shutting Down fwknopd."
-    level: int = INFO  # of what knockd has no words for
+    level: int = INFO  # of lines that knockd does not have
 
 
 # ======================================================================================
@@ -7827,8 +7826,8 @@ class Server:
 
     def end_loop(self, why: str) -> None:
         """Let the loop end after this turn."""
-        self.log.info(self.configuration.words.leaving)
-        self.log.write(ERROR if self.exit_code else self.configuration.words.level, why)
+        self.log.info(self.configuration.lifecycle.leaving)
+        self.log.write(ERROR if self.exit_code else self.configuration.lifecycle.level, why)
         self.running = False
 
     def check_links(self) -> None:
@@ -7968,7 +7967,7 @@ class Server:
             self.gate.go_on_with_gpg()
         for run in self.gate.runs:
             run.kill()
-        self.log.write(self.configuration.words.level, self.report())
+        self.log.write(self.configuration.lifecycle.level, self.report())
         self.gate.memory.close()
         self.tell_guard()
         self.commands.stop()
@@ -8173,7 +8172,7 @@ def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, lo
     log.level = DEBUG if configuration.settings.verbose else INFO
     firewall = configuration.choose_firewall(log)
     ready = go_to_background() if daemon else None
-    file = lock_pid_file(configuration.settings.pid_file, log, configuration.words.program)
+    file = lock_pid_file(configuration.settings.pid_file, log, configuration.lifecycle.program)
     try:
         if rotate:
             rotate_digest_cache(configuration.settings.digest_file)
@@ -8187,7 +8186,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     """Start the server, say so through `ready`, serve until told to stop; return the exit code."""
     configuration.tell(log)
     warn_of_host(configuration, firewall, log)
-    log.info(configuration.words.starting)
+    log.info(configuration.lifecycle.starting)
     server = Server(configuration, firewall, log)
     signals = catch_signals(server.selector)
     server.start(configuration.settings.flush_at_start)
@@ -8199,7 +8198,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
                     "--fw-flush can't ask this server; kill -USR2 can")
     if firewall.guard_ports:
         log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
-    log.info(configuration.words.started)
+    log.info(configuration.lifecycle.started)
     if ready is not None:
         os.write(ready, b"1")
         os.close(ready)
@@ -8213,7 +8212,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
         server.stop()
     finally:
         control.close()
-        log.info(server.configuration.words.ended)
+        log.info(server.configuration.lifecycle.ended)
     return server.exit_code
 
 
@@ -8257,7 +8256,7 @@ def obey_signal(number: int, server: Server, read: Callable[[], Configuration]) 
     if number != signal.SIGHUP:
         server.end_loop(f"Got {signal.Signals(number).name}. Exiting...")
         return
-    log.info(server.configuration.words.rereading)
+    log.info(server.configuration.lifecycle.rereading)
     try:
         configuration = read()
         configuration.tell(log)
@@ -8265,7 +8264,7 @@ def obey_signal(number: int, server: Server, read: Callable[[], Configuration]) 
         server.reload(configuration, firewall)
         warn_of_host(configuration, firewall, log)
         log.level = DEBUG if configuration.settings.verbose else INFO
-        log.info(configuration.words.restarted)
+        log.info(configuration.lifecycle.restarted)
     except Exception as error:  # a mistake of ours in reading must not end the server
         known = isinstance(error, (SpaError, OSError))
         text = explain(error) if known else internal_error(error, log.level >= DEBUG)
