@@ -2169,12 +2169,13 @@ def read_one_time_file(path: str) -> OneTimeFile:
 # ======================================================================================
 # 9. access.conf
 #
-# Who may open what, for how long (tests/spec/fwknop.md 3.3). A stanza is the one place of policy.
+# A stanza says which clients may open which ports, and for how long (tests/spec/fwknop.md 3.3).
+# No other section decides that.
 # ======================================================================================
 
 
 class Key(Directive[Secret]):
-    """A key of 1 to `longest` bytes, raw or in base64 with or without its '='; empty if not set."""
+    """A key of 1 to `longest` bytes, raw, or in base64 with or without '='; empty if not set."""
 
     secret = True
 
@@ -2183,40 +2184,40 @@ class Key(Directive[Secret]):
         self.longest, self.encoded = longest, encoded
 
     def parse_key(self, text: str) -> Secret:
-        """The key; the placeholder is none, neither as it stands nor in base64."""
+        """Parse a key; refuse the placeholder of a sample file, also one in base64."""
         key, placeholder = text.encode("latin-1"), PLACEHOLDER.encode()
         if self.encoded and key.strip() != placeholder:
             key = decode_base64(key.strip().rstrip(b"="))
         expect(key.strip() != placeholder, "a key instead of " + PLACEHOLDER)
         expect(not text or 0 < len(key) <= self.longest,
-               "a key of 1 to %d bytes, not %d" % (self.longest, len(key)))
+               f"a key of 1 to {self.longest} bytes, not {len(key)}")
         return Secret(key)
 
 
 def parse_digest(text: str) -> Digest:
-    """A digest or HMAC type by its name."""
+    """Parse the name of a digest."""
     return DIGESTS[choice(*DIGESTS)(text)]
 
 
 def parse_user(text: str) -> str:
-    """A user name as a packet can carry it (tests/spec/fwknop.md 1.3)."""
+    """Parse a user name that a packet can carry (tests/spec/fwknop.md 1.3)."""
     expect(len(text) <= 48 and set(text) <= set(USER_CHARACTERS),
            "up to 48 characters as they are allowed in an SPA packet")
     return text
 
 
 def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
-    """A parser of comma lists of key ids with as many hex digits as one of `lengths`."""
+    """Return a parser of comma lists of key ids that have so many hex digits."""
     def parse(text: str) -> FrozenSet[str]:
         ids = [item.replace(" ", "").upper() for item in text.split(",") if text]
         expect(all(len(each) in lengths and not each.strip("0123456789ABCDEF") for each in ids),
-               "{} hex digits, with commas between the keys".format(" or ".join(map(str, lengths))))
+               " or ".join(map(str, lengths)) + " hex digits, with commas between the keys")
         return frozenset(ids)
     return parse
 
 
 def parse_date(text: str) -> int:
-    """Epoch seconds of the beginning of the day MM/DD/YYYY, in local time."""
+    """Parse MM/DD/YYYY; return the epoch seconds at which that day begins, in local time."""
     parts = text.split("/")
     try:
         month, day, year = [integer(1, 9999)(part) for part in parts]
@@ -2228,7 +2229,7 @@ def parse_date(text: str) -> int:
 
 
 class Account(NamedTuple):
-    """Who runs a command."""
+    """The user and the groups that a command runs as."""
 
     user: str
     group: str
@@ -2238,7 +2239,7 @@ class Account(NamedTuple):
 
 
 def parse_account(text: str) -> Account:
-    """A user of this host with the user's own group and all others."""
+    """Parse the name of a user of this host; return the account with all groups of that user."""
     import grp
     import pwd
     try:
@@ -2250,7 +2251,7 @@ def parse_account(text: str) -> Account:
 
 
 def parse_group(text: str) -> int:
-    """The number of a group of this host."""
+    """Parse the name of a group of this host; return its number."""
     import grp
     try:
         return grp.getgrnam(text).gr_gid
@@ -2259,33 +2260,33 @@ def parse_group(text: str) -> int:
 
 
 def parse_template(text: str) -> Tuple[str, ...]:
-    """The words of a CMD_CYCLE command, split before anything is put in for a variable."""
-    words = text.encode("latin-1").split()
-    expect(len(words) <= MAX_WORDS, "at most %d words" % MAX_WORDS)
-    expect(not words or find_program(os.fsdecode(words[0])) is not None,
+    """Split a CMD_CYCLE command at blanks, before values of variables can bring other blanks in."""
+    arguments = text.encode("latin-1").split()  # as bytes: 0xA0 is no blank
+    expect(len(arguments) <= MAX_ARGUMENTS, f"at most {MAX_ARGUMENTS} words")
+    expect(not arguments or find_program(os.fsdecode(arguments[0])) is not None,
            "a program that can be run")
-    template = tuple(word.decode("latin-1") for word in words)
-    for word in template:
-        fill_in(word, dict.fromkeys(CYCLE_VARIABLES, ""))
+    template = tuple(argument.decode("latin-1") for argument in arguments)
+    for argument in template:
+        fill_in(argument, dict.fromkeys(CYCLE_VARIABLES, ""))
     return template
 
 
-def fill_in(word: str, values: Dict[str, Any]) -> str:
-    """`word` with a value for each variable, $IP; of two names that fit the longer one (fwknop)."""
-    filled, *parts = word.split("$")
+def fill_in(argument: str, values: Dict[str, Any]) -> str:
+    """Replace variables such as $IP by their values; the longest name wins (fwknop.md 3.8)."""
+    filled, *parts = argument.split("$")
     for part in parts:
         name = max((name for name in CYCLE_VARIABLES if part.startswith(name)), key=len, default="")
-        expect(name != "", "only ${} after a dollar sign".format(", $".join(CYCLE_VARIABLES)))
+        expect(name != "", "only $" + ", $".join(CYCLE_VARIABLES) + " after a dollar sign")
         filled += str(values[name]) + part[len(name):]
     return filled
 
 
-MAX_WORDS = 30  # of a command (tests/spec/fwknop.md 3.8)
+MAX_ARGUMENTS = 30  # of a command, with its program: "words" in fwknop.md 3.8
 CYCLE_VARIABLES = ("IP", "SRC", "PKT_SRC", "DST", "PORT", "PROTO", "TIMEOUT", "CLIENT_TIMEOUT")
 
 
 class Stanza(Settings):
-    """A stanza of access.conf: whose packets these are, and what they may open."""
+    """A stanza of access.conf: its keys and its knock sequence, and what these may open."""
 
     source = Directive("SOURCE", Networks, "ANY", "ANY, or addresses and networks that may knock")
     destination = Directive("DESTINATION", Networks, "ANY", "addresses that may be knocked at")
@@ -2346,7 +2347,7 @@ class Stanza(Settings):
                             lambda text: () if text == "NONE" else parse_template(text), "",
                             "command that closes again, or NONE")
     cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
-                              "how long until then, unless the client asks for a time")
+                              "how long to open, unless the client asks for a time")
 
     knock_steps = NoDefault("KNOCK_SEQUENCE", parse_steps,
                             "ports that open OPEN_PORTS when they are hit in this order: "
@@ -2366,8 +2367,8 @@ class Stanza(Settings):
     force_nat = NoDefault("FORCE_NAT", parse_nat_target,
                           "NAT to this `IP PORT`, whatever the packet asks for")
     force_snat = NoDefault("FORCE_SNAT", parse_nat_address,
-                           "let what NAT forwards come from this address")
-    force_masquerade = Flag("FORCE_MASQUERADE", "let it come from the address of the way out")
+                           "source address of forwarded connections")
+    force_masquerade = Flag("FORCE_MASQUERADE", "the same with the outgoing interface's address")
     forward_all = Flag("FORWARD_ALL", "with NAT, forward every protocol and port")
     disable_dnat = Flag("DISABLE_DNAT",
                         "with NAT, forward only what is sent to the inner host itself")
@@ -2377,7 +2378,7 @@ class Stanza(Settings):
         self.number = number
         self.keys: Optional[PacketKeys] = None  # validate() makes them
         self.gpg: Optional[GpgKeys] = None  # load_gpg() does, when the server starts
-        self.has_key_file = False  # whether the keys are a user's own affair
+        self.has_key_file = False  # by %include_keys; a user may own that file
         self.sequence: Optional[Sequence] = None
         self.void = ""  # why it opens nothing
         self.takes_packets = True  # not only knock sequences
@@ -2457,7 +2458,7 @@ class Stanza(Settings):
         return self.sequence.warnings(alone=not packet)
 
     def warnings(self, key: Secret, hmac_key: Secret) -> List[str]:
-        """What this stanza does that the administrator may not expect."""
+        """Return what the administrator may not expect of this stanza."""
         gpg = bool(self.gpg_decrypt_id)
         return [text for applies, text in (
             (gpg and not hmac_key,
@@ -2473,7 +2474,7 @@ class Stanza(Settings):
             (key and self.mode == ASYMMETRIC,
              "ENCRYPTION_MODE Asymmetric: the KEY of this stanza opens nothing"),
             (self.enable_commands and not (self.command_user or self.enable_sudo),
-             "ENABLE_CMD_EXEC Y without CMD_EXEC_USER: who holds its keys runs commands as root"),
+             "ENABLE_CMD_EXEC Y without CMD_EXEC_USER: holders of its keys run commands as root"),
             (self.keys and not hmac_key,
              "no HMAC_KEY: anybody can make this server decrypt, and fwknop's packets without HMAC "
              "can be forged in part; keygen.py makes both keys"),
@@ -2483,37 +2484,38 @@ class Stanza(Settings):
              "has expired (ACCESS_EXPIRE)"),
             (not self.open_ports, "no OPEN_PORTS: every port may be opened"),
             (self.takes_packets and not self.require_source,
-             "Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: '{}'".format(self.texts.get("SOURCE", "ANY")))) if applies]
+             "Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
+             f"'{self.texts.get('SOURCE', 'ANY')}'")) if applies]
 
     def give_up(self, error: SpaError) -> None:
-        """Makes the stanza void if its keys are in a file of their own; else raises the error.
+        """Make the stanza void if its keys are in a file of their own; else raise the error.
 
-        A user who spoils that file locks out nobody else.
+        A user who spoils that file locks nobody else out.
         """
         if not self.has_key_file:
             raise error
         self.make_void(error)
 
     def make_void(self, error: SpaError) -> None:
-        """Let the stanza open nothing, because of this error."""
+        """Make the stanza open nothing, because of this error."""
         self.void = self.void or str(error)
         self.keys = self.gpg = self.sequence = None
 
     @property
     def account(self) -> Optional[Account]:
-        """Who runs this stanza's commands; None is who runs this server."""
+        """The account that runs this stanza's commands; None is the server's own."""
         user, gid = self.command_user, self.command_group
         if user is None or gid is None:
             return user
         return user._replace(group=self.texts["CMD_EXEC_GROUP"], gid=gid, groups=(gid,))
 
     def admits(self, datagram: Datagram) -> bool:
-        """Whether SOURCE and DESTINATION let this datagram try the stanza's keys."""
+        """Return whether SOURCE and DESTINATION let this datagram try the stanza's keys."""
         return datagram.source in self.source and datagram.destination in self.destination
 
 
-MOST_FILES_DEEP = 3  # access.conf, what it includes, and what that includes, as in fwknopd
-# A key file may belong to the user: it can't widen its stanza, nor name what root would run.
+MOST_FILES_DEEP = 3  # access.conf, a file in it, and a file in that one, as in fwknopd
+# The user may own a key file: it can't widen its stanza, nor name a program for root to run.
 KEY_FILE_NAMES = frozenset((
     "KEY KEY_BASE64 HMAC_KEY HMAC_KEY_BASE64 HMAC_DIGEST_TYPE GPG_DECRYPT_ID GPG_DECRYPT_PW "
     "GPG_ALLOW_NO_PW GPG_REQUIRE_SIG GPG_DISABLE_SIG GPG_IGNORE_SIG_VERIFY_ERROR GPG_REMOTE_ID "
@@ -2521,9 +2523,9 @@ KEY_FILE_NAMES = frozenset((
 
 
 class AccessFiles:
-    """The stanzas of access.conf and of all that it includes, in the order of their SOURCE lines.
+    """The stanzas of access.conf and of the files it includes, in the order of their SOURCE lines.
 
-    A relative path begins at `directory`, or else where this process is, as in fwknopd.
+    A relative path begins at `directory`, or else at the process's own, as in fwknopd.
     """
 
     def __init__(self, directory: str = "") -> None:
@@ -2532,7 +2534,7 @@ class AccessFiles:
         self.warnings: List[str] = []
 
     def read(self, path: str, depth: int = 1) -> None:
-        """Reads one file, the `depth`th inside another. A stanza goes on after an %include."""
+        """Read a file at this depth of %include lines. A stanza goes on after an %include."""
         self.warnings += permission_warnings(path)
         stanza: Optional[Stanza] = None
         for line in read_lines(path, colon=True):
@@ -2550,10 +2552,10 @@ class AccessFiles:
                 self.warnings += stanza.set_line(line)
 
     def include(self, line: Line, depth: int) -> None:
-        """Reads the file that an %include line names, or the *.conf of a folder."""
+        """Read the file that an %include line names, or the *.conf of a folder."""
         if depth == MOST_FILES_DEEP:
-            raise line.error("Refusing to go deeper than %d levels. Lost in Limbo: '%s'"
-                             % (depth, line.file))
+            raise line.error(f"Refusing to go deeper than {depth} levels. "
+                             f"Lost in Limbo: '{line.file}'")
         path = os.path.join(self.directory, line.value.rstrip())
         try:
             paths = [path] if line.name == "%include" else folder_files(path)
@@ -2561,13 +2563,15 @@ class AccessFiles:
         except ValueError as error:
             raise line.error(error) from None
         for each in paths:
-            self.read(self.checked(each, line), depth + 1)
+            check_included(each, line)
+            self.read(each, depth + 1)
 
     def include_keys(self, line: Line, stanza: Stanza) -> None:
-        """Takes the keys of the stanza from the file that an %include_keys line names."""
+        """Set the keys of the stanza from the file that an %include_keys line names."""
         stanza.has_key_file = True
+        path = os.path.join(self.directory, line.value.rstrip())
         try:
-            path = self.checked(os.path.join(self.directory, line.value.rstrip()), line)
+            check_included(path, line)
             self.warnings += [f"Including key file: '{path}'"] + permission_warnings(path)
             for each in read_lines(path, colon=True, untrusted=True):
                 if each.name not in KEY_FILE_NAMES:
@@ -2576,22 +2580,21 @@ class AccessFiles:
         except SpaError as error:
             stanza.give_up(error)
 
-    @staticmethod
-    def checked(path: str, line: Line) -> str:
-        """The path of a file to include, once it is there."""
-        if not os.path.isfile(path):
-            raise line.error(f"Access file: '{path}' was not found.")
-        return path
+
+def check_included(path: str, line: Line) -> None:
+    """Raise ConfigError at the %include line if its file is missing."""
+    if not os.path.isfile(path):
+        raise line.error(f"Access file: '{path}' was not found.")
 
 
 def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[str]]:
-    """The stanzas of these files and of what they include, and the warnings they gave rise to."""
+    """Return the stanzas of these files and of the files they include, and warnings."""
     files = AccessFiles(directory)
     for path in paths:
         files.read(path)
     stanzas = files.stanzas
     if not stanzas:
-        raise ConfigError("{}: expected a stanza, which begins with SOURCE".format(", ".join(paths)))
+        raise ConfigError(", ".join(paths) + ": expected a stanza, which begins with SOURCE")
     warnings = files.warnings
     for stanza in stanzas:
         stanza.set_defaults()
@@ -2599,28 +2602,28 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
             warnings += [] if stanza.void else stanza.validate()
         except SpaError as error:
             stanza.give_up(error)
-    return stanzas, warnings + shared_key_warnings(stanzas)
+    return stanzas, warnings + mark_shared_keys(stanzas)
 
 
-def shared_key_warnings(stanzas: List[Stanza]) -> List[str]:
-    """Warn of stanzas without HMAC that have the key of one with HMAC, and mark the latter's keys.
+def mark_shared_keys(stanzas: List[Stanza]) -> List[str]:
+    """Mark keys with HMAC that another stanza has without; return a warning for each of these.
 
-    A packet without its tag is a packet for the stanza without HMAC, so both are remembered.
+    Such a packet opens there without its tag, so the server remembers it with and without.
     """
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
     bare = {keys.secret for _, keys in keyed if not keys.has_hmac}
     protected = {keys.secret for _, keys in keyed if keys.has_hmac}
     for _, keys in keyed:
         keys.accepts_bare = keys.has_hmac and keys.secret in bare
-    return ["(stanza #%d) another stanza has this key with an HMAC: its packets open here without "
-            "their tag, so that the HMAC protects nothing; keygen.py makes another key"
-            % stanza.number for stanza, keys in keyed if not keys.has_hmac and keys.secret in protected]
+    return [f"(stanza #{stanza.number}) another stanza has this key with an HMAC: its packets open "
+            "here without their tag, so that the HMAC protects nothing; keygen.py makes another key"
+            for stanza, keys in keyed if not keys.has_hmac and keys.secret in protected]
 
 
 def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
-    """What a knock can't change: ports that only a guard would hold, and that it does not.
+    """Warn about ports that nothing closes: only the guard could, and they are not in GUARD_PORTS.
 
-    Where NAT is enabled, an outer port need not be closed before.
+    With NAT a port that is not closed can still lead elsewhere after a knock.
     """
     texts = []
     only_guard = settings.guard_ports and not (
@@ -2628,16 +2631,16 @@ def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
     for stanza in stanzas if only_guard else ():
         ports = stanza.open_ports - settings.guard_ports
         if ports and not stanza.cycle_open:
-            texts.append("(stanza #%d) %s is not in GUARD_PORTS: a knock changes nothing for it"
-                         % (stanza.number, port_list(ports)))
+            texts.append(f"(stanza #{stanza.number}) {port_list(ports)} is not in GUARD_PORTS: "
+                         "a knock changes nothing for it")
         elif not (stanza.open_ports or stanza.cycle_open or stanza.enable_commands):
-            texts.append("(stanza #%d) a knock changes nothing for ports that are not in "
-                         "GUARD_PORTS" % stanza.number)
+            texts.append(f"(stanza #{stanza.number}) a knock changes nothing for ports that are "
+                         "not in GUARD_PORTS")
     return texts
 
 
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
-    """ConfigError for NAT in a stanza that can't be without another directive (fwknop.md 3.3)."""
+    """Raise ConfigError for NAT in a stanza without a directive that it needs (fwknop.md 3.3)."""
     for stanza in stanzas:
         forced = stanza.force_nat or stanza.forward_all
         for row, possible, needed in (
@@ -2655,58 +2658,61 @@ def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
 # ======================================================================================
 # 10. knockd.conf
 #
-# Doors of knockd (knockd.md 1.2): sequences with commands of their own, no firewall. Names are
-# in any case, and a comment has a line of its own, though a number may have one behind it.
+# Doors of knockd (tests/spec/knockd.md 1.2): sequences that run commands, and use no firewall.
+# Names may have any case. A comment has its own line, but may also follow a number.
 # ======================================================================================
 
 IP_VARIABLE = "%IP%"
 LONGEST_IP = 39  # characters of an IPv6 address
-MAX_COMMAND = 4095  # bytes, with addresses in it
+MAX_COMMAND = 4095  # bytes, with addresses in it (knockd.md 1.2)
 KNOCKD_CHARACTERS = NAME_CHARACTERS + NAME_CHARACTERS.lower()  # of names; no line has a key
 
 
 def number_before_comment(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser that lets a comment follow, as knockd does by reading up to where a number ends."""
+    """Return a parser that lets a comment follow: knockd reads a number up to where it ends."""
     return lambda text: parse(text.partition("#")[0].rstrip())
 
 
 def parse_shell(text: str) -> str:
-    """A command for /bin/sh, which %IP% does not make too long."""
+    """Parse a command for /bin/sh that is short enough with any address for %IP%."""
     longest = len(text) + text.count(IP_VARIABLE) * (LONGEST_IP - len(IP_VARIABLE))
-    expect(longest <= MAX_COMMAND, "at most %d bytes" % MAX_COMMAND)
+    expect(longest <= MAX_COMMAND, f"at most {MAX_COMMAND} bytes")
     return text
 
 
 def parse_interfaces(text: str) -> Tuple[str, ...]:
-    """A comma list of network interfaces; `any` is all."""
+    """Parse a comma list of network interfaces; with `any` in it, that alone."""
     names = tuple(dict.fromkeys(parse_interface(name.strip()) for name in text.split(",")))
     return ("any",) if "any" in names else names
 
 
 class KnockdSettings(Settings):
-    """A section of knockd.conf. What it says of itself in a file is `name = value`."""
+    """A section of knockd.conf, with lines `name = value`."""
 
     @classmethod
     def row(cls, name: str) -> Optional[Directive[Any]]:
-        """The row of a name in upper or lower case."""
+        """Return the row of a name in upper or lower case."""
         return next((row for row in cls.rows()
                      if name.lower() in map(str.lower, row.names)), None)
 
     def dump(self) -> str:
-        """What the file set, in its own syntax. Sequences are secrets."""
-        return "".join(f"\t{row.name}\n" if isinstance(row, Bare) else f"\t{row.name} = {PLACEHOLDER if row.secret else self.texts[row.name]}\n"
-            for row in self.rows() if self.is_set(row))
+        """Return the lines that were set, in the file's own syntax. Sequences are secrets."""
+        lines = ""
+        for row in filter(self.is_set, self.rows()):
+            value = PLACEHOLDER if row.secret else self.texts[row.name]
+            lines += f"\t{row.name}\n" if isinstance(row, Bare) else f"\t{row.name} = {value}\n"
+        return lines
 
 
 class Bare(Directive[bool]):
-    """A word that stands alone."""
+    """A directive without a value: its name stands alone."""
 
     def __init__(self, name: str, help: str) -> None:
         super().__init__(name, bool, "", help)
 
 
 class KnockdOptions(KnockdSettings):
-    """The section [options]: what holds for all doors."""
+    """The section [options], which holds for all doors."""
 
     use_syslog = Bare("UseSyslog", "log to syslog")
     log_file = NoDefault("LogFile", str, "log to this file")
@@ -2718,7 +2724,7 @@ class KnockdOptions(KnockdSettings):
 
 
 class KnockdDoor(KnockdSettings):
-    """Any other section: a sequence and what it runs."""
+    """Any other section: a sequence, and the commands that it runs."""
 
     knock_steps = NoDefault("Sequence", parse_steps, "ports: 7000,8000:udp,9000", secret=True)
     knock_file = NoDefault("One_Time_Sequences", str,
@@ -2731,37 +2737,37 @@ class KnockdDoor(KnockdSettings):
     target = NoDefault("Target", lambda text: parse_address(text).packed,
                        "address that has to be hit; without it any of this host's")
     start = Directive("Start_Command Command", parse_shell, "",
-                      "what the shell runs when all were hit; %IP% is the client's address")
+                      "shell command to run when all were hit; %IP% is the client's address")
     start6 = NoDefault("Start_Command_6 Command_6", parse_shell, "instead, for an IPv6 address")
     stop_seconds = Directive("Cmd_Timeout", number_before_comment(integer(0, 8388608, "seconds")),
                              "10", "time from the end of that command to Stop_Command")
-    stop = Directive("Stop_Command", parse_shell, "", "what it then runs")
+    stop = Directive("Stop_Command", parse_shell, "", "shell command to run then")
     stop6 = NoDefault("Stop_Command_6", parse_shell, "instead, for an IPv6 address")
 
     def __init__(self, line: Line, name: str, number: int) -> None:
         super().__init__()
-        self.line, self.name = line, name  # where the door begins
-        self.number = -number  # a stanza of access.conf has a positive one
+        self.line, self.name = line, name  # of the section
+        self.number = -number  # so that it differs from the numbers of stanzas
         self.sequence = Sequence((), 0)
 
     def set_line(self, line: Line) -> List[str]:
-        """As in other files, but TCP flags add up."""
+        """Set a line as in other files, except that TCP flags add up."""
         flags = self.texts.get(KnockdDoor.knock_flags.name)
         if flags and self.row(line.name) is KnockdDoor.knock_flags:
             line = line._replace(value=flags + "," + line.value)
         return super().set_line(line)
 
     def validate(self, options: KnockdOptions) -> List[str]:
-        """Makes the door's sequence ready; returns warnings."""
+        """Check and make the door's sequence, and return warnings."""
         if bool(self.knock_steps) == bool(self.knock_file):
             raise self.line.error("expected Sequence or One_Time_Sequences, and only one of them")
         self.sequence = make_sequence(self, options.strict, options.exact, self.target or b"")
         return [f"[{self.name}] {text}" for text in self.sequence.warnings(alone=True)]
 
     def commands(self, address: Address) -> List[str]:
-        """What starts and what stops for a client; nothing stops where nothing started."""
+        """Return the commands that open and close for a client: no closing without an opening."""
         start, stop = self.start, self.stop
-        if address.version == 6:  # an empty one is one
+        if address.version == 6:  # an empty command replaces the other one, too
             start = self.texts.get(KnockdDoor.start6.name, start)
             stop = self.texts.get(KnockdDoor.stop6.name, stop)
         return [text.replace(IP_VARIABLE, str(address)) for text in (start, stop if start else "")]
@@ -2775,13 +2781,13 @@ class KnockdFile(NamedTuple):
     warnings: List[str]
 
     def dump(self) -> str:
-        """The file as it was understood."""
+        """Return the file as it was understood."""
         return f"[options]\n{self.options.dump()}" + "".join(
             f"[{door.name}]\n{door.dump()}" for door in self.doors)
 
 
 def read_knockd(path: str) -> KnockdFile:
-    """The doors of a knockd.conf; ConfigError names the line that can't be understood."""
+    """Read a knockd.conf; ConfigError names the line that can't be understood."""
     made = KnockdFile(KnockdOptions(), [], permission_warnings(path))
     section: Optional[KnockdSettings] = None
     for number, raw in enumerate(read_file(path).split("\n"), 1):
@@ -3053,10 +3059,10 @@ def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
     (fwknop.md 3.8). Behind `--`, sudo takes none of them for an option or a variable.
     """
     words, prefix = command.encode("latin-1").split(), [sudo]
-    if (not 0 < len(words) <= MAX_WORDS or "\0" in command
+    if (not 0 < len(words) <= MAX_ARGUMENTS or "\0" in command
             or (words[0].startswith(b"-") and not stanza.enable_sudo)):
         raise PacketRejected("command", "A command has 1 to %d words without zero bytes, and "
-                             "begins with a program." % MAX_WORDS)
+                             "begins with a program." % MAX_ARGUMENTS)
     for option, row in (("-u", Stanza.sudo_user), ("-g", Stanza.sudo_group)):
         prefix += [option, stanza.texts[row.name]] if stanza.is_set(row) else []
     if stanza.enable_sudo:

@@ -273,7 +273,7 @@ class WordsTest(CommandCase):
             path = os.path.join(self.directory, "access.conf")
             with open(path, "w") as stream:
                 stream.write("SOURCE ANY\n" + KEYS + lines)
-            self.assertIs(said, "runs commands as root" in " ".join(server.read_stanzas(path)[1]))
+            self.assertIs(said, "run commands as root" in " ".join(server.read_stanzas(path)[1]))
 
     def test_only_cycles_need_no_firewall(self) -> None:
         """None is made ready unless a stanza opens by it, or ports are guarded."""

@@ -684,7 +684,7 @@ class StanzaTest(ConfigCase):
                 self.assertEqual(
                     ["(stanza #%d) another stanza has this key with an HMAC" % each
                      for each in warned],
-                    [each.partition(":")[0] for each in server.shared_key_warnings(stanzas)])
+                    [each.partition(":")[0] for each in server.mark_shared_keys(stanzas)])
 
     def test_both_forms_of_expiry(self) -> None:
         """With ACCESS_EXPIRE and ACCESS_EXPIRE_EPOCH the earlier holds: neither may be dropped."""
