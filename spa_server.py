@@ -6347,7 +6347,7 @@ class Grants:
         self.ends: List[Tuple[float, int, Grant]] = []  # a heap; also of grants prolonged since
         self.count = 0  # of all grants so far: the heap never has to compare two of them
         self.not_before = 0.0  # when to try a failed close again
-        self.doubtful = False  # whether the firewall failed and may lack grants: check() is due
+        self.doubtful = False  # whether the firewall failed and may lack grants: restore() is due
 
     def enter(self, grant: Grant) -> None:
         """Record a grant that the firewall has."""
@@ -6399,8 +6399,8 @@ class Grants:
             self.firewall.add(opened, replaced)
         except CommandError as error:
             self.log.warning(f"{error}; looking whether somebody changed the firewall")
-            self.doubtful = True  # if the second try fails too, check() puts back what it closed
-            self.check()
+            self.doubtful = True  # if the second try fails too, restore() puts back what it closed
+            self.restore()
             if self.clocks.monotonic() >= opened[0].ends:
                 raise
             self.firewall.remove(replaced)
@@ -6465,7 +6465,7 @@ class Grants:
             self.log.info(f"Removed rule 1 from {self.firewall.describe(grant.door)} "
                           f"with expire time of {grant.expires} ({grant.door})")
 
-    def check(self) -> bool:
+    def restore(self) -> bool:
         """Put back our rules and then the grants that somebody took from the firewall.
 
         Return whether nothing was missing.
@@ -7702,11 +7702,11 @@ class FirewallWatch:
                 if firewall.mend_guard():
                     self.log.warning("Somebody changed our rules in the firewall "
                                      f"({firewall.describe()}); put the guard back")
-        except CommandError:  # check() tries again, and says why it can't
+        except CommandError:  # restore() tries again, and says why it can't
             self.check_rest = 0.0
         self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
 
-    def check(self) -> None:
+    def restore(self) -> None:
         """Put back rules and grants that somebody took from the firewall; retry after a failure."""
         began, doubtful = self.clocks.monotonic(), self.grants.doubtful
         self.grants.doubtful = False  # what fails below is tried again
@@ -7715,7 +7715,7 @@ class FirewallWatch:
                 if began < self.check_rest and not doubtful and self.grants.firewall.intact():
                     self.check_due = self.check_rest  # rules are looked at at once, grants then
                     return
-                all_well = self.grants.check()
+                all_well = self.grants.restore()
         except CommandError as error:
             self.log.error(f"{error}; the firewall is not as it should be, trying again")
             self.read_announcements()  # mostly of the attempt itself
@@ -7734,7 +7734,7 @@ class FirewallWatch:
         if self.clocks.monotonic() >= self.guard_due:
             self.mend_guard()
         if self.clocks.monotonic() >= self.check_due or self.grants.doubtful:
-            self.check()
+            self.restore()
 
 
 class Server:
@@ -7777,7 +7777,7 @@ class Server:
             self.tell_guard()
             raise
         for events, react in ((self.watch.events, self.watch.hear),
-                              (self.link_events, self.check_links)):
+                              (self.link_events, self.follow_links)):
             if events is not None:
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures)
@@ -7836,7 +7836,7 @@ class Server:
         self.log.write(ERROR if self.exit_code else self.configuration.lifecycle.level, why)
         self.running = False
 
-    def check_links(self) -> None:
+    def follow_links(self) -> None:
         """Listen anew when an interface that was named is there again, or is another one."""
         drain_socket(self.link_events)
         self.knocks.own.clear()
@@ -7902,7 +7902,7 @@ class Server:
             self.gate.memory, self.remembers = memory, True
         self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
         self.watch.check_rest = 0.0
-        self.watch.check()
+        self.watch.restore()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,
                             ServerSettings.pid_file, ServerSettings.syslog_identity,
                             ServerSettings.syslog_facility):

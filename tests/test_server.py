@@ -1229,7 +1229,7 @@ class GrantsTest(ServerCase):
         self.firewall.failures = 2
         with self.assertRaises(server.CommandError):
             self.grants.grant([self.ssh, self.dns], 60)
-        self.grants.check()
+        self.grants.restore()
         self.assertEqual(["tcp/22"], self.later(29))
         self.assertEqual([], self.later(1))
 
@@ -1257,12 +1257,12 @@ class GrantsTest(ServerCase):
         self.firewall.flush()
         self.firewall.whole = False
         self.clock.pass_seconds(9.8)
-        self.grants.check()
+        self.grants.restore()
         self.assertEqual(1, self.firewall.prepared)
         self.assertEqual([self.ssh], list(self.firewall.rules))
         self.assertEqual(5030.0, self.firewall.rules[self.ssh].ends)
         self.assertIn("Put back 1 grants", self.logged())
-        self.grants.check()
+        self.grants.restore()
         self.assertEqual("", self.logged())
         self.assertEqual([], self.later(21))
 
@@ -1272,7 +1272,7 @@ class GrantsTest(ServerCase):
         self.grants.grant(doors, 30)
         self.firewall.flush()
         self.firewall.most = 0
-        self.grants.check()
+        self.grants.restore()
         self.assertEqual(set(doors), set(self.firewall.rules))
         self.assertIn(self.firewall.most, range(1, server.GRANTS_AT_ONCE + 1))
 
@@ -1296,7 +1296,7 @@ class GrantsTest(ServerCase):
         """A grant that nobody here knows of is closed in time, too."""
         stranger = server.Grant(self.ssh, 0, self.clock.mono() + 5)
         self.firewall.rules[self.ssh] = stranger
-        self.grants.check()
+        self.grants.restore()
         self.assertEqual([self.ssh], list(self.grants.live))
         self.assertEqual([], self.later(6))
 
@@ -1325,7 +1325,7 @@ class GrantsTest(ServerCase):
         """Closes all, and nothing is put back."""
         self.grants.grant([self.ssh, self.dns], 30)
         self.grants.flush()
-        self.grants.check()
+        self.grants.restore()
         self.assertEqual([], self.later(0))
         self.assertIsNone(self.grants.next_end())
 
@@ -1441,16 +1441,16 @@ class LifeTest(ServerCase):
             self.clock.pass_seconds(100)
             self.firewall.quickly_intact = quickly
             with mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
-                made.watch.check()
+                made.watch.restore()
                 self.assertAlmostEqual(wait, hear())
                 self.clock.pass_seconds(wait)
                 del looks[:]
-                made.watch.check()
+                made.watch.restore()
                 self.assertEqual(0 if rest else 1, len(looks))
                 if rest:
                     self.assertAlmostEqual(rest, made.watch.check_due - self.clock.mono())
                     self.firewall.whole = False
-                    made.watch.check()
+                    made.watch.restore()
                     self.assertEqual(1, len(looks))
 
     def test_a_program_that_is_not_used(self) -> None:
