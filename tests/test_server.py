@@ -1440,7 +1440,7 @@ class LifeTest(ServerCase):
                 (2, True, True, soon, 6.0 - soon)):
             self.clock.pass_seconds(100)
             self.firewall.quickly_intact = quickly
-            with mock.patch.object(made.grants, "check", partial(check, seconds, all_well)):
+            with mock.patch.object(made.grants, "restore", partial(check, seconds, all_well)):
                 made.watch.restore()
                 self.assertAlmostEqual(wait, hear())
                 self.clock.pass_seconds(wait)
