@@ -3946,7 +3946,7 @@ class ReplayMemory:
             self.log.warning(f"{path}: {unread} lines are not packets and are dropped")
 
     def load_beginning(self, fields: List[str]) -> None:
-        """Continue the memory that `# began MONOTONIC BOOT_ID FORGOTTEN` describes, if it can be."""
+        """Continue the memory of `# began MONOTONIC BOOT_ID FORGOTTEN`, if it is of this boot."""
         try:
             began, boot_id, forgotten = float(fields[2]), fields[3], int(fields[4])
         except (ValueError, IndexError):
@@ -4143,8 +4143,8 @@ def make_directory(path: str) -> None:
 # 15. Netlink
 #
 # Messages to the kernel's nf_tables (linux/netlink.h, linux/netfilter/nfnetlink.h and
-# nf_tables.h): a set element in and out in 15 us, where starting nft takes 3 ms. Attributes
-# are {u16 length, u16 type} and a value, filled up to 4 bytes; the numbers in them are big-endian.
+# nf_tables.h). They add and delete a set element in 15 us; to start nft takes 3 ms. An attribute
+# is {u16 length, u16 type} and a value, padded to 4 bytes; the numbers in values are big-endian.
 # ======================================================================================
 
 NLM_REQUEST, NLM_ACK, NLM_DUMP, NLM_CREATE = 0x1, 0x4, 0x300, 0x400
@@ -4171,7 +4171,7 @@ ROUTE_TO_OTHERS, ROUTE_BROADCAST, ROUTE_BY_KERNEL = 1, 3, 2
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute with its padding."""
+    """Return an attribute with its padding."""
     return struct.pack("=HH", len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
 
 
@@ -4181,7 +4181,7 @@ def name_attribute(kind: int, name: str) -> bytes:
 
 
 def attribute_list(data: bytes) -> Iterator[Tuple[int, bytes]]:
-    """Return type and value of each attribute in `data`; CommandError when one is cut."""
+    """Return type and value of each attribute in `data`; raise CommandError if one is cut."""
     while len(data) >= 4:
         length, kind = struct.unpack_from("=HH", data)
         if not 4 <= length <= len(data):
@@ -4191,18 +4191,18 @@ def attribute_list(data: bytes) -> Iterator[Tuple[int, bytes]]:
 
 
 def attributes(data: bytes) -> Dict[int, bytes]:
-    """The attributes in `data` by their type; of several alike the last."""
+    """Return the attributes in `data` by type; the last one of a type counts."""
     return dict(attribute_list(data))
 
 
 def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
     """Return type, port id and body of each message that the kernel sent.
 
-    CommandError when one is cut. The body of an error begins with its number.
+    Raise CommandError if one is cut. The body of an error begins with its number.
     """
     while data:
         length, kind, _, _, port = struct.unpack_from("=IHHII", data.ljust(16, b"\0"))
-        if not 16 + 4 * (kind == NLMSG_ERROR) <= length <= len(data):
+        if not (20 if kind == NLMSG_ERROR else 16) <= length <= len(data):
             raise CommandError("netlink: a message is cut")
         yield kind, port, data[16:length]
         data = data[(length + 3) & ~3:]
@@ -4214,10 +4214,10 @@ def text_of(value: bytes) -> str:
 
 
 class Netlink:
-    """A socket to nf_tables. Errors are CommandErrors with the kernel's number.
+    """A socket to nf_tables. Its methods raise CommandError with the kernel's error number.
 
-    It may own tables: then nobody else can change them, not even another socket of this process,
-    and a flush of all tables passes them by.
+    The socket may own tables: then nobody else can change these, not even by another socket of this
+    process, and a flush of all tables spares them.
     """
 
     def __init__(self, opened: socket.socket) -> None:
@@ -4230,7 +4230,7 @@ class Netlink:
         return cls(open_netlink_socket())
 
     def __del__(self) -> None:
-        """Close the socket when the backend goes: a reload replaces it, a check drops it."""
+        """Close the socket with its backend: a reload replaces that, a check drops it."""
         self.socket.close()
 
     def close(self) -> None:
@@ -4238,12 +4238,12 @@ class Netlink:
         self.socket.close()
 
     def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
-        """struct nlmsghdr and struct nfgenmsg, and the attributes `body`."""
+        """Return a message: struct nlmsghdr, struct nfgenmsg, and the attributes `body`."""
         header = struct.pack("=IHHII", len(body) + 20, kind, flags | NLM_REQUEST, 1, 0)
         return header + struct.pack(">BBH", family, 0, resource) + body
 
     def commit(self, messages: List[Tuple[int, int, bytes]]) -> None:
-        """Does all of (type, family, attributes) in one transaction, or none."""
+        """Let the kernel do all messages (type, family, attributes) in one transaction, or none."""
         flags = [NLM_CREATE if kind == NEW_ELEMENT else 0 for kind, _, _ in messages]
         flags[-1] |= NLM_ACK
         batch = [self.message(kind, flag, family, body)
@@ -4256,11 +4256,11 @@ class Netlink:
             raise self.error(failed)
 
     def answers(self, messages: bytes) -> Iterator[Tuple[int, bytes]]:
-        """Sends messages, and gives type and body of each answer.
+        """Send messages; return type and body of each answer.
 
-        The kernel has answered when sendto() returns, and adds to a list whenever a part is read.
+        The kernel answers before sendto() returns, and adds to a list whenever a part is read.
         """
-        drain_socket(self.socket)  # what is left of earlier answers
+        drain_socket(self.socket)  # of earlier answers that nobody read
         try:
             self.socket.sendto(messages, (0, 0))
             while True:
@@ -4274,11 +4274,11 @@ class Netlink:
 
     @staticmethod
     def error(number: int) -> CommandError:
-        """The error of the kernel's number."""
-        return CommandError("nftables: " + os.strerror(number), number=number)
+        """Return the CommandError of an error number of the kernel's."""
+        return CommandError(f"nftables: {os.strerror(number)}", number=number)
 
     def dump(self, kind: int, family: int, body: bytes) -> List[Dict[int, bytes]]:
-        """The attributes of each message that the kernel answers a question for a list with."""
+        """Ask the kernel for a list; return the attributes of each entry."""
         found: List[Dict[int, bytes]] = []
         for answer, part in self.answers(self.message(kind, NLM_DUMP, family, body)):
             if answer == NLMSG_DONE:
@@ -4291,7 +4291,7 @@ class Netlink:
     def rules(self, chain: NftChain) -> List[Tuple[int, str]]:
         """Return handle and user data of each rule in a chain.
 
-        A chain that is not there is an error, or has none: kernels differ.
+        For a missing chain some kernels report an error, others no rules.
         """
         question = name_attribute(RULE_TABLE, chain.table) + name_attribute(RULE_CHAIN, chain.chain)
         found = self.dump(GET_RULE, NFT_FAMILIES[chain.family], question)
@@ -4305,15 +4305,15 @@ class Netlink:
         self.socket = open_netlink_socket()
         self.port = self.socket.getsockname()[0]
 
-    def set_table(self, place: NftChain, flags: int) -> None:
-        """Make a table, or change its flags; a table is persistent from the beginning or never."""
-        self.commit([(NEW_TABLE, NFT_FAMILIES[place.family], name_attribute(TABLE_NAME, place.table)
+    def set_table(self, chain: NftChain, flags: int) -> None:
+        """Make a chain's table, or change its flags. Only a new table can be made persistent."""
+        self.commit([(NEW_TABLE, NFT_FAMILIES[chain.family], name_attribute(TABLE_NAME, chain.table)
                       + attribute(TABLE_FLAGS, struct.pack(">I", flags)))])
 
-    def table_numbers(self, place: NftChain) -> Tuple[int, int]:
-        """Return flags and owner's port of a table, 0 if there are none."""
-        for table in self.dump(GET_TABLE, NFT_FAMILIES[place.family], b""):
-            if text_of(table.get(TABLE_NAME, b"")) == place.table:
+    def table_numbers(self, chain: NftChain) -> Tuple[int, int]:
+        """Return the flags of a chain's table and its owner's port; each is 0 if there is none."""
+        for table in self.dump(GET_TABLE, NFT_FAMILIES[chain.family], b""):
+            if text_of(table.get(TABLE_NAME, b"")) == chain.table:
                 flags, port = [int.from_bytes(table.get(kind, b""), "big")
                                for kind in (TABLE_FLAGS, TABLE_OWNER_PORT)]
                 return flags, port
@@ -4321,12 +4321,12 @@ class Netlink:
 
 
 def is_own_address(address: Address) -> Optional[bool]:
-    """Tell whether packets to `address` would end at this host, as the kernel routes them; None if
-    it is a broadcast address, or the one of a network that this host is in.
+    """Return whether the kernel would deliver packets to `address` at this host.
 
-    The kernel answers with a struct rtmsg, whose second byte is the length of the route's prefix,
-    the sixth who made the route, and the eighth the route's type. An address without a route is
-    somebody else's. Linux 5.14 and later route to the address of a network as to any host's.
+    None: a broadcast address, or the address of a network that this host is in; Linux 5.14 and
+    later route to the latter as to any host's. An address without a route is another host's. The
+    kernel answers with a struct rtmsg: its second byte is the length of the route's prefix, the
+    sixth names the maker of the route, and the eighth is the route's type.
     """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     question = (struct.pack("=8BI", family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, ROUTE_MATCHED)
@@ -4334,7 +4334,7 @@ def is_own_address(address: Address) -> Optional[bool]:
     header = struct.pack("=IHHII", len(question) + 16, GET_ROUTE, NLM_REQUEST, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE) as asked:
         asked.sendto(header + question, (0, 0))
-        answer = asked.recv(65536, socket.MSG_DONTWAIT)  # it is there when sendto() returns
+        answer = asked.recv(65536, socket.MSG_DONTWAIT)  # the kernel answers within sendto()
     for kind, _, body in netlink_messages(answer):
         if kind == NEW_ROUTE:
             network = (family == socket.AF_INET and body[1] < 31 and body[5] == ROUTE_BY_KERNEL
@@ -4351,7 +4351,7 @@ def open_netlink_socket() -> socket.socket:
         opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         opened.bind((0, 0))
     except OSError as error:
-        raise CommandError(f"netlink: {error.strerror}") from None
+        raise CommandError(explain(error, "netlink")) from None
     return opened
 
 
@@ -4362,7 +4362,7 @@ def open_netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
     except (OSError, AttributeError):
         return None
     try:
-        events.bind((0, 1 << group - 1))  # only root may hear of nftables
+        events.bind((0, 1 << group - 1))  # the kernel tells only root about nftables
     except OSError:
         events.close()
         return None
@@ -4371,8 +4371,8 @@ def open_netlink_events(protocol: int, group: int) -> Optional[socket.socket]:
 
 
 def drain_socket(events: Optional[socket.socket]) -> None:
-    """Read all that is waiting, and throw it away."""
-    with contextlib.suppress(OSError):  # nothing more, or more was lost than fits
+    """Read all that waits in a socket, and throw it away."""
+    with contextlib.suppress(OSError):  # nothing waits, or the kernel dropped messages
         while events is not None:
             events.recv(65536, socket.MSG_DONTWAIT)
 
@@ -4380,89 +4380,105 @@ def drain_socket(events: Optional[socket.socket]) -> None:
 # ======================================================================================
 # 16. Capture
 #
-# Where datagrams come from. With CAP_NET_RAW a packet socket: nothing listens, no firewall
-# rule is needed, and the host's firewall may drop the packet. Else UDP sockets. TCP sockets
-# besides either, or a file instead of all.
+# The server gets datagrams from a packet socket if it has CAP_NET_RAW: then no port listens, and
+# the host's firewall may drop the packets. Else it opens UDP sockets. TCP sockets can be added to
+# either. A capture file replaces all of these.
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
 SO_ATTACH_FILTER, SO_RCVBUFFORCE, IP_PKTINFO = 26, 33, 8
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 263, 1, 1
-RECEIVE_BUFFER = 4 << 20
-MAX_PACKET = 4096  # what is longer is cut, and then no datagram
+RECEIVE_BUFFER = 4 << 20  # holds 6,500 small packets: 65 ms of a flood of 100,000 a second
+MAX_PACKET = 4096  # the kernel cuts a longer one, and what is left is no datagram
 
 
 class Capture:
     """A socket and how to read a Datagram from it."""
 
-    def __init__(self, opened: socket.socket, name: str, buffer: int = RECEIVE_BUFFER) -> None:
+    def __init__(self, opened: socket.socket, name: str) -> None:
         self.socket, self.name = opened, name
-        opened.setblocking(False)
-        try:
-            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
-        except OSError:  # it needs CAP_NET_ADMIN
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
 
     def fileno(self) -> int:
-        """The socket's, for a selector."""
+        """Return the descriptor that a selector waits for."""
         return self.socket.fileno()
 
     @property
     def due(self) -> float:
         """When to call receive() even if there is nothing to read, on the monotonic clock."""
-        return float("inf")
+        return FOR_EVER
 
     def receive(self) -> Optional[Datagram]:
-        """The next datagram, None for what is none; BlockingIOError when nothing is there."""
+        """Return the next datagram; None if it is not one; raise BlockingIOError if none waits."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Closes the socket."""
+        """Close the socket."""
         self.socket.close()
+
+
+PacketSocket = TypeVar("PacketSocket", bound="PacketCapture")
 
 
 class PacketCapture(Capture):
     """A packet socket, on one interface or on all.
 
-    On all interfaces it asks for IPv4 and IPv6 by their own sockets: those see a packet once, after
-    bridges, bonds and VLANs, and never what this host sends. A named interface is seen as it is, so
-    that one inside a bridge works as well. The kernel has taken a VLAN tag off.
+    For all interfaces, IPv4 and IPv6 have a socket each: it sees a packet once, after bridges,
+    bonds and VLANs, and no packet that this host sends. A socket on a named interface sees all of
+    its packets, so that an interface inside a bridge works as well. The kernel removes VLAN tags.
     """
 
     decode: Callable[[bytes], Any] = staticmethod(decode_ip)
 
-    def __init__(self, interface: str, protocol: int, code: bytes, promiscuous: bool) -> None:
+    def __init__(self, opened: socket.socket, name: str, index: int) -> None:
+        super().__init__(opened, name)
+        self.index = index
+
+    @classmethod
+    def open(cls: Type[PacketSocket], interface: str, protocol: int, code: bytes,
+             promiscuous: bool) -> PacketSocket:
+        """Open a packet socket with the filter `code` on an interface, "" for all."""
         opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
         try:
             instructions = array.array("B", code)
             program = struct.pack("HL", len(code) // 8, instructions.buffer_info()[0])
             opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-            self.index = socket.if_nametoindex(interface) if interface else 0
+            index = socket.if_nametoindex(interface) if interface else 0
             if interface:
                 opened.bind((interface, protocol))
             if interface and promiscuous:  # struct packet_mreq
-                request = struct.pack("iHH8s", self.index, PACKET_MR_PROMISC, 0, b"")
+                request = struct.pack("iHH8s", index, PACKET_MR_PROMISC, 0, b"")
                 opened.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
+            set_buffer(opened, RECEIVE_BUFFER)
         except OSError:
             opened.close()
             raise
-        super().__init__(opened, interface or "any")
-        drain_socket(opened)  # what came before the filter was there
+        drain_socket(opened)  # of packets that came before the filter was there
+        return cls(opened, interface or "any", index)
 
     def receive(self) -> Any:
-        """The next datagram, or hit."""
+        """Return the next datagram or knock packet."""
         return self.decode(self.socket.recv(MAX_PACKET))
 
 
 class KnockCapture(PacketCapture):
-    """A packet socket for the steps of some sequences. Others may have one at the same place."""
+    """A packet socket for the steps of some sequences; others may have one on this interface."""
 
     decode = staticmethod(decode_knock)
-    sequences: Iterable[Sequence] = ()  # whoever makes it says which
+    sequences: Iterable[Sequence] = ()  # open_knock_captures() sets them
 
 
-def bound_socket(family: int, kind: int, port: int, *options: Tuple[int, int]) -> socket.socket:
-    """A socket at a port of all addresses of one family, with these options on."""
+def set_buffer(opened: socket.socket, size: int) -> None:
+    """Set the size of a socket's receive buffer, and let no read of it wait."""
+    opened.setblocking(False)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+    except OSError:  # that takes CAP_NET_ADMIN
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
+def open_server_socket(family: int, kind: int, port: int, buffer: int,
+                       *options: Tuple[int, int]) -> socket.socket:
+    """Open a socket at a port of all addresses of one family, with these options on."""
     opened = socket.socket(family, kind)
     try:
         for level, option in options:
@@ -4471,7 +4487,8 @@ def bound_socket(family: int, kind: int, port: int, *options: Tuple[int, int]) -
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         opened.bind(("", port))
         if kind == socket.SOCK_STREAM:
-            opened.listen(1024)  # or what the kernel allows: the server reads them when it can
+            opened.listen(1024)  # or as many as the kernel allows: the server may be busy
+        set_buffer(opened, buffer)
     except OSError:
         opened.close()
         raise
@@ -4479,77 +4496,90 @@ def bound_socket(family: int, kind: int, port: int, *options: Tuple[int, int]) -
 
 
 class UdpCapture(Capture):
-    """A UDP socket of one family. The destination address comes with the packet info option."""
+    """A UDP socket of one family. The packet info option brings the destination address."""
 
     protocol = "UDP"
 
-    def __init__(self, family: int, port: int) -> None:
-        self.family, self.port = family, port
-        super().__init__(bound_socket(family, socket.SOCK_DGRAM, port, (
+    def __init__(self, opened: socket.socket, port: int) -> None:
+        super().__init__(opened, f"UDP port {port}")
+        self.family, self.port = opened.family, port
+
+    @classmethod
+    def open(cls, family: int, port: int) -> "UdpCapture":
+        """Open a UDP socket at a port."""
+        return cls(open_server_socket(family, socket.SOCK_DGRAM, port, RECEIVE_BUFFER, (
             (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if family == socket.AF_INET6 else
-            (socket.IPPROTO_IP, IP_PKTINFO))), "UDP port %d" % port)
+            (socket.IPPROTO_IP, IP_PKTINFO))), port)
 
     def receive(self) -> Optional[Datagram]:
-        """The next datagram. in_pktinfo: {index, local, address}; in6_pktinfo: {address, index}."""
+        """Return the next datagram."""
         payload, control, _, peer = self.socket.recvmsg(MAX_PAYLOAD + 1, 64)
         if not control:
             return None
+        # in_pktinfo: {index, local, address}; in6_pktinfo: {address, index}
         information = control[0][2]
         destination = information[8:12] if self.family == socket.AF_INET else information[:16]
         source = socket.inet_pton(self.family, peer[0].partition("%")[0])
         return Datagram(payload, source, peer[1], destination, self.port)
 
 
-MAX_REQUEST = MAX_PAYLOAD + 4096  # bytes of an HTTP request
+MAX_REQUEST = MAX_PAYLOAD + 4096  # bytes of an HTTP request: the packet and the other lines
 MAX_CONNECTIONS, MAX_PER_NETWORK = 32, 4  # of one family; of one IPv4 address or IPv6 /64
-FIRST_SECONDS, REST_SECONDS = 5.0, 2.0  # for the first byte, and from then on for all others
-ACCEPT_PAUSE = 1.0  # after which a connection is taken again for which there was no descriptor
+# For the first byte, and then for all others. A client sends at once: a lost segment comes again
+# after 1 second, and once more after 3 (RFC 6298 section 2), or much sooner when data flow.
+FIRST_SECONDS, REST_SECONDS = 5.0, 2.0
+ACCEPT_PAUSE = 1.0  # seconds until the next try when there was no descriptor for a connection
 
 
 class Incoming(NamedTuple):
-    """A TCP connection of which a packet is expected, and until when."""
+    """A TCP connection that may bring a packet."""
 
     socket: socket.socket
-    datagram: Datagram  # with what has come so far
-    end: float
+    datagram: Datagram  # its payload has come so far
+    end: float  # the server waits until then
 
 
 class TcpCapture(Capture):
-    """A TCP socket of one family. A connection brings one packet, and is closed without an answer.
+    """A TCP socket of one family. A connection brings one packet; the server closes it silently.
 
-    The packet ends with the connection, with the header of an HTTP request, or with its time. Too
-    many connections push out the oldest one of their network, else the oldest of all: a client
-    sends at once, so that those who wait make room for it.
+    The packet ends with the connection, with the header of an HTTP request, or when its time is
+    over. Too many connections push out the oldest one of their network, or else the oldest of all:
+    a client sends at once, so a connection that waits is less likely a client's.
     """
 
     protocol = "TCP"
 
-    def __init__(self, family: int, port: int, clocks: Clocks = CLOCKS) -> None:
-        self.family, self.port, self.clocks = family, port, clocks
-        super().__init__(bound_socket(family, socket.SOCK_STREAM, port, (
-            socket.SOL_SOCKET, socket.SO_REUSEADDR)), "TCP port %d" % port, 2 * MAX_REQUEST)
+    def __init__(self, opened: socket.socket, port: int, clocks: Clocks = CLOCKS) -> None:
+        super().__init__(opened, f"TCP port {port}")
+        self.family, self.port, self.clocks = opened.family, port, clocks
         self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
-        self.pause_end = float("inf")  # when connections are taken again, while none can be
+        self.pause_end = FOR_EVER  # when to accept again, after there was no descriptor
         self.selector = selectors.EpollSelector()
-        self.selector.register(self.socket, selectors.EVENT_READ)
+        self.selector.register(opened, selectors.EVENT_READ)
+
+    @classmethod
+    def open(cls, family: int, port: int, clocks: Clocks = CLOCKS) -> "TcpCapture":
+        """Open a TCP socket that listens at a port."""
+        return cls(open_server_socket(family, socket.SOCK_STREAM, port, 2 * MAX_REQUEST, (
+            socket.SOL_SOCKET, socket.SO_REUSEADDR)), port, clocks)
 
     def fileno(self) -> int:
-        """One that is readable when the socket or a connection is."""
+        """Return a descriptor that is readable when the socket or a connection is."""
         return self.selector.fileno()
 
     @property
     def due(self) -> float:
-        """When the first connection has had its time, or the next one can be taken again."""
+        """When the time of the first connection is over, or that of a pause."""
         return min([each.end for each in self.connections.values()] + [self.pause_end])
 
     def receive(self) -> Optional[Datagram]:
-        """What the next connection brought that is at its end; reading goes before accepting."""
+        """Return the datagram of a connection that is complete. Reading goes before accepting."""
         now = self.clocks.monotonic()
         if now >= self.pause_end:
             self.end_pause()
         for number, connection in self.connections.items():
             if now >= connection.end:
-                return self.finish(number, reset=True)
+                return self.close_connection(number, reset=True)
         ready = [key.fd for key, _ in self.selector.select(0)]
         for number in ready:
             if number in self.connections:
@@ -4559,13 +4589,13 @@ class TcpCapture(Capture):
         return self.accept(now)
 
     def accept(self, now: float) -> Optional[Datagram]:
-        """Takes a new connection, in place of another one when there are too many."""
+        """Accept a connection and read it, or return the datagram of one that it pushes out."""
         try:
             opened, peer = self.socket.accept()
             here = opened.getsockname()
-        except OSError as error:  # it has gone already, or there is no descriptor left for it
+        except OSError as error:  # the client has gone, or there is no descriptor left
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.selector.unregister(self.socket)  # it would stay readable
+                self.selector.unregister(self.socket)  # it stays readable: the loop would spin
                 self.pause_end = now + ACCEPT_PAUSE
             return None
         opened.setblocking(False)
@@ -4578,19 +4608,19 @@ class TcpCapture(Capture):
         neighbours = [each for each, connection in self.connections.items()
                       if connection.datagram.source[:8] == source[:8]]
         if len(neighbours) > MAX_PER_NETWORK:
-            return self.finish(neighbours[0], reset=True)
+            return self.close_connection(neighbours[0], reset=True)
         if len(self.connections) > MAX_CONNECTIONS:
-            return self.finish(next(iter(self.connections)), reset=True)
+            return self.close_connection(next(iter(self.connections)), reset=True)
         return self.read(number, now)
 
     def end_pause(self) -> None:
-        """Take connections again."""
-        if self.pause_end != float("inf"):
-            self.pause_end = float("inf")
+        """Accept connections again."""
+        if self.pause_end != FOR_EVER:
+            self.pause_end = FOR_EVER
             self.selector.register(self.socket, selectors.EVENT_READ)
 
     def read(self, number: int, now: float) -> Optional[Datagram]:
-        """Takes what has come by a connection; returns what that makes when it is all."""
+        """Read from a connection; if it is complete, close it and return its datagram."""
         connection = self.connections[number]
         so_far = connection.datagram.payload
         try:
@@ -4607,12 +4637,12 @@ class TcpCapture(Capture):
             whole = b"\n\r\n" in text or b"\n\n" in text or len(text) > MAX_REQUEST
         else:
             whole = len(text) > MAX_PAYLOAD
-        return self.finish(number) if whole or not new else None
+        return self.close_connection(number) if whole or not new else None
 
-    def finish(self, number: int, reset: bool = False) -> Optional[Datagram]:
-        """Ends a connection, and returns what it brought, if anything.
+    def close_connection(self, number: int, reset: bool = False) -> Optional[Datagram]:
+        """Close a connection; return its datagram, if it brought any byte.
 
-        One that did not end by itself is reset, so that the kernel need not keep it (TIME_WAIT).
+        With `reset` the kernel need not keep a connection that its client did not end (TIME_WAIT).
         """
         connection = self.connections.pop(number)
         self.selector.unregister(connection.socket)
@@ -4624,9 +4654,9 @@ class TcpCapture(Capture):
         return connection.datagram if connection.datagram.payload else None
 
     def close(self) -> None:
-        """Closes the socket and all connections."""
+        """Close the socket and all connections."""
         for number in list(self.connections):
-            self.finish(number)
+            self.close_connection(number)
         self.selector.close()
         self.socket.close()
 
@@ -4634,52 +4664,55 @@ class TcpCapture(Capture):
 PCAP_ORDERS = {b"\xa1\xb2\xc3\xd4": ">", b"\xd4\xc3\xb2\xa1": "<",  # times in microseconds
                b"\xa1\xb2\x3c\x4d": ">", b"\x4d\x3c\xb2\xa1": "<"}  # or in nanoseconds
 PCAPNG = b"\x0a\x0d\x0d\x0a"
-MAX_FRAME = 1 << 18  # the longest that tcpdump writes
+MAX_FRAME = 1 << 18  # tcpdump writes no longer ones
 
 
 class FileCapture(Capture):
     """A file of `tcpdump -w` (draft-ietf-opsawg-pcap), read once; EOFError at its end."""
 
-    def __init__(self, path: str, tree: Filter, any_direction: bool) -> None:
-        self.name, self.tree, self.any_direction = path, tree, any_direction
+    def __init__(self, file: Any, always: int, header: Tuple[str, LinkType], tree: Filter,
+                 any_direction: bool) -> None:
+        self.file, self.name, self.always = file, file.name, always
+        self.order, self.link = header
+        self.tree, self.any_direction = tree, any_direction
         self.packets, self.passed, self.cut = 0, 0, 0
+
+    @classmethod
+    def open(cls, path: str, tree: Filter, any_direction: bool) -> "FileCapture":
+        """Open a capture file; raise SpaError if its format is unknown."""
         if os.path.exists(path) and not os.path.isfile(path):
             raise SpaError(f"{path}: expected a regular file")
         try:
-            self.file = open(path, "rb")
+            file = open(path, "rb")
         except OSError as error:
-            raise SpaError(f"{path}: {error.strerror}") from None
-        head = self.file.read(24)
-        self.order = PCAP_ORDERS.get(head[:4], "")
-        if not self.order or len(head) < 24:
-            self.file.close()
-            raise SpaError(f"{path}: expected a capture file in the pcap format",
-                           "tcpdump -r FILE -w NEW or editcap -F pcap FILE NEW make one of pcapng"
-                           if head[:4] == PCAPNG else "")
-        number = struct.unpack(self.order + "20xI", head)[0] & 0xFFFF  # above are other things
-        if number not in LINK_TYPES:
-            self.file.close()
-            raise SpaError("%s: frames of link type %d; expected one of %s"
-                           % (path, number, ", ".join(map(str, sorted(LINK_TYPES)))))
-        self.link = LINK_TYPES[number]
-        # Nobody can write to this pipe, so that it always counts as readable, as a file does not.
-        self.always, writer = os.pipe()
+            raise SpaError(explain(error)) from None
+        try:
+            header = parse_pcap_header(path, file.read(24))
+        except SpaError:
+            file.close()
+            raise
+        # Nobody can write to this pipe, so it always counts as readable; a file does not.
+        always, writer = os.pipe()
         os.close(writer)
+        return cls(file, always, header, tree, any_direction)
 
     def fileno(self) -> int:
-        """One that is always readable."""
+        """Return a descriptor that is always readable."""
         return self.always
 
     def receive(self) -> Optional[Datagram]:
-        """The datagram of the next record: {seconds, fraction, length, original length}, frame."""
+        """Return the datagram of the next record; raise EOFError if there is none.
+
+        A record is {seconds, fraction, length, original length} and a frame.
+        """
         if not self.file.peek(1):
-            raise EOFError("End of %s: %d packets, %d of them pass PCAP_FILTER, %d are cut short"
-                           % (self.name, self.packets, self.passed, self.cut))
+            raise EOFError(f"End of {self.name}: {self.packets} packets, {self.passed} of them "
+                           f"pass PCAP_FILTER, {self.cut} are cut short")
         header = self.file.read(16)
         length, whole = struct.unpack(self.order + "8xII", header) if len(header) == 16 else (1, 1)
         frame = self.file.read(min(length, MAX_FRAME))
         if len(frame) != length:
-            raise SpaError("%s: broken after %d packets" % (self.name, self.packets))
+            raise SpaError(f"{self.name}: broken after {self.packets} packets")
         self.packets += 1
         self.cut += length < whole
         packet = decode_frame(frame, self.link, self.any_direction)
@@ -4691,109 +4724,125 @@ class FileCapture(Capture):
         return decode_ip(packet) if passes else None
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self.file.close()
         os.close(self.always)
 
 
+def parse_pcap_header(path: str, head: bytes) -> Tuple[str, LinkType]:
+    """Return byte order and link type of a capture file; raise SpaError if they are unknown."""
+    order = PCAP_ORDERS.get(head[:4], "")
+    if not order or len(head) < 24:
+        raise SpaError(f"{path}: expected a capture file in the pcap format",
+                       "tcpdump -r FILE -w NEW or editcap -F pcap FILE NEW make one of pcapng"
+                       if head[:4] == PCAPNG else "")
+    number = struct.unpack(order + "20xI", head)[0] & 0xFFFF  # the rest is about checksums
+    if number not in LINK_TYPES:
+        known = ", ".join(map(str, sorted(LINK_TYPES)))
+        raise SpaError(f"{path}: frames of link type {number}; expected one of {known}")
+    return order, LINK_TYPES[number]
+
+
 def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture],
                   captures: List[Capture]) -> None:
-    """Adds what the settings say to listen on or to read; sockets of `current` that fit are kept.
+    """Open what the settings say to listen on or to read, and add it to `captures`.
 
-    No packet socket while the interface is missing; SpaError when there is no way to listen.
+    Sockets of `current` that fit are kept. There is no packet socket while the interface is
+    missing. Raise SpaError if there is no way to listen.
     """
     if settings.capture_file:
-        captures.append(FileCapture(settings.capture_file, settings.packet_filter,
-                                    settings.any_direction))
+        captures.append(FileCapture.open(settings.capture_file, settings.packet_filter,
+                                         settings.any_direction))
         return
     on_udp = settings.udp_server
     if not on_udp:
         try:
             captures += open_packet_captures(settings, log)
         except (PermissionError, AttributeError):
-            log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port %d "
-                        "instead" % settings.udp_port)
+            log.warning("No CAP_NET_RAW or no packet sockets here: listening on UDP port "
+                        f"{settings.udp_port} instead")
             on_udp = True
     if on_udp:
-        open_sockets(UdpCapture, settings.udp_port, captures, current)
+        open_port_captures(UdpCapture, settings.udp_port, captures, current)
     if settings.tcp_server:
-        open_sockets(TcpCapture, settings.tcp_port, captures, current)
+        open_port_captures(TcpCapture, settings.tcp_port, captures, current)
 
 
 def capture_lines(settings: ServerSettings, captures: Iterable[Capture]) -> List[str]:
-    """What fwknopd logs of what it listens on."""
+    """Return the lines that fwknopd logs when it listens."""
     row, lines = ServerSettings.packet_filter, []
     kinds = {type(each) for each in captures}
     if FileCapture in kinds:
-        lines.append("Reading pcap file: " + str(settings.capture_file))
+        lines.append(f"Reading pcap file: {settings.capture_file}")
     if PacketCapture in kinds:
-        lines.append("Sniffing interface: " + settings.interface)
+        lines.append(f"Sniffing interface: {settings.interface}")
     if lines:
         lines.append(f"PCAP filter is: '{settings.texts.get(row.name, row.default)}'")
     names = sorted({each.name for each in captures if isinstance(each, KnockCapture)})
     if names:
         lines.append("Listening for knock sequences: " + ", ".join(names))
-    return lines + ["Kicking off %s server to listen on port %d." % (kind.protocol, port)
+    return lines + [f"Kicking off {kind.protocol} server to listen on port {port}."
                     for kind, port in ((UdpCapture, settings.udp_port),
                                        (TcpCapture, settings.tcp_port)) if kind in kinds]
 
 
 def close_captures(captures: Iterable[Capture], current: Iterable[Capture]) -> None:
-    """Closes those that are not among `current`."""
+    """Close the captures that are not among `current`."""
     for capture in captures:
         if capture not in current:
             capture.close()
 
 
-def open_sockets(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int, captures: List[Capture],
-                 current: Iterable[Capture]) -> None:
-    """Adds the sockets of both families to `captures`; a host may lack one of them."""
+def open_port_captures(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int,
+                       captures: List[Capture], current: Iterable[Capture]) -> None:
+    """Open sockets of both families, of which a host may lack one, and add them to `captures`."""
     kept = {(type(each), each.family, each.port): each for each in current
             if isinstance(each, (UdpCapture, TcpCapture))}
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
-            captures.append(kept.get((kind, family, port)) or kind(family, port))
+            captures.append(kept.get((kind, family, port)) or kind.open(family, port))
         except OSError as error:
             missing = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
             served = any(isinstance(each, kind) for each in captures)
             if not missing or (family == socket.AF_INET6 and not served):
-                raise SpaError("%s port %d: %s" % (kind.protocol, port, error.strerror)) from None
+                raise SpaError(explain(error, f"{kind.protocol} port {port}")) from None
 
 
 def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCapture]:
-    """The packet sockets of PCAP_INTF; none while it does not exist.
+    """Open the packet sockets of PCAP_INTF; return none while that interface does not exist.
 
-    What comes to the TCP server is not looked at: it would come twice.
+    They do not see packets to our TCP server, which would otherwise come twice.
     """
     tree = settings.packet_filter
     if settings.tcp_server:
-        served = parse_packet_filter("tcp dst port %d" % settings.tcp_port)
+        served = parse_packet_filter(f"tcp dst port {settings.tcp_port}")
         tree = Junction("and", (tree, Junction("not", (served,))))
-    return packet_sockets(PacketCapture, settings.interface,
-                          compile_filter(tree, settings.any_direction), log,
-                          settings.any_direction, settings.promiscuous)
+    return open_on_interface(PacketCapture, settings.interface,
+                             compile_filter(tree, settings.any_direction), log,
+                             settings.any_direction, settings.promiscuous)
 
 
-def packet_sockets(kind: Callable[..., T], name: str, code: bytes, log: Log,
-                   any_direction: bool = False, promiscuous: bool = False) -> List[T]:
-    """Packet sockets with a filter, on an interface or on any; none while it is missing."""
+def open_on_interface(kind: Type[PacketSocket], name: str, code: bytes, log: Log,
+                      any_direction: bool = False, promiscuous: bool = False
+                      ) -> List[PacketSocket]:
+    """Open packet sockets with a filter, on an interface or "any"; none while it is missing."""
     interface = "" if name == "any" else name
-    # Only a socket for all protocols sees what goes out.
+    # Only a socket for all protocols sees outgoing packets.
     protocols = (ETH_P_ALL,) if interface or any_direction else (ETH_P_IP, ETH_P_IPV6)
     try:
-        return [kind(interface, protocol, code, promiscuous) for protocol in protocols]
+        return [kind.open(interface, protocol, code, promiscuous) for protocol in protocols]
     except PermissionError:
         raise
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENXIO, None):
-            raise SpaError(f"{name}: {error.strerror}") from None
-        log.warning(f"Interface {name} does not exist; it is waited for, and until then no knock is "
-                    "heard")
+            raise SpaError(explain(error, name)) from None
+        log.warning(f"Interface {name} does not exist; it is waited for, and until then no knock "
+                    "is heard")
         return []
 
 
 class Listening(NamedTuple):
-    """Interfaces, and the sequences to listen for there; perhaps in IPv4 alone."""
+    """The sequences to listen for on some interfaces; with `four_only` in IPv4 alone."""
 
     interfaces: Tuple[str, ...]
     sequences: List[Sequence]
@@ -4802,7 +4851,10 @@ class Listening(NamedTuple):
 
 def open_knock_captures(listenings: Iterable[Listening], log: Log,
                         captures: List[Capture]) -> None:
-    """Adds the packet sockets for knock sequences; SpaError without the right to have any."""
+    """Open the packet sockets for knock sequences, and add them to `captures`.
+
+    Raise SpaError without the right to open packet sockets.
+    """
     try:
         for interfaces, sequences, four_only in listenings:
             if not sequences:
@@ -4811,7 +4863,7 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log,
             if four_only:
                 tree = Junction("and", (IS_IPV4, tree))
             for name in interfaces:
-                for capture in packet_sockets(KnockCapture, name, compile_filter(tree), log):
+                for capture in open_on_interface(KnockCapture, name, compile_filter(tree), log):
                     capture.sequences = sequences
                     captures.append(capture)
     except (PermissionError, AttributeError):
