@@ -941,8 +941,8 @@ def parse_address(text: str) -> Address:
 # 5. Directives
 #
 # One row per directive of a file: a typed attribute that knows its name, parser, default and
-# help. Reading, the dump, --help and the README's tables all walk the rows. What is ignored,
-# because it can't widen access, has its row, too.
+# help. Reading, the dump, --help and the README's tables all walk the rows. A directive that the
+# server ignores, because it can't widen access, has a row as well.
 # ======================================================================================
 
 T = TypeVar("T")
@@ -958,7 +958,7 @@ class Directive(Generic[T]):
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
 
     def __set_name__(self, owner: type, attribute: str) -> None:
-        """Learns the attribute's name."""
+        """Note the attribute's name."""
         self.attribute = attribute
 
     @overload
@@ -975,7 +975,7 @@ class Directive(Generic[T]):
 
 
 class Flag(Directive[bool]):
-    """Y or N, by its first letter as in fwknopd."""
+    """A row that is Y or N: only the first letter counts, as in fwknopd."""
 
     def __init__(self, names: str, help: str, default: str = "N") -> None:
         super().__init__(names, lambda text: choice("Y", "N")(text[:1]) == "Y", default, help)
@@ -991,7 +991,7 @@ class NoDefault(Directive[Optional[T]]):
 
 
 class Ignored(Directive[str]):
-    """Directives of fwknopd's that change nothing here; a file that sets one is warned of."""
+    """Directives of fwknopd that change nothing here; a file that sets one causes a warning."""
 
     def __init__(self, names: str, why: str) -> None:
         super().__init__(names, str, "", why)
@@ -1002,22 +1002,22 @@ INCLUDES = ("%include", "%include_folder", "%include_keys")
 
 
 class Line(NamedTuple):
-    """One directive as it stands in a file, or (number 0) as an option set it."""
+    """One directive as a file has it, or (number 0) as an option of the command line set it."""
 
     file: str
     number: int
     name: str
     value: str
-    characters: str = NAME_CHARACTERS  # of a name that is shown: any other may be a part of a key
+    characters: str = NAME_CHARACTERS  # of names that errors may show; others may be part of a key
 
     def error(self, text: object) -> SpaError:
-        """The error that this line is wrong in the way that `text` says."""
+        """Return the error `text`, with file, number and name of this line before it."""
         if not self.number:
             return UsageError(f"{self.file}: {text}")
         name = self.name.rstrip(";:")
         named = (name[:1].isalpha() and not name.strip(self.characters)) or name in INCLUDES
-        return ConfigError("%s:%d: %s%s" % (
-            self.file, self.number, self.name.rstrip(";") + ": " if named else "", text))
+        shown = self.name.rstrip(";") + ": " if named else ""
+        return ConfigError(f"{self.file}:{self.number}: {shown}{text}")
 
 
 class Settings:
@@ -1026,8 +1026,8 @@ class Settings:
     expands = False  # whether `$NAME` at the start of a value stands for another directive's value
 
     def __init__(self) -> None:
-        self.texts: Dict[str, str] = {}  # what the file set, by the row's name
-        self.lines: Dict[str, Line] = {}
+        self.texts: Dict[str, str] = {}  # values that a file or an option set, by the row's name
+        self.lines: Dict[str, Line] = {}  # the lines that set them
 
     @classmethod
     @lru_cache(maxsize=None)
@@ -1037,7 +1037,7 @@ class Settings:
 
     @classmethod
     def row(cls, name: str) -> Optional[Directive[Any]]:
-        """The row of the directive `name`; NAME_* in a row stands for all names that begin so."""
+        """Return the row of a directive; NAME_* in a row stands for all names that begin so."""
         for row in cls.rows():
             for known in row.names:
                 if name == known or (known.endswith("_*") and name.startswith(known[:-1])):
@@ -1045,7 +1045,7 @@ class Settings:
         return None
 
     def set_line(self, line: Line) -> List[str]:
-        """Sets what `line` says; ConfigError when it can't be. Returns warnings."""
+        """Set the directive of a line, or raise ConfigError; return warnings."""
         row = self.row(line.name)
         if row is None:
             near = self.row(line.name.upper())
@@ -1058,8 +1058,9 @@ class Settings:
             shown = "" if row.secret else f", not '{value}'"
             raise line.error(f"{error}{shown}") from None
         self.texts[row.name], self.lines[row.name] = value, line
-        return ["%s:%d: %s is ignored: %s" % (line.file, line.number, line.name, row.help)
-                ] * isinstance(row, Ignored)
+        if not isinstance(row, Ignored):
+            return []
+        return [f"{line.file}:{line.number}: {line.name} is ignored: {row.help}"]
 
     def set_defaults(self) -> None:
         """Give each directive that is not set its default. Call this after the last file is read.
@@ -1080,27 +1081,27 @@ class Settings:
                 if not row.default.startswith("$")}
 
     def is_set(self, row: Directive[Any]) -> bool:
-        """Whether a file or an option set this directive."""
+        """Tell whether a file or an option set this directive."""
         return row.name in self.texts
 
     def require(self, right: object, row: Directive[Any], what: str) -> None:
-        """ConfigError that `what` was expected, at the line that set `row`, unless `right`."""
+        """Raise ConfigError that `what` was expected in the line of `row`, unless `right`."""
         if not right:
-            raise self.error(row, "expected " + what)
+            raise self.error(row, f"expected {what}")
 
     def only_one(self, first: Directive[Any], second: Directive[Any]) -> Any:
-        """The value of the one that is set of two directives that exclude each other."""
+        """Return the value of whichever is set of two directives that exclude each other."""
         both = self.is_set(first) and self.is_set(second)
         self.require(not both, second, f"only one of {first.name} and {second.name}")
         return getattr(self, (second if self.is_set(second) else first).attribute)
 
     def error(self, row: Directive[Any], text: str) -> SpaError:
-        """The error that the value of `row` can't stay as it is, at the line that set it."""
+        """Return the error `text`, with the line that set `row` before it."""
         line = self.lines.get(row.name)
         return line.error(text) if line else ConfigError(f"{row.name}: {text}")
 
     def expand(self, value: str) -> str:
-        """`value`, where it begins with a directive as `$FWKNOP_RUN_DIR/x` does, with its value."""
+        """Replace a directive that `value` begins with, as in $FWKNOP_RUN_DIR/x, by its value."""
         if not value.startswith("$") or not self.expands:
             return value
         name, slash, rest = value[1:].partition("/")
@@ -1112,41 +1113,45 @@ class Settings:
         return f"{value}{slash}{rest}"
 
     def dump(self) -> str:
-        """The table in the file's own syntax; what no file set is a comment. No secrets."""
+        """Return the table in the file's own syntax, without secrets; defaults are comments."""
         lines = []
         for row in self.rows():
             if isinstance(row, Ignored):
                 continue
             value = self.texts.get(row.name, row.default)
             value = PLACEHOLDER if row.secret and value else value
-            lines.append("%-27s %s;" % (row.name, value) if row.name in self.texts else
-                         "#%-26s %s" % (row.name, value + ";" if value else "(not set)"))
+            if self.is_set(row):
+                lines.append(f"{row.name:<27} {value};")
+            else:
+                lines.append(f"#{row.name:<26} " + (f"{value};" if value else "(not set)"))
         return "\n".join(lines) + "\n"
 
 
-MAX_KEY_FILE = 1 << 20  # bytes
+MAX_KEY_FILE = 1 << 20  # bytes: far more than keys need, and no burden for the memory
 
 
 def read_file(path: str, untrusted: bool = False) -> str:
-    """The bytes of a file, each as one character; of a user's (`untrusted`) only so many.
+    """Read a file as Latin-1 text, so that each byte is one character.
 
-    That one must be a regular file, too, since whoever owns it may make it a pipe at any time.
+    A file that a user may own (`untrusted`) must be regular, since its owner can make it a pipe at
+    any time, and at most MAX_KEY_FILE bytes long.
     """
+    extra = os.O_NONBLOCK if untrusted else 0
     try:
-        with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
-                name, flags | (untrusted and os.O_NONBLOCK))) as file:
+        with open(path, encoding="latin-1", newline="\n",
+                  opener=lambda name, flags: os.open(name, flags | extra)) as file:
             if untrusted and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(f"{path}: expected a regular file")
             text = file.read(MAX_KEY_FILE + 1 if untrusted else -1)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(explain(error, path)) from None
     if untrusted and len(text) > MAX_KEY_FILE:
-        raise ConfigError("%s: expected at most %d bytes" % (path, MAX_KEY_FILE))
+        raise ConfigError(f"{path}: expected at most {MAX_KEY_FILE} bytes")
     return text
 
 
 def read_lines(path: str, colon: bool, untrusted: bool = False) -> Iterator[Line]:
-    """The directives of a file; `untrusted` says whether it may be a user's own."""
+    """Yield the directives of a file; `untrusted` says whether a user may own it."""
     for number, raw in enumerate(read_file(path, untrusted).split("\n"), 1):
         line = parse_line(path, number, raw, colon)
         if line:
@@ -1154,11 +1159,11 @@ def read_lines(path: str, colon: bool, untrusted: bool = False) -> Iterator[Line
 
 
 def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
-    """The directive in a line: a name, blanks, and a value up to a semicolon or the line's end.
+    """Parse a directive: a name, blanks, and a value up to a semicolon or the line's end.
 
-    What is behind the semicolon can only be a comment: a list that it cut might open more.
-    `colon` says whether one may follow the name (access.conf). The value keeps the blanks at its
-    end, which belong to a key.
+    Only a comment may follow the semicolon: to ignore the rest of a list such as RESTRICT_PORTS
+    would open more. `colon` says whether a colon may follow the name (access.conf). The value keeps
+    the blanks at its end: they belong to a key.
     """
     text = raw.partition("\r")[0].lstrip(" \t")
     if not text or text[0] in "#;":
@@ -1166,84 +1171,87 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     name = text.replace("\t", " ").partition(" ")[0]
     value, _, rest = text[len(name):].lstrip(" \t").partition(";")
     line = Line(path, number, name.rstrip(":") if colon else name, value)
-    if not value.strip(" \t") or "\0" in text:
-        raise line.error("expected a value" + " without zero bytes" * ("\0" in text))
+    zero = "\0" in text
+    if zero or not value.strip(" \t"):
+        raise line.error(f"expected a value{' without zero bytes' if zero else ''}")
     if rest.lstrip(" \t;")[:1] not in ("", "#"):
         raise line.error("expected nothing, or a # and a comment, behind the semicolon")
     return line
 
 
 def permission_warnings(path: str) -> List[str]:
-    """What fwknopd says of a file that others can read, or that belongs to somebody else."""
+    """Return fwknopd's warnings about a file that others can read, or that somebody else owns."""
     try:
         status = os.stat(path)
     except OSError:
         return []
-    texts = []
+    texts, user = [], os.geteuid()
     if stat.S_IMODE(status.st_mode) & 0o077:
-        texts.append(f"[-] file: {path} permissions should only be user read/write (0600, -rw-------)")
-    if status.st_uid not in (0, os.geteuid()):
-        texts.append("[-] file: %s (owner: %d) not owned by current effective user id: %d"
-                     % (path, status.st_uid, os.geteuid()))
+        texts.append(f"[-] file: {path} permissions should only be user read/write "
+                     "(0600, -rw-------)")
+    if status.st_uid not in (0, user):
+        texts.append(f"[-] file: {path} (owner: {status.st_uid}) not owned by current effective "
+                     f"user id: {user}")
     return texts + folder_warnings(os.path.dirname(path) or ".", stat.S_ISVTX)
 
 
 def folder_warnings(folder: str, harmless: int = 0) -> List[str]:
     """Return a warning for a directory in which others can write, and so have root run commands.
 
-    A sticky one (`harmless`) lets nobody replace a file, but anybody add one.
+    A mode with a bit of `harmless` needs none: in a sticky directory others can add files, but
+    replace none.
     """
     try:
-        mode = os.stat(folder).st_mode
+        mode = stat.S_IMODE(os.stat(folder).st_mode)
     except OSError:
         return []
     if not mode & 0o022 or mode & harmless:
         return []
-    return [f"[-] folder: {folder} is writable by others (mode {stat.S_IMODE(mode):04o}): they say what is opened, and what "
-            "root runs"]
+    return [f"[-] folder: {folder} is writable by others (mode {mode:04o}): they say what is "
+            "opened, and what root runs"]
 
 
 def folder_files(folder: str) -> List[str]:
-    """The *.conf of a folder, sorted by name; ValueError when there is no such folder."""
+    """Return the *.conf of a folder, sorted by name; ValueError when there is no such folder."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror}") from None
+        raise ValueError(explain(error, folder)) from None
     return [os.path.join(folder, name) for name in names if name.endswith(".conf")]
 
 
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
-    """A parser of decimal numbers from `least` to `most`."""
+    """Return a parser of decimal numbers from `least` to `most`."""
     def parse(text: str) -> int:
         expect(0 < len(text) <= 12 and not text.strip("0123456789") and least <= int(text) <= most,
-               "%s, %d to %d" % (unit, least, most))
+               f"{unit}, {least} to {most}")
         return int(text)
     return parse
 
 
-def choice(*words: str) -> Callable[[str], str]:
-    """A parser of one of `words`, in upper or lower case."""
+def choice(*names: str) -> Callable[[str], str]:
+    """Return a parser of one of these names, in upper or lower case."""
     def parse(text: str) -> str:
-        for word in words:
-            if text.lower() == word.lower():
-                return word
-        raise ValueError("expected {}".format(", ".join(words[:-1])) + " or " + words[-1])
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}")
     return parse
 
 
 def parse_path(text: str) -> str:
-    """An absolute path."""
+    """Parse an absolute path."""
     expect(text.startswith("/"), "an absolute path")
     return text
 
 
 def parse_home(text: str) -> str:
-    """An absolute path, or one below the home of this user (~/)."""
+    """Parse an absolute path, or one below the home of this user (~/)."""
     return parse_path(os.path.expanduser(text))
 
 
 def parse_ports(text: str) -> FrozenSet[Port]:
-    """A comma list of ports: `tcp/22, udp/53`. Naming one twice changes nothing."""
+    """Parse a comma list of ports: `tcp/22, udp/53`. Naming one twice changes nothing."""
     return frozenset(parse_port(item.strip().lower()) for item in text.split(",") if text)
 
 
@@ -1263,7 +1271,7 @@ class Networks:
             self.masks[network.max_prefixlen // 8].append(pair)
 
     def __contains__(self, packed: bytes) -> bool:
-        """Whether the address of 4 or 16 bytes is one of them."""
+        """Tell whether the address of 4 or 16 bytes is one of them."""
         if self.everything:
             return True
         number = int.from_bytes(packed, "big")
@@ -1273,24 +1281,24 @@ class Networks:
 # ======================================================================================
 # 6. Captured packets
 #
-# What packet sockets and capture files bring: the datagram in an IP packet, and PCAP_FILTER,
-# which is the part of pcap-filter(7) that tells whose packets to look at. It becomes a tree of
-# comparisons, which is evaluated here or compiled to classic BPF for the kernel.
+# Packet sockets and capture files bring IP packets. This section takes the datagram out of one,
+# and reads PCAP_FILTER, a part of pcap-filter(7), which chooses the packets. A filter becomes a
+# tree of comparisons: the server evaluates it, or compiles it to classic BPF for the kernel.
 # ======================================================================================
 
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58  # protocol numbers of IP, https://www.iana.org/protocols
 SCTP, IPV6_FRAGMENT = 132, 44
 IPV4 = struct.Struct(">BxHxxHxBxx4s4s")  # RFC 791 section 3.1, without options
 PORTS = struct.Struct(">HHH")  # and for UDP the length (RFC 768)
-IPV6_EXTENSIONS = (0, 43, 60)  # hop-by-hop and destination options, routing
-MAX_EXTENSIONS = 8
+IPV6_EXTENSIONS = (0, 43, 60)  # hop-by-hop options, routing, destination options
+MAX_EXTENSIONS = 8  # twice as many as RFC 8200 section 4.1 wants in one packet
 ECHO_REQUESTS = ((ICMP, 8), (ICMP6, 128))  # protocol and type (RFC 792, RFC 4443 section 4.1)
 
 
 def decode_header(packet: bytes) -> Optional[Tuple[int, int, int, int, bytes, bytes]]:
-    """Protocol of an IP packet, where it begins and ends, fragment, source and destination.
+    """Return an IP packet's protocol, where its data begin and end, fragment, source, destination.
 
-    The fragment is 0 for a whole packet, else IPv4's flag and offset. None when it can hold none.
+    Fragment 0 is a whole packet, else IPv4's flag and offset. Return None for a broken header.
     RFC 791 section 3.1, RFC 8200 sections 3 and 4.
     """
     if len(packet) < 28:
@@ -1311,10 +1319,10 @@ def decode_header(packet: bytes) -> Optional[Tuple[int, int, int, int, bytes, by
 
 
 def decode_ip(packet: bytes) -> Optional[Datagram]:
-    """The datagram in an IP packet; None for fragments, cut packets and what can't carry SPA.
+    """Return the datagram in an IP packet; None for fragments, cut packets, other protocols.
 
-    RFC 768, RFC 9293 section 3.1, or the 8 bytes of RFC 792 and RFC 4443. Checksums are not looked
-    at: fwknop's raw packets have none.
+    RFC 768, RFC 9293 section 3.1, or the 8 bytes of RFC 792 and RFC 4443. Nothing checks checksums:
+    fwknop's raw packets have none.
     """
     header = decode_header(packet)
     if header is None:
@@ -1335,10 +1343,10 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
 
 
 def decode_knock(packet: bytes) -> Optional[Datagram]:
-    """The step of a sequence that an IP packet may be: TCP, UDP or an echo request, of any content.
+    """Return the knock packet that an IP packet may be: TCP, UDP or an echo request, any content.
 
-    None for later fragments, cut headers and everything else. TCP's flags are in octet 13 of its
-    header (RFC 9293 section 3.1). An echo request has to be whole, since its size counts.
+    None for later fragments, cut headers and other protocols. TCP's flags are in octet 13 of its
+    header (RFC 9293 section 3.1). An echo request has to be whole, because its size counts.
     """
     header = decode_header(packet)
     if header is None:
@@ -1356,37 +1364,37 @@ def decode_knock(packet: bytes) -> Optional[Datagram]:
     return None
 
 
-# Length of a frame's header, and where EtherType and direction stand, if they do.
+# Length of a frame's header, and the offsets of EtherType and direction, if it has them.
 LinkType = Tuple[int, Optional[int], Optional[int]]
 # By number (https://www.tcpdump.org/linktypes.html): BSD loopback, Ethernet, Linux cooked, raw IP.
 LINK_TYPES: Dict[int, LinkType] = {
     0: (4, None, None), 108: (4, None, None), 1: (14, 12, None), 113: (16, 14, 1), 276: (20, 0, 10),
     **dict.fromkeys((12, 14, 101, 228, 229), (0, None, None))}
 PACKET_OUTGOING = 4  # of linux/if_packet.h
-VLAN_TAGS = (b"\x81\x00", b"\x88\xa8", b"\x91\x00")  # IEEE 802.1Q, 802.1ad and what was before
-MAX_TAGS = 4
+VLAN_TAGS = (b"\x81\x00", b"\x88\xa8", b"\x91\x00")  # IEEE 802.1Q, 802.1ad, older switches
+MAX_TAGS = 4  # 802.1ad has two
 
 
 def decode_frame(frame: bytes, link: LinkType, any_direction: bool) -> bytes:
-    """The IP packet in a frame; nothing for other frames, and for what the host itself sent."""
-    start, place, direction = link
+    """Return the IP packet in a frame; nothing for other frames, or if this host sent it."""
+    start, offset, direction = link
     if (direction is not None and not any_direction
             and frame[direction:direction + 1] == bytes([PACKET_OUTGOING])):
         return b""
-    if place is not None:
+    if offset is not None:
         for _ in range(MAX_TAGS):
-            if frame[place:place + 2] not in VLAN_TAGS:
+            if frame[offset:offset + 2] not in VLAN_TAGS:
                 break
-            place, start = start + 2, start + 4
-        if frame[place:place + 2] not in (b"\x08\x00", b"\x86\xdd"):
+            offset, start = start + 2, start + 4
+        if frame[offset:offset + 2] not in (b"\x08\x00", b"\x86\xdd"):  # EtherTypes of IP
             return b""
     return frame[start:]
 
 
 class Comparison(NamedTuple):
-    """Whether `size` bytes at `offset`, under `mask`, are a number from `least` to `most`.
+    """A test whether `size` bytes at `offset`, under `mask`, are a number from `least` to `most`.
 
-    `behind` says that the offset counts from the end of the IPv4 header.
+    With `behind`, the offset counts from the end of the IPv4 header.
     """
 
     offset: int
@@ -1400,7 +1408,7 @@ class Comparison(NamedTuple):
 class Junction(NamedTuple):
     """Comparisons and junctions under `and`, `or` or `not`."""
 
-    word: str
+    operator: str
     parts: Tuple[Any, ...]
 
 
@@ -1409,20 +1417,20 @@ Filter = Union[Comparison, Junction]
 IS_IPV4, IS_IPV6 = (Comparison(0, 1, version, version, 0xF0) for version in (0x40, 0x60))
 FILTER_PROTOCOLS = {"udp": UDP, "tcp": TCP, "icmp": ICMP, "icmp6": ICMP6, "ip": 4, "ip6": 6}
 FILTER_SYMBOLS = {"(": "(", ")": ")", "!": "not", "&&": "and", "||": "or"}
-MAX_FILTER_WORDS = 400
+MAX_FILTER_WORDS = 400  # the parser and matches() call themselves: Python allows 1,000 deep
 FILTER_LANGUAGE = ("udp, tcp, icmp, icmp6, ip, ip6, [udp|tcp] [src|dst] port N, portrange M-N, "
                    "[ip|ip6] [src|dst] host ADDRESS, net NETWORK, with and, or, not, ( )")
 
 
 def both(test: Callable[[int], Filter], direction: str, source: int, destination: int) -> Filter:
-    """A test of a field in its two places: `src`, `dst`, `and`, or, by default, `or`."""
+    """Return a test of source and destination: of one (`src`, `dst`), both (`and`), or either."""
     if direction in ("src", "dst"):
         return test(source if direction == "src" else destination)
     return Junction(direction or "or", (test(source), test(destination)))
 
 
 def protocol_filter(name: str) -> Filter:
-    """What tells a protocol, in IPv6 also that of a fragment, as tcpdump has it."""
+    """Match packets of a protocol, and IPv6 fragments of it, as tcpdump does."""
     number = FILTER_PROTOCOLS[name]
     if name in ("ip", "ip6"):
         return IS_IPV4 if name == "ip" else IS_IPV6
@@ -1437,17 +1445,17 @@ def protocol_filter(name: str) -> Filter:
 
 
 def field_is_one_of(offset: int, size: int, values: Iterable[int], behind: bool = False) -> Filter:
-    """A test of a field for some values."""
+    """Match packets in which a field has one of these values."""
     return Junction("or", tuple(Comparison(offset, size, value, value, behind=behind)
                                 for value in sorted(values)))
 
 
 def transport_filter(four: Iterable[int], six: Iterable[int],
                      test: Callable[[int, bool], Filter]) -> Filter:
-    """What tells packets of some protocols of IPv4 and of IPv6 by what is behind the IP header.
+    """Match packets of these protocols, in IPv4 and IPv6, whose transport header passes a test.
 
-    `test` makes the test of that from where it begins and Comparison's `behind`. Not of later
-    fragments, and in IPv6 not behind extension headers.
+    `test` makes that test, for the header's offset and Comparison's `behind`. Later fragments have
+    no such header, and in IPv6 this does not look behind extension headers.
     """
     return Junction("or", (
         Junction("and", (IS_IPV4, field_is_one_of(9, 1, four), Comparison(6, 2, 0, 0, 0x1FFF),
@@ -1456,22 +1464,23 @@ def transport_filter(four: Iterable[int], six: Iterable[int],
 
 
 def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
-    """What tells ports."""
+    """Match packets with a port from `low` to `high`."""
     numbers = (FILTER_PROTOCOLS[protocol],) if protocol else (TCP, UDP, SCTP)
     return transport_filter(numbers, numbers, lambda start, behind: both(
-        lambda place: Comparison(place, 2, low, high, behind=behind), direction, start, start + 2))
+        lambda offset: Comparison(offset, 2, low, high, behind=behind),
+        direction, start, start + 2))
 
 
 def network_filter(direction: str, network: Network) -> Filter:
-    """What tells addresses of a network, in words of four bytes."""
-    words = ">%dI" % (network.max_prefixlen // 32)
-    masks = struct.unpack(words, network.netmask.packed)
-    values = struct.unpack(words, network.network_address.packed)
+    """Match packets with an address of a network, by comparisons of four bytes."""
+    numbers = f">{network.max_prefixlen // 32}I"
+    masks = struct.unpack(numbers, network.netmask.packed)
+    values = struct.unpack(numbers, network.network_address.packed)
 
-    def test(place: int) -> Filter:
+    def test(offset: int) -> Filter:
         return Junction("and", tuple(
-            Comparison(place + 4 * at, 4, value, value, mask)
-            for at, (value, mask) in enumerate(zip(values, masks)) if mask))
+            Comparison(offset + 4 * index, 4, value, value, mask)
+            for index, (value, mask) in enumerate(zip(values, masks)) if mask))
 
     if network.version == 4:
         return Junction("and", (IS_IPV4, both(test, direction, 12, 16)))
@@ -1479,54 +1488,56 @@ def network_filter(direction: str, network: Network) -> Filter:
 
 
 class FilterParser:
-    """The tree of a PCAP_FILTER; any error is a ValueError. `and` and `or` bind alike."""
+    """A parser of PCAP_FILTER; any error is a ValueError. `and` and `or` bind alike."""
 
     def __init__(self, text: str) -> None:
-        for symbol, word in FILTER_SYMBOLS.items():
-            text = text.replace(symbol, f" {word} ")
-        self.words = text.split()[::-1]  # those to come, the next one last
+        for symbol, name in FILTER_SYMBOLS.items():
+            text = text.replace(symbol, f" {name} ")
+        self.tokens = text.split()[::-1]  # those to come, the next one last
         self.last: Optional[Tuple[str, str, str]] = None  # of a primitive: `port 1 or 2` repeats it
 
-    def take(self, *words: str) -> str:
-        """The next word if it is one of these, else nothing."""
-        return self.words.pop() if self.words and self.words[-1] in words else ""
+    def next_if(self, *tokens: str) -> str:
+        """Consume and return the next token if it is one of these, else return nothing."""
+        return self.tokens.pop() if self.tokens and self.tokens[-1] in tokens else ""
 
     def expression(self) -> Filter:
-        """Terms, joined from left to right."""
+        """Parse terms, joined from left to right."""
         tree = self.term()
         while True:
-            word = self.take("and", "or")
-            if not word:
+            operator = self.next_if("and", "or")
+            if not operator:
                 return tree
-            parts = (tree,) if not isinstance(tree, Junction) or tree.word != word else tree.parts
-            tree = Junction(word, (*parts, self.term()))
+            parts: Tuple[Filter, ...] = (tree,)
+            if isinstance(tree, Junction) and tree.operator == operator:
+                parts = tree.parts
+            tree = Junction(operator, (*parts, self.term()))
 
     def term(self) -> Filter:
-        """A primitive, an expression in parentheses, or `not` of either."""
-        if self.take("not"):
+        """Parse a primitive, an expression in parentheses, or `not` of either."""
+        if self.next_if("not"):
             return Junction("not", (self.term(),))
-        if self.take("("):
+        if self.next_if("("):
             tree = self.expression()
-            expect(self.take(")") != "", FILTER_LANGUAGE)
+            expect(self.next_if(")") != "", FILTER_LANGUAGE)
             return tree
-        protocol = self.take(*FILTER_PROTOCOLS)
-        direction = self.take("src", "dst")
+        protocol = self.next_if(*FILTER_PROTOCOLS)
+        direction = self.next_if("src", "dst")
         other = "dst" if direction == "src" else "src"
-        if direction and self.words[-2:] in ([other, "and"], [other, "or"]):
-            direction, _ = self.words.pop(), self.words.pop()
-        kind = self.take("port", "portrange", "host", "net")
+        if direction and self.tokens[-2:] in ([other, "and"], [other, "or"]):
+            direction, _ = self.tokens.pop(), self.tokens.pop()
+        kind = self.next_if("port", "portrange", "host", "net")
         if protocol and not direction and not kind:
             self.last = None
             return protocol_filter(protocol)
         if direction or kind:
             self.last = protocol, direction, kind or "host"
-        if not self.last or not self.words:
-            raise ValueError("expected " + FILTER_LANGUAGE)
-        return self.primitive(*self.last, self.words.pop())
+        if not self.last or not self.tokens:
+            raise ValueError(f"expected {FILTER_LANGUAGE}")
+        return self.primitive(*self.last, self.tokens.pop())
 
     @staticmethod
     def primitive(protocol: str, direction: str, kind: str, value: str) -> Filter:
-        """The test of one port, range, host or network."""
+        """Return the test of one port, range, host or network."""
         low, dash, high = value.partition("-")
         if kind.startswith("port"):
             expect(protocol in ("", "udp", "tcp") and bool(dash) == (kind == "portrange")
@@ -1536,28 +1547,29 @@ class FilterParser:
             parse_address(value.partition("/")[0])
             network = ipaddress.ip_network(value)
         except ValueError:
-            raise ValueError("expected " + FILTER_LANGUAGE) from None
+            raise ValueError(f"expected {FILTER_LANGUAGE}") from None
         family = "ip" if network.version == 4 else "ip6"
         expect((kind == "net" or "/" not in value) and protocol in ("", family), FILTER_LANGUAGE)
         return network_filter(direction, network)
 
 
 def parse_packet_filter(text: str) -> Filter:
-    """The tree of a PCAP_FILTER."""
+    """Parse a PCAP_FILTER to a tree."""
     parser = FilterParser(text)
-    expect(len(parser.words) <= MAX_FILTER_WORDS, "at most %d words" % MAX_FILTER_WORDS)
+    expect(len(parser.tokens) <= MAX_FILTER_WORDS, f"at most {MAX_FILTER_WORDS} words")
     tree = parser.expression()
-    expect(not parser.words, FILTER_LANGUAGE)
+    expect(not parser.tokens, FILTER_LANGUAGE)
     expect(len(compile_filter(tree)) <= MAX_INSTRUCTIONS * SOCK_FILTER.size, "a shorter filter")
     return tree
 
 
 def matches(tree: Filter, packet: bytes) -> bool:
-    """Whether a filter lets an IP packet pass; IndexError when it looks behind the packet's end."""
+    """Tell whether a filter lets an IP packet pass; IndexError if it looks behind the end."""
     if isinstance(tree, Junction):
-        if tree.word == "not":
+        if tree.operator == "not":
             return not matches(tree.parts[0], packet)
-        return (all if tree.word == "and" else any)(matches(part, packet) for part in tree.parts)
+        join = all if tree.operator == "and" else any
+        return join(matches(part, packet) for part in tree.parts)
     start = tree.offset + ((packet[0] & 15) * 4 if tree.behind else 0)
     if start + tree.size > len(packet):
         raise IndexError("expected a longer packet")
@@ -1566,8 +1578,8 @@ def matches(tree: Filter, packet: bytes) -> bool:
 
 
 SOCK_FILTER = struct.Struct("=HBBI")  # struct sock_filter {u16 code, u8 jt, u8 jf, u32 k}
-MAX_INSTRUCTIONS = 4000  # the kernel takes 4096; open_packet_captures() adds some
-LONGEST_JUMP = 250
+MAX_INSTRUCTIONS = 4000  # the kernel accepts 4096; open_packet_captures() adds some
+LONGEST_JUMP = 250  # of 255: the two plain jumps that branch() may add come in between
 LOAD = {1: 0x30, 2: 0x28, 4: 0x20}  # byte, half and word (linux/bpf_common.h)
 LOAD_BEHIND = {1: 0x50, 2: 0x48}  # the same, behind the IPv4 header
 LOAD_IPV4_LENGTH, MASK = 0xB1, 0x54
@@ -1575,14 +1587,14 @@ JUMP, JUMP_IF_EQUAL, JUMP_IF_GREATER, JUMP_IF_NOT_LESS, RETURN = 0x05, 0x15, 0x2
 PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
 NOT_OUTGOING = Junction("not", (Comparison(PACKET_TYPE_OFFSET, 4, PACKET_OUTGOING,
                                            PACKET_OUTGOING),))
-ACCEPT_ALL = 0x40000
+ACCEPT_ALL = 0x40000  # bytes to keep: more than any packet has
 
 
 class FilterProgram:
     """A filter for a packet socket of type SOCK_DGRAM, which sees IP headers on every link.
 
-    It is made from its end, since all jumps go forward: a place is the number of instructions from
-    it to the end, and where a test leads is known when the test is made.
+    All jumps go forward, so the program grows from its end: the instructions that a test leads to
+    are there before the test. An address counts the instructions from there to the end.
     """
 
     def __init__(self, tree: Filter) -> None:
@@ -1591,30 +1603,30 @@ class FilterProgram:
         self.test(tree, self.add(RETURN, ACCEPT_ALL), reject)
 
     def add(self, code: int, k: int) -> int:
-        """An instruction that goes on with the one after it; returns its place."""
+        """Put an instruction in front, one that does not branch; return its address."""
         self.code.append(SOCK_FILTER.pack(code, 0, 0, k))
         return len(self.code)
 
     def branch(self, code: int, k: int, when_true: int, when_false: int) -> None:
-        """A conditional jump; what is too far for its 8 bits is reached by way of a plain jump."""
-        ways = [when_true, when_false]
-        for way in (0, 1):
-            if len(self.code) - ways[way] > LONGEST_JUMP:
-                ways[way] = self.add(JUMP, len(self.code) - ways[way])
-        jumps = [len(self.code) - way for way in ways]
+        """Put a conditional jump in front. Its 8 bits reach a far address through a plain jump."""
+        targets = [when_true, when_false]
+        for i in (0, 1):
+            if len(self.code) - targets[i] > LONGEST_JUMP:
+                targets[i] = self.add(JUMP, len(self.code) - targets[i])
+        jumps = [len(self.code) - target for target in targets]
         self.code.append(SOCK_FILTER.pack(code, jumps[0], jumps[1], k))
 
     def test(self, tree: Filter, when_true: int, when_false: int) -> int:
-        """The test of `tree`, and where to go then; returns where it begins."""
+        """Put the test of `tree` in front, and the jumps after it; return its address."""
         if isinstance(tree, Junction):
-            if tree.word == "not":
+            if tree.operator == "not":
                 return self.test(tree.parts[0], when_false, when_true)
             for part in reversed(tree.parts):
-                if tree.word == "and":
+                if tree.operator == "and":
                     when_true = self.test(part, when_true, when_false)
                 else:
                     when_false = self.test(part, when_true, when_false)
-            return when_true if tree.word == "and" else when_false
+            return when_true if tree.operator == "and" else when_false
         if tree.least == tree.most:
             self.branch(JUMP_IF_EQUAL, tree.least, when_true, when_false)
         else:
@@ -1627,7 +1639,7 @@ class FilterProgram:
 
 
 def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
-    """The program of a filter, which rejects what this host sends unless `any_direction`."""
+    """Compile a filter, which rejects packets that this host sends, unless `any_direction`."""
     program = FilterProgram(tree if any_direction else Junction("and", (NOT_OUTGOING, tree)))
     return b"".join(reversed(program.code))
 
