@@ -2,40 +2,40 @@
 """spa_client.py: knock at a firewall with one encrypted, authenticated packet.
 
 It speaks fwknop's single packet authorization (SPA), reads ~/.fwknoprc and takes the options of
-`fwknop`: where that command runs, this file can stand in for it, with nothing but Python 3.6 or
-later. A knock is a UDP datagram to each address of the server; for it, no root is needed and no
-program is started. Only what you ask for goes further: other carriers (the raw ones need root),
-gpg for GPG, a web server, wget or a STUN server for our address, the command behind --exec. It
-writes the files that you name, ~/.fwknoprc for --save-rc-stanza, and after a knock its options,
-without keys, to ~/.fwknop.run for -l, unless --no-save-args is given.
+`fwknop`: it can take that command's place, and needs nothing but Python 3.6 or later. A knock is
+one UDP datagram to each address of the server. It needs no root and starts no program. Only your
+options make it do more: other carriers (the raw ones need root), gpg for GPG, a web server, wget
+or a STUN server that knows our address, the command of --exec. It writes the files that you name,
+and ~/.fwknoprc for --save-rc-stanza. After a knock it keeps its options, but no keys, in
+~/.fwknop.run for -l; --no-save-args prevents that.
 
-It also hits ports in their order, as `knock` does for knockd: with KNOCK_SEQUENCE before it sends
-the packet, or instead of one if there are no keys. --knock takes the command line of `knock`, as
-this file does when it is started through a link of that name.
+It also knocks on ports in their order, as `knock` does for knockd: before the packet if
+KNOCK_SEQUENCE is set, and instead of the packet if there are no keys. --knock takes the command
+line of `knock`; so does a link of that name to this file.
 
 Comments cite tests/spec/fwknop.md and tests/spec/knockd.md by section. These files describe the
 formats and the behaviour of fwknop and knockd.
 
-The way of a packet:
+The way of a packet, with the sections that it leads through:
 
-  * The command line is read with the table of options, and ~/.fwknoprc with the table of
-    directives. An option is a directive said on the command line: built-in defaults give way
-    to the [default] stanza, that to the stanza named with -n, and that to the command line.
-  * The two keys come from there, from key files, or from a prompt.
-  * The server's name is looked up, and for each of its addresses, IPv4 and IPv6, what follows is
-    done once: a server takes the same packet for a replay the second time.
-  * The ports of KNOCK_SEQUENCE are hit, at one address after the other.
-  * A socket is connected (UDP: nothing is sent by that).
-  * The address to open for is what -a or -s say, or the socket's own address, but only if the
-    server must see the same one: no NAT can be in between.
-  * The message says who asks, when, and for which ports; a digest is put behind it.
-  * Both are encrypted with AES-256 or by gpg, and an HMAC is put behind the cipher text.
-  * The packet is checked once more for its length, and sent.
-  * With --wait, --proxy or --exec the TCP port is tried until it opens, with a fresh knock every
-    second or three; then its connection is relayed, or a command takes the place of this program.
+  * The client reads the command line with the table of options (9), and ~/.fwknoprc (10) with the
+    table of directives (8). An option is a directive on the command line. The command line
+    overrides the stanza of -n, that overrides [default], and that the built-in defaults.
+  * It takes the two keys from there, from key files, or from a prompt (11).
+  * It looks the server's name up (13) and does the following for each address, IPv4 and IPv6. Each
+    address gets a packet of its own: the server rejects a second copy as a replay.
+  * It knocks on the ports of KNOCK_SEQUENCE, at one address after the other (13).
+  * It connects a UDP socket, which sends nothing yet.
+  * It chooses the address to open for (14): that of -a or -s, or else the socket's own. The own
+    one serves only if no NAT can be on the way, so that the server sees the same one.
+  * It writes the message (5): for whom, when, which ports. A digest follows the message.
+  * It encrypts both with AES-256 (4) or gpg (12), and appends an HMAC of the cipher text (5).
+  * It checks the length of the packet, and sends it by its carrier (6, 13).
+  * With --wait, --proxy or --exec it tries the TCP port until it opens, and knocks anew every
+    second or three. Then it relays that connection, or becomes the command (15).
 
-Contents. Sections 1 to 10 only compute: text, bytes and time in, values out, with a warning here
-and there. Sections 11 to 17 touch the machine: files, terminal, programs, network, standard output.
+Contents. Sections 1 to 10 only compute: text, bytes and time in, values out; some warn. Sections
+11 to 17 touch the machine: files, terminal, programs, network, standard output.
 
   1. Errors
   2. Bytes and digests
@@ -55,9 +55,9 @@ and there. Sections 11 to 17 touch the machine: files, terminal, programs, netwo
   16. Output
   17. Run
 
-Exit codes: 0 the packet was sent (or what else was asked for is done); 1 it was not, or the port
-did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop knows only 0 and 1.
---exec ends with the code of its command. As `knock`: 1 for all that is wrong.
+Exit codes: 0 the packet was sent, or another task is done; 1 it was not sent, or the port did not
+open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop has only 0 and 1. --exec ends
+with the code of its command. --knock ends with 1 for every error.
 """
 
 import binascii
@@ -72,10 +72,10 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple, TypeVar
 
     T = TypeVar("T")
-    Address = Tuple[int, Tuple[Any, ...]]  # a family, and what connect() takes there
+    Address = Tuple[int, Tuple[Any, ...]]  # a family, and the argument of connect()
 else:
     try:
-        import _socket as socket  # an eighth of the price of `socket`, and all that is needed
+        import _socket as socket  # costs an eighth of the import of `socket`, and has all we need
         import _struct as struct
     except ImportError:
         import socket
@@ -87,7 +87,7 @@ PROTOCOL_VERSION = "3.0.0"
 # ======================================================================================
 # 1. Errors
 #
-# What can go wrong, and the exit code of each. No error carries a key.
+# Errors that the user can do something about. No error carries a key.
 # ======================================================================================
 
 
@@ -150,7 +150,7 @@ def complaint(error: SpaError) -> str:
 # ======================================================================================
 # 2. Bytes and digests
 #
-# Base64 as fwknop writes it, the seven digests and HMAC.
+# Base64 as fwknop writes it, its seven digests, and HMAC.
 # ======================================================================================
 
 
@@ -224,12 +224,12 @@ class Hmac:
 
 
 def encode_base64(data: bytes) -> str:
-    """Base64 of RFC 4648 section 4 without the `=` at the end (tests/spec/fwknop.md 1.1)."""
+    """Return base64 (RFC 4648 section 4) without the `=` at its end (tests/spec/fwknop.md 1.1)."""
     return binascii.b2a_base64(data, newline=False).decode("ascii").rstrip("=")
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes behind base64 `text`, with its `=` or without; ValueError when it is none."""
+    """Return the bytes of base64, with or without the `=` at its end; raise ValueError."""
     digits = text.rstrip("=")
     if len(digits) % 4 == 1 or digits.strip(
             "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"):
@@ -238,20 +238,20 @@ def decode_base64(text: str) -> bytes:
 
 
 def encode_text(text: str) -> bytes:
-    """The bytes that a word of the command line or of a file was made of."""
+    """Return the bytes that an argument or a file's text was decoded from."""
     return text.encode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a file, of which encode_text() makes the same bytes again."""
+    """Return the text of a file, from which encode_text() makes the same bytes again."""
     return data.decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
 # ======================================================================================
 # 3. AES (FIPS 197)
 #
-# The block cipher, and how a secret becomes key and IV. It is written here because Python's
-# library has none, and importing a package for six blocks costs more than encrypting them.
+# The block cipher, and the key and IV of a secret. It is written here because Python's library
+# has no AES, and to import a package costs more than to encrypt the six blocks of a packet.
 # ======================================================================================
 
 # --- shared: aes -- the same text in spa_server.py and spa_client.py --
@@ -360,8 +360,8 @@ def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
 # ======================================================================================
 # 4. Encryption of a packet
 #
-# The modes of NIST SP 800-38A as fwknop uses them, and the container of `openssl enc`.
-# Only encryption: this program never reads a packet.
+# The modes of NIST SP 800-38A as fwknop uses them, in the container of `openssl enc`. There is
+# only encryption here: this program never reads a packet.
 # ======================================================================================
 
 BLOCK = 16  # bytes of a block of AES
@@ -369,10 +369,10 @@ KEY_LIMIT = 32  # bytes of an encryption key
 LEGACY_KEY_LENGTH = 16
 HMAC_KEY_LIMIT = 128  # bytes of an HMAC key
 SALT_LENGTH = 8
-SALTED = b"Salted__"  # what `openssl enc` begins with
-PREFIX = "U2FsdGVkX1"  # base64 of SALTED, as far as the salt has no part in it: not transmitted
+SALTED = b"Salted__"  # the first bytes of `openssl enc`
+PREFIX = "U2FsdGVkX1"  # base64 of SALTED, up to the digit that the salt takes part in: not sent
 
-# Encryption mode, by its name, and its number in the dump (tests/spec/fwknop.md 1.7).
+# The encryption modes, with their numbers in the dump (tests/spec/fwknop.md 1.7).
 GPG = "Asymmetric"
 MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "legacy": 8, GPG: 7}
 
@@ -400,15 +400,15 @@ def encrypt_blocks(mode: str, key: bytes, iv: bytes, blocks: bytes) -> bytes:
 
 
 def exclusive_or(left: bytes, right: bytes) -> bytes:
-    """Two blocks added bit by bit."""
+    """Return the exclusive or of two blocks."""
     return bytes(one ^ other for one, other in zip(left, right))
 
 
 def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> bytes:
-    """`Salted__`, the salt and the cipher text, like `openssl enc -md md5` (fwknop.md 1.7).
+    """Return `Salted__`, salt and cipher text, as `openssl enc -md md5` does (fwknop.md 1.7).
 
-    PKCS#7 padding is added in every mode, also in those that need none. Legacy mode is CBC with
-    a secret of exactly 16 bytes: cut, or filled with the digit 0.
+    Every mode gets PKCS#7 padding, even those that need none. Legacy mode is CBC with a secret of
+    exactly 16 bytes: a longer one is cut, a shorter one filled up with the digit 0.
     """
     if mode == "legacy":
         secret = secret[:LEGACY_KEY_LENGTH].ljust(LEGACY_KEY_LENGTH, b"0")
@@ -421,7 +421,7 @@ def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> b
 # ======================================================================================
 # 5. Message and packet
 #
-# The text that asks (tests/spec/fwknop.md 1.2 to 1.6) and the packet it becomes (1.1, 1.8, 1.11).
+# The message (tests/spec/fwknop.md 1.2 to 1.6), and the packet made of it (1.1, 1.8, 1.11).
 # ======================================================================================
 
 COMMAND, ACCESS, NAT_ACCESS, TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT = \
@@ -430,22 +430,22 @@ MESSAGE_TYPES = (
     "Command msg", "Access msg", "NAT access msg", "Client timeout access msg",
     "Client timeout NAT access msg", "Local NAT access msg", "Client timeout local NAT access msg")
 
-SOURCE_ADDRESS = "0.0.0.0"  # in a message: the address the packet comes from
-USER_LIMIT = 48  # bytes of a user name: 64 of base64
+SOURCE_ADDRESS = "0.0.0.0"  # in a message: the address that the packet comes from
+USER_LIMIT = 48  # bytes of a user name: 64 of base64 (tests/spec/fwknop.md 1.3)
 OPTION_USER_LIMIT = 29  # bytes that fwknop keeps of -U
-TIMEOUT_LIMIT = 65536  # seconds
-PACKET_LIMIT = 400  # characters: from here on servers take a packet for one of GPG (fwknop.md 1.9)
-GPG_LIMIT = 1500  # characters: more is not looked at (tests/spec/fwknop.md 1.10)
+TIMEOUT_LIMIT = 65536  # seconds, fwknop's limit
+PACKET_LIMIT = 400  # characters: servers take a packet of this length for GPG (fwknop.md 1.9)
+GPG_LIMIT = 1500  # characters: servers ignore longer packets (tests/spec/fwknop.md 1.10)
 FIELD_LIMIT = 192  # bytes in a field of the message: 256 of base64 (tests/spec/fwknop.md 1.10)
-GPG_PREFIX = "hQ"  # base64 of what a packet for an RSA key begins with: not transmitted
+GPG_PREFIX = "hQ"  # base64 of the first bytes of a packet for an RSA key: not sent
 
 
 class Message:
-    """The fields of tests/spec/fwknop.md 1.2, without the digest and what is never sent.
+    """The fields of tests/spec/fwknop.md 1.2, without the digest and fields that are never sent.
 
     `random` is 16 digits, `timestamp` seconds since 1970, `number` one of the seven types, `text`
-    "address,access" or "address,command". `nat` has to be given for types 2, 4, 5 and 6 alone, and
-    `timeout` (seconds) for 3, 4 and 6; that of a command is not sent.
+    "address,access" or "address,command". Only types 2, 4, 5 and 6 have a `nat`, only 3, 4 and 6 a
+    `timeout` (seconds); that of a command is not sent.
     """
 
     def __init__(self, random: str, user: str, timestamp: int, number: int, text: str,
@@ -455,7 +455,7 @@ class Message:
 
 
 def encode_message(message: Message) -> bytes:
-    """The message M of tests/spec/fwknop.md 1.1: the fields in their order with `:` in between."""
+    """Return the message M of tests/spec/fwknop.md 1.1: the fields in order, `:` in between."""
     fields = [message.random, encode_base64(encode_text(message.user)), str(message.timestamp),
               PROTOCOL_VERSION, str(message.number), encode_base64(encode_text(message.text))]
     if message.nat:
@@ -466,20 +466,20 @@ def encode_message(message: Message) -> bytes:
 
 
 def message_digest(message: bytes, digest_type: str) -> str:
-    """The digest D that stands behind the message (tests/spec/fwknop.md 1.6)."""
+    """Return the digest D that follows the message (tests/spec/fwknop.md 1.6)."""
     return encode_base64(DIGESTS[digest_type](message))
 
 
 def add_digest(message: bytes, digest_type: str) -> bytes:
-    """The plain text P of tests/spec/fwknop.md 1.1."""
+    """Return the plain text P of tests/spec/fwknop.md 1.1."""
     return message + b":" + message_digest(message, digest_type).encode("ascii")
 
 
 def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
-    """The packet of fwknop.md 1.1 with this cipher text; without `hmac_key` there is no HMAC.
+    """Return the packet of fwknop.md 1.1 with this cipher text; without a key it has no HMAC.
 
-    The HMAC also covers the prefix, which is not transmitted. OpenPGP data for other than RSA keys
-    begins otherwise, is sent whole, and not understood by fwknopd.
+    The HMAC covers the prefix too, although it is not sent. OpenPGP data for keys other than RSA
+    begins differently, and is sent whole; fwknopd does not understand it.
     """
     text, tag = encode_base64(data), ""
     if hmac_key is not None:
@@ -491,113 +491,113 @@ def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
 def check_length(packet: str, message: Message, digest_type: str, tag_length: int,
                  mode: str) -> None:
     """Raise SpaError for a packet that servers would not understand (fwknop.md 1.9, 1.10)."""
+    asked = "access list" if message.number != COMMAND else "command"
     if mode == GPG:
         if len(packet) > GPG_LIMIT:
-            raise SpaError("the packet would be %d characters long, and servers look at most at %d"
-                           % (len(packet), GPG_LIMIT), "use GPG keys of less than 4096 bits")
+            raise SpaError(f"the packet would be {len(packet)} characters long, and servers look at"
+                           f" most at {GPG_LIMIT}", "use GPG keys of less than 4096 bits")
         if len(encode_text(message.text)) > FIELD_LIMIT:
-            raise SpaError("address and what is asked for are %d characters, and servers understand"
-                           " at most %d" % (len(message.text), FIELD_LIMIT))
+            raise SpaError(f"address and {asked} are {len(message.text)} characters, and servers"
+                           f" understand at most {FIELD_LIMIT}")
     elif len(packet) >= PACKET_LIMIT:
         raise SpaError(
-            "the packet would be %d characters long, and servers understand at most %d: address "
-            "and %s are %d characters, the user name %d, the digest (%s) %d, the HMAC %d"
-            % (len(packet), PACKET_LIMIT - 4, "access list" if message.number else "command",
-               len(message.text), len(message.user), digest_type,
-               DIGESTS[digest_type].text_size, tag_length),
+            f"the packet would be {len(packet)} characters long, and servers understand at most"
+            f" {PACKET_LIMIT - 4}: address and {asked} are {len(message.text)} characters, the user"
+            f" name {len(message.user)}, the digest ({digest_type})"
+            f" {DIGESTS[digest_type].text_size}, the HMAC {tag_length}",
             "ask for fewer ports at a time, or use a shorter digest")
 
 
 # ======================================================================================
 # 6. Carriers
 #
-# What stands around a packet on the wire when it does not travel as a plain UDP datagram or over
-# TCP (tests/spec/fwknop.md 1.14): an HTTP request, or the headers of a packet made here.
+# The bytes around a packet that does not travel as a plain UDP datagram or over TCP: an HTTP
+# request, or the IP headers of the raw carriers (tests/spec/fwknop.md 1.14).
 # ======================================================================================
 
-AGENT = "Fwknop/2.6.10"  # fwknopd wants it to begin so; the rest is that of fwknop's client
+AGENT = "Fwknop/2.6.10"  # fwknopd wants this beginning; fwknop's client sends all of it
 CARRIERS = ("udp", "udpraw", "tcp", "tcpraw", "http", "icmp")
 RAW_CARRIERS = ("udpraw", "tcpraw", "icmp")
 ICMP_ECHO = 8
 
 
 def encode_request(target: str, host: str, agent: str) -> bytes:
-    """A GET of HTTP/1.1 (RFC 9112), after which the connection is closed."""
-    return encode_text(f"GET {target} HTTP/1.1\r\nUser-Agent: {agent}\r\nAccept: */*\r\nHost: {host}\r\n"
-                       "Connection: close\r\n\r\n")
+    """Return a GET of HTTP/1.1 (RFC 9112) that asks the server to close the connection."""
+    return encode_text(f"GET {target} HTTP/1.1\r\nUser-Agent: {agent}\r\nAccept: */*\r\n"
+                       f"Host: {host}\r\nConnection: close\r\n\r\n")
 
 
-def put_checksum(data: bytes, place: int, pseudo: bytes = b"") -> bytes:
-    """The data with the Internet checksum of RFC 1071, also over a pseudo header, at its place.
+def put_checksum(data: bytes, offset: int, pseudo: bytes = b"") -> bytes:
+    """Return the data with the Internet checksum of RFC 1071 at `offset`, where two zeros stand.
 
-    Two zero bytes must be there. The sum is never 0, which in UDP would mean that there is none
-    (RFC 768); to the others 0xFFFF is the same number.
+    The sum covers the pseudo header too. It is never 0, which in UDP means "no checksum"
+    (RFC 768); the other protocols take 0xFFFF for the same number.
     """
     words = pseudo + data + b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(">%dH" % (len(words) // 2), words))
+    total = sum(struct.unpack(f">{len(words) // 2}H", words))
     total = (total & 0xFFFF) + (total >> 16)
     sum_ = ~(total + (total >> 16)) & 0xFFFF
-    return data[:place] + struct.pack(">H", sum_ or 0xFFFF) + data[place + 2:]
+    return data[:offset] + struct.pack(">H", sum_ or 0xFFFF) + data[offset + 2:]
 
 
 def encode_raw(carrier: str, payload: bytes, addresses: bytes,
                ports: "Tuple[int, int]", icmp: "Tuple[int, int]" = (0, 0)) -> bytes:
-    """An IPv4 packet (RFC 791): ICMP (RFC 792), UDP (RFC 768) or a SYN of TCP (RFC 9293).
+    """Return an IPv4 packet (RFC 791): ICMP (RFC 792), UDP (RFC 768) or a SYN of TCP (RFC 9293).
 
-    `addresses` are source and destination, `icmp` type and code. An echo request has the source
-    port for its identifier. The checksums are right; fwknop leaves those of UDP and TCP 0.
+    `addresses` are source and destination, `icmp` type and code. The source port is the identifier
+    of an echo request. All checksums are right; fwknop leaves 0 in those of UDP and TCP.
     """
     if carrier == "icmp":
-        protocol, place = 1, 2
+        protocol, offset = 1, 2
         number = (ports[0], 1) if icmp[0] == ICMP_ECHO else (0, 0)
         header = struct.pack(">BBHHH", *icmp, 0, *number)
     elif carrier == "udpraw":
-        protocol, place = 17, 6
+        protocol, offset = 17, 6
         header = struct.pack(">HHHH", *ports, 8 + len(payload), 0)
     else:  # sequence number 1, header of 5 words, SYN, window 32767, as fwknop has them
-        protocol, place = 6, 16
+        protocol, offset = 6, 16
         header = struct.pack(">HHIIBBHHH", *ports, 1, 0, 5 << 4, 2, 32767, 0, 0)
     segment = header + payload
     pseudo = addresses + struct.pack(">HH", protocol, len(segment)) if protocol != 1 else b""
     outer = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(segment), 0, 0, 255, protocol, 0)
-    return put_checksum(outer + addresses, 10) + put_checksum(segment, place, pseudo)
+    return put_checksum(outer + addresses, 10) + put_checksum(segment, offset, pseudo)
 
 
 # ======================================================================================
 # 7. Values
 #
-# From text to the value of a directive or option. Each parse_ function raises ValueError with
-# what it expected; who calls it adds where the text stood, and the text if it is no secret.
+# From text to the value of a directive or option. A parse_ function that gets something else
+# raises ValueError("expected ..."). The caller adds file and line, and the text if it is no secret.
 # ======================================================================================
 
-RESOLVE = "resolve"  # in place of an address to open for: ask a server on the Internet for ours
+RESOLVE = "resolve"  # instead of an address to open for: ask a web page for ours
 STUN, STUN_PORT = "stun:", 3478  # the same, followed by host, or host and port, of a STUN server
 
 
 def parse_text(text: str) -> str:
-    """Any text but none."""
+    """Return any text that is not empty."""
     if not text:
         raise ValueError("expected a value")
     return text
 
 
 def parse_yes_no(text: str) -> bool:
-    """Y or N, or how much: VERBOSE may count."""
+    """Parse Y or N, or the level that VERBOSE may have: 0 to 3."""
     if text.upper() not in ("Y", "N", "YES", "NO", "0", "1", "2", "3"):
         raise ValueError("expected Y or N")
     return text[0] not in "nN0"
 
 
 def is_decimal(text: str) -> bool:
-    """Whether it is a number of one to nine digits, and nothing else."""
+    """Return whether the text is one to nine digits, and nothing else."""
     return 0 < len(text) < 10 and not text.strip("0123456789")
 
 
 def number_parser(low: int, high: int, what: str) -> "Callable[[str], int]":
-    """A parse_ function for decimal numbers; `what` says in an error what they count."""
+    """Return a parse_ function for decimal numbers; its error says that they count `what`."""
     def parse(text: str) -> int:
         if not is_decimal(text) or not low <= int(text) <= high:
-            raise ValueError("expected %s, %d to %d" % (what, low, high))
+            raise ValueError(f"expected {what}, {low} to {high}")
         return int(text)
     return parse
 
@@ -606,7 +606,7 @@ parse_port = number_parser(1, 65535, "a port number")
 
 
 def parse_offset(text: str) -> int:
-    """Seconds from `90`, `90s`, `5m`, `2hours` or `1d`, with `-` in front or not."""
+    """Parse `90`, `90s`, `5m`, `2hours` or `1d`, with or without `-`, into seconds."""
     sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
     unit = digits.lstrip("0123456789")
     count = digits[:len(digits) - len(unit)]
@@ -617,7 +617,7 @@ def parse_offset(text: str) -> int:
 
 
 def choice_parser(names: "Iterable[str]") -> "Callable[[str], str]":
-    """A parse_ function for one of some names, in any case."""
+    """Return a parse_ function for one of some names, in any case."""
     def parse(text: str) -> str:
         for name in names:
             if text.lower() == name.lower():
@@ -632,14 +632,14 @@ parse_carrier = choice_parser(CARRIERS)
 
 
 def parse_printable(text: str) -> str:
-    """Text in one line."""
+    """Return text that is one line."""
     if not text.strip() or min(text) < " " or "\x7f" in text:
         raise ValueError("expected text without control characters")
     return text
 
 
-def parse_place(text: str, port: int = 0) -> "Tuple[str, int]":
-    """Host and port of `host`, `host:9`, `host,9` or `[IPv6]:9`; where none is there, this port."""
+def parse_peer(text: str, port: int = 0) -> "Tuple[str, int]":
+    """Parse `host`, `host:9`, `host,9` or `[IPv6]:9`; `port` stands in for one that is missing."""
     host, mark, digits = text.rpartition("," if "," in text else ":")
     if not mark or (mark == ":" and ":" in host and not host.endswith("]")):
         host, mark = text, ""
@@ -653,22 +653,22 @@ def parse_place(text: str, port: int = 0) -> "Tuple[str, int]":
 
 
 def parse_proxy(text: str) -> "Tuple[str, int]":
-    """Host and port of an HTTP proxy, as parse_place(), or with `http://` in front."""
-    return parse_place(text[7:].rstrip("/") if text.startswith("http://") else text)
+    """Parse the host and port of an HTTP proxy, with or without `http://` in front."""
+    return parse_peer(text[7:].rstrip("/") if text.startswith("http://") else text)
 
 
 def parse_url(text: str) -> "Tuple[str, str, int, str]":
-    """A URL of HTTP or HTTPS without user name: itself, host, port and path."""
+    """Parse a URL of HTTP or HTTPS without user name: itself, host, port and path."""
     scheme, _, rest = text.partition("://")
-    place, _, path = rest.partition("/")
+    peer, _, path = rest.partition("/")
     path = "/" + path
     if scheme not in ("http", "https") or min(path) < "!" or max(path) > "~":
         raise ValueError("expected a URL that begins with https:// or http://")
-    return (text,) + parse_place(place, 443 if scheme == "https" else 80) + (path,)
+    return (text,) + parse_peer(peer, 443 if scheme == "https" else 80) + (path,)
 
 
 def parse_access(text: str) -> str:
-    """An access list, `tcp/22` or `tcp/22,udp/53`, as the server reads it (fwknop.md 1.4)."""
+    """Parse an access list, `tcp/22` or `tcp/22,udp/53`, as the server does (fwknop.md 1.4)."""
     for entry in text.split(","):
         protocol, slash, port = entry.partition("/")
         if protocol not in ("tcp", "udp") or not slash or len(port) > 5:
@@ -677,40 +677,40 @@ def parse_access(text: str) -> str:
     return text
 
 
-PING_BYTES = 56  # in an echo request of any length, as in that of `ping`
-MAX_PING_BYTES = 1452  # those of a longer one come in fragments, which the server does not count
+PING_BYTES = 56  # data bytes of an echo request of any length; `ping` sends as many
+MAX_PING_BYTES = 1452  # a longer request is fragmented, and the server does not count fragments
+MAX_STEPS = 32  # the server's limit as well (tests/spec/knockd.md 1.2)
 
 
-def parse_hits(text: str) -> "List[Tuple[str, int]]":
-    """Protocols and ports of `7000, ssh, 8000:udp`; of `100:icmp` or `:icmp` the data bytes.
+def parse_sequence(text: str) -> "List[Tuple[str, int]]":
+    """Parse `7000, ssh, 8000:udp` into protocols and ports; `100:icmp` or `:icmp`: data bytes.
 
-    The sequence is half a secret: no error tells it. For the server, too, there are at most 32
-    (tests/spec/knockd.md 1.2).
+    No error shows the text, because the sequence is half a secret.
     """
-    hits = []
+    steps = []
     for number, item in enumerate(text.split(","), 1):
         port, colon, protocol = item.lstrip(" ").partition(":")
         protocol = protocol.lower() if colon else "tcp"
         try:
             if protocol == "icmp":
-                where = number_parser(0, MAX_PING_BYTES, "bytes")(port) if port else PING_BYTES
+                value = number_parser(0, MAX_PING_BYTES, "bytes")(port) if port else PING_BYTES
             elif protocol not in ("tcp", "udp"):
                 raise ValueError
             else:
-                where = parse_port(port) if is_decimal(port) else socket.getservbyname(
+                value = parse_port(port) if is_decimal(port) else socket.getservbyname(
                     port, protocol)
         except (OSError, ValueError):
-            raise ValueError("number %d of the ports: expected PORT, PORT:udp or BYTES:icmp, PORT "
-                             "from 1 to 65535 or the name of a service, BYTES up to 1452"
-                             % number) from None
-        hits.append((protocol, where))
-    if len(hits) > 32:
-        raise ValueError("expected at most 32 ports")
-    return hits
+            raise ValueError(f"number {number} of the ports: expected PORT, PORT:udp or BYTES:icmp,"
+                             " PORT from 1 to 65535 or the name of a service, BYTES up to"
+                             f" {MAX_PING_BYTES}") from None
+        steps.append((protocol, value))
+    if len(steps) > MAX_STEPS:
+        raise ValueError(f"expected at most {MAX_STEPS} ports")
+    return steps
 
 
 def parse_delay(text: str) -> "Tuple[int, int]":
-    """The least and the most milliseconds of `100` or `100-300`."""
+    """Parse `100` or `100-300` into the least and the most milliseconds."""
     least, dash, most = text.partition("-")
     parse = number_parser(0, 60000, "milliseconds such as 100, or a range such as 100-300")
     if parse(most if dash else least) < parse(least):
@@ -719,7 +719,7 @@ def parse_delay(text: str) -> "Tuple[int, int]":
 
 
 def parse_address(text: str) -> str:
-    """An IPv4 or IPv6 address, in the form servers expect."""
+    """Parse an IPv4 or IPv6 address, and return it as servers write it."""
     family = socket.AF_INET6 if ":" in text else socket.AF_INET
     try:
         return socket.inet_ntop(family, socket.inet_pton(family, text))
@@ -728,68 +728,68 @@ def parse_address(text: str) -> str:
 
 
 def parse_spoof(text: str) -> str:
-    """An address to send from."""
+    """Parse an address to send from; the raw carriers know only IPv4."""
     if ":" in text:
         raise ValueError("expected an IPv4 address")
     return parse_address(text)
 
 
 def parse_allow(text: str) -> str:
-    """Whom to open for: an address, `source`, `resolve`, or `stun:` and a server to ask."""
+    """Parse the address to open for: one, `source`, `resolve`, or `stun:` and a server to ask."""
     if text.lower() == "source":
         return SOURCE_ADDRESS
     if text.startswith(STUN):
-        parse_place(text[len(STUN):], STUN_PORT)
+        parse_peer(text[len(STUN):], STUN_PORT)
         return text
     return RESOLVE if text.lower() == RESOLVE else parse_address(text)
 
 
 def parse_user(text: str) -> str:
-    """A user name that servers accept (tests/spec/fwknop.md 1.3)."""
+    """Parse a user name that servers accept (tests/spec/fwknop.md 1.3)."""
     if not 1 <= len(encode_text(text)) <= USER_LIMIT:
-        raise ValueError("expected a user name of 1 to %d characters" % USER_LIMIT)
+        raise ValueError(f"expected a user name of 1 to {USER_LIMIT} characters")
     if min(text) < " " or max(text) > "~" or set(text) & set('"/\\[]:;|=,+*?<>'):
         raise ValueError('expected a user name in ASCII, without " / \\ [ ] : ; | = , + * ? < >')
     return text
 
 
 def parse_short_user(text: str) -> str:
-    """A user name from option or directive: fwknop keeps 29 characters of it."""
+    """Parse a user name of an option or directive; fwknop keeps 29 characters of it."""
     return parse_user(text[:OPTION_USER_LIMIT])
 
 
 # ======================================================================================
 # 8. Directives
 #
-# One row per directive of ~/.fwknoprc, in fwknop's order. The rows in lower case at the end can be
-# set by options only.
-# A value stays text, with its origin, until all layers have been put on each other.
+# One row per directive of ~/.fwknoprc, in fwknop's order. Only options set the rows at the end,
+# which have names in lower case. A value stays text, with its origin, until all layers are merged.
+# A new directive is a row here; a new option is a row of OPTION_TABLE (section 9).
 # ======================================================================================
 
 
 class Given:
-    """The text of one value, and where it stood: an option, or with its `line` a file.
+    """The text of one value, and where it stood: `where` is an option, or with `line` a file.
 
-    `words` are the option on a command line.
+    `arguments` are the option as it stood on the command line.
     """
 
     def __init__(self, text: str, where: str = "", line: int = 0,
-                 words: "Tuple[str, ...]" = ()) -> None:
-        self.text, self.where, self.line, self.words = text, where, line, words
+                 arguments: "Tuple[str, ...]" = ()) -> None:
+        self.text, self.where, self.line, self.arguments = text, where, line, arguments
 
 
-SECRET = (encode_text, decode_base64, parse_hits)  # what these have parsed is not shown in errors
+SECRET = (encode_text, decode_base64, parse_sequence)  # errors never show the text of these
 
 
 class Directive:
-    """A row of the table: a name, how its text is parsed, what it is for."""
+    """A row of the table: its name, the parser of its text, its default and its help."""
 
     def __init__(self, name: str, parse: "Callable[[str], Any]", default: "Optional[str]",
                  help: str) -> None:
         self.name, self.parse, self.default, self.help = name, parse, default, help
 
     def value(self, given: "Optional[Given]") -> "Any":
-        """The value to use; SpaError when the text is bad."""
+        """Return the value to use, the default if none is given; raise SpaError for bad text."""
         if given is None:
             return None if self.default is None else self.parse(self.default)
         try:
@@ -804,22 +804,22 @@ class Directive:
 
 
 def setting(name: str, parse: "Callable[[str], T]", default: str, help: str) -> "T":
-    """A directive with a default; the attribute of an instance of Settings is the parsed value."""
+    """Return a directive with a default; an instance of Settings has the parsed value instead."""
     return Directive(name, parse, default, help)  # type: ignore[return-value]
 
 
 def optional(name: str, parse: "Callable[[str], T]", help: str) -> "Optional[T]":
-    """A directive without a default: None unless it is given."""
+    """Return a directive without a default: its value is None unless it is given."""
     return Directive(name, parse, None, help)  # type: ignore[return-value]
 
 
 def flag(name: str, help: str) -> bool:
-    """A directive that is off unless it is Y."""
+    """Return a directive that is off unless it is Y."""
     return setting(name, parse_yes_no, "N", help)
 
 
 class Settings:
-    """All that can be said in ~/.fwknoprc (tests/spec/fwknop.md 2.2) and on the command line."""
+    """Every directive of ~/.fwknoprc (tests/spec/fwknop.md 2.2) and of the command line."""
 
     digest_type = setting("DIGEST_TYPE", parse_digest, "SHA256", "digest inside the packet")
     protocol = setting("SPA_SERVER_PROTO", parse_carrier, "udp", "carrier of the packet")
@@ -835,10 +835,10 @@ class Settings:
     gpg_recipient = optional("GPG_RECIPIENT", parse_text, "the server's GPG key")
     gpg_signer = optional("GPG_SIGNER", parse_text, "our GPG key, to sign with")
     gpg_home = optional("GPG_HOMEDIR", parse_text, "directory of the GPG keys")
-    gpg_exe = setting("GPG_EXE", parse_text, "gpg", "the program")
+    gpg_exe = setting("GPG_EXE", parse_text, "gpg", "the program gpg")
     gpg_passphrase = optional("GPG_SIGNING_PW", encode_text, "passphrase of GPG_SIGNER")
     gpg_passphrase_base64 = optional("GPG_SIGNING_PW_BASE64", decode_base64, "the same in base64")
-    gpg_no_passphrase = flag("GPG_NO_SIGNING_PW", "GPG_SIGNER has none")
+    gpg_no_passphrase = flag("GPG_NO_SIGNING_PW", "GPG_SIGNER has no passphrase")
     user = optional("SPOOF_USER", parse_short_user, "user name in the packet")
     spoof_source = optional("SPOOF_SOURCE_IP", parse_spoof, "source address of the raw carriers")
     access = optional("ACCESS", parse_access, "ports to open, such as tcp/22,udp/53")
@@ -853,28 +853,28 @@ class Settings:
     use_wget_agent = flag("USE_WGET_USER_AGENT", "let wget name itself")
     key_file = optional("KEY_FILE", parse_text, "file with lines `server: key`")
     hmac_key_file = optional("HMAC_KEY_FILE", parse_text, "file with lines `server: HMAC key`")
-    nat_access = optional("NAT_ACCESS", parse_place, "host and port behind the server to open")
-    user_agent = setting("HTTP_USER_AGENT", parse_printable, AGENT, "what to be called over HTTP")
-    resolve_url = optional("RESOLVE_URL", parse_url, "page that says our address")
+    nat_access = optional("NAT_ACCESS", parse_peer, "host and port to open behind the server")
+    user_agent = setting("HTTP_USER_AGENT", parse_printable, AGENT, "name of the client over HTTP")
+    resolve_url = optional("RESOLVE_URL", parse_url, "page that tells our address")
     resolve_ipv4 = flag("SERVER_RESOLVE_IPV4", "use IPv4 to the server")
     nat_local = flag("NAT_LOCAL", "the server itself is the NAT's target")
-    nat_rand_port = flag("NAT_RAND_PORT", "reach it by a random port")
+    nat_rand_port = flag("NAT_RAND_PORT", "reach the target by a random port")
     nat_port = optional("NAT_PORT", parse_port, "reach it by this port instead of that of ACCESS")
     verbose = flag("VERBOSE", "print what is sent")
     resolve_http = flag("RESOLVE_IP_HTTP", "the same as RESOLVE_IP_HTTPS")
-    resolve_https = flag("RESOLVE_IP_HTTPS", "let a web page say our address")
-    resolve_http_only = flag("RESOLVE_HTTP_ONLY", "without encryption")
-    wget = optional("WGET_CMD", parse_text, "program to ask it with")
+    resolve_https = flag("RESOLVE_IP_HTTPS", "let a web page tell our address")
+    resolve_http_only = flag("RESOLVE_HTTP_ONLY", "ask that page without encryption")
+    wget = optional("WGET_CMD", parse_text, "program to ask that page with")
     no_save_args = flag("NO_SAVE_ARGS", "do not write ~/.fwknop.run for -l")
-    sequence = optional("KNOCK_SEQUENCE", parse_hits,
-                        "hit these before the packet; without keys, instead of one")
+    sequence = optional("KNOCK_SEQUENCE", parse_sequence,
+                        "knock on these before the packet; without keys, instead of it")
     delay = setting("KNOCK_DELAY", parse_delay, "50",
-                    "milliseconds after a hit, or a range to draw from: 100-300")
+                    "milliseconds between knocks, or a range to draw from: 100-300")
 
     test = flag("test", "print the packet, do not send it")
     quiet = flag("quiet", "print nothing but errors")
     wait = optional("wait", number_parser(1, 86400, "a number of seconds"),
-                    "knock until the TCP port answers, at most so long")
+                    "knock until the TCP port answers, at most this long")
     wait_port = optional("wait_port", parse_port, "the TCP port to try (the first one of -A)")
     relay = flag("relay", "HOST PORT: wait, then relay stdin and stdout")
     execute = flag("exec", "COMMAND ...: wait, then become this command")
@@ -892,10 +892,10 @@ class Settings:
     http_proxy = optional("http_proxy", parse_proxy, "HTTP proxy; as -P http")
     icmp_type = setting("icmp_type", number_parser(0, 40, "a type of ICMP"), "0", "for -P icmp")
     icmp_code = setting("icmp_code", number_parser(0, 15, "a code of ICMP"), "0", "for -P icmp")
-    save_packet = optional("save_packet", parse_text, "write the packet to this file, too")
+    save_packet = optional("save_packet", parse_text, "also write the packet to this file")
     save_append = flag("save_append", "append it to the file of -B")
     save_stanza = flag("save_stanza", "save the options in the rc file")
-    force_stanza = flag("force_stanza", "overwrite keys there unasked")
+    force_stanza = flag("force_stanza", "overwrite keys there without asking")
     save_args_file = optional("save_args_file", parse_text, "file for -l instead of ~/.fwknop.run")
     fault_tag = optional("fault_tag", parse_text, "ignored (for tests of fwknop itself)")
 
@@ -919,7 +919,7 @@ class Settings:
             or not given.keys().isdisjoint(PACKET_NAMES))
 
     def check(self) -> None:
-        """Raise UsageError for values that do not go together."""
+        """Raise UsageError for values that do not go together; texts of fwknop begin upper-case."""
         raw = self.protocol in RAW_CARRIERS
         nat = self.nat_access or self.nat_local or self.nat_port or self.nat_rand_port
         for wrong, message in (
@@ -945,9 +945,9 @@ class Settings:
                  "--force-stanza needs --save-rc-stanza")):
             if wrong:
                 named = self.given.get("named_config")
-                raise UsageError((f"[{named.text}] " if named else "") + message)
+                raise UsageError(f"[{named.text}] {message}" if named else message)
         if self.source_port and not raw:
-            warn("the source port is ignored: it is for raw carriers (-P udpraw)")
+            warn("the source port is ignored: only raw carriers have one (-P udpraw)")
 
 
 DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
@@ -955,15 +955,15 @@ DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
 ROWS = {row.name: row for row in DIRECTIVES.values()}
 DIRECTIVE_NAMES = [name for name in ROWS if name.isupper()]
 
-# In one layer the first of these counts (fwknop.md 2.5); one layer hides all of those below.
+# The first of these that a layer has counts, and hides all of them in lower layers (fwknop.md 2.5).
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
                ("GPG_SIGNING_PW", "GPG_SIGNING_PW_BASE64"))
 SECRET_NAMES = {name for name, row in ROWS.items() if row.parse in SECRET}
-PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP"))  # what only packets need
+PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP"))  # directives that only packets need
 
 
 def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
-    """One layer of values from several, the later ones on top (tests/spec/fwknop.md 2.1)."""
+    """Merge layers of values into one; later layers override earlier ones (fwknop.md 2.1)."""
     merged = {}  # type: Dict[str, Given]
     for layer in layers:
         for sources in KEY_SOURCES:
@@ -977,17 +977,17 @@ def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
 # ======================================================================================
 # 9. Options
 #
-# One row per option, from which the parser and --help come. The conventions are those of
-# getopt_long: options and other words in any order, `--name value`, `--name=value`, names
-# shortened as long as they stay unique, `-pVALUE`, `-Tv`, and `--` to end the options.
+# One row per option; the parser, --help, --man and --completion come from the table. The
+# conventions are those of getopt_long: options and operands in any order, `--name value`,
+# `--name=value`, unique beginnings of names, `-pVALUE`, `-Tv`, and `--` to end the options.
 # ======================================================================================
 
-# Short, long, argument, the directive it sets, help. The directive gets what stands behind `=`,
-# followed by the argument; a help that is missing is that of the directive.
+# Short name, long name, argument, the directive that the option sets, help. The value is the text
+# after `=`, and the argument after it. An option without a help has that of its directive.
 OPTION_TABLE = """
 A  access               PORTS     ACCESS
 a  allow-ip             ADDRESS   ALLOW_IP
-s  source-ip            -         ALLOW_IP=source       for where the packet comes from; -a is safer
+s  source-ip            -         ALLOW_IP=source       open for the packet's source; -a is safer
 D  destination          HOST      SPA_SERVER
 p  server-port          PORT      SPA_SERVER_PORT
 P  server-proto         CARRIER   SPA_SERVER_PROTO
@@ -1041,9 +1041,9 @@ r  rand-port            -         RAND_PORT=Y
 H  http-proxy           HOST:PORT http_proxy
 -  icmp-type            NUMBER    icmp_type
 -  icmp-code            NUMBER    icmp_code
-R  resolve-ip-https     -         ALLOW_IP=resolve      for the address that a web page says we have
+R  resolve-ip-https     -         ALLOW_IP=resolve      let a web page tell our address
 -  resolve-ip-http      -         ALLOW_IP=resolve      as -R
--  resolve-http-only    -         RESOLVE_HTTP_ONLY=Y   do that without encryption
+-  resolve-http-only    -         RESOLVE_HTTP_ONLY=Y   as -R, without encryption
 -  resolve-url          URL       RESOLVE_URL
 w  wget-cmd             PATH      WGET_CMD
 u  user-agent           NAME      HTTP_USER_AGENT
@@ -1064,7 +1064,7 @@ B  save-packet          FILE      save_packet
 b  save-packet-append   -         save_append=Y
 -  save-rc-stanza       -         save_stanza=Y
 -  force-stanza         -         force_stanza=Y
-l  last-cmd             -         last_command=Y        take the options of the last knock as well
+l  last-cmd             -         last_command=Y        use the options of the last knock as well
 -  show-last            -         show_last=Y           print them; keys are never among them
 E  save-args-file       FILE      save_args_file
 -  no-save-args         -         NO_SAVE_ARGS=Y
@@ -1155,19 +1155,19 @@ def parse_options(options: "List[Option]",
 
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
-# The same for --knock: the options of `knock`, and what it lacks. Behind them: host and ports.
+# The same for --knock: the options of `knock`, and ours. Host and ports follow them.
 KNOCK_OPTION_TABLE = """
 u  udp                  -         udp=Y                 UDP for ports without :tcp, :udp or :icmp
 d  delay                MS        KNOCK_DELAY
 4  ipv4                 -         family=4              use IPv4 to the server
 6  ipv6                 -         family=6              use IPv6 to the server
-v  verbose              -         VERBOSE=Y             print each hit
-T  test                 -         test=Y                print the hits, do not send them
+v  verbose              -         VERBOSE=Y             print each knock
+T  test                 -         test=Y                print the knocks, do not send them
 q  quiet                -         quiet=Y
 -  wait                 SECONDS   wait
 -  wait-port            PORT      wait_port             the TCP port: --wait and --exec need it
 -  exec                 -         exec=Y
--  knock                -         knock=Y               what a link named knock to this file means
+-  knock                -         knock=Y               as a link named knock to this file
 V  version              -         version=Y             print version and SHA-256 of this file
 h  help                 -         help=Y                print this
 """
@@ -1175,10 +1175,10 @@ KNOCK_OPTIONS = [Option(row) for row in KNOCK_OPTION_TABLE.strip().split("\n")]
 USAGE = "-A PORTS [-s | -a ADDRESS] -D HOST [options]"
 KNOCK_USAGE = "--knock [options] HOST PORT[:tcp|:udp|:icmp] ..."
 
-# What is left out when a command line is kept: keys, and what is about this one run.
+# Options that are not kept for -l: keys, and those that matter for one run only.
 NOT_KEPT = SECRET_NAMES | {"last_command", "show_last", "quiet", "relay", "exec"}
 
-# For each place in which to knock; the server of the stanza [gate] stands for any.
+# One line for each program that a user may knock from; [gate] is a stanza with some server.
 EXAMPLES = r"""
 Knock from            with
   a shell             spa_client.py -n gate --wait 10 && ssh gate
@@ -1190,32 +1190,33 @@ Knock from            with
 """
 
 
-def parse_command_line(words: "List[str]", options: "List[Option]" = OPTIONS,
+def parse_command_line(arguments: "List[str]", options: "List[Option]" = OPTIONS,
                        ) -> "Tuple[Dict[str, Given], List[str], List[str]]":
-    """What the options set, the words that belong to none, and the command behind --exec."""
-    end = words.index("--exec") if "--exec" in words else len(words)
-    found, others = parse_options(options, words[:end + 1])
+    """Return the values of the options, the operands, and the command after --exec."""
+    end = arguments.index("--exec") if "--exec" in arguments else len(arguments)
+    found, operands = parse_options(options, arguments[:end + 1])
     given = {}  # type: Dict[str, Given]
     for option, name, text in found:
         if option.text not in (RESOLVE, STUN) or option.name not in given:  # -a and -s go before -R
-            said = (name, text[len(option.text):]) if option.argument else (name,)
-            given[option.name] = Given(text, name, 0, said)
-    return given, others, words[end + 1:]
+            typed = (name, text[len(option.text):]) if option.argument else (name,)
+            given[option.name] = Given(text, name, 0, typed)
+    return given, operands, arguments[end + 1:]
 
 
-def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
-    """The same for a command line of `knock`, whose words are a host and ports (knockd.md 1.8).
+def parse_knock_line(arguments: "List[str]") -> "Tuple[Dict[str, Given], List[str], List[str]]":
+    """Return the same for a command line of `knock`: its operands are directives (knockd.md 1.8).
 
-    Unlike there, :tcp stays TCP under -u. No file is read or written.
+    Unlike there, :tcp stays TCP under -u. --knock reads and writes no file.
     """
-    given, others, command = parse_command_line(words, KNOCK_OPTIONS)
+    given, operands, command = parse_command_line(arguments, KNOCK_OPTIONS)
     if "help" in given or "version" in given:
         return given, [], command
-    if len(others) < 2:
+    if len(operands) < 2:
         raise UsageError("expected a host and ports", "--help says more")
     if "wait_port" not in given and ("wait" in given or command):
-        raise UsageError("expected --wait-port with --" + ("wait" if "wait" in given else "exec"))
-    host, ports = others[0], ",".join(others[1:]).split(",")
+        waiting = "--wait" if "wait" in given else "--exec"
+        raise UsageError(f"expected --wait-port with {waiting}")
+    host, ports = operands[0], ",".join(operands[1:]).split(",")
     if "udp" in given:
         ports = [port if ":" in port else port + ":udp" for port in ports]
     if host.startswith("[") and host.endswith("]"):
@@ -1227,45 +1228,45 @@ def parse_knock_line(words: "List[str]") -> "Tuple[Dict[str, Given], List[str], 
 
 
 def format_arguments(given: "Dict[str, Given]") -> str:
-    """The command line of these options for -l, but no keys; `\\` stands before a blank in a word.
+    """Return the command line of these options for -l, without keys; a blank is `\\ ` there.
 
-    fwknop reads and writes the same for words without blanks (tests/spec/fwknop.md 2.7).
+    fwknop reads and writes the same as long as no argument has blanks (tests/spec/fwknop.md 2.7).
     """
-    words = ["fwknop"]
-    for name, said in given.items():
-        words += () if name in NOT_KEPT else said.words
-    return " ".join(word.replace("\\", "\\\\").replace(" ", "\\ ") for word in words)
+    arguments = ["fwknop"]
+    for name, each in given.items():
+        arguments += () if name in NOT_KEPT else each.arguments
+    return " ".join(each.replace("\\", "\\\\").replace(" ", "\\ ") for each in arguments)
 
 
 def split_arguments(line: str) -> "List[str]":
-    """The words that format_arguments() or fwknop wrote, without the first: the program's name."""
-    words = line.strip().replace("\\\\", "\0").replace("\\ ", "\1").split(" ")
-    return [word.replace("\1", " ").replace("\0", "\\") for word in words[1:] if word]
+    """Return the arguments that format_arguments() or fwknop wrote, without the program's name."""
+    arguments = line.strip().replace("\\\\", "\0").replace("\\ ", "\1").split(" ")
+    return [each.replace("\1", " ").replace("\0", "\\") for each in arguments[1:] if each]
 
 
 def help_text(option: Option) -> str:
-    """The help of an option, which may be that of its directive."""
+    """Return the help of an option, or else that of its directive."""
     return option.help or ROWS[option.name].help
 
 
 def format_help(as_knock: bool) -> str:
-    """What --help prints."""
+    """Return the text of --help."""
     usages = [KNOCK_USAGE] if as_knock else [USAGE, KNOCK_USAGE]
     lines = ["Usage: spa_client.py " + usage for usage in usages] + [""]
     for option in KNOCK_OPTIONS if as_knock else OPTIONS:
         lines.append(option.format(help_text(option)))
-    return "\n".join(lines + [EXAMPLES.rstrip()] * (not as_knock))
+    return "\n".join(lines if as_knock else [*lines, EXAMPLES.rstrip()])
 
 
 def format_man() -> str:
-    """What --man prints: a manual page in roff, see man(7), made of --help and the docstring."""
+    """Return the manual page in roff (man(7)), made of the docstring and the options."""
     def roff(text: str) -> str:
         text = text.replace("\\", "\\e").replace("-", "\\-")
         return "\n".join("\\&" + line if line[:1] in (".", "'") else line
                          for line in text.strip("\n").split("\n"))
 
     about = (__doc__ or "\n\n").split("\n\n")
-    lines = [f".TH SPA_CLIENT 1 \"\" \"spa_client.py {VERSION}\"", ".SH NAME",
+    lines = [f'.TH SPA_CLIENT 1 "" "spa_client.py {VERSION}"', ".SH NAME",
              roff(about[0].replace(":", " -", 1)), ".SH SYNOPSIS", ".B spa_client.py",
              roff(USAGE), ".br", ".B spa_client.py", roff(KNOCK_USAGE), ".SH DESCRIPTION",
              roff(about[1]), ".PP", roff(about[2])]
@@ -1277,8 +1278,8 @@ def format_man() -> str:
                               roff(about[-1].partition(": ")[2])])
 
 
-# Names are read line by line, since `compgen -W` would run what is written in them, and quoted,
-# since what stands on a command line is run as well.
+# The names of stanzas are read line by line, because `compgen -W` would run commands in them. They
+# are quoted, because the shell would run commands on the completed line as well.
 BASH_COMPLETION = r"""_spa_client() {
     local name quoted
     if [[ $3 == -n || $3 == --named-config ]]; then
@@ -1294,7 +1295,7 @@ complete -o default -F _spa_client spa_client.py"""
 
 
 def format_completion(shell: str) -> str:
-    """What --completion prints for `bash`, `zsh` (which can read those of bash) or `fish`."""
+    """Return the completions for `bash`, `zsh` (which can read those of bash) or `fish`."""
     if shell in ("bash", "zsh"):
         names = ["-" + option.short for option in OPTIONS if option.short]
         names += ["--" + option.long for option in OPTIONS if option.long]
@@ -1305,86 +1306,85 @@ def format_completion(shell: str) -> str:
     lines = ["-s n -l named-config -x -a"
              " \"(spa_client.py --stanza-list 2>/dev/null | string replace -fr '^ - ' '')\""]
     for option in OPTIONS:
-        lines.append(" ".join(
-            ["-s " + option.short] * bool(option.short) + ["-l " + option.long] * bool(option.long)
-            + ["-r"] * bool(option.argument) + ["-d '{}'".format(help_text(option).replace("'", "\\'"))]))
+        parts = ["-s " + option.short if option.short else "",
+                 "-l " + option.long if option.long else "", "-r" if option.argument else "",
+                 "-d '" + help_text(option).replace("'", "\\'") + "'"]
+        lines.append(" ".join(part for part in parts if part))
     return "\n".join("complete -c spa_client.py " + line for line in lines)
 
 
 # ======================================================================================
 # 10. The rc file
 #
-# The text of ~/.fwknoprc, cut into stanzas and words exactly as fwknop does it
-# (tests/spec/fwknop.md 2.2), so that the same file means the same to both.
+# The text of ~/.fwknoprc, cut into stanzas, names and values exactly as fwknop cuts it
+# (tests/spec/fwknop.md 2.2), so that one file means the same to both programs.
 # ======================================================================================
 
 DEFAULT_STANZA = "default"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"  # what names of directives are made of
-
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"  # the characters of a directive's name
 HEADER = "[]"
 
 
 def scan(text: str) -> "Iterator[Tuple[int, str, str, str]]":
-    """Of each line of an rc file its number, itself, the stanza it is in, and what it says.
+    """Yield of each line of an rc file its number, the line, its stanza, and its content.
 
-    That is "" for blank lines and comments, HEADER for the name of a stanza; "" is the stanza of
-    the lines before the first name.
+    The content is "" for blank lines and comments, and HEADER for the name of a stanza. The stanza
+    is "" before the first name.
     """
     stanza = ""
     for number, line in enumerate(text.split("\n"), 1):
-        says = line.strip(" \t\r")
-        if says.startswith("[") and "]" in says:
-            stanza, says = says[1:says.index("]")], HEADER
-        yield number, line, stanza, "" if says[:1] in ("#", ";") else says
+        content = line.strip(" \t\r")
+        if content.startswith("[") and "]" in content:
+            stanza, content = content[1:content.index("]")], HEADER
+        yield number, line, stanza, "" if content[:1] in ("#", ";") else content
 
 
 def parse_line(line: str) -> "Tuple[str, str, bool]":
-    """Name and value of `NAME value` or `NAME: value`, and whether more than a comment follows.
+    """Parse `NAME value` or `NAME: value`, and return whether the value may have lost its end.
 
-    The value ends at the first blank, tab, `;` or `#`, also in the middle of a passphrase. Only
-    that of KNOCK_SEQUENCE, which fwknop does not have, goes on up to a blank and `#`: with blanks
-    behind its commas it must not lose its end.
+    The value ends at the first blank, tab, `;` or `#`, even in the middle of a passphrase. Only
+    KNOCK_SEQUENCE, which fwknop does not have, goes on up to a blank and `#`: it may have blanks
+    after its commas.
     """
     name, _, value = line.replace("\t", " ").partition(" ")
     name, value = name[:-1] if name.endswith(":") else name, value.lstrip(" ")
     if name == "KNOCK_SEQUENCE":
         return name, value.partition(" #")[0].rstrip(" "), False
-    word = value.replace(";", " ").replace("#", " ").partition(" ")[0]
-    rest = value[len(word):]
+    first = value.replace(";", " ").replace("#", " ").partition(" ")[0]
+    rest = value[len(first):]
     suspicious = rest[:1] in (";", "#") or rest.lstrip(" ")[:1] not in ("", ";", "#")
-    return name, word, suspicious
+    return name, first, suspicious
 
 
 def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given]]":
-    """The directives of the stanza `wanted`, whatever the case of its letters; None without one.
+    """Return the directives of the stanza `wanted`, in any case; None if there is no such stanza.
 
-    ConfigError names the line that is none. Of keys that may have lost their end it warns, without
-    any part of them.
+    Raise ConfigError for a line that is no directive. Warn of a key that may have lost its end,
+    but show no part of it.
     """
     given = None  # type: Optional[Dict[str, Given]]
-    for number, _, stanza, says in scan(text):
+    for number, _, stanza, content in scan(text):
         if stanza.lower() != wanted.lower():
             continue
         given = {} if given is None else given
-        if says in ("", HEADER):
+        if content in ("", HEADER):
             continue
-        name, value, suspicious = parse_line(says)
+        name, value, suspicious = parse_line(content)
         if name not in DIRECTIVE_NAMES:
             known = name.upper() in DIRECTIVE_NAMES or not name.strip(LETTERS)
-            shown = f"{name}: " if known else ""  # another text may be half a key
+            shown = f"{name}: " if known else ""  # any other text may be half a key
             raise ConfigError(f"{path}:{number}: {shown}expected the name of a directive")
         if not value:
             raise ConfigError(f"{path}:{number}: {name}: expected a value")
         if suspicious and name in SECRET_NAMES:
-            warn("%s:%d: %s: it ends at the first blank, ';' or '#', as in fwknop, and something "
-                 "follows: keys with these characters must be given as base64"
-                 % (path, number, name))
+            warn(f"{path}:{number}: {name}: it ends at the first blank, ';' or '#', as in fwknop,"
+                 " and something follows: give keys with these characters as base64")
         given[name] = Given(value, path, number)
     return given
 
 
 def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
-    """What these options say, as an rc file has it, in fwknop's order (fwknop.md 2.3)."""
+    """Return the values of these options for an rc file, in fwknop's order (fwknop.md 2.3)."""
     if not given.keys().isdisjoint(("HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64")):
         given = dict(given, USE_HMAC=Given("Y"))
     values = {}
@@ -1394,65 +1394,65 @@ def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
             if type(value) in (int, str):
                 text = str(value)
             if parse_line(f"{name} {text}")[1] != text or set("\r\n") & set(text):
-                raise UsageError(f"{given[name].where}: an rc file can't hold values with blanks, ';' or '#'", "give keys as base64")
+                raise UsageError(f"{given[name].where}: an rc file can't hold values with blanks,"
+                                 " ';' or '#'", "give keys as base64")
             values[name] = text
     return values
 
 
 def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[str]") -> str:
-    """The text of an rc file with these values in a stanza; all other lines stay as they are.
+    """Return the text of an rc file with these values in a stanza, and other lines as they are.
 
-    A value takes the place of the old one, or stands behind the last line of the stanza, which
-    is made if there is none. Lines of the directives in `dropped` are left out.
+    A new value replaces the old one, or follows the last line of the stanza. A missing stanza is
+    added at the end. Lines of the directives in `dropped` are left out.
     """
-    lines, place, waiting = [], 0, dict(values)  # type: List[str], int, Dict[str, str]
-    for _, line, inside, says in scan(text.rstrip("\n")):
-        name = parse_line(says)[0] if inside.lower() == stanza.lower() else ""
+    lines, end, waiting = [], 0, dict(values)  # type: List[str], int, Dict[str, str]
+    for _, line, inside, content in scan(text.rstrip("\n")):
+        name = parse_line(content)[0] if inside.lower() == stanza.lower() else ""
         if name in dropped:
             continue
         if name in values:
-            bare = says.replace("\t", " ").replace(" ;", " #").partition(" #")[0].rstrip(" ")
-            comment = says[len(bare):]
-            line = "%-24s    %s%s" % (name, values[name], comment)
+            bare = content.replace("\t", " ").replace(" ;", " #").partition(" #")[0].rstrip(" ")
+            line = f"{name:<24}    {values[name]}{content[len(bare):]}"  # with its comment
             waiting.pop(name, None)
         lines.append(line)
-        if name:  # also that of a header, which is HEADER
-            place = len(lines)
-    if not place:
-        lines += [""] * bool(text.strip()) + [f"[{stanza}]"]
-        place = len(lines)
-    lines[place:place] = ["%-24s    %s" % item for item in waiting.items()]
+        if name:  # or HEADER, for the line with the stanza's name
+            end = len(lines)
+    if not end:
+        lines += ["", f"[{stanza}]"] if text.strip() else [f"[{stanza}]"]
+        end = len(lines)
+    lines[end:end] = [f"{name:<24}    {value}" for name, value in waiting.items()]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
 # ======================================================================================
 # 11. Files and keys
 #
-# Reading rc and key files, asking for keys, making new ones; writing what is to be kept. From here
-# on the machine is touched.
+# Read rc and key files, ask for keys, make new ones; write what is kept. From here on the code
+# touches the machine.
 # ======================================================================================
 
 
 class Notes:
-    """Whether to tell what is no error, and why say() failed; run() sets both anew."""
+    """Whether to print warnings and notes, and why say() failed; run() resets both."""
 
     wanted = True
     unsaid = ""
 
 
 def warn(message: str) -> None:
-    """Tell the administrator something that does not stop the work."""
+    """Print a warning on standard error, unless -q is given; the work goes on."""
     note("warning: " + message)
 
 
 def note(message: str) -> None:
-    """One line on standard error, unless -q is given."""
+    """Print a line on standard error, unless -q is given."""
     if Notes.wanted:
         tell(message)
 
 
 def tell(message: str) -> None:
-    """One line on standard error; that nobody reads it must not stop a knock."""
+    """Print a line on standard error; a failure to do so must not stop a knock."""
     write_to(sys.stderr, f"spa_client.py: {printable(message)}\n")
 
 
@@ -1538,17 +1538,17 @@ def open_ours(path: "str", flags: "int", mode: "int" = 0o600) -> "int":
 
 
 def printable(text: str) -> str:
-    """The text with all but printable ASCII escaped: it may come from a file or an argument."""
+    """Return the text with all but printable ASCII escaped, because a stranger may have made it."""
     return "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text)
 
 
-OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # what whoever started us has open
+OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # files that our caller has opened
 
 
 def read_private(path: str, pipe: bool = False) -> str:
-    """The text of a file with secrets; warns if others can read it (tests/spec/fwknop.md 2.2).
+    """Return the text of a file with secrets; warn if others can read it (fwknop.md 2.2).
 
-    A pipe has to be expected, or a shell's `<(...)`: any other could keep us waiting.
+    It may be a pipe only if `pipe` says so, or as a shell's `<(...)`: others could keep us waiting.
     """
     pipe = pipe or path.startswith(OPENED)
     flags = getattr(os, "O_BINARY", 0) | (0 if pipe else getattr(os, "O_NONBLOCK", 0))
@@ -1568,15 +1568,15 @@ def read_private(path: str, pipe: bool = False) -> str:
 
 
 def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
-    """The path of a file in the home directory; None without one, or with --no-home-dir."""
+    """Return the path of a file in the home directory, or None without one (--no-home-dir)."""
     home = os.environ.get("HOME") or os.environ.get("USERPROFILE")
     return os.path.join(home, name) if home and "no_home_dir" not in given else None
 
 
 def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
-    """The path of the rc file, which may not exist: that of --rc-file, or ~/.fwknoprc.
+    """Return the path of the rc file, which may not exist: that of --rc-file, or ~/.fwknoprc.
 
-    None with --no-rc-file, or without a home directory.
+    It is None with --no-rc-file, or without a home directory.
     """
     if "no_rc_file" in given:
         return None
@@ -1584,16 +1584,16 @@ def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
 
 
 def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
-    """The layers of the rc file for this command line: [default], and the stanza of -n."""
+    """Return the layers of the rc file for this command line: [default], and the stanza of -n."""
     path, named, new = rc_path(given), given.get("named_config"), "save_stanza" in given
     if path is None or ((new or "rc_file" not in given) and not os.path.exists(path)):
         if named is not None and not new:
             raise UsageError("-n needs an rc file, and there is none")
         return []
     text = read_private(path)
-    for number, _, stanza, says in scan(text):
-        if says and not stanza:
-            warn("%s:%d: ignored, since it stands before the first [stanza]" % (path, number))
+    for number, _, stanza, content in scan(text):
+        if content and not stanza:
+            warn(f"{path}:{number}: ignored, since it stands before the first [stanza]")
             break
     layers = [parse_stanza(text, path, DEFAULT_STANZA)]
     if named is not None:
@@ -1604,7 +1604,7 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
 
 
 def write_private(path: str, text: str, flags: int) -> None:
-    """Write a file; a new one is for its owner only. `flags` say what becomes of an old one."""
+    """Write a file; only its owner can read a new one. `flags` tell what happens to an old one."""
     with errors_named(path, "it must be a new file" if flags & os.O_EXCL else ""), os.fdopen(
             open_ours(path, os.O_WRONLY | os.O_CREAT | flags), "wb") as file:
         file.write(encode_text(text))
@@ -1613,11 +1613,11 @@ def write_private(path: str, text: str, flags: int) -> None:
             os.fsync(file.fileno())
 
 
-LOCK_SECONDS = 10.0  # another run needs milliseconds
+LOCK_SECONDS = 10.0  # another run holds the lock for milliseconds
 
 
 def create_alone(path: str) -> int:
-    """Open a new file that only its owner can read; while it exists, waits for its end."""
+    """Open a new file that only its owner can read; wait while the file of another run exists."""
     end = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -1631,17 +1631,19 @@ def create_alone(path: str) -> int:
 
 def choose_values(values: "Dict[str, str]", text: str, stanza: str,
                   force: bool) -> "Tuple[Dict[str, str], Set[str]]":
-    """What may be written to a stanza of an rc file, and which directives leave it for that.
+    """Return the values to write to a stanza of an rc file, and the old directives to drop.
 
-    Before other keys take the place of old ones it asks, unless `force`. An old key that would
-    go before the new one, since it is given in another way, is taken out.
+    Ask before a new key replaces an old one, unless `force`. An old key of another kind is dropped,
+    because it could hide the new one.
     """
     wanted, dropped = dict(values), set()  # type: Dict[str, str], Set[str]
-    old = {parse_line(says)[0] for _, _, name, says in scan(text) if name.lower() == stanza.lower()}
+    old = {parse_line(content)[0] for _, _, name, content in scan(text)
+           if name.lower() == stanza.lower()}
     for name in values:
         for sources in KEY_SOURCES + (("GPG_RECIPIENT",), ("GPG_SIGNER",)):
             rivals = sorted(old.intersection(sources) - dropped) if name in sources else []
-            if force or all(confirm(f"Variable '{rival}' found in stanza '{stanza}'. Overwrite [N/y] ? ") for rival in rivals):
+            if force or all(confirm(f"Variable '{rival}' found in stanza '{stanza}'."
+                                    " Overwrite [N/y] ? ") for rival in rivals):
                 dropped.update(rivals)
             else:
                 wanted.pop(name)
@@ -1649,7 +1651,7 @@ def choose_values(values: "Dict[str, str]", text: str, stanza: str,
 
 
 def saved_text(path: str) -> str:
-    """What a file says now, "" if there is none; read_layers() has warned of what there is."""
+    """Return the text of the rc file, "" if there is none; read_layers() has warned of its mode."""
     if not os.path.exists(path):
         return ""
     with open(path, "rb") as file:
@@ -1657,10 +1659,10 @@ def saved_text(path: str) -> str:
 
 
 def replace_file(path: str, old: str, text: str) -> bool:
-    """Put a file that only its owner can read in the place of one that says `old`.
+    """Replace a file whose text is `old`, whole or not at all; return False if it has changed.
 
-    Whole or not at all; False if it says something else by now. The new file is the lock: nobody
-    who can't write in its directory can keep us waiting.
+    Only the owner can read the new file. It is the lock as well: only those who can write in its
+    directory can keep us waiting.
     """
     new = path + ".updated"
     descriptor = create_alone(new)
@@ -1684,20 +1686,19 @@ def replace_file(path: str, old: str, text: str) -> bool:
 
 
 def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
-    """Write options to a stanza of the rc file (fwknop.md 2.3); its path, and what was written.
+    """Write options to a stanza of the rc file (fwknop.md 2.3); return its path and the values.
 
-    When somebody else has changed the file meanwhile, it begins again with what that says. It asks
-    before it takes the lock.
+    Begin again if another program changes the file meanwhile. All questions come before the lock.
     """
     named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given)
     if named is None or path is None:
-        raise UsageError("--save-rc-stanza needs %s" % (
-            "an rc file" if named else "-n or -D, for the name of the stanza"))
+        missing = "an rc file" if named else "-n or -D, for the name of the stanza"
+        raise UsageError(f"--save-rc-stanza needs {missing}")
     if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError(f"{named.where}: expected the name of a stanza")
     real = os.path.realpath(path)
     with errors_named(real):
-        if os.path.exists(path):  # root must not write to what a link of somebody else's leads to
+        if os.path.exists(path):  # root must not follow another user's link
             os.close(open_ours(path, os.O_RDONLY))
         while True:
             text = saved_text(real)
@@ -1707,7 +1708,7 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
 
 
 def confirm(question: str) -> bool:
-    """Whether a line of standard input says yes; SpaError when there is no line."""
+    """Return whether a line of standard input says yes; raise SpaError if there is no line."""
     say(question)
     answer = read_line(0)
     if not answer.endswith(b"\n"):
@@ -1716,7 +1717,7 @@ def confirm(question: str) -> bool:
 
 
 def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
-    """Keep the options of a knock, without keys, for -l; where it can't be written, do not."""
+    """Keep the options of a knock for -l, without keys; warn of a failure only with -E."""
     try:
         if path is not None:
             write_private(path, format_arguments(given) + "\n", os.O_TRUNC)
@@ -1726,9 +1727,9 @@ def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
 
 
 def read_key_file(path: str, server: "Optional[str]") -> bytes:
-    """The key of a server from lines `server: key`; the last one counts (tests/spec/fwknop.md 2.5).
+    """Return the key of a server from lines `server: key`; the last one counts (fwknop.md 2.5).
 
-    Blanks, tabs and `=` before the key are skipped, blanks after it belong to it.
+    Blanks, tabs and `=` before the key are skipped; blanks after it belong to it.
     """
     if server is None:
         raise UsageError("a key file needs -D: its lines begin with the server")
@@ -1743,11 +1744,11 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
 
 
 def read_line(descriptor: int) -> bytes:
-    """One line from an open file, and not a byte more: the next may be the other key."""
+    """Return one line of an open file, and read no byte more: the next may be the other key."""
     line = byte = b""
-    with errors_named("file descriptor %d" % descriptor):
+    with errors_named(f"file descriptor {descriptor}"):
         if descriptor > 2:
-            os.set_inheritable(descriptor, False)  # it is not for what --exec runs
+            os.set_inheritable(descriptor, False)  # the command of --exec must not get it
         while byte != b"\n":
             byte = os.read(descriptor, 1)
             if not byte:
@@ -1757,11 +1758,11 @@ def read_line(descriptor: int) -> bytes:
 
 
 def prompt_key(prompt: str) -> bytes:
-    """One line typed at the terminal, without echo."""
+    """Return a line that is typed at the terminal, without echo."""
     try:
         import termios
     except ImportError:
-        import getpass  # not there on the smallest systems, but those have termios
+        import getpass  # only Windows comes here: small systems have no getpass, but termios
         return encode_text(getpass.getpass(prompt))
     before = termios.tcgetattr(0)
     silent = before[:]
@@ -1777,9 +1778,9 @@ def prompt_key(prompt: str) -> bytes:
 
 def choose_key(settings: Settings, what: str, options: str,
                given: "Tuple[Optional[bytes], ...]", path: "Optional[str]") -> bytes:
-    """The first key that is given, or that of a key file, or that from --fd, --stdin or a prompt.
+    """Return the first key that is given, or that of a key file, --fd, --stdin or a prompt.
 
-    The error without any tells `what` is missing, and which `options` could have given it.
+    Without any, the error names the missing key (`what`) and the `options` that can give it.
     """
     for key in given:
         if key is not None:
@@ -1798,11 +1799,10 @@ def choose_key(settings: Settings, what: str, options: str,
 
 
 def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
-    """The encryption key, or the passphrase of GPG_SIGNER, and the HMAC key (fwknop.md 2.5).
+    """Return the encryption key, or the passphrase of GPG_SIGNER, and the HMAC key (fwknop.md 2.5).
 
-    The first is b"" for a signer without passphrase; None if none is needed: no signature, or gpg
-    asks its agent. An HMAC is used when any HMAC key is given, by USE_HMAC, and by
-    --hmac-digest-type; else there is no key for it.
+    The passphrase is b"" for a signer without one, and None if gpg needs none: it does not sign, or
+    asks its agent. The HMAC key is None unless one is given, or USE_HMAC or --hmac-digest-type.
     """
     named = settings.given.get("HMAC_DIGEST_TYPE")
     hmac_keys, hmac_file = (settings.hmac_key, settings.hmac_key_base64), settings.hmac_key_file
@@ -1828,35 +1828,35 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
 def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> None:
     """Raise SpaError for keys of a wrong length (fwknop.md 1.7, 1.8), warn of weak ones."""
     if hmac_key is not None and not 1 <= len(hmac_key) <= HMAC_KEY_LIMIT:
-        raise SpaError("the HMAC key is %d bytes long, expected 1 to %d"
-                       % (len(hmac_key), HMAC_KEY_LIMIT))
+        raise SpaError(f"the HMAC key is {len(hmac_key)} bytes long, expected 1 to"
+                       f" {HMAC_KEY_LIMIT}")
     if hmac_key == key:
         raise SpaError("the encryption key and the HMAC key should not be identical")
     if mode == "legacy" and len(key) > LEGACY_KEY_LENGTH:
-        warn("legacy mode uses only the first %d bytes of the key" % LEGACY_KEY_LENGTH)
+        warn(f"legacy mode uses only the first {LEGACY_KEY_LENGTH} bytes of the key")
     elif len(key) > KEY_LIMIT and mode != GPG:
-        raise SpaError("the encryption key is %d bytes long, expected 1 to %d"
-                       % (len(key), KEY_LIMIT))
+        raise SpaError(f"the encryption key is {len(key)} bytes long, expected 1 to {KEY_LIMIT}")
     elif not key and mode != GPG:
         warn("the encryption key is empty: everybody can read this packet")
 
 
-# Bytes of a new HMAC key as fwknop chooses them (fwknop.md 2.4); for SHA-3 as keygen.py does.
+# Bytes of a new HMAC key, as fwknop chooses them (fwknop.md 2.4). It has none for SHA-3: 64 bytes
+# are as long as the longest digest, and fit into one block of both SHA-3 digests.
 HMAC_KEY_LENGTHS = {"MD5": 16, "SHA1": 20, "SHA256": 64, "SHA384": 128, "SHA512": 128,
                     "SHA3_256": 64, "SHA3_512": 64}
 
 
 def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
-    """Put new keys in the rc file, in a new file, or print them for one (fwknop.md 2.4)."""
+    """Put new keys into the rc file or a new file, or print them (fwknop.md 2.4)."""
     length = settings.hmac_key_length or HMAC_KEY_LENGTHS[settings.hmac_type]
     keys = {name: binascii.b2a_base64(os.urandom(size), newline=False).decode("ascii")
             for name, size in (("KEY_BASE64", settings.key_length), ("HMAC_KEY_BASE64", length))}
-    lines = "\n".join("{}: {}".format(*item) for item in keys.items())
+    lines = "\n".join(f"{name}: {text}" for name, text in keys.items())
     if settings.save_stanza:
         new = {name: Given(text, "-k") for name, text in keys.items()}
         path, written = save_stanza(dict(given, **new), settings.force_stanza)
         kinds = [kind for kind, name in zip(("Rijndael", "HMAC"), keys) if name in written]
-        say("[+] Wrote {} keys to rc file: {}".format(" and ".join(kinds) or "no", path))
+        say(f"[+] Wrote {' and '.join(kinds) or 'no'} keys to rc file: {path}")
     if settings.key_gen_file is not None:
         write_private(settings.key_gen_file, lines + "\n", os.O_EXCL)
         say(f"[+] Wrote Rijndael and HMAC keys to: {settings.key_gen_file}")
@@ -1865,7 +1865,7 @@ def generate_keys(settings: Settings, given: "Dict[str, Given]") -> None:
 
 
 def effective_user() -> str:
-    """The name of who runs this, where there is such a thing."""
+    """Return the name of the user who runs this, "" on systems without such names."""
     try:
         import pwd
         return pwd.getpwuid(os.geteuid()).pw_name
@@ -1874,7 +1874,7 @@ def effective_user() -> str:
 
 
 def find_user(settings: Settings) -> str:
-    """The user name for the packet: the one set, or that of who runs this (fwknop.md 2.1)."""
+    """Return the user name for the packet: the one set, or that of our user (fwknop.md 2.1)."""
     if settings.user is not None:
         return settings.user
     name = os.environ.get("SPOOF_USER") or os.environ.get("LOGNAME")
@@ -1892,15 +1892,15 @@ def find_user(settings: Settings) -> str:
 # ======================================================================================
 # 12. Programs
 #
-# gpg and wget, started only when asked for, with lists of arguments that no shell sees.
+# gpg and wget. They start only on request, with lists of arguments that no shell sees.
 # ======================================================================================
 
 
-MAX_WORDS = 500  # characters of what a program says; the reason is at the end
+MAX_COMPLAINT = 500  # characters of a program's own text; the reason is at its end
 
 
 def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
-    """What a program prints when it reads `given`; SpaError with its own words when it fails."""
+    """Return the output of a program that reads `given`; raise SpaError with its own text."""
     import subprocess
     with errors_named(argv[0]):
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -1908,16 +1908,16 @@ def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
         out, errors = process.communicate(given)
     if process.returncode:
         lines = errors.decode("ascii", "backslashreplace").split("\n")
-        words = printable("; ".join(line.strip() for line in lines if line.strip()))
-        raise SpaError(words[-MAX_WORDS:] or "%s: exit code %d" % (argv[0], process.returncode))
+        text = printable("; ".join(line.strip() for line in lines if line.strip()))
+        raise SpaError(text[-MAX_COMPLAINT:] or f"{argv[0]}: exit code {process.returncode}")
     return out
 
 
 def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[bytes]") -> bytes:
-    """OpenPGP data for GPG_RECIPIENT, signed by GPG_SIGNER if there is one (fwknop.md 1.11).
+    """Return OpenPGP data for GPG_RECIPIENT, signed by GPG_SIGNER if that is set (fwknop.md 1.11).
 
-    The passphrase is the first line that gpg reads, before the plain text; where there is none
-    (b""), the empty line keeps gpg from asking. Keys are taken as the key ring has them.
+    gpg reads the passphrase as the first line, before the plain text. For a key without one (b"")
+    the empty line keeps gpg from asking. gpg trusts every key of the key ring.
     """
     argv = [settings.gpg_exe, "--batch", "--no-tty", "--no-armor", "--trust-model", "always",
             "--no-auto-key-locate", "--no-encrypt-to"]
@@ -1940,18 +1940,19 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
 # ======================================================================================
 # 13. Network
 #
-# Looking up the server, and sending. A link is a UDP socket connected to the server: also where the
-# packet then goes another way, it knows the route.
+# Look the server up, knock on its ports, and send. A link is a UDP socket connected to the server.
+# It knows the route and our own address, even if the packet then takes another carrier.
 # ======================================================================================
 
-NETWORK_SECONDS = 10.0  # for a connection over TCP, and for the answer of a web server
+NETWORK_SECONDS = 10.0  # for a TCP connection, whose SYN is repeated after 1, 3, 7 s; and a page
 
 
 def open_socket(family: int, address: "Tuple[Any, ...]", direct: bool = False,
                 seconds: "Optional[float]" = None) -> "socket.socket":
-    """A UDP socket connected to the address, if there is a way to it (`direct`: without router).
+    """Return a UDP socket connected to the address; `direct` forbids a router on the way.
 
-    With `seconds` it is one of TCP, and waits at most so long; with 0 it may still be on its way.
+    With `seconds` it is a TCP socket that waits at most this long; with 0 it may be still
+    connecting. Raise OSError if there is no route.
     """
     link = socket.socket(family, socket.SOCK_DGRAM if seconds is None else socket.SOCK_STREAM)
     try:
@@ -1968,7 +1969,7 @@ def open_socket(family: int, address: "Tuple[Any, ...]", direct: bool = False,
 
 
 def encode_host(host: str) -> bytes:
-    """A host name as bytes: for text getaddrinfo() needs the codec idna, which routers lack."""
+    """Return a host name as bytes: for text getaddrinfo() needs the codec idna; routers lack it."""
     try:
         return host.encode("ascii" if max(host, default="") < "\x7f" else "idna")
     except (LookupError, UnicodeError):
@@ -1976,11 +1977,11 @@ def encode_host(host: str) -> bytes:
                        "give the form that begins with xn--") from None
 
 
-MAX_ADDRESSES = 16  # of one server: who answers for its name must not make us send without end
+MAX_ADDRESSES = 16  # of one server: a forged DNS answer must not make us send without end
 
 
 def find_addresses(host: str, port: int, family: int) -> "List[Address]":
-    """The addresses of a host, each once; SpaError when the resolver knows none."""
+    """Return the addresses of a host, each once; raise SpaError if the resolver knows none."""
     name = encode_host(host)
     with errors_named(host):
         found = socket.getaddrinfo(name, port, family, socket.SOCK_DGRAM)
@@ -1989,7 +1990,7 @@ def find_addresses(host: str, port: int, family: int) -> "List[Address]":
 
 
 def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket]":
-    """Links to those of the addresses that have a route; SpaError if none has."""
+    """Yield a link to each address that has a route; raise SpaError if none has."""
     problem = f"{host}: it has no address"
     for family, address in addresses:
         try:
@@ -2007,37 +2008,37 @@ def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket
 
 
 def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
-    """Send the packet by its carrier to where the link leads; how many bytes went out."""
+    """Send the packet by its carrier to the link's peer; return how many bytes went out."""
     payload = packet.encode("ascii")
     if settings.protocol == "udp":
         return link.send(payload)
     if settings.protocol in RAW_CARRIERS:
         return send_raw(settings, link, payload)
     if settings.protocol == "http":
-        host, target = parse_place(settings.server or "")[0], "/" + packet.replace(
+        host, target = parse_peer(settings.server or "")[0], "/" + packet.replace(
             "+", "-").replace("/", "_")
         host = f"[{host}]" if ":" in host else host
-        if settings.http_proxy:  # without a port of its own it takes that of -p, as in fwknop
+        if settings.http_proxy:  # as fwknop: a proxy without a port of its own takes that of -p
             own = settings.http_proxy[1] and "SPA_SERVER_PORT" in settings.given
-            target = "http://{}{}{}".format(host, ":%d" % settings.port if own else "", target)
+            target = f"http://{host}:{settings.port}{target}" if own else f"http://{host}{target}"
         payload = encode_request(target, host, settings.user_agent)
     stream = open_socket(link.family, link.getpeername(), False, NETWORK_SECONDS)
     try:
         stream.sendall(payload)
-        if settings.http_proxy:  # before it answers, it may not have passed it on
+        if settings.http_proxy:  # until it answers, it may not have passed the packet on
             try:
                 answer = stream.recv(1)
             except OSError:
                 answer = b""
             if not answer:
-                warn("the proxy did not answer: whether it passed the packet on is not known")
+                warn("the proxy did not answer: it may not have passed the packet on")
     finally:
         stream.close()
     return len(payload)
 
 
 def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
-    """Send it with headers of our own (root can); how many bytes went out."""
+    """Send it with IP headers of our own, which takes root; return how many bytes went out."""
     source, peer = settings.spoof_source or link.getsockname()[0], link.getpeername()[0]
     datagram = encode_raw(
         settings.protocol, payload, socket.inet_aton(source) + socket.inet_aton(peer),
@@ -2052,7 +2053,7 @@ def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
 
 
 def open_ping(family: int) -> "socket.socket":
-    """A socket for echo requests, raw only where users may have no other; SpaError without one."""
+    """Return a socket for echo requests, a raw one if the system allows users no other."""
     number = socket.IPPROTO_ICMPV6 if family == socket.AF_INET6 else socket.IPPROTO_ICMP
     try:
         return socket.socket(family, socket.SOCK_DGRAM, number)
@@ -2061,11 +2062,11 @@ def open_ping(family: int) -> "socket.socket":
             return socket.socket(family, socket.SOCK_RAW, number)
 
 
-def send_hit(link: "socket.socket", protocol: str, port: int) -> None:
-    """One hit at the host of the link, as `knock` does it (tests/spec/knockd.md 1.8).
+def send_knock_packet(link: "socket.socket", protocol: str, port: int) -> None:
+    """Knock once at the link's peer, as `knock` does it (tests/spec/knockd.md 1.8).
 
-    TCP: a SYN, never sent again, since the socket is closed at once. UDP: a byte, 0. ICMP: an echo
-    request with `port` bytes of data (RFC 792; RFC 4443, whose checksum is the system's affair).
+    TCP: one SYN, which is not sent again because the socket is closed at once. UDP: one zero byte.
+    ICMP: an echo request with `port` data bytes (RFC 792; RFC 4443, where the kernel sums up).
     """
     peer = link.getpeername()
     if protocol == "icmp":
@@ -2078,33 +2079,33 @@ def send_hit(link: "socket.socket", protocol: str, port: int) -> None:
             ping.close()
         return
     try:
-        hit = open_socket(link.family, (peer[0], port) + peer[2:], False,
-                          0 if protocol == "tcp" else None)
+        knock = open_socket(link.family, (peer[0], port) + peer[2:], False,
+                            0 if protocol == "tcp" else None)
     except ConnectionRefusedError:
         return  # a near host has answered already
     try:
         if protocol == "udp":
-            hit.send(b"\0")
+            knock.send(b"\0")
     finally:
-        hit.close()
+        knock.close()
 
 
 def pause(least: int, most: int) -> None:
-    """Wait for so many milliseconds."""
+    """Wait for a random number of milliseconds in this range."""
     time.sleep((least + int.from_bytes(os.urandom(7), "big") % (most - least + 1)) / 1000)
 
 
 def random_port() -> int:
-    """A port from 10000 up (tests/spec/fwknop.md 1.14)."""
+    """Return a port from 10000 up (tests/spec/fwknop.md 1.14)."""
     return 10000 + int.from_bytes(os.urandom(7), "big") % 55536
 
 
 # ======================================================================================
 # 14. Own address
 #
-# The address to open for, if it is not set: the link's own where there can be no NAT, or what a
-# web page (-R) or a STUN server (RFC 8489) says. Both see where a question comes from. STUN is not
-# authenticated: who can read the question can make us open for another address.
+# The address to open for, if none is set: the link's own if there can be no NAT, or the one that a
+# web page (-R) or a STUN server (RFC 8489) tells; both see the source of our question. STUN is not
+# authenticated: an attacker who can read the question can make us open for another address.
 # ======================================================================================
 
 STUN_MAGIC = b"\x21\x12\xa4\x42"
@@ -2112,7 +2113,7 @@ STUN_SECONDS = (0.5, 1.0, 1.5)  # how long to wait for an answer before asking a
 
 
 def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
-    """The address to open for: as set, as others see us, or the link's own if there is no NAT."""
+    """Return the address to open for: as set, as others see us, or our own if there is no NAT."""
     allow_ip, family = settings.allow_ip, link.family if link is not None else 0
     if allow_ip == RESOLVE:
         return resolve_address(settings, family)
@@ -2126,17 +2127,17 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     return own
 
 
-# Networks of IPv4 that are met in many places: loopback, private (RFC 1918), link-local, shared by
-# carriers (RFC 6598, 7335), those of tunnels (RFC 2544), multicast.
+# Networks of IPv4 that exist in many places: loopback, private (RFC 1918), link-local, shared by
+# carriers (RFC 6598, 7335), used by tunnels (RFC 2544), multicast.
 NOT_PUBLIC = ("0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12"
               " 192.0.0.0/24 192.168.0.0/16 198.18.0.0/15 224.0.0.0/3")
 
 
 def is_public(address: bytes) -> bool:
-    """Whether an IPv4 or IPv6 address, 4 or 16 bytes, is met as it is all over the Internet.
+    """Return whether an address of 4 or 16 bytes is the same all over the Internet.
 
-    IPv6 hands out public addresses below 2000::/3 only (RFC 4291): not so are fd00::/8 (RFC 4193)
-    and IPv4 inside IPv6.
+    Public IPv6 addresses are those in 2000::/3 (RFC 4291). fd00::/8 (RFC 4193) and IPv4 inside IPv6
+    are outside of it.
     """
     if len(address) == 16:
         return address[0] >> 5 == 1
@@ -2148,17 +2149,17 @@ def is_public(address: bytes) -> bool:
     return True
 
 
-MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv4 address inside IPv6 begins with
-NAT64 = b"\0\x64\xff\x9b"  # 64:ff9b::/32, of which IPv6 behind a translator to IPv4 is made
+MAPPED = b"\0" * 10 + b"\xff\xff"  # the beginning of an IPv4 address inside IPv6 (RFC 4291)
+NAT64 = b"\0\x64\xff\x9b"  # 64:ff9b::/32: IPv4 hosts behind a translator (RFC 6052)
 
 
 def own_address(link: "socket.socket") -> "Optional[str]":
-    """The address under which the server must see this link, or None: NAT may be on the way.
+    """Return the address that the server must see for this link, or None if NAT may be on the way.
 
-    There is no NAT if ours is public and the server's is no NAT64 (RFC 6052), or if the server is
-    near: with the same first 24 or 64 bits, and reached without a router. Neither alone will do: a
-    tunnel's route has no router, and for IPv6 Linux does not obey SO_DONTROUTE. IPv4 inside IPv6
-    is not looked into.
+    There is no NAT if our address is public and the server's is no NAT64, or if the server is near:
+    the first 24 or 64 bits are the same, and the route has no router. It takes both: a tunnel's
+    route has no router either, and Linux ignores SO_DONTROUTE for IPv6. For IPv4 inside IPv6 the
+    answer is None.
     """
     names = [str(name[0]).partition("%")[0] for name in (link.getsockname(), link.getpeername())]
     own, server = (socket.inet_pton(link.family, name) for name in names)
@@ -2177,7 +2178,7 @@ def own_address(link: "socket.socket") -> "Optional[str]":
 
 
 def check_own(text: str, where: str) -> str:
-    """Our address as others told it, IPv4 if it was in IPv6; SpaError for one that is nobody's."""
+    """Return our address as others tell it, IPv4 instead of IPv4 in IPv6; raise SpaError."""
     own = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
     if own[:12] == MAPPED:
         own = own[12:]
@@ -2189,10 +2190,9 @@ def check_own(text: str, where: str) -> str:
 
 
 def resolve_address(settings: Settings, family: int) -> str:
-    """Our address: the line of RESOLVE_URL that is one (fwknop.md 2.6); SpaError without any."""
+    """Return our address: the first line of RESOLVE_URL that is one (fwknop.md 2.6)."""
     secure = "" if settings.resolve_http_only else "s"
-    page = settings.resolve_url or parse_url(
-        f"http{secure}://www.cipherdyne.org/cgi-bin/myip")
+    page = settings.resolve_url or parse_url(f"http{secure}://www.cipherdyne.org/cgi-bin/myip")
     url = page[0]
     if url.startswith("https:") and not secure:
         raise UsageError("https is not supported for --resolve-http-only.")
@@ -2214,7 +2214,7 @@ def resolve_address(settings: Settings, family: int) -> str:
 
 
 def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
-    """The body of a web page, as it came; SpaError unless it comes within NETWORK_SECONDS."""
+    """Return the body of a web page; raise SpaError unless it comes within NETWORK_SECONDS."""
     url, host, port, path = page
     end, answer, problem = time.monotonic() + NETWORK_SECONDS, b"", f"{url}: it has no address"
     for kind, address in find_addresses(host, port, family):
@@ -2231,7 +2231,7 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
                 answer += piece
             break
         except (OSError, LookupError, ValueError) as error:
-            problem, answer = explain(error, url), b""  # half an answer may have half an address
+            problem, answer = explain(error, url), b""  # half an answer may hold half an address
         finally:
             if link is not None:
                 link.close()
@@ -2243,9 +2243,10 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
 
 
 def is_whole(answer: bytes) -> bool:
-    """Whether an answer is as long as its Content-Length says (RFC 9112 section 6.3).
+    """Return whether an answer is as long as its Content-Length (RFC 9112 section 6.3).
 
-    ValueError when that says no length; without it, only the end of the connection is the end.
+    Raise ValueError for a Content-Length that is no length. Without one, the answer ends with the
+    connection.
     """
     head, _, body = answer.lower().partition(b"\r\n\r\n")
     length = head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0].strip()
@@ -2255,7 +2256,7 @@ def is_whole(answer: bytes) -> bool:
 
 
 def start_tls(link: "socket.socket", host: str) -> "Any":
-    """The connection encrypted, after the certificate was found to be that of the host."""
+    """Return the connection under TLS, once the host's certificate has been verified."""
     try:
         import socket as full
         import ssl
@@ -2267,9 +2268,9 @@ def start_tls(link: "socket.socket", host: str) -> "Any":
 
 
 def decode_stun(answer: bytes, identity: bytes) -> "Optional[str]":
-    """The XOR-MAPPED-ADDRESS of a Binding success response (section 5, 6, 14.2), or None.
+    """Return the XOR-MAPPED-ADDRESS of a Binding success response (section 5, 6, 14.2), or None.
 
-    None also for the answer to another question than that with the 12 bytes `identity`.
+    It is None as well if the answer does not carry the 12 bytes `identity` of our question.
     """
     if answer[:2] != b"\x01\x01" or answer[4:20] != STUN_MAGIC + identity:
         return None
@@ -2287,9 +2288,9 @@ def decode_stun(answer: bytes, identity: bytes) -> "Optional[str]":
     return None
 
 
-def ask_stun(place: str, family: int) -> str:
-    """Our address in this family as a STUN server sees it; SpaError if none answers."""
-    host, port = parse_place(place, STUN_PORT)
+def ask_stun(server: str, family: int) -> str:
+    """Return our address in this family as a STUN server sees it; raise SpaError."""
+    host, port = parse_peer(server, STUN_PORT)
     problem = f"STUN server {host}: no answer"
     for link in open_links(host, find_addresses(host, port, family)):
         identity = os.urandom(12)
@@ -2313,31 +2314,31 @@ def ask_stun(place: str, family: int) -> str:
 # ======================================================================================
 # 15. After the knock
 #
-# Trying the port until it opens, relaying its connection, and becoming another program. Only TCP:
-# of a UDP port nobody can tell whether it is open.
+# Try the port until it opens, relay its connection, or become another program. Only TCP: a client
+# can't tell whether a UDP port is open.
 # ======================================================================================
 
 WAIT_SECONDS = 10  # without --wait
-KNOCK_AGAIN = 1.0  # seconds
-TRY = (0.02, 0.25)  # seconds between the first two tries, and at most
-TRY_SECONDS = 3.0  # for so long a connection may be on its way
-CHUNK = 1 << 18
+KNOCK_AGAIN = 1.0  # seconds: as the kernel, which repeats a SYN that got no answer for so long
+TRY = (0.02, 0.25)  # seconds between the first two tries; they double until the second number
+TRY_SECONDS = 3.0  # for one connection: then its SYN was repeated once, and would be again
+CHUNK = 1 << 18  # bytes to read at once
 
 
-def find_place(settings: Settings, words: "List[str]",
-               command: "List[str]") -> "Optional[Tuple[str, int]]":
-    """Host and TCP port to wait for after the knock, or None; UsageError for what can't work."""
+def find_wait_peer(settings: Settings, operands: "List[str]",
+                   command: "List[str]") -> "Optional[Tuple[str, int]]":
+    """Return host and TCP port to wait for after the knock, or None; raise UsageError."""
     if settings.execute and not command:
-        raise UsageError("--exec: expected a command behind it")
+        raise UsageError("--exec: expected a command after it")
     if settings.relay:
         if (command or settings.test or settings.save_stanza or sys.stdin is None
                 or sys.stdout is None):
             raise UsageError("--proxy needs standard input and output for itself: no -T, no --exec,"
                              " no --save-rc-stanza")
         if settings.nat_rand_port:
-            raise UsageError("--proxy is told the port, so it can't be a random one", "--nat-port")
+            raise UsageError("--proxy names the port, so it can't be a random one", "--nat-port")
         try:
-            host, digits = words
+            host, digits = operands
             return host, parse_port(digits)
         except ValueError:
             raise UsageError("--proxy: expected HOST PORT") from None
@@ -2355,11 +2356,11 @@ def find_place(settings: Settings, words: "List[str]",
 
 def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[], None]",
                     alone: bool = False) -> "Tuple[Optional[socket.socket], int]":
-    """The connection to the first address that takes one; else None and the last error number.
+    """Return the connection to the first address that takes one, or None and the last errno.
 
-    A datagram may get lost, so `knock` is called every second. Connections are tried more often
-    than the kernel repeats a SYN, and older ones not given up at once: the way may be long. But a
-    knock sequence has to be `alone`: a SYN in between would break it.
+    A datagram may get lost, so `knock` is called every second. New connections start more often
+    than the kernel repeats a SYN, and older ones go on for a while: the way may be long. A knock
+    sequence has to be `alone`: a SYN in between would break it.
     """
     import select
     again = TRY_SECONDS if alone else KNOCK_AGAIN
@@ -2376,7 +2377,7 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
                 try:
                     knock()
                 except SpaError:
-                    pass  # the first one was sent, and this network may come back
+                    pass  # the first knock was sent, and this network may come back
                 now = time.monotonic() - begin
                 knock_at = now + again
             if now >= try_at:
@@ -2392,7 +2393,7 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
                 _, writable, failed = select.select([], waiting, waiting, patience)
                 ready = writable + failed
             else:
-                time.sleep(patience)  # Windows can't select among nothing
+                time.sleep(patience)  # Windows can't select() without sockets
             for link in set(ready):
                 del waiting[link]
                 error = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -2407,7 +2408,7 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
 
 
 def copy(read: "Callable[[int], bytes]", write: "Callable[[memoryview], int]") -> None:
-    """Write what is read, until there is no more."""
+    """Copy from `read` to `write` until there is no more."""
     while True:
         rest = memoryview(read(CHUNK))
         if not rest:
@@ -2419,10 +2420,10 @@ def copy(read: "Callable[[int], bytes]", write: "Callable[[memoryview], int]") -
 def relay(link: "socket.socket") -> int:
     """Copy standard input to a connection and the connection to standard output, until both end.
 
-    The end of one direction is passed on, and the other lives on. Each has a thread that blocks:
-    that works with whatever the two are, also on Windows, and who reads slowly slows the sender.
-    Return the exit code, for os._exit(): the thread may still read then, and Python's own end
-    crashes now and then when a thread comes back to an interpreter that is half gone.
+    The end of one direction is passed on, and the other goes on. Each has a thread that blocks: so
+    a slow reader slows the sender, and any kind of file will do, also on Windows. Return the exit
+    code for os._exit(): the thread may still be reading, and Python's own exit crashes now and then
+    when a thread returns to an interpreter that is half gone.
     """
     import _thread
     sent = _thread.allocate_lock()
@@ -2433,7 +2434,7 @@ def relay(link: "socket.socket") -> int:
             copy(lambda size: os.read(0, size), link.send)
             link.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # a broken connection is told by the other direction
+            pass  # the other direction reports a broken connection
         sent.release()
 
     link.setblocking(True)
@@ -2441,7 +2442,7 @@ def relay(link: "socket.socket") -> int:
     _thread.start_new_thread(send_input, ())
     try:
         copy(link.recv, lambda rest: os.write(1, rest))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader's end of file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gives the reader its end of file
         sent.acquire()
     except BrokenPipeError:
         pass  # nobody reads any more
@@ -2455,13 +2456,13 @@ def relay(link: "socket.socket") -> int:
 
 
 def become(command: "List[str]") -> None:
-    """Go on as this command (on Windows: run it, and end with its exit code); SpaError if not."""
+    """Become this command (on Windows: run it, and end with its exit code); raise SpaError."""
     with errors_named("--exec: " + command[0]):
         if os.name == "nt":
             import subprocess
             raise SystemExit(subprocess.call(command))
         import signal
-        for name in ("SIGPIPE", "SIGXFSZ"):  # ignored by Python, and so by what follows it
+        for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and the command would inherit it
             signal.signal(getattr(signal, name), signal.SIG_DFL)
         os.execvp(command[0], command)
 
@@ -2469,13 +2470,13 @@ def become(command: "List[str]") -> None:
 # ======================================================================================
 # 16. Output
 #
-# What is printed on standard output, in the layout that fwknop's users and scripts know
-# (tests/spec/fwknop.md 2.8). Keys are not among it.
+# Text for standard output, in the layout that fwknop's users and scripts know
+# (tests/spec/fwknop.md 2.8). It never holds a key.
 # ======================================================================================
 
 
 def say(text: str) -> None:
-    """Lines on standard output. A knock goes on when they can't be written; main() looks at why."""
+    """Print lines on standard output. A knock goes on if that fails; main() then tells why."""
     lines = "\n".join(printable(line) for line in text.split("\n")) + "\n"
     Notes.unsaid = Notes.unsaid or write_to(sys.stdout, lines)
 
@@ -2492,7 +2493,7 @@ DUMP = """SPA Field Values:
     Server Auth: <NULL>
  Client Timeout: {message.timeout}
     Digest Type: {digest.number} ({digest.name})
-      HMAC Type: {hmac}
+      HMAC Type: {hmac_type}
 Encryption Type: {encryption}
 Encryption Mode: {number} ({mode})
 {gpg}   Encoded Data: {text}
@@ -2514,16 +2515,16 @@ Generating SPA packet:
 
 
 def format_dump(message: Message, settings: Settings, packet: str, tag_length: int) -> str:
-    """The "SPA Field Values" of fwknop's -T and -v, and for -v "Generating SPA packet"."""
+    """Return the "SPA Field Values" of fwknop's -T and -v, and for -v "Generating SPA packet"."""
     text, null, gpg = encode_message(message), "<NULL>", ""
-    hmac = DIGESTS[settings.hmac_type]
+    digest = DIGESTS[settings.hmac_type]
     if settings.mode == GPG:
         gpg = GPG_DUMP.format(signer=settings.gpg_signer or null, recipient=settings.gpg_recipient,
                               home=settings.gpg_home or null, exe=settings.gpg_exe)
     dump = DUMP.format(
         message=message, version=PROTOCOL_VERSION, kind=MESSAGE_TYPES[message.number],
         nat=message.nat or null, digest=DIGESTS[settings.digest_type],
-        hmac="%d (%s)" % (hmac.number, hmac.name) if tag_length else "0 (None)",
+        hmac_type=f"{digest.number} ({digest.name})" if tag_length else "0 (None)",
         encryption="2 (GPG)" if gpg else "1 (Rijndael)", number=MODES[settings.mode],
         mode=settings.mode, gpg=gpg, text=text.decode("ascii"),
         sum=message_digest(text, settings.digest_type),
@@ -2537,38 +2538,38 @@ def format_dump(message: Message, settings: Settings, packet: str, tag_length: i
 
 
 def print_version() -> None:
-    """Version, protocol, and the SHA-256 of this very file, to compare with a published one."""
+    """Print version, protocol, and the SHA-256 of this file, to compare with a published one."""
     with open(__file__, "rb") as file:
         digest = binascii.hexlify(DIGESTS["SHA256"](file.read())).decode("ascii")
     say(f"spa_client.py {VERSION}, FKO protocol version {PROTOCOL_VERSION}\nSHA-256 {digest}")
 
 
 def print_stanzas(given: "Dict[str, Given]") -> None:
-    """The names of the stanzas, without [default] (tests/spec/fwknop.md 2.3)."""
+    """Print the names of the stanzas, without [default] (tests/spec/fwknop.md 2.3)."""
     path = rc_path(given)
     if path is None or ("rc_file" not in given and not os.path.exists(path)):
         raise UsageError("--stanza-list needs an rc file, and there is none")
     text = read_private(path)
     say(f"The following stanzas are configured in {path} :")
-    for _, _, name, says in scan(text):
-        if says == HEADER and name.lower() != DEFAULT_STANZA:
+    for _, _, name, content in scan(text):
+        if content == HEADER and name.lower() != DEFAULT_STANZA:
             say(" - " + name)
 
 
 # ======================================================================================
 # 17. Run
 #
-# The way of a packet from the docstring, and the exit codes.
+# The steps of the docstring in their order, and the exit codes.
 # ======================================================================================
 
 
 def random_digits() -> str:
-    """Sixteen decimal digits, each value as likely as any other, to 1 in 10^22 (fwknop.md 1.2)."""
-    return "%016d" % (int.from_bytes(os.urandom(16), "big") % 10 ** 16)
+    """Return 16 decimal digits, each value as likely as any other to 1 in 10^22 (fwknop.md 1.2)."""
+    return f"{int.from_bytes(os.urandom(16), 'big') % 10 ** 16:016}"
 
 
 def make_message(settings: Settings, allow_ip: str) -> Message:
-    """A fresh message that asks to open for `allow_ip` (tests/spec/fwknop.md 1.4, 1.5)."""
+    """Return a fresh message that asks to open for `allow_ip` (tests/spec/fwknop.md 1.4, 1.5)."""
     number, asked, nat = COMMAND, settings.command, ""
     if asked is None:
         number, asked = ACCESS, settings.access or ""
@@ -2576,14 +2577,14 @@ def make_message(settings: Settings, allow_ip: str) -> Message:
         if settings.nat_local or settings.nat_access:
             number = LOCAL_NAT if settings.nat_local else NAT_ACCESS
             host, inner = settings.nat_access or (settings.server or "", 0)
-            nat = "%s,%d" % (host, inner or int(port))
+            nat = f"{host},{inner or int(port)}"
         if settings.nat_port:
-            asked = "%s/%d" % (protocol, settings.nat_port)
+            asked = f"{protocol}/{settings.nat_port}"
         if settings.nat_rand_port:
-            settings.nat_rand_port = False  # it is told once, however many packets are made
-            say("[+] Randomly assigned port '{}' on: '{},{}'{}".format(
-                settings.nat_port, allow_ip, asked,
-                f" will grant access to: '{nat}'" if nat else ""))
+            settings.nat_rand_port = False  # print the port once, not for each packet
+            inside = f" will grant access to: '{nat}'" if nat else ""
+            say(f"[+] Randomly assigned port '{settings.nat_port}' on:"
+                f" '{allow_ip},{asked}'{inside}")
     if settings.timeout:
         number = {ACCESS: TIMEOUT_ACCESS, NAT_ACCESS: TIMEOUT_NAT_ACCESS,
                   LOCAL_NAT: TIMEOUT_LOCAL_NAT}.get(number, number)
@@ -2592,7 +2593,7 @@ def make_message(settings: Settings, allow_ip: str) -> Message:
 
 
 def draw_ports(settings: Settings) -> None:
-    """Draw the ports that are to be random, once for all packets of a knock."""
+    """Draw the random ports, once for all packets of a knock."""
     if settings.rand_port:
         settings.port = random_port()
     if settings.nat_rand_port:
@@ -2602,37 +2603,42 @@ def draw_ports(settings: Settings) -> None:
 
 
 class Knock:
-    """Knocks at one server: keys and addresses are looked for once, each packet is a fresh one."""
+    """A knock at one server. It finds keys and addresses once; each packet is a fresh one."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.first = settings, True
-        self.keys = (None, None) if settings.only_knocks else find_keys(settings)
-        self.chosen = {}  # type: Dict[Any, str]  # the address to open for, by that of the server
-        # Where ports are hit: at the server, also when packets go through a proxy.
-        self.hit_at = self.send_to = []  # type: List[Address]
-        self.host, port = settings.http_proxy or (settings.server or "", 0)
-        family, server = settings.ip_version, settings.server or ""
+        self.keys = (None, None)  # type: Tuple[Optional[bytes], Optional[bytes]]
+        self.host, self.port = settings.http_proxy or (settings.server or "", 0)
+        self.knock_at = self.send_to = []  # type: List[Address]
+        self.chosen = {}  # type: Dict[Any, str]  # peer of a link -> address to open for
+
+    def prepare(self) -> None:
+        """Find the keys, which may be asked for, and look the addresses up."""
+        settings = self.settings
+        family, server, port = settings.ip_version, settings.server or "", settings.port
+        if not settings.only_knocks:
+            self.keys = find_keys(settings)
         asked = not settings.only_knocks and (
             settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
         if self.host and (asked or not settings.test):
-            self.hit_at = self.send_to = find_addresses(self.host, port or settings.port, family)
+            self.knock_at = self.send_to = find_addresses(self.host, self.port or port, family)
         if settings.sequence and settings.http_proxy and not settings.test:
-            self.hit_at = find_addresses(server, settings.port, family)
+            self.knock_at = find_addresses(server, port, family)  # packets go to the proxy
 
-    def __call__(self) -> None:
-        """Hit ports, and send packets; SpaError if no address of the server could be reached."""
+    def send(self) -> None:
+        """Knock on ports, and send packets; raise SpaError if no address could be reached."""
         settings = self.settings
         if settings.sequence:
-            self.at_each(settings.server or "", self.hit_at, self.hit, "was not hit")
+            self.at_each(settings.server or "", self.knock_at, self.send_sequence, "got no knock")
         if settings.sequence and not settings.only_knocks:
-            pause(*settings.delay)  # the packet must not be the first to be seen
+            pause(*settings.delay)  # the packet must not overtake the last knock
         if not settings.only_knocks:
-            self.at_each(self.host, self.send_to, self.send, "got no packet")
+            self.at_each(self.host, self.send_to, self.send_fresh, "got no packet")
         self.first = False
 
     def at_each(self, host: str, addresses: "List[Address]",
                 act: "Callable[[socket.socket], None]", failure: str) -> None:
-        """Do this at each address of a host; SpaError if it can't be done at any."""
+        """Do this at each address of a host; raise SpaError if it fails at all of them."""
         problems, done = [], False  # type: List[SpaError], bool
         for link in open_links(host, addresses):
             try:
@@ -2647,20 +2653,20 @@ class Knock:
         for each in problems if self.first else ():
             warn(f"one address of {host} {failure}: {complaint(each)}")
 
-    def hit(self, link: "socket.socket") -> None:
-        """Hit all of KNOCK_SEQUENCE at one address."""
-        hits = self.settings.sequence or []
-        if "icmp" in dict(hits):
-            open_ping(link.family).close()  # half a sequence is worth nothing
-        for number, (protocol, port) in enumerate(hits):
+    def send_sequence(self, link: "socket.socket") -> None:
+        """Knock on all ports of KNOCK_SEQUENCE at one address."""
+        steps = self.settings.sequence or []
+        if "icmp" in dict(steps):
+            open_ping(link.family).close()  # fail before half a sequence is sent
+        for number, (protocol, port) in enumerate(steps):
             if number:
                 pause(*self.settings.delay)
             if self.settings.verbose:
-                say("hitting %s %s:%d" % (protocol, link.getpeername()[0], port))
-            send_hit(link, protocol, port)
+                say(f"hitting {protocol} {link.getpeername()[0]}:{port}")
+            send_knock_packet(link, protocol, port)
 
-    def send(self, link: "socket.socket") -> None:
-        """Send a packet to one address, if it got one the first time."""
+    def send_fresh(self, link: "socket.socket") -> None:
+        """Send a fresh packet to one address, unless it could get none the first time."""
         peer, settings = link.getpeername(), self.settings
         if self.first:
             self.chosen[peer] = choose_address(settings, link)
@@ -2670,10 +2676,10 @@ class Knock:
                 say(dump)
             sent = send_packet(settings, link, packet)
             if settings.verbose:
-                say("send_spa_packet: bytes sent: %d" % sent)
+                say(f"send_spa_packet: bytes sent: {sent}")
 
     def build(self, allow_ip: str) -> "Tuple[str, str]":
-        """A fresh packet that asks to open for `allow_ip`, and its dump."""
+        """Return a fresh packet that asks to open for `allow_ip`, and its dump."""
         settings, (key, hmac_key) = self.settings, self.keys
         message = make_message(settings, allow_ip)
         plaintext = add_digest(encode_message(message), settings.digest_type)
@@ -2687,64 +2693,66 @@ class Knock:
         if settings.save_packet is not None:
             write_private(settings.save_packet, packet + "\n",
                           os.O_APPEND if settings.save_append else os.O_TRUNC)
-            settings.save_append = True  # the file gets all packets of a knock
+            settings.save_append = True  # the packet for the next address follows it
         dumped = settings.test or settings.verbose
         return packet, format_dump(message, settings, packet, tag_length) if dumped else ""
 
     def show(self) -> None:
-        """Print the hits and a packet, and send nothing (-T)."""
+        """Print the sequence and a packet, and send nothing (-T)."""
         settings = self.settings
         for protocol, number in settings.sequence or ():
-            say("would hit %s %s:%d" % (protocol, settings.server or "", number))
+            say(f"would hit {protocol} {settings.server or ''}:{number}")
         if not settings.only_knocks:
             links = open_links(self.host, self.send_to)
             link = next(links) if self.send_to else None
             say(self.build(choose_address(settings, link))[1])
-            say("test mode enabled, SPA packet not actually sent."
-                + "\nsend_spa_packet: bytes sent: 0" * settings.verbose)
+            say("test mode enabled, SPA packet not actually sent.")
+            if settings.verbose:
+                say("send_spa_packet: bytes sent: 0")
 
-    def wait(self, place: "Tuple[str, int]", addresses: "List[Address]") -> "socket.socket":
-        """The connection to a TCP port that is to open at this host; SpaError if it does not."""
+    def wait(self, peer: "Tuple[str, int]", addresses: "List[Address]") -> "socket.socket":
+        """Return the connection to this host and TCP port; raise SpaError if it does not open."""
         import errno
         begin, settings = time.monotonic(), self.settings
         seconds = settings.wait or WAIT_SECONDS
-        link, error = wait_until_open(addresses, seconds, self, settings.sequence is not None)
+        link, error = wait_until_open(addresses, seconds, self.send,
+                                      settings.sequence is not None)
         if link is None:
             why = {0: "nothing answers. The server rejected the knock (its log says why), opened"
                       " for another address than ours, or does not get our packets",
                    errno.ECONNREFUSED: "connections are refused. The port may be open, but no"
                                        " service listens on it"}.get(error) or os.strerror(error)
-            raise SpaError("tcp/%d of %s did not open in %d seconds: %s"
-                           % (place[1], place[0], seconds, why))
+            raise SpaError(f"tcp/{peer[1]} of {peer[0]} did not open in {seconds} seconds: {why}")
         if settings.wait is not None and not (
                 settings.relay or settings.execute or settings.quiet):
-            say("tcp/%d of %s opened after %.2f seconds"
-                % (place[1], link.getpeername()[0], time.monotonic() - begin))
+            say(f"tcp/{peer[1]} of {link.getpeername()[0]} opened after"
+                f" {time.monotonic() - begin:.2f} seconds")
         return link
 
 
-def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[str]",
+def knock_at_all(several: "List[Settings]", operands: "List[str]", command: "List[str]",
                  sent: "Callable[[], None]") -> "Optional[socket.socket]":
-    """Knock at each server; the connection to relay, which is waited for after the last knock.
+    """Knock at each server; return the connection to relay, for which only the last knock waits.
 
-    With several servers each is tried, and errors are told at once. `sent` is called after each
-    packet, before anything is waited for.
+    With several servers an error is printed at once, and the next server has its turn. `sent` is
+    called after each knock, before the wait for its port.
     """
-    places = [find_place(settings, words, command) for settings in several]
+    peers = [find_wait_peer(settings, operands, command) for settings in several]
     failed, link = 0, None  # type: int, Optional[socket.socket]
-    for settings, place in zip(several, places):
+    for settings, peer in zip(several, peers):
         if settings.relay and settings is not several[-1]:
-            place = None
+            peer = None
         try:
-            addresses = find_addresses(*place, settings.ip_version) if place else []
+            addresses = find_addresses(*peer, settings.ip_version) if peer else []
             knock = Knock(settings)
+            knock.prepare()
             if settings.test:
                 knock.show()
             else:
-                knock()
+                knock.send()
             sent()
-            if place is not None:
-                link = knock.wait(place, addresses)
+            if peer is not None:
+                link = knock.wait(peer, addresses)
         except SpaError as error:
             if len(several) == 1:
                 raise
@@ -2754,12 +2762,12 @@ def knock_at_all(several: "List[Settings]", words: "List[str]", command: "List[s
         if link is not None and not settings.relay:
             link.close()
     if failed:
-        raise SpaError("%d of %d knocks failed" % (failed, len(several)))
+        raise SpaError(f"{failed} of {len(several)} knocks failed")
     return link
 
 
 def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
-    """The settings for each of the names behind -n, or without it for the only server."""
+    """Return the settings for each stanza of -n, or without -n those for the only server."""
     named = given.get("named_config")
     names = [name.strip() for name in named.text.split(",")] if named else []
     if named and "" in names:
@@ -2769,9 +2777,9 @@ def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
     return [Settings(merge(read_layers(layer) + [layer])) for layer in layers]
 
 
-def run(words: "List[str]", as_knock: bool) -> bool:
-    """Do what a command line says, or raise SpaError; tells whether a packet was sent."""
-    given, others, command = (parse_knock_line if as_knock else parse_command_line)(words)
+def run(arguments: "List[str]", as_knock: bool) -> bool:
+    """Do the task of a command line, or raise SpaError; return whether a packet was sent."""
+    given, operands, command = (parse_knock_line if as_knock else parse_command_line)(arguments)
     if "knock" in given and not as_knock:
         raise UsageError("--knock: expected before all other options")
     Notes.wanted, Notes.unsaid = "quiet" not in given, ""
@@ -2785,7 +2793,7 @@ def run(words: "List[str]", as_knock: bool) -> bool:
             say("Last fwknop client command line: "
                 + format_arguments(parse_command_line(kept)[0]))
             return False
-        given, others, command = parse_command_line(kept + words)
+        given, operands, command = parse_command_line(kept + arguments)
     if "help" in given:
         say(format_help(as_knock))
     elif "version" in given:
@@ -2798,20 +2806,20 @@ def run(words: "List[str]", as_knock: bool) -> bool:
         print_stanzas(given)
     else:
         several = read_settings(given)
-        first = several[0]  # in what only the command line can say they are all the same
-        if others and not first.relay:
-            warn("%d of the words belong to no option and are ignored" % len(others))
+        first = several[0]  # values that only the command line sets are the same in all of them
+        if operands and not first.relay:
+            warn(f"{len(operands)} of the arguments belong to no option and are ignored")
         if first.key_gen or first.key_gen_file is not None:
             generate_keys(first, given)
             return False
         for settings in several:
             settings.check()
             draw_ports(settings)
-            settings.save_append |= settings is not first  # -B: the packets of all of them
+            settings.save_append |= settings is not first  # -B keeps the packets of all
         if first.save_stanza:
             save_stanza(given, first.force_stanza)
         keep = None if first.test or first.no_save_args else saved
-        link = knock_at_all(several, others, command, lambda: save_arguments(given, keep))
+        link = knock_at_all(several, operands, command, lambda: save_arguments(given, keep))
         if link is not None and first.relay:
             os._exit(relay(link))
         if command:
@@ -2821,11 +2829,11 @@ def run(words: "List[str]", as_knock: bool) -> bool:
 
 
 def main(argv: "Optional[List[str]]" = None) -> int:
-    """The exit code of a command line: see the docstring of this file."""
-    words = sys.argv[1:] if argv is None else argv
-    as_knock = os.path.basename(sys.argv[0]) == "knock" or words[:1] == ["--knock"]
+    """Run a command line and return the exit code; only here errors become one."""
+    arguments = sys.argv[1:] if argv is None else argv
+    as_knock = os.path.basename(sys.argv[0]) == "knock" or arguments[:1] == ["--knock"]
     try:
-        sent = run(words, as_knock)
+        sent = run(arguments, as_knock)
         if Notes.unsaid and not sent:
             raise SpaError("standard output: " + Notes.unsaid)
         return 0

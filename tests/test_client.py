@@ -388,7 +388,7 @@ class Options(Case):
         """They may stand anywhere, are ignored as by fwknop, and counted without being shown."""
         code, out, err = self.run_main("-T", "word", *KNOCK, *KEYS, "--", "-A")
         self.assertEqual(code, 0)
-        self.assertIn("2 of the words", err)
+        self.assertIn("2 of the arguments", err)
         self.assertNotIn("'word'", err)
 
     def test_errors(self) -> None:

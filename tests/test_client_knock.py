@@ -32,7 +32,7 @@ class KnockCase(Case):
         self.places = []  # type: List[str]
         self.problem = {}  # type: Any
 
-        def send_hit(link: Any, protocol: str, port: int) -> None:
+        def send_knock_packet(link: Any, protocol: str, port: int) -> None:
             address = link.getpeername()[0]
             self.places.append(address)
             if port == 7002 and address in self.problem:
@@ -43,8 +43,8 @@ class KnockCase(Case):
             self.sent.append(("packet", settings.port))
             return len(packet)
 
-        for name, function in (("send_hit", send_hit), ("send_packet", send_packet)):
-            patch = mock.patch.object(client, name, function)
+        for function in (send_knock_packet, send_packet):
+            patch = mock.patch.object(client, function.__name__, function)
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -114,7 +114,7 @@ class CommandLineTest(KnockCase):
                 (["", "7"], "HOST: expected a value, not ''"),
                 ([HOST, "7", "--wait", "5"], "expected --wait-port with --wait"),
                 ([HOST, "7", "--exec", "true"], "expected --wait-port with --exec"),
-                ([HOST, "7", "--exec"], "--exec: expected a command behind it"),
+                ([HOST, "7", "--exec"], "--exec: expected a command after it"),
                 (["::1", "7", "-4"], ""), ([HOST, "7", "-6"], "")):
             with self.subTest(words):
                 text = self.failure(1, "--knock", *words)
@@ -163,7 +163,7 @@ class CommandLineTest(KnockCase):
             self.assertEqual([HOST] * 3 + ["127.0.0.2"] * 3, self.places)
             self.problem = {HOST: OSError(1, "Not permitted")}
             self.sent.clear()
-            self.assertEqual((0, "", "spa_client.py: warning: one address of gate was not hit: "
+            self.assertEqual((0, "", "spa_client.py: warning: one address of gate got no knock: "
                                      "gate: Not permitted\n"), self.run_main(*words))
             self.assertEqual(HITS[:1] + HITS, self.sent)
             self.problem["127.0.0.2"] = client.SpaError("something else")
@@ -368,7 +368,7 @@ class Listening(Case):
         link = mock.Mock(family=socket.AF_INET)
         link.getpeername.return_value = (HOST, 9)
         with mock.patch.object(client, "open_socket", side_effect=ConnectionRefusedError) as asked:
-            client.send_hit(link, "tcp", 7001)
+            client.send_knock_packet(link, "tcp", 7001)
         asked.assert_called_once_with(socket.AF_INET, (HOST, 7001), False, 0)
 
     def test_echo_request(self) -> None:
@@ -378,7 +378,7 @@ class Listening(Case):
             link, ping = mock.Mock(family=family), mock.Mock()
             link.getpeername.return_value = address
             with mock.patch.object(client, "open_ping", return_value=ping) as opened:
-                client.send_hit(link, "icmp", 101)
+                client.send_knock_packet(link, "icmp", 101)
             (request, where), _ = ping.sendto.call_args
             self.assertEqual((address[0], 0) + address[2:], where)
             self.assertEqual((kind, 0, 1), struct.unpack(">BBxxxxH", request[:8])[:3])
@@ -411,7 +411,7 @@ class Listening(Case):
             return real(family, kind)
 
         with mock.patch("spa_client.socket.socket", refuse), \
-                mock.patch.object(client, "send_hit", side_effect=AssertionError):
+                mock.patch.object(client, "send_knock_packet", side_effect=AssertionError):
             self.assertEqual("ICMP: Permission denied (it needs root, or a group in "
                              "net.ipv4.ping_group_range)",
                              self.failure(1, "--knock", HOST, "7001", ":icmp"))

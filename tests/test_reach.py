@@ -239,10 +239,10 @@ class Stun(Case):
                                ("2001:db8::1", ("2001:db8::1", 3478)),
                                ("[2001:db8::1]", ("2001:db8::1", 3478)),
                                ("[2001:db8::1]:9", ("2001:db8::1", 9))):
-            self.assertEqual(expected, client.parse_place(text, 3478), text)
+            self.assertEqual(expected, client.parse_peer(text, 3478), text)
         for text in ("", ":9", "a:", "a:x", "a:70000", "[]", "[::1]:0"):
             with self.assertRaises(ValueError, msg=text):
-                client.parse_place(text, 3478)
+                client.parse_peer(text, 3478)
             self.failure(2, "-A", "tcp/22", *KEYS, "-D", "127.0.0.1", "--resolve-stun", text)
 
     def test_asks(self) -> None:
@@ -354,9 +354,9 @@ class Waiting(Case):
                                   "--wait-port", "98"], 98)):
             settings = client.Settings(client.parse_command_line(
                 ["-A", "udp/53,tcp/22,tcp/80", "-D", "gate", *words])[0])
-            self.assertEqual(("gate", expected), client.find_place(settings, [], ["true"]))
+            self.assertEqual(("gate", expected), client.find_wait_peer(settings, [], ["true"]))
         settings = client.Settings(client.parse_command_line(["-A", "tcp/22", "-D", "gate"])[0])
-        self.assertIsNone(client.find_place(settings, [], []))
+        self.assertIsNone(client.find_wait_peer(settings, [], []))
 
     def test_random_ports(self) -> None:
         """They are drawn and told once, and stay the same for all packets of a knock."""
