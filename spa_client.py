@@ -1086,15 +1086,16 @@ class Option:
         self.meaning = self.argument, sets
 
     def format(self, help: str) -> str:
-        """The option's line of --help."""
-        long = "--" + self.long if self.long else ""
-        names = ", ".join(["-" + self.short] * bool(self.short) + [long] * bool(long))
+        """Return the option's line of --help."""
+        names = [f"-{self.short}"] if self.short else []
+        names += [f"--{self.long}"] if self.long else []
         indent = "" if self.short else "    "
-        return "  %-35s %s" % (indent + names + " " + self.argument, help)
+        left = f"{indent}{', '.join(names)} {self.argument}"
+        return f"  {left:<35} {help}"
 
 
 def find_option(options: "List[Option]", name: str) -> Option:
-    """The option of a letter or long name, or of the beginning of one if only one begins so."""
+    """Return the option of a letter, a long name, or the beginning of just one long name."""
     if not name.startswith("--"):
         for option in options:
             if option.short == name[1]:
@@ -1106,47 +1107,48 @@ def find_option(options: "List[Option]", name: str) -> Option:
             return option
     if not found:
         raise UsageError(f"unrecognized option '{name}'", "--help lists them")
-    raise UsageError("option '{}' is ambiguous: {}".format(name, " ".join("--" + option.long for option in found)))
+    names = " ".join("--" + option.long for option in found)
+    raise UsageError(f"option '{name}' is ambiguous: {names}")
 
 
 def parse_options(options: "List[Option]",
-                  words: "List[str]") -> "Tuple[List[Tuple[Option, str, str]], List[str]]":
-    """The options in `words`, each as it was named and with its argument, and the other words.
+                  arguments: "List[str]") -> "Tuple[List[Tuple[Option, str, str]], List[str]]":
+    """Return the options in `arguments`, each with its name and value, and the other arguments.
 
-    As getopt_long does it: options may follow other words, `--name value` or `--name=value`, long
-    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows an argument.
+    As getopt_long does: options may follow other arguments, `--name value` or `--name=value`, long
+    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows a value.
     """
     given, others = [], []  # type: Tuple[List[Tuple[Option, str, str]], List[str]]
-    waiting = words[::-1]
+    waiting = arguments[::-1]
 
-    def take(option: Option, name: str, attached: "Optional[str]") -> None:
-        if not option.argument and attached is not None:
+    def add(option: Option, name: str, value: "Optional[str]") -> None:
+        if not option.argument and value is not None:
             raise UsageError(f"option '{name}' doesn't allow an argument")
-        if option.argument and attached is None:
+        if option.argument and value is None:
             if not waiting:
                 raise UsageError(f"option '{name}' requires an argument")
-            attached = waiting.pop()
-        given.append((option, name, option.text + (attached or "")))
+            value = waiting.pop()
+        given.append((option, name, option.text + (value or "")))
 
     while waiting:
-        word = waiting.pop()
-        if word == "--":
+        argument = waiting.pop()
+        if argument == "--":
             return given, others + waiting[::-1]
-        if word.startswith("--"):
-            name, equals, attached = word.partition("=")
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
             option = find_option(options, name)
-            take(option, "--" + option.long, attached if equals else None)
-        elif word.startswith("-") and word != "-":
-            letters = word[1:]
+            add(option, "--" + option.long, value if equals else None)
+        elif argument.startswith("-") and argument != "-":
+            letters = argument[1:]
             while letters:
                 name, letters = "-" + letters[0], letters[1:]
                 option = find_option(options, name)
                 if option.argument:
-                    take(option, name, letters or None)
+                    add(option, name, letters or None)
                     break
-                take(option, name, None)
+                add(option, name, None)
         else:
-            others.append(word)
+            others.append(argument)
     return given, others
 
 

@@ -8350,46 +8350,46 @@ def obey_signal(number: int, server: Server, read: Callable[[], Configuration]) 
 
 CLIENT_STANZA = """# Copy this into ~/.fwknoprc of the client (mode 0600):
 
-[%(name)s]
+[{name}]
 ALLOW_IP                    source
-ACCESS                      %(access)s
-SPA_SERVER                  %(address)s
-KEY_BASE64                  %(key)s
+ACCESS                      {access}
+SPA_SERVER                  {address}
+KEY_BASE64                  {key}
 HMAC_DIGEST_TYPE            SHA256
-HMAC_KEY_BASE64             %(hmac_key)s
+HMAC_KEY_BASE64             {hmac_key}
 USE_HMAC                    Y
 """
 
 # Without an address in the packet, so that it works for a client behind NAT, too.
-SERVER_STANZA = """# %(name)s
+SERVER_STANZA = """# {name}
 SOURCE                      ANY
-OPEN_PORTS                  %(access)s
-KEY_BASE64                  %(key)s
+OPEN_PORTS                  {access}
+KEY_BASE64                  {key}
 HMAC_DIGEST_TYPE            SHA256
-HMAC_KEY_BASE64             %(hmac_key)s
+HMAC_KEY_BASE64             {hmac_key}
 FW_ACCESS_TIMEOUT           30
 REQUIRE_SOURCE_ADDRESS      N
 """
 
 
 def first_configuration(ports: FrozenSet[Port], config_path: str, access_path: str) -> str:
-    """Makes both files for guarding `ports`; returns the client's stanza."""
-    key, hmac_key = random_key(32), random_key(64)
+    """Write both files to guard `ports`; return the client's stanza."""
     values = {"name": socket.gethostname().partition(".")[0] or "server", "address": own_address(),
-              "access": port_list(ports).replace(" ", ""), "key": key, "hmac_key": hmac_key}
+              "access": port_list(ports).replace(" ", ""),
+              "key": random_key(32), "hmac_key": random_key(64)}
     if not os.path.exists(config_path):
-        write_new_file(config_path, "GUARD_PORTS                 {access};\n".format(**values))
-    write_new_file(access_path, SERVER_STANZA % values)
-    return CLIENT_STANZA % values
+        write_new_file(config_path, f"GUARD_PORTS                 {values['access']};\n")
+    write_new_file(access_path, SERVER_STANZA.format(**values))
+    return CLIENT_STANZA.format(**values)
 
 
 def random_key(size: int) -> str:
-    """A new key of `size` bytes in base64."""
+    """Return a new key of `size` bytes in base64."""
     return binascii.b2a_base64(os.urandom(size), newline=False).decode()
 
 
 def write_new_file(path: str, text: str) -> None:
-    """A file that was not there, for its owner alone, and on the disk when this returns."""
+    """Write a file that did not exist, for its owner alone; it is on the disk when this returns."""
     make_directory(os.path.dirname(path))
     try:
         with open(open_ours(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
@@ -8397,11 +8397,12 @@ def write_new_file(path: str, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise SpaError(f"{path}: {error.strerror}") from None
+        raise SpaError(explain(error, path)) from None
 
 
 def own_address() -> str:
-    """The address this host would send from; nothing is sent to find it out."""
+    """Return the address that this host sends from by default. Nothing is sent to find out."""
+    # These addresses are for documentation (RFC 5737, RFC 3849), so only the default route fits.
     for family, peer in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((peer, 62201))
@@ -8429,15 +8430,16 @@ class Option:
         self.meaning = self.argument, sets
 
     def format(self, help: str) -> str:
-        """The option's line of --help."""
-        long = "--" + self.long if self.long else ""
-        names = ", ".join(["-" + self.short] * bool(self.short) + [long] * bool(long))
+        """Return the option's line of --help."""
+        names = [f"-{self.short}"] if self.short else []
+        names += [f"--{self.long}"] if self.long else []
         indent = "" if self.short else "    "
-        return "  %-35s %s" % (indent + names + " " + self.argument, help)
+        left = f"{indent}{', '.join(names)} {self.argument}"
+        return f"  {left:<35} {help}"
 
 
 def find_option(options: "List[Option]", name: str) -> Option:
-    """The option of a letter or long name, or of the beginning of one if only one begins so."""
+    """Return the option of a letter, a long name, or the beginning of just one long name."""
     if not name.startswith("--"):
         for option in options:
             if option.short == name[1]:
@@ -8449,47 +8451,48 @@ def find_option(options: "List[Option]", name: str) -> Option:
             return option
     if not found:
         raise UsageError(f"unrecognized option '{name}'", "--help lists them")
-    raise UsageError("option '{}' is ambiguous: {}".format(name, " ".join("--" + option.long for option in found)))
+    names = " ".join("--" + option.long for option in found)
+    raise UsageError(f"option '{name}' is ambiguous: {names}")
 
 
 def parse_options(options: "List[Option]",
-                  words: "List[str]") -> "Tuple[List[Tuple[Option, str, str]], List[str]]":
-    """The options in `words`, each as it was named and with its argument, and the other words.
+                  arguments: "List[str]") -> "Tuple[List[Tuple[Option, str, str]], List[str]]":
+    """Return the options in `arguments`, each with its name and value, and the other arguments.
 
-    As getopt_long does it: options may follow other words, `--name value` or `--name=value`, long
-    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows an argument.
+    As getopt_long does: options may follow other arguments, `--name value` or `--name=value`, long
+    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows a value.
     """
     given, others = [], []  # type: Tuple[List[Tuple[Option, str, str]], List[str]]
-    waiting = words[::-1]
+    waiting = arguments[::-1]
 
-    def take(option: Option, name: str, attached: "Optional[str]") -> None:
-        if not option.argument and attached is not None:
+    def add(option: Option, name: str, value: "Optional[str]") -> None:
+        if not option.argument and value is not None:
             raise UsageError(f"option '{name}' doesn't allow an argument")
-        if option.argument and attached is None:
+        if option.argument and value is None:
             if not waiting:
                 raise UsageError(f"option '{name}' requires an argument")
-            attached = waiting.pop()
-        given.append((option, name, option.text + (attached or "")))
+            value = waiting.pop()
+        given.append((option, name, option.text + (value or "")))
 
     while waiting:
-        word = waiting.pop()
-        if word == "--":
+        argument = waiting.pop()
+        if argument == "--":
             return given, others + waiting[::-1]
-        if word.startswith("--"):
-            name, equals, attached = word.partition("=")
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
             option = find_option(options, name)
-            take(option, "--" + option.long, attached if equals else None)
-        elif word.startswith("-") and word != "-":
-            letters = word[1:]
+            add(option, "--" + option.long, value if equals else None)
+        elif argument.startswith("-") and argument != "-":
+            letters = argument[1:]
             while letters:
                 name, letters = "-" + letters[0], letters[1:]
                 option = find_option(options, name)
                 if option.argument:
-                    take(option, name, letters or None)
+                    add(option, name, letters or None)
                     break
-                take(option, name, None)
+                add(option, name, None)
         else:
-            others.append(word)
+            others.append(argument)
     return given, others
 
 
@@ -8498,55 +8501,55 @@ def parse_options(options: "List[Option]",
 
 CONFIG_FILE = "/etc/fwknop/fwknopd.conf"
 
-# Letter, long name, argument, the directive or word that it sets, help.
+# Letter, long name, argument, the directive or name that it sets, help.
 OPTION_TABLE = """
-c config-file       FILE   config_file          fwknopd.conf
-O override-config   FILES  override             files like it with commas between; the last wins
-a access-file       FILE   ACCESS_FILE          access.conf
-- access-folder     DIR    ACCESS_FOLDER        all *.conf in it instead of access.conf
+c config-file       FILE   config_file          fwknopd.conf to read
+O override-config   FILES  override             more such files with commas between; the last wins
+a access-file       FILE   ACCESS_FILE          access.conf to read
+- access-folder     DIR    ACCESS_FOLDER        read all *.conf in DIR instead of access.conf
 - knockd-conf       FILE   KNOCKD_CONF          serve the doors of a knockd.conf, too or alone
 i interface         NAME   PCAP_INTF            interface to listen on, or any
-P pcap-filter       FILTER PCAP_FILTER          what to look at, in tcpdump's language
-- pcap-any-direction -     ENABLE_PCAP_ANY_DIRECTION=Y look at what this host sends, too
+P pcap-filter       FILTER PCAP_FILTER          packets to look at, in tcpdump's language
+- pcap-any-direction -     ENABLE_PCAP_ANY_DIRECTION=Y look at packets that this host sends, too
 - pcap-file         FILE   PCAP_FILE            judge the packets of a capture file, and end
 C packet-limit      N      PACKET_LIMIT         end after N packets that look like SPA
 U udp-server        -      ENABLE_UDP_SERVER=Y  listen on a UDP socket, not a packet socket
-d digest-file       FILE   DIGEST_FILE          where packets are remembered
-- rotate-digest-cache -    rotate               begin a new one; the old gets `-old` to its name
-p pid-file          FILE   FWKNOP_PID_FILE      pid of the running server
-r run-dir           DIR    FWKNOP_RUN_DIR       where state is kept
-- gpg-home-dir      DIR    GPG_HOME_DIR         keys of gpg
+d digest-file       FILE   DIGEST_FILE          file to remember packets in
+- rotate-digest-cache -    rotate               begin a new one, and add `-old` to the old name
+p pid-file          FILE   FWKNOP_PID_FILE      file for the pid of the running server
+r run-dir           DIR    FWKNOP_RUN_DIR       directory to keep state in
+- gpg-home-dir      DIR    GPG_HOME_DIR         directory with gpg's keys
 - gpg-exe           FILE   GPG_EXE              gpg to run
-- sudo-exe          FILE   SUDO_EXE             sudo
+- sudo-exe          FILE   SUDO_EXE             sudo to run
 f foreground        -      foreground           stay in the foreground, even when called fwknopd
 - daemon            -      daemon               go to the background, and log to syslog
 - syslog-enable     -      syslog               log to syslog too
 t test              -      test                 judge and log packets, leave the firewall alone
-v verbose           -      VERBOSE=1            say more in the log
+v verbose           -      VERBOSE=1            log more
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
 D dump-config       -      dump                 print the configuration, without secrets
-- exit-parse-config -      check                check the configuration
-- exit-parse-digest-cache - check_digests       check the file of remembered packets
+- exit-parse-config -      check                check the configuration, and end
+- exit-parse-digest-cache - check_digests       check the file of remembered packets, and end
 - dump-serv-err-codes -    codes                print the error numbers that the log may name
-S status            -      status               is a server running?
-K kill              -      kill                 end the running server, and wait for its end
-R restart           -      restart              let the running server read its files again
-- fw-list           -      list                 list what is open, for how long, and by whom
-- fw-list-all       -      list_all             and what the firewall prints of our tables
+S status            -      status               say whether a server runs
+K kill              -      kill                 stop the running server, and wait until it has ended
+R restart           -      restart              make the running server read its files again
+- fw-list           -      list                 list what is open, for how long, and who opened it
+- fw-list-all       -      list_all             list this, and all that stands in our tables
 - fw-flush          -      flush                close all that is open; a guard stays
-- guard             -      guard                close GUARD_PORTS, and end: for a boot
+- guard             -      guard                close GUARD_PORTS, and end; for early at boot
 - unguard           -      unguard              take the guard away
 - key-gen           -      key_gen              print new keys; keygen.py prints whole stanzas
-- key-gen-file      FILE   key_gen_file         or write them to a new file
+- key-gen-file      FILE   key_gen_file         write new keys to a new file
 - key-len           BYTES  key_len              length of the encryption key, 1 to 32
 - hmac-key-len      BYTES  hmac_key_len         length of the HMAC key, 1 to 128
 - hmac-digest-type  DIGEST hmac_type            digest that the HMAC key is for
-l locale            NAME   LOCALE               of fwknopd, ignored
-- fault-injection-tag TAG  FAULT_INJECTION_TAG  of fwknopd, ignored
-- no-ipt-check-support -   nothing              of fwknopd, ignored
-- no-firewd-check-support - nothing             of fwknopd, ignored
+l locale            NAME   LOCALE               for fwknopd alone; ignored
+- fault-injection-tag TAG  FAULT_INJECTION_TAG  for fwknopd alone; ignored
+- no-ipt-check-support -   nothing              for fwknopd alone; ignored
+- no-firewd-check-support - nothing             for fwknopd alone; ignored
 V version           -      version              print version and SHA-256 of this file
-h help              -      help                 print this
+h help              -      help                 print this help
 """
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
@@ -8554,20 +8557,21 @@ OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 KNOCKD_OPTION_TABLE = """
 i interface         NAME   interfaces           interfaces to listen on, instead of the file's
 d daemon            -      daemon               serve in the background
-c config            FILE   KNOCKD_CONF          knockd.conf
-D debug             -      VERBOSE=1            say more in the log
-l lookup            -      nothing              of knockd, ignored: names would delay a knock
-p pidfile           FILE   FWKNOP_PID_FILE      pid of the running server; PidFile goes first
-g logfile           FILE   log_file             log to this file; LogFile goes first
-v verbose           -      VERBOSE=1            say more in the log
-4 only-ip-v4        -      four_only            no IPv6
+c config            FILE   KNOCKD_CONF          knockd.conf to read
+D debug             -      VERBOSE=1            log more
+l lookup            -      nothing              ignored: to look up names would delay a knock
+p pidfile           FILE   FWKNOP_PID_FILE      file for the server's pid, unless PidFile is set
+g logfile           FILE   log_file             log to this file, unless LogFile is set
+v verbose           -      VERBOSE=1            log more
+4 only-ip-v4        -      four_only            listen for IPv4 only
 V version           -      version              print version and SHA-256 of this file
-h help              -      help                 print this
+h help              -      help                 print this help
 """
 KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
 KNOCKD_FILE = "/etc/knockd.conf"
-LOOK_AGAIN_SECONDS = 0.5  # a server puts back sooner what somebody took, but for legacy iptables
-
+# A server that runs puts back within SETTLE_SECONDS what somebody took, unless it has the legacy
+# iptables, which announces no changes.
+LOOK_AGAIN_SECONDS = 0.5
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
            "list_all", "flush", "guard", "unguard", "key_gen"}
 
@@ -8575,74 +8579,74 @@ HELP = """Usage: spa_server.py [options]
 
 Hide ports, and open them for a while to clients that hold a key.
 
-%s
+{options}
 
-First steps: `spa_server.py --init tcp/22` makes keys and files in /etc/fwknop where there are
-none, prints the client's stanza, hides ssh and serves. SIGHUP reads the files again.
+First steps: `spa_server.py --init tcp/22` makes keys and files in /etc/fwknop if there are none,
+prints the client's stanza, hides ssh and serves. SIGHUP makes a server read its files again.
 """
 
 
 KNOCKD_HELP = """Usage: knockd [options]
 
-Run the commands of a knockd.conf's doors for who hits their ports. This is spa_server.py under the
-name knockd; under its own it does more.
+Run the commands of a knockd.conf for clients that knock at the ports of its doors. This is
+spa_server.py under the name knockd; under its own name it does more.
 
-%s
+{options}
 """
 
 
 class Arguments:
-    """The command line: directives that it sets, and words that say what to do.
+    """The command line: `lines` for the directives that it sets, `values` for all other options.
 
-    `program` is the name it was started through: of knockd it takes other options, no more files
-    than knockd.conf, and serves its doors alone.
+    `program` is the name that started it. As knockd it takes other options, reads knockd.conf
+    alone, and serves only the doors in it.
     """
 
-    def __init__(self, words: List[str], program: str = "") -> None:
+    def __init__(self, arguments: List[str], program: str = "") -> None:
         self.program = program
         self.as_knockd = program == "knockd"
         self.options = KNOCKD_OPTIONS if self.as_knockd else OPTIONS
         self.lines: List[Line] = []
-        self.words: Dict[str, str] = {}
+        self.values: Dict[str, str] = {}  # by what the option sets; its own name without a value
         if self.as_knockd:
             self.lines.append(Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE))
-        given, others = parse_options(self.options, words)
+        given, others = parse_options(self.options, arguments)
         if others:
             raise UsageError(f"unexpected argument '{others[0]}'", "--help lists the options")
         for option, name, text in given:
-            if option.argument in ("FILE", "FILES", "DIR"):  # which the background is not beside
+            if option.argument in ("FILE", "FILES", "DIR"):  # a daemon has another directory
                 paths = text.split(",") if option.argument == "FILES" else [text]
                 text = ",".join(map(os.path.abspath, paths))
             row = ServerSettings.row(option.name)
             if row is None:
-                self.words[option.name] = text or name
-                if len(ACTIONS & set(self.words)) > 1:
+                self.values[option.name] = text or name
+                if len(ACTIONS & set(self.values)) > 1:
                     raise UsageError(f"option '{name}' does not go with the one before")
             else:
                 self.lines.append(Line(name, 0, row.name, text))
 
-    def __contains__(self, word: str) -> bool:
-        """Whether an option said this word."""
-        return word in self.words
+    def __contains__(self, name: str) -> bool:
+        """Return whether an option set this name."""
+        return name in self.values
 
     @property
     def config_file(self) -> str:
-        """The fwknopd.conf to read."""
-        return self.words.get("config_file", CONFIG_FILE)
+        """Return the path of the fwknopd.conf to read."""
+        return self.values.get("config_file", CONFIG_FILE)
 
 
 def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
-    """All files and what the command line says instead; ConfigError names file and line.
+    """Read all files and the command line, which wins; ConfigError names file and line.
 
-    Relative paths in them begin at `directory`.
+    Relative paths in the files begin at `directory`.
     """
     settings, warnings = read_settings(arguments)
     knockd = read_knockd(settings.knockd_file) if settings.knockd_file else None
     if knockd:
         warnings += knockd.warnings
-        for row, value in ((KnockdOptions.interfaces, arguments.words.get("interfaces")),
+        for row, value in ((KnockdOptions.interfaces, arguments.values.get("interfaces")),
                            (KnockdOptions.log_file, knockd.options.log_file
-                            or arguments.words.get("log_file"))):
+                            or arguments.values.get("log_file"))):
             if value:
                 knockd.options.set_line(Line("--" + row.name.lower(), 0, row.name, value))
         if arguments.as_knockd and (knockd.options.is_set(KnockdOptions.pid_file)
@@ -8660,7 +8664,7 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
 
 
 def access_files(settings: ServerSettings) -> List[str]:
-    """The files to read stanzas from: ACCESS_FILE, or what is in ACCESS_FOLDER."""
+    """Return the files to read stanzas from: ACCESS_FILE, or those in ACCESS_FOLDER."""
     if settings.access_folder:
         try:
             return folder_files(settings.access_folder)
@@ -8674,18 +8678,18 @@ def access_files(settings: ServerSettings) -> List[str]:
 
 def read_settings(arguments: Arguments,
                   skipping: Optional[Log] = None) -> Tuple[ServerSettings, List[str]]:
-    """fwknopd.conf, which need not exist where nobody named it, what overrides it, and the command
-    line, in this order: the last word counts.
+    """Read fwknopd.conf, the files that override it, and the command line; the last one wins.
 
-    `skipping`: log what is wrong in a file, and go on without that line.
+    fwknopd.conf may be missing if nobody named it. With `skipping`, log a wrong line and go on
+    without it.
     """
     settings = ServerSettings()
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
-    files = [arguments.config_file] * (not arguments.as_knockd and (
-        named or os.path.exists(arguments.config_file)))
-    overrides = arguments.words["override"].split(",") if "override" in arguments else []
-    for path in files + overrides:
+    reads = not arguments.as_knockd and (named or os.path.exists(arguments.config_file))
+    files = [arguments.config_file] if reads else []
+    files += arguments.values["override"].split(",") if "override" in arguments else []
+    for path in files:
         warnings += read_server_settings(path, settings, skipping)
     for line in arguments.lines:
         settings.set_line(line)
@@ -8696,15 +8700,15 @@ def read_settings(arguments: Arguments,
 
 
 def own_hash() -> str:
-    """The SHA-256 of this file, to compare with the one that was meant to be copied."""
+    """Return the SHA-256 of this file, to compare with the one that was to be copied."""
     with open(os.path.abspath(__file__), "rb") as file:
         return binascii.hexlify(DIGESTS["SHA256"](file.read())).decode()
 
 
 def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
-    """A line for each grant that the firewall has, in the columns of `iptables -L -n`.
+    """Return a line for each grant in the firewall, in the columns of `iptables -L -n`.
 
-    The target of what is forwarded says so, since all chains are in one list here.
+    All chains are in one list here, so each line ends with the target of its NAT.
     """
     now = firewall.clocks.monotonic()
     lines = [f"Listing rules in fwknopd ({firewall.describe()})...", "",
@@ -8714,19 +8718,19 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
         source, _, destination, port = str(door).split(" ", 3)
         protocol, _, port = port.partition("/")
         target = "ACCEPT" if door.kind == INPUT else door.kind
-        extra = " to:" + door.target_text() if door.target else ""
-        lines.append("%-4d %-10s %-4s --  %-20s %-20s %s dpt:%s /* %s%d */%s %d seconds left, %s"
-                     % (number, target, protocol, source, destination, protocol, port, MARK,
-                        grant.expires, extra, max(0, grant.ends - now),
-                        find_opener(openers, grant)))
+        extra = f" to:{door.target_text()}" if door.target else ""
+        seconds, opener = int(max(0, grant.ends - now)), find_opener(openers, grant)
+        lines.append(f"{number:<4} {target:<10} {protocol:<4} --  {source:<20} {destination:<20} "
+                     f"{protocol} dpt:{port} /* {MARK}{grant.expires} */{extra} "
+                     f"{seconds} seconds left, {opener}")
     return "\n".join(lines)
 
 
 def signal_server(arguments: Arguments) -> int:
-    """-S, -K and -R: the words and exit codes of fwknopd (tests/spec/fwknop.md 3.1).
+    """Do -S, -K or -R in fwknopd's words; return its exit code (tests/spec/fwknop.md 3.1).
 
-    What fwknopd does after five seconds, SIGKILL, is left to the administrator: it would keep the
-    server from closing what it has to close.
+    fwknopd sends SIGKILL after five seconds. That is left to the administrator here, since it
+    would keep the server from closing what is open.
     """
     path = read_settings(arguments)[0].pid_file
     pid = running_server(path)
@@ -8738,86 +8742,87 @@ def signal_server(arguments: Arguments) -> int:
         end = time.monotonic() + ANSWER_SECONDS
         while running_server(path) == pid:
             if time.monotonic() > end:
-                raise SpaError("fwknopd (pid=%d) has not ended yet, after SIGTERM and %d seconds"
-                               % (pid, ANSWER_SECONDS), "see its log")
+                raise SpaError(f"fwknopd (pid={pid}) has not ended yet, after SIGTERM and "
+                               f"{ANSWER_SECONDS} seconds", "see its log")
             time.sleep(0.05)
-        write_to(sys.stdout, "Killed fwknopd (pid=%d) via SIGTERM\n" % pid)
+        write_to(sys.stdout, f"Killed fwknopd (pid={pid}) via SIGTERM\n")
     elif "restart" in arguments:
         os.kill(pid, signal.SIGHUP)
-        write_to(sys.stdout, "Sent restart signal to fwknopd (pid=%d)\n" % pid)
+        write_to(sys.stdout, f"Sent restart signal to fwknopd (pid={pid})\n")
     else:
-        write_to(sys.stdout, "Detected fwknopd is running (pid=%d).\n" % pid)
+        write_to(sys.stdout, f"Detected fwknopd is running (pid={pid}).\n")
     return 0
 
 
-def flush_firewall(settings: ServerSettings, server: Optional[int], log: Log) -> None:
-    """--fw-flush: closes all that is open. Where a server runs it does that, or it would put grants
-    back; without one our part is taken out of the host's own chains as well.
+def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> None:
+    """Close all that is open (--fw-flush), by the running server if there is one.
 
-    A server that could not write its pid answers as well.
+    A running server would put grants back, so it has to close them. Without one, our part of the
+    host's own chains goes as well. A server without a pid could not write it, and is asked too.
     """
     write_to(sys.stdout, "Deleting any existing firewall rules...\n")
-    name = "the server (pid=%d)" % server if server else "the server"
+    name = f"the server (pid={pid})" if pid else "the server"
     try:
         answer = ask_server(settings.pid_file, "flush")
     except OSError as error:
-        if server:
+        if pid:
             raise SpaError(f"{name} does not answer: {error}",
                            "see its log, or end it with -K and try again") from None
-        take_away_for_good((OPEN, REST), settings, log)
-        say("Nothing is open now." + " The guard stays until --unguard." * bool(
-            leftovers(GUARD, settings, log)))
+        remove_for_good([OPEN, REST], settings, log)
+        guarded = leftovers(GUARD, settings, log)
+        say("Nothing is open now." + (" The guard stays until --unguard." if guarded else ""))
         return
     if answer != "ok":
         raise SpaError(f"{name} could not close all: {answer}")
     say(name.capitalize() + " has closed all that was open.")
 
 
-def take_away_for_good(parts: Iterable[str], settings: ServerSettings, log: Log) -> List[str]:
-    """Take parts of ours out of the kernel, say each, and look later whether all of it stays away.
+def remove_for_good(parts: List[str], settings: ServerSettings, log: Log) -> List[str]:
+    """Remove parts of ours from the kernel, and return their names. The last part has the others.
 
-    A server that these settings do not name would have put it back.
+    A server that these settings do not name would put the parts back: so look again, and raise
+    CommandError if something is there.
     """
     taken = []
     for part in parts:
-        for words in take_away(part, settings, log):
-            taken.append(words)
-            write_to(sys.stdout, f"Deleted {words}\n")
-    time.sleep(LOOK_AGAIN_SECONDS if taken else 0)
-    left = [words for each in leftovers(part, settings, log) for words in each.words]
+        for name in take_away(part, settings, log):
+            taken.append(name)
+            write_to(sys.stdout, f"Deleted {name}\n")
+    if taken:
+        time.sleep(LOOK_AGAIN_SECONDS)
+    left = [name for each in leftovers(parts[-1], settings, log) for name in each.words]
     if left:
-        owner = table_owner(GUARD_TABLE)
+        owner, table = table_owner(GUARD_TABLE), " ".join(GUARD_TABLE[:2])
         raise CommandError("still there: " + ", ".join(left), hint=(
-            "table %s %s belongs to %s; " % (GUARD_TABLE[:2] + (owner,)) + OWNER_HINT if owner else
+            f"table {table} belongs to {owner}; {OWNER_HINT}" if owner else
             "if a server runs, end it; -K finds it by its fwknopd.conf (-c) or run directory (-r)"))
     return taken
 
 
-def take_guard_away(settings: ServerSettings, server: Optional[int], log: Log) -> None:
-    """--unguard: takes away every guard of ours, whatever backend has it."""
-    if server:
-        raise SpaError("a server is running (pid=%d), which would put the guard back" % server,
+def remove_guard(settings: ServerSettings, pid: Optional[int], log: Log) -> None:
+    """Remove every guard of ours (--unguard), whatever backend has it."""
+    if pid:
+        raise SpaError(f"a server is running (pid={pid}), which would put the guard back",
                        "end it first, with -K")
-    guards = take_away_for_good([GUARD], settings, log)
-    say("The guard is gone. Now the host's own firewall alone decides who reaches %s."
-        % (port_list(settings.guard_ports) or "the ports it closed") if guards else
-        "There is no guard.")
+    ports = port_list(settings.guard_ports) or "the ports it closed"
+    say(f"The guard is gone. Now the host's own firewall alone decides who reaches {ports}."
+        if remove_for_good([GUARD], settings, log) else "There is no guard.")
 
 
 def put_guard_up(arguments: Arguments, log: Log) -> None:
-    """--guard: closes GUARD_PORTS, and ends. It needs no network, and fwknopd.conf alone.
+    """Close GUARD_PORTS (--guard). That needs no network, and no file but fwknopd.conf.
 
-    Grants in a guard that stands, and their sets, stay as they are.
+    A guard that stands keeps its grants and sets.
     """
     settings = read_settings(arguments)[0]
     if not settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports, "expected the ports that --guard closes")
-    server = running_server(settings.pid_file)
-    if server and not leftovers(GUARD, settings, log):
-        raise SpaError("a server is running (pid=%d), and no guard stands" % server,
+    pid = running_server(settings.pid_file)
+    if pid and not leftovers(GUARD, settings, log):
+        raise SpaError(f"a server is running (pid={pid}), and no guard stands",
                        "-R lets it read its files again")
-    if server:
-        say("The guard stands: a server is running (pid=%d), and keeps it." % server)
+    if pid:
+        say(f"The guard stands: a server is running (pid={pid}), and keeps it.")
         return
     choose_firewall(settings, None, "test" in arguments, log).prepare_guard()
     if "test" not in arguments:
@@ -8825,7 +8830,7 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
 
 
 def list_firewall(arguments: Arguments, settings: ServerSettings, log: Log) -> None:
-    """--fw-list and --fw-list-all. Unreadable files keep nobody from seeing what is open."""
+    """Print what is open (--fw-list, --fw-list-all), even if files can't be read."""
     stanzas: Optional[List[Stanza]] = None
     try:
         stanzas = read_configuration(arguments).stanzas
@@ -8838,35 +8843,35 @@ def list_firewall(arguments: Arguments, settings: ServerSettings, log: Log) -> N
 
 
 def run_on_firewall(arguments: Arguments, log: Log) -> None:
-    """--fw-list, --fw-list-all, --fw-flush and --unguard, with what is right in fwknopd.conf."""
+    """Do --fw-list, --fw-list-all, --fw-flush or --unguard; skip wrong lines of fwknopd.conf."""
     settings = read_settings(arguments, log)[0]
     try:
-        server = running_server(settings.pid_file)
+        pid = running_server(settings.pid_file)
     except (SpaError, OSError) as error:
         log.warning(f"{explain(error)}; going on without its pid")
-        server = None
+        pid = None
     if "unguard" in arguments:
-        take_guard_away(settings, server, log)
+        remove_guard(settings, pid, log)
     elif "flush" in arguments:
-        flush_firewall(settings, server, log)
+        flush_firewall(settings, pid, log)
     else:
         list_firewall(arguments, settings, log)
 
 
 def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
-    """--init: makes the files where there are none, and returns the settings to serve with."""
+    """Write files where there are none (--init); return the settings to serve with."""
     try:
-        ports = parse_ports(arguments.words["init"])
+        ports = parse_ports(arguments.values["init"])
     except ValueError as error:
         raise UsageError(f"--init: {error}") from None
     if not ports or is_journal(sys.stdout):
         raise UsageError("--init: expected ports, and a terminal or file to print the keys to")
     there = [path for path in (arguments.config_file, settings.access_file) if os.path.exists(path)]
     if there and not ports <= settings.guard_ports:
-        both = len(there) == 2
-        raise ConfigError("--init: {} {} there already".format(" and ".join(there),
-                                                           "are" if both else "is"),
-                          "set GUARD_PORTS {} in fwknopd.conf, or move {} away".format(port_list(ports), "both" if both else "it"))
+        verb, them = ("are", "both") if len(there) == 2 else ("is", "it")
+        names, list_of_ports = " and ".join(there), port_list(ports)
+        raise ConfigError(f"--init: {names} {verb} there already",
+                          f"set GUARD_PORTS {list_of_ports} in fwknopd.conf, or move {them} away")
     configured = settings.access_file in there or settings.access_folder
     if configured:
         write_to(sys.stdout, "There is a configuration already; serving it\n")
@@ -8876,17 +8881,17 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
 
 
 def generate_keys(arguments: Arguments) -> None:
-    """--key-gen: both keys in fwknopd's lines, printed or written to a file that was not there."""
-    words = arguments.words
+    """Print both keys in fwknopd's lines (--key-gen), or write them to a new file."""
+    values = arguments.values
     try:
-        digest = parse_digest(words.get("hmac_type", "SHA256"))
-        size = integer(1, MAX_KEY_BYTES)(words.get("key_len", "32"))
+        digest = parse_digest(values.get("hmac_type", "SHA256"))
+        size = integer(1, MAX_KEY_BYTES)(values.get("key_len", "32"))
         hmac_size = integer(1, MAX_HMAC_KEY_BYTES)(
-            words.get("hmac_key_len", str(min(digest.block, MAX_HMAC_KEY_BYTES))))
+            values.get("hmac_key_len", str(min(digest.block, MAX_HMAC_KEY_BYTES))))
     except ValueError as error:
         raise UsageError(f"--key-gen: {error}") from None
     text = f"KEY_BASE64: {random_key(size)}\nHMAC_KEY_BASE64: {random_key(hmac_size)}"
-    path = words.get("key_gen_file")
+    path = values.get("key_gen_file")
     if path:
         write_new_file(path, text + "\n")
         text = f"[+] Wrote Rijndael and HMAC keys to: {path}"
@@ -8894,14 +8899,14 @@ def generate_keys(arguments: Arguments) -> None:
 
 
 def check_configuration(arguments: Arguments, log: Log) -> None:
-    """-D, --exit-parse-config and --exit-parse-digest-cache."""
+    """Do -D, --exit-parse-config or --exit-parse-digest-cache."""
     configuration = read_configuration(arguments)
     if "check" in arguments:
         load_gpg(configuration.settings, configuration.stanzas)
         configuration.choose_firewall(log)
     configuration.tell(log)
     if configuration.voids():
-        raise ConfigError("%d stanzas open nothing" % len(configuration.voids()))
+        raise ConfigError(f"{len(configuration.voids())} stanzas open nothing")
     if "check_digests" in arguments:
         ReplayMemory(None, None, log).load(configuration.settings.digest_file)
         say("Digest cache parsed, exiting.")
@@ -8910,13 +8915,13 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     else:
         say("# fwknopd.conf\n" + configuration.settings.dump())
         for stanza in configuration.stanzas:
-            say("# access.conf, stanza #%d\n%s" % (stanza.number, stanza.dump()))
+            say(f"# access.conf, stanza #{stanza.number}\n{stanza.dump()}")
         if configuration.knockd:
             say("# knockd.conf\n" + configuration.knockd.dump())
 
 
 def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
-    """Lets the log go where a knockd.conf says, too."""
+    """Make the log also go where a knockd.conf says."""
     path = os.path.join(directory, options.log_file) if options.log_file else ""
     if path != (log.file.path if log.file else ""):
         log.file = FileOutlet(path) if path else None
@@ -8924,7 +8929,7 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
         if log.file:
             os.close(log.file.open())
     except OSError as error:  # as in knockd, no reason not to serve
-        log.error(f"{path}: {error.strerror}; it gets no lines")
+        log.error(f"{explain(error, path)}; it gets no lines")
     if options.use_syslog and not log.syslog:
         log.open_syslog("knockd", "LOG_DAEMON", with_pid=False)
         log.stream_level = log.stream_level if log.level == DEBUG else ERROR
@@ -8932,18 +8937,18 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
 
 
 def serve(arguments: Arguments, log: Log) -> int:
-    """Serves, in the background where it was told to or its name is fwknopd."""
+    """Serve, in the background if an option or the name fwknopd says so; return the exit code."""
     settings = read_settings(arguments)[0]
     if "init" in arguments:
         settings = run_init(arguments, settings)
-    named = arguments.program == "fwknopd" and "foreground" not in arguments
-    daemon = named or "daemon" in arguments
+    as_fwknopd = arguments.program == "fwknopd" and "foreground" not in arguments
+    daemon = as_fwknopd or "daemon" in arguments
     if (daemon and not arguments.as_knockd) or "syslog" in arguments:
         log.open_syslog(settings.syslog_identity, settings.syslog_facility, with_pid=True)
     log.stream_level = ERROR if daemon else DEBUG
-    pid = running_server(settings.pid_file) if named else None
-    if pid is not None:  # for scripts that start it again and again, as with fwknopd
-        log.error("[*] An instance of fwknopd is already running: (PID=%d)." % pid)
+    pid = running_server(settings.pid_file) if as_fwknopd else None
+    if pid is not None:  # as fwknopd does, for scripts that start it again and again
+        log.error(f"[*] An instance of fwknopd is already running: (PID={pid}).")
         return 0
     directory = os.getcwd()
 
@@ -8959,15 +8964,16 @@ def serve(arguments: Arguments, log: Log) -> int:
 
 
 def run(arguments: Arguments, log: Log) -> int:
-    """Does what the options say; returns the exit code."""
-    asked = set(arguments.words)
+    """Do what the options ask for; return the exit code."""
+    asked = set(arguments.values)
     if "help" in arguments:
-        say((KNOCKD_HELP if arguments.as_knockd else HELP)
-              % "\n".join(option.format(option.help) for option in arguments.options))
+        text = KNOCKD_HELP if arguments.as_knockd else HELP
+        say(text.format(options="\n".join(each.format(each.help) for each in arguments.options)))
     elif "version" in arguments:
         say(f"spa_server.py {VERSION}, FKO protocol version 3.0.0\nsha256 {own_hash()}")
     elif "codes" in arguments:
-        say("\n".join("err code: %d, err string: '%s'" % pair for pair in ERROR_CODES.items()))
+        say("\n".join(f"err code: {code}, err string: '{text}'"
+                      for code, text in ERROR_CODES.items()))
     elif {"key_gen", "key_gen_file"} & asked:
         generate_keys(arguments)
     elif {"status", "kill", "restart"} & asked:
@@ -8984,7 +8990,7 @@ def run(arguments: Arguments, log: Log) -> int:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """The program: command line in, exit code out."""
+    """Run the command line and return the exit code; only here errors become one."""
     log = Log()
     log.open_stream(sys.stderr)
     try:

@@ -112,7 +112,7 @@ class ReadmeTest(unittest.TestCase):
         values = {"name": "gate", "access": "tcp/22", "address": "192.0.2.10", "key": "(a key)",
                   "hmac_key": "(another)"}
         shown = re.sub("(?m)^    ", "", read().partition("--init tcp/22\n")[2])
-        self.assertTrue(shown.startswith(server.CLIENT_STANZA % values), shown[:700])
+        self.assertTrue(shown.startswith(server.CLIENT_STANZA.format(**values)), shown[:700])
 
     def test_log_lines_that_it_explains_exist(self):
         """Every line of the table stands in the server, as far as it has no variable part."""
