@@ -1837,7 +1837,7 @@ class ServerSettings(Settings):
 
     @property
     def nat(self) -> bool:
-        """Whether NAT of any kind is enabled."""
+        """Return whether NAT of any kind is enabled."""
         return self.forwarding or self.local_nat
 
     def warnings(self) -> List[str]:
@@ -1895,12 +1895,12 @@ def read_server_settings(path: str, settings: ServerSettings,
 Step = Tuple[int, int]  # protocol and port; of ICMP the number of data bytes, or ANY_SIZE
 ANY_SIZE = -1
 STEP_PROTOCOLS = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
-MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # both make less than MAX_INSTRUCTIONS
+MAX_FILTER_PORTS, MAX_FILTER_FLAGS = 300, 32  # 2,201 instructions; the kernel takes 4096
 MAX_STEPS = 32  # as in knockd
 MAX_ECHO = 1452  # data bytes of an ICMPv6 echo request in a packet of 1500 bytes
 TCP_FLAGS = {"fin": 1, "syn": 2, "rst": 4, "psh": 8, "ack": 16, "urg": 32}  # RFC 9293 section 3.1
 MAX_ATTEMPTS, LEAST_ATTEMPTS = 65536, 4096  # of all sequences (14 MB); of each, at least
-MOST_SPARED = 16  # attempts to spare for one knock packet, so that none costs more time
+MOST_SPARED = 16  # attempts to spare for one knock packet: that takes 30 us
 SPARED_SHARE = 8  # spare attempts only while at most an eighth has done a second step
 
 
@@ -1925,7 +1925,7 @@ def parse_steps(text: str) -> Tuple[Step, ...]:
 
 
 def parse_flags(text: str) -> Tuple[int, int]:
-    """Parse `syn,!ack`: the TCP flags to look at, and those of them that must be set."""
+    """Parse `syn,!ack`; return the TCP flags to look at, and those of them that must be set."""
     mask = value = 0
     for item in text.split(",") if text else ():
         bit = TCP_FLAGS.get(item.lstrip("!").lower(), 0)
@@ -1941,9 +1941,9 @@ class Sequence:
     `seconds` is the time from the first step to the last. TCP segments without the right `flags`
     are ignored. A wrong step ends an attempt, and is then tried as a first one. Wrong is another
     port of this sequence; with `strict` any other port of its protocols, even if it is a step of
-    another sequence. Ignore a repeated step, because hosts resend SYNs; with `exact` it ends the
-    attempt. In a flood the oldest attempts are forgotten. Those that have done a second step are
-    spared, unless these are too many.
+    another sequence. A repeated step is ignored, because hosts resend SYNs; with `exact` it ends
+    the attempt. In a flood the oldest attempts are forgotten. Those that have done a second step
+    are spared, unless these are too many.
     """
 
     def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
@@ -1986,7 +1986,7 @@ class Sequence:
         return [step for line in lines for step in line.steps] or list(self.steps)
 
     def use_up(self, test: bool = False) -> bool:
-        """Mark the line of a file as used, and go on to the next one; return False if none is left.
+        """Mark the next line of its file, if any, as used; return False if that was the last one.
 
         Call this before anything is opened. If it raises SpaError, the line is not marked, and
         nothing may be opened. A `test` does not change the file.
@@ -2017,7 +2017,7 @@ class Sequence:
     def follow(self, knock: Datagram, now: float) -> int:
         """Return how many steps the source of a knock packet has now done; 0 if it does not count.
 
-        All of them: the sequence is complete.
+        After the last step the sequence is complete, and may begin anew.
         """
         if knock.protocol == TCP and (knock.flags & self.flags[0]) != self.flags[1]:
             return 0
@@ -2138,7 +2138,7 @@ class OneTimeFile:
 
     @property
     def steps(self) -> Tuple[Step, ...]:
-        """The steps of the next line; none if all lines are used."""
+        """Return the steps of the next line; none if all lines are used."""
         return self.lines[-1].steps if self.lines else ()
 
     def mark_used(self, test: bool = False) -> None:
@@ -2182,7 +2182,7 @@ def read_one_time_file(path: str) -> OneTimeFile:
 # 9. access.conf
 #
 # A stanza says which clients may open which ports, and for how long (tests/spec/fwknop.md 3.3).
-# No other section decides that.
+# It is the only policy: section 11 judges each packet by one stanza.
 # ======================================================================================
 
 
@@ -2207,7 +2207,7 @@ class Key(Directive[Secret]):
 
 
 def parse_digest(text: str) -> Digest:
-    """Parse the name of a digest."""
+    """Parse the name of a digest or HMAC type."""
     return DIGESTS[choice(*DIGESTS)(text)]
 
 
@@ -2365,7 +2365,7 @@ class Stanza(Settings):
                             "ports that open OPEN_PORTS when they are hit in this order: "
                             "7000, 8000:udp, 100:icmp", secret=True)
     knock_file = NoDefault("KNOCK_ONE_TIME_FILE", parse_path,
-                           "file with such sequences, of which each opens once")
+                           "file with such sequences, each of which opens once")
     knock_seconds = Directive("KNOCK_TIMEOUT", integer(1, 86400, "seconds"), "25",
                               "time from the first port to the last, and then for the packet")
     knock_flags = Directive("KNOCK_TCPFLAGS", parse_flags, "syn,!ack",
@@ -2390,7 +2390,7 @@ class Stanza(Settings):
         self.number = number
         self.keys: Optional[PacketKeys] = None  # validate() makes them
         self.gpg: Optional[GpgKeys] = None  # load_gpg() does, when the server starts
-        self.has_key_file = False  # by %include_keys; a user may own that file
+        self.has_key_file = False  # whether %include_keys names one, which a user may own
         self.sequence: Optional[Sequence] = None
         self.void = ""  # why it opens nothing
         self.takes_packets = True  # not only knock sequences
@@ -2479,8 +2479,8 @@ class Stanza(Settings):
             (gpg and self.gpg_disable_sig,
              "GPG_DISABLE_SIG Y: " + (
                  "only the HMAC tells who made a packet" if hmac_key else "without HMAC_KEY, "
-                 "everybody who has the public key of GPG_DECRYPT_ID can open what this stanza "
-                 "lets open")),
+                 "everybody who has the public key of GPG_DECRYPT_ID can open all that this "
+                 "stanza allows")),
             (gpg and not self.gpg_require_sig,
              "GPG_REQUIRE_SIG N has no effect, as in fwknopd: GPG_DISABLE_SIG has"),
             (key and self.mode == ASYMMETRIC,
@@ -2515,7 +2515,7 @@ class Stanza(Settings):
 
     @property
     def account(self) -> Optional[Account]:
-        """The account that runs this stanza's commands; None is the server's own."""
+        """Return the account that runs this stanza's commands; None is the server's own."""
         user, gid = self.command_user, self.command_group
         if user is None or gid is None:
             return user
@@ -2740,7 +2740,7 @@ class KnockdDoor(KnockdSettings):
 
     knock_steps = NoDefault("Sequence", parse_steps, "ports: 7000,8000:udp,9000", secret=True)
     knock_file = NoDefault("One_Time_Sequences", str,
-                           "file with such sequences, of which each opens once")
+                           "file with such sequences, each of which opens once")
     knock_seconds = Directive("Seq_Timeout Timeout",
                               number_before_comment(integer(1, 86400, "seconds")), "25",
                               "time from the first port to the last")
@@ -2823,7 +2823,7 @@ def read_knockd(path: str) -> KnockdFile:
         elif section is None:
             raise line.error("expected a section first: [options], or a door's [name]")
         elif "\0" in text or not (value or (equals and "command" in name.lower())):
-            raise line.error("expected `name = value`; only a command may be none")
+            raise line.error("expected `name = value`; only a command may be empty")
         elif section is not made.options and KnockdOptions.row(name) is not None:
             raise line.error("expected in the section [options]")
         else:

@@ -452,8 +452,8 @@ class NameTest(ConfigCase):
         made = self.configuration(["-4", "-l", "-D", "-v", "-d", "-c", path])
         self.assertEqual((True, True, []), (made.four_only, bool(made.settings.verbose),
                                             made.stanzas))
-        self.assertEqual("starting up, listening on eth0,eth1", made.words.started)
-        self.assertEqual("re-reading config file: " + path, made.words.rereading)
+        self.assertEqual("starting up, listening on eth0,eth1", made.lifecycle.started)
+        self.assertEqual("re-reading config file: " + path, made.lifecycle.rereading)
         self.assertEqual(["/etc/knockd.conf"], [line.value for line in server.Arguments(
             [], "knockd").lines])
 
@@ -464,13 +464,13 @@ class NameTest(ConfigCase):
         named = ["-c", self.write("fwknopd.conf", conf), "--knockd-conf", doors]
         alone = self.configuration(named, "fwknopd")
         self.assertEqual((0, 1, "knockd"), (len(alone.stanzas), len(alone.knockd.doors),
-                                            alone.words.program))
+                                            alone.lifecycle.program))
         self.write("access.conf", KEYED)
         self.write("fwknopd.conf", conf + "KNOCKD_CONF %s;\n" % doors)
         for words in (named, named[:2]):
             both = self.configuration(words, "spa_server.py")
             self.assertEqual((1, 1, "fwknopd"), (len(both.stanzas), len(both.knockd.doors),
-                                                 both.words.program))
+                                                 both.lifecycle.program))
             self.assertEqual([("any",)], [each.interfaces for each in both.listenings()
                                           if each.sequences])
         with self.assertRaisesRegex(server.ConfigError, "/no/such"):  # named, so it must be there
