@@ -3052,12 +3052,12 @@ def socket_text(packed: bytes) -> str:
 class Command(NamedTuple):
     """A program with its arguments, and the account it runs as; None is the server's own."""
 
-    words: Tuple[bytes, ...]
+    argv: Tuple[bytes, ...]
     account: Optional[Account]
 
     def __str__(self) -> str:
-        """Return the words as fwknopd's log shows them."""
-        return b" ".join(self.words).decode("latin-1")
+        """Return the arguments as fwknopd's log shows them."""
+        return b" ".join(self.argv).decode("latin-1")
 
     @property
     def runner(self) -> str:
@@ -3084,7 +3084,7 @@ def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
 
 def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
                    now: float) -> List[Command]:
-    """Return the commands that open a door and close it again; NONE is a command without words.
+    """Return the commands that open a door and close it again; NONE is a command without argv.
 
     Of a packet only parsed addresses and numbers get into them.
     """
@@ -6602,7 +6602,7 @@ def openers_file(settings: ServerSettings) -> str:
     return os.path.join(settings.run_directory, "grants")
 
 
-def grant_words(grant: Grant) -> str:
+def grant_key(grant: Grant) -> str:
     """Return a text that identifies a grant: its door and its end."""
     return f"{grant.door.describe()} {MARK}{grant.expires}"
 
@@ -6610,7 +6610,7 @@ def grant_words(grant: Grant) -> str:
 def find_opener(openers: Dict[str, str], grant: Grant) -> str:
     """Return who opened a grant, or "-". The end that a kernel tells may be a second off."""
     for shift in (0, 1, -1):
-        opener = openers.get(grant_words(grant._replace(expires=grant.expires + shift)))
+        opener = openers.get(grant_key(grant._replace(expires=grant.expires + shift)))
         if opener:
             return opener
     return "-"
@@ -6659,16 +6659,16 @@ SWITCH = (b"/bin/sh", b"-c",
 
 def close_and_open(closing: Command, opening: Command) -> Command:
     """Return the command that runs `closing` and then, even if that fails, `opening`."""
-    count = len(closing.words)
+    count = len(closing.argv)
     first = b" ".join(b'"${%d}"' % number for number in range(1, count + 1))
     script = b'%s; shift %d; exec "$@"' % (first, count)
-    return opening._replace(words=(b"/bin/sh", b"-c", script, b"sh") + closing.words
-                            + opening.words)
+    return opening._replace(argv=(b"/bin/sh", b"-c", script, b"sh") + closing.argv
+                            + opening.argv)
 
 
 def delayed(command: Command, seconds: int) -> Command:
     """Return a switch: the command that waits some seconds and then runs `command`."""
-    return command._replace(words=SWITCH + (b"%d" % seconds,) + command.words)
+    return command._replace(argv=SWITCH + (b"%d" % seconds,) + command.argv)
 
 
 def switched_command(pid: int) -> Tuple[int, Tuple[bytes, ...]]:
@@ -6705,7 +6705,7 @@ def launch(command: Command, output: int, outlives: bool = False,
 
     try:
         return subprocess.Popen(
-            command.words, bufsize=0, stdin=source, stdout=output,
+            command.argv, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
     except OSError as error:  # Python 3.6 names the program in its own way in the error's text
@@ -6736,7 +6736,7 @@ class Child:
 
 
 class Cycle:
-    """A command that opens, and one that closes after `seconds`; without words if none has to.
+    """A command that opens, and one that closes after `seconds`; without argv if none has to.
 
     `limit` is how many seconds each may run. `stanza_number` and `label` say whose they are.
     """
@@ -6817,7 +6817,7 @@ class Commands:
         first = cycles[0]
         run = sum(child.cycle.stanza_number == first.stanza_number for child in self.running)
         wait = sum(cycle.stanza_number == first.stanza_number for cycle in self.cycles.values())
-        new = {cycle.key for cycle in cycles if cycle.closing.words} - set(self.cycles)
+        new = {cycle.key for cycle in cycles if cycle.closing.argv} - set(self.cycles)
         if (run + sum(not self.lasts(cycle) for cycle in cycles) > first.most_running
                 or wait + len(new) > first.most_open):
             owner = f"stanza #{first.stanza_number}" if first.stanza_number > 0 else first.kind
@@ -6841,7 +6841,7 @@ class Commands:
               source: int = subprocess.DEVNULL) -> Child:
         """Start a command of a cycle; the loop then reads its output. CommandError if it can't."""
         shell = RUN if source == subprocess.DEVNULL else RUN_AT_PIPE
-        popen = launch(command._replace(words=shell + command.words), subprocess.PIPE,
+        popen = launch(command._replace(argv=shell + command.argv), subprocess.PIPE,
                        cycle.waits, source)
         child = Child(cycle, command, closes, self.clocks.monotonic(), popen)
         os.set_blocking(child.output.fileno(), False)
@@ -6919,10 +6919,10 @@ class Commands:
         if known:
             cycle.openings = [each for each in known.openings
                               if lasts or each.popen.poll() is None]
-        waits = cycle.waits and cycle.closing.words and not lasts
+        waits = cycle.waits and cycle.closing.argv and not lasts
         pipe = os.pipe() if waits else (subprocess.DEVNULL, subprocess.DEVNULL)
         try:
-            if cycle.closing.words:
+            if cycle.closing.argv:
                 self.set_switch(cycle, seconds + SWITCH_SECONDS, pipe[0])
             if not lasts:
                 self.start_opening(cycle, pipe[1])
@@ -6931,7 +6931,7 @@ class Commands:
                 os.close(end)
         if known:
             self.end_switch(known)
-        if cycle.closing.words:
+        if cycle.closing.argv:
             self.cycles[cycle.key] = cycle
             self.log.info(cycle.waiting_line.format(cycle=cycle, seconds=seconds))
 
@@ -6943,7 +6943,7 @@ class Commands:
         """
         opening, pending = cycle.opening, False
         try:
-            if cycle.closing.words and self.end_closing(cycle.closing):
+            if cycle.closing.argv and self.end_closing(cycle.closing):
                 pending = True
                 self.log.info(f"{cycle.kind}: what closes has not succeeded yet, "
                               "and is run before it")
@@ -6985,7 +6985,7 @@ class Commands:
                 end_group(child.popen, signal.SIGKILL)
         uid = os.geteuid() if closing.account is None else closing.account.uid
         earlier = self.earlier or []
-        pids = [pid for pid in earlier if switched_command(pid) == (uid, closing.words)]
+        pids = [pid for pid in earlier if switched_command(pid) == (uid, closing.argv)]
         self.earlier = [pid for pid in earlier if pid not in pids]
         for pid in pids:
             with contextlib.suppress(OSError):  # it has just ended, or is no leader, so no switch
@@ -7284,13 +7284,13 @@ class Access:
         grants = self.grants
         if not grants.firewall.keeps:
             return
-        lines = [f"{grant_words(grants.live[door])}\t{opener}\n"
+        lines = [f"{grant_key(grants.live[door])}\t{opener}\n"
                  for door in doors if door in grants.live]
         path = openers_file(self.settings)
         try:
             with open(open_ours(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
                 if os.fstat(file.fileno()).st_size > self.openers_limit:
-                    live = set(map(grant_words, grants.live.values()))
+                    live = set(map(grant_key, grants.live.values()))
                     lines[:0] = dict.fromkeys(line for line in file
                                               if line.partition("\t")[0] in live)
                     file.truncate(0)
@@ -7407,7 +7407,7 @@ class KnockListener:
         if isinstance(owner, Stanza):
             self.grant_stanza(owner, knock)
             return
-        if cycles[0].opening.words:
+        if cycles[0].opening.argv:
             commands.run(cycles)
         self.tally.counts["accepted"] += 1
 

@@ -209,7 +209,7 @@ class WordsTest(CommandCase):
                 try:
                     self.assertEqual(([], 0, True), judge(packet, stanza, datagram()))
                     words = [word.decode("latin-1") for word in
-                             server.client_command(packet.command, stanza, "SUDO").words]
+                             server.client_command(packet.command, stanza, "SUDO").argv]
                 except server.PacketRejected as rejection:
                     self.assertEqual(expected, rejection.reason)
                 else:
@@ -237,7 +237,7 @@ class WordsTest(CommandCase):
                 made = server.cycle_commands(stanza, doors[0], came, seconds, NOW)
                 self.assertEqual([SH + " " + expected, SH + " x " + expected],
                                  [str(command) for command in made])
-                self.assertEqual(1 + len(template.partition(";")[0].split()), len(made[0].words))
+                self.assertEqual(1 + len(template.partition(";")[0].split()), len(made[0].argv))
 
     def test_bytes_of_the_file_are_those_of_the_command(self) -> None:
         """A name in UTF-8 stays one word, also with bytes that Latin-1 takes for blanks."""
@@ -248,8 +248,8 @@ class WordsTest(CommandCase):
         stanza = server.read_stanzas(os.path.join(self.directory, "a"))[0][0]
         door = server.Door(ipaddress.ip_network("10.0.0.1"), None, "tcp", 22)
         opening, closing = server.cycle_commands(stanza, door, datagram(), 7, NOW)
-        self.assertEqual((path.encode("utf-8"), b"b"), opening.words)
-        self.assertEqual((), closing.words)
+        self.assertEqual((path.encode("utf-8"), b"b"), opening.argv)
+        self.assertEqual((), closing.argv)
 
     def test_accounts(self) -> None:
         """Users and groups by name, each from its own database."""

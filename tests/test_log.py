@@ -243,7 +243,7 @@ class OpenersTest(LogCase):
         """The kernel's time and ours are rounded at different moments; two seconds are another."""
         door = server.Door(ipaddress.ip_network("10.55.0.2/32"), None, "tcp", 22)
         grant = server.Grant(door, 1000, 0.0)
-        openers = {server.grant_words(grant): "stanza #1, user 'joe'"}
+        openers = {server.grant_key(grant): "stanza #1, user 'joe'"}
         found = [server.find_opener(openers, grant._replace(expires=expires)).split(",")[0]
                  for expires in range(998, 1003)]
         self.assertEqual(["-", "stanza #1", "stanza #1", "stanza #1", "-"], found)
@@ -281,10 +281,10 @@ class OpenersTest(LogCase):
         """Not with each packet, when much is open: each would cost as much as all before it."""
         made = self.serve(STANZA)
         with mock.patch.object(server, "OPENERS_BYTES", 500), \
-                mock.patch.object(server, "grant_words", side_effect=server.grant_words) as words:
+                mock.patch.object(server, "grant_key", side_effect=server.grant_key) as keys:
             made.access.openers_limit = 500
             self.knock(made, 200, "alice")
-        self.assertLess(words.call_count, 200 + 2 * 200)
+        self.assertLess(keys.call_count, 200 + 2 * 200)
         self.assertEqual(200, len(self.openers(made)))
         self.assertNotIn("-", [opener for _, opener in self.openers(made)])
 
