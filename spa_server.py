@@ -4885,16 +4885,16 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log,
 # ======================================================================================
 # 17. Firewall
 #
-# What every backend can do, and what its guard needs to know of the host.
+# The base of all backends, and what a guard has to know of the host.
 # ======================================================================================
 
-PATIENCE = 5.0  # seconds that the programs of a firewall may take altogether, while others wait
-LEAST_SECONDS = 0.05  # in which a program can do something
-POLL_SECONDS = 30.0  # how often a firewall is looked at whose changes netlink announces
+PATIENCE = 5.0  # seconds that one change may keep the loop waiting, all its programs together
+LEAST_SECONDS = 0.05  # less time is not enough for a program to start and do something
+POLL_SECONDS = 30.0  # between two looks at a firewall whose changes netlink announces
 
 
 class Firewall:
-    """A backend. This one keeps nothing and opens nothing: it says why, for --test and type none.
+    """A backend. This one has no grants; it logs why, for --test and FIREWALL_TYPE none.
 
     Every method but describe() may raise CommandError. The kernel is the register of grants.
     """
@@ -4903,19 +4903,20 @@ class Firewall:
     legacy = False  # whether it is the iptables from before nf_tables
     quickly_intact = False  # whether intact() takes no longer for many grants
     poll_seconds = POLL_SECONDS
-    guard_poll_seconds = float("inf")  # how often the guard is looked at, where nothing announces
-    guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # nf_tables' that the guard is in
-    netlink: Optional[Netlink] = None  # by which it changes nf_tables itself
+    guard_poll_seconds = float("inf")  # between two looks at a guard whose changes nobody announces
+    guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # the guard's in nf_tables
+    netlink: Optional[Netlink] = None  # set if the backend itself changes nf_tables
     guard_ports: FrozenSet[Port] = frozenset()
-    identity: Tuple[Any, ...] = ()  # where its rules are: two with the same one share them
-    due = FOR_EVER  # until when its programs may run, on the monotonic clock
+    chains: Iterable[Any] = ()  # that grants go to
+    identity: Tuple[Any, ...] = ()  # backends with the same identity share their rules
+    due = FOR_EVER  # when the time of its programs is up, on the monotonic clock
 
     def __init__(self, why: str, log: Log, clocks: Clocks = CLOCKS) -> None:
         self.why, self.log, self.clocks = why, log, clocks
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Let all that is done inside take so many seconds at the most."""
+        """Limit the time of all programs that run inside of the `with`."""
         before = self.due
         self.due = min(before, self.clocks.monotonic() + seconds)
         try:
@@ -4924,49 +4925,49 @@ class Firewall:
             self.due = before
 
     def seconds_left(self) -> float:
-        """Return how long the next program may run: half of the time that is left, since what one
-        has done that was killed has to be read back; CommandError when there is no time."""
+        """Return how long the next program may run; raise CommandError when no time is left.
+
+        That is half of the time that is left: if the program is killed, its work is read back.
+        """
         left: float = min(PROGRAM_SECONDS, (self.due - self.clocks.monotonic()) / 2)
         if left < LEAST_SECONDS:
             raise CommandError("the firewall has taken too long")
         return left
 
     def describe(self, door: Optional[Door] = None) -> str:
-        """Where this door, or access, goes, for the log."""
+        """Return the chains that this door, or access, goes to, for the log."""
         return "nowhere"
 
-    def places_of(self, door: Door) -> List[Any]:
-        """The places that this door goes to."""
+    def chains_for(self, door: Door) -> List[Any]:
+        """Return the chains that this door goes to."""
         return [None]
 
     def holds(self, door: Door) -> bool:
-        """Whether there is a place for this door."""
-        return bool(self.places_of(door))
+        """Return whether there is a chain for this door."""
+        return bool(self.chains_for(door))
 
     def normalise(self, door: Door) -> Optional[Door]:
-        """The door in the form that this firewall keeps; None when the host's firewall sees to it.
-
-        An address that its rules do not tell apart is any.
-        """
+        """Return the door as this backend can store it: addresses that its rules do not match
+        become any. None if there is nothing to store, since the host's firewall decides."""
         return door
 
     def prepare(self) -> None:
-        """Makes what is missing of chains, sets and rules; grants stay as they are."""
+        """Make the chains, sets and rules that are missing; grants stay as they are."""
 
     def prepare_guard(self) -> None:
-        """Make the guard alone, or make it whole; what is open stays open."""
+        """Make the guard alone, or repair it; grants stay as they are."""
         self.log.info(self.why)
 
     def intact(self) -> bool:
         """Return whether the rules that prepare() makes stand, and no others among them.
 
-        What should stand is computed. Compared with what stood after prepare(), a change that came
-        during prepare() would count as wanted for ever.
+        The rules that should stand are computed. To read them back after prepare() would take
+        somebody else's change during prepare() for a wanted one, for ever.
         """
         return True
 
     def succeed(self, old: "Firewall") -> None:
-        """Call this before prepare() where this firewall takes the place of another one."""
+        """Take over from another backend; call this before prepare()."""
 
     def concerns_guard(self, kind: int, body: bytes) -> bool:
         """Return whether nf_tables announces a change of the guard's rules, and not of a grant."""
@@ -4974,61 +4975,61 @@ class Firewall:
                 (body[0], attributes(body[4:]).get(TABLE_NAME, b"")) in self.guard_tables)
 
     def mend_guard(self) -> bool:
-        """Put the guard back where it is not as it should be; return whether anything was wrong."""
+        """Repair the guard if somebody changed it; return whether anything was wrong."""
         return False
 
     def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Opens `grants`, all or none, in place of `replaced`."""
+        """Add `grants`, all or none, in place of `replaced`."""
         self.log.info(self.why)
 
     def remove(self, grants: List[Grant]) -> None:
-        """Closes `grants`, also those that are gone already."""
+        """Remove grants, also those that are gone already."""
 
     def grants(self) -> List[Grant]:
-        """The grants that the kernel has."""
+        """Return the grants that the kernel has."""
         return []
 
     def listing(self) -> str:
-        """Our part of the firewall and what stands around it, as the firewall prints it."""
+        """Return the tables that grants go to, as the firewall's program prints them."""
         return ""
 
     def flush(self) -> None:
-        """Closes all grants, those of another fwknopd as well; the guard stays."""
+        """Remove all grants, those of another fwknopd as well; the guard stays."""
 
     def withdraw(self) -> None:
-        """Takes our part out of the host's own chains; the guard stays."""
+        """Remove our chains, sets and rules from the host's firewall; the guard stays."""
 
     def guarded(self) -> bool:
-        """Whether a guard stands, whoever made it."""
+        """Return whether a guard stands, whoever made it."""
         return False
 
     def unguard(self) -> None:
-        """Takes the guard away."""
+        """Remove the guard."""
 
     def leave(self) -> None:
-        """Close what this process has open for it; what stands in the kernel stays."""
+        """Close the sockets of this backend; the kernel keeps the rules."""
 
 
 COMMENT = "spa_server.py"  # begins the comment of our rules
 
 
 def tag(rule: str) -> str:
-    """Return the comment of a rule of ours. It changes with the rule's text.
+    """Return the comment of a rule of ours, which changes with the rule's text.
 
-    Firewalls print rules in words of their own, and each version in others: so the comments are
-    compared. A checksum will do, since who may change rules may do anything.
+    Every version of a firewall's program prints rules in a different way, so comments are compared.
+    A checksum is enough: whoever can change rules can do anything.
     """
     return f"{COMMENT}:{binascii.crc32(rule.encode()):08x}"
 
 
 def tag_in(text: str) -> str:
-    """Return the comment in a rule as the firewall has it; nothing for somebody else's rule."""
+    """Return our comment in a rule as the firewall has it; nothing for somebody else's rule."""
     _, found, rest = text.partition(COMMENT + ":")
     return found + rest[:8]
 
 
 def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
-    """Calls `do` with each item, also after one that failed; then raises the first CommandError."""
+    """Call `do` with each item, also after one that failed; then raise the first CommandError."""
     failed: Optional[CommandError] = None
     for item in items:
         try:
@@ -5040,10 +5041,11 @@ def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
 
 
 def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, int]]:
-    """Peer, its port and ours of the TCP connections to guarded ports, at most 500 (proc(5)).
+    """Return peer, its port and ours of the TCP connections to guarded ports (proc(5)).
 
-    A kernel that did not track connections before the guard was made takes those that it then sees
-    for new ones, and the guard would cut off the administrator who has just made it.
+    If the kernel did not track connections before the guard was made, it takes these for new
+    ones, and the guard would cut off the administrator who has just made it. At most 500, since
+    each becomes a rule that other packets have to pass.
     """
     found = []
     rows = [line.split() for name in ("net/tcp", "net/tcp6")
@@ -5051,9 +5053,9 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
     for _, local, remote, state, *_ in rows:
         port, (address, peer_port) = int(local.split(":")[1], 16), remote.split(":")
         if state == "01" and ("tcp", port) in ports:
-            words = struct.pack("=%dI" % (len(address) // 8), *(
-                int(address[i:i + 8], 16) for i in range(0, len(address), 8)))
-            found.append((parse_address(socket_text(words)), int(peer_port, 16), port))
+            packed = b"".join(struct.pack("=I", int(address[start:start + 8], 16))
+                              for start in range(0, len(address), 8))
+            found.append((parse_address(socket_text(packed)), int(peer_port, 16), port))
     return [each for each in found if not each[0].is_loopback][:500]
 
 
@@ -5061,14 +5063,14 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # 18. nftables
 #
 # A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
-# tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode in a table of
-# our own. nft sets that up once; elements go in and out by netlink. NAT has another table of
-# our own, with maps that tell where each client's connections lead.
+# tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode they stand in a
+# table of our own. nft makes them once; netlink adds and removes elements. NAT has another table
+# of our own. Its maps say where each client's connections lead.
 # ======================================================================================
 
 GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
-LOOKS = 5  # at a set, until no element of it ends while others are taken out
-GUARD_TABLE = NftChain("inet", "spa", "guard")
+LOOKS = 5  # at a set, until no element of it ends while others are deleted
+GUARD_TABLE = NftChain("inet", "spa", "guard")  # the table, and in it the chain that comes first
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
 OWNER_HINT = "kill PID ends that server, kill -USR2 PID has it close all that is open"
@@ -5083,110 +5085,124 @@ OWN_CHAINS = {
                 "postrouting": "{ type nat hook postrouting priority 99; policy accept; }"}}
 
 
-class Shape(NamedTuple):
-    """What the elements of a set or map look like, and what kind of doors they are.
+def nft_family(version: int) -> str:
+    """Return nft's name of an IP version."""
+    return "ip" if version == 4 else "ip6"
 
-    IP version, prefix length, with destination or not, with protocol and port or without.
-    """
 
-    version: int
-    prefix: int
-    destination: bool
+class SetType(NamedTuple):
+    """The type of a set or map: the doors that it holds, and the bytes of its elements."""
+
+    version: int  # of IP
+    prefix: int  # its length, of the source
+    has_destination: bool
     kind: str = INPUT
-    ports: bool = True
+    has_ports: bool = True  # protocol and port
 
     @property
-    def set_name(self) -> str:
+    def name(self) -> str:
         """`spa4`, `spa6_56`, `spa4_to`, `spa4_24_to`, `spa4_dnat`, `spa4_forward_all`."""
-        whole = 32 if self.version == 4 else 128
-        return "spa%d%s%s%s%s" % (self.version, "" if self.prefix == whole else "_%d" % self.prefix,
-                                  "_to" if self.destination else "",
-                                  "" if self.kind == INPUT else "_" + self.kind.lower(),
-                                  "" if self.ports else "_all")
+        parts = [f"spa{self.version}"]
+        if self.prefix != (32 if self.version == 4 else 128):
+            parts.append(str(self.prefix))
+        if self.has_destination:
+            parts.append("to")
+        if self.kind != INPUT:
+            parts.append(self.kind.lower())
+        return "_".join(parts if self.has_ports else parts + ["all"])
 
-    def creation(self, place: NftChain) -> str:
-        """The line that adds the set, or in the table for NAT the map, if it is not there."""
-        address, word, value = "ipv%d_addr" % self.version, "set", ""
-        fields = [address] * (1 + self.destination) + ["inet_proto", "inet_service"] * self.ports
-        if place == NAT_TABLE and self.kind != MASQUERADE:
-            word, value = "map", " : " + address
-            value += " . inet_service" * (self.kind == DNAT and self.ports)
-        return "add {} {} {} {} {{ type {}{}; flags timeout; }}".format(
-            word, place.family, place.table, self.set_name, " . ".join(fields), value)
+    @property
+    def has_target_port(self) -> bool:
+        """Whether the values of a map have a port: where the key has none, every port stays."""
+        return self.kind == DNAT and self.has_ports
 
-    def match(self, word: str = "") -> str:
-        """What a rule compares with the set, or with `word` (`map`) looks up in it."""
-        header = "ip" if self.version == 4 else "ip6"
-        anywhere = "0.0.0.0/%d" if self.version == 4 else "::/%d"
-        mask = ipaddress.ip_network(anywhere % self.prefix).netmask
-        source = f"{header} saddr" + (f" & {mask}" if self.prefix != mask.max_prefixlen else "")
-        fields = [source] + [f"{header} daddr"] * self.destination
-        fields += ["meta l4proto", "th dport"] * self.ports
-        return "{} {}@{}".format(" . ".join(fields), word, self.set_name)
+    def creation(self, chain: NftChain) -> str:
+        """Return the line that adds the set, or in the table for NAT the map, if it is missing."""
+        address, what = f"ipv{self.version}_addr", "set"
+        fields = " . ".join([address, address] if self.has_destination else [address])
+        if self.has_ports:
+            fields += " . inet_proto . inet_service"
+        if chain == NAT_TABLE and self.kind != MASQUERADE:
+            what = "map"
+            fields += f" : {address} . inet_service" if self.has_target_port else f" : {address}"
+        return (f"add {what} {chain.family} {chain.table} {self.name} "
+                f"{{ type {fields}; flags timeout; }}")
+
+    def match(self, lookup: str = "") -> str:
+        """Return the match of a rule: packets in the set, or with lookup `map ` their value."""
+        header = nft_family(self.version)
+        fields = [f"{header} saddr"]
+        network = ipaddress.ip_network(("0.0.0.0" if self.version == 4 else "::", self.prefix))
+        if network.prefixlen != network.max_prefixlen:
+            fields = [f"{header} saddr & {network.netmask}"]
+        if self.has_destination:
+            fields.append(f"{header} daddr")
+        if self.has_ports:
+            fields += ["meta l4proto", "th dport"]
+        return f"{' . '.join(fields)} {lookup}@{self.name}"
 
     def nat_rule(self) -> str:
-        """Chain and rule in the table for NAT; what is only routed here is led nowhere else."""
+        """Return chain and rule in the table for NAT. DNAT leaves alone what is only routed here.
+        """
         if self.kind == MASQUERADE:
             return f"postrouting {self.match()} masquerade"
-        return "{} {} ip{} to {}".format("prerouting fib daddr type local" if self.kind == DNAT
-                                     else "postrouting",
-                                     self.kind.lower(), "6" * (self.version == 6),
-                                     self.match("map "))
+        where = "prerouting fib daddr type local" if self.kind == DNAT else "postrouting"
+        return f"{where} {self.kind.lower()} {nft_family(self.version)} to {self.match('map ')}"
 
     def key(self, door: Door) -> bytes:
-        """The door as bytes of the set: each field filled up to 4 bytes."""
+        """Return the key of a door's element: each field is filled up to 4 bytes."""
         key = door.source.network_address.packed
         if door.destination:
             key += door.destination.packed
-        if self.ports:
+        if self.has_ports:
             key += struct.pack(">B3xH2x", PROTOCOL_NUMBERS[door.protocol], door.port)
         return key
 
     def value(self, door: Door) -> bytes:
-        """What a map has for the door: its target, with the port where the key has one."""
+        """Return the value of a door's element in a map: its target."""
         if door.target is None:
             return b""
-        port = struct.pack(">H2x", door.target_port) if self.kind == DNAT and self.ports else b""
+        port = struct.pack(">H2x", door.target_port) if self.has_target_port else b""
         return door.target.packed + port
 
     def door(self, key: bytes, value: bytes = b"") -> Optional[Door]:
-        """The door that a key and its value in a map mean, None when it is none of ours."""
+        """Return the door of an element; None if we did not make the element."""
         size = 4 if self.version == 4 else 16
-        addresses = size * (1 + self.destination)
-        if len(key) != addresses + 8 * self.ports:
+        addresses = 2 * size if self.has_destination else size
+        if len(key) != addresses + (8 if self.has_ports else 0):
             return None
         protocol, port = "*", 0
-        if self.ports:
+        if self.has_ports:
             number, port = struct.unpack(">B3xH2x", key[addresses:])
             protocol = {6: "tcp", 17: "udp"}.get(number, "")
             if not protocol:
                 return None
         source = ipaddress.ip_network((key[:size], self.prefix), strict=False)
-        destination = ipaddress.ip_address(key[size:addresses]) if self.destination else None
+        destination = ipaddress.ip_address(key[size:addresses]) if self.has_destination else None
         door = Door(source, destination, protocol, port, self.kind)
         if not value:
             return door
-        if len(value) != size + 4 * (self.kind == DNAT and self.ports):
+        if len(value) != size + (4 if self.has_target_port else 0):
             return None
         return door._replace(target=ipaddress.ip_address(value[:size]),
                              target_port=int.from_bytes(value[size:size + 2], "big"))
 
 
-def parse_set_name(name: str) -> Optional[Shape]:
-    """Return the shape whose set or map has this name; None if it is none of ours."""
-    head, *words = name.split("_")
+def parse_set_name(name: str) -> Optional[SetType]:
+    """Return the type of the set or map with this name; None if it is not ours."""
+    head, *parts = name.split("_")
     if head not in ("spa4", "spa6"):
         return None
-    prefix = words[0] if words and words[0].isdigit() else {"spa4": "32", "spa6": "128"}[head]
-    kind = next((kind for kind in (FORWARD,) + NAT_KINDS if kind.lower() in words), INPUT)
-    shape = Shape(int(head[3]), int(prefix), "to" in words, kind, "all" not in words)
-    return shape if shape.set_name == name else None
+    prefix = parts[0] if parts and parts[0].isdigit() else {"spa4": "32", "spa6": "128"}[head]
+    kind = next((kind for kind in (FORWARD,) + NAT_KINDS if kind.lower() in parts), INPUT)
+    set_type = SetType(int(head[3]), int(prefix), "to" in parts, kind, "all" not in parts)
+    return set_type if set_type.name == name else None
 
 
-def shape_of(door: Door) -> Shape:
-    """The shape of the set that a door belongs to."""
-    return Shape(door.source.version, door.source.prefixlen, door.destination is not None,
-                 door.kind, bool(door.port))
+def set_type_of(door: Door) -> SetType:
+    """Return the type of the set that a door belongs to."""
+    return SetType(door.source.version, door.source.prefixlen, door.destination is not None,
+                   door.kind, bool(door.port))
 
 
 class NftFirewall(Firewall):
@@ -5197,233 +5213,228 @@ class NftFirewall(Firewall):
     netlink: Netlink
 
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
-                 shapes: List[Shape], netlink: Netlink, log: Log,
+                 set_types: List[SetType], netlink: Netlink, log: Log,
                  forward: Tuple[NftChain, ...] = (), clocks: Clocks = CLOCKS) -> None:
         self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
-        self.shapes, self.forward, self.clocks = shapes, forward, clocks
-        self.chains = list(dict.fromkeys(accept + forward))  # the host's that our rules go to
-        translates = any(shape.kind in NAT_KINDS for shape in shapes)
-        # Where our sets are. The guard comes first.
-        self.places = [GUARD_TABLE] * bool(guard_ports) + [NAT_TABLE] * translates + self.chains
-        self.sets = [(place, shape) for place in self.places for shape in self.shapes_at(place)]
-        self.identity = ("nft", program, self.places)
-        self.rules: Dict[NftChain, Dict[NftChain, List[str]]] = {}  # that have to be at a place
-        self.guard_tables = frozenset([(NFT_FAMILIES["inet"], b"spa\0")] * bool(guard_ports))
+        self.set_types, self.forward, self.clocks = set_types, forward, clocks
         self.netlink = netlink
+        self.host_chains = list(dict.fromkeys(accept + forward))
+        # The guard's table and NAT's stand here for all their chains. The guard comes first.
+        self.chains = self.host_chains[:]
+        if any(set_type.kind in NAT_KINDS for set_type in set_types):
+            self.chains.insert(0, NAT_TABLE)
+        if guard_ports:
+            self.chains.insert(0, GUARD_TABLE)
+            self.guard_tables = frozenset([(NFT_FAMILIES["inet"], b"spa\0")])
+        self.sets = [(chain, each) for chain in self.chains for each in self.set_types_in(chain)]
+        self.identity = ("nft", program, self.chains)
+        self.rules: Dict[NftChain, Dict[NftChain, List[str]]] = {}  # wanted, of each of `chains`
 
     def succeed(self, old: Firewall) -> None:
-        """Go on with the socket that may own the guard's table."""
+        """Go on with the old socket, which may own the guard's table."""
         if isinstance(old, NftFirewall):
             self.netlink.close()
             self.netlink = old.netlink
 
     def describe(self, door: Optional[Door] = None) -> str:
-        """Where this door, or access, goes."""
-        places = self.places_of(door) if door is not None else [
-            place for place in self.places if place == GUARD_TABLE or place in self.accept]
-        back = door is not None and door.kind in (SNAT, MASQUERADE)
-        return ", ".join(" ".join(place[:2] + ("postrouting",) if back else place)
-                         for place in places)
+        """Return the chains that this door, or access, goes to."""
+        chains = self.chains_for(door) if door is not None else [
+            chain for chain in self.chains if chain == GUARD_TABLE or chain in self.accept]
+        if door is not None and door.kind in (SNAT, MASQUERADE):
+            chains = [chain._replace(chain="postrouting") for chain in chains]
+        return ", ".join(map(" ".join, chains))
 
     def normalise(self, door: Door) -> Optional[Door]:
-        """The door; None for what is forwarded, where the settings name no chain for it."""
+        """Return the door; None if it is forwarded, and the settings name no chain for that."""
         return door if door.kind != FORWARD or self.forward else None
 
-    def shapes_at(self, place: NftChain) -> List[Shape]:
-        """The shapes of doors that go there, if a table of this family can hold them."""
-        version = {"ip": 4, "ip6": 6}.get(place.family)
-        kinds = {GUARD_TABLE: [INPUT, DNAT], NAT_TABLE: list(NAT_KINDS)}.get(
-            place, [INPUT] * (place in self.accept) + [FORWARD] * (place in self.forward))
-        return [shape for shape in self.shapes
-                if shape.kind in kinds and version in (None, shape.version)]
+    def set_types_in(self, chain: NftChain) -> List[SetType]:
+        """Return the types of the sets that a chain, or a table of our own, has."""
+        version = {"ip": 4, "ip6": 6}.get(chain.family)  # None: the family inet has both
+        kinds = {GUARD_TABLE: (INPUT, DNAT), NAT_TABLE: NAT_KINDS}.get(chain) or [
+            kind for kind, chains in ((INPUT, self.accept), (FORWARD, self.forward))
+            if chain in chains]
+        return [each for each in self.set_types
+                if each.kind in kinds and version in (None, each.version)]
 
     def prepare(self) -> None:
-        """Makes sets and rules anew. The guard comes first, in a transaction of its own: a chain of
-        the host's that is missing must not keep it away."""
-        do_all(self.prepare_place, [(place,) for place in self.places])
+        """Make sets and rules anew. The guard comes first, in a transaction of its own: if a chain
+        of the host's is missing, the guard stands nevertheless."""
+        do_all(self.prepare_chain, [(chain,) for chain in self.chains])
 
-    def wanted_rules(self, place: NftChain) -> Dict[NftChain, List[str]]:
-        """Return the rules that the chains of a place have to have, in their order."""
-        shapes = self.shapes_at(place)
-        if place not in OWN_CHAINS:
-            return {place: [shape.match() + " accept" for shape in shapes]}
+    def wanted_rules(self, chain: NftChain) -> Dict[NftChain, List[str]]:
+        """Return the rules that a chain, or each chain of our own table, has to have, in order."""
+        set_types = self.set_types_in(chain)
+        if chain not in OWN_CHAINS:
+            return {chain: [each.match() + " accept" for each in set_types]}
         rules = [rule.partition(" ")[::2] for rule in (
-            nft_guard_rules(self.guard_ports, shapes) if place == GUARD_TABLE else
-            map(Shape.nat_rule, shapes))]
-        return {place._replace(chain=chain): [rule for name, rule in rules if name == chain]
-                for chain in OWN_CHAINS[place]}
+            nft_guard_rules(self.guard_ports, set_types) if chain == GUARD_TABLE else
+            map(SetType.nat_rule, set_types))]
+        return {chain._replace(chain=name): [rule for where, rule in rules if where == name]
+                for name in OWN_CHAINS[chain]}
 
     def prepare_guard(self) -> None:
         """Make the guard's table alone."""
-        self.prepare_place(GUARD_TABLE)
+        self.prepare_chain(GUARD_TABLE)
 
-    def prepare_place(self, place: NftChain) -> None:
-        """Makes a table of our own, or sets and rules in a chain of the host's."""
-        if place not in self.rules:
-            self.rules[place] = self.wanted_rules(place)
-        lines = [shape.creation(place) for shape in self.shapes_at(place)]
-        rules = ['rule {} {} comment "{}"'.format(" ".join(chain), rule, tag(rule))
-                 for chain, rules in self.rules[place].items() for rule in rules]
-        if place not in OWN_CHAINS:
+    def prepare_chain(self, chain: NftChain) -> None:
+        """Make a table of our own, or sets and rules in a chain of the host's."""
+        if chain not in self.rules:
+            self.rules[chain] = self.wanted_rules(chain)
+        lines = [each.creation(chain) for each in self.set_types_in(chain)]
+        rules = [f'rule {" ".join(where)} {rule} comment "{tag(rule)}"'
+                 for where, rules in self.rules[chain].items() for rule in rules]
+        if chain not in OWN_CHAINS:
             lines += ["insert " + rule for rule in rules[::-1]]  # each goes before the last one
             try:
-                self.run(self.rule_removal(place) + lines)
+                self.run(self.rule_removal(chain) + lines)
             except CommandError as error:
-                explain_failure(self.program, place, place in self.accept)
-                raise CommandError("{} (chain {})".format(error, " ".join(place))) from None
+                explain_failure(self.program, chain, chain in self.accept)
+                raise CommandError(f"{error} (chain {' '.join(chain)})") from None
             return
-        for chain, hook in OWN_CHAINS[place].items():
-            name = "chain %s %s %s" % (place[:2] + (chain,))
-            lines += [f"add {name} {hook}", "flush " + name]
+        table = f"{chain.family} {chain.table}"
+        for name, hook in OWN_CHAINS[chain].items():
+            lines += [f"add chain {table} {name} {hook}", f"flush chain {table} {name}"]
         lines += ["add " + rule for rule in rules]
         try:
-            self.fill_table(place, lines)
+            self.fill_table(chain, lines)
         except CommandError:  # perhaps somebody's chain or set has the name of one of ours
-            explain_owner(place)
-            self.run(["{} table {} {}".format(do, *place[:2]) for do in ("delete", "add")] + lines)
+            explain_owner(chain)
+            self.run([f"delete table {table}", f"add table {table}"] + lines)
 
-    def fill_table(self, place: NftChain, lines: List[str]) -> None:
+    def fill_table(self, chain: NftChain, lines: List[str]) -> None:
         """Let nft do all of `lines` in a table of our own, or nothing.
 
-        The guard's is owned by our socket afterwards, where the kernel (6.9) lets it be persistent:
-        then a server that is killed leaves it behind. While it is owned, nft could not change it.
+        Afterwards our socket owns the guard's table, if the kernel (6.9) lets such a table be
+        persistent: else the table would end with the server. nft can't change an owned table.
         """
         persistent = 0
-        if place == GUARD_TABLE:
+        if chain == GUARD_TABLE:
             self.netlink.release()
             with contextlib.suppress(CommandError):  # an older kernel, or a table made by one
-                self.netlink.set_table(place, TABLE_PERSIST)
-            persistent = self.netlink.table_numbers(place)[0] & TABLE_PERSIST
-        # An nft that does not know the word refuses to add what is there.
-        self.run(["add table {} {}".format(*place[:2])] * (not persistent) + lines)
-        if persistent:
-            self.netlink.set_table(place, TABLE_OWNER | TABLE_PERSIST)
+                self.netlink.set_table(chain, TABLE_PERSIST)
+            persistent = self.netlink.table_numbers(chain)[0] & TABLE_PERSIST
+        if persistent:  # an nft that does not know `persist` refuses to add the table
+            self.run(lines)
+            self.netlink.set_table(chain, TABLE_OWNER | TABLE_PERSIST)
+        else:
+            self.run([f"add table {chain.family} {chain.table}"] + lines)
 
     def run(self, lines: List[str]) -> None:
-        """Let nft do all of `lines`, or nothing, in the time that there is for it."""
+        """Let nft do all of `lines`, or nothing, in the time that is left."""
         if lines:
             run_program([self.program, "-f", "-"], "\n".join(lines) + "\n", self.seconds_left())
 
-    def rule_removal(self, place: NftChain) -> List[str]:
-        """The lines that take our rules out of a chain of the host's."""
-        return ["delete rule %s handle %d" % (" ".join(place), handle)
-                for handle, _ in self.our_rules(place)]
+    def rule_removal(self, chain: NftChain) -> List[str]:
+        """Return the lines that delete our rules in a chain of the host's."""
+        return [f"delete rule {' '.join(chain)} handle {handle}"
+                for handle, _ in self.our_rules(chain)]
 
     def our_rules(self, chain: NftChain) -> List[Tuple[int, str]]:
         """Return handle and tag of all rules in a chain of ours, of our rules in the host's."""
         return [(handle, tag_in(comment)) for handle, comment in self.netlink.rules(chain)
-                if chain not in self.chains or COMMENT in comment]
+                if chain not in self.host_chains or COMMENT in comment]
 
     def intact(self) -> bool:
-        """Return whether our tables are awake and all rules of ours are as they should be."""
-        return all(map(self.stands, self.places))
+        """Return whether our tables are awake and all our rules stand."""
+        return all(map(self.stands, self.chains))
 
     def mend_guard(self) -> bool:
-        """Put the guard back where it is not as it should be; return whether anything was wrong."""
+        """Repair the guard if somebody changed it; return whether anything was wrong."""
         if not self.guard_ports or self.stands(GUARD_TABLE):
             return False
-        self.prepare_place(GUARD_TABLE)
+        self.prepare_chain(GUARD_TABLE)
         return True
 
-    def stands(self, place: NftChain) -> bool:
-        """Return whether the rules at a place are the wanted ones."""
+    def stands(self, chain: NftChain) -> bool:
+        """Return whether a chain, or a table of our own, has the wanted rules."""
         try:
             # As fill_table() leaves it: neither asleep, nor persistent and not owned.
-            flags = self.netlink.table_numbers(place)[0] if place in OWN_CHAINS else 0
+            flags = self.netlink.table_numbers(chain)[0] if chain in OWN_CHAINS else 0
             return flags in (0, TABLE_OWNER | TABLE_PERSIST) and all(
-                [name for _, name in self.our_rules(chain)] == list(map(tag, rules))
-                for chain, rules in self.rules[place].items())
+                [name for _, name in self.our_rules(where)] == list(map(tag, rules))
+                for where, rules in self.rules[chain].items())
         except CommandError:
             return False
 
-    def places_of(self, door: Door) -> List[NftChain]:
-        """The places that have a set for this door."""
-        wanted = shape_of(door)
-        return [place for place, shape in self.sets if shape == wanted]
-
-    def element(self, kind: int, place: NftChain, door: Door, seconds: float = 0.0
-                ) -> Tuple[int, int, bytes]:
-        """Return a message about a door's element of a set or map, which has a time or none."""
-        shape = shape_of(door)
-        element = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, shape.key(door)))
-        if door.target and place == NAT_TABLE:
-            element += attribute(NESTED | ELEMENT_DATA, attribute(DATA_VALUE, shape.value(door)))
-        if seconds:
-            element += attribute(ELEMENT_TIMEOUT, struct.pack(">Q", int(seconds * 1000)))
-        items = attribute(NESTED | LIST_ELEMENTS, attribute(NESTED | LIST_ITEM, element))
-        return kind, NFT_FAMILIES[place.family], set_name(place, shape) + items
+    def chains_for(self, door: Door) -> List[NftChain]:
+        """Return the chains that have a set for this door."""
+        wanted = set_type_of(door)
+        return [chain for chain, set_type in self.sets if set_type == wanted]
 
     def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Opens `grants` in one transaction.
+        """Add `grants` in one transaction.
 
-        Added, deleted and added again: that sets the time that an element has left on every kernel,
-        whether or not it was there. So `replaced` needs nothing more than that an element of a map
-        is first added with the target that it has had.
+        Each element is added, deleted and added again: that sets its time on every kernel, whether
+        or not it was there. An element of a map is first added with its old target, so nothing
+        else has to be done about `replaced`.
         """
         now = self.clocks.monotonic()
         before = {grant.door.match: grant.door for grant in replaced}
         messages = []
         for grant in grants:
-            door, places = grant.door, self.places_of(grant.door)
-            if not places:
-                raise CommandError("no nftables chain for IPv%d" % door.source.version)
+            door, chains = grant.door, self.chains_for(grant.door)
+            if not chains:
+                raise CommandError(f"no nftables chain for IPv{door.source.version}")
             old = before.get(door.match, door)
-            for place in places:
-                messages += [self.element(NEW_ELEMENT, place, old),
-                             self.element(DELETE_ELEMENT, place, old),
-                             self.element(NEW_ELEMENT, place, door, max(0.001, grant.ends - now))]
+            for chain in chains:
+                messages += [
+                    element_message(NEW_ELEMENT, chain, old),
+                    element_message(DELETE_ELEMENT, chain, old),
+                    element_message(NEW_ELEMENT, chain, door, max(0.001, grant.ends - now))]
         self.netlink.commit(messages)
 
     def remove(self, grants: List[Grant]) -> None:
-        """Take out the elements of `grants`. The kernel itself ends those whose time has come."""
+        """Delete the elements of `grants`. The kernel itself ends those whose time has come."""
         now = self.clocks.monotonic()
         matches = {grant.door.match for grant in grants if grant.early or grant.ends > now}
-        wanted = {shape_of(match) for match in matches}
-        do_all(self.take_out, [(place, shape, matches) for place, shape in self.sets
-                               if shape in wanted])
+        wanted = set(map(set_type_of, matches))
+        do_all(self.delete, [(chain, set_type, matches) for chain, set_type in self.sets
+                             if set_type in wanted])
 
-    def take_out(self, place: NftChain, shape: Shape, matches: Set[Door]) -> None:
-        """Take out those elements of a set that are there, GRANTS_AT_ONCE in a transaction.
+    def delete(self, chain: NftChain, set_type: SetType, matches: Set[Door]) -> None:
+        """Delete those elements of a set that are there, GRANTS_AT_ONCE in a transaction.
 
-        A missing element aborts the transaction. One may end between the look and the deletion:
-        then this looks again.
+        A missing element aborts the transaction. If one ends between the look and the deletion,
+        this looks again.
         """
-        for attempts_left in reversed(range(LOOKS)):
-            there = [self.element(DELETE_ELEMENT, place, door)
-                     for door, _ in self.read_set(place, shape) if door.match in matches]
+        for looks_left in reversed(range(LOOKS)):
+            there = [element_message(DELETE_ELEMENT, chain, door)
+                     for door, _ in self.read_set(chain, set_type) if door.match in matches]
             try:
                 for start in range(0, len(there), GRANTS_AT_ONCE):
                     self.netlink.commit(there[start:start + GRANTS_AT_ONCE])
                 return
             except CommandError as error:
-                if error.number != errno.ENOENT or not attempts_left:
+                if error.number != errno.ENOENT or not looks_left:
                     raise
 
     def grants(self) -> List[Grant]:
-        """The grants that the kernel has in every place. Only NAT's maps tell where doors lead."""
+        """Return the grants that every chain has. NAT's maps alone tell where doors lead."""
         found: Dict[Door, List[Tuple[Door, float]]] = {}
-        for place, shape in self.sets:
-            for door, seconds in self.read_set(place, shape):
+        for chain, set_type in self.sets:
+            for door, seconds in self.read_set(chain, set_type):
                 found.setdefault(door.match, []).append((door, seconds))
         now, wall = self.clocks.monotonic(), self.clocks.wall()
         grants = []
         for match, elements in found.items():
             seconds = min(seconds for _, seconds in elements)
-            if len(elements) == len(self.places_of(match)) and seconds != FOR_EVER:
+            if len(elements) == len(self.chains_for(match)) and seconds != FOR_EVER:
                 grants.append(Grant(elements[-1][0], int(wall + seconds + 0.999), now + seconds))
         return grants
 
-    def read_set(self, place: NftChain, shape: Shape) -> List[Tuple[Door, float]]:
-        """The doors in a set with the seconds they have left, FOR_EVER if somebody said so."""
+    def read_set(self, chain: NftChain, set_type: SetType) -> List[Tuple[Door, float]]:
+        """Return the doors in a set with the seconds that they have left, FOR_EVER without an end.
+        """
         doors, answers = [], []
         with missing_is_empty():
-            answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[place.family],
-                                        set_name(place, shape))
+            answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[chain.family],
+                                        set_attributes(chain, set_type))
         for answer in answers:
             for _, item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
                 element = attributes(item)
-                door = shape.door(*[attributes(element.get(part, b"")).get(DATA_VALUE, b"")
-                                    for part in (ELEMENT_KEY, ELEMENT_DATA)])
+                door = set_type.door(*[attributes(element.get(part, b"")).get(DATA_VALUE, b"")
+                                       for part in (ELEMENT_KEY, ELEMENT_DATA)])
                 left = element.get(ELEMENT_EXPIRATION)
                 seconds = struct.unpack(">Q", left)[0] / 1000 if left else FOR_EVER
                 if door is not None and seconds > 0:
@@ -5431,30 +5442,33 @@ class NftFirewall(Firewall):
         return doors
 
     def listing(self) -> str:
-        """The tables that our sets are in."""
-        tables = dict.fromkeys((place.family, place.table) for place in self.places)
+        """Return the tables that our sets are in, as nft prints them."""
+        tables = dict.fromkeys((chain.family, chain.table) for chain in self.chains)
         there = run_program([self.program, "list", "tables"]).splitlines()
-        return "\n".join(run_program([self.program, "list", "table"] + list(table))
-                         for table in tables if "table {} {}".format(*table) in there)
+        return "\n".join(run_program([self.program, "list", "table", family, table])
+                         for family, table in tables if f"table {family} {table}" in there)
 
     def flush(self) -> None:
-        """Close all grants; the guard stays."""
-        def empty(place: NftChain, shape: Shape) -> None:
-            with missing_is_empty():  # without elements named, this takes all out
-                self.netlink.commit([(DELETE_ELEMENT, NFT_FAMILIES[place.family],
-                                      set_name(place, shape))])
+        """Empty all sets; the guard stays."""
+        def empty(chain: NftChain, set_type: SetType) -> None:
+            with missing_is_empty():  # a message that names no element deletes all
+                self.netlink.commit([(DELETE_ELEMENT, NFT_FAMILIES[chain.family],
+                                      set_attributes(chain, set_type))])
 
         do_all(empty, self.sets)
 
     def withdraw(self) -> None:
-        """Takes our rules and sets out of the host's chains; the guard stays."""
-        table = "table {} {}".format(*NAT_TABLE[:2])
-        batches = [["add " + table, "delete " + table]] * (NAT_TABLE in self.places)
-        rules = {place: self.rule_removal(place) for place in self.chains}
+        """Remove NAT's table, and our rules and sets in the host's chains; the guard stays."""
+        batches = []
+        if NAT_TABLE in self.chains:
+            table = f"table {NAT_TABLE.family} {NAT_TABLE.table}"
+            batches.append(["add " + table, "delete " + table])
+        rules = {chain: self.rule_removal(chain) for chain in self.host_chains}
         batches += rules.values()
-        # Chains of one table share the sets, so these go when no rule needs them any more.
-        sets = {place[:2] + (shape.set_name,) for place, shape in self.sets if rules.get(place)}
-        batches += [["delete set {} {} {}".format(*each)] for each in sorted(sets)]
+        # Chains of one table share its sets, so all rules go first.
+        sets = {f"delete set {chain.family} {chain.table} {set_type.name}"
+                for chain, set_type in self.sets if rules.get(chain)}
+        batches += [[line] for line in sorted(sets)]
         do_all(self.run, [(lines,) for lines in batches])
 
     def guarded(self) -> bool:
@@ -5464,66 +5478,65 @@ class NftFirewall(Firewall):
         return False
 
     def unguard(self) -> None:
-        """Takes the guard away."""
+        """Remove the guard's table."""
         self.netlink.release()
-        self.run(["delete table {} {}".format(*GUARD_TABLE[:2])])
+        self.run([f"delete table {GUARD_TABLE.family} {GUARD_TABLE.table}"])
 
     def leave(self) -> None:
         """Close the socket to nf_tables."""
         self.netlink.close()
 
 
-def nft_guard_rules(guarded: FrozenSet[Port], shapes: List[Shape]) -> List[str]:
-    """The guard: what is guarded and not granted is dropped, before destination NAT.
+def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType]) -> List[str]:
+    """Return the guard's rules: they drop packets to guarded ports without a grant, before
+    destination NAT.
 
-    Only what is addressed to this host: the rest is routed, and not ours to guard. Before the
-    route is known, only the table `local` tells; other tables (policy routing, VRF) may deliver
-    here as well, and the hook for input drops that. What NAT brought there has passed already.
-    Established connections and loopback pass. The guard also lets through what NAT leads on,
-    port for port: so that no port is open here for a moment longer than it leads elsewhere.
+    Only packets to this host: others are routed, and not ours to guard. Before the route is known,
+    nft sees the routing table `local` alone. Other tables (policy routing, VRF) may deliver here
+    as well: the hook for input drops that. NAT's packets have passed the guard when they come
+    there. Established connections and loopback pass. The guard also accepts what NAT leads on,
+    port for port: so no port is open here for a moment longer than it leads elsewhere.
     """
-    ports = ", ".join("%s . %d" % port for port in sorted(guarded))
-    return ([f"{chain} {rule}"
-             for chain, passes in (("guard", "fib daddr type unicast"),
-                                   ("input", "ct status dnat"))
-             for rule in ('iifname "lo" accept', "ct state established accept",
-                          passes + " accept",
-                          f"meta l4proto . th dport {{ {ports} }} goto closed")]
-            + ["closed ip%s saddr %s tcp sport %d tcp dport %d tcp flags & (syn | ack) != syn "
-               "accept" % ("6" * (peer.version == 6), peer, peer_port, port)
-               for peer, peer_port, port in established_connections(guarded)]
-            + [f"closed {shape.match()} accept" for shape in shapes]
-            + ["closed counter drop"])
+    ports = ", ".join(f"{protocol} . {port}" for protocol, port in sorted(guarded))
+    rules = []
+    for chain, passing in (("guard", "fib daddr type unicast"), ("input", "ct status dnat")):
+        rules += [f"{chain} {rule}" for rule in (
+            'iifname "lo" accept', "ct state established accept", f"{passing} accept",
+            f"meta l4proto . th dport {{ {ports} }} goto closed")]
+    rules += [f"closed {nft_family(peer.version)} saddr {peer} tcp sport {peer_port} "
+              f"tcp dport {port} tcp flags & (syn | ack) != syn accept"
+              for peer, peer_port, port in established_connections(guarded)]
+    rules += [f"closed {set_type.match()} accept" for set_type in set_types]
+    return rules + ["closed counter drop"]
 
 
-def explain_failure(program: str, place: NftChain, accepts: bool) -> None:
-    """Raise the CommandError of a chain that is missing, or that nobody but its owner can change.
-    """
+def explain_failure(program: str, chain: NftChain, accepts: bool) -> None:
+    """Raise the CommandError of a chain that is missing, or whose owner alone can change it."""
+    directive, name = "NFT_ACCEPT_CHAINS" if accepts else "NFT_FORWARD_CHAINS", " ".join(chain)
     try:
-        run_program([program, "list", "chain"] + list(place))
+        run_program([program, "list", "chain"] + list(chain))
     except CommandError as error:
         if "No such file or directory" in str(error):
-            raise CommandError("{}: there is no chain {}".format(
-                "NFT_ACCEPT_CHAINS" if accepts else "NFT_FORWARD_CHAINS",
-                " ".join(place)), hint="start after the service that makes it") from None
-    explain_owner(place)
+            raise CommandError(f"{directive}: there is no chain {name}",
+                               hint="start after the service that makes it") from None
+    explain_owner(chain)
 
 
-def table_owner(place: NftChain) -> str:
+def table_owner(chain: NftChain) -> str:
     """Return name and pid of the program that alone can change a table; nothing if all can."""
     try:
-        tables = Netlink.open().dump(GET_TABLE, NFT_FAMILIES[place.family], b"")
+        tables = Netlink.open().dump(GET_TABLE, NFT_FAMILIES[chain.family], b"")
     except CommandError:  # a kernel without nf_tables
         return ""
     for table in tables:
         flags = int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
-        if text_of(table[TABLE_NAME]) == place.table and flags & TABLE_OWNER:
+        if text_of(table[TABLE_NAME]) == chain.table and flags & TABLE_OWNER:
             return netlink_program(int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big"))
     return ""
 
 
 def netlink_program(port: int) -> str:
-    """Return name and pid of the program with this netlink port, as far as /proc shows it.
+    """Return name and pid of the program with this netlink port, if /proc shows it.
 
     Only the first netlink socket of a program has the pid as its port.
     """
@@ -5538,23 +5551,24 @@ def netlink_program(port: int) -> str:
                    for number in os.listdir(directory + "fd")):
                 with open(directory + "comm") as file:
                     return f"{file.read().strip()} (pid={pid})"
-        except OSError:  # it has ended, or is not ours to look at
+        except OSError:  # the process has ended, or is another user's
             continue
     return "another program"
 
 
-def explain_owner(place: NftChain) -> None:
-    """Raise the CommandError of a table that another program keeps for itself."""
-    owner = table_owner(place)
+def explain_owner(chain: NftChain) -> None:
+    """Raise the CommandError of a table that another program keeps for itself, if one does."""
+    owner = table_owner(chain)
     if owner:
-        raise CommandError("table %s %s belongs to %s, and nobody else can change it"
-                           % (place[:2] + (owner,)), hint=OWNER_HINT if place in OWN_CHAINS else
+        raise CommandError(f"table {chain.family} {chain.table} belongs to {owner}, "
+                           "and nobody else can change it",
+                           hint=OWNER_HINT if chain in OWN_CHAINS else
                            "let that open the port, and use GUARD_PORTS to close it")
 
 
 @contextlib.contextmanager
 def missing_is_empty() -> Iterator[None]:
-    """Ignore the CommandError of a set that is not there: it has no elements."""
+    """Ignore the CommandError of a set that is missing: it has no elements."""
     try:
         yield
     except CommandError as error:
@@ -5562,18 +5576,31 @@ def missing_is_empty() -> Iterator[None]:
             raise
 
 
-def set_name(place: NftChain, shape: Shape) -> bytes:
+def set_attributes(chain: NftChain, set_type: SetType) -> bytes:
     """Return the attributes that name a set."""
-    return name_attribute(LIST_TABLE, place.table) + name_attribute(LIST_SET, shape.set_name)
+    return name_attribute(LIST_TABLE, chain.table) + name_attribute(LIST_SET, set_type.name)
+
+
+def element_message(kind: int, chain: NftChain, door: Door, seconds: float = 0.0
+                    ) -> Tuple[int, int, bytes]:
+    """Return a message about a door's element of a set or map, which has a time or none."""
+    set_type = set_type_of(door)
+    element = attribute(NESTED | ELEMENT_KEY, attribute(DATA_VALUE, set_type.key(door)))
+    if door.target and chain == NAT_TABLE:
+        element += attribute(NESTED | ELEMENT_DATA, attribute(DATA_VALUE, set_type.value(door)))
+    if seconds:
+        element += attribute(ELEMENT_TIMEOUT, struct.pack(">Q", int(seconds * 1000)))
+    items = attribute(NESTED | LIST_ELEMENTS, attribute(NESTED | LIST_ITEM, element))
+    return kind, NFT_FAMILIES[chain.family], set_attributes(chain, set_type) + items
 
 
 # ======================================================================================
 # 19. iptables
 #
-# A grant is a rule of fwknop's shape, chain and comment (tests/spec/fwknop.md 3.6), so that
-# `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In
-# guard mode the chains are in the mangle table, which comes before destination NAT. Each kind of
-# door has its chain; forwarding does not look at the inner address, source NAT not at the client.
+# A grant is a rule with fwknop's matches, chain and comment (tests/spec/fwknop.md 3.6), so that
+# `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In guard
+# mode the chains are in the mangle table, which comes before destination NAT. Each kind of door
+# has its chain. Rules for FORWARD do not match the inner address, those for SNAT not the client.
 # ======================================================================================
 
 MARK = "_exp_"  # and epoch seconds: fwknop's comment of a rule
@@ -5584,31 +5611,32 @@ GUARD_CHAINS = {"PREROUTING": "FWKNOP_GUARD", "INPUT": "FWKNOP_GUARD_INPUT"}  # 
 LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
 GUARD_PASS = "-m conntrack --ctstate NEW"  # in the guard's rules for what NAT leads on
 TARGET_OPTIONS = {DNAT: "--to-destination", SNAT: "--to-source"}
-LEGACY_POLL_SECONDS = 5.0  # its changes are not announced
-GUARD_POLL_SECONDS = 1.0  # between two looks whether the guard is jumped to
+LEGACY_POLL_SECONDS = 5.0  # between two looks at the older iptables: nobody announces its changes
+GUARD_POLL_SECONDS = 1.0  # between two looks whether the guard there is jumped to
 
 
-class Place(NamedTuple):
-    """A chain that grants go to: its table, the target of its rules, and where they stand."""
+class GrantChain(NamedTuple):
+    """A chain that grants go to, and how their rules look there."""
 
     table: str
-    chain: str
+    name: str
     target: str
     outgoing: bool = False
-    first: bool = False
+    first: bool = False  # whether a new rule goes before the others
     kind: str = INPUT
-    match: str = ""  # what its rules match as well
-    from_chain: str = ""  # from which a rule at this position jumps to it, unless it is the guard's
+    match: str = ""  # of all its rules
+    from_chain: str = ""  # has the jump to this chain as its rule `position`, except to the guard's
     position: int = 1
 
     @property
     def is_primary(self) -> bool:
-        """Whether its rules are grants by themselves, and not a part of those in another place."""
+        """Whether its rules are grants by themselves, and do not complete those of another chain.
+        """
         return not (self.outgoing or self.match)
 
 
 class Iptables:
-    """The programs of one IP version and the changes that are made through them."""
+    """The programs of one IP version, and the changes that they make."""
 
     def __init__(self, program: str, seconds_left: Callable[[], float] = lambda: PROGRAM_SECONDS
                  ) -> None:
@@ -5619,29 +5647,29 @@ class Iptables:
     def run(self, arguments: List[str], text: str = "") -> str:
         """Run one of the programs, which waits for the xtables lock for most of its time."""
         seconds = self.seconds_left()
-        return run_program(arguments + ["-w", "%d" % max(1, seconds - 0.2)], text, seconds)
+        return run_program(arguments + ["-w", str(int(max(1, seconds - 0.2)))], text, seconds)
 
     def list(self, table: str, *chain: str) -> List[str]:
-        """The rules of a table or of one chain in it, as `iptables -S` prints them."""
+        """Return the rules of a table, or of one chain in it, as `iptables -S` prints them."""
         return self.run([self.program, "-t", table, "-S"] + list(chain)).splitlines()
 
     def commit(self, changes: Dict[str, List[str]]) -> None:
-        """Makes the changes of each table, all of a table or none."""
-        text = "".join("*{}\n{}\nCOMMIT\n".format(table, "\n".join(lines))
+        """Make the changes of each table, all of a table or none."""
+        text = "".join("\n".join([f"*{table}", *lines, "COMMIT\n"])
                        for table, lines in changes.items() if lines)
         if text:
             self.run([self.restore, "-n"], text)
 
     def probe_time_match(self, table: str) -> None:
-        """Finds out whether the kernel has the time match, in a chain that is gone at once."""
+        """Find out whether the kernel has the time match, in a chain that is gone at once."""
         def probe(match: str) -> None:
             self.commit({table: [f":{PROBE_CHAIN} - [0:0]",
                                  f"-A {PROBE_CHAIN} {match}-j RETURN",
-                                 "-F " + PROBE_CHAIN, "-X " + PROBE_CHAIN]})
+                                 f"-F {PROBE_CHAIN}", f"-X {PROBE_CHAIN}"]})
         try:
             probe("-m time --datestop 2000-01-01T00:00:00 ")
         except CommandError:
-            probe("")  # fails as well when it is not for the match
+            probe("")  # fails as well if the match is not the reason
             self.dated = False
 
     def ends_grants(self) -> bool:
@@ -5650,50 +5678,51 @@ class Iptables:
             self.probe_time_match("filter")
         return self.dated
 
-    def rule(self, place: Place, grant: Grant) -> str:
-        """The rule of a grant, as `iptables -S` prints it, without `-A CHAIN`."""
+    def rule(self, chain: GrantChain, grant: Grant) -> str:
+        """Return the rule of a grant, as `iptables -S` prints it, without `-A CHAIN`."""
         door = grant.door
-        peer, here = ("-d", "-s") if place.outgoing else ("-s", "-d")
+        peer, here = ("-d", "-s") if chain.outgoing else ("-s", "-d")
         sides = {peer: str(door.source)} if door.source.prefixlen else {}
         if door.destination is not None:
-            sides[here] = "%s/%d" % (door.destination, door.destination.max_prefixlen)
-        words = [f"{side} {sides[side]}" for side in ("-s", "-d") if side in sides]
+            sides[here] = f"{door.destination}/{door.destination.max_prefixlen}"
+        parts = [f"{side} {sides[side]}" for side in ("-s", "-d") if side in sides]
         if door.port:
-            words.append("-p %s -m %s --%s %d" % (door.protocol, door.protocol,
-                                                 "sport" if place.outgoing else "dport", door.port))
-        if place.match:
-            words.append(place.match)
+            port = "--sport" if chain.outgoing else "--dport"
+            parts.append(f"-p {door.protocol} -m {door.protocol} {port} {door.port}")
+        if chain.match:
+            parts.append(chain.match)
         if self.dated:  # the kernel counts the second of the date in
             last = time.gmtime(min(grant.expires - 1, LAST_DATE))
-            words.append("-m time --datestop " + time.strftime("%Y-%m-%dT%H:%M:%S", last))
-        words.append("-m comment --comment %s%d -j %s" % (MARK, grant.expires, place.target))
-        if door.target and place.is_primary:
-            words.append(TARGET_OPTIONS[door.kind] + " " + door.target_text())
-        return " ".join(words)
+            parts.append("-m time --datestop " + time.strftime("%Y-%m-%dT%H:%M:%S", last))
+        parts.append(f"-m comment --comment {MARK}{grant.expires} -j {chain.target}")
+        if door.target and chain.is_primary:
+            parts.append(f"{TARGET_OPTIONS[door.kind]} {door.target_text()}")
+        return " ".join(parts)
 
 
-def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
-    """Door and expiry of a rule that `iptables -S` printed; None when it is no grant there."""
-    words = line.split()
-    if (words[:2] != ["-A", place.chain] or "!" in words
-            or ("--ctstate" in words) != bool(place.match)):
+def parse_rule(line: str, chain: GrantChain) -> Optional[Tuple[Door, int]]:
+    """Return door and expiry of a rule that `iptables -S` printed; None if it is no grant of this
+    chain."""
+    parts = line.split()
+    if (parts[:2] != ["-A", chain.name] or "!" in parts
+            or ("--ctstate" in parts) != bool(chain.match)):
         return None
-    values = {option: value.strip('"') for option, value in zip(words, words[1:])}
-    peer, here, port = ("-d", "-s", "--sport") if place.outgoing else ("-s", "-d", "--dport")
+    values = {option: value.strip('"') for option, value in zip(parts, parts[1:])}
+    peer, here, port = ("-d", "-s", "--sport") if chain.outgoing else ("-s", "-d", "--dport")
     other, _, expires = values.get("--comment", "").partition(MARK)
     if other or not expires.isdigit():
         return None
     try:
         destination = ipaddress.ip_network(values[here]).network_address if here in values else None
-        if peer not in values and place.kind in (SNAT, MASQUERADE) and destination:
+        if peer not in values and chain.kind in (SNAT, MASQUERADE) and destination:
             values[peer] = str(any_source(destination.version))
         protocol, number = "*", 0
-        if place.kind == INPUT or "-p" in values:
-            protocol, number = parse_port("{}/{}".format(values.get("-p"), values.get(port)))
-        door = Door(ipaddress.ip_network(values[peer]), destination, protocol, number, place.kind)
-        if place.kind in TARGET_OPTIONS and place.is_primary:
-            host, port = values[TARGET_OPTIONS[place.kind]], "0"
-            if place.kind == DNAT and number:
+        if chain.kind == INPUT or "-p" in values:
+            protocol, number = parse_port(f"{values.get('-p')}/{values.get(port)}")
+        door = Door(ipaddress.ip_network(values[peer]), destination, protocol, number, chain.kind)
+        if chain.kind in TARGET_OPTIONS and chain.is_primary:
+            host, port = values[TARGET_OPTIONS[chain.kind]], "0"
+            if chain.kind == DNAT and number:
                 host, _, port = host.rpartition(":")
             door = door._replace(target=ipaddress.ip_address(host.strip("[]")),
                                  target_port=int(port))
@@ -5703,14 +5732,14 @@ def parse_rule(line: str, place: Place) -> Optional[Tuple[Door, int]]:
 
 
 def any_source(version: int) -> Network:
-    """All addresses of an IP version."""
+    """Return all addresses of an IP version."""
     return ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0")
 
 
-def jumps_to(chain: str, from_chain: str, lines: List[str]) -> List[str]:
-    """The lines of `iptables -S` that jump to a chain from another one, whatever they match."""
+def jumps_to(name: str, from_chain: str, lines: List[str]) -> List[str]:
+    """Return the lines of `iptables -S` that jump to a chain from another, whatever they match."""
     return [line for line in lines
-            if line.startswith(f"-A {from_chain} ") and line.endswith(" -j " + chain)]
+            if line.startswith(f"-A {from_chain} ") and line.endswith(f" -j {name}")]
 
 
 class IptablesFirewall(Firewall):
@@ -5718,18 +5747,20 @@ class IptablesFirewall(Firewall):
 
     keeps = True
 
-    def __init__(self, programs: Dict[int, str], legacy: bool, access: List[Place],
+    def __init__(self, programs: Dict[int, str], legacy: bool, access: List[GrantChain],
                  guard_ports: FrozenSet[Port], log: Log, clocks: Clocks = CLOCKS) -> None:
         self.access, self.guard_ports, self.log, self.clocks = access, guard_ports, log, clocks
-        guarded = Place("mangle", GUARDED_CHAIN, "RETURN", first=True)
-        self.places = [guarded] * bool(guard_ports)
-        if guard_ports and any(place.kind == DNAT for place in access):
-            self.places.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
-        self.places += access
-        self.tables = list(dict.fromkeys(place.table for place in self.places))  # the guard's first
+        self.chains: List[GrantChain] = []
+        if guard_ports:
+            guarded = GrantChain("mangle", GUARDED_CHAIN, "RETURN", first=True)
+            self.chains.append(guarded)
+            if any(chain.kind == DNAT for chain in access):
+                self.chains.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
+        self.chains += access
+        self.tables = list(dict.fromkeys(chain.table for chain in self.chains))  # the guard's first
         self.programs = {version: Iptables(program, self.seconds_left)
                          for version, program in programs.items()}
-        self.identity = ("iptables", programs[4], self.places)
+        self.identity = ("iptables", programs[4], self.chains)
         self.rules: Dict[int, Dict[str, List[str]]] = {}  # of the guard's chains, once prepared
         self.legacy = legacy
         if legacy:
@@ -5738,115 +5769,115 @@ class IptablesFirewall(Firewall):
             self.guard_poll_seconds = GUARD_POLL_SECONDS
         elif guard_ports:
             self.guard_tables = frozenset((NFT_FAMILIES[family], b"mangle\0")
-                                           for family in ("ip", "ip6"))
+                                          for family in ("ip", "ip6"))
 
     def describe(self, door: Optional[Door] = None) -> str:
-        """Where this door, or access, goes."""
+        """Return the chains that this door, or access, goes to."""
         kind = door.kind if door is not None else INPUT
-        return ", ".join(place.chain for place in self.places
-                         if place.kind == kind and place.is_primary)
+        return ", ".join(chain.name for chain in self.chains
+                         if chain.kind == kind and chain.is_primary)
 
     def prepare(self) -> None:
-        """Makes chains and jumps where they are missing, the guard first; grants stay."""
+        """Make the chains and jumps that are missing, the guard's first; grants stay."""
         do_all(self.prepare_table, [(version, table) for table in self.tables
                                     for version in self.programs])
         for program in self.programs.values():
             program.probe_time_match(self.tables[0])
             if not program.dated:
-                self.log.warning(f"{program.program} has no time match: what is open when this server is killed "
-                                 "stays open; nftables would close it")
+                self.log.warning(f"{program.program} has no time match: what is open when this "
+                                 "server is killed stays open; nftables would close it")
 
     def prepare_guard(self) -> None:
         """Make the guard's chains alone."""
         do_all(self.prepare_table, [(version, "mangle") for version in self.programs])
 
     def prepare_table(self, version: int, table: str) -> None:
-        """Makes what is missing in one table."""
+        """Make what is missing in one table, and warn where the host's firewall drops nothing."""
         program = self.programs[version]
         lines = program.list(table)
         changes = self.missing(version, table, lines)
-        drops = any(line.endswith(("-j DROP", "-j REJECT")) or "-j REJECT " in line
-                    for line in lines)
-        for place in self.access:
-            if (place.table == table and place.kind == INPUT and not drops and not self.guard_ports
-                    and f"-P {place.from_chain} ACCEPT" in lines):
-                self.log.warning(f"{place.from_chain} drops nothing ({program.program}): without GUARD_PORTS no port is hidden")
+        access = [chain for chain in self.access if chain.table == table]
+        drops = self.guard_ports or any(line.endswith(("-j DROP", "-j REJECT"))
+                                        or "-j REJECT " in line for line in lines)
+        for chain in access:
+            if chain.kind == INPUT and not drops and f"-P {chain.from_chain} ACCEPT" in lines:
+                self.log.warning(f"{chain.from_chain} drops nothing ({program.program}): "
+                                 "without GUARD_PORTS no port is hidden")
         program.commit({table: changes})
-        for place in self.access if version == 4 else []:
-            if place.table == table and any(
-                    change.startswith("-I") and change.endswith(" -j " + place.chain)
-                    for change in changes):
-                self.log.info(f"Added jump rule from chain: {place.from_chain} to chain: {place.chain}")
+        jumps = [change for change in changes if change.startswith("-I")]
+        for chain in access if version == 4 else []:  # fwknopd logs each once
+            if any(jump.endswith(f" -j {chain.name}") for jump in jumps):
+                self.log.info(f"Added jump rule from chain: {chain.from_chain} "
+                              f"to chain: {chain.name}")
 
     def missing(self, version: int, table: str, lines: List[str]) -> List[str]:
         """Return the changes that a table needs, by its lines; none where it is as it should be."""
         guarding = table == "mangle" and self.guard_ports
         changes = self.guard_changes(version, lines) if guarding else []
-        for place in self.access:
-            if place.table != table:
+        for chain in self.access:
+            if chain.table != table:
                 continue
-            if "-N " + place.chain not in lines:
-                changes.append(f":{place.chain} - [0:0]")
-            # What is only routed here is led nowhere else.
-            jump = "-m addrtype --dst-type LOCAL " * (place.kind == DNAT)
-            if not place.chain.startswith(CHAIN_PREFIX):  # its name does not say whose it is
-                jump += f"-m comment --comment {COMMENT} "
-            jump += "-j " + place.chain
-            present = jumps_to(place.chain, place.from_chain, lines)
-            wanted = f"-A {place.from_chain} {jump}"
+            if f"-N {chain.name}" not in lines:
+                changes.append(f":{chain.name} - [0:0]")
+            jump = f"-j {chain.name}"
+            if not chain.name.startswith(CHAIN_PREFIX):  # its name does not say whose it is
+                jump = f"-m comment --comment {COMMENT} {jump}"
+            if chain.kind == DNAT:  # not for what is only routed here
+                jump = f"-m addrtype --dst-type LOCAL {jump}"
+            present = jumps_to(chain.name, chain.from_chain, lines)
+            wanted = f"-A {chain.from_chain} {jump}"
             if wanted not in [line.replace('"', "") for line in present]:
-                changes.append("-I %s %d %s" % (place.from_chain, place.position, jump))
+                changes.append(f"-I {chain.from_chain} {chain.position} {jump}")
             changes += ["-D" + line[2:] for line in present  # an older one
-                        if place.kind == DNAT and line.replace('"', "") != wanted]
+                        if chain.kind == DNAT and line.replace('"', "") != wanted]
         return changes
 
     def guard_rules(self, version: int) -> Dict[str, List[str]]:
         """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP.
 
-        Two chains lead there for the same reasons as in nft_guard_rules().
+        Two chains lead there, for the same reasons as in nft_guard_rules().
         """
         # For IPv6 the match calls this host's own addresses UNICAST as well.
         routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
                   "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
         translated = "-m conntrack --ctstate DNAT"
-        older = ["-s %s -p tcp -m tcp --sport %d --dport %d ! --syn" % (peer, peer_port, port)
+        older = [f"-s {peer} -p tcp -m tcp --sport {peer_port} --dport {port} ! --syn"
                  for peer, peer_port, port in established_connections(self.guard_ports)
                  if peer.version == version]
         rules = {GUARDED_CHAIN: ["-j DROP"]}
-        for hook, passes in (("PREROUTING", routed), ("INPUT", translated)):
-            rules[GUARD_CHAINS[hook]] = [match + " -j RETURN" for match in [
-                "-i lo", "-m conntrack --ctstate ESTABLISHED", passes] + older] + [
-                "-p %s -m %s --dport %d -j %s" % (protocol, protocol, port, GUARDED_CHAIN)
+        for hook, passing in (("PREROUTING", routed), ("INPUT", translated)):
+            matches = ["-i lo", "-m conntrack --ctstate ESTABLISHED", passing] + older
+            rules[GUARD_CHAINS[hook]] = [f"{match} -j RETURN" for match in matches] + [
+                f"-p {protocol} -m {protocol} --dport {port} -j {GUARDED_CHAIN}"
                 for protocol, port in sorted(self.guard_ports)]
         return rules
 
     def guard_changes(self, version: int, lines: List[str]) -> List[str]:
-        """Return the changes that the guard needs: a chain that is not as it should be is written
-        anew, with the grants that it has."""
+        """Return the changes that the guard needs. A chain that somebody changed is written anew,
+        with the grants that it has."""
         if version not in self.rules:
             self.rules[version] = self.guard_rules(version)
         changes = []
-        for chain, rules in self.rules[version].items():
-            there = [line for line in lines if line.startswith(f"-A {chain} ")]
-            grants = [line for line in there if chain == GUARDED_CHAIN and MARK in line]
-            if "-N " + chain not in lines or list(map(tag, rules)) != [
+        for name, rules in self.rules[version].items():
+            there = [line for line in lines if line.startswith(f"-A {name} ")]
+            grants = [line for line in there if name == GUARDED_CHAIN and MARK in line]
+            if f"-N {name}" not in lines or list(map(tag, rules)) != [
                     tag_in(line) for line in there if line not in grants]:
-                changes += [f":{chain} - [0:0]"] + grants
-                changes += [f"-A {chain} -m comment --comment {tag(rule)} {rule}"
-                            for rule in rules]
-        return changes + ["-I {} 1 -j {}".format(*jump) for jump in GUARD_CHAINS.items()
-                          if "-A {} -j {}".format(*jump) not in lines]
+                changes += [f":{name} - [0:0]"] + grants
+                changes += [f"-A {name} -m comment --comment {tag(rule)} {rule}" for rule in rules]
+        return changes + [f"-I {hook} 1 -j {name}" for hook, name in GUARD_CHAINS.items()
+                          if f"-A {hook} -j {name}" not in lines]
 
     def mend_guard(self) -> bool:
-        """Put the guard back where it is not as it should be; return whether anything was wrong.
+        """Repair the guard if somebody changed it; return whether anything was wrong.
 
-        Whether a legacy table was flushed is asked every second, and thousands of grants make it
-        long: there the jump alone is looked at.
+        This runs every second for legacy tables, and thousands of grants make a table slow to
+        read. A flush takes the jump as well, so this reads the jump alone.
         """
         mended = []
 
         def mend(version: int, program: Iptables) -> None:
-            jump = "-A PREROUTING -j " + GUARD_CHAINS["PREROUTING"]
+            jump = f"-A PREROUTING -j {GUARD_CHAINS['PREROUTING']}"
             if self.legacy and jump in program.list("mangle", "PREROUTING"):
                 return
             changes = self.guard_changes(version, program.list("mangle"))
@@ -5863,13 +5894,13 @@ class IptablesFirewall(Firewall):
                            for table in self.tables for version, program in self.programs.items())
         return False
 
-    def places_of(self, door: Door) -> List[Place]:
-        """The chains for doors of this kind, if there are programs for its IP version."""
-        return [place for place in self.places if place.kind == door.kind
+    def chains_for(self, door: Door) -> List[GrantChain]:
+        """Return the chains for doors of this kind, if there is a program for the IP version."""
+        return [chain for chain in self.chains if chain.kind == door.kind
                 and door.source.version in self.programs and self.normalise(door) == door]
 
     def normalise(self, door: Door) -> Optional[Door]:
-        """The door with the addresses that its rule has in fwknopd (tests/spec/fwknop.md 3.6)."""
+        """Return the door with the addresses of its rule in fwknopd (tests/spec/fwknop.md 3.6)."""
         if door.kind == FORWARD:
             return door._replace(destination=None)
         if door.kind in (SNAT, MASQUERADE) and door.port:
@@ -5877,68 +5908,70 @@ class IptablesFirewall(Firewall):
         return door
 
     def change(self, added: List[Grant], deleted: List[Grant]) -> None:
-        """Adds and deletes the rules of grants, each table in one go."""
+        """Add and delete the rules of grants, those of a table all or none."""
         changes: Dict[Iptables, Dict[str, List[str]]] = {}
         for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
-            for place in self.places_of(grant.door):
+            for chain in self.chains_for(grant.door):
                 program = self.programs[grant.door.source.version]
-                action = "-D %s" if not new else "-I %s 1" if place.first else "-A %s"
-                lines = changes.setdefault(program, {}).setdefault(place.table, [])
-                lines.append(action % place.chain + " " + program.rule(place, grant))
+                where = f"-A {chain.name}"
+                if not new:
+                    where = f"-D {chain.name}"
+                elif chain.first:
+                    where = f"-I {chain.name} 1"
+                lines = changes.setdefault(program, {}).setdefault(chain.table, [])
+                lines.append(f"{where} {program.rule(chain, grant)}")
         do_all(Iptables.commit, changes.items())
 
     def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Adds the rules of `grants` and deletes those of `replaced`.
+        """Add the rules of `grants`, and delete those of `replaced`.
 
-        When one table fails, what others got is taken back; a program that was killed has perhaps
-        done all.
+        If one table fails, this undoes the others' changes. A program that was killed may have
+        done all of its work.
         """
         if not all(self.holds(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
             self.change(grants, replaced)
         except CommandError:
-            there = {(place, door.match, expires) for place, door, expires in self.grant_rules()}
-            if there >= {(place, grant.door.match, grant.expires) for grant in grants
-                         for place in self.places_of(grant.door)}:
+            there = {(chain, door.match, expires) for chain, door, expires in self.grant_rules()}
+            if there >= {(chain, grant.door.match, grant.expires) for grant in grants
+                         for chain in self.chains_for(grant.door)}:
                 return
             mine = {(grant.door.match, grant.expires) for grant in grants}
             self.delete_rules(lambda door, expires: (door.match, expires) in mine)
             raise
 
     def remove(self, grants: List[Grant]) -> None:
-        """Deletes the rules of `grants`, also where they are gone or of another shape."""
-        do_all(self.close_in, [
+        """Delete the rules of `grants`, also if somebody deleted or changed one of them."""
+        do_all(self.remove_through, [
             (program, [grant for grant in grants if grant.door.source.version == version])
             for version, program in self.programs.items()])
 
-    def close_in(self, program: Iptables, grants: List[Grant]) -> None:
-        """The same through the program of their IP version."""
+    def remove_through(self, program: Iptables, grants: List[Grant]) -> None:
+        """Delete the rules of `grants` through the program of their IP version."""
         try:
             self.change([], grants)
         except CommandError:
             doors = {grant.door.match for grant in grants}
             self.delete_rules(lambda door, expires: door.match in doors, [program])
 
-    def parse(self, table: str, line: str) -> Iterator[Tuple[Place, Door, int]]:
-        """Place, door and expiry of the grant that a line of `iptables -S` is, if it is one."""
-        for place in self.places:
-            parsed = parse_rule(line, place) if place.table == table else None
+    def parse(self, table: str, line: str) -> Iterator[Tuple[GrantChain, Door, int]]:
+        """Return chain, door and expiry of the grant in a line of `iptables -S`, if it has one."""
+        for chain in self.chains:
+            parsed = parse_rule(line, chain) if chain.table == table else None
             if parsed:
-                yield (place,) + parsed
+                yield (chain,) + parsed
 
-    def grant_rules(self) -> List[Tuple[Place, Door, int]]:
-        """Return place, door and expiry of every rule that is a grant, or a part of one."""
+    def grant_rules(self) -> List[Tuple[GrantChain, Door, int]]:
+        """Return chain, door and expiry of every rule that is a grant, or a part of one."""
         lines = [(table, line) for program in self.programs.values() for table in self.tables
                  for line in program.list(table)]
         return [rule for table, line in lines for rule in self.parse(table, line)]
 
     def delete_rules(self, wanted: Callable[[Door, int], bool],
                      programs: Iterable[Iptables] = ()) -> None:
-        """Delete the grants that are wanted gone, by door and expiry.
-
-        Through these programs, or else through all.
-        """
+        """Delete the rules of grants that `wanted(door, expires)` selects, through these programs
+        or else through all."""
         def delete_in(program: Iptables, table: str) -> None:
             program.commit({table: ["-D" + line[2:] for line in program.list(table) if any(
                 wanted(door, expires) for _, door, expires in self.parse(table, line))]})
@@ -5947,48 +5980,48 @@ class IptablesFirewall(Firewall):
                            for table in self.tables])
 
     def grants(self) -> List[Grant]:
-        """The grants that the kernel has; those that time has ended, too."""
+        """Return the grants that the kernel has, also those that the time match has ended."""
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         found: Dict[Door, int] = {}
-        for place, door, expires in self.grant_rules():
-            if place.is_primary:
+        for chain, door, expires in self.grant_rules():
+            if chain.is_primary:
                 found[door] = min(expires, found.get(door, expires))
         return [Grant(door, expires, now + expires - wall) for door, expires in found.items()]
 
     def listing(self) -> str:
-        """The tables that our chains are in."""
+        """Return the tables that our chains are in, as iptables prints them."""
         return "\n".join(run_program([program.program, "-w", "-t", table, "-L", "-n", "-v",
                                       "--line-numbers"])
                          for program in self.programs.values() for table in self.tables)
 
     def flush(self) -> None:
-        """Closes all grants, those of another fwknopd as well; the guard stays."""
+        """Delete the rules of all grants, those of another fwknopd as well; the guard stays."""
         self.delete_rules(lambda door, expires: True)
 
     def withdraw(self) -> None:
-        """Takes our chains out of the host's tables; the guard stays."""
-        do_all(self.remove_chains, [(program, place.table, place.from_chain, [place.chain])
+        """Remove our chains from the host's tables; the guard stays."""
+        do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.name])
                                     for program in self.programs.values()
-                                    for place in self.access])
+                                    for chain in self.access])
 
     @staticmethod
-    def remove_chains(program: Iptables, table: str, from_chain: str, chains: List[str]) -> None:
-        """Takes chains and the jumps to the first of them away."""
+    def remove_chains(program: Iptables, table: str, from_chain: str, names: List[str]) -> None:
+        """Remove chains, and the jumps to the first of them."""
         lines = program.list(table)
-        present = [chain for chain in chains if "-N " + chain in lines]
-        program.commit({table: ["-D" + line[2:] for line in jumps_to(chains[0], from_chain, lines)]
-                        + ["-F " + chain for chain in present]
-                        + ["-X " + chain for chain in present]})
+        present = [name for name in names if f"-N {name}" in lines]
+        program.commit({table: ["-D" + line[2:] for line in jumps_to(names[0], from_chain, lines)]
+                        + [f"-F {name}" for name in present]
+                        + [f"-X {name}" for name in present]})
 
     def guarded(self) -> bool:
         """Return whether the guard's chain stands, whoever made it; False if nobody can tell."""
         with contextlib.suppress(CommandError):
-            return any("-N " + GUARDED_CHAIN in program.list("mangle")
+            return any(f"-N {GUARDED_CHAIN}" in program.list("mangle")
                        for program in self.programs.values())
         return False
 
     def unguard(self) -> None:
-        """Takes the guard away."""
+        """Remove the guard's chains."""
         do_all(self.remove_chains, [
             (program, "mangle", hook, [GUARD_CHAINS[hook]] + more)
             for program in self.programs.values()
@@ -5998,20 +6031,21 @@ class IptablesFirewall(Firewall):
 # ======================================================================================
 # 20. Choice of a firewall, and leftovers
 #
-# Which backend the settings mean, what rules of the host are in its way, and what any backend has
-# left in the kernel. All that is ours carries a mark, so that it is found without configuration:
-# its name, or a rule's comment.
+# Which backend the settings mean, which rules of the host get in its way, and what any backend
+# has left in the kernel. All that we make carries a mark, its name or a rule's comment, so this
+# program finds it without a configuration.
 # ======================================================================================
 
 
 def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], test: bool,
                     log: Log, clocks: Clocks = CLOCKS) -> Firewall:
-    """The firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
+    """Return the firewall that FIREWALL_TYPE and the other settings mean; ConfigError without one.
 
     If the stanzas are None, nobody could read them: nftables then has the sets that stand.
-    auto is what FIREWALL_EXE is. Without that it is nftables where NFT_ACCEPT_CHAINS or GUARD_PORTS
-    ask for it and nft is there, unless IPT_INPUT_ACCESS is set; and iptables otherwise. If the
-    kernel does not end the grants of iptables, it is nftables where that does all that is set.
+    FIREWALL_TYPE auto means the program FIREWALL_EXE. Without that it means nftables if
+    NFT_ACCEPT_CHAINS or GUARD_PORTS ask for it, nft is there and IPT_INPUT_ACCESS is not set; else
+    iptables. If the kernel does not end the grants of iptables, which a trial shows, it means
+    nftables where that does all that is set.
     """
     if settings.firewall == "none" and settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports,
@@ -6032,8 +6066,8 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
         if kind == "iptables" and nft and iptables and nft_suffices(settings) and not (
                 Iptables(iptables).ends_grants()):
             kind = "nft"
-            log.warning(f"{iptables} has no time match, so that it would leave doors open if this server is "
-                        "killed; using nftables")
+            log.warning(f"{iptables} has no time match, so that it would leave doors open if this "
+                        "server is killed; using nftables")
     for text in idle_directives(settings, kind):
         log.warning(text)
     if kind == "iptables":
@@ -6045,9 +6079,9 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
                           "opens what yours drops")
     if not nft:
         raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
-    shapes = (standing_shapes() if stanzas is None else
-              {shape for stanza in stanzas for shape in nft_shapes(settings, stanza)})
-    return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(shapes),
+    set_types = (standing_set_types() if stanzas is None else
+                 {each for stanza in stanzas for each in stanza_set_types(settings, stanza)})
+    return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(set_types),
                        Netlink.open(), log, settings.nft_forward_chains if settings.nat else (),
                        clocks)
 
@@ -6061,7 +6095,7 @@ def nft_suffices(settings: ServerSettings) -> bool:
 
 
 def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
-    """What there is to say of directives that are set, and mean nothing for this firewall."""
+    """Return a warning for each directive that is set, and means nothing for this firewall."""
     rows: List[Tuple[Directive[Any], bool, str]] = [
         (ServerSettings.nft_accept_chains, kind == "nft", "with iptables"),
         (ServerSettings.nft_forward_chains, kind == "nft", "with iptables"),
@@ -6073,20 +6107,28 @@ def idle_directives(settings: ServerSettings, kind: str) -> List[str]:
             if not used and getattr(settings, row.attribute)]
 
 
-def nft_shapes(settings: ServerSettings, stanza: Stanza) -> Iterator[Shape]:
-    """The shapes of all doors that a stanza may open."""
+def stanza_set_types(settings: ServerSettings, stanza: Stanza) -> Iterator[SetType]:
+    """Return the types of the sets for all doors that a stanza may open."""
     to = settings.destination_rule
     for version, prefix in ((4, stanza.prefix4), (6, stanza.prefix6)):
-        yield Shape(version, prefix, to)
-        for ports in (True, False)[:1 + stanza.forward_all] if settings.nat else ():
-            yield Shape(version, prefix, to, DNAT, ports)
-            yield Shape(version, prefix, ports, FORWARD, ports)
-            for kind in (SNAT, MASQUERADE) if settings.snat else ():
-                yield Shape(version, prefix, ports, kind, ports)
+        yield SetType(version, prefix, to)
+        ports_or_all = (True, False) if stanza.forward_all else (True,)
+        for ports in ports_or_all if settings.nat else ():
+            yield SetType(version, prefix, to, DNAT, ports)
+            for kind in (FORWARD, SNAT, MASQUERADE) if settings.snat else (FORWARD,):
+                yield SetType(version, prefix, ports, kind, ports)
+
+
+def standing_set_types() -> Set[SetType]:
+    """Return the types of all sets of ours that nftables has."""
+    netlink = Netlink.open()
+    names = [text_of(each[LIST_SET]) for number in NFT_FAMILIES.values()
+             for each in netlink.dump(GET_SET, number, b"")]
+    return {set_type for set_type in map(parse_set_name, names) if set_type}
 
 
 def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional[str]]:
-    """The nft and the iptables to use; FIREWALL_EXE is one of them."""
+    """Return the paths of nft and iptables, None for a missing one; FIREWALL_EXE may be either."""
     own = settings.firewall_program or ""
     kind = os.path.basename(own)
     if own and ((kind != "nft" and "iptables" not in kind) or not find_program(own)):
@@ -6097,9 +6139,42 @@ def firewall_programs(settings: ServerSettings) -> Tuple[Optional[str], Optional
     return own if kind == "nft" else find_program("nft"), iptables
 
 
-OPEN, REST, GUARD = "open", "rest", "guard"  # grants; all that is not the guard; the guard
+def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log,
+                      clocks: Clocks) -> IptablesFirewall:
+    """Return the iptables firewall of the settings; this asks the program for its version."""
+    if not program:
+        raise ConfigError("FIREWALL_TYPE: there is no iptables program",
+                          "on nftables, set GUARD_PORTS or NFT_ACCEPT_CHAINS")
+    programs = {4: program}
+    if os.path.exists("/proc/net/if_inet6"):
+        directory, name = os.path.split(program)
+        six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
+        if six:
+            programs[6] = six
+        elif settings.guard_ports:
+            raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
+                              "install it, or nftables")
+        else:
+            log.warning("No ip6tables: nothing is opened for IPv6")
+    access = []
+    if not settings.guard_ports or settings.is_set(ServerSettings.input_access):
+        access.append((INPUT, settings.input_access))
+        if settings.enable_output:
+            access.append((INPUT, settings.output_access))
+    if settings.nat:
+        access += [(FORWARD, settings.forward_access), (DNAT, settings.dnat_access)]
+        if settings.snat:
+            access += [(SNAT, settings.snat_access), (MASQUERADE, settings.masquerade_access)]
+    return IptablesFirewall(programs, is_legacy(program), [
+        GrantChain(row.table, row.chain, row.target, first=settings.rule_prepend, kind=kind,
+                   outgoing=kind == INPUT and row.from_chain == "OUTPUT",
+                   from_chain=row.from_chain, position=row.position) for kind, row in access],
+        settings.guard_ports, log, clocks)
+
+
+GRANTS, REST, GUARD = "grants", "rest", "guard"  # parts of ours; the rest is chains, sets, jumps
 CHANGES_AT_ONCE = 500  # in one netlink message
-NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables; or no such table
+NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables, or no such table
 HOOK_INPUT, POLICY_DROP = struct.pack(">I", 1), struct.pack(">I", 0)  # linux/netfilter.h
 
 
@@ -6113,18 +6188,18 @@ class Rule(NamedTuple):
 
 
 class Leftover(NamedTuple):
-    """Something of ours in one table, in words, and what takes all of it away."""
+    """Something of ours in one table: a text about each piece, and a function to remove all."""
 
-    words: List[str]
-    take: Callable[[], None]
+    texts: List[str]
+    remove: Callable[[], None]
 
 
 def our_part(firewall: str, table: str, chains: List[str], named: Set[str], rules: List[Rule],
-             what: str) -> Tuple[List[Rule], List[str], List[str]]:
-    """Find what is ours in a table: rules in chains that stay, chains that go, and both in words.
+             part: str) -> Tuple[List[Rule], List[str], List[str]]:
+    """Find a part of ours in a table: rules to delete, chains to delete, and texts about both.
 
-    A chain is ours by its name, by the comment of what jumps to it, or if it has nothing but
-    grants. `chains` lacks those that the kernel begins with; `named` are those of the settings.
+    A chain is ours by its name, by the comment of a jump to it, or if it has nothing but grants.
+    `chains` lacks those that the kernel begins with; `named` are those of the settings.
     """
     def marked(rule: Rule) -> bool:
         return rule.comment.partition(":")[0] == COMMENT
@@ -6134,10 +6209,10 @@ def our_part(firewall: str, table: str, chains: List[str], named: Set[str], rule
     ours |= {rule.target for rule in rules if marked(rule)} & set(chains)
     ours |= {rule.chain for rule in rules if rule.chain not in with_others} & set(chains)
     guards = {chain for chain in ours if table == "mangle" and chain.startswith(GUARD_PREFIX)}
-    gone = sorted({OPEN: set(), REST: ours - guards, GUARD: guards}[what])
+    gone = sorted({GRANTS: set(), REST: ours - guards, GUARD: guards}[part])
     found = [rule for rule in rules if rule.chain not in gone and (
-        rule.target in gone or (what != GUARD and rule.comment.startswith(MARK))
-        or (what == REST and marked(rule) and rule.chain not in guards))]
+        rule.target in gone or (part != GUARD and rule.comment.startswith(MARK))
+        or (part == REST and marked(rule) and rule.chain not in guards))]
     counts = collections.Counter(rule.chain for rule in found)
     return found, gone, ([f"{count} of the rules in chain {firewall} {table} {chain}"
                           for chain, count in counts.items()]
@@ -6169,49 +6244,54 @@ def nft_rule(rule: Dict[int, bytes]) -> Rule:
     return Rule(text_of(rule[RULE_CHAIN]), text_of(target), text_of(comment), rule[RULE_HANDLE])
 
 
-def nft_leftovers(netlink: Netlink, named: Set[Tuple[str, str]], what: str) -> Iterator[Leftover]:
-    """Find what is ours in nf_tables, whatever program made it; netlink alone takes it away."""
+def nft_leftovers(netlink: Netlink, named: Set[Tuple[str, str]], part: str) -> Iterator[Leftover]:
+    """Find a part of ours in nf_tables, whatever program made it; to remove it needs no program."""
     for family, number in NFT_FAMILIES.items():
         dumps = {kind: netlink.dump(kind, number, b"")
                  for kind in (GET_TABLE, GET_CHAIN, GET_RULE, GET_SET)}
         for table in [each[TABLE_NAME] for each in dumps[GET_TABLE]]:
             listed = {kind: [each for each in dump if each[TABLE_NAME] == table]
                       for kind, dump in dumps.items()}
-            words, messages = nft_removal(netlink, family, table, listed, named, what)
+            texts, messages = nft_removal(netlink, family, table, listed, named, part)
             if messages:
-                yield Leftover(words, partial(do_all, netlink.commit, [
+                yield Leftover(texts, partial(do_all, netlink.commit, [
                     (messages[start:start + CHANGES_AT_ONCE],)
                     for start in range(0, len(messages), CHANGES_AT_ONCE)]))
 
 
 def nft_removal(netlink: Netlink, family: str, table: bytes,
                 listed: Dict[int, List[Dict[int, bytes]]], named: Set[Tuple[str, str]],
-                what: str) -> Tuple[List[str], List[Tuple[int, int, bytes]]]:
-    """Return what is ours in one table, in words, and the messages that take it away."""
+                part: str) -> Tuple[List[str], List[Tuple[int, int, bytes]]]:
+    """Return texts about a part of ours in one table, and the messages that remove it."""
     number, here, name = NFT_FAMILIES[family], attribute(TABLE_NAME, table), text_of(table)
-    place = family + " " + name
     own = {GUARD_TABLE[:2]: GUARD, NAT_TABLE[:2]: REST}.get((family, name))
-    if own == what:
-        return ["table " + place], [(DELETE_TABLE, number, here)]
-    rules, chains, words = our_part(
-        family, name, [text_of(each[CHAIN_NAME]) for each in listed[GET_CHAIN] if CHAIN_HOOK not in each],
+    if own == part:
+        return [f"table {family} {name}"], [(DELETE_TABLE, number, here)]
+    rules, chains, texts = our_part(
+        family, name,
+        [text_of(each[CHAIN_NAME]) for each in listed[GET_CHAIN] if CHAIN_HOOK not in each],
         {chain for each, chain in named if each == name and family != "inet"},
-        [nft_rule(each) for each in listed[GET_RULE] if not own], what)
+        [nft_rule(each) for each in listed[GET_RULE] if not own], part)
     messages = [(DELETE_RULE, number, here + name_attribute(RULE_CHAIN, rule.chain)
                  + attribute(RULE_HANDLE, rule.handle)) for rule in rules]
-    for kind, where in ((DELETE_RULE, RULE_CHAIN), (DELETE_CHAIN, CHAIN_NAME)):  # all its rules
+    # Chains may jump to each other: first this deletes all their rules.
+    for kind, where in ((DELETE_RULE, RULE_CHAIN), (DELETE_CHAIN, CHAIN_NAME)):
         messages += [(kind, number, here + name_attribute(where, chain)) for chain in chains]
-    for each in listed[GET_SET] if what != GUARD else ():
-        if parse_set_name(text_of(each[LIST_SET])):
-            body = here + attribute(LIST_SET, each[LIST_SET])
-            count = sum(len(list(attribute_list(answer.get(LIST_ELEMENTS, b""))))
-                        for answer in netlink.dump(GET_ELEMENT, number, body))
-            stays = own or what == OPEN
-            if count or not stays:  # without elements named, the first of these takes all out
-                messages.append((DELETE_ELEMENT if stays else DELETE_SET, number, body))
-                words.append("{}set {} {}".format("%d doors of " % count if stays else "", place,
-                                              text_of(each[LIST_SET])))
-    return words, messages
+    for each in listed[GET_SET] if part != GUARD else ():
+        set_name = text_of(each[LIST_SET])
+        if not parse_set_name(set_name):
+            continue
+        body = here + attribute(LIST_SET, each[LIST_SET])
+        if not own and part == REST:
+            messages.append((DELETE_SET, number, body))
+            texts.append(f"set {family} {name} {set_name}")
+            continue
+        count = sum(len(list(attribute_list(answer.get(LIST_ELEMENTS, b""))))
+                    for answer in netlink.dump(GET_ELEMENT, number, body))
+        if count:  # a message that names no element deletes all
+            messages.append((DELETE_ELEMENT, number, body))
+            texts.append(f"{count} doors of set {family} {name} {set_name}")
+    return texts, messages
 
 
 def is_legacy(program: str) -> bool:
@@ -6222,7 +6302,7 @@ def is_legacy(program: str) -> bool:
 def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
     """Return the older iptables or ip6tables, from FIREWALL_EXE or PATH."""
     own = (settings.firewall_program or "").replace("iptables", name)
-    for each in (own, name + "-legacy", name):
+    for each in (own, f"{name}-legacy", name):
         program = find_program(each) if "tables" in os.path.basename(each) else None
         with contextlib.suppress(CommandError):  # another one may work
             if program and (program.endswith("-legacy") or is_legacy(program)):
@@ -6238,37 +6318,38 @@ def legacy_tables(settings: ServerSettings, only: str = "", log: Optional[Log] =
     that shows them this finds none, and tells `log`.
     """
     for name in ("iptables", "ip6tables"):
-        names = read_proc("net/{}_names".format(name.replace("tables", "_tables"))).split()
-        tables = [table for table in names if only in ("", table)]
+        listed = read_proc(f"net/{name.replace('tables', '_tables')}_names").split()
+        tables = [table for table in listed if only in ("", table)]
         program = legacy_program(settings, name) if tables else None
         if program:
             yield from ((Iptables(program), table) for table in tables)
         elif tables and log:
-            log.warning("No program shows the tables of an older {}: nobody looked at {}".format(name, ", ".join(tables)))
+            log.warning(f"No program shows the tables of an older {name}: nobody looked at "
+                        + ", ".join(tables))
 
 
-def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], what: str,
+def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], part: str,
                      log: Log) -> Iterator[Leftover]:
-    """Find what is ours in tables of the older iptables."""
-    only = "mangle" if what == GUARD else ""
+    """Find a part of ours in tables of the older iptables."""
+    only = "mangle" if part == GUARD else ""
     for firewall, table in legacy_tables(settings, only, log):
         lines = firewall.list(table)
-        rules, chains, words = our_part(
+        rules, chains, texts = our_part(
             os.path.basename(firewall.program), table,
             [line[3:] for line in lines if line.startswith("-N ")],
             {chain for each, chain in named if each == table},
-            [iptables_rule(line) for line in lines if line.startswith("-A ")], what)
-        if words:
-            yield Leftover(words, partial(firewall.commit, {table: [
+            [iptables_rule(line) for line in lines if line.startswith("-A ")], part)
+        if texts:
+            yield Leftover(texts, partial(firewall.commit, {table: [
                 "-D" + rule.handle[2:] for rule in rules] + [
-                    word + chain for word in ("-F ", "-X ") for chain in chains]}))
+                    option + chain for option in ("-F ", "-X ") for chain in chains]}))
 
 
 def iptables_rule(line: str) -> Rule:
     """Return a rule that `iptables -S` printed."""
-    words = line.split()
-    values = dict(zip(words, words[1:]))
-    return Rule(words[1], values.get("-j", values.get("-g", "")),
+    parts = line.split()
+    values = dict(zip(parts, parts[1:]))
+    return Rule(parts[1], values.get("-j", values.get("-g", "")),
                 values.get("--comment", "").strip('"'), line)
 
 
@@ -6288,20 +6369,21 @@ def is_untracked(rule: Dict[int, bytes]) -> bool:
 
 
 def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
-    """Find what rules of the host do to grants: those of the backend that is not looked at else."""
+    """Find rules of the host that get in the way of grants, and that the backend does not see."""
     if firewall.guard_ports:
-        places = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
+        chains = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
                   for rule in Netlink.open().dump(GET_RULE, 0, b"") if is_untracked(rule)}
         if any("NOTRACK" in line or "--notrack" in line for line in legacy_lines(settings, "raw")):
-            places.add("raw of iptables-legacy")
-        if places:
-            yield ("Rules turn connection tracking off ({}): a connection to a guarded port that "
-                   "they concern ends with its grant".format(", ".join(sorted(places))))
+            chains.add("raw of iptables-legacy")
+        if chains:
+            yield (f"Rules turn connection tracking off ({', '.join(sorted(chains))}): a connection"
+                   " to a guarded port that they concern ends with its grant")
     elif firewall.legacy:
         for chain in Netlink.open().dump(GET_CHAIN, 0, b""):
             hook = attributes(chain.get(CHAIN_HOOK, b"")).get(HOOK_NUMBER, b"")
             if hook == HOOK_INPUT and chain.get(CHAIN_POLICY) == POLICY_DROP:
-                yield (f"nftables drops as well ({text_of(chain[TABLE_NAME])} {text_of(chain[CHAIN_NAME])}), and iptables-legacy can't open what that "
+                name = f"{text_of(chain[TABLE_NAME])} {text_of(chain[CHAIN_NAME])}"
+                yield (f"nftables drops as well ({name}), and iptables-legacy can't open what that "
                        "closes")
     elif firewall.keeps and any(line.endswith((" DROP", " REJECT")) or "-j REJECT " in line
                                 for line in legacy_lines(settings, "filter")):
@@ -6309,86 +6391,45 @@ def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
                "closed: nothing here opens it")
 
 
-def leftovers(what: str, settings: ServerSettings, log: Log,
+def leftovers(part: str, settings: ServerSettings, log: Log,
               netlink: Optional[Netlink] = None) -> List[Leftover]:
-    """Find all that is ours in the kernel, or a part of it, by whatever backend it was made."""
+    """Find a part of ours in the kernel, whichever backend made it."""
     values = [getattr(settings, row.attribute) for row in ServerSettings.rows()]
     named = {(each.table, each.chain) for each in values if isinstance(each, IptablesChain)}
     found = []
     try:
-        found = list(nft_leftovers(netlink or Netlink.open(), named, what))
+        found = list(nft_leftovers(netlink or Netlink.open(), named, part))
     except CommandError as error:
-        if error.number and error.number not in NOTHING_THERE:  # 0: there is no netlink
+        if error.number and error.number not in NOTHING_THERE:  # 0: the kernel has no netlink
             raise
-    return found + list(legacy_leftovers(settings, named, what, log))
+    return found + list(legacy_leftovers(settings, named, part, log))
 
 
-def take_away(what: str, settings: ServerSettings, log: Log,
-              netlink: Optional[Netlink] = None) -> List[str]:
-    """Take away what leftovers() finds, and return it in words. What fails is logged and stays."""
-    taken = []
-    for leftover in leftovers(what, settings, log, netlink):
+def remove_leftovers(part: str, settings: ServerSettings, log: Log,
+                     netlink: Optional[Netlink] = None) -> List[str]:
+    """Remove what leftovers() finds, and return texts about it. What fails is logged and stays."""
+    removed = []
+    for leftover in leftovers(part, settings, log, netlink):
         try:
-            leftover.take()
-            taken += leftover.words
+            leftover.remove()
+            removed += leftover.texts
         except CommandError as error:
-            log.error("{}; left: {}".format(error, ", ".join(leftover.words)))
-    return taken
+            log.error(f"{error}; left: {', '.join(leftover.texts)}")
+    return removed
 
 
 def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
-    """Close what other settings have left; their table for NAT goes, where `firewall` has none."""
-    netlink = firewall.netlink  # nobody else can change a table that it owns
+    """Remove the grants of earlier settings, and their table for NAT if `firewall` has none."""
+    netlink = firewall.netlink  # it may own a table, which nobody else can change
     try:
-        take_away(OPEN, settings, log, netlink)
-        if NAT_TABLE not in getattr(firewall, "places", ()):
+        remove_leftovers(GRANTS, settings, log, netlink)
+        if NAT_TABLE not in firewall.chains:
             (netlink or Netlink.open()).commit([(
                 DELETE_TABLE, NFT_FAMILIES[NAT_TABLE.family],
-                attribute(TABLE_NAME, NAT_TABLE.table.encode() + b"\0"))])
+                name_attribute(TABLE_NAME, NAT_TABLE.table))])
     except CommandError as error:
         if error.number not in NOTHING_THERE:
             log.warning(f"{error}; what earlier settings opened may be left")
-
-
-def standing_shapes() -> Set[Shape]:
-    """Return the shapes of all sets of ours that nftables has."""
-    netlink = Netlink.open()
-    names = [text_of(each[LIST_SET]) for number in NFT_FAMILIES.values()
-             for each in netlink.dump(GET_SET, number, b"")]
-    return {shape for shape in map(parse_set_name, names) if shape}
-
-
-def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log,
-                      clocks: Clocks) -> IptablesFirewall:
-    """The iptables firewall of the settings."""
-    if not program:
-        raise ConfigError("FIREWALL_TYPE: there is no iptables program",
-                          "on nftables, set GUARD_PORTS or NFT_ACCEPT_CHAINS")
-    access = []
-    if not settings.guard_ports or settings.is_set(ServerSettings.input_access):
-        access.append((INPUT, settings.input_access))
-        if settings.enable_output:
-            access.append((INPUT, settings.output_access))
-    if settings.nat:
-        access += [(FORWARD, settings.forward_access), (DNAT, settings.dnat_access)]
-        if settings.snat:
-            access += [(SNAT, settings.snat_access), (MASQUERADE, settings.masquerade_access)]
-    programs = {4: program}
-    if os.path.exists("/proc/net/if_inet6"):
-        directory, name = os.path.split(program)
-        six = find_program(os.path.join(directory, name.replace("iptables", "ip6tables")))
-        if six:
-            programs[6] = six
-        elif settings.guard_ports:
-            raise ConfigError("GUARD_PORTS: there is no ip6tables to guard IPv6 with",
-                              "install it, or nftables")
-        else:
-            log.warning("No ip6tables: nothing is opened for IPv6")
-    return IptablesFirewall(programs, is_legacy(program), [
-        Place(chain.table, chain.chain, chain.target, first=settings.rule_prepend, kind=kind,
-              outgoing=kind == INPUT and chain.from_chain == "OUTPUT",
-              from_chain=chain.from_chain, position=chain.position) for kind, chain in access],
-        settings.guard_ports, log, clocks)
 
 
 # ======================================================================================
@@ -8294,7 +8335,7 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
         if not configuration.test:
             firewall_programs(settings)
             guards = leftovers(GUARD, settings, Log())
-        kinds = {each.words[0].startswith("table") for each in guards}  # iptables' has chains
+        kinds = {each.texts[0].startswith("table") for each in guards}  # iptables' has chains
         if kinds - ({isinstance(firewall, NftFirewall)} if firewall.guard_ports else set()):
             log.warning("A guard from earlier settings still closes ports, and no knock opens "
                         "them; --unguard takes it away")
@@ -8768,7 +8809,7 @@ def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> No
         if pid:
             raise SpaError(f"{name} does not answer: {error}",
                            "see its log, or end it with -K and try again") from None
-        remove_for_good([OPEN, REST], settings, log)
+        remove_for_good([GRANTS, REST], settings, log)
         guarded = leftovers(GUARD, settings, log)
         say("Nothing is open now." + (" The guard stays until --unguard." if guarded else ""))
         return
@@ -8785,12 +8826,12 @@ def remove_for_good(parts: List[str], settings: ServerSettings, log: Log) -> Lis
     """
     taken = []
     for part in parts:
-        for name in take_away(part, settings, log):
-            taken.append(name)
-            write_to(sys.stdout, f"Deleted {name}\n")
+        for text in remove_leftovers(part, settings, log):
+            taken.append(text)
+            write_to(sys.stdout, f"Deleted {text}\n")
     if taken:
         time.sleep(LOOK_AGAIN_SECONDS)
-    left = [name for each in leftovers(parts[-1], settings, log) for name in each.words]
+    left = [text for each in leftovers(parts[-1], settings, log) for text in each.texts]
     if left:
         owner, table = table_owner(GUARD_TABLE), " ".join(GUARD_TABLE[:2])
         raise CommandError("still there: " + ", ".join(left), hint=(

@@ -744,7 +744,7 @@ class CycleTest(CommandCase):
         made = self.serve(self.cycle(seconds=60))
         self.knock()
         self.wait_until_ended()
-        with mock.patch.object(server, "take_away") as leftovers:
+        with mock.patch.object(server, "remove_leftovers") as leftovers:
             made.flush()
         self.assertTrue(leftovers.called)
         self.wait_until_closed()

@@ -643,7 +643,7 @@ doors += [server.Door(source, None, "tcp", port, server.DNAT, target, 22) for po
 log = server.Log()
 log.open_stream(sys.stderr)
 firewall = server.NftFirewall("nft", server.parse_nft_chains("inet filter input"), frozenset(),
-                              [server.Shape(4, 32, False, kind) for kind in ("access", "DNAT")],
+                              [server.SetType(4, 32, False, kind) for kind in ("access", "DNAT")],
                               server.Netlink.open(), log)
 firewall.prepare()
 ends = time.monotonic() + 300

@@ -195,7 +195,8 @@ class LifeLineTest(LogCase):
         made = self.serve(STANZA)
         self.packet(made)
         self.assertEqual(1, len(self.firewall.rules))
-        with mock.patch.object(server, "take_away", side_effect=server.CommandError("no luck")):
+        with mock.patch.object(server, "remove_leftovers",
+                               side_effect=server.CommandError("no luck")):
             lines = self.after_signal(signal.SIGUSR2, made, dict)
         self.assertEqual("no luck; what earlier settings opened may be left", lines[-1])
         self.assertEqual({}, self.firewall.rules)

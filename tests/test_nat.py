@@ -293,22 +293,23 @@ def nat_door(kind: str, text: str, target: str = "", port: int = 0) -> Any:
 
 
 ALL = {"protocol": "*", "port": 0}
-FORWARD_PLACE = server.Place("filter", "FWKNOP_FORWARD", "ACCEPT", kind=server.FORWARD)
-DNAT_PLACE = server.Place("nat", "FWKNOP_PREROUTING", "DNAT", kind=server.DNAT)
-SNAT_PLACE = server.Place("nat", "FWKNOP_POSTROUTING", "SNAT", kind=server.SNAT)
-MASQUERADE_PLACE = server.Place("nat", "FWKNOP_MASQUERADE", "MASQUERADE", kind=server.MASQUERADE)
-GUARD_PLACE = server.Place("mangle", "FWKNOP_GUARDED", "RETURN", first=True)
-PASS_PLACE = GUARD_PLACE._replace(kind=server.DNAT, match=server.GUARD_PASS)
+FORWARD_CHAIN = server.GrantChain("filter", "FWKNOP_FORWARD", "ACCEPT", kind=server.FORWARD)
+DNAT_CHAIN = server.GrantChain("nat", "FWKNOP_PREROUTING", "DNAT", kind=server.DNAT)
+SNAT_CHAIN = server.GrantChain("nat", "FWKNOP_POSTROUTING", "SNAT", kind=server.SNAT)
+MASQUERADE_CHAIN = server.GrantChain("nat", "FWKNOP_MASQUERADE", "MASQUERADE",
+                                     kind=server.MASQUERADE)
+GUARD_CHAIN = server.GrantChain("mangle", "FWKNOP_GUARDED", "RETURN", first=True)
+PASS_CHAIN = GUARD_CHAIN._replace(kind=server.DNAT, match=server.GUARD_PASS)
 
 
 class IptablesTest(NatCase):
     """Rules as text, there and back."""
 
-    def rule(self, place: Any, made: Any, dated: bool = False) -> str:
-        """Return the rule of a door in a place."""
+    def rule(self, chain: Any, made: Any, dated: bool = False) -> str:
+        """Return the rule of a door in a chain."""
         program = server.Iptables("iptables")
         program.dated = dated
-        return str(program.rule(place, server.Grant(made, 1795370290, 0.0)))
+        return str(program.rule(chain, server.Grant(made, 1795370290, 0.0)))
 
     def test_rules_are_those_of_fwknopd(self) -> None:
         """tests/spec/fwknop.md 3.6, to the letter, where the kernel has no time match.
@@ -317,51 +318,51 @@ class IptablesTest(NatCase):
         """
         source, anybody = "10.55.0.2/32 tcp/22", "0.0.0.0/0 tcp/8080 192.168.10.55"
         exp = " -m comment --comment _exp_1795370290 -j "
-        for place, made, expected in (
-                (FORWARD_PLACE, nat_door("FORWARD", "10.55.0.2/32 tcp/8080"),
+        for chain, made, expected in (
+                (FORWARD_CHAIN, nat_door("FORWARD", "10.55.0.2/32 tcp/8080"),
                  "-s 10.55.0.2/32 -p tcp -m tcp --dport 8080" + exp + "ACCEPT"),
-                (DNAT_PLACE, nat_door("DNAT", source, "192.168.10.55", 8080),
+                (DNAT_CHAIN, nat_door("DNAT", source, "192.168.10.55", 8080),
                  "-s 10.55.0.2/32 -p tcp -m tcp --dport 22" + exp
                  + "DNAT --to-destination 192.168.10.55:8080"),
-                (DNAT_PLACE, nat_door("DNAT", source + " 10.55.0.1", "192.168.10.55", 8080),
+                (DNAT_CHAIN, nat_door("DNAT", source + " 10.55.0.1", "192.168.10.55", 8080),
                  "-s 10.55.0.2/32 -d 10.55.0.1/32 -p tcp -m tcp --dport 22" + exp
                  + "DNAT --to-destination 192.168.10.55:8080"),
-                (MASQUERADE_PLACE, nat_door("MASQUERADE", anybody),
+                (MASQUERADE_CHAIN, nat_door("MASQUERADE", anybody),
                  "-d 192.168.10.55/32 -p tcp -m tcp --dport 8080" + exp + "MASQUERADE"),
-                (SNAT_PLACE, nat_door("SNAT", anybody, "10.55.0.1"),
+                (SNAT_CHAIN, nat_door("SNAT", anybody, "10.55.0.1"),
                  "-d 192.168.10.55/32 -p tcp -m tcp --dport 8080" + exp
                  + "SNAT --to-source 10.55.0.1"),
-                (DNAT_PLACE, nat_door("DNAT", "10.55.0.2/32 tcp/2222", "10.55.0.1", 22),
+                (DNAT_CHAIN, nat_door("DNAT", "10.55.0.2/32 tcp/2222", "10.55.0.1", 22),
                  "-s 10.55.0.2/32 -p tcp -m tcp --dport 2222" + exp
                  + "DNAT --to-destination 10.55.0.1:22"),
-                (FORWARD_PLACE, nat_door("FORWARD", source)._replace(**ALL),
+                (FORWARD_CHAIN, nat_door("FORWARD", source)._replace(**ALL),
                  "-s 10.55.0.2/32" + exp + "ACCEPT"),
-                (DNAT_PLACE, nat_door("DNAT", source, "192.168.10.99")._replace(**ALL),
+                (DNAT_CHAIN, nat_door("DNAT", source, "192.168.10.99")._replace(**ALL),
                  "-s 10.55.0.2/32" + exp + "DNAT --to-destination 192.168.10.99"),
-                (MASQUERADE_PLACE, nat_door("MASQUERADE", source)._replace(**ALL),
+                (MASQUERADE_CHAIN, nat_door("MASQUERADE", source)._replace(**ALL),
                  "-s 10.55.0.2/32" + exp + "MASQUERADE"),
-                (SNAT_PLACE, nat_door("SNAT", source, "10.55.0.9")._replace(**ALL),
+                (SNAT_CHAIN, nat_door("SNAT", source, "10.55.0.9")._replace(**ALL),
                  "-s 10.55.0.2/32" + exp + "SNAT --to-source 10.55.0.9"),
-                (DNAT_PLACE, nat_door("DNAT", "fd55::2/128 udp/53", "fd66::2", 5353),
+                (DNAT_CHAIN, nat_door("DNAT", "fd55::2/128 udp/53", "fd66::2", 5353),
                  "-s fd55::2/128 -p udp -m udp --dport 53" + exp
                  + "DNAT --to-destination [fd66::2]:5353")):
-            self.assertEqual(expected, self.rule(place, made))
+            self.assertEqual(expected, self.rule(chain, made))
 
     def test_the_guard_lets_through_what_is_translated(self) -> None:
         """By a rule of its own, which is no grant of the port itself, nor one the other's."""
         made = nat_door("DNAT", "10.55.0.2/32 tcp/22", "192.168.10.55", 8080)
-        text = self.rule(PASS_PLACE, made)
+        text = self.rule(PASS_CHAIN, made)
         self.assertEqual("-s 10.55.0.2/32 -p tcp -m tcp --dport 22 -m conntrack --ctstate NEW "
                          "-m comment --comment _exp_1795370290 -j RETURN", text)
         line = "-A FWKNOP_GUARDED " + text
-        self.assertIsNone(server.parse_rule(line, GUARD_PLACE))
-        self.assertEqual((made.match, 1795370290), server.parse_rule(line, PASS_PLACE))
-        own = "-A FWKNOP_GUARDED " + self.rule(GUARD_PLACE, door("10.55.0.2/32 tcp/22"))
-        self.assertIsNone(server.parse_rule(own, PASS_PLACE))
-        self.assertFalse(PASS_PLACE.is_primary)
+        self.assertIsNone(server.parse_rule(line, GUARD_CHAIN))
+        self.assertEqual((made.match, 1795370290), server.parse_rule(line, PASS_CHAIN))
+        own = "-A FWKNOP_GUARDED " + self.rule(GUARD_CHAIN, door("10.55.0.2/32 tcp/22"))
+        self.assertIsNone(server.parse_rule(own, PASS_CHAIN))
+        self.assertFalse(PASS_CHAIN.is_primary)
 
-    def random_door(self, draw: random.Random, place: Any) -> Any:
-        """Return a door as it goes to a place of this kind."""
+    def random_door(self, draw: random.Random, chain: Any) -> Any:
+        """Return a door as it goes to a chain of this kind."""
         version = draw.choice((4, 6))
         bits = 32 if version == 4 else 128
         make = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
@@ -369,51 +370,51 @@ class IptablesTest(NatCase):
         source = ipaddress.ip_network("%s/%d" % (make(draw.randrange(1, 2 ** bits)), prefix),
                                       strict=False)
         made = server.Door(source, None, draw.choice(("tcp", "udp")), draw.randint(1, 65535),
-                           place.kind)
+                           chain.kind)
         if draw.random() < 0.3:
             made = made._replace(protocol="*", port=0)
-        elif place.kind in (server.SNAT, server.MASQUERADE):
+        elif chain.kind in (server.SNAT, server.MASQUERADE):
             made = made._replace(source=server.any_source(version),
                                  destination=make(draw.randrange(2 ** bits)))
-        if place.kind == server.DNAT and draw.random() < 0.5:
+        if chain.kind == server.DNAT and draw.random() < 0.5:
             made = made._replace(destination=make(draw.randrange(2 ** bits)))
-        if place.kind in (server.DNAT, server.SNAT):
+        if chain.kind in (server.DNAT, server.SNAT):
             made = made._replace(target=make(draw.randrange(1, 2 ** bits)))
-        if place.kind == server.DNAT and made.port:
+        if chain.kind == server.DNAT and made.port:
             made = made._replace(target_port=draw.randint(1, 65535))
         return made
 
     def test_rule_and_parse_rule_are_inverse(self) -> None:
         """Random doors of every kind, and in no other chain."""
         draw = random.Random(366)
-        places = (FORWARD_PLACE, DNAT_PLACE, SNAT_PLACE, MASQUERADE_PLACE)
+        chains = (FORWARD_CHAIN, DNAT_CHAIN, SNAT_CHAIN, MASQUERADE_CHAIN)
         for _ in range(200):
-            for place in places:
-                made = self.random_door(draw, place)
-                line = "-A %s %s" % (place.chain, self.rule(place, made, draw.random() < 0.5))
-                self.assertEqual((made, 1795370290), server.parse_rule(line, place), line)
-                for other in places:
-                    if other is not place:
+            for chain in chains:
+                made = self.random_door(draw, chain)
+                line = "-A %s %s" % (chain.name, self.rule(chain, made, draw.random() < 0.5))
+                self.assertEqual((made, 1795370290), server.parse_rule(line, chain), line)
+                for other in chains:
+                    if other is not chain:
                         self.assertIsNone(server.parse_rule(line, other))
 
     def test_rules_that_are_no_grants(self) -> None:
         """Of other shapes than ours."""
         exp = " -m comment --comment _exp_1795370290 -j "
         port = " -p tcp -m tcp --dport 22"
-        for place, text in (
-                (FORWARD_PLACE, port + exp + "ACCEPT"), (FORWARD_PLACE, exp + "ACCEPT"),
-                (FORWARD_PLACE, " -s 10.0.0.1/32 -p tcp" + exp + "ACCEPT"),
-                (FORWARD_PLACE, " -s 10.0.0.1/32 -p icmp" + exp + "ACCEPT"),
-                (DNAT_PLACE, " -s 10.0.0.1/32" + port + exp + "DNAT"),
-                (DNAT_PLACE, " -s 10.0.0.1/32" + port + exp + "DNAT --to-destination 10.0.0.9"),
-                (DNAT_PLACE, " -s 10.0.0.1/32" + port + exp + "DNAT --to-destination a:1"),
-                (DNAT_PLACE, " -s 10.0.0.1/32" + port + exp + "DNAT --to-destination 10.0.0.9:1-9"),
-                (DNAT_PLACE, " -s 10.0.0.1/32" + exp + "DNAT --to-destination 10.0.0.9:22"),
-                (SNAT_PLACE, port + exp + "SNAT --to-source 10.0.0.9"),
-                (SNAT_PLACE, " -d 10.0.0.1/32" + port + exp + "SNAT"),
-                (MASQUERADE_PLACE, exp + "MASQUERADE")):
+        for chain, text in (
+                (FORWARD_CHAIN, port + exp + "ACCEPT"), (FORWARD_CHAIN, exp + "ACCEPT"),
+                (FORWARD_CHAIN, " -s 10.0.0.1/32 -p tcp" + exp + "ACCEPT"),
+                (FORWARD_CHAIN, " -s 10.0.0.1/32 -p icmp" + exp + "ACCEPT"),
+                (DNAT_CHAIN, " -s 10.0.0.1/32" + port + exp + "DNAT"),
+                (DNAT_CHAIN, " -s 10.0.0.1/32" + port + exp + "DNAT --to-destination 10.0.0.9"),
+                (DNAT_CHAIN, " -s 10.0.0.1/32" + port + exp + "DNAT --to-destination a:1"),
+                (DNAT_CHAIN, " -s 10.0.0.1/32" + port + exp + "DNAT --to-destination 10.0.0.9:1-9"),
+                (DNAT_CHAIN, " -s 10.0.0.1/32" + exp + "DNAT --to-destination 10.0.0.9:22"),
+                (SNAT_CHAIN, port + exp + "SNAT --to-source 10.0.0.9"),
+                (SNAT_CHAIN, " -d 10.0.0.1/32" + port + exp + "SNAT"),
+                (MASQUERADE_CHAIN, exp + "MASQUERADE")):
             with self.subTest(text=text):
-                self.assertIsNone(server.parse_rule("-A %s%s" % (place.chain, text), place))
+                self.assertIsNone(server.parse_rule("-A %s%s" % (chain.name, text), chain))
 
 
 SHAPED = (
@@ -438,28 +439,28 @@ class NftTest(unittest.TestCase):
         """Key and value of every kind of door, and only as long as they have to be."""
         for name, made in SHAPED:
             with self.subTest(name=name):
-                shape = server.shape_of(made)
-                self.assertEqual(name, shape.set_name)
-                self.assertEqual(shape, server.parse_set_name(name))
-                key, value = shape.key(made), shape.value(made)
-                self.assertEqual(made, shape.door(key, value))
+                set_type = server.set_type_of(made)
+                self.assertEqual(name, set_type.name)
+                self.assertEqual(set_type, server.parse_set_name(name))
+                key, value = set_type.key(made), set_type.value(made)
+                self.assertEqual(made, set_type.door(key, value))
                 self.assertEqual(made.target is None, value == b"")
                 self.assertEqual(0, (len(key) + len(value)) % 4)
                 for wrong in (value[:-1], value + b"\0\0\0\0") if value else ():
-                    self.assertEqual(made.match if not wrong else None, shape.door(key, wrong))
-                self.assertEqual(made.match, shape.door(key))
-                self.assertIsNone(shape.door(key[:-1], value))
+                    self.assertEqual(made.match if not wrong else None, set_type.door(key, wrong))
+                self.assertEqual(made.match, set_type.door(key))
+                self.assertIsNone(set_type.door(key[:-1], value))
 
     def test_bytes(self) -> None:
         """As nft itself sends them."""
         made = SHAPED[0][1]
-        shape = server.shape_of(made)
-        self.assertEqual(b"\x0a\x37\0\2" b"\6\0\0\0" b"\0\x16\0\0", shape.key(made))
-        self.assertEqual(b"\xc0\xa8\x0a\x37" b"\x1f\x90\0\0", shape.value(made))
+        set_type = server.set_type_of(made)
+        self.assertEqual(b"\x0a\x37\0\2" b"\6\0\0\0" b"\0\x16\0\0", set_type.key(made))
+        self.assertEqual(b"\xc0\xa8\x0a\x37" b"\x1f\x90\0\0", set_type.value(made))
 
     def test_language(self) -> None:
         """Maps, sets and rules."""
-        place = server.NAT_TABLE
+        chain = server.NAT_TABLE
         for number, creation, rule in (
                 (0, "add map inet spa_nat spa4_dnat { type ipv4_addr . inet_proto . inet_service : "
                     "ipv4_addr . inet_service; flags timeout; }",
@@ -477,12 +478,12 @@ class NftTest(unittest.TestCase):
                     "inet_proto . inet_service; flags timeout; }",
                  "postrouting ip6 saddr . ip6 daddr . meta l4proto . th dport @spa6_to_masquerade "
                  "masquerade")):
-            shape = server.shape_of(SHAPED[number][1])
-            self.assertEqual(creation, shape.creation(place))
-            self.assertEqual(rule, shape.nat_rule())
+            set_type = server.set_type_of(SHAPED[number][1])
+            self.assertEqual(creation, set_type.creation(chain))
+            self.assertEqual(rule, set_type.nat_rule())
         self.assertEqual("add set inet spa spa4_dnat { type ipv4_addr . inet_proto . inet_service; "
                          "flags timeout; }",
-                         server.shape_of(SHAPED[0][1]).creation(server.GUARD_TABLE))
+                         server.set_type_of(SHAPED[0][1]).creation(server.GUARD_TABLE))
 
 
 # ------------------------------------------------------------------- grants and names

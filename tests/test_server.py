@@ -1481,7 +1481,7 @@ class LifeTest(ServerCase):
                 door("10.55.0.2/32 tcp/22"), NOW + 30, 5030.0)}
             made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_UDP_SERVER Y;\nUDPSERV_PORT %d;\n"
                               % self.free_port())
-            with mock.patch.object(server, "take_away") as leftovers:
+            with mock.patch.object(server, "remove_leftovers") as leftovers:
                 made.start(flush)
             self.assertEqual(flush, leftovers.called)
             self.assertEqual((left, left), (len(self.firewall.rules), len(made.grants.live)))
@@ -1787,9 +1787,9 @@ class IptablesTest(unittest.TestCase):
         """tests/spec/fwknop.md 3.6, to the letter, where the kernel has no time match."""
         ssh = server.Grant(door("10.55.0.2/32 tcp/22"), 1795370283, 0.0)
         there = server.Grant(door("10.55.0.2/32 tcp/22 10.55.0.1"), 1795370285, 0.0)
-        into = server.Place("filter", "FWKNOP_INPUT", "ACCEPT")
-        out = server.Place("filter", "FWKNOP_OUTPUT", "ACCEPT", True)
-        for place, grant, expected in (
+        into = server.GrantChain("filter", "FWKNOP_INPUT", "ACCEPT")
+        out = server.GrantChain("filter", "FWKNOP_OUTPUT", "ACCEPT", True)
+        for chain, grant, expected in (
                 (into, ssh, "-s 10.55.0.2/32 -p tcp -m tcp --dport 22 -m comment --comment "
                             "_exp_1795370283 -j ACCEPT"),
                 (out, ssh, "-d 10.55.0.2/32 -p tcp -m tcp --sport 22 -m comment --comment "
@@ -1798,7 +1798,7 @@ class IptablesTest(unittest.TestCase):
                               "--comment _exp_1795370285 -j ACCEPT"),
                 (out, there, "-s 10.55.0.1/32 -d 10.55.0.2/32 -p tcp -m tcp --sport 22 -m comment "
                              "--comment _exp_1795370285 -j ACCEPT")):
-            self.assertEqual(expected, self.program(dated=False).rule(place, grant))
+            self.assertEqual(expected, self.program(dated=False).rule(chain, grant))
         self.assertIn("-m time --datestop 2026-11-22T18:38:02 -m comment",
                       self.program().rule(into, ssh._replace(expires=1795372683)))
 
@@ -1815,14 +1815,14 @@ class IptablesTest(unittest.TestCase):
             made = server.Door(source, draw.choice((None, address(draw.randrange(2 ** bits)))),
                                draw.choice(("tcp", "udp")), draw.randint(1, 65535))
             grant = server.Grant(made, draw.randrange(1, 2 ** 31), 0.0)
-            place = server.Place("filter", "MYSPA", "ACCEPT", draw.choice((True, False)))
-            text = self.program(draw.choice((True, False))).rule(place, grant)
-            self.assertEqual((made, grant.expires), server.parse_rule("-A MYSPA " + text, place))
-            self.assertIsNone(server.parse_rule("-A OTHER " + text, place))
+            chain = server.GrantChain("filter", "MYSPA", "ACCEPT", draw.choice((True, False)))
+            text = self.program(draw.choice((True, False))).rule(chain, grant)
+            self.assertEqual((made, grant.expires), server.parse_rule("-A MYSPA " + text, chain))
+            self.assertIsNone(server.parse_rule("-A OTHER " + text, chain))
 
     def test_rules_that_are_no_grants(self) -> None:
         """Of other chains, without our comment, or of shapes that we do not make."""
-        place = server.Place("filter", "FWKNOP_INPUT", "ACCEPT")
+        chain = server.GrantChain("filter", "FWKNOP_INPUT", "ACCEPT")
         rest = " -m comment --comment _exp_1795370283 -j ACCEPT"
         for line in (
                 "", "-N FWKNOP_INPUT", "-P INPUT ACCEPT", "-A INPUT -j FWKNOP_INPUT",
@@ -1839,7 +1839,7 @@ class IptablesTest(unittest.TestCase):
                 # the opposite of a grant to this address
                 "-A FWKNOP_INPUT ! -s 10.0.0.1/32 -p tcp -m tcp --dport 22" + rest):
             with self.subTest(line=line):
-                self.assertIsNone(server.parse_rule(line, place))
+                self.assertIsNone(server.parse_rule(line, chain))
 
 
     def test_older_tables_are_asked_of_no_more_than_needed(self) -> None:
@@ -1905,41 +1905,41 @@ class NftTest(unittest.TestCase):
                      "2001:db8:1:200::/56 udp/53",
                      "2001:db8::7/128 tcp/22 2001:db8::1"):
             with self.subTest(door=text):
-                shape = server.shape_of(door(text))
-                key = shape.key(door(text))
+                set_type = server.set_type_of(door(text))
+                key = set_type.key(door(text))
                 self.assertEqual(0, len(key) % 4)
-                self.assertEqual(door(text), shape.door(key))
+                self.assertEqual(door(text), set_type.door(key))
 
     def test_key_bytes(self) -> None:
         """Each field on four bytes, big-endian, as nf_tables concatenates them."""
         self.assertEqual(b"\x0a\x37\0\2" b"\6\0\0\0" b"\0\x16\0\0",
-                         server.shape_of(door("10.55.0.2/32 tcp/22")).key(
+                         server.set_type_of(door("10.55.0.2/32 tcp/22")).key(
                              door("10.55.0.2/32 tcp/22")))
 
     def test_foreign_elements(self) -> None:
         """Another length or protocol is no door."""
-        shape = server.Shape(4, 32, False)
+        set_type = server.SetType(4, 32, False)
         for key in (b"", bytes(11), bytes(13), b"\x0a\x37\0\2" b"\x84\0\0\0" b"\0\x16\0\0"):
-            self.assertIsNone(shape.door(key))
+            self.assertIsNone(set_type.door(key))
 
     def test_names_of_sets(self) -> None:
-        """One for each shape."""
-        for shape, name in (((4, 32, False), "spa4"), ((4, 24, True), "spa4_24_to"),
+        """One for each type."""
+        for set_type, name in (((4, 32, False), "spa4"), ((4, 24, True), "spa4_24_to"),
                             ((6, 128, True), "spa6_to"), ((6, 56, False), "spa6_56")):
-            self.assertEqual(name, server.Shape(*shape).set_name)
-            self.assertEqual(server.Shape(*shape), server.parse_set_name(name))
+            self.assertEqual(name, server.SetType(*set_type).name)
+            self.assertEqual(server.SetType(*set_type), server.parse_set_name(name))
         for name in ("", "spa", "spa4_32", "spa4_x", "spa5", "spa4_to_24", "blocked4", "spa4_24_"):
             self.assertIsNone(server.parse_set_name(name))
 
     def test_set_language(self) -> None:
         """Declaration and match have the same fields, and a prefix masks the source."""
-        shape = server.Shape(6, 56, True)
+        set_type = server.SetType(6, 56, True)
         self.assertEqual("add set inet spa spa6_56_to { type ipv6_addr . ipv6_addr . inet_proto . "
-                         "inet_service; flags timeout; }", shape.creation(server.GUARD_TABLE))
+                         "inet_service; flags timeout; }", set_type.creation(server.GUARD_TABLE))
         self.assertEqual("ip6 saddr & ffff:ffff:ffff:ff00:: . ip6 daddr . meta l4proto . th dport "
-                         "@spa6_56_to", shape.match())
+                         "@spa6_56_to", set_type.match())
         self.assertEqual("ip saddr . meta l4proto . th dport @spa4",
-                         server.Shape(4, 32, False).match())
+                         server.SetType(4, 32, False).match())
 
     def test_attributes(self) -> None:
         """Any values come back, in order, with their padding gone; the last of several stays."""
@@ -1978,7 +1978,7 @@ class NftTest(unittest.TestCase):
         doors = [door("10.55.0.2/32 tcp/%d" % port) for port in (1, 2, 3)]
         chain, clock = server.parse_nft_chains("inet filter input"), Clock()
         netlink = mock.Mock()
-        firewall = server.NftFirewall("nft", chain, frozenset(), [server.shape_of(doors[0])],
+        firewall = server.NftFirewall("nft", chain, frozenset(), [server.set_type_of(doors[0])],
                                       netlink, mock.Mock(), clocks=clock.clocks())
         now = clock.mono()
         firewall.remove([server.Grant(each, 0, now) for each in doors])
@@ -1997,15 +1997,15 @@ class NftTest(unittest.TestCase):
                     self.assertLess(netlink.commit.call_count, 9)
                     continue
                 firewall.remove(grants)
-            self.assertEqual([[firewall.element(server.DELETE_ELEMENT, chain[0], each)
+            self.assertEqual([[server.element_message(server.DELETE_ELEMENT, chain[0], each)
                                for each in look] for look in looks[:2]],
                              [each[0][0] for each in netlink.commit.call_args_list])
 
     def test_cut_answers(self) -> None:
         """An answer of the kernel that is cut anywhere is a CommandError, or a shorter list."""
-        shape = server.Shape(4, 32, False)
+        set_type = server.SetType(4, 32, False)
         element = server.attribute(server.ELEMENT_KEY, server.attribute(
-            server.DATA_VALUE, shape.key(door("10.55.0.2/32 tcp/22"))))
+            server.DATA_VALUE, set_type.key(door("10.55.0.2/32 tcp/22"))))
         element += server.attribute(server.ELEMENT_EXPIRATION, struct.pack(">Q", 9000))
         body = bytes(4) + server.attribute(server.LIST_ELEMENTS,
                                            server.attribute(server.LIST_ITEM, element))
@@ -2021,7 +2021,7 @@ class NftTest(unittest.TestCase):
                     struct.pack_into("=I", data, 0, min(length, 16 + len(body)))
                 for ask in (lambda: netlink.commit([(server.DELETE_ELEMENT, 1, b"")]),
                             lambda: server.NftFirewall.read_set(
-                                mock.Mock(netlink=netlink), server.GUARD_TABLE, shape)):
+                                mock.Mock(netlink=netlink), server.GUARD_TABLE, set_type)):
                     answering = AnsweringSocket(bytes(data))
                     netlink.socket = mock.Mock(sendto=answering.sendto, recv=answering.recv)
                     with contextlib.suppress(server.CommandError):
