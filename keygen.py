@@ -9,20 +9,20 @@
       the same, appended to these files; with --qr, also as a QR code for a phone
   keygen.py --rotate work --access-file ... --rc-file ...
   keygen.py --retire work --access-file ...
-      new keys, beside which the old ones work; then the end of the old ones
+      new keys, while the old ones go on working; then the end of the old ones
 
 The way of a key: os.urandom makes it, base64 makes it text, and a stanza carries it to standard
-output, or into a file: a new one is for its owner alone, of an old one that others can read it
-warns. No key is ever taken from a command line, and none appears in an error.
+output or into a file. Only its owner can read a new file; keygen.py warns of an old one that others
+can read. It takes no key from a command line, and shows none in an error.
 
-The server's stanza says REQUIRE_SOURCE_ADDRESS Y: a packet has to name the address to open for, so
-that nobody who catches one can send it from his own. spa_client.py finds its address by itself;
-fwknop has to be told, with -a ADDRESS or with -R, which asks a web site. --any-source gives that
+The server's stanza has REQUIRE_SOURCE_ADDRESS Y: a packet must name the address to open for. So an
+attacker who captures a packet can't send it first, from another address. spa_client.py finds its
+address by itself; fwknop needs -a ADDRESS, or -R, which asks a web site. --any-source gives that
 protection up, for a client that cannot know its address.
 
 --rotate and --retire find a stanza by the line [NAME] in an rc file, and by the comment `# NAME`
-above SOURCE in access.conf, and leave all other lines alone. Have the server read access.conf again
-after each.
+above SOURCE in access.conf. They leave all other lines alone. After each, the server must read
+access.conf again (SIGHUP, or spa_server.py -R).
 
 Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
   1. Keys and stanzas
@@ -31,8 +31,8 @@ Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
   4. Files and standard output
   5. Command line
 
-Exit codes: 0 done; 1 a file or standard output could not be used; 2 a wrong option; 3 what a file
-says does not allow it; 130 interrupted.
+Exit codes: 0 done; 1 a file or standard output can't be used; 2 a wrong option; 3 the text of a
+file does not allow the change; 130 interrupted.
 """
 
 import argparse
@@ -53,8 +53,8 @@ VERSION = "0.1.0"
 # 1. Keys and stanzas
 #
 # A parser for each kind of value in a stanza; then the keys, and both stanzas in fwknop's formats.
-# A parser's error says what was expected, and never what was given: that may be a key in the wrong
-# place. The limits are those of fwknop's client and server: what is printed here works with both.
+# The error of a parser never shows the text, which may be a misplaced key. The limits are those of
+# fwknop's client and server, so that both can use the stanzas.
 # ======================================================================================
 
 # --- shared: errors -- the same text in spa_server.py, spa_client.py and keygen.py --
@@ -86,18 +86,18 @@ def explain(error: Exception, name: str = "") -> str:
 
 
 class UsageError(SpaError, argparse.ArgumentTypeError):  # argparse puts the option before it
-    """A wrong option, found before anything was made or written: exit code 2."""
+    """A wrong option, found before a key is made or a file written: exit code 2."""
 
 
 class ConfigError(SpaError):
-    """A file whose text does not allow what was asked for; it stays as it is: exit code 3."""
+    """A file whose text does not allow the change, and stays as it is: exit code 3."""
 
 
 LETTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
-def word(kind: str, limit: int, signs: str) -> Callable[[str], str]:
-    """Return a parser of words that are no option, and that fwknop and a shell take as they are."""
+def name_parser(kind: str, limit: int, signs: str) -> Callable[[str], str]:
+    """Return a parser of names that are safe as they are, for fwknop and in a shell."""
     def parse(text: str) -> str:
         if not 1 <= len(text) <= limit or text[0] in "-." or set(text) - LETTERS.union(signs):
             raise UsageError(f"expected {kind}, 1 to {limit} letters, digits or any of {signs}")
@@ -106,14 +106,14 @@ def word(kind: str, limit: int, signs: str) -> Callable[[str], str]:
 
 
 def parse_name(text: str) -> str:
-    """Return the name of a stanza, fit for `[name]` and for `# name`."""
+    """Parse the name of a stanza, fit for `[name]` and for `# name`."""
     if text.lower() == "default":
         raise UsageError("expected another name: [default] holds the defaults of all stanzas")
-    return word("a name", 64, "._-@")(text)
+    return name_parser("a name", 64, "._-@")(text)
 
 
-def one_of(choices: str) -> Callable[[str], str]:
-    """Return a parser of words such as `bash|zsh|fish`, in any case."""
+def choice_parser(choices: str) -> Callable[[str], str]:
+    """Return a parser of choices such as `bash|zsh|fish`, in any case."""
     def parse(text: str) -> str:
         if text.lower() not in choices.split("|"):
             raise UsageError(f"expected one of {choices.replace('|', ' ')}")
@@ -121,7 +121,7 @@ def one_of(choices: str) -> Callable[[str], str]:
     return parse
 
 
-def integer(low: int, high: int) -> Callable[[str], int]:
+def number_parser(low: int, high: int) -> Callable[[str], int]:
     """Return a parser of decimal numbers from low to high."""
     def parse(text: str) -> int:
         if not (0 < len(text) < 10 and set(text) <= set("0123456789") and low <= int(text) <= high):
@@ -131,18 +131,18 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def parse_access(text: str) -> str:
-    """Return a list such as `tcp/22,udp/53`, each entry once, ports without leading zeros.
+    """Parse a list such as `tcp/22,udp/53`, each entry once; drop leading zeros.
 
-    A repeated entry is refused because fwknopd counts matches: its `OPEN_PORTS tcp/22,tcp/22`
-    rejects a request for tcp/22 and lets one for tcp/22,tcp/9999 pass. A longer list does not fit
-    into fwknop's packet in the worst case: a user name of 29 characters, a source address of 15
-    and an HMAC of SHA-512 leave 223 bytes of plaintext.
+    A repeated entry is an error because fwknopd counts matches: with `OPEN_PORTS tcp/22,tcp/22` it
+    rejects a request for tcp/22 and accepts one for tcp/22,tcp/9999. A list of more than 60
+    characters may not fit into fwknop's packet: a user name of 29 characters, a source address of
+    15 and an HMAC of SHA-512 leave 223 bytes of plain text.
     """
     entries: List[str] = []
     for item in text.split(","):
         if item[:4] not in ("tcp/", "udp/"):
             raise UsageError("expected tcp/PORT or udp/PORT, separated by commas, without blanks")
-        entries.append(f"{item[:4]}{integer(1, 65535)(item[4:])}")
+        entries.append(f"{item[:4]}{number_parser(1, 65535)(item[4:])}")
     if len(set(entries)) < len(entries):
         raise UsageError("expected each port only once")
     if len(",".join(entries)) > 60:
@@ -151,7 +151,7 @@ def parse_access(text: str) -> str:
 
 
 def parse_source(text: str) -> str:
-    """Return `ANY`, or a comma list of networks (fwknopd itself knows IPv4 only)."""
+    """Parse `ANY`, or networks with commas between (fwknopd itself knows only IPv4)."""
     if text.upper() == "ANY":
         return "ANY"
     try:
@@ -163,15 +163,15 @@ def parse_source(text: str) -> str:
 
 
 def parse_path(text: str) -> str:
-    """Return a path; `~` is the home directory, for shells that leave it."""
+    """Parse a path; replace a `~` that the shell left by the home directory."""
     if not text:
         raise UsageError("expected a path")
     return os.path.expanduser(text)
 
 
-# The lengths `fwknop --key-gen` uses. It has none for SHA-3: 64 bytes are as long as the longest
-# digest (more adds no strength, RFC 2104 section 3) and fit into one block of both SHA-3 digests
-# (136 and 72 bytes), so the key is used as it is and not hashed first.
+# The lengths of `fwknop --key-gen`. It has none for SHA-3: 64 bytes are as long as the longest
+# digest (more adds no strength, RFC 2104 section 3). They fit into one block of both SHA-3 digests
+# (136 and 72 bytes), so HMAC does not hash the key first.
 KEY_BYTES = 32
 HMAC_KEY_BYTES = {"md5": 16, "sha1": 20, "sha256": 64, "sha384": 128, "sha512": 128,
                   "sha3_256": 64, "sha3_512": 64}
@@ -180,7 +180,7 @@ DIRECTIVE = "{:<24}    {}"  # the columns of `fwknop --save-rc-stanza`
 
 
 def make_keys(options: argparse.Namespace, digest: str, random: Callable[[int], bytes]) -> Keys:
-    """Return fresh keys of the lengths that the options say, or else suit the HMAC's digest."""
+    """Return fresh keys of the lengths in the options, or else of those for the HMAC's digest."""
     sizes = {"KEY_BASE64": options.key_len or KEY_BYTES,
              "HMAC_KEY_BASE64": options.hmac_key_len or HMAC_KEY_BYTES[digest]}
     return {name: binascii.b2a_base64(random(size), newline=False).decode("ascii")
@@ -188,7 +188,7 @@ def make_keys(options: argparse.Namespace, digest: str, random: Callable[[int], 
 
 
 def key_lines(keys: Keys) -> str:
-    """Return both keys as `fwknop --key-gen` prints them, which is as both files take them."""
+    """Return both keys as `fwknop --key-gen` prints them; both files take these lines."""
     return "".join(f"{name}: {key}\n" for name, key in keys.items())
 
 
@@ -215,8 +215,8 @@ def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[
 # ======================================================================================
 # 2. QR code (ISO/IEC 18004:2015)
 #
-# Makes the picture that phone apps read: byte mode, and of the 40 versions (sizes) the 15
-# smallest, of 17 + 4 * version modules a side, which hold up to 520 bytes.
+# The picture that phone apps read: byte mode, and the 15 smallest of the 40 versions (sizes). A
+# side has 17 + 4 * version modules; version 15 holds 520 bytes.
 # ======================================================================================
 
 Symbol = List[bytearray]  # rows of modules: 0 light, 1 dark, 2 not drawn yet
@@ -237,7 +237,7 @@ MASKS: Tuple[Callable[[int, int], int], ...] = (
     lambda i, j: (i // 2 + j // 3) % 2, lambda i, j: i * j % 2 + i * j % 3,
     lambda i, j: (i * j % 2 + i * j % 3) % 2, lambda i, j: ((i + j) % 2 + i * j % 3) % 2)
 # Figure 25: row and column of each bit of the format information, the lowest first; two copies.
-FORMAT_PLACES = tuple(zip(
+FORMAT_MODULES = tuple(zip(
     [(i, 8) for i in (0, 1, 2, 3, 4, 5, 7, 8)] + [(8, j) for j in (7, 5, 4, 3, 2, 1, 0)],
     [(8, j) for j in range(-1, -9, -1)] + [(i, 8) for i in range(-7, 0)]))
 
@@ -251,7 +251,7 @@ def multiply(left: int, right: int) -> int:
 
 
 def error_correction(block: bytes, count: int) -> bytes:
-    """Return the Reed-Solomon codewords of a block: what its division by g(x) leaves (7.5.2)."""
+    """Return the Reed-Solomon codewords of a block, the remainder of a division by g(x) (7.5.2)."""
     generator, root = [1], 1  # annex A: g(x) is the product of all (x - 2^i), i < count
     for _ in range(count):
         generator = [high ^ multiply(root, low)
@@ -277,8 +277,8 @@ def bch_code(value: int, generator: int) -> int:
 def encode_data(text: bytes, level: str) -> Tuple[int, bytes]:
     """Return the smallest version that holds `text`, and its codewords in their final order.
 
-    Mode 0100, the length, the text and 0000 are whole bytes together (7.4). They are cut into
-    blocks, the longer ones last, and the blocks interleaved (7.6). ValueError if nothing fits.
+    Mode 0100, the length, the text and 0000 make whole bytes together (7.4). These are cut into
+    blocks, the longer ones last, and interleaved (7.6). Raise ValueError if no version holds them.
     """
     for version, total, *table in zip(range(1, 16), CODEWORDS, *LEVELS[level][1:]):
         size, count = (int(digit, 36) for digit in table)
@@ -305,9 +305,9 @@ def draw_patterns(version: int) -> Symbol:
     step = -(-(size - 13) // (version // 7 * 2 + 2)) * 2
     centres = [6, *range(size - 7, 6, -step)] if version > 1 else []
     # The rings of a pattern from its centre: a finder's, with the separator, and an alignment's.
-    for rings, places in (("11010", [(3, 3), (3, size - 4), (size - 4, 3)]),
+    for rings, around in (("11010", [(3, 3), (3, size - 4), (size - 4, 3)]),
                           ("101", [(i, j) for i in centres for j in centres])):
-        for row, column in places:
+        for row, column in around:
             if rows[row][column] == FREE:  # else a finder is there
                 for i in range(max(row - len(rings) + 1, 0), min(row + len(rings), size)):
                     for j in range(max(column - len(rings) + 1, 0), min(column + len(rings), size)):
@@ -321,11 +321,11 @@ def draw_patterns(version: int) -> Symbol:
 
 
 def draw_symbol(version: int, data: bytes, level: str, mask: int) -> Symbol:
-    """Return the whole symbol of these codewords."""
+    """Return the whole symbol of these codewords in one of the masks."""
     rows = draw_patterns(version)
     code = bch_code(LEVELS[level][0] << 3 | mask, 0x537) ^ 0x5412  # format information (7.9)
-    for bit, places in enumerate(FORMAT_PLACES):
-        for i, j in places:
+    for bit, modules in enumerate(FORMAT_MODULES):
+        for i, j in modules:
             rows[i][j] = code >> bit & 1
     rows[-8][8] = 1
     bits = (codeword >> bit & 1 for codeword in data for bit in range(7, -1, -1))
@@ -339,7 +339,7 @@ def draw_symbol(version: int, data: bytes, level: str, mask: int) -> Symbol:
 
 
 def penalty(rows: Symbol) -> int:
-    """Return how much in a symbol may confuse a scanner (7.8.3)."""
+    """Return the penalty for patterns that may confuse a scanner (7.8.3)."""
     score, modules = 0, len(rows) ** 2
     for line in ["".join(map(str, line)) for line in [*rows, *zip(*rows)]]:
         runs = line.replace("01", "0 1").replace("10", "1 0").split()
@@ -358,7 +358,7 @@ def qr_symbol(text: bytes, level: str, masks: Sequence[int] = range(8)) -> Symbo
 
 
 def terminal_text(rows: Symbol, blocks: bool) -> str:
-    """Return a symbol and its quiet zone (6.3.8) for a terminal; all colours are said.
+    """Return a symbol and its quiet zone (6.3.8) for a terminal, with all colours set.
 
     With `blocks` a character is two modules above each other, else two characters are a module.
     """
@@ -377,13 +377,13 @@ def terminal_text(rows: Symbol, blocks: bool) -> str:
 # ======================================================================================
 # 3. Changes to a file's text
 #
-# Each takes the text of a file and returns another, or raises ConfigError. A stanza is found by
-# its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment `# name` above
-# SOURCE. `# old name` marks the one whose keys were replaced, until --retire removes it.
+# Each function takes the text of a file and returns another, or raises ConfigError. It finds a
+# stanza by its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment
+# `# name` above SOURCE. `# old name` marks a stanza with replaced keys, until --retire removes it.
 # ======================================================================================
 
 def find_marks(lines: List[str], mark: str) -> List[int]:
-    """Return the indexes of the lines that say `mark`, whatever the case and the blanks."""
+    """Return the indexes of the lines that are `mark`, but for case and blanks."""
     def plain(line: str) -> List[str]:
         line = line.strip().lower()
         if line[:1] == "[":
@@ -394,14 +394,14 @@ def find_marks(lines: List[str], mark: str) -> List[int]:
 
 def split_line(line: str) -> Tuple[str, str, str]:
     """Return a directive's name, its value to a blank, ; or #, and the rest; "" for a comment."""
-    name, _, value = line.strip().replace("\t", " ").partition(" ")
-    word = value.strip().split(" ")[0].split(";")[0].split("#")[0]
+    name, _, rest = line.strip().replace("\t", " ").partition(" ")
+    value = rest.strip().split(" ")[0].split(";")[0].split("#")[0]
     return ("", "", "") if name[:1] in "#;" else (
-        name.rstrip(":"), word, value.strip()[len(word):])
+        name.rstrip(":"), value, rest.strip()[len(value):])
 
 
 def add_stanza(text: str, stanza: str) -> str:
-    """Return the text with a stanza at its end; refuse a mark that it has already."""
+    """Return the text with a stanza at its end; raise ConfigError if it has the mark already."""
     mark = stanza.partition("\n")[0]
     for at in find_marks(text.split("\n"), mark):
         raise ConfigError(f"has a stanza {mark} already, in line {at + 1}")
@@ -409,9 +409,9 @@ def add_stanza(text: str, stanza: str) -> str:
 
 
 def find_stanza(lines: List[str], mark: str) -> Tuple[int, int]:
-    """Return the index of a stanza's mark, and the one behind its last directive.
+    """Return the index of a stanza's mark, and the index after its last directive.
 
-    Comments below belong to what follows, which begins with another `[name]`, SOURCE or %include.
+    Later comments belong to the next stanza, which begins with `[name]`, SOURCE or %include.
     """
     marks = find_marks(lines, mark)
     if len(marks) != 1:
@@ -420,7 +420,7 @@ def find_stanza(lines: List[str], mark: str) -> Tuple[int, int]:
     for at in range(end + 1, len(lines)):
         name = split_line(lines[at])[0]
         begins = name == "SOURCE" or name[:1] in ("[", "%")
-        if name and begins == inside:  # the next one, or a directive before any SOURCE
+        if name and begins == inside:  # the next stanza, or a directive before any SOURCE
             break
         if name:
             end, inside = at, True
@@ -433,21 +433,21 @@ def replace_keys(stanza: List[str], make: Callable[[str], Keys]) -> List[str]:
     """Return the lines of a stanza with the keys that `make` returns for its HMAC's digest."""
     new, split = list(stanza), [split_line(line) for line in stanza]
     where = f"in the stanza {stanza[0].strip()}"
-    digest = {name: word for name, word, _ in split}.get("HMAC_DIGEST_TYPE", "sha256").lower()
+    digest = {name: value for name, value, _ in split}.get("HMAC_DIGEST_TYPE", "sha256").lower()
     if digest not in HMAC_KEY_BYTES:
         raise ConfigError(f"expected HMAC_DIGEST_TYPE {', '.join(HMAC_KEY_BYTES)} {where}")
     for name, key in make(digest).items():
         raw = name.replace("_BASE64", "")
-        found = [at for at, (said, _, _) in enumerate(split) if said in (name, raw)]
+        found = [at for at, (directive, _, _) in enumerate(split) if directive in (name, raw)]
         if len(found) != 1:
             raise ConfigError(f"expected one {name} (or {raw}) {where}")
-        said, _, behind = split[found[0]]  # behind a raw key may be more of it
-        new[found[0]] = DIRECTIVE.format(name, key) + (behind if said == name else "")
+        directive, _, rest = split[found[0]]  # the rest of a raw key's line may belong to the key
+        new[found[0]] = DIRECTIVE.format(name, key) + (rest if directive == name else "")
     return new
 
 
 def rotate_stanza(text: str, mark: str, make: Callable[[str], Keys]) -> str:
-    """Return the text with new keys in a stanza; in access.conf the old one stands below it."""
+    """Return the text with new keys in a stanza; access.conf keeps the old stanza below it."""
     lines, old_mark = text.split("\n"), f"# old {mark[2:]}"
     begin, end = find_stanza(lines, mark)
     stanza = replace_keys(lines[begin:end], make)
@@ -463,18 +463,20 @@ def retire_stanza(text: str, mark: str) -> str:
     """Return the text without a stanza and the blank line above it."""
     lines = text.split("\n")
     begin, end = find_stanza(lines, mark)
-    return "\n".join(lines[:begin - (begin > 0 and not lines[begin - 1].strip())] + lines[end:])
+    if begin > 0 and not lines[begin - 1].strip():
+        begin -= 1
+    return "\n".join(lines[:begin] + lines[end:])
 
 
 # ======================================================================================
 # 4. Files and standard output
 #
-# Gives a file its new text so that a crash leaves the old or the new one. The files take their new
-# text last, when all else went well.
+# Give a file its new text so that a crash leaves the old one or the new one. The files change last,
+# after everything else has succeeded.
 # ======================================================================================
 
-POSIX = hasattr(os, "geteuid")  # else Windows: no modes, no flock, no directories to open
-LOCK_TRIES = 500  # ten seconds; another run needs milliseconds, but any reader can lock a directory
+POSIX = hasattr(os, "geteuid")  # else Windows, without modes, flock and open directories
+LOCK_TRIES = 500  # ten seconds: another run takes milliseconds, but any reader can lock for ever
 
 
 # --- shared: output -- the same text in spa_server.py, spa_client.py and keygen.py --
@@ -503,19 +505,19 @@ def write_to(stream: "Any", text: str) -> str:
 
 
 def tell(text: str) -> None:
-    """Print a line on standard error; that nobody reads it must not leave work half done."""
+    """Print a line on standard error; a failure to do so must not leave work half done."""
     write_to(sys.stderr, text + "\n")
 
 
 def warn_of_readers(name: str, mode: int) -> None:
-    """Warn of a regular file with keys that is not for its owner alone."""
+    """Warn of a regular file with keys that not only its owner can read."""
     if POSIX and stat.S_ISREG(mode) and mode & 0o077:
         tell(f"keygen.py: warning: {name} is open to others (mode {stat.S_IMODE(mode):04o}): "
              "chmod 600")
 
 
 def write_out(text: str) -> None:
-    """Write to standard output and see it leave, so that keys do not get lost unnoticed."""
+    """Write to standard output; raise SpaError if it fails, so that no key is lost unnoticed."""
     if not text:
         return
     with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or a test's buffer
@@ -528,7 +530,7 @@ def write_out(text: str) -> None:
 
 @contextlib.contextmanager
 def errors_named(path: str) -> Iterator[None]:
-    """Turn what the system or a change refuses into a SpaError that names the file."""
+    """Turn the errors of the system or of a change into a SpaError that names the file."""
     try:
         yield
     except OSError as error:
@@ -538,10 +540,10 @@ def errors_named(path: str) -> Iterator[None]:
 
 
 def real_path(path: str, links: int = 40) -> str:
-    """Return where a path leads to; SpaError if by a link of another user's.
+    """Return the real path; raise SpaError if it leads through another user's link.
 
-    That user could lead us to a file that only we can write. More `links` one behind the other
-    than the kernel follows are a loop, which cannot be opened.
+    That user could lead us to a file that only we can write. A path with more `links` in a row than
+    the kernel follows is a loop, and cannot be opened.
     """
     way, prefix = os.path.join(os.getcwd(), path), ""
     for part in way.split("/") if POSIX else ():
@@ -555,9 +557,9 @@ def real_path(path: str, links: int = 40) -> str:
 
 
 def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
-    """Return a directory's descriptor, open until the stack's end: till then only we change files.
+    """Open a directory and lock it until the stack's end, so that only this run changes its files.
 
-    Without locks (Windows, some network file systems) the change of another run is only noticed.
+    Without locks (Windows, some network file systems) another run's change is only noticed.
     """
     import fcntl
     with errors_named(path):
@@ -572,22 +574,23 @@ def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
                 return fd
             except BlockingIOError:
                 time.sleep(0.02)
-            except OSError:  # NFS has no lock for who only reads
+            except OSError:  # NFS locks only what is open for writing
                 return fd
         raise SpaError("another program keeps it locked")
 
 
 def name_in(directory: Optional[int], path: str) -> str:
-    """Return the name that a path's file has in its directory, if that is open."""
+    """Return the name of a file in its open directory, or the whole path if that is not open."""
     return path if directory is None else os.path.basename(path)
 
 
 def read_file(path: str, directory: Optional[int], create: bool
               ) -> Tuple[bytes, Optional[os.stat_result]]:
-    """Return what a regular file in a directory holds, and its status.
+    """Return the bytes of a regular file in a directory, and its status.
 
-    Nothing and None if there is none, and one may be created. A file of ours that another user has
-    given a second name, in a directory of that user's, is refused as a link is.
+    If it is missing and `create` allows that, return b"" and None. Raise SpaError for a file with a
+    second name in a directory of another user's: like a link, it may lead to one that only we can
+    write.
     """
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -609,13 +612,13 @@ def read_file(path: str, directory: Optional[int], create: bool
 
 def write_copy(path: str, directory: Optional[int], old: Optional[os.stat_result], text: bytes,
                stack: contextlib.ExitStack) -> str:
-    """Put the new text of a file onto the disk beside it, until the stack's end; return its path.
+    """Write a file's new text to a copy beside it, which the stack removes; return its path.
 
-    Appending could leave half a line with a key in it, which would stop a server from starting. A
-    new file gets mode 0600, an `old` one keeps mode and owner.
+    Appending could leave half a line with a key, and then no server would start. A new file gets
+    mode 0600; an `old` one keeps mode and owner.
     """
     def discard() -> None:
-        with contextlib.suppress(OSError):  # it has the file's name, if all went well
+        with contextlib.suppress(OSError):  # it was renamed if everything succeeded
             os.unlink(copy, dir_fd=directory)
 
     copy = f"{name_in(directory, path)}.{os.getpid()}.new"
@@ -638,11 +641,10 @@ def write_copy(path: str, directory: Optional[int], old: Optional[os.stat_result
 
 def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
                  printed: Callable[[], str], create: bool = False) -> None:
-    """Change the files that have a path: none unless all new texts are on the disk and `printed()`
-    was written. A crash after that leaves the first changed.
+    """Change the files that have a path, once all new texts are on the disk and `printed()` is out.
 
-    What somebody else changed meanwhile stays. With `create` a file that is missing is made; `done`
-    is told of each.
+    A crash after that can leave only the first file changed. A file that another program changes
+    meanwhile is left as it is. `create` allows missing files; `done` begins the line about each.
     """
     changes = [(real_path(path), change) for path, change in changes if path]
     ready = []
@@ -664,8 +666,8 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
                 os.replace(copy, name_in(directory, path), src_dir_fd=directory,
                            dst_dir_fd=directory)
         for fd in locked.values():
-            with contextlib.suppress(OSError):  # not every file system can do that
-                os.fsync(fd)  # or a power cut takes new names away again
+            with contextlib.suppress(OSError):  # some file systems can't sync directories
+                os.fsync(fd)  # without it a power cut can undo the new names
     for path, _ in changes:
         tell(f"[+] {done}: {path}")
 
@@ -673,7 +675,7 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
 # ======================================================================================
 # 5. Command line
 #
-# Checks every option first, then does what was asked for.
+# Check every option, then make keys and write.
 # ======================================================================================
 
 # Names, value ("" if there is none, "a|b" for a choice), parser, help. From this table come the
@@ -681,30 +683,32 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
 OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
     ("-h --help", "", str, "print this and exit"),
     ("-V --version", "", str, "print the version and this file's SHA-256"),
-    ("--completion", "bash|zsh|fish", str, "print what completes these options in a shell"),
+    ("--completion", "bash|zsh|fish", str, "print completions of these options for a shell"),
     ("--man", "", str, "print the manual page, for `man -l -`"),
     ("--rotate", "NAME", parse_name,
      "put new keys into the stanzas of that name; access.conf keeps the old ones beside them"),
     ("--retire", "NAME", parse_name, "remove the stanza of the old keys from the access file"),
-    ("--qr", "", str, "print the keys as a QR code for phone apps, too"),
-    ("--key-len", "BYTES", integer(1, 32), "length of the encryption key (default: 32)"),
-    ("--hmac-key-len", "BYTES", integer(1, 128), "length of the HMAC key (default: by digest)"),
+    ("--qr", "", str, "also print the keys as a QR code for phone apps"),
+    ("--key-len", "BYTES", number_parser(1, 32), "length of the encryption key (default: 32)"),
+    ("--hmac-key-len", "BYTES", number_parser(1, 128),
+     "length of the HMAC key (default: by digest)"),
     ("--hmac-digest-type", "|".join(HMAC_KEY_BYTES), str, "digest of the HMAC (default: sha256)"),
     ("--rc-file", "PATH", parse_path,
      "append the client's stanza to this file; with --rotate, change it there"),
     ("--access-file", "PATH", parse_path,
      "the same for the server's stanza; with --retire, remove it there"),
-    ("--server", "HOST", word("a host name (xn--... if not ASCII) or an address", 253, "._-:%"),
+    ("--server", "HOST",
+     name_parser("a host name (xn--... if not ASCII) or an address", 253, "._-:%"),
      "the server's name or address; a stanza needs it"),
-    ("--access", "LIST", parse_access, "what may be opened, like tcp/22,udp/53; a stanza needs it"),
-    ("--port", "PORT", integer(1, 65535), "port the server listens on (default: 62201)"),
+    ("--access", "LIST", parse_access, "ports to open, like tcp/22,udp/53; a stanza needs it"),
+    ("--port", "PORT", number_parser(1, 65535), "port the server listens on (default: 62201)"),
     ("--source", "NETWORKS", parse_source, "where packets may come from (default: ANY)"),
-    ("--timeout", "SECONDS", integer(1, 8388608), "how long a port stays open (default: 30)"),
-    ("--username", "USER", word("a user name", 29, "._-@"),  # fwknop's client cuts longer ones
-     "let the packet name this user, and require it"),
-    ("--any-source", "", str, "open for the address the packet came from"),
+    ("--timeout", "SECONDS", number_parser(1, 8388608), "time that a port is open (default: 30)"),
+    ("--username", "USER", name_parser("a user name", 29, "._-@"),  # fwknop cuts longer ones
+     "the user name in the packet, which the server then requires"),
+    ("--any-source", "", str, "let the server open for the packet's source address"),
 )
-# What may stand beside these; NAME takes all but these two.
+# The options that these two may be combined with; a NAME takes all but these two.
 TAKES = {"--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
          "--retire": "--access-file"}
 
@@ -713,12 +717,12 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError without what stands in quotes: it was given, and may be a key."""
+        """Raise UsageError without the quoted text: the user typed it, and it may be a key."""
         raise UsageError(message.partition(" '")[0].partition(' "')[0])
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser; what was not given is None or False."""
+    """Return the parser; options that are not given are None or False."""
     title, _, text = str(__doc__).partition("\n\n")
     parser = Parser(usage="keygen.py [NAME] [options]", description=title, add_help=False,
                     epilog="examples:\n" + text.partition("Contents.")[0], allow_abbrev=False,
@@ -728,14 +732,14 @@ def make_parser() -> argparse.ArgumentParser:
     for names, value, parse, help in OPTIONS:
         if value:
             parser.add_argument(*names.split(), metavar=value, help=help,
-                                type=one_of(value) if "|" in value else parse)
+                                type=choice_parser(value) if "|" in value else parse)
         else:
             parser.add_argument(*names.split(), action="store_true", help=help)
     return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise UsageError for what does not go together."""
+    """Raise UsageError for options that do not go together."""
     given = {"--" + field.replace("_", "-") for field, value in vars(options).items() if value}
     files = [os.path.realpath(path) for path in (options.rc_file, options.access_file) if path]
     if len(set(files)) < len(files):
@@ -759,7 +763,7 @@ def picture(keys: Keys) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     blocks = b"?" not in "\u2580\u2584\u2588".encode(encoding, "replace")
     rows = qr_symbol(" ".join(f"{name}:{key}" for name, key in keys.items()).encode("ascii"), "L")
-    return ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Who sees this picture has the keys\n"
+    return ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Whoever sees this picture has the keys\n"
             + terminal_text(rows, blocks))
 
 
@@ -768,10 +772,10 @@ def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
     name, printed = options.name, []
     client, server = make_stanzas(options, digest, keys)
     if not options.rc_file:
-        told = "" if options.any_source else " -R"  # fwknop does not find its address by itself
+        resolve = "" if options.any_source else " -R"  # fwknop can't find its address by itself
         printed.append(
             "# For ~/.fwknoprc of the client (Windows: %USERPROFILE%\\.fwknoprc). To knock:\n"
-            f"# spa_client.py -n {name}, or fwknop -n {name}{told}\n{client}")
+            f"# spa_client.py -n {name}, or fwknop -n {name}{resolve}\n{client}")
     if not options.access_file:
         printed.append(f"# For access.conf of the server, which then has to read it\n{server}")
     if options.qr:
@@ -782,9 +786,9 @@ def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
 
 
 def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
-    """Put new keys into the files that were named, and print them if one was not.
+    """Put new keys into the named files, and print them if one file is not named.
 
-    access.conf comes first: a crash after it leaves a client whose old keys are still good.
+    access.conf comes first: after a crash in between, the client's old keys still work.
     """
     name = options.rotate
     keys: Keys = {}
@@ -805,13 +809,16 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
 
 
 def completion(shell: str) -> str:
-    """Return what makes a shell complete these options; zsh takes what bash does."""
+    """Return the completions of these options for a shell; zsh takes those of bash."""
     rows = [(name, value, help) for names, value, _, help in OPTIONS for name in names.split()]
     if shell == "fish":
-        return "".join("complete -c keygen.py -{} {} -d '{}'{}\n".format(
-            "l" if name[:2] == "--" else "s", name.strip("-"), help.replace("'", "\\'"),
-            f" -x -a '{value.replace('|', ' ')}'" if "|" in value else " -r" if value else "")
-            for name, value, help in rows)
+        lines = []
+        for name, value, help in rows:
+            kind, text = "l" if name[:2] == "--" else "s", help.replace("'", "\\'")
+            choices = f" -x -a '{value.replace('|', ' ')}'" if "|" in value else ""
+            lines.append(f"complete -c keygen.py -{kind} {name.strip('-')} -d '{text}'"
+                         f"{choices or (' -r' if value else '')}\n")
+        return "".join(lines)
     begin = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     return f"{begin}complete -o default -W '{' '.join(row[0] for row in rows)}' keygen.py\n"
 
@@ -829,10 +836,10 @@ def man_page() -> str:
 
 
 def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
-    """Do what the command line says; raise SpaError."""
+    """Do the task of a command line; raise SpaError."""
     parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
-    if unknown:  # what follows it may be a secret that was meant for `fwknop`: not shown
+    if unknown:  # show the name alone: a secret that was meant for `fwknop` may follow it
         name = unknown[0].partition("=")[0] if unknown[0][:2] == "--" else unknown[0][:2]
         raise UsageError(f"unknown option {name}" if name[:1] == "-" else "expected one NAME")
     if options.help:
