@@ -1,4 +1,4 @@
-"""Knock sequences: which hits complete one, what is remembered of them, and what is used up.
+"""Knock sequences: which packets complete one, which attempts are kept, which lines are used up.
 
 How they are configured is in test_knock_conf.py, what they open in test_knock_open.py.
 """
@@ -24,8 +24,8 @@ SYN_ONLY = (SYN | ACK, SYN)  # the flags of KNOCK_TCPFLAGS' default
 ONE, TWO = b"\x0a\x37\0\x02", ipaddress.ip_address("fd55::2").packed
 
 
-def hit(step: Any, source: bytes = ONE, flags: int = SYN) -> Any:
-    """Return a hit of a port of TCP, or of a step."""
+def knock(step: Any, source: bytes = ONE, flags: int = SYN) -> Any:
+    """Return a knock packet to a TCP port, or for a step."""
     protocol, port = step if isinstance(step, tuple) else (TCP, step)
     return server.Datagram(b"", source, 0, b"\x0a\x37\0\1", port, protocol,
                            flags if protocol == TCP else 0)
@@ -37,8 +37,8 @@ def sequence(text: str, seconds: float = 25, flags: Tuple[int, int] = SYN_ONLY,
     return server.Sequence(server.parse_steps(text), seconds, flags, strict, exact)
 
 
-def hits(text: str) -> Iterable[Tuple[float, Any]]:
-    """Return times and hits of a text: 7000, 8000u, 9000a, 9000f, 9000v, +SECONDS.
+def knocks(text: str) -> Iterable[Tuple[float, Any]]:
+    """Return times and knock packets of a text: 7000, 8000u, 9000a, 9000f, 9000v, +SECONDS.
 
     The letters are UDP, SYN with ACK, FIN, and the same host in IPv6.
     """
@@ -49,17 +49,17 @@ def hits(text: str) -> Iterable[Tuple[float, Any]]:
             now += float(word[1:])
             continue
         port, mark = int(word.rstrip("uafv")), word.lstrip("0123456789")
-        yield now, hit((UDP if mark == "u" else TCP, port), TWO if mark == "v" else ONE,
+        yield now, knock((UDP if mark == "u" else TCP, port), TWO if mark == "v" else ONE,
                        {"a": SYN | ACK, "f": 1}.get(mark, SYN))
 
 
 def opened(made: Any, text: str) -> int:
-    """Return how often the hits of a text complete a sequence."""
-    return sum(made.follow(each, now) == len(made.steps) for now, each in hits(text))
+    """Return how often the packets of a text complete a sequence."""
+    return sum(made.follow(each, now) == len(made.steps) for now, each in knocks(text))
 
 
 # Each row of the table of knockd.md 1.3, with the door 7000,8000,9000 unless another is named:
-# (stimulus, hits, how often knockd opens, how often ours does, how often a strict one of ours)
+# (stimulus, packets, how often knockd opens, how often ours does, how often a strict one of ours)
 TABLE = (
     ("no delay", "7000 8000 9000", 1, 1, 1),
     ("ports of no door between", "7000 7001 8000 4444 9000", 1, 1, 0),
@@ -73,17 +73,17 @@ TABLE = (
     ("half by IPv6", "7000 8000 9000v", 0, 0, 0),
     ("from the first to the last in time", "7000 +12 8000 +12 9000", 1, 1, 1),
     ("too late", "7000 +12 8000 +13 9000", 0, 0, 0),
-    ("a wrong hit, and it is a first one", "7000 8000 7000 8000 9000", 0, 1, 1),
+    ("a wrong step, and it is a first one", "7000 8000 7000 8000 9000", 0, 1, 1),
 )
 
 
 class SequenceTest(unittest.TestCase):
-    """What a sequence makes of hits."""
+    """How a sequence follows knock packets."""
 
     def test_the_table_of_knockd(self) -> None:
-        """Row by row; ours differs where a SYN comes again, or a wrong hit is a first one."""
+        """Ours differs only where a SYN comes again, or a wrong step is a first one."""
         self.assertEqual(["a SYN that came twice", "each SYN twice, as blocking connects send them",
-                          "a wrong hit, and it is a first one"],
+                          "a wrong step, and it is a first one"],
                          [stimulus for stimulus, _, theirs, ours, _ in TABLE if theirs != ours])
         for stimulus, text, _, ours, strict in TABLE:
             with self.subTest(stimulus=stimulus):
@@ -91,7 +91,7 @@ class SequenceTest(unittest.TestCase):
                 self.assertEqual(strict, opened(sequence("7000,8000,9000", strict=True), text))
 
     def test_rows_of_other_doors(self) -> None:
-        """7000,7000; one port; several protocols; a first port that is the last as well."""
+        """A sequence may repeat a port, have one, several protocols, or its first port last."""
         for steps, text, count in (
                 ("7000,7000", "7000 7000", 1), ("7000,7000", "7000 7000 7000", 1),
                 ("7000,7000", "7000 7000 7000 7000", 2), ("7000", "7000 7000 7000", 3),
@@ -105,47 +105,47 @@ class SequenceTest(unittest.TestCase):
                     self.assertEqual(count, opened(sequence(steps, strict=strict), text))
 
     def test_exact(self) -> None:
-        """StrictDuplicates: a port that comes again is wrong; it may be a new first one."""
+        """With StrictDuplicates a repeated step is wrong; it may be a new first one."""
         for text, count in (("7000 8000 9000", 1), ("7000 8000 8000 9000", 0),
                             ("7000 7000 8000 9000", 1), ("7000 8000 9000 9000", 1)):
             self.assertEqual(count, opened(sequence("7000,8000,9000", exact=True), text), text)
         self.assertEqual(1, opened(sequence("7000,7000", exact=True), "7000 7000"))
 
     def test_flags(self) -> None:
-        """Set and clear; without any each segment counts; UDP and ICMP have none."""
+        """Flags must be set or clear; without any each segment counts; UDP and ICMP have none."""
         for flags, given, seen in (
                 ((2, 2), 2, True), ((2, 2), 18, True), ((18, 2), 18, False),
                 ((18, 2), 2 | 0xC0, True),
                 ((0, 0), 16, True), ((0, 0), 4, True), ((2, 0), 2, False), ((63, 41), 41, True)):
             made = server.Sequence(((TCP, 7000), (UDP, 1)), 5, flags)
-            self.assertEqual(int(seen), made.follow(hit(7000, flags=given), 1.0), (flags, given))
-        self.assertEqual(2, made.follow(hit((UDP, 1)), 1.0))
+            self.assertEqual(int(seen), made.follow(knock(7000, flags=given), 1.0), (flags, given))
+        self.assertEqual(2, made.follow(knock((UDP, 1)), 1.0))
 
     def test_icmp(self) -> None:
-        """Sizes of echo requests, any size, in both families."""
+        """Echo requests of a size or of any size count, in both families."""
         for source in (ONE, TWO):
             made = sequence("100:icmp,:icmp,7000", strict=True)
             self.assertEqual([0, 1, 2, 2, 3], [
-                made.follow(hit(step, source), 1.0) or done for done, step in zip(
+                made.follow(knock(step, source), 1.0) or done for done, step in zip(
                     (0, 0, 0, 2, 0), ((ICMP, 99), (ICMP, 100), (ICMP, 5), (ICMP, 6), 7000))])
 
     def test_time(self) -> None:
-        """Less than a second counts, from the first hit, and not by whole seconds."""
+        """Time counts from the first packet, and in fractions of a second."""
         for seconds, second, third, count in (
                 (1, 0.5, 0.999, 1), (1, 0.2, 1.0, 0), (1, 0.9, 1.7, 0), (25, 24.0, 24.999, 1),
                 (25, 0.1, 25.0, 0)):
             made = sequence("1,2,3", seconds)
-            done = [made.follow(hit(port), 1000.93 + at)
+            done = [made.follow(knock(port), 1000.93 + at)
                     for port, at in ((1, 0), (2, second), (3, third))]
             self.assertEqual(count, done.count(3), (seconds, second, third))
         made = sequence("1,2", 5)
-        made.follow(hit(1), 10.0)
-        made.follow(hit(1), 14.0)  # a repeated one gives no more time
-        self.assertEqual(0, made.follow(hit(2), 15.5))
-        self.assertEqual([1, 2], [made.follow(hit(port), 16.0) for port in (1, 2)])
+        made.follow(knock(1), 10.0)
+        made.follow(knock(1), 14.0)  # a repeated one gives no more time
+        self.assertEqual(0, made.follow(knock(2), 15.5))
+        self.assertEqual([1, 2], [made.follow(knock(port), 16.0) for port in (1, 2)])
 
     def test_neighbours(self) -> None:
-        """Shared prefixes in either order; another sequence's ports reset only what is strict."""
+        """Sequences may share first steps; a port of another one resets only a strict one."""
         for first, second in (("7000,8000", "7000,8000,9000"), ("7000,8000,9000", "7000,8000")):
             pair = [sequence(first, strict=True), sequence(second, strict=True)]
             self.assertEqual([1, 1], [opened(each, "7000 8000 9000") for each in pair])
@@ -157,10 +157,11 @@ class SequenceTest(unittest.TestCase):
         scan = " ".join(map(str, range(4990, 7010)))
         self.assertEqual([0, 0], [opened(each, scan) for each in pair])
         pair = [sequence("9:icmp,8:icmp", strict=True), sequence("1,:icmp")]
-        self.assertEqual([1, 0, 0], [pair[0].follow(hit((ICMP, size)), 1.0) for size in (9, 77, 8)])
+        self.assertEqual([1, 0, 0], [pair[0].follow(knock((ICMP, size)), 1.0)
+                                     for size in (9, 77, 8)])
 
     def test_scans(self) -> None:
-        """All 65,535 ports up, down and in any order open nothing that is strict."""
+        """A scan of all 65,535 ports, up, down or in any order, opens nothing strict."""
         mixed = list(range(1, 65536))
         random.Random(1).shuffle(mixed)
         everything = list(range(1, 65536))
@@ -168,12 +169,12 @@ class SequenceTest(unittest.TestCase):
             for ports in (everything, everything[::-1], mixed):
                 made = sequence(steps, strict=True)
                 last = len(made.steps)
-                self.assertNotIn(last, [made.follow(hit(port), 1.0) for port in ports])
+                self.assertNotIn(last, [made.follow(knock(port), 1.0) for port in ports])
         made = sequence("7000,8000,9000")  # or the test shows nothing
-        self.assertIn(3, [made.follow(hit(port), 1.0) for port in everything])
+        self.assertIn(3, [made.follow(knock(port), 1.0) for port in everything])
 
     def test_against_a_model(self) -> None:
-        """Random hits of few ports and sources, with a slow model that keeps lists of hits."""
+        """A slow model that keeps lists of packets agrees, on random packets of few ports."""
         chance = random.Random(5)
         for _ in range(400):
             steps = tuple((TCP, chance.randrange(1, 4)) for _ in range(chance.randrange(1, 5)))
@@ -196,57 +197,58 @@ class SequenceTest(unittest.TestCase):
                 if len(new) == 1 and expected:
                     began[source] = now
                 seen[source] = [] if new == steps else list(new)
-                self.assertEqual(expected, made.follow(hit(step, source), now), (steps, old, step))
+                done = made.follow(knock(step, source), now)
+                self.assertEqual(expected, done, (steps, old, step))
                 if chance.random() < 0.1:
                     made.expire(now)
 
     def test_flood(self) -> None:
-        """200,000 spoofed first hits: bounded, and an honest client of late or further on opens."""
+        """200,000 spoofed first steps are bounded; clients that are late or further on open."""
         made = sequence("7000,8000,9000", strict=True)
         most = server.MAX_ATTEMPTS
         early, late, further = b"\xfe\0\0\1", b"\xfe\0\0\2", b"\xfe\0\0\3"
-        made.follow(hit(7000, further), 1.0)
-        made.follow(hit(8000, further), 1.0)
-        made.follow(hit(7000, early), 1.0)
+        made.follow(knock(7000, further), 1.0)
+        made.follow(knock(8000, further), 1.0)
+        made.follow(knock(7000, early), 1.0)
         for number in range(200000):
             if number == 200000 - most + 2:  # "further" is one of the most
-                made.follow(hit(7000, late), 2.0)
-            made.follow(hit(7000, number.to_bytes(4, "big")), 2.0)
+                made.follow(knock(7000, late), 2.0)
+            made.follow(knock(7000, number.to_bytes(4, "big")), 2.0)
         self.assertEqual(most, len(made.attempts))
-        self.assertEqual([3, 2, 0], [made.follow(hit(port, source), 3.0) for port, source in (
+        self.assertEqual([3, 2, 0], [made.follow(knock(port, source), 3.0) for port, source in (
             (9000, further), (8000, late), (8000, early))])
-        self.assertEqual(3, made.follow(hit(9000, late), 3.0))
+        self.assertEqual(3, made.follow(knock(9000, late), 3.0))
         for number in range(most + 1000):  # by somebody who knows two steps
             for port in (7000, 8000):
-                made.follow(hit(port, number.to_bytes(4, "big")), 4.0)
+                made.follow(knock(port, number.to_bytes(4, "big")), 4.0)
         self.assertEqual(most, len(made.attempts))
-        self.assertEqual([1, 2, 3], [made.follow(hit(port, late), 4.0)
+        self.assertEqual([1, 2, 3], [made.follow(knock(port, late), 4.0)
                                      for port in (7000, 8000, 9000)])
         self.assertEqual(most - 1, len(made.expire(100.0)))
         self.assertEqual(0, len(made.attempts))
 
     def test_flood_while_many_are_further_on(self) -> None:
-        """Nearly all of them open, and those that come after them."""
+        """Nearly all clients that are further on still open, and so do those that come later."""
         made = sequence("7000,8000,9000")
         made.most, many = 4096, 40
         sources = [b"\xfe\0\0" + bytes([number]) for number in range(many)]
         for source in sources:
-            made.follow(hit(7000, source), 1.0)
-            made.follow(hit(8000, source), 1.0)
+            made.follow(knock(7000, source), 1.0)
+            made.follow(knock(8000, source), 1.0)
         for number in range(3 * made.most):
-            made.follow(hit(7000, number.to_bytes(4, "big")), 2.0)
-        done = [made.follow(hit(9000, source), 3.0) for source in sources]
+            made.follow(knock(7000, number.to_bytes(4, "big")), 2.0)
+        done = [made.follow(knock(9000, source), 3.0) for source in sources]
         self.assertGreater(done.count(3), many - server.MOST_SPARED)
         self.assertEqual(made.most, len(made.attempts) + done.count(3))
 
     def test_flood_by_somebody_who_knows_two_steps(self) -> None:
-        """Others can begin all the same: what is spared is an eighth of all at most."""
+        """Others can still begin: at most an eighth of all attempts is spared."""
         made = sequence("7000,8000,9000")
         made.most = 4096
         for number in range(5 * made.most):
-            made.follow(hit(7000, number.to_bytes(4, "big")), 2.0)
+            made.follow(knock(7000, number.to_bytes(4, "big")), 2.0)
             if number % 5 == 0:
-                made.follow(hit(8000, number.to_bytes(4, "big")), 2.0)
+                made.follow(knock(8000, number.to_bytes(4, "big")), 2.0)
         further = [done for done, _ in made.attempts.values() if done > 1]
         self.assertEqual(made.further, len(further))
         self.assertLess(len(further), made.most // 3)
@@ -255,13 +257,13 @@ class SequenceTest(unittest.TestCase):
         self.assertEqual((0, 0), (made.further, len(made.attempts)))
 
     def test_expiry(self) -> None:
-        """What is over is told once, none is missed, and there is nothing to do before its time."""
+        """expire() returns each attempt once, and next_due() is never too early."""
         made = sequence("1,2,3", 5)
         self.assertEqual(float("inf"), made.next_due())
         for number, at in ((1, 10.0), (2, 11.0), (3, 12.0)):
-            made.follow(hit(1, bytes([number])), at)
-        made.follow(hit(2, b"\3"), 12.5)
-        made.follow(hit(2, b"\1"), 14.0)
+            made.follow(knock(1, bytes([number])), at)
+        made.follow(knock(2, b"\3"), 12.5)
+        made.follow(knock(2, b"\1"), 14.0)
         told = []  # type: List[Tuple[float, bytes, int]]
         for _ in range(10):
             due = made.next_due()
@@ -271,18 +273,18 @@ class SequenceTest(unittest.TestCase):
             self.assertGreater(made.next_due(), due, "a busy loop")
         self.assertEqual([(15.0, b"\1", 2), (16.0, b"\2", 1), (17.0, b"\3", 2)], told)
         self.assertEqual({}, dict(made.attempts))
-        made.follow(hit(1), 20.0)
-        made.follow(hit(2), 20.0)
-        made.follow(hit(3), 20.0)  # done, so that nothing can be over
+        made.follow(knock(1), 20.0)
+        made.follow(knock(2), 20.0)
+        made.follow(knock(3), 20.0)  # done, so that nothing can be over
         self.assertEqual([], made.expire(made.next_due()))
         self.assertEqual(float("inf"), made.next_due())
 
     def test_random_expiry(self) -> None:
-        """next_due() never is later than an attempt ends, and expire() leaves none that is over."""
+        """next_due() is never later than an attempt ends; expire() leaves none that is over."""
         chance, made, now = random.Random(3), sequence("1,2,3", 5), 0.0
         for _ in range(3000):
             now += chance.random()
-            made.follow(hit(chance.choice((1, 2, 3, 1)), bytes([chance.randrange(30)])), now)
+            made.follow(knock(chance.choice((1, 2, 3, 1)), bytes([chance.randrange(30)])), now)
             ends = [due for _, due in made.attempts.values()]
             self.assertLessEqual(made.next_due(), min(ends, default=float("inf")))
             if chance.random() < 0.3:
@@ -294,10 +296,10 @@ class SequenceTest(unittest.TestCase):
 # ------------------------------------------------------------------- what comes from the network
 
 class HitTest(unittest.TestCase):
-    """Packets in, hits out, and the kernel's filter before them."""
+    """How IP packets become knock packets, and the kernel's filter before that."""
 
     def check(self, packet: bytes, *expected: Any) -> None:
-        """Fail unless the packet is a hit of this protocol, port and flags; or none."""
+        """Fail unless the packet is a step of this protocol, port and flags; or is none."""
         made = server.decode_knock(packet)
         self.assertEqual(expected, () if made is None else (
             made.protocol, made.destination_port, made.flags))
@@ -307,7 +309,7 @@ class HitTest(unittest.TestCase):
             self.assertEqual(addresses, made.source + made.destination)
 
     def test_protocols(self) -> None:
-        """TCP with its flags, UDP of any content, echo requests with their size; both families."""
+        """TCP has its flags, UDP any content, an echo request its size, in both families."""
         for wrap, echo, number in ((ipv4, 8, 1), (ipv6, 128, 58)):
             self.check(wrap(tcp(b"", 7000, 9, SYN), 6), TCP, 7000, SYN)
             self.check(wrap(tcp(b"xyz", 1, 9, 0x3F, b"\1" * 40), 6), TCP, 1, 0x3F)
@@ -323,8 +325,8 @@ class HitTest(unittest.TestCase):
         self.check(ipv6(extension(60, 16) + extension(6, 24) + tcp(b"", 7, 9, SYN), 43),
                    TCP, 7, SYN)
 
-    def test_no_hits(self) -> None:
-        """Fragments, cut headers, wrong lengths; the size of a part of an echo request is none."""
+    def test_no_steps(self) -> None:
+        """Fragments, cut headers, wrong lengths and parts of echo requests are no steps."""
         whole = tcp(b"", 7000, 9, SYN)
         self.check(ipv4(whole, 6, 0x2000), TCP, 7000, SYN)  # its first fragment
         self.check(ipv4(whole, 6, 0x2001))
@@ -346,7 +348,7 @@ class HitTest(unittest.TestCase):
         self.check(bytes(short), ICMP, 0, 0)
 
     def test_any_bytes(self) -> None:
-        """Nothing that comes is an error."""
+        """No packet raises an error."""
         chance = random.Random(9)
         found = 0
         for _ in range(20000):
@@ -379,7 +381,7 @@ class HitTest(unittest.TestCase):
         return found + [b"", b"\x45", ipv4(udp(b"x"))[:21], ipv6(udp(b"x"))[:41]]
 
     def test_filters(self) -> None:
-        """The kernel lets all pass that a sequence looks at, and as little else as it can.
+        """The kernel lets every step of a sequence pass, and as little else as it can.
 
         Its program and matches() agree on every packet.
         """
@@ -424,7 +426,7 @@ class HitTest(unittest.TestCase):
                 for each in range(count)]
 
     def test_many_doors(self) -> None:
-        """However many, the kernel can take the program, and every port passes."""
+        """With any number of doors the kernel takes the program, and every port passes."""
         for count, flags in ((1, 1), (9, 9), (10, 1), (40, 1), (40, 40), (64, 64), (200, 33)):
             with self.subTest(count=count, flags=flags):
                 made = self.doors(count, flags)
@@ -439,7 +441,7 @@ class HitTest(unittest.TestCase):
 
     @needs_packet_sockets
     def test_a_packet_socket(self) -> None:
-        """The kernel takes the largest program, and what it lets pass are the hits."""
+        """The kernel takes the largest program, and lets the knock packets pass."""
         for made in (self.doors(40, 40), self.doors(9, 9)):
             captures = []  # type: List[Any]
             server.open_knock_captures([server.Listening(("lo", "any"), made, False)],
@@ -484,19 +486,19 @@ def make_fifo(path: str) -> None:
 
 
 class OneTimeTest(ServerCase):
-    """A file of sequences: which line is marked, and when."""
+    """A file of sequences: the line that is marked, and when."""
 
     def write(self, text: bytes) -> str:
         """Write the file, and return its path."""
         return write(self.place("codes"), text)
 
     def read(self) -> bytes:
-        """Return what is in it."""
+        """Return the content of the file."""
         with open(self.place("codes"), "rb") as stream:
             return stream.read()
 
     def test_marks(self) -> None:
-        """The line that was used, whatever stands around it, and nothing else."""
+        """The used line is marked, whatever is around it, and nothing else changes."""
         for text, marked in (
                 (b" 1,2\n 3,4\n", b"#1,2\n 3,4\n"), (b"1,2\n3,4", b"#,2\n3,4"),
                 (b"#1,2\n 3,4", b"#1,2\n#3,4"),
@@ -510,7 +512,7 @@ class OneTimeTest(ServerCase):
                 self.assertEqual(marked, self.read())
 
     def test_in_order(self) -> None:
-        """The first usable line first; each once; the last one leaves none; so does a restart."""
+        """Lines are used in order, each once; none is left after the last, nor after a restart."""
         path = self.write(b"# codes\n 1,2\nbad\n 3,4\n 5,6\n")
         made = server.Sequence((), 5, file=server.read_one_time_file(path))
         told = (path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens "
@@ -521,19 +523,19 @@ class OneTimeTest(ServerCase):
         self.assertEqual([(TCP, port) for port in (5, 6, 3, 4, 1, 2)], made.all_steps())
         for first, more in ((1, True), (3, True), (5, False)):
             self.assertEqual(((TCP, first), (TCP, first + 1)), made.steps)
-            made.follow(hit(first, TWO), 1.0)  # others have to begin the next one anew
-            self.assertEqual([1, 2], [made.follow(hit(port), 1.0) for port in (first, first + 1)])
+            made.follow(knock(first, TWO), 1.0)  # others have to begin the next one anew
+            self.assertEqual([1, 2], [made.follow(knock(port), 1.0) for port in (first, first + 1)])
             self.assertIs(more, made.use_up())
             self.assertEqual({}, dict(made.attempts))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
-        self.assertEqual([0] * 6, [made.follow(hit(port), 2.0) for port in range(1, 7)])
+        self.assertEqual([0] * 6, [made.follow(knock(port), 2.0) for port in range(1, 7)])
         made = server.Sequence((), 5, file=server.read_one_time_file(path))
         self.assertEqual(path + ": no sequence is left; this opens nothing",
                          made.warnings(alone=True)[-1])
-        self.assertEqual([0] * 6, [made.follow(hit(port), 3.0) for port in range(1, 7)])
+        self.assertEqual([0] * 6, [made.follow(knock(port), 3.0) for port in range(1, 7)])
 
     def test_what_can_not_be_marked_opens_nothing(self) -> None:
-        """Changed meanwhile, gone, or not to be written: an error, and the line stays next."""
+        """A file that was changed, is gone or can't be written is an error; the line stays next."""
         path = self.write(b" 1,2\n 3,4\n")
         made = server.read_one_time_file(path)
         for change in (b" 1,3\n 3,4\n", b" 1,", b"", b"#1,2\n 3,4\n", b"\n 1,2\n 3,4\n"):
@@ -549,7 +551,7 @@ class OneTimeTest(ServerCase):
         self.assertEqual(((TCP, 1), (TCP, 2)), made.steps)
 
     def test_on_disk_before_it_opens(self) -> None:
-        """fsync comes after the mark; when it fails the line does not count as used."""
+        """fsync() follows the mark; if it fails, the line does not count as used."""
         path, calls = self.write(b" 1,2\n 3,4\n"), []  # type: str, List[bytes]
         made = server.read_one_time_file(path)
         with mock.patch.object(os, "fsync", side_effect=lambda _: calls.append(self.read())):
@@ -561,7 +563,7 @@ class OneTimeTest(ServerCase):
         self.assertEqual(((TCP, 3), (TCP, 4)), made.steps)
 
     def test_files_that_are_none(self) -> None:
-        """Nothing there, a directory, a FIFO that nobody writes to."""
+        """A missing file, a directory and a FIFO without a writer are errors."""
         path = self.write(b"# 1,2\n\n70000\n")
         for spoil, expected in (
                 (lambda: os.unlink(path), "No such"),
@@ -573,7 +575,7 @@ class OneTimeTest(ServerCase):
         self.assertTrue(stat.S_ISFIFO(os.stat(path).st_mode))
 
     def test_long_files(self) -> None:
-        """Are read in a moment, and the kernel's filter does not grow with them."""
+        """A long file is read in a moment, and the kernel's filter does not grow with it."""
         path = self.write(b"".join(b" %d,%d,%d\n" % (n, n + 1, n + 2) for n in range(1, 20000)))
         begin = time.monotonic()
         made = server.Sequence((), 5, SYN_ONLY, file=server.read_one_time_file(path))

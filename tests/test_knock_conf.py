@@ -38,16 +38,16 @@ BAD_FLAGS = ("syn, ack", " syn", "! syn", "syn|ack", "ece", "cwr", "!", "!!syn",
 
 
 class ParserTest(ConfigCase):
-    """The words that both kinds of files share."""
+    """The parsers that both kinds of files share."""
 
     def test_steps(self) -> None:
-        """Ports, protocols, ICMP, blanks, comments, and 32 of them."""
+        """A list of steps has up to 32 ports with protocols, ICMP, blanks and comments."""
         for text, steps in STEPS:
             with self.subTest(text=text):
                 self.assertEqual(steps, server.parse_steps(text))
 
     def test_bad_steps(self) -> None:
-        """What is expected, and never what was there: it may be most of a sequence."""
+        """The error says what is expected, and never the text: it may be most of a sequence."""
         for text in BAD_STEPS:
             with self.subTest(text=text):
                 with self.assertRaises(ValueError) as caught:
@@ -57,7 +57,7 @@ class ParserTest(ConfigCase):
                     "expected at most 32 ports", "expected a blank before the # of a comment"))
 
     def test_flags(self) -> None:
-        """Set, clear, in any case; the last of two wins; none at all."""
+        """Flags are set or clear, in any case; the last of two wins; there may be none."""
         for text, flags in FLAGS:
             self.assertEqual(flags, server.parse_flags(text), text)
         for text in BAD_FLAGS:
@@ -136,7 +136,7 @@ class KnockdConfTest(ConfigCase):
         return self.read("[d]\n" + lines).doors[0]
 
     def test_grammar(self) -> None:
-        """What is taken, and the line of what is not; no error shows a sequence."""
+        """Each text is read, or its error names the line; no error shows a sequence."""
         for text, expected, _ in GRAMMAR:
             with self.subTest(text=text):
                 if expected is None:
@@ -150,7 +150,7 @@ class KnockdConfTest(ConfigCase):
 
     @needs_programs("knockd")
     def test_the_knockd_of_this_machine(self) -> None:
-        """It takes what the table says: then only the interface is missing."""
+        """knockd reads the texts of the table: then only the interface is missing."""
         for text, _, taken in GRAMMAR:
             with self.subTest(text=text):
                 path = self.write("knockd.conf", text)
@@ -158,7 +158,7 @@ class KnockdConfTest(ConfigCase):
                 self.assertIs(taken, "could not open no-such-link0" in said, said)
 
     def test_values(self) -> None:
-        """Defaults, aliases, and every directive."""
+        """Every directive has its default, its aliases and its value."""
         door = self.door("Sequence = 7000")
         self.assertEqual((25, (0, 0), 10, None, [""] * 2), (
             door.knock_seconds, door.knock_flags, door.stop_seconds, door.target,
@@ -174,7 +174,7 @@ class KnockdConfTest(ConfigCase):
             door.sequence.exact, door.sequence.target))
 
     def test_options(self) -> None:
-        """Of all doors, wherever the section stands; one interface, some, or any."""
+        """Options hold for all doors, wherever their section is; interfaces are some, or any."""
         made = self.read(DOOR + "[options]\nstrict\nSTRICTDUPLICATES\nusesyslog\nPidFile = /p\n"
                          "LogFile = /l\nInterface = eth0, eth1 ,eth0\n")
         options, sequence = made.options, made.doors[0].sequence
@@ -186,14 +186,14 @@ class KnockdConfTest(ConfigCase):
             options.use_syslog, options.pid_file, options.log_file, options.interfaces))
 
     def test_doors(self) -> None:
-        """The same name twice is two doors; the last of two lines wins; none is none."""
+        """Two sections of one name are two doors; the last of two lines wins."""
         made = self.read(DOOR + "Sequence = 8000\n" + DOOR)
         self.assertEqual([("d", -1, ((TCP, 8000),)), ("d", -2, ((TCP, 7000),))],
                          [(door.name, door.number, door.sequence.steps) for door in made.doors])
         self.assertEqual([], self.read("").doors)
 
     def test_commands(self) -> None:
-        """%IP%, both families, empty ones, and no stop without a start."""
+        """%IP% is replaced in both families; commands may be empty; no start means no stop."""
         four, six = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("fd55::1")
         base = "Sequence = 1\n"
         for lines, for4, for6 in (
@@ -211,7 +211,7 @@ class KnockdConfTest(ConfigCase):
                 self.assertEqual((for4, for6), (door.commands(four), door.commands(six)))
 
     def test_length_of_commands(self) -> None:
-        """At most 4095 bytes with the longest address in it."""
+        """A command has at most 4095 bytes with the longest address in it."""
         longest = "x" * (4095 - 39) + "%IP%"
         door = self.door("Sequence = 1\nCommand = " + longest)
         self.assertEqual(4095 - 39 + 8, len(door.commands(ipaddress.ip_address("10.0.0.1"))[0]))
@@ -219,7 +219,7 @@ class KnockdConfTest(ConfigCase):
             self.door("Sequence = 1\nCommand = x" + longest)
 
     def test_dump(self) -> None:
-        """It parses back, and shows no sequence."""
+        """The dump parses back, and shows no sequence."""
         text = ("[options]\n\tUseSyslog\n\tLogFile = /l\n\tInterface = eth0, any\n\tStrict\n"
                 "[a b]\n\tSequence = __CHANGEME__\n\tSeq_Timeout = 9\n\tTCPFlags = syn,!ack\n"
                 "\tStart_Command = a = %IP% # b\n\tStop_Command_6 = \n"
@@ -234,7 +234,7 @@ class KnockdConfTest(ConfigCase):
         self.assertEqual([door.texts for door in made.doors], [door.texts for door in again.doors])
 
     def test_warnings(self) -> None:
-        """A file that others can read, and sequences that a scan opens."""
+        """A file that others can read is warned of, and a sequence that a scan opens."""
         path = self.write("knockd.conf", DOOR, 0o644)
         said = server.read_knockd(path).warnings
         self.assertIn("permissions should only be user read/write", said[0])
@@ -250,13 +250,13 @@ class KnockdConfTest(ConfigCase):
                 self.assertIs(warned, scanned in "".join(made.warnings))
 
     def test_files_that_can_not_be_read(self) -> None:
-        """Named, with the reason."""
+        """The error names the file and the reason."""
         for path in ("/no/such/knockd.conf", self.directory):
             with self.assertRaisesRegex(server.ConfigError, "^%s: " % path):
                 server.read_knockd(path)
 
     def test_any_text(self) -> None:
-        """Bytes of every kind are an error in one line, or are understood."""
+        """Any bytes are understood, or are an error in one line."""
         words = ["[options]", "[d]", "Sequence", "=", " ", "\n", "7000", ",", ":udp", "TCPFlags",
                  "\xff", "syn", "!", "UseSyslog", "#", "Command", "\0", "%IP%", "Timeout", "5"]
         chance = random.Random(7)
@@ -308,14 +308,14 @@ TAKEN = (
 
 
 class KnockStanzaTest(ConfigCase):
-    """KNOCK_SEQUENCE and what belongs to it in access.conf."""
+    """KNOCK_SEQUENCE and its directives in access.conf."""
 
     def warned(self, text: str) -> str:
         """Return the warnings of an access.conf."""
         return "\n".join(server.read_stanzas(self.write("access.conf", text))[1])
 
     def test_refused(self) -> None:
-        """With file, line and name, and without the sequence."""
+        """Each error has file, line and name, and not the sequence."""
         for text, expected in REFUSED:
             with self.subTest(text=text):
                 if "FORCE_NAT" in text:
@@ -328,7 +328,7 @@ class KnockStanzaTest(ConfigCase):
                 self.assertNotIn("9000", said)
 
     def test_taken(self) -> None:
-        """The sequence is that of the lines."""
+        """The stanza has the sequence of its lines."""
         for text in TAKEN:
             with self.subTest(text=text):
                 stanza = self.stanzas(text)[0]
@@ -336,7 +336,7 @@ class KnockStanzaTest(ConfigCase):
                 self.assertIs(text.startswith(KEYED), stanza.takes_packets)
 
     def test_defaults(self) -> None:
-        """Strict, 25 seconds, and connections that are opened; each can be changed."""
+        """A sequence is strict, has 25 seconds, and counts SYNs; each can be changed."""
         for lines, expected in (
                 ("", (25, (18, 2), True, False)),
                 ("KNOCK_TIMEOUT 7\nKNOCK_TCPFLAGS fin\nKNOCK_STRICT N\nKNOCK_STRICT_DUPLICATES Y\n",
@@ -346,7 +346,7 @@ class KnockStanzaTest(ConfigCase):
                                         sequence.exact))
 
     def test_warnings(self) -> None:
-        """Of what a scan opens; not of things that only packets have."""
+        """A sequence that a scan opens is warned of; nothing that only packets have is."""
         said = self.warned(KEYLESS + KNOCK)
         self.assertNotIn("REQUIRE_SOURCE", said)
         self.assertNotIn("HMAC", said)
@@ -357,7 +357,7 @@ class KnockStanzaTest(ConfigCase):
             self.assertIs(warned, "a scan of all ports opens it" in self.warned(text), text)
 
     def test_no_sequence_is_shown(self) -> None:
-        """Not in the dump, nor in an error, nor in what the objects say of themselves."""
+        """No dump, error or repr shows a sequence."""
         path = self.write("knockd.conf", "[d]\nSequence = 17000,19000\n")
         text = KEYLESS + "KNOCK_SEQUENCE 17000, 19000\n"
         code, out, err = self.main_with(text, "PCAP_INTF lo;\nKNOCKD_CONF %s;\n" % path, "-D")
@@ -371,7 +371,7 @@ class KnockStanzaTest(ConfigCase):
             self.assertNotIn("17000", shown)
 
     def test_a_key_file_can_not_name_a_sequence(self) -> None:
-        """It may be a user's own; and a spoilt one leaves no sequence that opens."""
+        """A user may own the key file; a spoilt one leaves no sequence that opens."""
         keys = self.write("keys", "KEY k3y\nKNOCK_SEQUENCE 1,2\n")
         text = "SOURCE ANY\nOPEN_PORTS tcp/22\n%%include_keys %s\n" % keys
         stanza = self.stanzas(text + KNOCK)[0]
@@ -390,11 +390,11 @@ class NameTest(ConfigCase):
             return self.main(*words)
 
     def configuration(self, words: List[str], program: str = "knockd") -> Any:
-        """Return what a command line leads to."""
+        """Return the configuration of a command line."""
         return server.read_configuration(server.Arguments(words, program), "/start")
 
     def test_help_and_version(self) -> None:
-        """Every option of knockd's, and none of fwknopd's."""
+        """Every option of knockd works, and none of fwknopd."""
         code, out, err = self.knockd("-h")
         self.assertEqual((0, ""), (code, err))
         self.assertIn("Usage: knockd", out)
@@ -406,7 +406,7 @@ class NameTest(ConfigCase):
         self.assertEqual(self.main("-V"), self.knockd("-V"))
 
     def test_symlink(self) -> None:
-        """The name that it was started through counts."""
+        """The name of the program decides."""
         path = os.path.join(self.directory, "knockd")
         os.symlink(os.path.join(TOP, "spa_server.py"), path)
         self.assertIn("Usage: knockd", run([sys.executable, path, "--help"]).stdout)
@@ -415,7 +415,7 @@ class NameTest(ConfigCase):
         self.assertIn("/no/such/knockd.conf: No such file or directory", answer.stderr)
 
     def test_errors(self) -> None:
-        """Exit code 2 for the command line, 3 for the file."""
+        """A wrong command line exits with 2, a wrong file with 3."""
         good, bad = self.write("good", DOOR), self.write("bad", DOOR + "x = 1\n")
         for words, code, said in (
                 (["--fw-list"], 2, "--fw-list"), (["-f"], 2, "-- 'f'"), (["x"], 2, "'x'"),
@@ -447,7 +447,7 @@ class NameTest(ConfigCase):
         self.assertEqual("/start/run/pid", self.configuration(["-c", relative]).settings.pid_file)
 
     def test_words(self) -> None:
-        """-4, -l, -D and -v; and knockd's first line in the log."""
+        """-4, -l, -D and -v have their effect; the log begins with knockd's line."""
         path = self.write("knockd.conf", DOOR + "[options]\nInterface = eth0,eth1\n")
         made = self.configuration(["-4", "-l", "-D", "-v", "-d", "-c", path])
         self.assertEqual((True, True, []), (made.four_only, bool(made.settings.verbose),
@@ -458,7 +458,7 @@ class NameTest(ConfigCase):
             [], "knockd").lines])
 
     def test_beside_stanzas(self) -> None:
-        """--knockd-conf and KNOCKD_CONF: alone when there is no access.conf, or beside it."""
+        """--knockd-conf and KNOCKD_CONF serve a knockd.conf alone, or beside access.conf."""
         doors = self.write("knockd.conf", DOOR)
         conf = "FWKNOP_CONF_DIR %s;\n" % self.directory
         named = ["-c", self.write("fwknopd.conf", conf), "--knockd-conf", doors]
@@ -477,7 +477,7 @@ class NameTest(ConfigCase):
             self.configuration(named + ["-a", "/no/such/access.conf"], "fwknopd")
 
     def test_dump_and_check(self) -> None:
-        """-D and --exit-parse-config with a knockd.conf alone."""
+        """-D and --exit-parse-config work with a knockd.conf alone."""
         doors, conf = self.write("knockd.conf", DOOR), self.write(
             "fwknopd.conf", "FWKNOP_CONF_DIR %s;\n" % self.directory)
         code, out, err = self.main("-c", conf, "--knockd-conf", doors, "-D")
@@ -488,7 +488,7 @@ class NameTest(ConfigCase):
         self.assertEqual(3, self.main("-c", conf, "--knockd-conf", self.write("bad", "x"), "-D")[0])
 
     def test_log_file(self) -> None:
-        """Lines with knockd's date; one that can't be written is told, and no reason to stop."""
+        """Lines have knockd's date; a file that can't be written is told, and no reason to stop."""
         path = os.path.join(self.directory, "log")
         stream = io.StringIO()
         log = server.Log()

@@ -1,7 +1,7 @@
 """What a knock sequence opens: a stanza's grant, the packet that has to follow, a door's commands.
 
-Which hits make a sequence is in test_knock.py. The firewall is a fake; the commands of knockd's
-doors are small scripts that really run.
+test_knock.py shows which packets complete a sequence. The firewall is a fake; the commands of
+knockd's doors are small scripts that really run.
 """
 
 import ipaddress
@@ -14,7 +14,7 @@ from unittest import mock
 import spa_server as server
 from tests.support import TIMEOUT, wait_for
 from tests.test_commands import CommandCase
-from tests.test_knock import ACK, ONE, SYN, TCP, hit
+from tests.test_knock import ACK, ONE, SYN, TCP, knock
 from tests.test_server import CLIENT, HOST, KEYS, ServerCase
 
 SEQUENCE = "KNOCK_SEQUENCE 7000,9000,8000\n"
@@ -25,7 +25,7 @@ OPENED = "10.55.0.2 -> 0.0.0.0/0 tcp/22"
 
 
 class KnockCase(CommandCase):
-    """A server for sequences, whose address is HOST, and hits at it."""
+    """A server for sequences, whose address is HOST, and knock packets to it."""
 
     def serve_for(self, access: str = "", knockd: str = "", conf: str = "") -> server.Server:
         """Return a server for an access.conf, a knockd.conf, or both."""
@@ -178,7 +178,7 @@ class StanzaTest(KnockCase):
         """What waits in the sockets for knocks is taken before the packet is rejected."""
         made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\n")
         self.hit(*ALL_THREE[:2])
-        waiting = [hit(ALL_THREE[2])]
+        waiting = [knock(ALL_THREE[2])]
         capture = mock.Mock(spec=server.KnockCapture, sequences=list(made.knocks.owners))
         capture.receive.side_effect = lambda: waiting.pop() if waiting else self.nothing()
         made.captures.append(capture)
@@ -260,11 +260,11 @@ class StanzaTest(KnockCase):
             self.hit(7000, source="10.1.%d.%d" % divmod(number, 256))
         made.log.level = server.DEBUG
         for number in range(2000):
-            self.made.knocks.take_knock(hit(7000, number.to_bytes(4, "big")),
+            self.made.knocks.take_knock(knock(7000, number.to_bytes(4, "big")),
                                         list(made.knocks.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.BURST)
         for number in range(2000):
-            self.made.knocks.take_knock(hit(9000, number.to_bytes(4, "big")),
+            self.made.knocks.take_knock(knock(9000, number.to_bytes(4, "big")),
                                         list(made.knocks.owners))
         self.assertLessEqual(len(self.logged().splitlines()), server.STEP_BURST)
         self.clock.pass_seconds(1.5)
@@ -277,7 +277,7 @@ class StanzaTest(KnockCase):
         made.log.level = server.DEBUG
         for number in range(1200):
             for port in (7000, 9000):
-                made.knocks.take_knock(hit(port, number.to_bytes(4, "big")),
+                made.knocks.take_knock(knock(port, number.to_bytes(4, "big")),
                                        list(made.knocks.owners))
         for number in range(2 * server.BURST):
             self.hit(8000, source="0.0.0.%d" % number)
@@ -318,7 +318,7 @@ class StanzaTest(KnockCase):
                               "[d]\nSequence = 7000,7000\n")
         stanza, door = made.knocks.owners
         for each in (stanza, door):
-            made.knocks.take_knock(hit(7000), [each])
+            made.knocks.take_knock(knock(7000), [each])
         self.assertEqual([], self.firewall.doors())
         self.assertEqual([1, 1], [len(each.attempts) for each in (stanza, door)])
         self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
