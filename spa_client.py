@@ -303,7 +303,7 @@ class Aes:
 
     def expand(self, key: bytes) -> "List[int]":
         """Return the round keys of section 5.2, four words each."""
-        words = list(struct.unpack(">%dI" % (len(key) // 4), key))
+        words = list(struct.unpack(f">{len(key) // 4}I", key))
         length, constant, box = len(words), 1, self.box
         for i in range(length, 4 * (length + 7)):
             word = words[-1]

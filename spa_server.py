@@ -164,7 +164,7 @@ class CommandError(SpaError):
 
 
 class PacketRejected(Exception):
-    """A packet opens nothing. The server counts by the constant `reason`, and logs `template`."""
+    """The rejection of a packet. The server counts by the constant `reason`, and logs `template`."""
 
     def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}") -> None:
         super().__init__(text)
@@ -173,15 +173,15 @@ class PacketRejected(Exception):
 
 
 class WrongKey(PacketRejected):
-    """A packet was not made with this stanza's keys; the server tries the next stanza."""
+    """The rejection by a stanza whose keys did not make the packet; those of another may have."""
 
 
 class NotFresh(PacketRejected):
-    """A packet is too old, too new, or came before; no other stanza would accept it either."""
+    """The rejection of a packet that is too old, too new, or a repetition: for every stanza."""
 
 
 class TooFast(PacketRejected):
-    """A packet was not decrypted, because too many like it came before."""
+    """The rejection of a packet before decryption, because too many like it came before."""
 
 
 def frames(error: Exception) -> List[Tuple[str, int]]:
@@ -196,8 +196,8 @@ def frames(error: Exception) -> List[Tuple[str, int]]:
 class Datagram(NamedTuple):
     """A datagram that came in. Addresses are packed: 4 bytes or 16.
 
-    A knock packet (a step of a sequence, perhaps) has no payload and source port here. For an ICMP
-    echo request its destination port is the number of its data bytes.
+    A knock packet, perhaps a step of a sequence, has neither payload nor source port. For an ICMP
+    echo request, the destination port is the number of its data bytes.
     """
 
     payload: bytes
@@ -337,7 +337,7 @@ class Aes:
 
     def expand(self, key: bytes) -> "List[int]":
         """Return the round keys of section 5.2, four words each."""
-        words = list(struct.unpack(">%dI" % (len(key) // 4), key))
+        words = list(struct.unpack(f">{len(key) // 4}I", key))
         length, constant, box = len(words), 1, self.box
         for i in range(length, 4 * (length + 7)):
             word = words[-1]
@@ -448,7 +448,7 @@ NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data
 
 
 class Secret(bytes):
-    """Bytes that no message shows; a traceback does not either."""
+    """Bytes that neither a message nor a traceback shows."""
 
     def __repr__(self) -> str:
         return "<secret>"
@@ -615,7 +615,7 @@ class Keys:
         self.malformed = PacketRejected if compute_tag else WrongKey  # may have another's tag
 
     def authentic(self, payload: bytes) -> bool:
-        """Tell whether the tag at the end of a packet is right; a stanza without HMAC can't tell.
+        """Tell whether the tag at the end of a packet is right; True without an HMAC key.
 
         Nothing uses a key before this, and junk reaches no other use of one.
         """
@@ -721,7 +721,7 @@ ERROR_CODES = {4096: "Data is not a valid SPA message format",
 
 
 class NotSpa(PacketRejected):
-    """A datagram is no SPA packet; fwknopd's log has a number and a text for each case."""
+    """The rejection of a datagram that is no SPA packet, with fwknopd's number for the reason."""
 
     def __init__(self, reason: str, number: int) -> None:
         super().__init__(reason, f"preprocess_spa_data() returned error {number}: "
@@ -795,11 +795,10 @@ def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, 
     """Decrypt and decode an authentic payload; return the packet, and texts to remember it by.
 
     The last text is the one that a real client sends, so that its digest is the one in fwknopd's
-    digest.cache. Whoever changes spare bits of a captured packet (tests/spec/fwknop.md 1.13) comes
-    back to the same text. With OpenPGP an attacker can do more: write the lengths of a captured
-    message in other ways, or put packets before it that mean nothing. So the plaintext, which only
-    a key holder can make, is a text as well. So is the packet without its tag, if another stanza
-    accepts that.
+    digest.cache. An attacker who changes spare bits of a captured packet (fwknop.md 1.13) gets the
+    same text. With OpenPGP he can do more: write the lengths of a captured message in other ways,
+    or put packets before it that mean nothing. So the plaintext, which only a key holder can make,
+    is a text as well. So is the packet without its tag, if another stanza accepts that.
     """
     body = keys.body(payload)
     prefix = keys.prefix(body)
@@ -1058,9 +1057,8 @@ class Settings:
             shown = "" if row.secret else f", not '{value}'"
             raise line.error(f"{error}{shown}") from None
         self.texts[row.name], self.lines[row.name] = value, line
-        if not isinstance(row, Ignored):
-            return []
-        return [f"{line.file}:{line.number}: {line.name} is ignored: {row.help}"]
+        ignored = f"{line.file}:{line.number}: {line.name} is ignored: {row.help}"
+        return [ignored] if isinstance(row, Ignored) else []
 
     def set_defaults(self) -> None:
         """Give each directive that is not set its default. Call this after the last file is read.
@@ -1120,10 +1118,8 @@ class Settings:
                 continue
             value = self.texts.get(row.name, row.default)
             value = PLACEHOLDER if row.secret and value else value
-            if self.is_set(row):
-                lines.append(f"{row.name:<27} {value};")
-            else:
-                lines.append(f"#{row.name:<26} " + (f"{value};" if value else "(not set)"))
+            lines.append(f"{row.name:<27} {value};" if self.is_set(row) else
+                         f"#{row.name:<26} {value + ';' if value else '(not set)'}")
         return "\n".join(lines) + "\n"
 
 
@@ -1198,8 +1194,7 @@ def permission_warnings(path: str) -> List[str]:
 def folder_warnings(folder: str, harmless: int = 0) -> List[str]:
     """Return a warning for a directory in which others can write, and so have root run commands.
 
-    A mode with a bit of `harmless` needs none: in a sticky directory others can add files, but
-    replace none.
+    A mode with a bit of `harmless` needs none: in a sticky directory others can't replace a file.
     """
     try:
         mode = stat.S_IMODE(os.stat(folder).st_mode)
