@@ -3106,10 +3106,10 @@ SYSLOG = "/dev/log"
 PROGRAM_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 FOR_EVER = float("inf")
 PROGRAM_SECONDS = 30.0  # limit of a program while no knock waits: iptables may wait for its lock
-# Lines that strangers can cause, of a kind: so many at once, enough to see what they do; then one a
-# second, which is at most 86,400 lines or about 10 MB a day.
+# So many lines of a kind strangers can cause at once: enough to see what they do. Then it is one a
+# second: at most 86,400 lines or about 10 MB a day.
 BURST = 20
-STEP_BURST = 1000  # lines about further steps, which take a part of the sequence to cause: 100 kB
+STEP_BURST = 1000  # the same for further steps, which take a part of the sequence: 100 kB
 MORE_KNOCKS = "more knocks came without a line in the log"
 
 
@@ -3315,10 +3315,7 @@ class StreamOutlet(Outlet):
 
 
 class SyslogOutlet(Outlet):
-    """Syslog, by its socket, in the format of the C library (RFC 3164 section 4).
-
-    The C library's own syslog() would wait while the socket is full.
-    """
+    """Syslog, in the C library's format (RFC 3164 section 4); the C library itself would wait."""
 
     def __init__(self, name: str, facility: str, with_pid: bool, path: str) -> None:
         super().__init__()
@@ -3483,9 +3480,8 @@ def is_journal(stream: Any) -> bool:
 
 def find_program(name: str) -> Optional[str]:
     """Return the path of an executable: `name` if it has a slash, else one in PATH or the sbins."""
-    directories = [""] if "/" in name else [*os.environ.get("PATH", "").split(":"),
-                                            "/usr/sbin", "/sbin"]
-    for directory in directories:
+    directories = os.environ.get("PATH", "").split(":") + ["/usr/sbin", "/sbin"]
+    for directory in [""] if "/" in name else directories:
         path = os.path.join(directory, name)
         if path.startswith("/") and os.path.isfile(path) and os.access(path, os.X_OK):
             return path
@@ -3502,7 +3498,7 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
                                    stderr=subprocess.PIPE, env=PROGRAM_ENVIRONMENT,
                                    start_new_session=True)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise CommandError(f"{arguments[0]}: {error}") from None
+        raise CommandError(explain(error, arguments[0])) from None
     with process.stdin, process.stdout, process.stderr:  # type: ignore[union-attr]
         try:
             output, errors = process.communicate(text.encode(), seconds)
@@ -3552,7 +3548,7 @@ class GpgAnswer(NamedTuple):
 
     plain: bytes
     status: GpgStatus
-    succeeded: bool
+    succeeded: bool  # gpg ended without an error
     cost: float = 0.0  # seconds that the run added to Gpg.busy_until
 
 
@@ -3630,11 +3626,8 @@ class GpgNeeded(Exception):
 
 
 class Gpg:
-    """The limits of gpg's runs, and its last answers, for all stanzas.
-
-    Runs are limited in time and output, and in number apart from those for genuine packets with
-    HMAC. Packets without HMAC can't use up the number of the others.
-    """
+    """The runs of gpg for all stanzas, limited in time, output and number. Genuine packets with
+    HMAC do not count, and packets without HMAC can't use up the number of the others."""
 
     def __init__(self, clocks: Clocks = CLOCKS) -> None:
         self.clocks = clocks
@@ -3692,8 +3685,8 @@ class GpgRun:
     """A run of gpg that decrypts one message; its packet waits until the run has ended.
 
     The passphrase goes through a pipe, so nobody else sees it. The server fills the pipes before
-    the run and reads them after it: this needs no loop, and limits gpg's output. They do not block,
-    because an agent that gpg started may hold them open.
+    the run and reads them after it: this needs no loop, and limits gpg's output. Reading does not
+    block, because an agent that gpg started may hold a pipe open.
     """
 
     def __init__(self, gpg: Gpg, question: GpgQuestion, has_hmac: bool) -> None:
@@ -3782,8 +3775,7 @@ class GpgKeys(Keys):
             self.gpg.busy_until -= self.gpg.cost
 
     def decrypt(self, message: bytes) -> bytes:
-        """Return the plaintext of an OpenPGP message; raise PacketRejected unless the stanza's key
-        decrypts it and the stanza trusts its signer.
+        """Return the plaintext of an OpenPGP message; raise PacketRejected if anything is wrong.
 
         A message names the key that it is encrypted to, in eight octets (RFC 4880 section 5.1).
         Junk and messages for other keys do not name ours, and so cost no run of gpg.
@@ -3869,10 +3861,8 @@ def file_state(path: str) -> Tuple[int, int, int]:
 
 
 def empty_file(path: str) -> None:
-    """Put an empty file in place of another one; empty that one if its directory can't be changed.
-
-    Both may fail, on a read-only file system.
-    """
+    """Put an empty file in place of another one, or empty that one if its directory can't change.
+    Both may fail on a read-only file system."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.suppress(OSError):
         os.unlink(path)
@@ -3894,7 +3884,7 @@ class ReplayMemory:
         self.boot_id = clocks.boot_id()
         # By digest, oldest first: the packet's line in the file, and its time, monotonic.
         self.seen: Dict[str, Tuple[str, float]] = {}
-        self.refused: Dict[str, str] = {}  # the reason by digest
+        self.refused: Dict[str, str] = {}  # reasons, by digest
         self.began, self.forgotten = clocks.monotonic(), 0
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -3919,7 +3909,7 @@ class ReplayMemory:
             self.give_up_file(error)
 
     def load(self, path: str) -> None:
-        """Read the packets of a file, if it exists. A link is not followed.
+        """Read the packets of a file, if it exists, and follow no link.
 
         An empty file misses packets (see give_up_file()), perhaps of this second. So the memory
         begins with the next second.
@@ -4005,10 +3995,7 @@ class ReplayMemory:
                            f"host's clock was set back; a new one will do in {seconds} seconds.")
 
     def remember(self, canonical: bytes, datagram: Datagram) -> None:
-        """Put a packet into memory and file; raise NotFresh if it is there already.
-
-        Call this before the packet opens anything.
-        """
+        """Put a packet into memory and file before it opens anything; raise NotFresh if known."""
         digest = digest_of(canonical)
         self.check_unknown(digest, datagram)
         line = (f"{digest} {datagram.protocol} {socket_text(datagram.source)} "
@@ -4020,11 +4007,8 @@ class ReplayMemory:
             self.record(self.path, line.encode() + b"\n")
 
     def record(self, path: str, line: bytes) -> None:
-        """Add a line to the file, or write the file anew.
-
-        That is when most lines are of forgotten packets, when somebody moved or changed the file,
-        and REWRITE_SECONDS after it could not be written.
-        """
+        """Add a line to the file. Write the file anew if somebody moved or changed it, if most of
+        its packets are forgotten, or REWRITE_SECONDS after it could not be written."""
         try:
             if self.file is not None and self.written != file_state(path):
                 self.log.warning(f"{path}: somebody moved, deleted or changed it; writing it anew")
@@ -4060,10 +4044,8 @@ class ReplayMemory:
         self.lines_in_file += 1
 
     def give_up_file(self, error: OSError) -> None:
-        """Remember packets in this process alone, and empty the file, which misses a packet now.
-
-        The next start must not take it for a record. Call this before the packet opens anything.
-        """
+        """Remember packets in this process alone, and empty the file before the packet that it
+        misses opens anything: the next start must not take the file for a record."""
         assert self.path is not None
         self.close()
         self.rewrite_due = self.clocks.monotonic() + REWRITE_SECONDS
@@ -4236,13 +4218,11 @@ class Netlink:
         """Open a socket to nf_tables; raise CommandError if the kernel has none."""
         return cls(open_netlink_socket())
 
-    def __del__(self) -> None:
-        """Close the socket with its backend: a reload replaces that, a check drops it."""
-        self.socket.close()
-
     def close(self) -> None:
         """Close the socket; the kernel then gives up the tables that it owns."""
         self.socket.close()
+
+    __del__ = close  # with the backend: a reload replaces it, a check drops it
 
     def message(self, kind: int, flags: int, family: int, body: bytes, resource: int = 0) -> bytes:
         """Return a message: struct nlmsghdr, struct nfgenmsg, and the attributes `body`."""
@@ -4307,8 +4287,8 @@ class Netlink:
                 if attributes(question).items() <= rule.items()]  # old kernels list all chains
 
     def release(self) -> None:
-        """Give up the tables that this socket owns, by closing it: there is no other way."""
-        self.close()
+        """Give up the tables that this socket owns; another socket takes its place."""
+        self.close()  # there is no other way
         self.socket = open_netlink_socket()
         self.port = self.socket.getsockname()[0]
 
@@ -4402,8 +4382,13 @@ MAX_PACKET = 4096  # the kernel cuts a longer one, and what is left is no datagr
 class Capture:
     """A socket and how to read a Datagram from it."""
 
-    def __init__(self, opened: socket.socket, name: str) -> None:
+    def __init__(self, opened: socket.socket, name: str, buffer: int = RECEIVE_BUFFER) -> None:
         self.socket, self.name = opened, name
+        opened.setblocking(False)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
+        except OSError:  # that takes CAP_NET_ADMIN
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
 
     def fileno(self) -> int:
         """Return the descriptor that a selector waits for."""
@@ -4423,9 +4408,6 @@ class Capture:
         self.socket.close()
 
 
-PacketSocket = TypeVar("PacketSocket", bound="PacketCapture")
-
-
 class PacketCapture(Capture):
     """A packet socket, on one interface or on all.
 
@@ -4436,31 +4418,9 @@ class PacketCapture(Capture):
 
     decode: Callable[[bytes], Any] = staticmethod(decode_ip)
 
-    def __init__(self, opened: socket.socket, name: str, index: int) -> None:
+    def __init__(self, opened: socket.socket, index: int, name: str) -> None:
         super().__init__(opened, name)
-        self.index = index
-
-    @classmethod
-    def open(cls: Type[PacketSocket], interface: str, protocol: int, code: bytes,
-             promiscuous: bool) -> PacketSocket:
-        """Open a packet socket with the filter `code` on an interface, "" for all."""
-        opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
-        try:
-            instructions = array.array("B", code)
-            program = struct.pack("HL", len(code) // 8, instructions.buffer_info()[0])
-            opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-            index = socket.if_nametoindex(interface) if interface else 0
-            if interface:
-                opened.bind((interface, protocol))
-            if interface and promiscuous:  # struct packet_mreq
-                request = struct.pack("iHH8s", index, PACKET_MR_PROMISC, 0, b"")
-                opened.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
-            set_buffer(opened, RECEIVE_BUFFER)
-        except OSError:
-            opened.close()
-            raise
-        drain_socket(opened)  # of packets that came before the filter was there
-        return cls(opened, interface or "any", index)
+        self.index = index  # of the interface
 
     def receive(self) -> Any:
         """Return the next datagram or knock packet."""
@@ -4474,28 +4434,41 @@ class KnockCapture(PacketCapture):
     sequences: Iterable[Sequence] = ()  # open_knock_captures() sets them
 
 
-def set_buffer(opened: socket.socket, size: int) -> None:
-    """Set the size of a socket's receive buffer, and let no read of it wait."""
-    opened.setblocking(False)
+def open_packet_socket(interface: str, protocol: int, code: bytes, promiscuous: bool
+                       ) -> Tuple[socket.socket, int]:
+    """Open a packet socket with a filter, on an interface or on all (""); return it and the index
+    of the interface."""
+    opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
     try:
-        opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-    except OSError:  # that takes CAP_NET_ADMIN
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        instructions = array.array("B", code)
+        program = struct.pack("HL", len(code) // 8, instructions.buffer_info()[0])
+        opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        index = socket.if_nametoindex(interface) if interface else 0
+        if interface:
+            opened.bind((interface, protocol))
+        if interface and promiscuous:  # struct packet_mreq
+            request = struct.pack("iHH8s", index, PACKET_MR_PROMISC, 0, b"")
+            opened.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, request)
+    except OSError:
+        opened.close()
+        raise
+    drain_socket(opened)  # of packets that came before the filter was there
+    return opened, index
 
 
-def open_server_socket(family: int, kind: int, port: int, buffer: int,
-                       *options: Tuple[int, int]) -> socket.socket:
-    """Open a socket at a port of all addresses of one family, with these options on."""
+def open_port_socket(family: int, kind: int, port: int) -> socket.socket:
+    """Open a UDP or TCP socket at a port of all addresses of one family."""
     opened = socket.socket(family, kind)
     try:
-        for level, option in options:
-            opened.setsockopt(level, option, 1)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        opened.setsockopt(*(
+            (socket.SOL_SOCKET, socket.SO_REUSEADDR) if kind == socket.SOCK_STREAM else
+            (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if family == socket.AF_INET6 else
+            (socket.IPPROTO_IP, IP_PKTINFO)), 1)
         opened.bind(("", port))
         if kind == socket.SOCK_STREAM:
             opened.listen(1024)  # or as many as the kernel allows: the server may be busy
-        set_buffer(opened, buffer)
     except OSError:
         opened.close()
         raise
@@ -4505,18 +4478,11 @@ def open_server_socket(family: int, kind: int, port: int, buffer: int,
 class UdpCapture(Capture):
     """A UDP socket of one family. The packet info option brings the destination address."""
 
-    protocol = "UDP"
+    protocol, kind = "UDP", socket.SOCK_DGRAM
 
     def __init__(self, opened: socket.socket, port: int) -> None:
         super().__init__(opened, f"UDP port {port}")
         self.family, self.port = opened.family, port
-
-    @classmethod
-    def open(cls, family: int, port: int) -> "UdpCapture":
-        """Open a UDP socket at a port."""
-        return cls(open_server_socket(family, socket.SOCK_DGRAM, port, RECEIVE_BUFFER, (
-            (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if family == socket.AF_INET6 else
-            (socket.IPPROTO_IP, IP_PKTINFO))), port)
 
     def receive(self) -> Optional[Datagram]:
         """Return the next datagram."""
@@ -4531,9 +4497,10 @@ class UdpCapture(Capture):
 
 
 MAX_REQUEST = MAX_PAYLOAD + 4096  # bytes of an HTTP request: the packet and the other lines
-MAX_CONNECTIONS, MAX_PER_NETWORK = 32, 4  # of one family; of one IPv4 address or IPv6 /64
-# For the first byte, and then for all others. A client sends at once: a lost segment comes again
-# after 1 second, and once more after 3 (RFC 6298 section 2), or much sooner when data flow.
+MAX_CONNECTIONS = 32  # of one family; a process may have 1024 descriptors or more
+MAX_PER_NETWORK = 4  # of one IPv4 address or IPv6 /64; a client is gone as soon as it has sent
+# For the first byte, and then for all others. A client sends at once; TCP repeats a lost segment
+# after 1 and 3 seconds (RFC 6298), and sooner once it has measured the connection.
 FIRST_SECONDS, REST_SECONDS = 5.0, 2.0
 ACCEPT_PAUSE = 1.0  # seconds until the next try when there was no descriptor for a connection
 
@@ -4554,21 +4521,15 @@ class TcpCapture(Capture):
     a client sends at once, so a connection that waits is less likely a client's.
     """
 
-    protocol = "TCP"
+    protocol, kind = "TCP", socket.SOCK_STREAM
 
     def __init__(self, opened: socket.socket, port: int, clocks: Clocks = CLOCKS) -> None:
-        super().__init__(opened, f"TCP port {port}")
+        super().__init__(opened, f"TCP port {port}", 2 * MAX_REQUEST)
         self.family, self.port, self.clocks = opened.family, port, clocks
         self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
         self.pause_end = FOR_EVER  # when to accept again, after there was no descriptor
         self.selector = selectors.EpollSelector()
         self.selector.register(opened, selectors.EVENT_READ)
-
-    @classmethod
-    def open(cls, family: int, port: int, clocks: Clocks = CLOCKS) -> "TcpCapture":
-        """Open a TCP socket that listens at a port."""
-        return cls(open_server_socket(family, socket.SOCK_STREAM, port, 2 * MAX_REQUEST, (
-            socket.SOL_SOCKET, socket.SO_REUSEADDR)), port, clocks)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when the socket or a connection is."""
@@ -4677,45 +4638,22 @@ MAX_FRAME = 1 << 18  # tcpdump writes no longer ones
 class FileCapture(Capture):
     """A file of `tcpdump -w` (draft-ietf-opsawg-pcap), read once; EOFError at its end."""
 
-    def __init__(self, file: Any, always: int, header: Tuple[str, LinkType], tree: Filter,
+    def __init__(self, file: Any, order: str, link: LinkType, always: int, tree: Filter,
                  any_direction: bool) -> None:
-        self.file, self.name, self.always = file, file.name, always
-        self.order, self.link = header
-        self.tree, self.any_direction = tree, any_direction
+        self.file, self.name, self.order, self.link = file, file.name, order, link
+        self.always, self.tree, self.any_direction = always, tree, any_direction
         self.packets, self.passed, self.cut = 0, 0, 0
-
-    @classmethod
-    def open(cls, path: str, tree: Filter, any_direction: bool) -> "FileCapture":
-        """Open a capture file; raise SpaError if its format is unknown."""
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise SpaError(f"{path}: expected a regular file")
-        try:
-            file = open(path, "rb")
-        except OSError as error:
-            raise SpaError(explain(error)) from None
-        try:
-            header = parse_pcap_header(path, file.read(24))
-        except SpaError:
-            file.close()
-            raise
-        # Nobody can write to this pipe, so it always counts as readable; a file does not.
-        always, writer = os.pipe()
-        os.close(writer)
-        return cls(file, always, header, tree, any_direction)
 
     def fileno(self) -> int:
         """Return a descriptor that is always readable."""
         return self.always
 
     def receive(self) -> Optional[Datagram]:
-        """Return the datagram of the next record; raise EOFError if there is none.
-
-        A record is {seconds, fraction, length, original length} and a frame.
-        """
+        """Return the datagram of the next record; raise EOFError if there is none."""
         if not self.file.peek(1):
             raise EOFError(f"End of {self.name}: {self.packets} packets, {self.passed} of them "
                            f"pass PCAP_FILTER, {self.cut} are cut short")
-        header = self.file.read(16)
+        header = self.file.read(16)  # seconds, fraction, length, original length; then the frame
         length, whole = struct.unpack(self.order + "8xII", header) if len(header) == 16 else (1, 1)
         frame = self.file.read(min(length, MAX_FRAME))
         if len(frame) != length:
@@ -4736,18 +4674,30 @@ class FileCapture(Capture):
         os.close(self.always)
 
 
-def parse_pcap_header(path: str, head: bytes) -> Tuple[str, LinkType]:
-    """Return byte order and link type of a capture file; raise SpaError if they are unknown."""
+def open_capture_file(path: str, tree: Filter, any_direction: bool) -> FileCapture:
+    """Open a capture file and read its header; raise SpaError if the format is unknown."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise SpaError(f"{path}: expected a regular file")
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise SpaError(explain(error)) from None
+    head = file.read(24)
     order = PCAP_ORDERS.get(head[:4], "")
     if not order or len(head) < 24:
+        file.close()
         raise SpaError(f"{path}: expected a capture file in the pcap format",
                        "tcpdump -r FILE -w NEW or editcap -F pcap FILE NEW make one of pcapng"
                        if head[:4] == PCAPNG else "")
     number = struct.unpack(order + "20xI", head)[0] & 0xFFFF  # the rest is about checksums
     if number not in LINK_TYPES:
+        file.close()
         known = ", ".join(map(str, sorted(LINK_TYPES)))
         raise SpaError(f"{path}: frames of link type {number}; expected one of {known}")
-    return order, LINK_TYPES[number]
+    # Nobody can write to this pipe, so it always counts as readable; a file does not.
+    always, writer = os.pipe()
+    os.close(writer)
+    return FileCapture(file, order, LINK_TYPES[number], always, tree, any_direction)
 
 
 def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture],
@@ -4758,8 +4708,8 @@ def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture]
     missing. Raise SpaError if there is no way to listen.
     """
     if settings.capture_file:
-        captures.append(FileCapture.open(settings.capture_file, settings.packet_filter,
-                                         settings.any_direction))
+        captures.append(open_capture_file(settings.capture_file, settings.packet_filter,
+                                          settings.any_direction))
         return
     on_udp = settings.udp_server
     if not on_udp:
@@ -4807,7 +4757,8 @@ def open_port_captures(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int,
             if isinstance(each, (UdpCapture, TcpCapture))}
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
-            captures.append(kept.get((kind, family, port)) or kind.open(family, port))
+            captures.append(kept.get((kind, family, port))
+                            or kind(open_port_socket(family, kind.kind, port), port))
         except OSError as error:
             missing = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
             served = any(isinstance(each, kind) for each in captures)
@@ -4829,15 +4780,15 @@ def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCaptu
                              settings.any_direction, settings.promiscuous)
 
 
-def open_on_interface(kind: Type[PacketSocket], name: str, code: bytes, log: Log,
-                      any_direction: bool = False, promiscuous: bool = False
-                      ) -> List[PacketSocket]:
+def open_on_interface(kind: Callable[..., T], name: str, code: bytes, log: Log,
+                      any_direction: bool = False, promiscuous: bool = False) -> List[T]:
     """Open packet sockets with a filter, on an interface or "any"; none while it is missing."""
     interface = "" if name == "any" else name
     # Only a socket for all protocols sees outgoing packets.
     protocols = (ETH_P_ALL,) if interface or any_direction else (ETH_P_IP, ETH_P_IPV6)
     try:
-        return [kind.open(interface, protocol, code, promiscuous) for protocol in protocols]
+        return [kind(*open_packet_socket(interface, protocol, code, promiscuous), name)
+                for protocol in protocols]
     except PermissionError:
         raise
     except OSError as error:
@@ -4858,10 +4809,7 @@ class Listening(NamedTuple):
 
 def open_knock_captures(listenings: Iterable[Listening], log: Log,
                         captures: List[Capture]) -> None:
-    """Open the packet sockets for knock sequences, and add them to `captures`.
-
-    Raise SpaError without the right to open packet sockets.
-    """
+    """Add packet sockets for knock sequences to `captures`; raise SpaError without CAP_NET_RAW."""
     try:
         for interfaces, sequences, four_only in listenings:
             if not sequences:

@@ -764,7 +764,8 @@ class TcpTest(unittest.TestCase):
     def setUp(self) -> None:
         """Listen on a port that nobody has."""
         self.clock = Clock()
-        self.capture = server.TcpCapture.open(socket.AF_INET, 0, self.clock.clocks())
+        self.capture = server.TcpCapture(server.open_port_socket(
+            socket.AF_INET, socket.SOCK_STREAM, 0), 0, self.clock.clocks())
         self.addCleanup(self.capture.close)
         self.address = self.capture.socket.getsockname()
         self.kept = []  # type: List[socket.socket]
