@@ -6407,8 +6407,8 @@ class Grants:
         """Go on with the grants that an earlier server left in the firewall."""
         for grant in self.firewall.grants():
             self.enter(grant)
-            door = grant.door
-            self.log.info(f"Found {door.rule_name} rule in {self.firewall.describe(door)} for {door}, "
+            door, place = grant.door, self.firewall.describe(grant.door)
+            self.log.info(f"Found {door.rule_name} rule in {place} for {door}, "
                           f"expires at {grant.expires}")
 
     def grant(self, doors: List[Door], seconds: int, stanza_number: int = 0) -> None:
@@ -6438,8 +6438,8 @@ class Grants:
         if opened and self.clocks.monotonic() >= ends:
             raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
         for door in doors:
-            self.log.info(f"Added {door.rule_name} rule to {self.firewall.describe(door)} for {door}, "
-                          f"expires at {self.live[door].expires}")
+            place, expires = self.firewall.describe(door), self.live[door].expires
+            self.log.info(f"Added {door.rule_name} rule to {place} for {door}, expires at {expires}")
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
         """Add grants in place of the `replaced` ones; if the firewall fails, try once more."""
@@ -6620,11 +6620,11 @@ def read_openers(path: str) -> Dict[str, str]:
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza: a packet with 30 ports runs, and three are open
+MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza: one packet's 30 ports run, three packets' wait
 MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of a command, in the log: an error message fits
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL, for a shell's trap to clean up
-STOP_SECONDS = 5.0  # that a stop waits for commands; what is still open then, the switches close
-SWITCH_SECONDS = 2  # that a switch closes later than a live server would, so that it comes second
+STOP_SECONDS = 5.0  # a stop waits so long for commands; the switches close what is open after that
+SWITCH_SECONDS = 2  # a switch closes so much later than a live server, which thus comes first
 TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing"  # why it closes
 
 # The first program that is executed is trusted. The kernel lets this server wait for it, and its
@@ -6663,8 +6663,7 @@ def switched_command(pid: int) -> Tuple[int, Tuple[bytes, ...]]:
         owner = os.stat(f"/proc/{pid}").st_uid
     except OSError:  # it has ended
         return 0, ()
-    is_switch = arguments[:len(SWITCH)] == SWITCH
-    return (owner, arguments[len(SWITCH) + 1:]) if is_switch else (0, ())
+    return (owner, arguments[len(SWITCH) + 1:]) if arguments[:len(SWITCH)] == SWITCH else (0, ())
 
 
 def launch(command: Command, output: int, outlives: bool = False,
@@ -8295,21 +8294,21 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
 
 
 def obey_signal(number: int, server: Server, read: Callable[[], Configuration]) -> None:
-    """Do what a signal asks for: reload, log the counters, close all that is open, or stop.
-
-    SIGHUP reads the files again, and keeps the old settings if the new ones are bad.
-    """
-    log = server.log
-    if number == signal.SIGUSR1:
-        log.info(server.report())
-        return
-    if number == signal.SIGUSR2:
-        log.info("Got SIGUSR2.")
+    """Do what a signal asks for: reload, log the counters, close all that is open, or stop."""
+    if number == signal.SIGHUP:
+        reload_files(server, read)
+    elif number == signal.SIGUSR1:
+        server.log.info(server.report())
+    elif number == signal.SIGUSR2:
+        server.log.info("Got SIGUSR2.")
         server.command("flush")
-        return
-    if number != signal.SIGHUP:
+    else:
         server.end_loop(f"Got {signal.Signals(number).name}. Exiting...")
-        return
+
+
+def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
+    """Read the files again; keep the old settings if the new ones are bad."""
+    log = server.log
     log.info(server.configuration.lifecycle.rereading)
     try:
         configuration = read()
@@ -8386,7 +8385,6 @@ def write_new_file(path: str, text: str) -> None:
 
 def own_address() -> str:
     """Return the address that this host sends from by default. Nothing is sent to find out."""
-    # These addresses are for documentation (RFC 5737, RFC 3849), so only the default route fits.
     for family, peer in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((peer, 62201))
@@ -8553,9 +8551,7 @@ h help              -      help                 print this help
 """
 KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
 KNOCKD_FILE = "/etc/knockd.conf"
-# A server that runs puts back within SETTLE_SECONDS what somebody took, unless it has the legacy
-# iptables, which announces no changes.
-LOOK_AGAIN_SECONDS = 0.5
+LOOK_AGAIN_SECONDS = 0.5  # a server puts back sooner (SETTLE_SECONDS), but not legacy iptables
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
            "list_all", "flush", "guard", "unguard", "key_gen"}
 
@@ -8568,7 +8564,6 @@ Hide ports, and open them for a while to clients that hold a key.
 First steps: `spa_server.py --init tcp/22` makes keys and files in /etc/fwknop if there are none,
 prints the client's stanza, hides ssh and serves. SIGHUP makes a server read its files again.
 """
-
 
 KNOCKD_HELP = """Usage: knockd [options]
 
@@ -8856,8 +8851,7 @@ def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
         names, list_of_ports = " and ".join(there), port_list(ports)
         raise ConfigError(f"--init: {names} {verb} there already",
                           f"set GUARD_PORTS {list_of_ports} in fwknopd.conf, or move {them} away")
-    configured = settings.access_file in there or settings.access_folder
-    if configured:
+    if settings.access_file in there or settings.access_folder:
         write_to(sys.stdout, "There is a configuration already; serving it\n")
     else:
         say(first_configuration(ports, arguments.config_file, settings.access_file))
