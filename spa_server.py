@@ -3648,9 +3648,10 @@ class Gpg:
         if answer is None:
             excess = GPG_HMAC_SECONDS if has_hmac else 0
             if self.clocks.monotonic() + excess < self.busy_until:
-                kind = "that open nothing" if has_hmac else "without HMAC"
-                raise TooFast("gpg too fast", f"GPG packets {kind} come too fast; this one is not "
-                              "decrypted")
+                raise TooFast("gpg too fast", (
+                    "GPG packets that open nothing come too fast; this one is not decrypted"
+                    if has_hmac else
+                    "GPG packets without HMAC come too fast; this one is not decrypted"))
             raise GpgNeeded(GpgRun(self, question, has_hmac))
         if isinstance(answer, PacketRejected):
             # A copy, since the gate notes the stanza in it, and Python the frames.
