@@ -1,4 +1,4 @@
-"""fwknopd.conf and access.conf: how a line is read, what each directive takes, and what is shown.
+"""fwknopd.conf and access.conf: how lines are read, values of directives, dumps and errors.
 
 Where fwknopd is installed, the tokens are compared with what its own dump shows.
 """
@@ -22,7 +22,7 @@ HMAC64 = base64.b64encode(bytes(range(64, 128))).decode()
 
 
 class ConfigCase(DirectoryCase):
-    """A directory to write files into, and the ways of reading them."""
+    """A directory for files, and the ways of reading them."""
 
     def write(self, name: str, text: str, mode: int = 0o600) -> str:
         """Write a file, characters as bytes, and return its path."""
@@ -36,7 +36,7 @@ class ConfigCase(DirectoryCase):
         return settings
 
     def warnings(self, text: str) -> List[str]:
-        """Return what a fwknopd.conf with this text is warned of."""
+        """Return the warnings of a fwknopd.conf with this text."""
         return list(server.read_server_settings(self.write("fwknopd.conf", text),
                                                 server.ServerSettings()))
 
@@ -49,7 +49,7 @@ class ConfigCase(DirectoryCase):
         return self.stanzas(KEYED + lines + "\n")[0]
 
     def error_of(self, access: str = KEYED, conf: str = "") -> str:
-        """Return what the administrator is told about these files; fail when they are taken."""
+        """Return the error of these files; fail if they are accepted."""
         try:
             self.settings(conf)
             self.stanzas(access)
@@ -98,25 +98,25 @@ class LineTest(ConfigCase):
                 for line in server.read_lines(self.write("file", text), colon)]
 
     def test_tokens(self) -> None:
-        """Each line of the table, with and without the newline."""
+        """Each line of the table is read alike with and without a newline."""
         for text, name, value in TOKENS:
             for end in ("", "\n"):
                 with self.subTest(line=text + end):
                     self.assertEqual([(1, name, value)], self.lines(text + end))
 
     def test_lines_that_do_not_count(self) -> None:
-        """Empty ones, blanks, comments; the others keep their numbers."""
+        """Empty lines and comments are skipped; the others keep their numbers."""
         self.assertEqual([(2, "A", "1"), (7, "B", "2")],
                          self.lines("# c\nA 1\n\n  \t\n;x\n  # KEY abc\nB 2\r\n\r\n#"))
 
     def test_a_colon_belongs_to_the_name_in_fwknopd_conf(self) -> None:
-        """So that `PCAP_INTF: lo` is an unknown directive there, as in fwknopd."""
+        """`PCAP_INTF: lo` is an unknown directive in fwknopd.conf, as in fwknopd."""
         self.assertEqual([(1, "PCAP_INTF:", "lo")], self.lines("PCAP_INTF: lo", colon=False))
         self.assertEqual("fwknopd.conf:1: PCAP_INTF:: unknown directive",
                          self.error_of(conf="PCAP_INTF: lo"))
 
     def test_names_without_a_value(self) -> None:
-        """Are errors in both files, with their line."""
+        """A directive without a value is an error in both files, with its line."""
         for text in ("OPEN_PORTS", "OPEN_PORTS ", "OPEN_PORTS:", "OPEN_PORTS ;", "OPEN_PORTS;"):
             with self.subTest(text=text):
                 self.assertEqual("access.conf:5: OPEN_PORTS: expected a value",
@@ -125,7 +125,7 @@ class LineTest(ConfigCase):
                          self.error_of(conf="#\nVERBOSE ;\n"))
 
     def test_text_behind_a_semicolon(self) -> None:
-        """Is an error, which does not show it: fwknopd drops it, and with it half of a list."""
+        """Text after the semicolon is an error that hides it: fwknopd drops half a list there."""
         for line in ("RESTRICT_PORTS tcp/22; tcp/25", "KEY abc;def", "KEY abc ; rest # x"):
             said = self.error_of("SOURCE ANY\n" + line + "\n")
             self.assertEqual("access.conf:2: %s: expected nothing, or a # and a comment, behind "
@@ -147,7 +147,7 @@ class LineTest(ConfigCase):
                                           [0].hmac_key))
 
     def test_variables(self) -> None:
-        """`$NAME` at the start of a value in fwknopd.conf, and only there."""
+        """`$NAME` is replaced at the start of a value in fwknopd.conf, and only there."""
         settings = self.settings("FWKNOP_RUN_DIR /a;\nDIGEST_FILE $FWKNOP_RUN_DIR/b;\n"
                                  "FWKNOP_PID_FILE /x/$FWKNOP_RUN_DIR/c;\n")
         self.assertEqual(("/a/b", "/x/$FWKNOP_RUN_DIR/c"),
@@ -160,7 +160,7 @@ class LineTest(ConfigCase):
 
 @needs_programs("fwknopd")
 class PeerTest(ConfigCase):
-    """The same tokens as the real fwknopd, which dumps what it has read."""
+    """The real fwknopd, which dumps its settings, reads the same values."""
 
     def peer(self, conf: str, access: str) -> Tuple[int, Dict[str, str]]:
         """Return exit code and dump of the real fwknopd."""
@@ -175,7 +175,7 @@ class PeerTest(ConfigCase):
         return answer.returncode, found
 
     def test_fwknopd_conf(self) -> None:
-        """Values, comments, blanks, variables."""
+        """It reads values, comments, blanks and variables alike."""
         conf = ("# comment\n; another\nPCAP_INTF lo;\nPCAP_FILTER     udp port 1234   ; # more\n"
                 "MAX_SPA_PACKET_AGE\t77;\n  VERBOSE 0;;\nSYSLOG_IDENTITY my name  # x  ; # y\n"
                 "FWKNOP_RUN_DIR %s\nDIGEST_FILE $FWKNOP_RUN_DIR/d.cache;\nUDPSERV_PORT 5 \n"
@@ -191,14 +191,14 @@ class PeerTest(ConfigCase):
         self.assertEqual(10, len(settings.texts))
 
     def test_keys(self) -> None:
-        """The length of a key tells where its value ended."""
+        """The length of a key shows where its value ended."""
         for text, _name, value in TOKENS:
             code, told = self.peer("PCAP_INTF lo;\n", "SOURCE ANY\n" + text + "\n")
             with self.subTest(line=text):
                 self.assertEqual((0, str(len(value))), (code, told.get("KEY_LEN")))
 
     def test_access_conf(self) -> None:
-        """Names with and without colon, values with blanks."""
+        """It reads names with and without colon, and values with blanks, alike."""
         lines = ("OPEN_PORTS:\ttcp/22, udp/53 ; # x", "FW_ACCESS_TIMEOUT: 7;; # 8",
                  "REQUIRE_USERNAME bob smith", "MAX_FW_TIMEOUT 12\r")
         code, told = self.peer("PCAP_INTF lo;\n", KEYED + "\n".join(lines) + "\n")
@@ -209,7 +209,7 @@ class PeerTest(ConfigCase):
         self.assertEqual({("tcp", 22), ("udp", 53)}, set(stanza.open_ports))
 
     def test_defaults(self) -> None:
-        """fwknopd's defaults are as the table below says, so that ours are compared with its."""
+        """fwknopd's defaults are those of the table below, with which ours are compared."""
         told = self.peer("PCAP_INTF lo;\n", KEYED)[1]
         for name, value in SPEC_DEFAULTS.items():
             if name not in ("PCAP_INTF", "HMAC_DIGEST_TYPE", "ENCRYPTION_MODE", "SOURCE",
@@ -465,10 +465,10 @@ IGNORED_SERVER = [name for name in SERVER_NAMES if name not in SPEC_DEFAULTS]
 
 
 class DirectiveTest(ConfigCase):
-    """Each directive: that there is a row, what it takes, what it does not."""
+    """Each directive: its row, its good values and its bad ones."""
 
     def test_every_directive_has_a_row(self) -> None:
-        """All names of tests/spec/fwknop.md 3.2 and 3.3 and our own, in the right file."""
+        """Names of tests/spec/fwknop.md 3.2 and 3.3 and our own are known in the right file."""
         for name in SERVER_NAMES + OUR_NAMES[:6]:
             self.assertIsNotNone(server.ServerSettings.row(name), name)
         for name in STANZA_NAMES + OUR_NAMES[6:]:
@@ -483,13 +483,13 @@ class DirectiveTest(ConfigCase):
         self.assertLessEqual(supported, set(known))
 
     def test_no_name_stands_in_two_rows(self) -> None:
-        """Within one file."""
+        """No file has two rows of one name."""
         for table in (server.ServerSettings, server.Stanza):
             names = [name for row in table.rows() for name in set(row.names)]
             self.assertEqual(sorted(set(names)), sorted(names))
 
     def test_every_row_says_what_it_is(self) -> None:
-        """Help for the README, and a default that its own parser takes."""
+        """Each row has help for the README, and a default that its own parser takes."""
         for settings in (server.ServerSettings(), server.Stanza(1), server.KnockdOptions()):
             settings.set_defaults()
             for row in settings.rows():
@@ -497,7 +497,7 @@ class DirectiveTest(ConfigCase):
                 getattr(settings, row.attribute)
 
     def test_defaults_are_parsed_once_at_one_step(self) -> None:
-        """Nothing has a value before; stanzas share one; $FWKNOP_RUN_DIR waits for the last file."""
+        """Before set_defaults() no row has a value; stanzas share them; $NAME waits for it."""
         settings = server.ServerSettings()
         with self.assertRaisesRegex(AttributeError, "UDPSERV_PORT has no value before"):
             self.assertIsNone(settings.udp_port)
@@ -513,7 +513,7 @@ class DirectiveTest(ConfigCase):
                     self.assertIs(getattr(first, row.attribute), getattr(second, row.attribute))
 
     def test_defaults(self) -> None:
-        """fwknop's, but for the table of reasoned differences."""
+        """Defaults are fwknop's, except for the table of reasoned differences."""
         different = set()
         for name, value in SPEC_DEFAULTS.items():
             row = server.ServerSettings.row(name) or server.Stanza.row(name)
@@ -523,12 +523,12 @@ class DirectiveTest(ConfigCase):
         self.assertEqual(set(DIFFERENT), different)
 
     def shown(self, text: str) -> str:
-        """Return the name as an error shows it; what can't be one may be part of a key."""
+        """Return the name as an error shows it: only if it can't be part of a key."""
         name = text.split(None, 1)[0]
         return "" if name.islower() and name[0] != "%" else name + ": "
 
     def test_bad_values(self) -> None:
-        """One line `file:line: NAME: what was expected`."""
+        """An error is one line `file:line: NAME: expected ...`."""
         for text, expected in BAD_SERVER:
             with self.subTest(line=text):
                 said = self.error_of(conf="#\n" + text + "\n")
@@ -543,7 +543,7 @@ class DirectiveTest(ConfigCase):
                 self.assertNotIn("\n", said)
 
     def test_every_supported_directive_is_in_the_table_of_bad_values(self) -> None:
-        """Or its parser is not tested; these take everything, or are tested below."""
+        """The table tests every parser, except those that take everything."""
         takes_all = {"SYSLOG_IDENTITY", "KEY", "KEY_BASE64", "HMAC_KEY", "HMAC_KEY_BASE64",
                      "GPG_DECRYPT_ID"}
         tried = {line.split()[0] for line, _ in BAD_SERVER + BAD_STANZA}
@@ -551,7 +551,7 @@ class DirectiveTest(ConfigCase):
         self.assertEqual(set(), set(OUR_NAMES) - tried)
 
     def test_good_values(self) -> None:
-        """What the table says, at the limits."""
+        """Values at the limits become those of the table."""
         for text, attribute, value in GOOD_SERVER:
             with self.subTest(line=text):
                 self.assertEqual(value, getattr(self.settings(text + ";\n"), attribute))
@@ -571,7 +571,7 @@ class DirectiveTest(ConfigCase):
                 self.assertNotIn("v4lue", said[0])
 
     def test_the_first_wrong_line_stops_the_start(self) -> None:
-        """Through main(): exit 3, one line, nothing on stdout."""
+        """main() exits with 3, prints one line to stderr and nothing to stdout."""
         for conf, access in (("BAD 1\n", KEYED), ("", "SOURCE ANY\nKEY k\nCMD_CYCLE_OPEN x\n")):
             code, out, err = self.main_with(access, conf, "--exit-parse-config")
             self.assertEqual((3, ""), (code, out))
@@ -584,7 +584,7 @@ class DirectiveTest(ConfigCase):
                          .max_packet_age)
 
     def test_warnings_of_settings(self) -> None:
-        """What weakens the protection is said."""
+        """Settings that weaken the protection are warned of."""
         for conf, fragment in (("ENABLE_SPA_PACKET_AGING N;", "never pruned"),
                                ("ENABLE_DIGEST_PERSISTENCE N;", "while this process"),
                                ("ENABLE_DIGEST_PERSISTENCE N;", "to whoever sends it if it names "
@@ -607,7 +607,7 @@ class StanzaTest(ConfigCase):
     """Stanzas as a whole, and their keys."""
 
     def test_stanzas(self) -> None:
-        """SOURCE begins one; each has its own settings, in the file's order."""
+        """SOURCE begins a stanza; each has its own settings, in the file's order."""
         first, second = self.stanzas(KEYED + "OPEN_PORTS tcp/1\nSOURCE: 10.0.0.0/8\nKEY other\n")
         self.assertEqual((1, 2), (first.number, second.number))
         self.assertEqual((b"k3y", b"other"), (first.key, second.key))
@@ -616,7 +616,7 @@ class StanzaTest(ConfigCase):
         self.assertFalse(second.hmac_key)
 
     def test_files_that_are_not_enough(self) -> None:
-        """Empty, without a stanza, a line before the first SOURCE, a stanza without keys."""
+        """A file needs a stanza, nothing before the first SOURCE, and keys in each stanza."""
         for text, expected in (
                 ("", "access.conf: expected a stanza"), ("# x\n\n", "access.conf: expected a st"),
                 ("KEY k\nSOURCE ANY\n", "access.conf:1: KEY: expected a SOURCE line first"),
@@ -629,7 +629,7 @@ class StanzaTest(ConfigCase):
                 self.assertTrue(self.error_of(text).startswith(expected), self.error_of(text))
 
     def test_keys(self) -> None:
-        """Lengths at their limits, both forms, with and without padding."""
+        """Keys are read at the limits of their length, raw and base64, with and without padding."""
         for lines, key, hmac_key in (
                 ("KEY " + "k" * 32, b"k" * 32, b""), ("KEY_BASE64 " + KEY32, bytes(range(32)), b""),
                 ("KEY_BASE64 " + KEY32.rstrip("="), bytes(range(32)), b""),
@@ -644,7 +644,7 @@ class StanzaTest(ConfigCase):
                 self.assertEqual(bool(hmac_key), stanza.keys.has_hmac)
 
     def test_wrong_keys(self) -> None:
-        """Too long, twice, equal, unchanged, no base64, empty."""
+        """Keys that are too long, equal, unchanged, empty, given twice or no base64 are errors."""
         b64 = base64.b64encode
         for lines, line, expected in (
                 ("KEY " + "k" * 33, 2, "32 bytes"), ("KEY __CHANGEME__", 2, "__CHANGEME__"),
@@ -672,7 +672,7 @@ class StanzaTest(ConfigCase):
                 self.assertIn(expected, said)
 
     def test_a_key_without_hmac_beside_one_with(self) -> None:
-        """Is warned of, in the stanza without: packets for the other one open there, too."""
+        """The stanza without HMAC is warned of: packets for the other one open there, too."""
         bare, tagged = "KEY_BASE64 aw==", "KEY k\nHMAC_KEY h"
         for first, second, warned, marked in (
                 (tagged, bare, [2], [True, False]), (bare, tagged, [1], [False, True]),
@@ -687,14 +687,14 @@ class StanzaTest(ConfigCase):
                     [each.partition(":")[0] for each in server.mark_shared_keys(stanzas)])
 
     def test_both_forms_of_expiry(self) -> None:
-        """With ACCESS_EXPIRE and ACCESS_EXPIRE_EPOCH the earlier holds: neither may be dropped."""
+        """Of ACCESS_EXPIRE and ACCESS_EXPIRE_EPOCH the earlier one holds."""
         early = int(time.mktime((2030, 1, 2, 0, 0, 0, 0, 0, -1)))
         for lines in ("ACCESS_EXPIRE 01/02/2030\nACCESS_EXPIRE_EPOCH 9999999999",
                       "ACCESS_EXPIRE_EPOCH %d\nACCESS_EXPIRE 01/01/2040" % early):
             self.assertEqual(early, self.stanza(lines).expires)
 
     def test_unreadable_files(self) -> None:
-        """Missing, a directory: one line with the path, exit 3."""
+        """A missing file and a directory are one line with the path, and exit code 3."""
         missing = os.path.join(self.directory, "missing")
         good = self.write("access.conf", KEYED)
         for conf, access in ((missing, good), (self.directory, good),
@@ -709,7 +709,7 @@ class StanzaTest(ConfigCase):
                                                            else self.directory))
 
     def test_binary_files(self) -> None:
-        """Any bytes are read, or are an error; never a traceback."""
+        """Any bytes are read, or are an error without a traceback."""
         for text in ("".join(map(chr, range(256))), "SOURCE ANY\nKEY \0\1\2\xff\n",
                      "\xff\xfeS\0O\0"):
             try:
@@ -725,10 +725,10 @@ MARKER64 = base64.b64encode(MARKER.encode()).decode()  # 24 characters
 
 
 class SecretTest(ConfigCase):
-    """No secret in anything that can be printed."""
+    """No output shows a secret."""
 
     def clean(self, text: str) -> None:
-        """Fail when a secret, or a good part of one, is in the text."""
+        """Fail if a secret, or a good part of one, is in the text."""
         for part in (MARKER, MARKER64, MARKER[::-1], MARKER.encode().hex(), MARKER[:9],
                      MARKER64[:9]):
             self.assertNotIn(part, text)
@@ -739,14 +739,14 @@ class SecretTest(ConfigCase):
                       MARKER[::-1]))
 
     def test_dump_and_start(self) -> None:
-        """-D, --exit-parse-config and all warnings."""
+        """-D, --exit-parse-config and the warnings show no secret."""
         for option in ("-D", "--exit-parse-config"):
             code, out, err = self.main_with(self.stanza_text, NO_FIREWALL, option)
             self.assertEqual(0, code, err)
             self.clean(out + err)
 
     def test_objects(self) -> None:
-        """repr and str of stanzas, keys and their settings."""
+        """repr() and str() of stanzas, keys and settings show no secret."""
         for stanza in self.stanzas(self.stanza_text):
             for each in (stanza, stanza.keys, stanza.key, stanza.hmac_key, stanza.key_base64,
                          stanza.keys.secret, stanza.keys.compute_tag):
@@ -755,7 +755,7 @@ class SecretTest(ConfigCase):
                     self.clean("{} {!r}".format(each, each))
 
     def test_errors(self) -> None:
-        """Every way of getting a line with a secret wrong."""
+        """No error about a line with a secret shows it."""
         lines = ["%s %s" % (name, value) for name in ("KEY", "HMAC_KEY", "KEY_BASE64",
                                                       "HMAC_KEY_BASE64")
                  for value in (MARKER * 10, MARKER64 + "!", MARKER64 + "A", "$" + MARKER,
@@ -778,14 +778,14 @@ class SecretTest(ConfigCase):
                 self.clean(self.main_with("SOURCE ANY\n" + text + "\n", "", "-D")[2])
 
     def test_errors_carry_no_cause_with_a_secret(self) -> None:
-        """What Python would chain to an error holds no value either."""
+        """Python chains no exception with a secret to an error."""
         with self.assertRaises(server.ConfigError) as caught:
             self.stanzas("SOURCE ANY\nKEY_BASE64 %s!\n" % MARKER64)
         self.assertIsNone(caught.exception.__cause__)
         self.assertTrue(caught.exception.__suppress_context__)
 
     def test_keys_in_the_other_file(self) -> None:
-        """A key in fwknopd.conf is an unknown directive, without its value."""
+        """A key in fwknopd.conf is an unknown directive, whose value is not shown."""
         self.clean(self.error_of(conf="KEY %s;\n" % MARKER))
 
 
@@ -818,7 +818,7 @@ class DumpTest(ConfigCase):
         "DIGEST_FILE $FWKNOP_RUN_DIR/d;\nFWKNOP_RUN_DIR /a;\n")
 
     def check(self, access: str, conf: str, *options: str) -> None:
-        """Dump, read the dump, compare all values; and dump that again."""
+        """A dump reads back to the same values, and to the same dump."""
         code, out, err = self.main_with(access, conf, "-D", *options)
         self.assertEqual(0, code, err)
         conf_part, _, access_part = out.partition("# access.conf, stanza #1\n")
@@ -846,7 +846,7 @@ class DumpTest(ConfigCase):
                 self.check(self.access.replace("HMAC_KEY hm4c\n", "HMAC_KEY_BASE64 eHh4\n"), conf)
 
     def test_round_trip_of_options(self) -> None:
-        """What the command line says instead is in the dump."""
+        """The dump has the values of the command line."""
         for options in (("-i", "eth7", "-U", "-v", "-v"), ("-P", "udp port 7"), ("-r", "/b"),
                         ("-d", "/d", "-p", "/p")):
             with self.subTest(options=options):
@@ -854,7 +854,7 @@ class DumpTest(ConfigCase):
         self.check(KEYED, "FWKNOP_RUN_DIR /a;\nDIGEST_FILE $FWKNOP_RUN_DIR/d;\n", "-r", "/b")
 
     def test_dump_shows_every_directive(self) -> None:
-        """Set or not, so that the administrator sees what there is."""
+        """The dump has every directive, set or not."""
         out = self.main_with(KEYED, "", "-D")[1]
         for name in sorted(set(SPEC_DEFAULTS) | set(OUR_NAMES)):
             self.assertRegex(out, r"(?m)^#?%s\s" % name)
@@ -864,7 +864,7 @@ class CommandLineTest(ConfigCase):
     """Options, exit codes and warnings of main()."""
 
     def test_options_override_files(self) -> None:
-        """Each option, against another value in the file."""
+        """Each option wins over another value in the file."""
         conf = ("PCAP_INTF a0;\nPCAP_FILTER udp port 1;\nENABLE_UDP_SERVER N;\nDIGEST_FILE /a/d;\n"
                 "FWKNOP_PID_FILE /a/p;\nFWKNOP_RUN_DIR /a;\nACCESS_FILE /a/access.conf;\n")
         path = self.write("fwknopd.conf", conf)
@@ -883,13 +883,13 @@ class CommandLineTest(ConfigCase):
                 self.assertEqual(value, getattr(self.settings_of("-c", path, *options), attribute))
 
     def test_run_dir_moves_what_depends_on_it(self) -> None:
-        """-r without a DIGEST_FILE or FWKNOP_PID_FILE in the file."""
+        """-r moves files that fwknopd.conf does not set."""
         settings = self.settings_of("-c", self.write("fwknopd.conf", ""), "-r", "/b")
         self.assertEqual(("/b/digest.cache", "/b/fwknopd.pid"),
                          (settings.digest_file, settings.pid_file))
 
     def test_exit_codes(self) -> None:
-        """0 done, 2 wrong command line, 3 unusable configuration."""
+        """The exit code is 0 if done, 2 for the command line, 3 for the configuration."""
         for arguments, code in (
                 (["-V"], 0), (["--help"], 0), (["--no-such-option"], 2), (["extra"], 2),
                 (["-c"], 2), (["-Vx"], 2), (["--version=1"], 2)):
@@ -902,14 +902,14 @@ class CommandLineTest(ConfigCase):
             self.assertEqual(2, self.main_with(KEYED, NO_FIREWALL, "-P", "tcp 9", *option)[0])
 
     def test_options_that_do_not_go_together(self) -> None:
-        """Two things to do are an error, whichever comes first."""
+        """Two actions are an error, whichever comes first."""
         for words in (["-S", "-K"], ["--fw-list", "-D"], ["--init", "tcp/22", "--unguard"]):
             code, out, err = self.main(*words)
             self.assertEqual((2, ""), (code, out))
             self.assertIn("does not go with", err)
 
     def test_init_with_bad_ports(self) -> None:
-        """Is a wrong command line, and makes nothing."""
+        """--init with bad ports is a wrong command line, and makes no file."""
         conf, access = (os.path.join(self.directory, "new", name) for name in ("f.conf", "a.conf"))
         for ports in ("ssh", "tcp/99999", "", "tcp/22,"):
             with self.subTest(ports=ports):
@@ -919,7 +919,7 @@ class CommandLineTest(ConfigCase):
         self.assertFalse(os.path.exists(os.path.join(self.directory, "new")))
 
     def test_init_beside_files_that_do_not_hide_the_port(self) -> None:
-        """Says so instead of serving with the port open, and makes nothing."""
+        """--init is refused beside files that leave the port open, and makes no file."""
         missing = os.path.join(self.directory, "missing.conf")
         for conf, access in ((self.write("f.conf", "GUARD_PORTS tcp/80;\n"), missing),
                              (missing, self.write("a.conf", KEYED))):
@@ -929,7 +929,7 @@ class CommandLineTest(ConfigCase):
             self.assertFalse(os.path.exists(missing))
 
     def test_directives_without_effect(self) -> None:
-        """Are warned of where another firewall, or no NAT, makes them mean nothing."""
+        """A directive without effect, for want of NAT or another firewall, is warned of."""
         settings = self.settings("NFT_ACCEPT_CHAINS inet filter input;\nENABLE_RULE_PREPEND Y;\n"
                                  "ENABLE_IPT_SNAT Y;\nSNAT_TRANSLATE_IP 192.0.2.1;\n")
         for kind, first in (("iptables", "NFT_ACCEPT_CHAINS has no effect with iptables"),
@@ -941,7 +941,7 @@ class CommandLineTest(ConfigCase):
             "ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_SNAT Y;\n"), "iptables"))
 
     def test_warnings_of_what_is_over_or_meant_so(self) -> None:
-        """A stanza that has expired; no age of the packets in a file."""
+        """An expired stanza is warned of; old packets in a capture file are not."""
         stanza = self.stanza("ACCESS_EXPIRE 01/01/2020")
         self.assertIn("(stanza #1) has expired (ACCESS_EXPIRE)", stanza.validate())
         self.assertNotIn("expired", "".join(self.stanza("ACCESS_EXPIRE 01/01/2037").validate()))
@@ -950,18 +950,18 @@ class CommandLineTest(ConfigCase):
             self.assertEqual(warned, "ENABLE_SPA_PACKET_AGING" in "".join(found.warnings()))
 
     def test_a_list_of_interfaces(self) -> None:
-        """Is no interface."""
+        """A list of interfaces is an error."""
         self.assertEqual("fwknopd.conf:1: PCAP_INTF: expected the name of one interface, or `any`, "
                          "not 'eth0,eth1'", self.error_of(conf="PCAP_INTF eth0,eth1;\n"))
 
     def test_the_firewall_is_checked_with_the_files(self) -> None:
-        """What would stop the start stops --exit-parse-config."""
+        """A firewall that would stop the start stops --exit-parse-config."""
         code, out, err = self.main_with(KEYED, "FIREWALL_TYPE nft;\n", "--exit-parse-config")
         self.assertEqual((3, ""), (code, out))
         self.assertIn("GUARD_PORTS: expected it", err)
 
     def test_a_start_that_fails_leaves_no_lock(self) -> None:
-        """Nobody is to take another process with the pid in the file for the server."""
+        """A failed start leaves no lock that makes another process look like the server."""
         run_directory = os.path.join(self.directory, "run")
         os.makedirs(os.path.join(run_directory, "digest.cache"))
         code, _, _ = self.main_with(KEYED, NO_FIREWALL, "-r", run_directory, "-f")
@@ -969,7 +969,7 @@ class CommandLineTest(ConfigCase):
         self.assertIsNone(server.running_server(os.path.join(run_directory, "fwknopd.pid")))
 
     def test_a_firewall_that_can_not_be(self) -> None:
-        """A guard without a firewall, and a program that is none."""
+        """A guard without a firewall, and a firewall program that is none, are errors."""
         for conf, expected in (("FIREWALL_TYPE none;\nGUARD_PORTS tcp/22;\n", ":2: GUARD_PORTS: "),
                                ("FIREWALL_EXE /bin/false;\n", ":1: FIREWALL_EXE: "),
                                ("FIREWALL_EXE /no/such/nft;\n", ":1: FIREWALL_EXE: "),
@@ -982,19 +982,19 @@ class CommandLineTest(ConfigCase):
                 self.assertFalse(os.path.exists(run))
 
     def test_exit_parse_config(self) -> None:
-        """fwknopd's words."""
+        """--exit-parse-config prints fwknopd's line."""
         self.assertEqual((0, "Configs parsed, exiting.\n"),
                          self.main_with(KEYED, NO_FIREWALL, "--exit-parse-config")[:2])
 
     def test_version(self) -> None:
-        """Version and the SHA-256 of the very file."""
+        """--version prints the version and the SHA-256 of this very file."""
         code, out, err = self.main("-V")
         self.assertEqual((0, ""), (code, err))
         self.assertIn(server.VERSION, out)
         self.assertRegex(out, r"sha256 [0-9a-f]{64}\n$")
 
     def test_permission_warnings(self) -> None:
-        """Files that others can read, as fwknopd says it; nothing about a file that is right."""
+        """Files that others can read are warned of, in fwknopd's words."""
         for mode, warned in ((0o600, False), (0o400, False), (0o644, True), (0o640, True),
                              (0o602, True), (0o610, True)):
             path = self.write("access%o.conf" % mode, KEYED, mode)
@@ -1006,7 +1006,7 @@ class CommandLineTest(ConfigCase):
 
     @needs_root
     def test_owner_warnings(self) -> None:
-        """A file that belongs to somebody else."""
+        """A file that belongs to somebody else is warned of."""
         path = self.write("access.conf", KEYED)
         os.chown(path, 12345, -1)
         self.assertIn("owner: 12345", " ".join(server.permission_warnings(path)))
