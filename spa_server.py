@@ -1964,9 +1964,8 @@ class Sequence:
             gaps = [(after[1] - before[1]) * direction if after[0] == before[0] else 0
                     for before, after in zip(self.steps, self.steps[1:])]
             if all(gap == 1 or (gap > 1 and not self.strict) for gap in gaps):
-                remedy = "" if self.strict else ", or make it strict"
                 return texts + ["a scan of all ports opens it: let its ports rise and fall"
-                                + remedy]
+                                + ("" if self.strict else ", or make it strict")]
         return texts
 
     @property
@@ -2010,10 +2009,7 @@ class Sequence:
         return any(self.is_step(index, step) for index in range(len(self.steps)))
 
     def follow(self, knock: Datagram, now: float) -> int:
-        """Return how many steps the source of a knock packet has now done; 0 if it does not count.
-
-        After the last step the sequence is complete, and may begin anew.
-        """
+        """Return how many steps a knock packet's source has now done; 0 if it does not count."""
         if knock.protocol == TCP and (knock.flags & self.flags[0]) != self.flags[1]:
             return 0
         step, source = (knock.protocol, knock.destination_port), knock.source
@@ -2083,10 +2079,9 @@ def make_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
 
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
-    """Return the filter that lets the steps of these sequences pass.
+    """Return the filter that lets these sequences' steps pass, by their ports and TCP flags.
 
-    It lets a whole protocol pass if one sequence is strict, or if the ports are too many; and TCP
-    segments with any flags if there are too many kinds.
+    A whole protocol passes if a sequence is strict or the ports are too many; so do all flags.
     """
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
     few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS

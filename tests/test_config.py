@@ -818,7 +818,7 @@ class DumpTest(ConfigCase):
         "DIGEST_FILE $FWKNOP_RUN_DIR/d;\nFWKNOP_RUN_DIR /a;\n")
 
     def check(self, access: str, conf: str, *options: str) -> None:
-        """A dump reads back to the same values, and to the same dump."""
+        """Fail unless a dump reads back to the same values."""
         code, out, err = self.main_with(access, conf, "-D", *options)
         self.assertEqual(0, code, err)
         conf_part, _, access_part = out.partition("# access.conf, stanza #1\n")
