@@ -6434,8 +6434,9 @@ class Grants:
         if opened and self.clocks.monotonic() >= ends:
             raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
         for door in doors:
-            place, expires = self.firewall.describe(door), self.live[door].expires
-            self.log.info(f"Added {door.rule_name} rule to {place} for {door}, expires at {expires}")
+            place = self.firewall.describe(door)
+            self.log.info(f"Added {door.rule_name} rule to {place} for {door}, "
+                          f"expires at {self.live[door].expires}")
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
         """Add grants in place of the `replaced` ones; if the firewall fails, try once more."""
@@ -8180,15 +8181,13 @@ def ask_server(pid_file: str, request: str) -> str:
 def catch_signals(selector: selectors.BaseSelector) -> List[int]:
     """Return a list that signals are added to from now on. Each signal also wakes the selector."""
     pending: List[int] = []
-    reader, writer = socket.socketpair()
-    for end in (reader, writer):
-        end.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # stays open, for late signals
+    signal.set_wakeup_fd(writer)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: pending.append(number))
     signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it only has to wake the loop
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    selector.register(reader, selectors.EVENT_READ, lambda: drain_socket(reader))
+    selector.register(reader, selectors.EVENT_READ, partial(os.read, reader, 4096))
     return pending
 
 
