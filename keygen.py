@@ -61,7 +61,7 @@ VERSION = "0.1.0"
 
 
 class SpaError(Exception):
-    """An error that the administrator is told in one line; `hint` says what to do about it."""
+    """An error for the administrator, in one line; `hint` says what to do about it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

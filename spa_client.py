@@ -95,7 +95,7 @@ PROTOCOL_VERSION = "3.0.0"
 
 
 class SpaError(Exception):
-    """An error that the administrator is told in one line; `hint` says what to do about it."""
+    """An error for the administrator, in one line; `hint` says what to do about it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

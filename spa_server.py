@@ -120,7 +120,7 @@ PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
 
 
 class SpaError(Exception):
-    """An error that the administrator is told in one line; `hint` says what to do about it."""
+    """An error for the administrator, in one line; `hint` says what to do about it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -768,9 +768,8 @@ def gpg_prefix(payload: bytes) -> bytes:
     4880 sections 4.2 and 5.1). For RSA keys of 2048 bits and more gpg writes the old format with a
     length of two octets, 85 0x xx 03; no client sends the first two characters of that, `hQ`. It
     sends all other messages whole, and they begin with `h` or `w`: `hF4D` is 84 5E 03, Curve25519's
-    with a length of one octet; `w` is the new format, C1. No text without its `hQ` begins so: it
-    begins with the rest of the length, where `h` would mean 2,112 octets or more, but the longest
-    packet, 1,500 characters, holds 1,125.
+    with a length of one octet; `w` is the new format, C1. A text without its `hQ` begins with the
+    rest of the length. There, `h` would mean 2,112 octets or more; 1,500 characters hold 1,125.
     """
     return b"" if payload.startswith(GPG_WHOLE) else GPG_PREFIX
 
@@ -1106,8 +1105,7 @@ class Settings:
         row = self.row(name)
         if row is None:
             raise ValueError("expected the name of a directive after the dollar sign")
-        value = (self.__dict__[row.attribute] if self.is_set(row) else
-                 row.parse(self.expand(row.default)))
+        value = row.parse(self.expand(self.texts.get(row.name, row.default)))
         return f"{value}{slash}{rest}"
 
     def dump(self) -> str:
@@ -1132,10 +1130,9 @@ def read_file(path: str, untrusted: bool = False) -> str:
     A file that a user may own (`untrusted`) must be regular, since its owner can make it a pipe at
     any time, and at most MAX_KEY_FILE bytes long.
     """
-    extra = os.O_NONBLOCK if untrusted else 0
     try:
-        with open(path, encoding="latin-1", newline="\n",
-                  opener=lambda name, flags: os.open(name, flags | extra)) as file:
+        with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
+                name, flags | (os.O_NONBLOCK if untrusted else 0))) as file:
             if untrusted and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(f"{path}: expected a regular file")
             text = file.read(MAX_KEY_FILE + 1 if untrusted else -1)
@@ -1167,9 +1164,8 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     name = text.replace("\t", " ").partition(" ")[0]
     value, _, rest = text[len(name):].lstrip(" \t").partition(";")
     line = Line(path, number, name.rstrip(":") if colon else name, value)
-    zero = "\0" in text
-    if zero or not value.strip(" \t"):
-        raise line.error(f"expected a value{' without zero bytes' if zero else ''}")
+    if not value.strip(" \t") or "\0" in text:
+        raise line.error("expected a value" + (" without zero bytes" if "\0" in text else ""))
     if rest.lstrip(" \t;")[:1] not in ("", "#"):
         raise line.error("expected nothing, or a # and a comment, behind the semicolon")
     return line
@@ -1462,8 +1458,7 @@ def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
     """Match packets with a port from `low` to `high`."""
     numbers = (FILTER_PROTOCOLS[protocol],) if protocol else (TCP, UDP, SCTP)
     return transport_filter(numbers, numbers, lambda start, behind: both(
-        lambda offset: Comparison(offset, 2, low, high, behind=behind),
-        direction, start, start + 2))
+        lambda at: Comparison(at, 2, low, high, behind=behind), direction, start, start + 2))
 
 
 def network_filter(direction: str, network: Network) -> Filter:
