@@ -25,7 +25,7 @@ The way of a packet, with the sections that it leads through:
   * It looks the server's name up (13) and does the following for each address, IPv4 and IPv6. Each
     address gets a packet of its own: the server rejects a second copy as a replay.
   * It knocks on the ports of KNOCK_SEQUENCE, at one address after the other (13).
-  * It connects a UDP socket, which sends nothing yet.
+  * It connects a UDP socket (13), which sends nothing yet.
   * It chooses the address to open for (14): that of -a or -s, or else the socket's own. The own
     one serves only if no NAT can be on the way, so that the server sees the same one.
   * It writes the message (5): for whom, when, which ports. A digest follows the message.
@@ -142,7 +142,7 @@ class errors_named:
             raise SpaError(explain(error, self.name), self.hint) from None
 
 
-def complaint(error: SpaError) -> str:
+def with_hint(error: SpaError) -> str:
     """Return an error with its hint, in one line."""
     return f"{error} ({error.hint})" if error.hint else str(error)
 
@@ -533,8 +533,8 @@ def put_checksum(data: bytes, offset: int, pseudo: bytes = b"") -> bytes:
     The sum covers the pseudo header too. It is never 0, which in UDP means "no checksum"
     (RFC 768); the other protocols take 0xFFFF for the same number.
     """
-    words = pseudo + data + b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f">{len(words) // 2}H", words))
+    padded = pseudo + data + b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f">{len(padded) // 2}H", padded))
     total = (total & 0xFFFF) + (total >> 16)
     sum_ = ~(total + (total >> 16)) & 0xFFFF
     return data[:offset] + struct.pack(">H", sum_ or 0xFFFF) + data[offset + 2:]
@@ -571,7 +571,7 @@ def encode_raw(carrier: str, payload: bytes, addresses: bytes,
 # ======================================================================================
 
 RESOLVE = "resolve"  # instead of an address to open for: ask a web page for ours
-STUN, STUN_PORT = "stun:", 3478  # the same, followed by host, or host and port, of a STUN server
+STUN, STUN_PORT = "stun:", 3478  # the same with `stun:HOST` or `stun:HOST:PORT`: ask this server
 
 
 def parse_text(text: str) -> str:
@@ -683,7 +683,7 @@ MAX_STEPS = 32  # the server's limit as well (tests/spec/knockd.md 1.2)
 
 
 def parse_sequence(text: str) -> "List[Tuple[str, int]]":
-    """Parse `7000, ssh, 8000:udp` into protocols and ports; `100:icmp` or `:icmp`: data bytes.
+    """Parse `7000, ssh, 8000:udp, 100:icmp` into protocols and ports, or data bytes for ICMP.
 
     No error shows the text, because the sequence is half a secret.
     """
@@ -1255,8 +1255,8 @@ def format_help(as_knock: bool) -> str:
     """Return the text of --help."""
     usages = [KNOCK_USAGE] if as_knock else [USAGE, KNOCK_USAGE]
     lines = ["Usage: spa_client.py " + usage for usage in usages] + [""]
-    for option in KNOCK_OPTIONS if as_knock else OPTIONS:
-        lines.append(option.format(help_text(option)))
+    lines += [option.format(help_text(option))
+              for option in (KNOCK_OPTIONS if as_knock else OPTIONS)]
     return "\n".join(lines if as_knock else [*lines, EXAMPLES.rstrip()])
 
 
@@ -1725,7 +1725,7 @@ def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
             write_private(path, format_arguments(given) + "\n", os.O_TRUNC)
     except SpaError as error:
         if "save_args_file" in given:
-            warn(complaint(error))
+            warn(with_hint(error))
 
 
 def read_key_file(path: str, server: "Optional[str]") -> bytes:
@@ -1804,7 +1804,7 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
     """Return the encryption key, or the passphrase of GPG_SIGNER, and the HMAC key (fwknop.md 2.5).
 
     The passphrase is b"" for a signer without one, and None if gpg needs none: it does not sign, or
-    asks its agent. The HMAC key is None unless one is given, or USE_HMAC or --hmac-digest-type.
+    asks its agent. The HMAC key is None unless one is given, or USE_HMAC or --hmac-digest-type is.
     """
     named = settings.given.get("HMAC_DIGEST_TYPE")
     hmac_keys, hmac_file = (settings.hmac_key, settings.hmac_key_base64), settings.hmac_key_file
@@ -1898,11 +1898,11 @@ def find_user(settings: Settings) -> str:
 # ======================================================================================
 
 
-MAX_COMPLAINT = 500  # characters of a program's own text; the reason is at its end
+MAX_OUTPUT = 500  # characters of a program's output in an error; the reason is at its end
 
 
 def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
-    """Return the output of a program that reads `given`; raise SpaError with its own text."""
+    """Return the output of a program that reads `given`; raise SpaError with its error output."""
     import subprocess
     with errors_named(argv[0]):
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -1911,7 +1911,7 @@ def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
     if process.returncode:
         lines = errors.decode("ascii", "backslashreplace").split("\n")
         text = printable("; ".join(line.strip() for line in lines if line.strip()))
-        raise SpaError(text[-MAX_COMPLAINT:] or f"{argv[0]}: exit code {process.returncode}")
+        raise SpaError(text[-MAX_OUTPUT:] or f"{argv[0]}: exit code {process.returncode}")
     return out
 
 
@@ -1946,7 +1946,7 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
 # It knows the route and our own address, even if the packet then takes another carrier.
 # ======================================================================================
 
-NETWORK_SECONDS = 10.0  # for a TCP connection, whose SYN is repeated after 1, 3, 7 s; and a page
+NETWORK_SECONDS = 10.0  # for a TCP connection (its SYN is repeated after 1, 3, 7) or a web page
 
 
 def open_socket(family: int, address: "Tuple[Any, ...]", direct: bool = False,
@@ -2010,7 +2010,7 @@ def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket
 
 
 def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
-    """Send the packet by its carrier to the link's peer; return how many bytes went out."""
+    """Send the packet by its carrier to the link's peer; return the number of bytes sent."""
     payload = packet.encode("ascii")
     if settings.protocol == "udp":
         return link.send(payload)
@@ -2040,7 +2040,7 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
 
 
 def send_raw(settings: Settings, link: "socket.socket", payload: bytes) -> int:
-    """Send it with IP headers of our own, which takes root; return how many bytes went out."""
+    """Send the payload in an IP packet of our own, which takes root; return its length."""
     source, peer = settings.spoof_source or link.getsockname()[0], link.getpeername()[0]
     datagram = encode_raw(
         settings.protocol, payload, socket.inet_aton(source) + socket.inet_aton(peer),
@@ -2111,7 +2111,7 @@ def random_port() -> int:
 # ======================================================================================
 
 STUN_MAGIC = b"\x21\x12\xa4\x42"
-STUN_SECONDS = (0.5, 1.0, 1.5)  # how long to wait for an answer before asking again
+STUN_SECONDS = (0.5, 1.0, 1.5)  # to wait for an answer to each question; RFC 8489 begins so too
 
 
 def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
@@ -2322,7 +2322,7 @@ def ask_stun(server: str, family: int) -> str:
 
 WAIT_SECONDS = 10  # without --wait
 KNOCK_AGAIN = 1.0  # seconds: as the kernel, which repeats a SYN that got no answer for so long
-TRY = (0.02, 0.25)  # seconds between the first two tries; they double until the second number
+TRY = (0.02, 0.25)  # seconds between the first two tries; they double up to the second number
 TRY_SECONDS = 3.0  # for one connection: then its SYN was repeated once, and would be again
 CHUNK = 1 << 18  # bytes to read at once
 
@@ -2366,7 +2366,7 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
     """
     import select
     again = TRY_SECONDS if alone else KNOCK_AGAIN
-    begin, now, knock_at, try_at, pause, error = time.monotonic(), 0.0, again, 0.0, TRY[0], 0
+    begin, now, knock_at, try_at, gap, error = time.monotonic(), 0.0, again, 0.0, TRY[0], 0
     waiting = {}  # type: Dict[socket.socket, float]
     try:
         while now < seconds:
@@ -2383,7 +2383,7 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
                 now = time.monotonic() - begin
                 knock_at = now + again
             if now >= try_at:
-                try_at, pause = now + pause, min(pause * 2, TRY[1])
+                try_at, gap = now + gap, min(gap * 2, TRY[1])
                 for family, address in addresses:
                     try:
                         waiting[open_socket(family, address, False, 0)] = now + TRY_SECONDS
@@ -2610,22 +2610,22 @@ class Knock:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.first = settings, True
         self.keys = (None, None)  # type: Tuple[Optional[bytes], Optional[bytes]]
-        self.host, self.port = settings.http_proxy or (settings.server or "", 0)
+        host, port = settings.http_proxy or (settings.server or "", 0)
+        self.host, self.port = host, port or settings.port
         self.knock_at = self.send_to = []  # type: List[Address]
         self.chosen = {}  # type: Dict[Any, str]  # peer of a link -> address to open for
 
     def prepare(self) -> None:
-        """Find the keys, which may be asked for, and look the addresses up."""
-        settings = self.settings
-        family, server, port = settings.ip_version, settings.server or "", settings.port
+        """Find the keys, or ask for them, and look the addresses up."""
+        settings, family = self.settings, self.settings.ip_version
         if not settings.only_knocks:
             self.keys = find_keys(settings)
         asked = not settings.only_knocks and (
             settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
         if self.host and (asked or not settings.test):
-            self.knock_at = self.send_to = find_addresses(self.host, self.port or port, family)
-        if settings.sequence and settings.http_proxy and not settings.test:
-            self.knock_at = find_addresses(server, port, family)  # packets go to the proxy
+            self.knock_at = self.send_to = find_addresses(self.host, self.port, family)
+        if settings.sequence and settings.http_proxy and not settings.test:  # not at the proxy
+            self.knock_at = find_addresses(settings.server or "", settings.port, family)
 
     def send(self) -> None:
         """Knock on ports, and send packets; raise SpaError if no address could be reached."""
@@ -2653,7 +2653,7 @@ class Knock:
         if problems and not done:
             raise problems[-1]
         for each in problems if self.first else ():
-            warn(f"one address of {host} {failure}: {complaint(each)}")
+            warn(f"one address of {host} {failure}: {with_hint(each)}")
 
     def send_sequence(self, link: "socket.socket") -> None:
         """Knock on all ports of KNOCK_SEQUENCE at one address."""
@@ -2759,7 +2759,7 @@ def knock_at_all(several: "List[Settings]", operands: "List[str]", command: "Lis
             if len(several) == 1:
                 raise
             name = settings.given["named_config"].text
-            tell(f"[{name}] {complaint(error)}")
+            tell(f"[{name}] {with_hint(error)}")
             failed += 1
         if link is not None and not settings.relay:
             link.close()
@@ -2840,7 +2840,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
             raise SpaError("standard output: " + Notes.unsaid)
         return 0
     except SpaError as error:
-        tell(complaint(error))
+        tell(with_hint(error))
         return (1 if as_knock else 2 if isinstance(error, UsageError) else
                 3 if isinstance(error, ConfigError) else 1)
     except (OSError, ValueError) as error:
