@@ -7562,7 +7562,7 @@ class Gate:
     def admit(self, entry: Entry) -> None:
         """Let the first stanza that can open something for a packet do so, in the file's order.
 
-        If none can, raise the reason of the first whose keys were right; or else of the first.
+        If none can, raise the reason of the first whose keys were right; or else of the last.
         """
         reasons: List[PacketRejected] = []
         is_proven, is_final, datagram = False, True, entry.datagram
@@ -7578,10 +7578,10 @@ class Gate:
                     raise
                 is_final = is_final and not isinstance(reason, TooFast)
                 reasons.append(reason)
-        first = min(reasons, key=lambda reason: isinstance(reason, WrongKey))  # False comes first
+        main = next((each for each in reasons if not isinstance(each, WrongKey)), reasons[-1])
         if is_proven and is_final and not entry.remembered:
-            self.memory.refuse(datagram.payload, first.reason)
-        raise first
+            self.memory.refuse(datagram.payload, main.reason)
+        raise main
 
     def let_in(self, entry: Entry, stanza: Stanza, keys: AnyKeys) -> None:
         """Unlock a packet that is authentic for this stanza, remember it, and ask for access.
