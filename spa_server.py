@@ -1974,7 +1974,7 @@ class Sequence:
         lines = self.file.lines if self.file else []
         return [step for line in lines for step in line.steps] or list(self.steps)
 
-    def use_up(self, test: bool = False) -> bool:
+    def mark_used(self, test: bool = False) -> bool:
         """Mark the next line of its file, if any, as used; return False if that was the last one.
 
         Call this before anything is opened. If it raises SpaError, the line is not marked, and
@@ -2076,7 +2076,8 @@ def make_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
 def sequence_filter(sequences: List[Sequence]) -> Filter:
     """Return the filter that lets these sequences' steps pass, by their ports and TCP flags.
 
-    A whole protocol passes if a sequence is strict or the ports are too many; so do all flags.
+    A whole protocol passes if a sequence is strict, or if the ports are too many. Segments with
+    any flags pass if there are too many kinds.
     """
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
     few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
@@ -7376,7 +7377,7 @@ class KnockListener:
             cycles = [KnockdCycle(owner, parse_address(socket_text(knock.source)),
                                   self.access.settings.command_seconds)]
             commands.check(cycles)  # a line is not used up for a command that can't be run
-        if not sequence.use_up(commands.test):
+        if not sequence.mark_used(commands.test):
             self.log.warning("no more sequences left in the one time sequences file for door "
                              f"{name} --> disabling the door")
         if isinstance(owner, Stanza):

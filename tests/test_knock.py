@@ -525,7 +525,7 @@ class OneTimeTest(ServerCase):
             self.assertEqual(((TCP, first), (TCP, first + 1)), made.steps)
             made.follow(knock(first, TWO), 1.0)  # others have to begin the next one anew
             self.assertEqual([1, 2], [made.follow(knock(port), 1.0) for port in (first, first + 1)])
-            self.assertIs(more, made.use_up())
+            self.assertIs(more, made.mark_used())
             self.assertEqual({}, dict(made.attempts))
         self.assertEqual(b"# codes\n#1,2\nbad\n#3,4\n#5,6\n", self.read())
         self.assertEqual([0] * 6, [made.follow(knock(port), 2.0) for port in range(1, 7)])
