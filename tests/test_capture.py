@@ -54,10 +54,10 @@ def extension(following: int, size: int = 8) -> bytes:
     return bytes([following, size // 8 - 1]) + bytes(size - 2)
 
 
-def at(packet: bytes, place: int, text: str) -> bytes:
-    """Return a packet with another address at a place."""
+def at(packet: bytes, offset: int, text: str) -> bytes:
+    """Return a packet with another address at an offset."""
     packed = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
-    return packet[:place] + packed + packet[place + len(packed) :]
+    return packet[:offset] + packed + packet[offset + len(packed) :]
 
 
 # ------------------------------------------------------------------- the filter language
@@ -273,11 +273,11 @@ def tcpdump_verdicts(text: str, packets: List[bytes]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    passed, place = set(), 24
-    while place < len(done.stdout):
-        number, _, length, _ = struct.unpack_from("<IIII", done.stdout, place)
+    passed, offset = set(), 24
+    while offset < len(done.stdout):
+        number, _, length, _ = struct.unpack_from("<IIII", done.stdout, offset)
         passed.add(number)
-        place += 16 + length
+        offset += 16 + length
     return "".join(str(int(number in passed)) for number in range(len(packets)))
 
 

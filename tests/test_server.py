@@ -991,18 +991,18 @@ class MemoryTest(ServerCase):
         """Do the steps of a scenario."""
         boot, memory = 1, self.memory("boot-1")
         sent = []  # type: List[Tuple[str, float]]
-        for place, step in enumerate(steps.split()):
+        for position, step in enumerate(steps.split()):
             word, _, number = step.partition(":")
             if word == "pass":
                 self.clock.pass_seconds(float(number))
             elif word == "jump":
                 self.clock.jump(float(number))
             elif word == "new":
-                sent.append(("packet-%d" % place, self.clock.wall_time))
-                self.assertEqual("", self.accept(memory, *sent[-1]), "step %d" % place)
+                sent.append(("packet-%d" % position, self.clock.wall_time))
+                self.assertEqual("", self.accept(memory, *sent[-1]), "step %d" % position)
             elif word == "old":
                 for packet in sent:
-                    self.assertNotEqual("", self.accept(memory, *packet), "step %d" % place)
+                    self.assertNotEqual("", self.accept(memory, *packet), "step %d" % position)
             else:
                 memory.close()
                 if word == "lose":
@@ -1611,10 +1611,10 @@ def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
     """Return whether a classic BPF program accepts a packet (linux/bpf_common.h)."""
     program = list(struct.iter_unpack("=HBBI", code))
     assert 0 < len(program) <= 4096
-    place, accumulator, index = 0, 0, 0
+    address, accumulator, index = 0, 0, 0
     for _ in range(len(program)):
-        opcode, when_true, when_false, k = program[place]
-        place += 1
+        opcode, when_true, when_false, k = program[address]
+        address += 1
         if opcode == 0x06:
             return bool(k > 0)
         if opcode in (0x20, 0x28, 0x30, 0x48, 0x50):  # load: word, half, byte; behind the index
@@ -1633,10 +1633,10 @@ def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
         elif opcode == 0x54:
             accumulator &= k
         elif opcode == 0x05:
-            place += k
+            address += k
         elif opcode in (0x15, 0x25, 0x35):
             true = accumulator == k if opcode == 0x15 else accumulator >= k + (opcode == 0x25)
-            place += when_true if true else when_false
+            address += when_true if true else when_false
         else:
             raise AssertionError("opcode %#x" % opcode)
     raise AssertionError("the program does not end")
