@@ -164,7 +164,7 @@ class CommandError(SpaError):
 
 
 class PacketRejected(Exception):
-    """The rejection of a packet. The server counts by the constant `reason`, and logs `template`."""
+    """A packet's rejection. The server counts by the constant `reason`, and logs `template`."""
 
     def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}") -> None:
         super().__init__(text)
