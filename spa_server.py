@@ -6399,8 +6399,8 @@ class Grants:
         """Go on with the grants that an earlier server left in the firewall."""
         for grant in self.firewall.grants():
             self.enter(grant)
-            door, place = grant.door, self.firewall.describe(grant.door)
-            self.log.info(f"Found {door.rule_name} rule in {place} for {door}, "
+            door, chain = grant.door, self.firewall.describe(grant.door)
+            self.log.info(f"Found {door.rule_name} rule in {chain} for {door}, "
                           f"expires at {grant.expires}")
 
     def grant(self, doors: List[Door], seconds: int, stanza_number: int = 0) -> None:
@@ -6430,8 +6430,8 @@ class Grants:
         if opened and self.clocks.monotonic() >= ends:
             raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
         for door in doors:
-            place = self.firewall.describe(door)
-            self.log.info(f"Added {door.rule_name} rule to {place} for {door}, "
+            chain = self.firewall.describe(door)
+            self.log.info(f"Added {door.rule_name} rule to {chain} for {door}, "
                           f"expires at {self.live[door].expires}")
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
@@ -6600,7 +6600,7 @@ def read_openers(path: str) -> Dict[str, str]:
             pairs = [line.rstrip("\n").partition("\t")[::2] for line in file]
     except OSError:
         return {}
-    return dict(reversed(pairs))  # the first line counts: who asks again does not become the opener
+    return dict(reversed(pairs))  # the first line counts: asking again makes nobody the opener
 
 
 # ======================================================================================
@@ -6921,8 +6921,8 @@ class Commands:
         try:
             if cycle.closing.argv and self.end_closing(cycle.closing):
                 pending = True
-                self.log.info(f"{cycle.kind}: what closes has not succeeded yet, "
-                              "and is run before it")
+                self.log.info(f"{cycle.kind}: the command that closes has not succeeded "
+                              "yet, and is run first")
                 opening = close_and_open(cycle.closing, opening)
             self.log.info(cycle.opening_line.format(cycle=cycle))
             cycle.openings.append(self.start(cycle, opening, False, source))
@@ -6980,7 +6980,8 @@ class Commands:
             self.log.info(template.format(cycle=cycle, why=cycle.reasons.get(why, why)))
         code = cycle.switch.poll() if cycle.switch else None
         if code is not None and code >= 0:  # this server was late, or somebody ended the sleep
-            self.log.warning(f"{cycle.closing_kind}: its switch has run it, which returned {code}")
+            self.log.warning(f"{cycle.closing_kind}: its switch has run the command, "
+                             f"which returned {code}")
         if code != 0:
             self.closing.append(cycle)
             self.start_close(cycle, cycle.closing)
@@ -8099,7 +8100,7 @@ def running_server(path: str) -> Optional[int]:
     except BlockingIOError:
         pid = os.pread(file, 32, 0).strip()
         if not pid.isdigit():
-            raise SpaError(f"{path}: a server has locked it that could not write its pid") from None
+            raise SpaError(f"{path}: a server that could not write its pid has locked it") from None
         return int(pid)
     finally:
         os.close(file)

@@ -695,7 +695,7 @@ class CycleTest(CommandCase):
         assert switch is not None
         wait_for(lambda: len(self.got()) == 2, "a close; the server does not look")
         switch.wait(TIMEOUT)
-        self.assertIn("CMD_CYCLE_CLOSE: its switch has run it, which returned 0",
+        self.assertIn("CMD_CYCLE_CLOSE: its switch has run the command, which returned 0",
                       self.wait_until_closed())
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
         self.serve(self.cycle(seconds=60))

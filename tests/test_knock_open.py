@@ -476,7 +476,8 @@ class DoorTest(KnockCase):
         wait_for(lambda: "stop" in self.read("got"), "a stop; the server does not look: it is gone")
         self.assertEqual("start 10.55.0.2\nstop 10.55.0.2\n", self.read("got"))
         cycle.switch.wait(TIMEOUT)
-        self.assertIn("d: its switch has run it, which returned 0\n", self.wait_until_closed())
+        self.assertIn("d: its switch has run the command, which returned 0\n",
+                      self.wait_until_closed())
         made = self.door(seconds=60)
         self.hit(*ALL_THREE)
         self.wait_until_ended()
