@@ -980,7 +980,7 @@ class Flag(Directive[bool]):
 
 
 class NoDefault(Directive[Optional[T]]):
-    """A row that is None until it is set."""
+    """A row whose default is None."""
 
     def __init__(self, names: str, parse: Callable[[str], T], help: str,
                  secret: bool = False) -> None:

@@ -124,7 +124,7 @@ def unlock(payload: bytes, keys: Any) -> Tuple[Any, bytes]:
 
 
 def admit(payload: bytes, keys: Any) -> Tuple[Any, bytes]:
-    """Return what the server makes of a payload: its form first, then the packet in it."""
+    """Return what the server makes of a payload: a check first, then the packet in it."""
     server.check_payload(payload)
     if server.is_gpg(payload):
         raise server.wrong_type(payload)
