@@ -69,10 +69,7 @@ class SpaError(Exception):
 
 
 def explain(error: Exception, name: str = "") -> str:
-    """Return an error as a line for the administrator, `name: reason`.
-
-    Without a name, an OSError has that of its file, or else the line of this script.
-    """
+    """Return an error as `name: reason`; the default name is an OSError's file, or the line."""
     if not isinstance(error, OSError):
         return f"{name}: {error}" if name else str(error)
     line, trace = 0, error.__traceback__
@@ -588,9 +585,8 @@ def read_file(path: str, directory: Optional[int], create: bool
               ) -> Tuple[bytes, Optional[os.stat_result]]:
     """Return the bytes of a regular file in a directory, and its status.
 
-    If it is missing and `create` allows that, return b"" and None. Raise SpaError for a file with a
-    second name in a directory of another user's: like a link, it may lead to one that only we can
-    write.
+    If it is missing and `create` allows that, return b"" and None. A file with a second name in
+    another user's directory is an error: like a link, it may lead to one that only we can write.
     """
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:

@@ -103,10 +103,7 @@ class SpaError(Exception):
 
 
 def explain(error: Exception, name: str = "") -> str:
-    """Return an error as a line for the administrator, `name: reason`.
-
-    Without a name, an OSError has that of its file, or else the line of this script.
-    """
+    """Return an error as `name: reason`; the default name is an OSError's file, or the line."""
     if not isinstance(error, OSError):
         return f"{name}: {error}" if name else str(error)
     line, trace = 0, error.__traceback__
@@ -768,10 +765,7 @@ def parse_short_user(text: str) -> str:
 
 
 class Given:
-    """The text of one value, and where it stood: `where` is an option, or with `line` a file.
-
-    `arguments` are the option as it stood on the command line.
-    """
+    """The text of one value, and where it stood: an option with its arguments, or a file's line."""
 
     def __init__(self, text: str, where: str = "", line: int = 0,
                  arguments: "Tuple[str, ...]" = ()) -> None:
@@ -1216,8 +1210,7 @@ def parse_knock_line(arguments: "List[str]") -> "Tuple[Dict[str, Given], List[st
     if len(operands) < 2:
         raise UsageError("expected a host and ports", "--help says more")
     if "wait_port" not in given and ("wait" in given or command):
-        waiting = "--wait" if "wait" in given else "--exec"
-        raise UsageError(f"expected --wait-port with {waiting}")
+        raise UsageError(f"expected --wait-port with --{'wait' if 'wait' in given else 'exec'}")
     host, ports = operands[0], ",".join(operands[1:]).split(",")
     if "udp" in given:
         ports = [port if ":" in port else port + ":udp" for port in ports]
@@ -1330,8 +1323,7 @@ HEADER = "[]"
 def scan(text: str) -> "Iterator[Tuple[int, str, str, str]]":
     """Yield of each line of an rc file its number, the line, its stanza, and its content.
 
-    The content is "" for blank lines and comments, and HEADER for the name of a stanza. The stanza
-    is "" before the first name.
+    The content is "" for a comment, and HEADER for a stanza's name; before that the stanza is "".
     """
     stanza = ""
     for number, line in enumerate(text.split("\n"), 1):
@@ -1576,10 +1568,7 @@ def home_file(given: "Dict[str, Given]", name: str) -> "Optional[str]":
 
 
 def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
-    """Return the path of the rc file, which may not exist: that of --rc-file, or ~/.fwknoprc.
-
-    It is None with --no-rc-file, or without a home directory.
-    """
+    """Return the path of the rc file, which may not exist, or None for --no-rc-file or no home."""
     if "no_rc_file" in given:
         return None
     return given["rc_file"].text if "rc_file" in given else home_file(given, ".fwknoprc")
@@ -1830,8 +1819,8 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
 def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> None:
     """Raise SpaError for keys of a wrong length (fwknop.md 1.7, 1.8), warn of weak ones."""
     if hmac_key is not None and not 1 <= len(hmac_key) <= HMAC_KEY_LIMIT:
-        raise SpaError(f"the HMAC key is {len(hmac_key)} bytes long, expected 1 to"
-                       f" {HMAC_KEY_LIMIT}")
+        raise SpaError(f"the HMAC key is {len(hmac_key)} bytes long,"
+                       f" expected 1 to {HMAC_KEY_LIMIT}")
     if hmac_key == key:
         raise SpaError("the encryption key and the HMAC key should not be identical")
     if mode == "legacy" and len(key) > LEGACY_KEY_LENGTH:
@@ -1918,8 +1907,8 @@ def run_program(argv: "List[str]", given: bytes = b"") -> bytes:
 def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[bytes]") -> bytes:
     """Return OpenPGP data for GPG_RECIPIENT, signed by GPG_SIGNER if that is set (fwknop.md 1.11).
 
-    gpg reads the passphrase as the first line, before the plain text. For a key without one (b"")
-    the empty line keeps gpg from asking. gpg trusts every key of the key ring.
+    gpg trusts every key of the key ring. It reads the passphrase as the first line, before the
+    plain text; for a key without one (b"") the empty line keeps it from asking.
     """
     argv = [settings.gpg_exe, "--batch", "--no-tty", "--no-armor", "--trust-model", "always",
             "--no-auto-key-locate", "--no-encrypt-to"]
@@ -1953,8 +1942,7 @@ def open_socket(family: int, address: "Tuple[Any, ...]", direct: bool = False,
                 seconds: "Optional[float]" = None) -> "socket.socket":
     """Return a UDP socket connected to the address; `direct` forbids a router on the way.
 
-    With `seconds` it is a TCP socket that waits at most this long; with 0 it may be still
-    connecting. Raise OSError if there is no route.
+    With `seconds` it is a TCP socket that waits at most this long; with 0 it is still connecting.
     """
     link = socket.socket(family, socket.SOCK_DGRAM if seconds is None else socket.SOCK_STREAM)
     try:
@@ -2138,8 +2126,7 @@ NOT_PUBLIC = ("0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172
 def is_public(address: bytes) -> bool:
     """Return whether an address of 4 or 16 bytes is the same all over the Internet.
 
-    Public IPv6 addresses are those in 2000::/3 (RFC 4291). fd00::/8 (RFC 4193) and IPv4 inside IPv6
-    are outside of it.
+    For IPv6 that is 2000::/3 (RFC 4291), without fd00::/8 (RFC 4193) and IPv4 inside IPv6.
     """
     if len(address) == 16:
         return address[0] >> 5 == 1
@@ -2160,8 +2147,7 @@ def own_address(link: "socket.socket") -> "Optional[str]":
 
     There is no NAT if our address is public and the server's is no NAT64, or if the server is near:
     the first 24 or 64 bits are the same, and the route has no router. It takes both: a tunnel's
-    route has no router either, and Linux ignores SO_DONTROUTE for IPv6. For IPv4 inside IPv6 the
-    answer is None.
+    route has no router either, and Linux ignores SO_DONTROUTE for IPv6. IPv4 in IPv6 gives None.
     """
     names = [str(name[0]).partition("%")[0] for name in (link.getsockname(), link.getpeername())]
     own, server = (socket.inet_pton(link.family, name) for name in names)
@@ -2247,8 +2233,7 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
 def is_whole(answer: bytes) -> bool:
     """Return whether an answer is as long as its Content-Length (RFC 9112 section 6.3).
 
-    Raise ValueError for a Content-Length that is no length. Without one, the answer ends with the
-    connection.
+    Raise ValueError for a bad Content-Length. Without one, the answer ends with the connection.
     """
     head, _, body = answer.lower().partition(b"\r\n\r\n")
     length = head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0].strip()
@@ -2270,10 +2255,7 @@ def start_tls(link: "socket.socket", host: str) -> "Any":
 
 
 def decode_stun(answer: bytes, identity: bytes) -> "Optional[str]":
-    """Return the XOR-MAPPED-ADDRESS of a Binding success response (section 5, 6, 14.2), or None.
-
-    It is None as well if the answer does not carry the 12 bytes `identity` of our question.
-    """
+    """Return XOR-MAPPED-ADDRESS (section 14.2) of the answer to question `identity`, or None."""
     if answer[:2] != b"\x01\x01" or answer[4:20] != STUN_MAGIC + identity:
         return None
     position = 20

@@ -128,10 +128,7 @@ class SpaError(Exception):
 
 
 def explain(error: Exception, name: str = "") -> str:
-    """Return an error as a line for the administrator, `name: reason`.
-
-    Without a name, an OSError has that of its file, or else the line of this script.
-    """
+    """Return an error as `name: reason`; the default name is an OSError's file, or the line."""
     if not isinstance(error, OSError):
         return f"{name}: {error}" if name else str(error)
     line, trace = 0, error.__traceback__

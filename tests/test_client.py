@@ -112,10 +112,9 @@ class Case(DirectoryCase):
         """Run the script in its own process; `before` is Python to run ahead of it."""
         command = [interpreter or python(), "-I", "-S"]
         if before:
-            command += ["-c", before + "\nimport sys\nsys.argv[0] = %r\n"
-                        "exec(compile(open(%r).read(), %r, 'exec'),"
-                        " {'__name__': '__main__', '__file__': %r})"
-                        % (SCRIPT, SCRIPT, SCRIPT, SCRIPT)]
+            command += ["-c", before + f"\nimport sys\nsys.argv[0] = {SCRIPT!r}\n"
+                        f"exec(compile(open({SCRIPT!r}).read(), {SCRIPT!r}, 'exec'),"
+                        f" {{'__name__': '__main__', '__file__': {SCRIPT!r}}})"]
         else:
             command.append(SCRIPT)
         extra.setdefault("stdout", subprocess.PIPE)
@@ -336,7 +335,7 @@ class Packets(Case):
 
     def test_length_limit(self) -> None:
         """396 characters go, 400 and more are explained."""
-        ports = ["tcp/%d" % port for port in range(20000, 20040)]
+        ports = [f"tcp/{port}" for port in range(20000, 20040)]
         lengths = set()
         with Receiver() as receiver:
             for count in range(1, len(ports)):
@@ -522,7 +521,7 @@ class RcFile(Case):
             with self.subTest(line):
                 self.write("[default]\n\n" + line + "\n")
                 found = self.failure(3, "-T", "--key-rijndael", KEY, "--key-hmac", HMAC_KEY)
-                self.assertTrue(found.startswith("%s:3: %s" % (path, expected)), found)
+                self.assertTrue(found.startswith(f"{path}:3: {expected}"), found)
                 self.assertNotIn("a7key", found)
 
     def test_directives(self) -> None:
@@ -583,7 +582,7 @@ class RcFile(Case):
         path = self.write("[default]\nKEY abc\n[a]\n[B c]\n[default2]\nBOGUS\n")
         code, out, err = self.run_main("--stanza-list")
         self.assertEqual((code, out, err), (
-            0, "The following stanzas are configured in %s :\n - a\n - B c\n - default2\n" % path,
+            0, f"The following stanzas are configured in {path} :\n - a\n - B c\n - default2\n",
             ""))
         self.failure(2, "--stanza-list", "--no-rc-file")
 
@@ -636,7 +635,7 @@ class Keys(Case):
         self.assertEqual(self.key_used(*base, *file, "--stdin", stdin=stdin)[0], "k-b64")
         self.assertEqual(self.key_used(*file, "--stdin", stdin=stdin)[0], "k-file")
         self.assertEqual(self.key_used("--stdin", stdin=stdin)[0], "k-stdin")
-        self.write("[default]\nKEY k-rc\n[n]\nKEY k-named\n[b]\nKEY_BASE64 %s\n" % b64)
+        self.write(f"[default]\nKEY k-rc\n[n]\nKEY k-named\n[b]\nKEY_BASE64 {b64}\n")
         self.assertEqual(self.key_used("--stdin", stdin=stdin)[0], "k-rc")
         self.assertEqual(self.key_used("-n", "n")[0], "k-named")
         self.assertEqual(self.key_used("-n", "b")[0], "k-b64")
@@ -659,7 +658,7 @@ class Keys(Case):
         self.write("[default]\nHMAC_DIGEST_TYPE sha512\nUSE_HMAC N\n[h]\nHMAC_KEY h\n")
         self.assertEqual(self.key_used("--stdin", stdin=one)[1], "0 (None)")
         self.assertEqual(self.key_used("--stdin", "-n", "h", stdin=one)[1], "5 (SHA512)")
-        self.write("[default]\nHMAC_KEY_FILE %s\nKEY k-rc\nSPA_SERVER srv\n" % path)
+        self.write(f"[default]\nHMAC_KEY_FILE {path}\nKEY k-rc\nSPA_SERVER srv\n")
         self.assertEqual(self.key_used(), ("k-rc", "3 (SHA256)"))
 
     def test_descriptor(self) -> None:
@@ -789,7 +788,7 @@ class Keys(Case):
             self.failure(2, "-k", *words)
         path = os.path.join(self.home, "new")
         code, out, _ = self.run_main("-K", path)
-        self.assertEqual((code, out), (0, "[+] Wrote Rijndael and HMAC keys to: %s\n" % path))
+        self.assertEqual((code, out), (0, f"[+] Wrote Rijndael and HMAC keys to: {path}\n"))
         self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
         with open(path) as file:
             text = file.read()
@@ -828,11 +827,11 @@ class Output(Case):
             code, out, _ = self.run_main("-v", *KNOCK, *KEYS, *receiver.options)
             packet = receiver.packet()
         self.assertEqual(code, 0)
-        self.assertIn("\n Final SPA Data: %s\n\nGenerating SPA packet:\n" % packet, out)
+        self.assertIn(f"\n Final SPA Data: {packet}\n\nGenerating SPA packet:\n", out)
         self.assertTrue(out.endswith(
             "            protocol: udp\n         source port: <OS assigned>\n"
-            "    destination port: %s\n             IP/host: 127.0.0.1\n"
-            "send_spa_packet: bytes sent: %d\n" % (receiver.options[3], len(packet))))
+            f"    destination port: {receiver.options[3]}\n             IP/host: 127.0.0.1\n"
+            f"send_spa_packet: bytes sent: {len(packet)}\n"))
 
     @needs_programs("fwknop")
     def test_like_the_real_client(self) -> None:
@@ -859,8 +858,8 @@ class Output(Case):
         """Not in a dump, a warning or an error, whatever is wrong with the rest."""
         secret, other = "Secret.Key#1", "Secret.Hmac"
         keys = ["--key-rijndael", secret, "--key-hmac", other]
-        path = self.write("[default]\nKEY %s\nHMAC_KEY %s more\n[bad]\nHMAC_KEY_BASE64 %s\n"
-                          % (secret, other, other))
+        path = self.write(f"[default]\nKEY {secret}\nHMAC_KEY {other} more\n"
+                          f"[bad]\nHMAC_KEY_BASE64 {other}\n")
         for words in (["-T", "-v", *KNOCK, *keys], ["-T", "-v", *KNOCK], ["-T", *keys],
                       ["-T", *KNOCK, "--key-base64-rijndael", secret],
                       ["-T", *KNOCK, "--key-rijndael=" + secret * 9],
@@ -963,7 +962,7 @@ class Network(Case):
         try:
             receiver = Receiver("::1")
         except OSError as error:
-            skip("no IPv6 on this machine: %s" % error)
+            skip(f"no IPv6 on this machine: {error}")
         with receiver:
             code, _, _ = self.run_main("-A", "tcp/22", *KEYS, *receiver.options)
             self.assertEqual(code, 0)

@@ -94,7 +94,7 @@ class WebServer:
 
     def url(self, scheme: str = "http", host: str = "127.0.0.1", path: str = "/ip") -> str:
         """Where it is."""
-        return "%s://%s:%d%s" % (scheme, host, self.port, path)
+        return f"{scheme}://{host}:{self.port}{path}"
 
     def request(self) -> List[str]:
         """The lines of the only request; the client may have ended before it was read here."""
@@ -125,7 +125,7 @@ class Messages(Case):
             for name, option in (("key", "rijndael"), ("key_base64", "base64-rijndael"),
                                  ("hmac_key", "hmac"), ("hmac_key_base64", "base64-hmac")):
                 if vector[name] is not None and (vector["hmac_type"] or "hmac" not in name):
-                    words = ["--key-%s=%s" % (option, vector[name])] + words
+                    words = [f"--key-{option}={vector[name]}"] + words
             if "-M" not in words and vector["mode"] != "Asymmetric":
                 words += ["-M", vector["mode"]]
             if vector["hmac_type"]:
@@ -181,7 +181,7 @@ class Messages(Case):
                 with self.subTest(words=words, timeout=timeout):
                     shown = self.dump(*words, "-a", "192.0.2.7", "-f", str(timeout), *KEYS)
                     timed = {1: 3, 2: 4, 5: 6, 0: 0}[number] if timeout else number
-                    self.assertEqual("%d (%s)" % (timed, client.MESSAGE_TYPES[timed]),
+                    self.assertEqual(f"{timed} ({client.MESSAGE_TYPES[timed]})",
                                      shown["Message Type"])
                     self.assertEqual("192.0.2.7," + text, shown["Message String"])
                     self.assertEqual(nat, shown["Nat Access"])
@@ -275,7 +275,7 @@ class Messages(Case):
             with self.subTest(line):
                 self.write("[default]\n" + line + "\n")
                 found = self.failure(3, "-T", *KNOCK, *KEYS)
-                self.assertTrue(found.startswith("%s:2: %s: " % (path, line.split()[0])), found)
+                self.assertTrue(found.startswith(f"{path}:2: {line.split()[0]}: "), found)
                 self.assertIn(expected, found)
 
     def test_long_command(self) -> None:
@@ -379,7 +379,7 @@ class Carriers(Case):
             with open(os.path.join(self.home, "packet")) as file:
                 packet = file.read().strip()
             self.assertEqual(
-                ["GET /%s HTTP/1.1" % packet.replace("+", "-").replace("/", "_"),
+                ["GET /{} HTTP/1.1".format(packet.replace("+", "-").replace("/", "_")),
                  "User-Agent: Fwknop/2.6.10", "Accept: */*", "Host: 127.0.0.1",
                  "Connection: close", "", ""], web.request())
 
@@ -421,7 +421,7 @@ class Carriers(Case):
                 thread.start()
                 self.assertEqual((0, "", "spa_client.py: warning: the proxy did not answer: it may"
                                   " not have passed the packet on\n"), self.run_main(
-                    *KNOCK, *KEYS, "-D", "h", "-H", "127.0.0.1:%d" % listener.getsockname()[1]))
+                    *KNOCK, *KEYS, "-D", "h", "-H", f"127.0.0.1:{listener.getsockname()[1]}"))
                 thread.join(TIMEOUT)
                 self.assertTrue(came[0].startswith(b"GET http://h/"))
 
@@ -450,7 +450,7 @@ class Carriers(Case):
             peer.close()
         self.assertEqual(0, code)
         self.assertEqual(fields(out)["Final SPA Data"], data.decode("ascii"))
-        self.assertIn("send_spa_packet: bytes sent: %d\n" % len(data), out)
+        self.assertIn(f"send_spa_packet: bytes sent: {len(data)}\n", out)
         self.assertIn("Connection refused", self.failure(1, *KNOCK, *KEYS, *options))
 
     def test_next_address(self) -> None:
@@ -517,7 +517,7 @@ class Resolving(Case):
                 url = ["--resolve-url", web.url(path="/x?y"), "--resolve-http-only"]
                 self.assertEqual(address, self.resolved("-R", *url, "-u", "me"))
                 self.assertEqual(["GET /x?y HTTP/1.1", "User-Agent: me", "Accept: */*",
-                                  "Host: 127.0.0.1:%d" % web.port, "Connection: close", "", ""],
+                                  f"Host: 127.0.0.1:{web.port}", "Connection: close", "", ""],
                                  web.request())
 
     def test_where_it_is_asked_for(self) -> None:
@@ -531,8 +531,8 @@ class Resolving(Case):
                 self.assertEqual("192.0.2.7", self.resolved(*words, *url))
             self.assertEqual("0.0.0.0", self.resolved("-s", "--resolve-ip-http", *url))
             for line in ("ALLOW_IP resolve", "RESOLVE_IP_HTTPS Y", "RESOLVE_IP_HTTP Y"):
-                self.write("[default]\n%s\nRESOLVE_HTTP_ONLY Y\nRESOLVE_URL %s\n[a]\n"
-                           "ALLOW_IP 192.0.2.7\n" % (line, web.url()))
+                self.write(f"[default]\n{line}\nRESOLVE_HTTP_ONLY Y\nRESOLVE_URL {web.url()}\n[a]\n"
+                           "ALLOW_IP 192.0.2.7\n")
                 self.assertEqual("203.0.113.9", self.resolved())
                 self.assertEqual("192.0.2.7", self.resolved("-n", "a"))
                 self.assertEqual("203.0.113.9", self.resolved("-n", "a", "-R"))
@@ -548,14 +548,14 @@ class Resolving(Case):
             with self.subTest(status=status, body=body[:20]), WebServer(body, status) as web:
                 line = self.failure(1, "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only",
                                     "--resolve-url", web.url())
-                self.assertEqual("%s: %s" % (web.url(), expected), line)
+                self.assertEqual(f"{web.url()}: {expected}", line)
         words = ["-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only", "--resolve-url"]
         self.assertIn("Connection refused", self.failure(1, *words, web.url()))
         self.assertIn("nosuch.invalid: ", self.failure(1, *words, "http://nosuch.invalid/"))
         with socket.socket() as silent, mock.patch.object(client, "NETWORK_SECONDS", 0.2):
             silent.bind(("127.0.0.1", 0))
             silent.listen(1)
-            url = "http://127.0.0.1:%d/" % silent.getsockname()[1]
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
             self.assertIn("timed out", self.failure(1, *words, url))
 
     def test_half_an_answer(self) -> None:
@@ -579,7 +579,7 @@ class Resolving(Case):
                 thread.start()
                 got, _, err = self.run_main(
                     "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only", "--resolve-url",
-                    "http://127.0.0.1:%d/" % listener.getsockname()[1])
+                    f"http://127.0.0.1:{listener.getsockname()[1]}/")
                 thread.join(TIMEOUT)
                 self.assertEqual(min(code, 1), got, err)
                 self.assertEqual(code == 1, "timed out" in err)
@@ -592,8 +592,8 @@ class Resolving(Case):
             with self.subTest(text), WebServer(text.encode()) as web:
                 line = self.failure(1, "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only",
                                     "--resolve-url", web.url())
-                self.assertEqual("%s: it says that our address is %s, which can't be"
-                                 % (web.url(), text.replace("::ffff:", "")), line)
+                url, shown = web.url(), text.replace("::ffff:", "")
+                self.assertEqual(f"{url}: it says that our address is {shown}, which can't be", line)
         with WebServer(b"::ffff:203.0.113.9") as web:
             self.assertEqual("203.0.113.9", self.resolved("-R", "--resolve-http-only",
                                                           "--resolve-url", web.url()))
@@ -643,7 +643,7 @@ class Resolving(Case):
     def test_wget(self) -> None:
         """-w runs it as fwknop does, without a shell."""
         log = os.path.join(self.home, "log")
-        path = self.write('#!/bin/sh\nprintf "%%s|" "$@" >%s\necho 203.0.113.9\n' % log, "wget",
+        path = self.write(f'#!/bin/sh\nprintf "%s|" "$@" >{log}\necho 203.0.113.9\n', "wget",
                           0o700)
         url = "https://a.example/x?a=1&b=$(id)"
         for words, agent in (([], "-U|Fwknop/2.6.10|"), (["-u", "a b"], "-U|a b|"),
@@ -651,11 +651,11 @@ class Resolving(Case):
             self.assertEqual("203.0.113.9", self.resolved("-R", "-w", path, "--resolve-url", url,
                                                           *words))
             with open(log) as file:
-                self.assertEqual(agent + "--secure-protocol=auto|--quiet|-O|-|%s|" % url,
+                self.assertEqual(agent + f"--secure-protocol=auto|--quiet|-O|-|{url}|",
                                  file.read())
         self.write("#!/bin/sh\nexit 4\n", "wget", 0o700)
         words = ["-T", "-A", "tcp/1", *KEYS, "-R", "-w"]
-        self.assertEqual("%s: exit code 4" % path, self.failure(1, *words, path))
+        self.assertEqual(f"{path}: exit code 4", self.failure(1, *words, path))
         self.assertIn("No such file", self.failure(1, *words, path + "x"))
 
 
@@ -667,8 +667,8 @@ class Gpg(Case):
         data = self.write("", "cipher")
         with open(data, "wb") as file:
             file.write(cipher)
-        path = self.write('#!/bin/sh\nprintf "%%s|" "$@" >%s/argv\ncat >%s/stdin\ncat %s\n'
-                          % (self.home, self.home, data), "gpg", 0o700)
+        path = self.write(f'#!/bin/sh\nprintf "%s|" "$@" >{self.home}/argv\n'
+                          f"cat >{self.home}/stdin\ncat {data}\n", "gpg", 0o700)
         return ["--gpg-exe", path, "--gpg-recipient-key", "srv"]
 
     def said(self) -> Tuple[str, str]:
@@ -719,8 +719,8 @@ class Gpg(Case):
         for words, rc, stdin in (
                 (["--stdin"], "", secret + "\n"), (["--key-rijndael", secret], "", ""),
                 (["--key-base64-rijndael", base64], "", ""),
-                ([], "GPG_SIGNING_PW_BASE64 %s\nKEY other\n" % base64, ""),
-                ([], "GPG_SIGNING_PW other\n[me]\nGPG_SIGNING_PW_BASE64 %s\n" % base64, "")):
+                ([], f"GPG_SIGNING_PW_BASE64 {base64}\nKEY other\n", ""),
+                ([], f"GPG_SIGNING_PW other\n[me]\nGPG_SIGNING_PW_BASE64 {base64}\n", "")):
             with self.subTest(words=words, rc=rc):
                 self.write("[default]\n" + rc)
                 shown = self.dump(*signed, *words, *(["-n", "me"] if "[me]" in rc else []),
@@ -753,13 +753,12 @@ class Gpg(Case):
     def test_directives(self) -> None:
         """USE_GPG decides; a recipient in a file alone does not, one on the command line does."""
         options = self.fake()
-        lines = "GPG_RECIPIENT r\nGPG_EXE %s\nKEY k\n" % options[1]
+        lines = f"GPG_RECIPIENT r\nGPG_EXE {options[1]}\nKEY k\n"
         self.write("[default]\n" + lines)
         self.assertEqual("1 (Rijndael)", self.dump(*KNOCK)["Encryption Type"])
         self.assertEqual("2 (GPG)", self.dump(*KNOCK, *options)["Encryption Type"])
         for line in ("USE_GPG Y", "ENCRYPTION_MODE Asymmetric"):
-            self.write("[default]\n%s%s\nGPG_SIGNER s\nUSE_GPG_AGENT Y\nGPG_HOMEDIR /h\n"
-                       % (lines, line))
+            self.write(f"[default]\n{lines}{line}\nGPG_SIGNER s\nUSE_GPG_AGENT Y\nGPG_HOMEDIR /h\n")
             self.assertEqual("2 (GPG)", self.dump(*KNOCK)["Encryption Type"])
             self.assertTrue(self.said()[0].endswith(
                 "--homedir|/h|--sign|--local-user|s|--encrypt|--recipient|r|"))
@@ -930,8 +929,8 @@ NO_SAVE_ARGS                Y
             code, out, err = self.run_main(*words, stdin=answer)
             self.assertEqual(0, code, err)
             self.assertTrue(out.startswith(question % "KEY"), out)
-            self.assertRegex(self.read(), r"\A\[work\]\nKEY +%s\nACCESS +tcp/2\nALLOW_IP +0.0.0.0\n"
-                                          r"\Z" % key)
+            self.assertRegex(self.read(), rf"\A\[work\]\nKEY +{key}\nACCESS +tcp/2\n"
+                                          r"ALLOW_IP +0.0.0.0\n\Z")
         self.write(before)
         code, out, err = self.run_main(*words)
         self.assertEqual(1, code)
@@ -941,7 +940,7 @@ NO_SAVE_ARGS                Y
         self.assertIn("KEY                         new\n", self.read())
         for name, option in (("GPG_RECIPIENT", "--gpg-recipient-key"),
                              ("GPG_SIGNER", "--gpg-signer-key")):
-            self.write("[work]\n%s old\n" % name)
+            self.write(f"[work]\n{name} old\n")
             self.assertIn(question % name, self.run_main(
                 *KNOCK, *self.STANZA, "--key-rijndael", "k", option, "new", stdin=b"n\n")[1])
 
@@ -1019,7 +1018,7 @@ NO_SAVE_ARGS                Y
         path = os.path.join(self.home, ".fwknoprc")
         code, out, err = self.run_main("-k", "--save-rc-stanza", "-D", "h",
                                        "--hmac-digest-type", "sha512")
-        self.assertEqual((0, "[+] Wrote Rijndael and HMAC keys to rc file: %s\n" % path, ""),
+        self.assertEqual((0, f"[+] Wrote Rijndael and HMAC keys to rc file: {path}\n", ""),
                          (code, out, err))
         self.assertRegex(self.read(), r"\A\[h\]\nSPA_SERVER +h\nKEY_BASE64 +\S{43}=\n"
                          r"HMAC_DIGEST_TYPE +SHA512\nHMAC_KEY_BASE64 +\S{171}=\nUSE_HMAC +Y\n\Z")
@@ -1042,14 +1041,14 @@ NO_SAVE_ARGS                Y
                                     (b"y\ny\n", "Rijndael and HMAC", "")):
             self.write("[h]\nKEY_BASE64 eeee\nHMAC_KEY_BASE64 ffff\n")
             code, out, _ = self.run_main("-k", "--save-rc-stanza", "-n", "h", stdin=answers)
-            self.assertEqual((0, "[+] Wrote %s keys to rc file: %s" % (said, path)),
+            self.assertEqual((0, f"[+] Wrote {said} keys to rc file: {path}"),
                              (code, out.splitlines()[-1]))
             self.assertEqual(kept, "".join(key for key in "ef" if " %s\n" % (key * 4)
                                            in self.read()))
 
     def test_save_stanza_at_the_same_time(self) -> None:
         """Runs at once lose no stanza."""
-        names = ["n%d" % number for number in range(8)]
+        names = [f"n{number}" for number in range(8)]
         runs = [subprocess.Popen(
             [python(), "-I", "-S", SCRIPT, *KNOCK, *KEYS, "-T", "--save-rc-stanza", "-n", name],
             env=self.environment, stdout=subprocess.DEVNULL) for name in names]
@@ -1103,8 +1102,8 @@ NO_SAVE_ARGS                Y
         os.unlink(path)
         if not shutil.which("bash"):
             skip("bash is not here")
-        rc, keys = self.write("[default]\nFW_TIMEOUT 9\n", "rc"), self.write("h: %s\n" % KEY, "k")
-        command = "%s -I -S %s -T %s -D h --rc-file <(cat %s) -G <(cat %s)" % (
+        rc, keys = self.write("[default]\nFW_TIMEOUT 9\n", "rc"), self.write(f"h: {KEY}\n", "k")
+        command = "{} -I -S {} -T {} -D h --rc-file <(cat {}) -G <(cat {})".format(
             python(), SCRIPT, " ".join(KNOCK), rc, keys)
         done = subprocess.run(["bash", "-c", command], env=self.environment, timeout=60,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1199,8 +1198,8 @@ class Systems(Case):
         self.assertEqual(("PYTHONPATH=/usr/local/lib/spa", ["-q", "-n", "gate"]),
                          (place, start[-3:]))
         with Receiver() as receiver:
-            self.write("[gate]\nKEY k\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\nSPA_SERVER_PORT %s\n"
-                       % receiver.options[3])
+            self.write("[gate]\nKEY k\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\n"
+                       f"SPA_SERVER_PORT {receiver.options[3]}\n")
             for more, expected in ((["-s"], (0, b"", b"")),
                                    (["-p", "0"], (2, b"", b"spa_client.py: -p: expected a port "
                                                           b"number, 1 to 65535, not '0'\n"))):

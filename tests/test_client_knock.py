@@ -178,7 +178,7 @@ class CommandLineTest(KnockCase):
         try:
             Receiver("::1").socket.close()
         except OSError as error:
-            skip("no IPv6 on this machine: %s" % error)
+            skip(f"no IPv6 on this machine: {error}")
         for host in ("::1", "[::1]"):
             self.assertEqual("hitting tcp ::1:7001\n", self.knock("--knock", "-v6", host, "7001"))
 
@@ -187,7 +187,7 @@ class CommandLineTest(KnockCase):
         out = self.knock("--knock", "-h")
         self.assertTrue(out.startswith("Usage: spa_client.py --knock [options] HOST PORT["), out)
         for option in client.KNOCK_OPTIONS:
-            self.assertRegex(out, r" --%s[ \n]" % option.long)
+            self.assertRegex(out, rf" --{option.long}[ \n]")
         self.assertIn("--wait and --exec need it", out)
         names = [option.short or option.long for option in client.KNOCK_OPTIONS]
         self.assertEqual(len(names), len(set(names)))
@@ -265,7 +265,7 @@ class StanzaTest(KnockCase):
         """They name file and line, or the option; the exit code is the usual one."""
         expected = "number 2 of the ports: " + EXPECTED
         path = self.write(STANZA.replace("7002:udp", "70002"))
-        self.assertEqual("%s:3: KNOCK_SEQUENCE: %s" % (path, expected),
+        self.assertEqual(f"{path}:3: KNOCK_SEQUENCE: {expected}",
                          self.failure(3, "-n", "home"))
         self.assertEqual("--knock-sequence: " + expected,
                          self.failure(2, "-D", HOST, "--knock-sequence", "7001,7002:foo"))
@@ -295,9 +295,9 @@ class StanzaTest(KnockCase):
                              ("7001, 7003#", 2), ("7001 ,7003", 1), ("7001,7003 ;", 2),
                              ("7001, #7003", 2), ("# 7001", 1)):
             with self.subTest(text):
-                path = self.write("[home]\nSPA_SERVER 127.0.0.1\nKNOCK_SEQUENCE %s\n" % text)
-                self.assertEqual("%s:3: KNOCK_SEQUENCE: number %d of the ports: %s"
-                                 % (path, number, EXPECTED), self.failure(3, "-n", "home"))
+                path = self.write(f"[home]\nSPA_SERVER 127.0.0.1\nKNOCK_SEQUENCE {text}\n")
+                self.assertEqual(f"{path}:3: KNOCK_SEQUENCE: number {number} of the ports: "
+                                 + EXPECTED, self.failure(3, "-n", "home"))
                 self.assertEqual([], self.sent)
 
     def test_test_mode(self) -> None:
@@ -445,12 +445,12 @@ class NameTest(Case):
     def test_nothing_more_is_imported(self) -> None:
         """A knock loads no module that a packet does not."""
         code = ("import sys\n"
-                "sys.argv[0] = %r\n"
+                f"sys.argv[0] = {SCRIPT!r}\n"
                 "space = {'__name__': 'x', '__file__': sys.argv[0]}\n"
-                "exec(compile(open(%r).read(), 'c', 'exec'), space)\n"
+                f"exec(compile(open({SCRIPT!r}).read(), 'c', 'exec'), space)\n"
                 "before = set(sys.modules)\n"
                 "assert space['main'](['--knock', '127.0.0.1', '1:udp']) == 0\n"
-                "print(sorted(set(sys.modules) - before))\n" % (SCRIPT, SCRIPT))
+                "print(sorted(set(sys.modules) - before))\n")
         done = subprocess.run([python(), "-I", "-S", "-c", code], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, env=self.environment, timeout=60)
         self.assertEqual(b"[]\n", done.stdout)
@@ -466,14 +466,14 @@ class WaitTest(Case):
             code, out, err = self.run_main("--knock", HOST, *ports, "--wait", "60",
                                            "--wait-port", door.port)
             self.assertEqual((0, ""), (code, err))
-            self.assertRegex(out, "^tcp/%s of 127.0.0.1 opened after " % door.port)
+            self.assertRegex(out, f"^tcp/{door.port} of 127.0.0.1 opened after ")
             self.assertEqual(["\0"] * 4, door.packets[:4])
 
     def test_exec(self) -> None:
         """The command takes over when the port of ACCESS answers."""
         with Door(1) as door:
-            self.write("[home]\nSPA_SERVER 127.0.0.1\nACCESS tcp/%s\nKNOCK_SEQUENCE %s:udp\n"
-                       % (door.port, door.options[-1]))
+            self.write(f"[home]\nSPA_SERVER 127.0.0.1\nACCESS tcp/{door.port}\n"
+                       f"KNOCK_SEQUENCE {door.options[-1]}:udp\n")
             done = self.script(["-n", "home", "--exec", "echo", "--knock"])
             self.assertEqual((0, b"--knock\n", b""), (done.returncode, done.stdout, done.stderr))
 

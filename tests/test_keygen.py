@@ -346,7 +346,7 @@ class AppendTest(FileTestCase):
         rc, access = self.path("rc"), self.path("access")
         code, out, err = call_all(*WORK, "--rc-file", rc, "--access-file", access)
         self.assertEqual((0, ""), (code, out))
-        self.assertEqual("".join("[+] Wrote the stanza of work to: %s\n" % os.path.realpath(path)
+        self.assertEqual("".join(f"[+] Wrote the stanza of work to: {os.path.realpath(path)}\n"
                                  for path in (rc, access)), err)
         self.assertNotIn("Wrote", call_all(*WORK, "--rc-file", rc)[2])
 
@@ -410,7 +410,7 @@ class AppendTest(FileTestCase):
                 self.path("access", access_text)
                 code, out, err = call(*WORK, "--rc-file", rc, "--access-file", access)
                 self.assertEqual((3, ""), (code, out))
-                self.assertRegex(err, r"\Akeygen.py: \S+: has a stanza .* in line %d\n\Z" % line)
+                self.assertRegex(err, rf"\Akeygen.py: \S+: has a stanza .* in line {line}\n\Z")
                 self.assertEqual((rc_text, access_text), (self.read(rc), self.read(access)))
         self.path("rc", "[workshop]\n# work\n[my work]\n")
         self.path("access", "# workshop\n[work]\n#work-2\n")

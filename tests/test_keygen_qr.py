@@ -216,7 +216,7 @@ class StandardTest(unittest.TestCase):
     def test_a_whole_symbol(self) -> None:
         """Module by module that of qrencode, in the mask that it chose."""
         rows = keygen.qr_symbol(GOLDEN_TEXT, "M", [3])
-        self.assertEqual(GOLDEN.split(), ["%010x" % int("".join(map(str, row)), 2)
+        self.assertEqual(GOLDEN.split(), [f"{int(''.join(map(str, row)), 2):010x}"
                                           for row in rows])
 
     def test_penalty(self) -> None:
@@ -383,7 +383,7 @@ class ZbarTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as top:
             paths = []
             for number, pixels in enumerate(images):
-                paths.append(os.path.join(top, "%03d.pgm" % number))
+                paths.append(os.path.join(top, f"{number:03}.pgm"))
                 with open(paths[-1], "wb") as stream:
                     stream.write(b"P5 %d %d 255\n" % (len(pixels[0]) * scale, len(pixels) * scale))
                     for row in pixels:

@@ -82,7 +82,7 @@ class ShellTest(FileTestCase):
                 shown += os.read(terminal, 65536).decode(errors="replace")
             return bool(re.search(expected, shown))
 
-        wait_for(is_shown, lambda: "%s in %r" % (expected, shown))
+        wait_for(is_shown, lambda: f"{expected} in {shown!r}")
 
     @needs_programs("fish")
     def test_fish(self) -> None:

@@ -109,7 +109,7 @@ class Addresses(Case):
         try:
             six = Receiver("::1")
         except OSError as error:
-            skip("no IPv6 on this machine: %s" % error)
+            skip(f"no IPv6 on this machine: {error}")
         with six, Receiver() as four:
             found = [(each.socket.family, 0, 0, "", each.socket.getsockname())
                      for each in (six, four, six)]
@@ -168,8 +168,8 @@ class Addresses(Case):
         with Receiver() as one, Receiver() as two:
             text = "[default]\nKEY k\nALLOW_IP source\n"
             for name, receiver in (("a", one), ("B", two)):
-                text += "[%s]\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\nSPA_SERVER_PORT %s\n" % (
-                    name, receiver.options[3])
+                text += (f"[{name}]\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\n"
+                         f"SPA_SERVER_PORT {receiver.options[3]}\n")
             self.write(text + "[c]\nACCESS tcp/22\nSPA_SERVER nosuch.invalid\n[bad]\nACCESS 22\n"
                        "[d]\nACCESS tcp/22\n")
             for names in ("a,nosuch", "a,bad"):
@@ -249,7 +249,7 @@ class Stun(Case):
         """The answer stands in the packet, wrong ones before it do not; also from the rc file."""
         with Receiver() as stun, Receiver() as receiver:
             place = "127.0.0.1:" + stun.options[3]
-            self.write("[it]\nALLOW_IP stun:%s\n" % place)
+            self.write(f"[it]\nALLOW_IP stun:{place}\n")
 
             def answer() -> None:
                 for _ in range(2):
@@ -321,8 +321,8 @@ class Waiting(Case):
             begin = time.monotonic()
             done = self.knock(door, "--wait", "50")
             self.assertEqual((0, b""), (done.returncode, done.stderr))
-            self.assertRegex(done.stdout.decode(), r"^tcp/%s of 127\.0\.0\.1 opened after "
-                             r"\d+\.\d\d seconds\r?\n$" % door.port)
+            self.assertRegex(done.stdout.decode(), rf"^tcp/{door.port} of 127\.0\.0\.1 opened "
+                             r"after \d+\.\d\d seconds\r?\n$")
             self.assertGreater(time.monotonic() - begin, 2.0)
             self.assertGreaterEqual(float(done.stdout.split()[5]), 2.0)
             self.assertEqual(3, len(set(door.packets)))
@@ -366,9 +366,9 @@ class Waiting(Case):
                 "--wait", "50")
             self.assertEqual((0, ""), (code, err))
             lines = out.split("\n")
-            self.assertEqual("[+] Randomly assigned port '%s' on: '0.0.0.0,tcp/%s' will grant "
-                             "access to: 'h,22'" % (door.port, door.port), lines[0])
-            self.assertRegex(lines[1], "^tcp/%s of 127.0.0.1 opened" % door.port)
+            self.assertEqual(f"[+] Randomly assigned port '{door.port}' on: '0.0.0.0,tcp/"
+                             f"{door.port}' will grant access to: 'h,22'", lines[0])
+            self.assertRegex(lines[1], f"^tcp/{door.port} of 127.0.0.1 opened")
             self.assertEqual(["", 3], [*lines[2:], len(set(door.packets))])
             self.assertEqual({b"0.0.0.0,tcp/%d" % int(door.port)}, {
                 client.decode_base64(unseal(packet).split(":")[5]) for packet in door.packets})
@@ -459,8 +459,8 @@ class Waiting(Case):
             words = ["-A", "tcp/" + door.port, "-s", *KEYS, *door.options, "--proxy", "127.0.0.1",
                      door.port]
             command = [interpreter or python(), "-I", "-S", "-c", before + (
-                "\nimport sys\nexec(compile(open(%r).read(), %r, 'exec'), "
-                "{'__name__': '__main__', '__file__': %r})" % (SCRIPT, SCRIPT, SCRIPT)), *words]
+                f"\nimport sys\nexec(compile(open({SCRIPT!r}).read(), {SCRIPT!r}, 'exec'), "
+                f"{{'__name__': '__main__', '__file__': {SCRIPT!r}}})"), *words]
             done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=TIMEOUT,
                                   stderr=subprocess.PIPE, env=self.environment)
             self.assertEqual((0, b""), (done.returncode, done.stderr))
@@ -588,7 +588,7 @@ class Terminal:
                     raise AssertionError(self.shown) from None
             return done()
 
-        wait_for(look, lambda: "the end of %r" % self.shown)
+        wait_for(look, lambda: f"the end of {self.shown!r}")
 
     def __enter__(self) -> "Terminal":
         return self
@@ -636,9 +636,9 @@ class Documents(Case):
     def completions(self, shell: str, script: str) -> List[str]:
         """What a shell prints for a script that follows our completions."""
         if not shutil.which(shell):
-            skip("%s is not here" % shell)
-        write(self.place("spa_client.py"), '#!/bin/sh\nexec %s -I -S %s "$@"\n'
-              % (python(), SCRIPT), 0o755)
+            skip(f"{shell} is not here")
+        write(self.place("spa_client.py"),
+              f'#!/bin/sh\nexec {python()} -I -S {SCRIPT} "$@"\n', 0o755)
         environment = dict(self.environment, PATH=self.home + ":" + os.environ["PATH"])
         text = self.run_main("--completion", shell)[1]
         done = subprocess.run([shell, "-c", text + script], env=environment, cwd=self.home,
@@ -682,11 +682,11 @@ class Documents(Case):
 
     def test_completed_names(self) -> None:
         """Typed at the shells themselves: a name is one word, and never a command."""
-        self.write("".join("[%s]\nKEY k\n" % name for name in self.NAMES))
+        self.write("".join(f"[{name}]\nKEY k\n" for name in self.NAMES))
         log = os.path.join(self.home, "log")
-        program = self.write('#!/bin/sh\n[ "$1" = --stanza-list ] && exec %s -I -S %s "$@"\n'
-                             'printf "%%s\\n" "$@" >%s.new; mv %s.new %s\n'
-                             % (python(), SCRIPT, log, log, log), "spa_client.py", 0o700)
+        program = self.write(
+            f'#!/bin/sh\n[ "$1" = --stanza-list ] && exec {python()} -I -S {SCRIPT} "$@"\n'
+            f'printf "%s\\n" "$@" >{log}.new; mv {log}.new {log}\n', "spa_client.py", 0o700)
         environment = dict(self.environment, TERM="dumb", ZDOTDIR=self.home,
                            PATH=os.path.dirname(program) + ":" + os.environ["PATH"])
         for shell, words, begin in (
@@ -695,20 +695,20 @@ class Documents(Case):
                 ("fish", ["--no-config", "-i"], "")):
             with self.subTest(shell):
                 if not shutil.which(shell):
-                    skip("%s is not here" % shell)
+                    skip(f"{shell} is not here")
                 completion = self.write(self.run_main("--completion", shell)[1], "completion")
                 with Terminal([shell, *words], environment, self.home) as terminal:
-                    terminal.type("%ssource %s; echo rea''dy\r" % (begin, completion))
+                    terminal.type(f"{begin}source {completion}; echo rea''dy\r")
                     terminal.wait(lambda: b"ready" in terminal.shown)
                     for name in self.NAMES:
-                        terminal.type("spa_client.py -n %s\t\r" % name[:2])
+                        terminal.type(f"spa_client.py -n {name[:2]}\t\r")
                         terminal.wait(lambda: os.path.exists(log))
                         with open(log) as file:
-                            self.assertEqual("-n\n%s\n" % name, file.read())
+                            self.assertEqual(f"-n\n{name}\n", file.read())
                         os.unlink(log)
                     for name in self.NAMES:
                         for quote in "'\"":  # what is offered there need not be the name
-                            terminal.type("spa_client.py -n %s%s\t\r\x03" % (quote, name[:2]))
+                            terminal.type(f"spa_client.py -n {quote}{name[:2]}\t\r\x03")
                     terminal.type("\recho en''d\r")
                     terminal.wait(lambda: b"end" in terminal.shown)
                 self.assertFalse(os.path.exists(os.path.join(self.home, "evil")))
