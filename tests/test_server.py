@@ -178,12 +178,16 @@ class ServerCase(DirectoryCase):
         made.gate.memory = server.open_memory(settings, self.log, self.clocks)
         made.remembers = True
         self.clock.pass_seconds(seconds)
-        self.addCleanup(made.gate.memory.close)
         made.grants.adopt()
+        self.addCleanup(self.close, made)
+        return made
+
+    def close(self, made: server.Server) -> None:
+        """Close what a server has open: start() and reload() open some of it."""
+        made.gate.memory.close()
         for each in (made.selector, made.watch.events, made.link_events):
             if each is not None:
-                self.addCleanup(each.close)
-        return made
+                each.close()
 
     def logged(self) -> str:
         """Return the log since the last call."""
