@@ -8486,7 +8486,7 @@ P pcap-filter       FILTER PCAP_FILTER          packets to look at, in tcpdump's
 C packet-limit      N      PACKET_LIMIT         end after N packets that look like SPA
 U udp-server        -      ENABLE_UDP_SERVER=Y  listen on a UDP socket, not a packet socket
 d digest-file       FILE   DIGEST_FILE          file to remember packets in
-- rotate-digest-cache -    rotate               begin a new one, and add `-old` to the old name
+- rotate-digest-cache -    rotate               begin a new one; rename the old to `-old`
 p pid-file          FILE   FWKNOP_PID_FILE      file for the pid of the running server
 r run-dir           DIR    FWKNOP_RUN_DIR       directory to keep state in
 - gpg-home-dir      DIR    GPG_HOME_DIR         directory with gpg's keys
@@ -8503,7 +8503,7 @@ D dump-config       -      dump                 print the configuration, without
 - exit-parse-digest-cache - check_digests       check the file of remembered packets, and end
 - dump-serv-err-codes -    codes                print the error numbers that the log may name
 S status            -      status               say whether a server runs
-K kill              -      kill                 stop the running server, and wait until it has ended
+K kill              -      kill                 stop the running server, wait for its end
 R restart           -      restart              make the running server read its files again
 - fw-list           -      list                 list what is open, for how long, and who opened it
 - fw-list-all       -      list_all             list this, and all that stands in our tables
