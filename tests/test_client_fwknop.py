@@ -592,8 +592,9 @@ class Resolving(Case):
             with self.subTest(text), WebServer(text.encode()) as web:
                 line = self.failure(1, "-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-http-only",
                                     "--resolve-url", web.url())
-                url, shown = web.url(), text.replace("::ffff:", "")
-                self.assertEqual(f"{url}: it says that our address is {shown}, which can't be", line)
+                said = text.replace("::ffff:", "")
+                self.assertEqual(f"{web.url()}: it says that our address is {said}, which can't be",
+                                 line)
         with WebServer(b"::ffff:203.0.113.9") as web:
             self.assertEqual("203.0.113.9", self.resolved("-R", "--resolve-http-only",
                                                           "--resolve-url", web.url()))
