@@ -5034,14 +5034,11 @@ class SetType(NamedTuple):
     @property
     def name(self) -> str:
         """`spa4`, `spa6_56`, `spa4_to`, `spa4_24_to`, `spa4_dnat`, `spa4_forward_all`."""
-        parts = [f"spa{self.version}"]
-        if self.prefix != (32 if self.version == 4 else 128):
-            parts.append(str(self.prefix))
-        if self.has_destination:
-            parts.append("to")
-        if self.kind != INPUT:
-            parts.append(self.kind.lower())
-        return "_".join(parts if self.has_ports else parts + ["all"])
+        whole = 32 if self.version == 4 else 128
+        parts = [f"spa{self.version}", "" if self.prefix == whole else str(self.prefix),
+                 "to" if self.has_destination else "",
+                 "" if self.kind == INPUT else self.kind.lower(), "" if self.has_ports else "all"]
+        return "_".join(filter(None, parts))
 
     @property
     def has_target_port(self) -> bool:
@@ -5063,10 +5060,9 @@ class SetType(NamedTuple):
     def match(self, lookup: str = "") -> str:
         """Return the match of a rule: packets in the set, or with lookup `map ` their value."""
         header = nft_family(self.version)
-        fields = [f"{header} saddr"]
-        network = ipaddress.ip_network(("0.0.0.0" if self.version == 4 else "::", self.prefix))
-        if network.prefixlen != network.max_prefixlen:
-            fields = [f"{header} saddr & {network.netmask}"]
+        mask = ipaddress.ip_network(("0.0.0.0" if self.version == 4 else "::", self.prefix)).netmask
+        whole = self.prefix == mask.max_prefixlen
+        fields = [f"{header} saddr" if whole else f"{header} saddr & {mask}"]
         if self.has_destination:
             fields.append(f"{header} daddr")
         if self.has_ports:
@@ -5074,8 +5070,7 @@ class SetType(NamedTuple):
         return f"{' . '.join(fields)} {lookup}@{self.name}"
 
     def nat_rule(self) -> str:
-        """Return chain and rule in the table for NAT. DNAT leaves alone what is only routed here.
-        """
+        """Return chain and rule in NAT's table. DNAT leaves alone what is only routed here."""
         if self.kind == MASQUERADE:
             return f"postrouting {self.match()} masquerade"
         where = "prerouting fib daddr type local" if self.kind == DNAT else "postrouting"
@@ -5356,8 +5351,7 @@ class NftFirewall(Firewall):
         return grants
 
     def read_set(self, chain: NftChain, set_type: SetType) -> List[Tuple[Door, float]]:
-        """Return the doors in a set with the seconds that they have left, FOR_EVER without an end.
-        """
+        """Return the doors in a set, and their seconds left: FOR_EVER if nothing ends them."""
         doors, answers = [], []
         with missing_is_empty():
             answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[chain.family],
@@ -5420,8 +5414,7 @@ class NftFirewall(Firewall):
 
 
 def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType]) -> List[str]:
-    """Return the guard's rules: they drop packets to guarded ports without a grant, before
-    destination NAT.
+    """Return the guard's rules: before destination NAT they drop packets without a grant.
 
     Only packets to this host: others are routed, and not ours to guard. Before the route is known,
     nft sees the routing table `local` alone. Other tables (policy routing, VRF) may deliver here
@@ -5456,14 +5449,9 @@ def explain_failure(program: str, chain: NftChain, accepts: bool) -> None:
 
 def table_owner(chain: NftChain) -> str:
     """Return name and pid of the program that alone can change a table; nothing if all can."""
-    try:
-        tables = Netlink.open().dump(GET_TABLE, NFT_FAMILIES[chain.family], b"")
-    except CommandError:  # a kernel without nf_tables
-        return ""
-    for table in tables:
-        flags = int.from_bytes(table.get(TABLE_FLAGS, b""), "big")
-        if text_of(table[TABLE_NAME]) == chain.table and flags & TABLE_OWNER:
-            return netlink_program(int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big"))
+    with contextlib.suppress(CommandError):  # a kernel without nf_tables
+        flags, port = Netlink.open().table_numbers(chain)
+        return netlink_program(port) if flags & TABLE_OWNER else ""
     return ""
 
 
@@ -5562,8 +5550,7 @@ class GrantChain(NamedTuple):
 
     @property
     def is_primary(self) -> bool:
-        """Whether its rules are grants by themselves, and do not complete those of another chain.
-        """
+        """Whether its rules are grants by themselves, and not parts of those of another chain."""
         return not (self.outgoing or self.match)
 
 
@@ -5845,13 +5832,11 @@ class IptablesFirewall(Firewall):
         for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
             for chain in self.chains_for(grant.door):
                 program = self.programs[grant.door.source.version]
-                where = f"-A {chain.name}"
-                if not new:
-                    where = f"-D {chain.name}"
-                elif chain.first:
-                    where = f"-I {chain.name} 1"
+                rule = f"-D {chain.name}" if not new else f"-A {chain.name}"
+                if new and chain.first:
+                    rule = f"-I {chain.name} 1"
                 lines = changes.setdefault(program, {}).setdefault(chain.table, [])
-                lines.append(f"{where} {program.rule(chain, grant)}")
+                lines.append(f"{rule} {program.rule(chain, grant)}")
         do_all(Iptables.commit, changes.items())
 
     def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
@@ -5875,17 +5860,15 @@ class IptablesFirewall(Firewall):
 
     def remove(self, grants: List[Grant]) -> None:
         """Delete the rules of `grants`, also if somebody deleted or changed one of them."""
-        do_all(self.remove_through, [
-            (program, [grant for grant in grants if grant.door.source.version == version])
-            for version, program in self.programs.items()])
+        def remove_through(version: int, program: Iptables) -> None:
+            found = [grant for grant in grants if grant.door.source.version == version]
+            try:
+                self.change([], found)
+            except CommandError:
+                matches = {grant.door.match for grant in found}
+                self.delete_rules(lambda door, expires: door.match in matches, [program])
 
-    def remove_through(self, program: Iptables, grants: List[Grant]) -> None:
-        """Delete the rules of `grants` through the program of their IP version."""
-        try:
-            self.change([], grants)
-        except CommandError:
-            doors = {grant.door.match for grant in grants}
-            self.delete_rules(lambda door, expires: door.match in doors, [program])
+        do_all(remove_through, self.programs.items())
 
     def parse(self, table: str, line: str) -> Iterator[Tuple[GrantChain, Door, int]]:
         """Return chain, door and expiry of the grant in a line of `iptables -S`, if it has one."""
