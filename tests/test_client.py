@@ -242,7 +242,7 @@ class Packets(Case):
                                  vector["packet"])
 
     def test_sent(self) -> None:
-        """What arrives is the packet, nothing around it, and nothing is printed."""
+        """Send the packet with nothing around it, and print nothing."""
         with Receiver() as receiver:
             code, out, err = self.run_main(*KNOCK, *KEYS, *receiver.options)
             self.assertEqual((code, out, err), (0, "", ""))
@@ -276,7 +276,7 @@ class Packets(Case):
             self.assertEqual(client.random_digits(), "0" * 15 + "5")
 
     def test_access_list(self) -> None:
-        """What servers would reject is refused before anything is sent."""
+        """Refuse what servers would reject, before anything is sent."""
         with Receiver() as receiver:
             for text in ("tcp/1", "udp/65535", "tcp/22,udp/53,tcp/443", "tcp/00022"):
                 shown = self.dump("-A", text, "-a", "192.0.2.7", *KEYS)
@@ -308,7 +308,7 @@ class Packets(Case):
         self.assertEqual(self.dump("-s", *KNOCK, *KEYS)["Message String"], "192.0.2.7,tcp/22")
 
     def test_user(self) -> None:
-        """Where the user name comes from, and which ones are refused."""
+        """Take the user name from the right source, and refuse bad ones."""
         def user(*words: str, **environment: str) -> str:
             self.environment = dict(HOME=self.home, **environment)
             return self.dump(*KNOCK, *KEYS, *words)["Username"]
@@ -612,7 +612,7 @@ class RcFile(Case):
 
 
 class Keys(Case):
-    """Where the keys come from."""
+    """The sources of the keys."""
 
     def key_used(self, *words: str, stdin: bytes = b"") -> Tuple[str, str]:
         """Which of the known keys made a packet, and its HMAC type."""
@@ -800,7 +800,7 @@ class Keys(Case):
 
 
 class Output(Case):
-    """What is printed, and what never is."""
+    """The output, which never holds a key."""
 
     def test_layout(self) -> None:
         """-T to the letter, as fwknop prints it (tests/spec/fwknop.md 2.8)."""
@@ -875,7 +875,7 @@ class Output(Case):
                     self.assertNotIn(text, err)
 
     def test_strange_text(self) -> None:
-        """What comes from arguments and files can't steer a terminal."""
+        """Arguments and files can't steer a terminal."""
         line = self.failure(2, "-A", "tcp/\x1b[31m\n\udcff\u2028", *KEYS)
         self.assertIn("\\x1b[31m\\n\\udcff\\u2028", line)
 
@@ -1139,7 +1139,7 @@ class Systems(Case):
 
 
 class Shape(unittest.TestCase):
-    """What the docstring promises about the file."""
+    """The promises of the docstring about the file."""
 
     def test_contents(self) -> None:
         """The numbered contents are the banners."""

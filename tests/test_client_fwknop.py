@@ -1,5 +1,5 @@
-"""What spa_client.py has of fwknop's client beyond the plain knock: NAT, commands, carriers, GPG,
-finding the own address, files."""
+"""Tests of what fwknop's client can do beyond the plain knock: NAT, commands, carriers, GPG, our
+own address, files."""
 
 import _socket
 import contextlib
@@ -93,7 +93,7 @@ class WebServer:
                 peer.close()
 
     def url(self, scheme: str = "http", host: str = "127.0.0.1", path: str = "/ip") -> str:
-        """Where it is."""
+        """Return the URL of this server."""
         return f"{scheme}://{host}:{self.port}{path}"
 
     def request(self) -> List[str]:
@@ -112,7 +112,7 @@ class WebServer:
 
 
 class Messages(Case):
-    """What the options make of a packet."""
+    """The packets that the options ask for."""
 
     def test_vectors_from_their_options(self) -> None:
         """Each packet of the real client, byte for byte, from the options that made it."""
@@ -217,7 +217,7 @@ class Messages(Case):
                 self.assertEqual(port, client.random_port())
 
     def test_bad_input(self) -> None:
-        """What can't be meant: one line, exit code 2, nothing is sent or written."""
+        """Refuse nonsense with one line and exit code 2; send and write nothing."""
         packet = os.path.join(self.home, "packet")
         with Receiver() as receiver:
             for words, expected in (
@@ -399,7 +399,7 @@ class Carriers(Case):
                 self.assertIn("User-Agent: some agent", lines)
 
     def test_a_proxy_without_an_answer(self) -> None:
-        """The packet is out of the house: one that closes, resets or is silent is warned of."""
+        """Warn of a proxy that closes, resets or is silent: the packet has left already."""
         reset = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
         for option in (b"", reset, None):
             with self.subTest(option), socket.socket() as listener, \
@@ -426,7 +426,7 @@ class Carriers(Case):
                 self.assertTrue(came[0].startswith(b"GET http://h/"))
 
     def test_a_web_server_without_an_answer(self) -> None:
-        """Nobody waits for one, as in fwknop."""
+        """Do not wait for an answer, as fwknop does not."""
         with WebServer(b"") as web:
             web.answer = b""
             self.assertEqual((0, "", ""), self.run_main(
@@ -454,7 +454,7 @@ class Carriers(Case):
         self.assertIn("Connection refused", self.failure(1, *KNOCK, *KEYS, *options))
 
     def test_next_address(self) -> None:
-        """Over TCP an address that refuses is told of, and the next one gets its packet."""
+        """Over TCP, warn of an address that refuses, and send to the next one."""
         with WebServer(b"") as web:
             found = [(socket.AF_INET, 0, 0, "", ("127.0.0.2", 1)),
                      (socket.AF_INET, 0, 0, "", ("127.0.0.1", web.port))]
@@ -473,7 +473,7 @@ class Carriers(Case):
             receiver.packet()
 
     def test_raw_goes_out_as_it_was_encoded(self) -> None:
-        """The options reach the headers; a raw socket of IPv4 is told that they are there."""
+        """The options reach the headers, and the raw socket of IPv4 has IP_HDRINCL."""
         raw = mock.Mock()
         raw.sendto.return_value = 232
         real = _socket.socket  # as the client
@@ -538,7 +538,7 @@ class Resolving(Case):
                 self.assertEqual("203.0.113.9", self.resolved("-n", "a", "-R"))
 
     def test_failures(self) -> None:
-        """Another status, no address, nobody there, no answer: the URL, why, and exit code 1."""
+        """Another status, no address, no server, no answer: the URL, why, and exit code 1."""
         for body, status, expected in (
                 (b"203.0.113.9", "404 Not Found", "HTTP/1.1 404 Not Found"),
                 (b"203.0.113.9", "301 Moved", "HTTP/1.1 301 Moved"),
@@ -559,7 +559,7 @@ class Resolving(Case):
             self.assertIn("timed out", self.failure(1, *words, url))
 
     def test_half_an_answer(self) -> None:
-        """What may have lost its end is no address; what is whole needs no end of connection."""
+        """A text without its end is no address; a whole one needs no end of the connection."""
         def serve(listener: socket.socket, head: bytes) -> None:
             with listener.accept()[0] as peer:
                 peer.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n203.0.113.9")
@@ -586,7 +586,7 @@ class Resolving(Case):
                 self.assertEqual(code == 2, ": expected a Content-Length of at most" in err)
 
     def test_nobodys_address(self) -> None:
-        """What can't be ours opens nothing; IPv4 inside IPv6 is IPv4."""
+        """An address that can't be ours opens nothing; IPv4 inside IPv6 is IPv4."""
         for text in ("0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "::", "::1", "ff02::1",
                      "::ffff:127.0.0.1", "::ffff:0.0.0.0", "0.1.2.3"):
             with self.subTest(text), WebServer(text.encode()) as web:
@@ -600,7 +600,7 @@ class Resolving(Case):
                                                           "--resolve-url", web.url()))
 
     def test_insecure(self) -> None:
-        """http without --resolve-http-only is warned of, https with it is refused."""
+        """Warn of http without --resolve-http-only, and refuse https with it."""
         with WebServer(b"203.0.113.9") as web:
             code, out, err = self.run_main("-T", "-A", "tcp/1", *KEYS, "-R", "--resolve-url",
                                            web.url())
@@ -695,7 +695,7 @@ class Gpg(Case):
         self.assertEqual(("srv", "<NULL>"), (shown["GPG recipient"], shown["GPG signer"]))
 
     def test_failures(self) -> None:
-        """Its last words, in printable characters, are told; an empty packet is not sent."""
+        """Print the end of gpg's errors in printable characters; send no empty packet."""
         words = [*KNOCK, *self.fake(b"")]
         with Receiver() as receiver:
             self.assertEqual(words[5] + ": it printed nothing",
@@ -708,7 +708,7 @@ class Gpg(Case):
             self.assertTrue(receiver.silent())
 
     def test_other_keys(self) -> None:
-        """What does not begin with hQ is sent whole."""
+        """Send a packet that does not begin with hQ whole."""
         shown = self.dump(*KNOCK, *self.fake(b"\x84\x5e\x03xyz"))
         self.assertEqual(client.encode_base64(b"\x84\x5e\x03xyz"), shown["Final SPA Data"])
 
@@ -776,7 +776,7 @@ class Gpg(Case):
 
 
 class Files(Case):
-    """What is written, and what never is."""
+    """The saved options, which never hold a key."""
 
     def knock(self, *words: str) -> None:
         """Send a packet somewhere."""
@@ -959,7 +959,7 @@ NO_SAVE_ARGS                Y
         self.assertIn("KEY_BASE64                  bmV3\n", self.read())
 
     def test_save_stanza_name(self) -> None:
-        """That of -n, else that of -D; a new file is made; --rc-file is obeyed."""
+        """Use the name of -n, else of -D; make a new file; obey --rc-file."""
         self.dump(*KNOCK, "--key-rijndael", "k", "--save-rc-stanza", "-D", "127.0.0.1")
         self.assertTrue(self.read().startswith("[127.0.0.1]\n"))
         path = os.path.join(self.home, "rc")
@@ -1059,9 +1059,9 @@ NO_SAVE_ARGS                Y
         self.assertEqual([".fwknoprc"], os.listdir(self.home))
 
     def test_save_stanza_meanwhile(self) -> None:
-        """What an editor saves while it asks is not lost: it begins again, and asks again.
+        """Keep a change that an editor saves while the client asks: begin and ask again.
 
-        While it asks there is no lock, so that nobody has to wait for it, or to remove one.
+        The client holds no lock while it asks, so no other run has to wait or to remove one.
         """
         self.write("[work]\nKEY old\n")
         asked = []  # type: List[str]
@@ -1080,7 +1080,7 @@ NO_SAVE_ARGS                Y
         self.assertEqual([".fwknoprc"], os.listdir(self.home))
 
     def test_save_stanza_waits_not_for_ever(self) -> None:
-        """What a run that broke off left is named after a while, and nothing changes."""
+        """Name the file that a broken run has left, after a while, and change nothing."""
         before = "[work]\nACCESS tcp/1\n"
         path = self.write(before)
         self.write("", ".fwknoprc.updated")

@@ -1,4 +1,4 @@
-"""Tests of spa_client.py hitting ports: as `knock`, and with KNOCK_SEQUENCE before a packet."""
+"""Tests of spa_client.py knocking on ports: as `knock`, and with KNOCK_SEQUENCE before a packet."""
 
 import _socket
 import os
@@ -24,7 +24,7 @@ HITS = [("tcp", 7001), ("udp", 7002), ("tcp", 7003)]
 
 
 class KnockCase(Case):
-    """A test in which hits and packets are noted in their order, and not sent."""
+    """A test that notes knocks and packets in their order, instead of sending them."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -85,7 +85,7 @@ class CommandLineTest(KnockCase):
         self.assertEqual([("tcp", 22), ("udp", 53)], self.sent)
 
     def test_bad_ports(self) -> None:
-        """Each is told by its number, exits with 1 and sends nothing, also not those before it."""
+        """Name the bad port by its number, exit with 1, and send none of them."""
         for port in ("70000", "65536", "0", "7002:", "7002:foo", "7002:tcp:udp", "abc-no-service",
                      "7002:icm", ":udp", ":", "", "1453:icmp", "x:icmp", "1e3", "+7002", "7002 ",
                      "\u0661", "7001,,7003", "\udcff", "a\0b"):
@@ -98,7 +98,7 @@ class CommandLineTest(KnockCase):
         self.assertEqual([], self.sent)
 
     def test_bad_command_lines(self) -> None:
-        """Whatever is wrong: one line, exit code 1, nothing sent."""
+        """Every error is one line and exit code 1; nothing is sent."""
         for words, expected in (
                 ([], "expected a host and ports (--help says more)"),
                 ([HOST], "expected a host and ports (--help says more)"),
@@ -134,7 +134,7 @@ class CommandLineTest(KnockCase):
             self.assertEqual(HOST + ": No way", self.failure(1, "--knock", HOST, "7001"))
 
     def test_verbose_and_test(self) -> None:
-        """-v prints each hit as `knock` does; -T prints them, and neither sends nor looks up."""
+        """-v prints each knock as `knock` does; -T prints them, sends none and looks nothing up."""
         lines = ["tcp 127.0.0.1:7001", "udp 127.0.0.1:7002", "tcp 127.0.0.1:7003"]
         words = ["--knock", HOST, "7001", "7002:udp", "7003"]
         self.assertEqual(["hitting " + line for line in lines],
@@ -146,7 +146,7 @@ class CommandLineTest(KnockCase):
         self.assertEqual([], self.sent)
 
     def test_delay(self) -> None:
-        """After every hit but the last; as given, or drawn from a range; by default none."""
+        """Pause after every knock but the last, as given or drawn from a range; by default not."""
         words = ["--knock", HOST, "1", "2", "3"]
         self.assertEqual([0, 0], self.pauses(*words))
         self.assertEqual([100, 100], self.pauses(*words, "-d", "100"))
@@ -220,7 +220,7 @@ class StanzaTest(KnockCase):
         self.assertEqual(HITS, self.sent)
 
     def test_a_key_that_is_missing(self) -> None:
-        """Where other directives are a packet's, its key is asked for: a mistake sends nothing."""
+        """Ask for a key if other directives belong to a packet: a mistake sends nothing."""
         for line in ("USE_HMAC Y\n", "ALLOW_IP 192.0.2.7\n"):
             self.write(STANZA + "ACCESS tcp/22\n" + line)
             self.sent.clear()
@@ -246,7 +246,7 @@ class StanzaTest(KnockCase):
         self.assertEqual(HITS + packet, self.sent)
 
     def test_keys_need_ports(self) -> None:
-        """A packet that can't be made is an error before anything is hit."""
+        """A packet that can't be made is an error before the first knock."""
         self.write(STANZA + "KEY a\n")
         self.assertIn("no ports to open given", self.failure(2, "-n", "home"))
         self.write(STANZA + "KEY a\nHMAC_KEY a\nACCESS tcp/22\n")
@@ -289,7 +289,7 @@ class StanzaTest(KnockCase):
         self.assertEqual(HITS, self.sent)
 
     def test_half_a_sequence_is_never_sent(self) -> None:
-        """Whatever else stands in the line is one error."""
+        """Anything else in the line is one error."""
         for text, number in (("7001;7003", 1), ("7001 ;7003", 1), ("7001, ; 7003", 2),
                              ("7001 7003", 1), ("7001#7003", 1),
                              ("7001, 7003#", 2), ("7001 ,7003", 1), ("7001,7003 ;", 2),
@@ -301,7 +301,7 @@ class StanzaTest(KnockCase):
                 self.assertEqual([], self.sent)
 
     def test_test_mode(self) -> None:
-        """-T prints the hits, and the packet if there is one; nothing is sent."""
+        """-T prints the knocks, and the packet if there is one, and sends nothing."""
         self.write(STANZA)
         lines = ["would hit tcp 127.0.0.1:7001", "would hit udp 127.0.0.1:7002",
                  "would hit tcp 127.0.0.1:7003"]
@@ -326,23 +326,23 @@ class StanzaTest(KnockCase):
         self.assertEqual(HITS, self.sent)
 
     def test_through_a_proxy(self) -> None:
-        """The server itself is hit, and the packet goes to the proxy."""
+        """Knock at the server itself, and send the packet to the proxy."""
         self.write(STANZA)
         self.knock("-n", "home", "-H", "127.0.0.9:8080", *KNOCK, *KEYS)
         self.assertEqual([HOST] * 3, self.places)
         self.assertEqual(HITS + [("packet", 62201)], self.sent)
 
     def test_verbose(self) -> None:
-        """-v tells of the hits, but not where standard output is for a connection."""
+        """-v prints the knocks, unless standard output belongs to a connection."""
         self.write(STANZA)
         self.assertEqual(3, self.knock("-n", "home", "-v").count("hitting "))
 
 
 class Listening(Case):
-    """What arrives."""
+    """The knocks that arrive."""
 
     def test_tcp_and_udp(self) -> None:
-        """A connection on which nothing comes, and one byte; a refused one is a hit as well."""
+        """A connection without data, and one byte; a refused connection counts as well."""
         listener = socket.socket()
         self.addCleanup(listener.close)
         listener.bind((HOST, 0))
@@ -364,7 +364,7 @@ class Listening(Case):
             self.assertTrue(receiver.silent())
 
     def test_refused_at_once(self) -> None:
-        """It was a hit all the same."""
+        """A knock that is refused at once is no error."""
         link = mock.Mock(family=socket.AF_INET)
         link.getpeername.return_value = (HOST, 9)
         with mock.patch.object(client, "open_socket", side_effect=ConnectionRefusedError) as asked:
@@ -372,7 +372,7 @@ class Listening(Case):
         asked.assert_called_once_with(socket.AF_INET, (HOST, 7001), False, 0)
 
     def test_echo_request(self) -> None:
-        """Of both families: type, code, sum (RFC 1071; of IPv6 it is made by the system), bytes."""
+        """Both families: type, code, sum (RFC 1071; the kernel makes that of IPv6), bytes."""
         for family, address, kind in ((socket.AF_INET, (HOST, 9), 8),
                                       (socket.AF_INET6, ("::1", 9, 0, 7), 128)):
             link, ping = mock.Mock(family=family), mock.Mock()
@@ -387,7 +387,7 @@ class Listening(Case):
             ping.close.assert_called_once_with()
 
     def test_sockets_for_echo_requests(self) -> None:
-        """The one that needs no root, else a raw one, else a clear error before the first hit."""
+        """One that needs no root, else a raw one, else a clear error before the first knock."""
         asked: List[int] = []
         refused: Set[int] = set()
 
@@ -478,7 +478,7 @@ class WaitTest(Case):
             self.assertEqual((0, b"--knock\n", b""), (done.returncode, done.stdout, done.stderr))
 
     def test_nothing_crosses_the_sequence(self) -> None:
-        """Connections that are on their way are given up before it is hit again."""
+        """Give up pending connections before knocking again."""
         open_now = []  # type: List[int]
         links = []  # type: List[Any]
         now = 0.0

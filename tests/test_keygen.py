@@ -430,7 +430,7 @@ class AppendTest(FileTestCase):
 
 
 class CrashTest(FileTestCase):
-    """Whatever fails, a file has its old text or its new text, and no copy is left behind."""
+    """After any failure a file has its old or its new text, and no copy remains."""
 
     def test_a_failure_at_any_call_leaves_everything_as_it_was(self) -> None:
         """Full disk, no permission, input/output error: at each call that touches the file."""
@@ -539,12 +539,12 @@ class OutputTest(FileTestCase):
         self.assertEqual(b"", program().stderr)
 
     def test_version_is_no_secret(self) -> None:
-        """Nothing is warned of."""
+        """Warn of nothing."""
         with open(self.path("out", "", 0o644), "wb") as stream:
             self.assertEqual(b"", program("-V", stdout=stream).stderr)
 
     def test_standard_error_is_closed(self) -> None:
-        """What is meant for it does not get among the keys; exit codes stay."""
+        """Keep its lines out of the keys, and the exit codes as they are."""
         answer = program(*WORK, "--rc-file", self.path("rc"), preexec_fn=lambda: os.close(2))
         self.assertEqual(0, answer.returncode)
         self.assertNotIn(b"[+]", answer.stdout)

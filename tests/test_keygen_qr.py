@@ -238,7 +238,7 @@ class StandardTest(unittest.TestCase):
         self.assertEqual(40 + 3 * squares(finder), keygen.penalty(symbol(*finder)))
 
     def test_the_mask_with_the_least_penalty_is_taken(self) -> None:
-        """Of all eight, for texts that differ in which it is."""
+        """Try all eight masks, with texts whose best mask differs."""
         chosen = set()
         for length in range(1, 60, 3):
             rows = keygen.qr_symbol(text_of(length), "L")
@@ -329,7 +329,7 @@ def modules(text: str) -> List[bytearray]:
 
 
 class TerminalTest(FileTestCase):
-    """What --qr prints."""
+    """The output of --qr."""
 
     def check(self, out: str) -> None:
         """Decode the picture, and compare it with the keys that are printed before it."""

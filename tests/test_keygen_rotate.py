@@ -155,7 +155,7 @@ class RotateTest(RotateTestCase):
             self.assertEqual(len(access.split("\n")), len(self.texts()[1].split("\n")))
 
     def test_files_of_our_own(self) -> None:
-        """What keygen.py appended, it can rotate; other stanzas may follow, and come later."""
+        """Rotate stanzas that keygen.py appended, with other stanzas after them."""
         rc, access = self.path("my-rc"), self.path("my-access")
         files = ["--rc-file", rc, "--access-file", access]
         for name in ("home", "work", "lab"):
@@ -255,7 +255,7 @@ class RotateTest(RotateTestCase):
 
 
 class RefusedTest(RotateTestCase):
-    """What cannot be done is one line, and changes nothing."""
+    """An impossible task is one line, and changes nothing."""
 
     def check(self, code: int, expected: str, *arguments: str) -> None:
         """Run keygen.py, which has to fail so, and look at both files and at what it says."""
@@ -404,7 +404,7 @@ class FilesTest(RotateTestCase):
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
 
     def test_many_at_once(self) -> None:
-        """Of four that rotate one name, one does; four that rotate four names all do."""
+        """One of four runs rotates one name; four runs rotate four names."""
         self.assertEqual([0, 3, 3, 3], all_at_once([["--rotate", "work", *self.both]] * 4))
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
         files = ["--rc-file", self.path("my-rc"), "--access-file", self.path("my-access")]

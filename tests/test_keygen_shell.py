@@ -38,7 +38,7 @@ class ShellTest(FileTestCase):
         return sorted(line.partition("\t")[0] for line in answer.stdout.splitlines() if line)
 
     def check(self, shell: str) -> None:
-        """What begins so, and all options but no other."""
+        """Complete by the beginning; offer all options, and nothing else."""
         self.assertEqual(["--rc-file", "--retire", "--rotate"],
                          self.complete(shell, "keygen.py", "--r"))
         self.assertEqual(["--port"], self.complete(shell, "keygen.py", "work", "--qr", "--po"))

@@ -286,7 +286,7 @@ class Stun(Case):
             self.assertTrue(receiver.silent())
 
     def test_no_answer(self) -> None:
-        """It asks three times, then says so; nobody there is told at once. No packet is sent."""
+        """Ask three times, then say so; report an absent server at once. Send no packet."""
         with Receiver() as stun, Receiver() as receiver, \
                 mock.patch.object(client, "STUN_SECONDS", (0.05, 0.1, 0.1)):
             words = ["-A", "tcp/22", *KEYS, *receiver.options, "--resolve-stun"]
@@ -330,7 +330,7 @@ class Waiting(Case):
                                      for packet in door.packets}))
 
     def test_reasons(self) -> None:
-        """What is said when it does not open; silence on success with -q."""
+        """Say why the port did not open; with -q, print nothing on success."""
         with Door(99) as door:
             done = self.knock(door, "--wait", "1")
             self.assertEqual((1, b""), (done.returncode, done.stdout))
@@ -359,7 +359,7 @@ class Waiting(Case):
         self.assertIsNone(client.find_wait_peer(settings, [], []))
 
     def test_random_ports(self) -> None:
-        """They are drawn and told once, and stay the same for all packets of a knock."""
+        """Draw and print random ports once, and keep them for all packets of a knock."""
         with Door(3) as door, mock.patch.object(client, "random_port", lambda: int(door.port)):
             code, out, err = self.run_main(
                 "-A", "tcp/22", "-N", "h", "--nat-rand-port", "-s", *KEYS, *door.options,
@@ -509,7 +509,7 @@ class Waiting(Case):
                 self.assertFalse(ignored >> (number - 1) & 1, number)
 
     def test_exec_on_windows(self) -> None:
-        """Where exec() would leave the console to two programs, it is run and waited for."""
+        """On Windows exec() would leave the console to two programs: run it, and wait."""
         with mock.patch.object(os, "name", "nt"), self.assertRaises(SystemExit) as end:
             client.become([python(), "-I", "-S", "-c", "raise SystemExit(9)"])
         self.assertEqual(9, end.exception.code)
@@ -600,7 +600,7 @@ class Terminal:
 
 
 class Documents(Case):
-    """What is printed from the table of options."""
+    """The texts made from the table of options."""
 
     def test_examples(self) -> None:
         """Each line of --help is a command line that is understood."""
@@ -634,7 +634,7 @@ class Documents(Case):
             self.assertEqual([], complaints, command)
 
     def completions(self, shell: str, script: str) -> List[str]:
-        """What a shell prints for a script that follows our completions."""
+        """Return the output of a shell for a script that follows our completions."""
         if not shutil.which(shell):
             skip(f"{shell} is not here")
         write(self.place("spa_client.py"),
