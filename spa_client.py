@@ -861,9 +861,9 @@ class Settings:
     wget = optional("WGET_CMD", parse_text, "program to ask that page with")
     no_save_args = flag("NO_SAVE_ARGS", "do not write ~/.fwknop.run for -l")
     sequence = optional("KNOCK_SEQUENCE", parse_sequence,
-                        "knock on these before the packet; without keys, instead of it")
+                        "ports to knock on before the packet, or without keys instead")
     delay = setting("KNOCK_DELAY", parse_delay, "50",
-                    "milliseconds between knocks, or a range to draw from: 100-300")
+                    "milliseconds after each port, or a range to draw from: 100-300")
 
     test = flag("test", "print the packet, do not send it")
     quiet = flag("quiet", "print nothing but errors")
@@ -899,7 +899,7 @@ class Settings:
             setattr(self, attribute, row.value(given.get(row.name)))
         recipient = given.get("GPG_RECIPIENT")
         if self.use_gpg or (recipient is not None and not recipient.line):
-            self.mode = GPG
+            self.mode = GPG  # the option --gpg-recipient-key is enough
         if self.http_proxy and "SPA_SERVER_PROTO" not in given:
             self.protocol = "http"
         if self.allow_ip is None and (self.resolve_http or self.resolve_https):
@@ -908,6 +908,7 @@ class Settings:
         self.ip_version = {"4": socket.AF_INET, "6": socket.AF_INET6}.get(
             self.family, socket.AF_INET if raw or self.resolve_ipv4 else 0)
         self.verbose = self.verbose and not (self.quiet or self.relay)
+        # Without a key, or another sign of a packet, KNOCK_SEQUENCE takes the packet's place.
         self.only_knocks = self.sequence is not None and not (
             self.mode == GPG or self.stdin or self.fd is not None
             or not given.keys().isdisjoint(PACKET_NAMES))
@@ -2171,6 +2172,7 @@ def check_own(text: str, where: str) -> str:
     if own[:12] == MAPPED:
         own = own[12:]
         text = socket.inet_ntop(socket.AF_INET, own)
+    # Nobody has an address in 0.0.0.0/8, 127.0.0.0/8, from 224.0.0.0 on, ::, ::1 or ff00::/8.
     if (own[0] in (0, 127) or own[0] >= 224) if len(own) == 4 else (
             own[:15] == bytes(15) or own[0] == 255):
         raise SpaError(f"{where}: it says that our address is {text}, which can't be")
@@ -2212,7 +2214,7 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
             if url.startswith("https:"):
                 link = start_tls(link, host)
             link.sendall(encode_request(path, url.split("/")[2], agent))
-            piece = b"."
+            piece = b"."  # 64 KiB are enough: a page that tells an address is short
             while piece and len(answer) < 1 << 16 and not is_whole(answer):
                 link.settimeout(max(0.001, end - time.monotonic()))
                 piece = link.recv(4096)
