@@ -15,8 +15,8 @@ The way of a key: os.urandom makes it, base64 makes it text, and a stanza carrie
 output or into a file. Only its owner can read a new file; keygen.py warns of an old one that others
 can read. It takes no key from a command line, and shows none in an error.
 
-The server's stanza has REQUIRE_SOURCE_ADDRESS Y: a packet must name the address to open for. So an
-attacker who captures a packet can't send it first, from another address. spa_client.py finds its
+The server's stanza has REQUIRE_SOURCE_ADDRESS Y: a packet must name the address to open for. So it
+opens for nobody else, even if an attacker captures it and sends it first. spa_client.py finds its
 address by itself; fwknop needs -a ADDRESS, or -R, which asks a web site. --any-source gives that
 protection up, for a client that cannot know its address.
 
@@ -69,7 +69,7 @@ class SpaError(Exception):
 
 
 def explain(error: Exception, name: str = "") -> str:
-    """Return an error as `name: reason`; the default name is an OSError's file, or the line."""
+    """Return an error as `name: reason`; an unnamed OSError has its file or line number."""
     if not isinstance(error, OSError):
         return f"{name}: {error}" if name else str(error)
     line, trace = 0, error.__traceback__

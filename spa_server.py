@@ -128,7 +128,7 @@ class SpaError(Exception):
 
 
 def explain(error: Exception, name: str = "") -> str:
-    """Return an error as `name: reason`; the default name is an OSError's file, or the line."""
+    """Return an error as `name: reason`; an unnamed OSError has its file or line number."""
     if not isinstance(error, OSError):
         return f"{name}: {error}" if name else str(error)
     line, trace = 0, error.__traceback__
