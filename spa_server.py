@@ -5001,6 +5001,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # ======================================================================================
 
 GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
+LAST_MOMENT = 0.05  # seconds: the kernel counts in ticks of up to 10 ms, and ends elements late
 LOOKS = 5  # at a set, until no element of it ends while others are deleted
 GUARD_TABLE = NftChain("inet", "spa", "guard")  # the table, and in it the chain that comes first
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
@@ -5337,7 +5338,10 @@ class NftFirewall(Firewall):
                     raise
 
     def grants(self) -> List[Grant]:
-        """Return the grants that every chain has. NAT's maps alone tell where doors lead."""
+        """Return the grants that every chain has. NAT's maps alone tell where doors lead.
+
+        An element that is about to end is none: the server may have logged its end already.
+        """
         found: Dict[Door, List[Tuple[Door, float]]] = {}
         for chain, set_type in self.sets:
             for door, seconds in self.read_set(chain, set_type):
@@ -5346,7 +5350,7 @@ class NftFirewall(Firewall):
         grants = []
         for match, elements in found.items():
             seconds = min(seconds for _, seconds in elements)
-            if len(elements) == len(self.chains_for(match)) and seconds != FOR_EVER:
+            if len(elements) == len(self.chains_for(match)) and LAST_MOMENT < seconds < FOR_EVER:
                 grants.append(Grant(elements[-1][0], int(wall + seconds + 0.999), now + seconds))
         return grants
 
@@ -6220,7 +6224,7 @@ def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
     for each in (own, f"{name}-legacy", name):
         program = find_program(each) if "tables" in os.path.basename(each) else None
         with contextlib.suppress(CommandError):  # another one may work
-            if program and (program.endswith("-legacy") or is_legacy(program)):
+            if program and is_legacy(program):
                 return program
     return None
 

@@ -1853,15 +1853,15 @@ class IptablesTest(unittest.TestCase):
         ran = []  # type: List[str]
 
         def run_program(arguments: List[str], *_: Any) -> str:
-            ran.append(arguments[2])
+            ran.append(" ".join(arguments[1:4]))
             return "-N FWKNOP_GUARDED\n"
 
-        for names, expected in (("", []), ("filter\nraw", []), ("filter\nmangle", ["mangle"] * 2)):
+        for names, expected in (("", []), ("filter\nraw", []), ("filter\nmangle", ["-V", "-t mangle -S"] * 2)):
             with mock.patch.object(server, "read_proc", return_value=names), \
                     mock.patch.object(server, "find_program", lambda name: "/x/" + name), \
                     mock.patch.object(server, "run_program", run_program):
                 found = server.leftovers(server.GUARD, settings, mock.Mock(), netlink)
-            self.assertEqual((expected, len(expected)), (ran, len(found)))
+            self.assertEqual((expected, len(expected) // 2), (ran, len(found)))
 
 
 class AnsweringSocket:
@@ -1987,6 +1987,9 @@ class NftTest(unittest.TestCase):
         now = clock.mono()
         firewall.remove([server.Grant(each, 0, now) for each in doors])
         self.assertEqual([], netlink.mock_calls)
+        for seconds, count in ((0.01, 0), (0.1, 1), (server.FOR_EVER, 0)):
+            with mock.patch.object(firewall, "read_set", return_value=[(doors[0], seconds)]):
+                self.assertEqual(count, len(firewall.grants()), "one that ends now comes not back")
         looks = [doors, doors[1:], doors[1:]]
         missing = server.CommandError("gone", errno.ENOENT)
         for failures in ([missing, None], [missing] * 9, [server.CommandError("no", errno.EPERM)]):
