@@ -1845,7 +1845,6 @@ class IptablesTest(unittest.TestCase):
             with self.subTest(line=line):
                 self.assertIsNone(server.parse_rule(line, chain))
 
-
     def test_older_tables_are_asked_of_no_more_than_needed(self) -> None:
         """A look for a guard runs a program only where /proc names the guard's table."""
         netlink, settings = mock.Mock(**{"dump.return_value": []}), server.ServerSettings()
@@ -1856,7 +1855,8 @@ class IptablesTest(unittest.TestCase):
             ran.append(" ".join(arguments[1:4]))
             return "-N FWKNOP_GUARDED\n"
 
-        for names, expected in (("", []), ("filter\nraw", []), ("filter\nmangle", ["-V", "-t mangle -S"] * 2)):
+        for names, expected in (("", []), ("filter\nraw", []),
+                                ("filter\nmangle", ["-V", "-t mangle -S"] * 2)):
             with mock.patch.object(server, "read_proc", return_value=names), \
                     mock.patch.object(server, "find_program", lambda name: "/x/" + name), \
                     mock.patch.object(server, "run_program", run_program):
