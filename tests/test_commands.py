@@ -1,4 +1,4 @@
-"""What commands a packet may start, with which words, and how they run and end.
+"""The commands that a packet may start, their arguments, and how they run and end.
 
 The programs are real ones, small scripts in a directory of the test's own; the firewall is a fake.
 """
@@ -53,7 +53,7 @@ class CommandCase(ServerCase):
         os.chmod(self.directory, 0o755)
 
     def end_all(self, made: Any) -> None:
-        """End what a server still runs, and take leave of it."""
+        """End all that a server still runs, and let it see that."""
         self.made, commands = made, made.commands
         commands.cycles, cycles = {}, commands.cycles
         for cycle in cycles.values():
@@ -71,14 +71,14 @@ class CommandCase(ServerCase):
                                                                   text), 0o755)
 
     def hurry(self, **constants: float) -> None:
-        """Let times of the server's be shorter in this test."""
+        """Shorten times of the server in this test."""
         for name, seconds in constants.items():
             patch = mock.patch.object(server, name, seconds)
             patch.start()
             self.addCleanup(patch.stop)
 
     def read(self, name: str) -> str:
-        """Return what a script has written into a file of this name; "" when there is none."""
+        """Return the text of a file that a script wrote; "" if there is none."""
         return read(self.place(name))
 
     def serve(self, access: str, conf: str = "", seconds: float = 1000) -> server.Server:
@@ -89,7 +89,7 @@ class CommandCase(ServerCase):
 
     def knock(self, text: str = "10.55.0.2,tcp/22", kind: int = 1, timeout: Optional[int] = None,
               user: str = "bob", source: str = CLIENT) -> str:
-        """Send a packet of now, and return what it made the server log."""
+        """Send a new packet, and return the log lines that it caused."""
         CommandCase.count += 1
         extra = [] if timeout is None else [b"%d" % timeout]
         self.made.gate.receive(datagram(self.sender.packet(
@@ -97,9 +97,9 @@ class CommandCase(ServerCase):
         return self.logged()
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> None:
-        """Go on as the server's loop does until something is true."""
+        """Run the server's loop until a condition is true."""
         def go_on() -> Any:
-            """Look, and otherwise take one turn."""
+            """Check the condition; if it is false, run one turn."""
             found = condition()
             if not found:
                 for key, _ in self.made.selector.select(0.01):
@@ -110,7 +110,7 @@ class CommandCase(ServerCase):
         wait_for(go_on, lambda: "%s; log:\n%s" % (what, self.stream.getvalue()), pause=0)
 
     def wait_until_ended(self) -> str:
-        """Wait until no command runs, and return the log since the last look at it."""
+        """Wait until no command runs, and return the new lines of the log."""
         self.wait_for(lambda: not self.made.commands.running, "the end of the commands")
         return self.logged()
 
@@ -190,7 +190,7 @@ VARIABLES = (
 
 
 class WordsTest(CommandCase):
-    """Packet, stanza and datagram in; words out; nothing is run."""
+    """Packet, stanza and datagram go in, command lines come out; nothing runs."""
 
     def packet(self, text: str, kind: int, timeout: Optional[int] = None) -> Any:
         """Return a packet off the wire."""
@@ -202,7 +202,7 @@ class WordsTest(CommandCase):
         return self.stanzas("SOURCE ANY\n" + KEYS + lines + "\n")[0]
 
     def test_command_messages(self) -> None:
-        """Words between blanks; no shell, no quotes; and who is refused."""
+        """Blanks separate arguments, without shell and quotes. Bad commands are rejected."""
         for lines, text, expected in COMMANDS:
             with self.subTest(lines=lines, text=text):
                 packet, stanza = self.packet(text, 0), self.stanza(lines)
@@ -227,7 +227,7 @@ class WordsTest(CommandCase):
                 self.assertEqual(expected, seconds)
 
     def test_variables(self) -> None:
-        """Each variable, in the words that were there before it got a value."""
+        """Each variable gets its value, and stays within its argument."""
         for lines, template, text, source, expected in VARIABLES:
             with self.subTest(template=template, text=text):
                 stanza = self.stanza("CMD_CYCLE_OPEN %s %s\nCMD_CYCLE_CLOSE %s x %s\n"
@@ -240,7 +240,7 @@ class WordsTest(CommandCase):
                 self.assertEqual(1 + len(template.partition(";")[0].split()), len(made[0].argv))
 
     def test_bytes_of_the_file_are_those_of_the_command(self) -> None:
-        """A name in UTF-8 stays one word, also with bytes that Latin-1 takes for blanks."""
+        """A name in UTF-8 stays one argument, even with bytes that are blanks in Latin-1."""
         path = self.script("", "voil\xe0")
         with open(os.path.join(self.directory, "a"), "wb") as stream:
             stream.write(("SOURCE ANY\n" + KEYS + "CMD_CYCLE_OPEN " + path + "\tb\n"
@@ -266,7 +266,7 @@ class WordsTest(CommandCase):
             pwd.getpwnam("tty")
 
     def test_warnings(self) -> None:
-        """Commands as root are said; with a user or sudo they are not."""
+        """The server warns of commands that run as root, and not of those with a user or sudo."""
         for lines, said in (("", False), (ALLOWED, True),
                             (ALLOWED + "CMD_EXEC_USER nobody\n", False),
                             (ALLOWED + "ENABLE_CMD_SUDO_EXEC Y\n", False)):
@@ -276,7 +276,7 @@ class WordsTest(CommandCase):
             self.assertIs(said, "run commands as root" in " ".join(server.read_stanzas(path)[1]))
 
     def test_only_cycles_need_no_firewall(self) -> None:
-        """None is made ready unless a stanza opens by it, or ports are guarded."""
+        """The server prepares one only if a stanza opens by it, or ports are guarded."""
         plain, cycle = "SOURCE ANY\n" + KEYS, "SOURCE ANY\n" + KEYS + CYCLE
         for access, conf, type_needed in (
                 (cycle, "", False), (cycle + cycle, "", False), (cycle + plain, "", True),
@@ -309,7 +309,7 @@ class RunTest(CommandCase):
         return text + self.wait_until_ended()
 
     def test_log_lines(self) -> None:
-        """fwknopd's, what it printed, and who asked for it."""
+        """The log has fwknopd's lines, the output, and the user who asked for it."""
         path = self.script('echo "out: $*"; echo err >&2; exit 3')
         text = self.run_command(path + " a 'b c'")
         label = "[10.55.0.2] (stanza #1) "
@@ -358,7 +358,7 @@ class RunTest(CommandCase):
         self.assertIn("CMD_EXEC: /\n", self.run_command("pwd"))
 
     def test_programs_that_are_not_there(self) -> None:
-        """The shell says why, and how it ended."""
+        """The log has the shell's reason and the exit code."""
         for words, code in (("/no/such a", 127), ("no-such-program", 127), ("/etc/passwd", 126),
                             ("/", 126)):
             with self.subTest(words=words):
@@ -368,7 +368,7 @@ class RunTest(CommandCase):
                               text)
 
     def test_what_can_not_be_started(self) -> None:
-        """The packet is rejected, with the reason, when there is not even a shell."""
+        """Without a shell the packet is rejected, with the reason."""
         with mock.patch.object(server, "RUN", (b"/no/such",)):
             text = self.run_command("id a")
         self.assertIn("/no/such id a: No such file or directory\n", text)
@@ -377,7 +377,7 @@ class RunTest(CommandCase):
         self.assertEqual([], self.made.commands.running)
 
     def test_a_program_that_its_owner_holds_back(self) -> None:
-        """Does not keep the server: a lease lets execve() wait, until it is given up."""
+        """A lease on the program delays execve() until it is given up; the server goes on."""
         path = self.script("echo run")
         with open(path, "r+") as held:
             old = signal.signal(signal.SIGIO, signal.SIG_IGN)
@@ -390,7 +390,7 @@ class RunTest(CommandCase):
         self.wait_until_ended()
 
     def test_output_is_bounded(self) -> None:
-        """In lines, in length, and without a pipe that fills up."""
+        """The log gets few lines and bytes, and the command's pipe never fills up."""
         limit, most = server.MAX_OUTPUT, server.MAX_OUTPUT_LINES
         for text, lines, last in (
                 ("i=0; while [ $i -lt 100 ]; do echo $i; i=$((i+1)); done", most + 1, "(and more)"),
@@ -406,7 +406,7 @@ class RunTest(CommandCase):
                 self.assertLessEqual(sum(map(len, shown)), limit + 100)
 
     def test_what_it_leaves_behind_is_not_waited_for(self) -> None:
-        """A command has ended when its process has, whoever else has its output open."""
+        """A command ends with its process, even if another one still holds its output."""
         begin = time.monotonic()
         text = self.run_command(self.script("sleep 60 & echo $! > pid; echo done"))
         os.kill(int(self.read("pid")), signal.SIGKILL)
@@ -414,7 +414,7 @@ class RunTest(CommandCase):
         self.assertLess(time.monotonic() - begin, 30 * slowness())
 
     def test_timeout(self) -> None:
-        """First SIGTERM, then SIGKILL, for all its processes."""
+        """All processes of the command get SIGTERM, and then SIGKILL."""
         self.hurry(GRACE_SECONDS=0.5)
         self.run_command(self.script("""
             (trap '' TERM; echo $$ > leader; sleep 60) &
@@ -424,13 +424,13 @@ class RunTest(CommandCase):
         self.wait_for(lambda: not group_of(int(self.read("leader"))), "the end of the group")
 
     def test_timeout_is_said(self) -> None:
-        """What obeys SIGTERM is gone at once."""
+        """A command that obeys SIGTERM ends at once."""
         text = self.run_command("sleep 60", "CMD_EXEC_TIMEOUT 1;")
         self.assertIn("CMD_EXEC: sleep 60: command runs for too long (CMD_EXEC_TIMEOUT)\n", text)
         self.assertIn("CMD_EXEC: command returned -15, pid_status: -15\n", text)
 
     def test_user(self) -> None:
-        """As root a command is nobody's; else it does not run at all."""
+        """Under root the command runs as nobody; another server can't run it at all."""
         text = self.run_command("id", access="CMD_EXEC_USER nobody\nCMD_EXEC_GROUP tty")
         nobody, tty = pwd.getpwnam("nobody").pw_uid, server.parse_group("tty")
         self.assertIn("Running command 'id' setuid/setgid user/group to nobody/tty (UID=%d,GID=%d)"
@@ -459,7 +459,7 @@ class RunTest(CommandCase):
         self.assertFalse(os.path.exists(os.path.join(self.directory, "got")))
 
     def test_test_mode(self) -> None:
-        """Nothing is run, and the log says what would be."""
+        """Nothing runs, and the log says what would run."""
         path = self.script("touch got")
         for access, kind, text in ((ALLOWED, 0, "10.55.0.2," + path),
                                    ("CMD_CYCLE_OPEN %s $IP\nCMD_CYCLE_CLOSE %s\nCMD_CYCLE_TIMER 1"
@@ -484,7 +484,7 @@ class CycleTest(CommandCase):
             path, words, self.closer, words, seconds, lines)
 
     def got(self) -> List[str]:
-        """Return what was done so far, in its order."""
+        """Return what the commands have done so far, in order."""
         return self.read("got").splitlines()
 
     def wait_until_closed(self) -> str:
@@ -495,7 +495,7 @@ class CycleTest(CommandCase):
         return self.logged()
 
     def test_opens_and_closes(self) -> None:
-        """With fwknopd's log lines; the firewall has nothing to do with it."""
+        """The log has fwknopd's lines, and the firewall stays as it is."""
         self.serve(self.cycle())
         text = self.knock() + self.wait_until_closed()
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
@@ -511,7 +511,7 @@ class CycleTest(CommandCase):
         self.assertEqual(0, self.firewall.prepared)
 
     def test_every_port(self) -> None:
-        """Not only the first of the request."""
+        """Every port of a request opens, not only the first."""
         self.serve(self.cycle(words="$IP $PORT $PROTO"))
         self.knock("2001:db8::7,tcp/22,udp/53")
         self.wait_until_closed()
@@ -521,7 +521,7 @@ class CycleTest(CommandCase):
                          sorted(line[6:] for line in self.got() if line.startswith("close ")))
 
     def test_again_while_open(self) -> None:
-        """It closes once and later, and what opened is not run again."""
+        """The cycle closes once and later; the command that opens does not run again."""
         made = self.serve(self.cycle(seconds=60))
         self.knock()
         (cycle,) = made.commands.cycles.values()
@@ -549,7 +549,7 @@ class CycleTest(CommandCase):
         self.assertEqual(3, sum(line.startswith("close ") for line in self.got()))
 
     def test_an_open_command_with_other_words_is_another_one(self) -> None:
-        """One with the time in its words is run again, and the close is still one."""
+        """A command with the time in its arguments runs again, and closes only once."""
         path = self.cycle(seconds=60)
         made = self.serve(path.replace("open $IP $PORT", "open $IP $CLIENT_TIMEOUT"))
         self.knock()
@@ -561,7 +561,7 @@ class CycleTest(CommandCase):
                          self.got())
 
     def test_what_fails_to_open_is_closed_and_may_be_tried_again(self) -> None:
-        """It may have done half its work; and a client may knock again before."""
+        """It may have done half its work. A client may knock again before it is closed."""
         made = self.serve(self.cycle(opening="echo try >> got; exit 4", seconds=60))
         self.knock()
         self.assertIn("CMD_CYCLE_OPEN: command returned 4", self.wait_until_ended())
@@ -583,7 +583,7 @@ class CycleTest(CommandCase):
         self.assertEqual([], self.got())
 
     def test_a_close_that_can_not_be_started_is_left_to_the_switch(self) -> None:
-        """It tries again when it is due, two seconds later than the server."""
+        """The switch tries again when it is due, two seconds later than the server."""
         self.serve(self.cycle())
         self.knock()
         self.wait_until_ended()
@@ -594,7 +594,7 @@ class CycleTest(CommandCase):
         self.assertEqual("close 10.55.0.2 22", self.got()[1])
 
     def test_a_close_that_fails_is_tried_again(self) -> None:
-        """A moment later, also when somebody killed it; then nothing is left to close."""
+        """A close that fails or is killed runs again a moment later, and then never again."""
         self.hurry(SWITCH_SECONDS=1)
         for failing in ("exit 3", "kill -9 $$"):
             self.serve(self.cycle(closing="[ -e once ] || { touch once; %s; }" % failing))
@@ -607,7 +607,7 @@ class CycleTest(CommandCase):
         self.assertEqual(4, len(self.got()))
 
     def test_a_close_that_fails_twice_is_left_to_the_switch(self) -> None:
-        """Which waits for as long as a close may take, and tries once more."""
+        """The switch waits for as long as a close may take, and tries once more."""
         self.hurry(SWITCH_SECONDS=1, GRACE_SECONDS=0.5)
         made = self.serve(self.cycle(closing="[ -e may ] || exit 3"), "CMD_EXEC_TIMEOUT 1;")
         self.knock()
@@ -619,14 +619,14 @@ class CycleTest(CommandCase):
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
     def test_no_try_to_close_is_left_when_the_same_opens_again(self) -> None:
-        """It is run before the opening: neither a second try, nor the switch, nor the switch of a
-        server that is no more closes what is open now, and a rule is not added twice."""
+        """The close runs before the opening. So no second try, switch, or switch of an earlier
+        server closes what is open now, and no rule is added twice."""
         closing = "[ ! -e locked ] && rm door || { echo failed >> got; exit 3; }"
         lines = self.cycle(opening="[ ! -e door ] || echo twice >> got; touch door",
                            closing=closing).replace("TIMER 1", "TIMER 60")
 
         def check(pending: str, gone: bool) -> None:
-            """One thing that is pending, when somebody else has closed or nobody has."""
+            """Open again while one try is pending, after somebody has closed or nobody has."""
             made = self.serve(lines)
             self.script("", "locked")
             write(self.place("got"), "")
@@ -662,7 +662,7 @@ class CycleTest(CommandCase):
                     check(pending, gone)
 
     def test_a_slow_close_is_not_run_twice(self) -> None:
-        """Its switch waits until it has ended."""
+        """The switch waits until a slow close has ended."""
         self.hurry(SWITCH_SECONDS=1)
         self.serve(self.cycle(closing="sleep %d" % (server.SWITCH_SECONDS + 2)))
         self.knock()
@@ -670,7 +670,7 @@ class CycleTest(CommandCase):
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
     def test_one_close_for_many_ports_ends_all_that_open(self) -> None:
-        """However many slow ones share it."""
+        """A close ends every slow command that opens the same."""
         made = self.serve(self.cycle(opening="sleep 60").replace("close $IP $PORT", "close $IP"))
         self.knock("10.55.0.2,tcp/22,tcp/23")
         self.knock("10.55.0.2,tcp/24")
@@ -679,7 +679,7 @@ class CycleTest(CommandCase):
         self.assertEqual(["close 10.55.0.2"], self.got())
 
     def test_a_slow_open_is_ended_by_the_close(self) -> None:
-        """Or it would open after it, for ever."""
+        """The close ends a slow command, which would otherwise open after it, for ever."""
         self.serve(self.cycle(opening="sleep 60"))
         self.knock()
         text = self.wait_until_closed()
@@ -687,7 +687,7 @@ class CycleTest(CommandCase):
         self.assertEqual(["close 10.55.0.2 22"], self.got())
 
     def test_the_switch_alone(self) -> None:
-        """It closes two seconds late; told to end, it closes at once; the server sees that."""
+        """The switch closes two seconds late, or at once on SIGTERM; the server notices."""
         made = self.serve(self.cycle(seconds=1))
         self.knock()
         (cycle,) = made.commands.cycles.values()
@@ -715,7 +715,7 @@ class CycleTest(CommandCase):
         self.assertEqual("open 10.55.0.2 22", self.got()[4])
 
     def test_too_many_cycles(self) -> None:
-        """One more than the limit is rejected, all ports of it; what is open may stay longer.
+        """A packet that exceeds the limit opens no port; open ones may be prolonged.
 
         Those of another stanza do not count.
         """
@@ -740,7 +740,7 @@ class CycleTest(CommandCase):
                          self.got())
 
     def test_a_flush_closes_at_once(self) -> None:
-        """Not only grants; and the server goes on."""
+        """A flush closes cycles as well as grants, and the server goes on."""
         made = self.serve(self.cycle(seconds=60))
         self.knock()
         self.wait_until_ended()
@@ -751,7 +751,7 @@ class CycleTest(CommandCase):
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
     def test_no_close(self) -> None:
-        """NONE: nothing waits, no switch is set, and each knock opens."""
+        """With NONE nothing waits, there is no switch, and each knock opens."""
         path = self.script('echo "open $*" >> got', "open")
         made = self.serve("CMD_CYCLE_OPEN %s $CLIENT_TIMEOUT\nCMD_CYCLE_CLOSE NONE" % path)
         for _ in range(2):
@@ -762,7 +762,7 @@ class CycleTest(CommandCase):
                          (self.got(), made.commands.cycles, made.commands.switches))
 
     def test_reload_keeps_what_waits(self) -> None:
-        """With the old words and at the old time, whatever the new files say."""
+        """An open cycle closes by the old command at the old time, whatever the new files say."""
         made = self.serve(self.cycle(seconds=2))
         self.knock()
         made.reload(server.Configuration(made.settings, self.stanzas("SOURCE ANY\n" + KEYS), []),
@@ -772,7 +772,7 @@ class CycleTest(CommandCase):
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
     def test_stop_waits_only_a_while(self) -> None:
-        """A close that hangs does not keep the server, and is not ended."""
+        """A close that hangs does not delay a stop for long, and goes on."""
         self.hurry(STOP_SECONDS=1.0)
         made = self.serve(self.cycle(seconds=60, closing="echo $$ > pid; sleep 60"))
         self.knock()

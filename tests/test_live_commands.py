@@ -77,7 +77,7 @@ class CommandTest(CommandCase):
     """Message type 0."""
 
     def test_a_command_of_the_real_client(self) -> None:
-        """It runs as root, in /, and prints into the log."""
+        """The command runs as root, in /, and prints into the log."""
         self.start(COMMANDS)
         path = self.script("script", 'echo "$# $*" >> got; id -u; echo err >&2; exit 3')
         text = self.command(path + " a 'b c' ; id")
@@ -91,7 +91,7 @@ class CommandTest(CommandCase):
         self.assertEqual([], list(self.children()))  # also none that has ended
 
     def test_another_user(self) -> None:
-        """User, group and groups are nobody's, and nothing of root's is left."""
+        """User, group and groups are those of nobody; nothing of root is left."""
         self.start(COMMANDS + "CMD_EXEC_USER nobody\n")
         user = self.cable.server.run("id", "nobody").strip()
         text = self.command("id")
@@ -106,14 +106,14 @@ class CommandTest(CommandCase):
         self.assertIn("CMD_EXEC: command returned 1", denied)
 
     def test_a_group(self) -> None:
-        """It is looked up among the groups, and is the only one."""
+        """The name is looked up among groups, and is the command's only group."""
         self.start(COMMANDS + "CMD_EXEC_USER nobody\nCMD_EXEC_GROUP tty\n")
         text = self.command("id")
         self.assertIn("to nobody/tty (UID=65534,GID=5)\n", text)
         self.assertIn("CMD_EXEC: uid=65534(nobody) gid=5(tty) groups=5(tty)\n", text)
 
     def test_sudo(self) -> None:
-        """What SUDO_EXE is called with; the client can't add an option."""
+        """SUDO_EXE gets the stanza's options; the client can't add one."""
         sudo = self.script("sudo", 'echo "$*" >> got')
         self.start(COMMANDS + "ENABLE_CMD_SUDO_EXEC Y\nCMD_SUDO_EXEC_USER nobody\n"
                    "CMD_SUDO_EXEC_GROUP tty\n",
@@ -122,7 +122,7 @@ class CommandTest(CommandCase):
         self.assertEqual(["-u nobody -g tty -- -u root id"], self.got())
 
     def test_a_command_that_hangs(self) -> None:
-        """The server goes on meanwhile, and ends it with all that it has started."""
+        """The server goes on meanwhile, and ends the command with all that it has started."""
         path = self.script("script", "echo hello; sleep 61 & sleep 62; echo never >> got")
         server = self.start(COMMANDS, CONF + "CMD_EXEC_TIMEOUT 2;\n")
         began = time.monotonic()
@@ -149,7 +149,7 @@ class CommandTest(CommandCase):
         self.assertEqual(2, lines.count("CMD_EXEC: command returned 0, pid_status: 0"))
 
     def test_rejected(self) -> None:
-        """Each bad command with its reason, and nothing is run."""
+        """Each bad command is rejected with a reason, and nothing runs."""
         path = self.script("script", "echo run >> got")
         for access, words, expect in (
             (STANZA, path, "SPA Command messages are not allowed in the current configuration."),
@@ -177,7 +177,7 @@ class CommandTest(CommandCase):
         self.assertEqual([], self.got())
 
     def test_bad_files(self) -> None:
-        """Users, groups and commands that are none stop the start, with file and line."""
+        """Unknown users, groups and programs stop the start, with file and line."""
         line = STANZA.count("\n") + 1
         for text, expected in (
                 ("CMD_EXEC_USER no-such-user", "CMD_EXEC_USER: expected a user of this host"),
@@ -220,7 +220,7 @@ class CycleTest(CommandCase):
 
     @needs_programs("fwknop")
     def test_the_real_client(self) -> None:
-        """What the log says, each port, and the client's own time."""
+        """The log, each port, and the time that the client asks for are right."""
         server = self.start(self.cycle(3, "MAX_FW_TIMEOUT 2\n"))
         mark = server.mark()
         server.knock(self.client, "-A", "tcp/22,udp/53", *TO_SERVER, program=FWKNOP)
@@ -239,7 +239,7 @@ class CycleTest(CommandCase):
         self.assertNotIn("Added access rule", server.log())
 
     def test_ports_that_are_denied(self) -> None:
-        """OPEN_PORTS and RESTRICT_PORTS hold, and nothing is run for a part of a request."""
+        """OPEN_PORTS and RESTRICT_PORTS hold, and a request is never granted in part."""
         server = self.start(self.cycle(60, "OPEN_PORTS tcp/22,tcp/23\nRESTRICT_PORTS tcp/23\n"))
         for ports in ("tcp/22,tcp/24", "tcp/22,tcp/23", "udp/22"):
             self.assertIn("One or more requested protocol/ports was denied",
@@ -270,7 +270,7 @@ class CycleTest(CommandCase):
             self.assertFalse(self.client.reaches(server, 22, address), address)
 
     def test_a_clean_stop_closes_at_once(self) -> None:
-        """Before the server ends, and once."""
+        """The cycle closes once, before the server ends."""
         server = self.start(self.cycle(600))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
@@ -283,7 +283,7 @@ class CycleTest(CommandCase):
         self.assertEqual([], self.processes())
 
     def test_a_reload_keeps_its_time(self) -> None:
-        """Whatever the new files say; the old command closes."""
+        """The old command closes at the old time, whatever the new files say."""
         server = self.start(self.cycle(long_enough(3)))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
@@ -301,7 +301,7 @@ class CycleTest(CommandCase):
         self.assertEqual(["open %s 22 6" % CLIENT4, "close %s 22 6" % CLIENT4], self.got())
 
     def test_a_killed_server(self) -> None:
-        """Its switch closes at nearly the same time, once; also after a new start."""
+        """The switch closes at nearly the same time, once; also after a new start."""
         server = self.start(self.cycle(long_enough(3), "CMD_EXEC_USER nobody\n"))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
@@ -317,7 +317,7 @@ class CycleTest(CommandCase):
         self.assertEqual(65534, os.stat(os.path.join(self.directory, "got")).st_uid)
 
     def test_a_close_that_an_earlier_server_has_left(self) -> None:
-        """What is opened again after a clean stop or kill -9 is closed by nobody but its server."""
+        """After a clean stop or kill -9, only the new server closes what it opened again."""
         access = self.cycle(600)
         self.script("open", 'touch door; echo "open $*" >> got')
         self.script("close", 'rm door && echo "close $*" >> got')
@@ -352,7 +352,7 @@ class CycleTest(CommandCase):
         self.assertEqual(1, self.closes())
 
     def test_a_knock_while_it_is_open(self) -> None:
-        """It closes later, and once."""
+        """The cycle closes later, and once."""
         first, second = long_enough(2), long_enough(4)
         server = self.start(self.cycle(first))
         server.knock(self.client, *KNOCK)

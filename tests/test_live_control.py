@@ -78,7 +78,7 @@ class Daemon:
 
     @property
     def pid(self) -> int:
-        """The pid in its pid file, 0 when there is none."""
+        """Return the pid in the pid file, 0 if there is none."""
         return int(read(self.path("run/fwknopd.pid")) or 0)
 
 
@@ -96,7 +96,7 @@ class NameTest(ControlTest):
     """Started as fwknopd."""
 
     def life(self, daemon: Daemon, reloads: bool = True) -> List[Any]:
-        """Return what each step of a life says, and how it ends."""
+        """Return the output and the exit code of each step of a life."""
         steps = [daemon.run()]
         wait_for(lambda: daemon.pid, "the pid file")
         pid = daemon.pid
@@ -114,7 +114,7 @@ class NameTest(ControlTest):
         return steps
 
     def test_life(self) -> None:
-        """The background, a second one there and in front, reload, status and end."""
+        """Start in the background, a second start there and in front, reload, status and end."""
         running = "[*] An instance of fwknopd is already running: (PID=PID)."
         self.assertEqual([
             (0, ""), (0, "Detected fwknopd is running (pid=PID)."), (0, running), (1, running),
@@ -141,7 +141,7 @@ class NameTest(ControlTest):
         self.assertEqual(said[0], said[1])
 
     def test_kill_comes_back_after_the_end(self) -> None:
-        """So that what follows in a script finds neither process nor lock."""
+        """The next line of a script finds neither the process nor its lock."""
         daemon = our_daemon(self)
         for _ in range(3):
             self.assertEqual((0, ""), daemon.run())
@@ -184,7 +184,7 @@ class NameTest(ControlTest):
         self.assertEqual((0, "Killed fwknopd (pid=PID) via SIGTERM"), daemon.run("-K"))
 
     def test_a_start_that_fails(self) -> None:
-        """Says why on stderr and by the exit code, and leaves no lock behind."""
+        """The server says why on stderr and by the exit code, and leaves no lock behind."""
         daemon = our_daemon(self, "%include none\n")
         code, text = daemon.run()
         self.assertEqual(3, code, text)
@@ -209,7 +209,7 @@ class ListTest(ControlTest):
         return sorted([*row[:4], row[6]] for row in rows)
 
     def test_who_opened_what(self) -> None:
-        """Stanza and user, also after a restart; the later of two who asked for more."""
+        """The list has stanza and user, also after a restart; of two, the one with more time."""
         def check(config: str) -> None:
             """One backend."""
             with Cable() as cable:
@@ -261,7 +261,7 @@ class ListTest(ControlTest):
         self.assertEqual([rule[0] for rule in rules(theirs)], [rule[0] for rule in rules(mine)])
 
     def test_list_all(self) -> None:
-        """And what the firewall itself prints: chains, sets and the rules around them."""
+        """The list also has what the firewall prints: chains, sets and the rules around them."""
         for config, expected in zip(BACKENDS, (
                 ["table inet ", "elements = { ", CLIENT4, "expires"],
                 ["Chain INPUT (policy ", "Chain FWKNOP_INPUT (1 references)", "TIME until date",
@@ -279,7 +279,7 @@ class ListTest(ControlTest):
                 server.stop()
 
     def test_nothing_to_list(self) -> None:
-        """Before the first start; a file that is wrong hides nothing of what is open."""
+        """Nothing is listed before the first start; a wrong file hides nothing that is open."""
         for config in BACKENDS:
             server = Server(self.host, config)
             self.assertEqual([], self.listed(server))
@@ -299,7 +299,7 @@ class SignalTest(ControlTest):
     """Signals, the lock, and the digest cache."""
 
     def test_the_control_socket_answers_root_alone(self) -> None:
-        """Whoever can reach it: the kernel says who asks."""
+        """Another user who can reach the socket gets no answer: the kernel tells the user."""
         directory = self.host.directory
         os.chmod(directory, 0o711)
         asked: Dict[str, str] = {}
@@ -331,7 +331,7 @@ class SignalTest(ControlTest):
         self.assertFalse(os.path.exists(control.path))
 
     def test_usr1_tells_and_goes_on(self) -> None:
-        """Packets by reason and grants (none with -t), since when; the server serves on."""
+        """SIGUSR1 logs counters by reason, grants (none with -t) and the time they began."""
         server = Server(self.host, "", STANZA, "-t").start()
         self.knock(server, "-A", "tcp/22")
         self.knock(server, "-A", "tcp/22", keys=["--key-rijndael", "k", "--key-hmac", "x"],
@@ -444,7 +444,7 @@ class LogTest(ControlTest):
             "Gracefully leaving")
 
     def lines(self, *command: str) -> List[str]:
-        """Return the log of a life, with N for what is another number each time."""
+        """Return the log of a life, with N for numbers that differ each time."""
         process = self.host.start(*command)
         process.wait_for(Server.READY)
         for expect, options in self.KNOCKS:
