@@ -23,7 +23,7 @@ LATENESS = 1.5  # iptables ends a grant by itself at the next whole second
 
 
 def launcher(*statements: str) -> List[str]:
-    """Return what starts the script behind it after some statements that change `spa_server`."""
+    """Return a command that runs `spa_server` after some statements that change it."""
     return [sys.executable, "-I", "-S", "-c", "\n".join([
         "import sys", "sys.dont_write_bytecode = True",
         "sys.path.insert(0, sys.argv[2].rpartition('/')[0])", "import spa_server",
@@ -63,11 +63,11 @@ class Setup(NamedTuple):
     mode: str  # "accept" or "guard"
 
     def __str__(self) -> str:
-        """Its name in a subtest."""
+        """Return its name in a subtest."""
         return "%s %s" % self
 
     def config(self) -> str:
-        """The directives that choose it."""
+        """Return the directives that choose it."""
         lines = ["FIREWALL_TYPE nft;"]
         if self.backend != NFT:
             lines = ["FIREWALL_TYPE iptables;", "FIREWALL_EXE %s;" % shutil.which(self.backend)]
@@ -87,7 +87,7 @@ def six(backend: str) -> str:
 
 
 def close_host(host: Host, backend: str, policy: str = "drop") -> None:
-    """Make the host's own firewall; `policy` is that for what comes in."""
+    """Make the host's own firewall, with this policy for incoming packets."""
     if backend == NFT:
         host.run("nft", "-f", "-", input=NFT_HOST.replace("drop", policy, 1))
         return
@@ -141,7 +141,7 @@ class Site:
         reached = began = 0.0
 
         def is_closed() -> bool:
-            """Try all of them."""
+            """Return whether none of them answers."""
             nonlocal reached, began
             reached, began = began, time.monotonic()
             return not any(self.client.probe(*targets, seconds=0.2))

@@ -150,7 +150,7 @@ class NameTest(ControlTest):
             self.assertEqual((1, "No running fwknopd detected."), daemon.run("-S"))
 
     def test_relative_paths_in_the_background(self) -> None:
-        """Files are read again from where it was started; a file that is gone stops no server."""
+        """A reload reads from where the server was started; a missing file stops no server."""
         daemon = our_daemon(self, "%include more\n")
         write(daemon.path("more"), STANZA)
         self.assertEqual((0, ""), daemon.run())
@@ -390,7 +390,7 @@ class SignalTest(ControlTest):
 
     @needs_programs("fwknop")
     def test_rotated_digests(self) -> None:
-        """The old file stays beside the new one; what it knows still opens nothing."""
+        """The old file stays beside the new one; its packets still open nothing."""
         server = Server(self.host, "", STANZA, "-t").start()
         path = self.client.path("packet")
         options = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]

@@ -155,7 +155,7 @@ class RoundTripTest(unittest.TestCase):
         in_parallel(self, SETUPS, check)
 
     def test_a_knock_for_what_is_open_extends_it(self) -> None:
-        """One rule or element with the later end, and never an earlier one."""
+        """A grant stays one rule or element, with the later end and never an earlier one."""
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -179,7 +179,7 @@ class RoundTripTest(unittest.TestCase):
 
 @needs_firewalls
 class LifeTest(unittest.TestCase):
-    """What becomes of grants when the server ends or reads its files again."""
+    """Grants when the server ends, or reads its files again."""
 
     def test_kill_with_open_grants(self) -> None:
         """The kernel closes on time alone; a new server goes on with the rest."""
@@ -359,7 +359,7 @@ class TamperTest(unittest.TestCase):
     """Somebody changes the firewall behind the server's back."""
 
     def attacks(self, site: Site) -> List[Tuple[str, Callable[[], Any]]]:
-        """Return what can be done to our chains, sets and rules, by name."""
+        """Return changes of our chains, sets and rules, by name."""
         host, setup = site.host, site.setup
         if setup == Setup(NFT, "guard"):
             return [
@@ -374,7 +374,7 @@ class TamperTest(unittest.TestCase):
         if setup == Setup(NFT, "accept"):
 
             def delete_our_rules() -> None:
-                """Take out the rules with our comment."""
+                """Delete the rules with our comment."""
                 listing = host.run("nft", "-a", "list", "chain", "inet", "filter", "input")
                 for handle in re.findall(r'comment "spa_server.py.*" # handle (\d+)', listing):
                     host.run("nft", "delete rule inet filter input handle " + handle)
@@ -407,7 +407,7 @@ class TamperTest(unittest.TestCase):
             everything = []
 
         def flush_everything() -> None:
-            """What a firewall script begins with."""
+            """Flush everything, as a firewall script begins."""
             for program in (setup.backend, six(setup.backend)):
                 host.run(program, *everything, "-F")
                 host.run_code(program, *everything, "-X")  # fails where the guard is back already
@@ -419,7 +419,7 @@ class TamperTest(unittest.TestCase):
         ] + [("-F and -X", flush_everything)]
 
     def test_what_somebody_took_is_put_back(self) -> None:
-        """It is noticed (by the kernel's events, or legacy iptables' poll), said, and mended."""
+        """The server notices (by the kernel's events, or a poll for legacy), says so, and mends."""
 
         def check(setup: Setup) -> None:
             """One backend in one mode, one attack after the other."""
@@ -431,7 +431,7 @@ class TamperTest(unittest.TestCase):
                     attack()
 
                     def mended(mark: int = mark) -> bool:
-                        """Whether all is as before, and was said."""
+                        """Return whether all is as before, and the log says so."""
                         log = site.server.log(mark)
                         return site.is_open() and bool(re.search("[Pp]ut(ting)? .*back", log))
 
@@ -448,7 +448,7 @@ class TamperTest(unittest.TestCase):
         in_parallel(self, SETUPS, check)
 
     def test_a_change_while_the_last_one_is_mended(self) -> None:
-        """It is not lost: somebody's changes rarely come alone."""
+        """The server does not miss it: somebody's changes rarely come alone."""
 
         def check(setup: Setup) -> None:
             """One backend that announces changes."""
@@ -468,7 +468,7 @@ class TamperTest(unittest.TestCase):
         in_parallel(self, [Setup(NFT, "guard"), Setup(IPTABLES_NFT, "guard")], check)
 
     def test_a_flush_in_the_middle_of_the_mending(self) -> None:
-        """Right after a program has put a part back, somebody takes it again."""
+        """Somebody deletes a part right after a program has put it back."""
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -491,7 +491,7 @@ class TamperTest(unittest.TestCase):
         in_parallel(self, GUARD_SETUPS, check)
 
     def test_the_hosts_chain_is_away_for_a_while(self) -> None:
-        """Meanwhile knocks are rejected; sets and rules come back with the chain."""
+        """The server rejects knocks meanwhile; sets and rules come back with the chain."""
         with Site(Setup(NFT, "accept")) as site:
             site.knock_both()
             mark = site.server.mark()
@@ -515,7 +515,7 @@ class TamperTest(unittest.TestCase):
             self.assertIn("inet filter input", text)
 
     def test_our_own_changes_are_not_taken_for_somebodys(self) -> None:
-        """Grants that open, extend and end leave no word about putting back."""
+        """The server logs no repair when grants open, extend and end."""
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -532,10 +532,10 @@ class TamperTest(unittest.TestCase):
 
 @needs_firewalls
 class FailureTest(unittest.TestCase):
-    """The firewall's program fails."""
+    """A program of the firewall that fails."""
 
     def test_a_failing_iptables(self) -> None:
-        """Nothing opens, the server lives, and what it can't close closes by itself."""
+        """Nothing opens, the server lives, and the kernel closes what the server can't."""
         seconds = long_enough(3)
 
         def check(setup: Setup) -> None:
@@ -613,7 +613,7 @@ class FailureTest(unittest.TestCase):
         in_parallel(self, [setup for setup in SETUPS if setup.backend != NFT], check)
 
     def test_a_failing_nft(self) -> None:
-        """It is an error, a knock is rejected, and all is well when nft works again."""
+        """The server logs it and rejects a knock; when nft works again, all is well."""
         with OldSite(Setup(NFT, "guard")) as site:
             program, broken = make_programs(site.host, NFT)
             site.server.stop()
@@ -660,10 +660,10 @@ print(len(firewall.grants()))
 
 @needs_firewalls
 class CloseManyTest(unittest.TestCase):
-    """Many elements of nft's sets leave in one transaction."""
+    """Many elements of nft's sets, deleted in one transaction."""
 
     def test_what_is_gone_or_changed_keeps_no_other_open(self) -> None:
-        """An element that has ended, a set that somebody took, a target that somebody changed."""
+        """An element that ended, a set that is gone and a changed target keep no other open."""
 
         def check(lines: Tuple[str, ...]) -> None:
             """One of them, on hosts of its own."""
@@ -683,7 +683,7 @@ class CloseManyTest(unittest.TestCase):
 
 @needs_firewalls
 class ShapeTest(unittest.TestCase):
-    """What rules and elements look like, and what the directives make of them."""
+    """The texts of rules and elements, and what directives change in them."""
 
     TIME = (
         r"-m time --datestop \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?: --utc)? "  # ours, fwknopd has none
@@ -848,7 +848,7 @@ while True:
 
 @needs_firewalls
 class GuardTest(unittest.TestCase):
-    """What the guard drops, what it lets be, and how long it stays."""
+    """Packets that the guard drops and accepts, and how long it stays."""
 
     def test_the_guard_stays_until_it_is_taken_away(self) -> None:
         """It outlives the server; --fw-flush closes grants; --unguard says what it opens."""
@@ -935,7 +935,7 @@ class GuardTest(unittest.TestCase):
             self.assertTrue(all(site.client.probe(*NOT_GRANTED)))
 
     def test_flush_while_the_server_runs(self) -> None:
-        """What the administrator closes with --fw-flush stays closed."""
+        """Doors that --fw-flush closes stay closed."""
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -957,7 +957,7 @@ class GuardTest(unittest.TestCase):
         in_parallel(self, GUARD_SETUPS, check)
 
     def test_connections_from_before_the_guard(self) -> None:
-        """They live on, also where the kernel tracked none until the guard asked for it.
+        """Connections live on, also if the kernel tracked none until the guard asked for it.
 
         Idle ones, of which the client says the next word; and their address opens nothing new.
         """
@@ -976,7 +976,7 @@ class GuardTest(unittest.TestCase):
         in_parallel(self, GUARD_SETUPS, check)
 
     def test_the_guard_needs_nothing_of_the_host(self) -> None:
-        """It stands, and comes back, while the host's chain that grants go to as well is away."""
+        """The guard stands, and comes back, while a chain of the host's is missing."""
         config = "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\nNFT_ACCEPT_CHAINS inet filter input;\n"
         with Cable() as cable:
             cable.server.listen(22)
@@ -1001,7 +1001,7 @@ class GuardTest(unittest.TestCase):
             self.assertEqual(0, server.stop())
 
     def test_all_tables_or_none(self) -> None:
-        """What the guard got is taken back when the host's table fails."""
+        """The server undoes a grant in the guard when the host's table fails."""
 
         def check(setup: Setup) -> None:
             """One backend; its accept rules have a target that there is not."""
@@ -1014,7 +1014,7 @@ class GuardTest(unittest.TestCase):
         in_parallel(self, [setup for setup in GUARD_SETUPS if setup.backend != NFT], check)
 
     def test_a_reload_without_a_place_for_a_grant(self) -> None:
-        """Closes it, says so, and goes on."""
+        """The reload closes the grant and says so; the server goes on."""
         with Site(Setup(NFT, "guard")) as site:
             site.knock_both()
             mark = site.server.mark()
@@ -1028,7 +1028,7 @@ class GuardTest(unittest.TestCase):
             self.assertNotIn("not as it should be", site.server.log(mark))
 
     def test_a_reload_that_fails_half_way(self) -> None:
-        """Leaves the old sockets, and no guard that no knock opens."""
+        """The old sockets stay, and no guard stays that no knock opens."""
         accept = "FIREWALL_TYPE nft;\nNFT_ACCEPT_CHAINS inet filter input;\n"
         with Cable() as cable:
             cable.server.listen(22)
@@ -1044,7 +1044,7 @@ class GuardTest(unittest.TestCase):
             self.assertTrue(cable.client.reaches(SERVER4, 22))
 
     def test_a_reload_from_one_backend_to_the_other(self) -> None:
-        """Takes guard and grants along, both ways; nft's socket stays whatever its port."""
+        """The reload moves guard and grants, both ways; nft's socket stays whatever its port."""
         seconds = str(long_enough(2))
         with Site(Setup(IPTABLES_NFT, "guard")) as site:
             for setup in (Setup(NFT, "guard"), Setup(NFT, "guard"), Setup(IPTABLES_NFT, "guard")):
@@ -1058,7 +1058,7 @@ class GuardTest(unittest.TestCase):
                 site.wait_closed(("", SERVER4, 24))
 
     def test_a_reload_to_another_chain(self) -> None:
-        """Takes the grants along, and leaves nothing in the old place."""
+        """The reload moves the grants, and leaves nothing in the old chain."""
         chain = "IPT_INPUT_ACCESS ACCEPT, %s, 1, FWKNOP_INPUT, 1;\n"
 
         def check(setup: Setup) -> None:
@@ -1076,7 +1076,7 @@ class GuardTest(unittest.TestCase):
         in_parallel(self, [setup for setup in ACCEPT_SETUPS if setup.backend != NFT], check)
 
     def test_a_chain_that_is_not_there(self) -> None:
-        """Is named with its directive, and what to do about it."""
+        """The error names the directive and the chain, and says what to do."""
         with Cable() as cable:
             server = Server(cable.server, "NFT_ACCEPT_CHAINS inet filter input;\n")
             code, text = server.command()
@@ -1085,7 +1085,7 @@ class GuardTest(unittest.TestCase):
             self.assertIn("start after the service that makes it", text)
 
     def test_a_broken_iptables_beside_nft(self) -> None:
-        """Neither keeps the server from its start nor --unguard from its work: neither runs it."""
+        """The server starts and --unguard works, since neither runs iptables."""
         with Cable() as cable:
             cable.server.listen(22)
             directory = cable.server.path("programs")
@@ -1106,7 +1106,7 @@ class GuardTest(unittest.TestCase):
             self.assertFalse(os.path.exists(ran))
 
     def test_two_chains_of_one_table(self) -> None:
-        """Share their sets; a clean stop takes rules and sets away."""
+        """Both chains share their sets; a clean stop removes rules and sets."""
         host = NFT_HOST.replace("chain input", "chain first {\n}\nchain input", 1)
         with Cable() as cable:
             cable.server.run("nft", "-f", "-", input=host)
@@ -1117,7 +1117,7 @@ class GuardTest(unittest.TestCase):
             self.assertNotIn("spa", cable.server.run("nft", "list ruleset"))
 
     def test_flush_of_what_somebody_added(self) -> None:
-        """An element without an end is closed by --fw-flush as well."""
+        """--fw-flush closes an element without an end as well."""
         with OldSite(Setup(NFT, "guard")) as site:
             for running in (True, False):
                 site.host.run("nft", "add element inet spa spa4 { %s . tcp . 22 }" % CLIENT4)
@@ -1129,7 +1129,7 @@ class GuardTest(unittest.TestCase):
                     site.server.stop()
 
     def test_a_guard_from_earlier_settings(self) -> None:
-        """Is warned of, and --unguard takes it away whatever the settings are now."""
+        """The start warns of it, and --unguard removes it whatever the settings are now."""
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -1154,7 +1154,7 @@ class GuardTest(unittest.TestCase):
         in_parallel(self, GUARD_SETUPS, check)
 
     def test_unguard_while_the_server_runs(self) -> None:
-        """It does what it says, or refuses."""
+        """--unguard does what it says, or refuses."""
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -1212,7 +1212,7 @@ class GuardTest(unittest.TestCase):
 
 @needs_firewalls
 class BrakeTest(unittest.TestCase):
-    """--fw-flush, --unguard and --guard: what they need, say and leave."""
+    """The needs, texts and leftovers of --fw-flush, --unguard and --guard."""
 
     NAT = ("ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_LOCAL_NAT Y;\nENABLE_IPT_SNAT Y;\n"
            "ENABLE_IPT_OUTPUT Y;\nIPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, MINE, 1;\n"
@@ -1229,7 +1229,7 @@ class BrakeTest(unittest.TestCase):
                 if re.search(r"^-[AN]|^\t\t(?!type )\S|chain [a-z]|FWKNOP|spa|MINE", line)]
 
     def test_nothing_is_left(self) -> None:
-        """After kill -9, without a readable file, and what the host has of its own stays."""
+        """--fw-flush and --unguard need no readable file, and leave the host's own rules."""
 
         def check(setup: Setup) -> None:
             """One backend in one mode, with NAT and a chain that only its jump tells of."""
@@ -1265,7 +1265,7 @@ class BrakeTest(unittest.TestCase):
         in_parallel(self, SETUPS, check)
 
     def test_a_guard_before_the_network(self) -> None:
-        """It closes without network and access.conf; a server adopts it, and nobody gets in."""
+        """--guard needs no network and no access.conf; a server adopts it, and nobody gets in."""
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -1304,7 +1304,7 @@ class BrakeTest(unittest.TestCase):
         in_parallel(self, GUARD_SETUPS, check)
 
     def test_no_guard_to_put_up(self) -> None:
-        """Without GUARD_PORTS, with a broken fwknopd.conf, or beside a server that has none."""
+        """--guard refuses: no GUARD_PORTS, a broken fwknopd.conf, a server without a guard."""
         with Cable() as cable:
             server = Server(cable.server, "FIREWALL_TYPE iptables;\n").start()
             for config, expected, message in (
@@ -1351,7 +1351,7 @@ class BrakeTest(unittest.TestCase):
         in_parallel(self, ("", "FIREWALL_TYPE iptables;\n", "ENABLE_IPT_OUTPUT Y;\n"), check)
 
     def test_rules_of_the_host_that_are_in_the_way(self) -> None:
-        """Those of the other backend, and those that turn connection tracking off."""
+        """The start tells of drops in another backend, and of rules that stop tracking."""
         guard, accept = Setup(NFT, "guard"), Setup(IPTABLES_NFT, "accept")
         legacy = Setup(IPTABLES_LEGACY, "accept")
         raw = ("-t", "raw", "-A", "PREROUTING", "-p", "tcp", "-j")
@@ -1360,7 +1360,7 @@ class BrakeTest(unittest.TestCase):
                    "priority raw; }; add rule inet t pre tcp dport 22 notrack")
 
         def check(case: Tuple[Setup, Tuple[str, ...], str]) -> None:
-            """What the start says after one command."""
+            """Compare the log of a start after one command."""
             setup, command, expected = case
             with Cable() as cable:
                 cable.server.run(*command)

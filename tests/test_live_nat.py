@@ -172,7 +172,7 @@ class ForwardTest(unittest.TestCase):
         in_parallel(self, SETUPS, check)
 
     def test_log_and_listing(self) -> None:
-        """fwknop's words for each kind, and what --fw-list says."""
+        """The log has fwknop's names of each kind, and --fw-list each door."""
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -218,7 +218,7 @@ class ForwardTest(unittest.TestCase):
         in_parallel(self, SETUPS, check)
 
     def test_what_is_routed_through_goes_on(self) -> None:
-        """Only what is sent to the gateway itself is led elsewhere, whoever is named as client."""
+        """DNAT leads only packets to the gateway itself, whichever client a packet names."""
         cases = (("", "tcp/22"), ("FORWARD_ALL Y\n", "tcp/9"))
 
         def check(case: Tuple[Setup, Tuple[str, str]]) -> None:
@@ -252,7 +252,7 @@ class ForwardTest(unittest.TestCase):
         in_parallel(self, list(itertools.product(BACKENDS, cases)), check)
 
     def test_force_nat(self) -> None:
-        """Leads to where the stanza says, whatever the packet asks for."""
+        """Doors lead to the target of the stanza, whatever the packet asks for."""
         access = "FORCE_NAT %s 8080\n"
 
         def check(setup: Setup) -> None:
@@ -331,10 +331,10 @@ class ForwardTest(unittest.TestCase):
 @needs_firewalls
 @needs_programs("fwknop")
 class SourceTest(unittest.TestCase):
-    """Where connections come from, for an inner host without a way back."""
+    """The source of connections, for an inner host without a way back."""
 
     def test_translated_sources(self) -> None:
-        """Masquerade, an address of the settings, and what the stanza says go before them."""
+        """Masquerade, an address of the settings, and before both that of the stanza."""
         forced = "FORCE_NAT %s 8080\n" % INNER4
         cases = (
             ("", "", GATE4, GATE6),
@@ -423,7 +423,7 @@ class LocalTest(unittest.TestCase):
 @needs_firewalls
 @needs_programs("fwknop")
 class LifeTest(unittest.TestCase):
-    """What becomes of NAT grants when the server ends or somebody changes the firewall."""
+    """NAT grants when the server ends, or somebody changes the firewall."""
 
     def test_kill_and_restart(self) -> None:
         """A killed server's grants end by themselves; a new server goes on with the rest."""
@@ -482,7 +482,7 @@ class LifeTest(unittest.TestCase):
         in_parallel(self, BACKENDS, check)
 
     def test_reload(self) -> None:
-        """Grants stay; without NAT in the new settings they are closed, and nothing is left."""
+        """Grants stay; new settings without NAT close them, and leave nothing."""
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -505,7 +505,7 @@ class LifeTest(unittest.TestCase):
         in_parallel(self, SETUPS, check)
 
     def test_a_flush_reaches_what_earlier_settings_left(self) -> None:
-        """Of another backend, too: with --fw-flush, and with FLUSH_IPT_AT_INIT."""
+        """--fw-flush and FLUSH_IPT_AT_INIT remove those of another backend, too."""
 
         def check(case: Tuple[Setup, bool]) -> None:
             """One backend, then none or another one without NAT."""
@@ -537,7 +537,7 @@ class LifeTest(unittest.TestCase):
         in_parallel(self, cases, check)
 
     def test_a_kernel_that_forwards_nothing(self) -> None:
-        """Is warned of at the start, as soon as NAT is enabled."""
+        """The start warns of it as soon as NAT is enabled."""
         with Site(NatSetup(NFT, "guard")) as site:
             self.assertNotIn("is forwarded while", site.server.log())
             site.server.stop()
@@ -569,7 +569,7 @@ class NameTest(unittest.TestCase):
             'mount --bind %s /etc/resolv.conf && exec "$@"' % (hosts, resolver), "sh")
 
     def test_names(self) -> None:
-        """Are looked up, in the client's family, while the server goes on; or refused."""
+        """The server looks names up in the client's family and goes on meanwhile; or it refuses."""
         cable = Cable()  # only for a directory that outlives the site
         try:
             hosts, resolver = cable.server.path("hosts"), cable.server.path("resolv.conf")

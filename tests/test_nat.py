@@ -163,7 +163,7 @@ JUDGED = (
 
 
 class NatCase(ServerCase):
-    """Settings, packets and what comes of them."""
+    """Settings, packets, and the doors that come of them."""
 
     def settings(self, text: str) -> Any:
         """Return the settings of these lines."""
@@ -183,7 +183,7 @@ class NatCase(ServerCase):
 
 
 class JudgeTest(NatCase):
-    """Which doors a packet opens."""
+    """The doors that a packet opens."""
 
     def judge(self, conf: str, lines: str, kind: int, text: str, nat: Optional[str],
               came: Any) -> Any:
@@ -218,7 +218,7 @@ class JudgeTest(NatCase):
         self.assertEqual(REFUSED + " (10.77.0.1 is no address of this host)", found)
 
     def test_own_addresses(self) -> None:
-        """As the kernel knows them."""
+        """The kernel knows its own addresses."""
         if not hasattr(socket, "AF_NETLINK"):
             skip("no netlink on this system")
         for text, own in (("127.0.0.1", True), ("127.7.7.7", True), ("192.0.2.9", False),
@@ -227,7 +227,7 @@ class JudgeTest(NatCase):
 
 
 class ConfigTest(ConfigCase):
-    """What has to go together stops the start, with file and line."""
+    """Directives that need each other stop the start, with file and line."""
 
     def test_stanzas_that_lack_a_directive(self) -> None:
         """Exit code 3 and one line."""
@@ -251,7 +251,7 @@ class ConfigTest(ConfigCase):
                 self.assertIn("/access.conf:4: " + expected, said[0])
 
     def test_ports_that_no_guard_holds(self) -> None:
-        """Are told, where nothing but the guard could close them."""
+        """The start tells of ports that the guard alone could close."""
         guard, stanza = "GUARD_PORTS tcp/22, udp/53;\n", "SOURCE ANY\n" + KEYS
         more = " is not in GUARD_PORTS: a knock changes nothing for it"
         for conf, access, expected in (
@@ -272,7 +272,7 @@ class ConfigTest(ConfigCase):
             self.assertEqual(expected, server.port_warnings(settings, stanzas), (conf, access))
 
     def test_stanzas_that_lack_nothing(self) -> None:
-        """And what is off needs nothing."""
+        """A feature that is off needs no directive."""
         for conf, lines in (
                 ("", "FORCE_MASQUERADE N\nFORWARD_ALL N\nDISABLE_DNAT Y"),
                 (LOCAL, "FORCE_NAT 10.1.1.1 22"), (FORWARDING, "FORCE_NAT fd66::1 22"),
@@ -349,7 +349,7 @@ class IptablesTest(NatCase):
             self.assertEqual(expected, self.rule(chain, made))
 
     def test_the_guard_lets_through_what_is_translated(self) -> None:
-        """By a rule of its own, which is no grant of the port itself, nor one the other's."""
+        """The guard has a rule of its own for them. It is no grant of the port, nor the reverse."""
         made = nat_door("DNAT", "10.55.0.2/32 tcp/22", "192.168.10.55", 8080)
         text = self.rule(PASS_CHAIN, made)
         self.assertEqual("-s 10.55.0.2/32 -p tcp -m tcp --dport 22 -m conntrack --ctstate NEW "
@@ -385,7 +385,7 @@ class IptablesTest(NatCase):
         return made
 
     def test_rule_and_parse_rule_are_inverse(self) -> None:
-        """Random doors of every kind, and in no other chain."""
+        """Random doors of every kind come back from their rules, in no other chain."""
         draw = random.Random(366)
         chains = (FORWARD_CHAIN, DNAT_CHAIN, SNAT_CHAIN, MASQUERADE_CHAIN)
         for _ in range(200):
@@ -398,7 +398,7 @@ class IptablesTest(NatCase):
                         self.assertIsNone(server.parse_rule(line, other))
 
     def test_rules_that_are_no_grants(self) -> None:
-        """Of other shapes than ours."""
+        """Rules of other forms than ours are no grants."""
         exp = " -m comment --comment _exp_1795370290 -j "
         port = " -p tcp -m tcp --dport 22"
         for chain, text in (
@@ -433,10 +433,10 @@ SHAPED = (
 
 
 class NftTest(unittest.TestCase):
-    """Shapes of sets and maps, and their elements."""
+    """The types of sets and maps, and their elements."""
 
     def test_elements_and_doors_are_inverse(self) -> None:
-        """Key and value of every kind of door, and only as long as they have to be."""
+        """Every kind of door comes back from key and value; those of another length are none."""
         for name, made in SHAPED:
             with self.subTest(name=name):
                 set_type = server.set_type_of(made)
@@ -452,14 +452,14 @@ class NftTest(unittest.TestCase):
                 self.assertIsNone(set_type.door(key[:-1], value))
 
     def test_bytes(self) -> None:
-        """As nft itself sends them."""
+        """Key and value are those that nft itself sends."""
         made = SHAPED[0][1]
         set_type = server.set_type_of(made)
         self.assertEqual(b"\x0a\x37\0\2" b"\6\0\0\0" b"\0\x16\0\0", set_type.key(made))
         self.assertEqual(b"\xc0\xa8\x0a\x37" b"\x1f\x90\0\0", set_type.value(made))
 
     def test_language(self) -> None:
-        """Maps, sets and rules."""
+        """The lines for maps, sets and rules are in nft's language."""
         chain = server.NAT_TABLE
         for number, creation, rule in (
                 (0, "add map inet spa_nat spa4_dnat { type ipv4_addr . inet_proto . inet_service : "
@@ -497,13 +497,13 @@ class GrantsTest(NatCase):
         self.grants = server.Grants(self.firewall, self.log, self.clocks)
 
     def live(self) -> List[str]:
-        """Return what is open, and for how long."""
+        """Return the open doors, and for how long."""
         self.assertEqual(self.grants.live, self.firewall.rules)
         return sorted("%s %d" % (each.door.describe(), each.ends - self.clock.mono_time)
                       for each in self.grants.live.values())
 
     def test_the_newest_target_takes_the_place(self) -> None:
-        """And has the newest time, also a shorter one; others stay."""
+        """The door then has the newest time, also a shorter one; others stay."""
         first, second = (nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.2", port)
                          for port in (80, 81))
         other = nat_door("DNAT", "10.55.0.3/32 tcp/22", "10.66.0.2", 80)
@@ -532,7 +532,7 @@ class GrantsTest(NatCase):
         self.assertEqual([first], list(self.grants.live))
 
     def test_nobody_leads_another_stanzas_clients_elsewhere(self) -> None:
-        """Neither by the same match nor by a wider one, while it is open; the same is no harm.
+        """A door with the same match or a wider one is refused; the same target does no harm.
 
         A longer time does not make a door another stanza's, and nobody owns what was open before.
         """
@@ -576,7 +576,7 @@ class GrantsTest(NatCase):
                           % word, self.logged())
 
     def test_what_the_hosts_firewall_sees_to(self) -> None:
-        """nftables without NFT_FORWARD_CHAINS; iptables' forms."""
+        """nftables has no FORWARD doors without its chains; iptables stores fewer addresses."""
         form = server.NftFirewall.normalise  # type: Any
         forward = nat_door("FORWARD", "10.55.0.2/32 tcp/80 10.66.0.2")
         self.assertIsNone(form(mock.Mock(forward=()), forward))
@@ -635,7 +635,7 @@ class NameTest(NatCase):
         return payload
 
     def test_a_name(self) -> None:
-        """Is looked up in the client's family; others are served meanwhile; a replay is one."""
+        """The server looks it up in the client's family, serves others, and rejects a replay."""
         payload = self.knock("inner.example")
         self.assertEqual([], self.firewall.doors())
         self.made.gate.receive(datagram(payload))
@@ -678,7 +678,7 @@ class NameTest(NatCase):
         self.assertEqual(2, len(self.firewall.doors()))
 
     def test_a_reload_comes_between(self) -> None:
-        """The stanza may not be there any more, so nothing is opened."""
+        """Nothing opens, since the stanza may be gone."""
         self.knock("inner.example")
         stanzas = self.stanzas("SOURCE ANY\n" + KEYS)
         self.made.gate.configure(self.made.configuration._replace(stanzas=stanzas))
@@ -688,7 +688,7 @@ class NameTest(NatCase):
         self.assertEqual([], self.firewall.doors())
 
     def test_a_mistake_of_ours(self) -> None:
-        """Does not end the server."""
+        """A mistake of ours does not end the server."""
         self.knock("inner.example")
         with mock.patch.object(self.made.grants, "grant", side_effect=AttributeError):
             self.gate.set()
@@ -702,7 +702,7 @@ class NameTest(NatCase):
         self.assertIsNone(server.resolve_name("x" * 64 + ".", 4))
 
     def test_a_name_that_took_too_long(self) -> None:
-        """Is none: the client has given up, and may have another address by now."""
+        """A late answer is none: the client has given up, and may have another address by now."""
         for seconds, found in ((4.9, address("192.0.2.7")), (5.1, None)):
             tick = iter((100.0, 100.0 + seconds)).__next__
             self.assertEqual(found, server.resolve_name("192.0.2.7", 4, tick))

@@ -1779,7 +1779,7 @@ class CaptureTest(ServerCase):
 # ------------------------------------------------------------------- firewall texts
 
 class IptablesTest(unittest.TestCase):
-    """Rules as text, there and back. What the kernel makes of them is tested live."""
+    """Rules as text, there and back. Live tests show what the kernel makes of them."""
 
     def program(self, dated: bool = True) -> Any:
         """Return the programs, which are not started."""
@@ -1807,7 +1807,7 @@ class IptablesTest(unittest.TestCase):
                       self.program().rule(into, ssh._replace(expires=1795372683)))
 
     def test_rule_and_parse_rule_are_inverse(self) -> None:
-        """Random doors of both families, with and without destination, in and out."""
+        """Random doors of both families come back from their rules."""
         draw = random.Random(36)
         for _ in range(500):
             version = draw.choice((4, 6))
@@ -1825,7 +1825,7 @@ class IptablesTest(unittest.TestCase):
             self.assertIsNone(server.parse_rule("-A OTHER " + text, chain))
 
     def test_rules_that_are_no_grants(self) -> None:
-        """Of other chains, without our comment, or of shapes that we do not make."""
+        """Rules of other chains, without our comment, or of another form are no grants."""
         chain = server.GrantChain("filter", "FWKNOP_INPUT", "ACCEPT")
         rest = " -m comment --comment _exp_1795370283 -j ACCEPT"
         for line in (
@@ -1882,10 +1882,10 @@ class AnsweringSocket:
 
 
 class NetlinkTest(unittest.TestCase):
-    """What the kernel refuses before it answers."""
+    """Errors of the socket before the kernel answers."""
 
     def test_errors_are_command_errors(self) -> None:
-        """So that they are tried again, and do not end the server."""
+        """An error of the socket is one that the server tries again, and does not end it."""
         if not hasattr(socket, "AF_NETLINK"):
             skip("no netlink on this system")
         netlink = server.Netlink.open()
@@ -1900,7 +1900,7 @@ class NetlinkTest(unittest.TestCase):
 
 
 class NftTest(unittest.TestCase):
-    """Shapes of sets and their elements, and netlink attributes."""
+    """The types of sets, their elements, and netlink attributes."""
 
     def test_key_and_door_are_inverse(self) -> None:
         """Every kind of door comes back from the bytes of its element."""
@@ -1927,7 +1927,7 @@ class NftTest(unittest.TestCase):
             self.assertIsNone(set_type.door(key))
 
     def test_names_of_sets(self) -> None:
-        """One for each type."""
+        """Each type has its name, and the name its type."""
         for set_type, name in (((4, 32, False), "spa4"), ((4, 24, True), "spa4_24_to"),
                             ((6, 128, True), "spa6_to"), ((6, 56, False), "spa6_56")):
             self.assertEqual(name, server.SetType(*set_type).name)
@@ -1971,7 +1971,7 @@ class NftTest(unittest.TestCase):
             server.attributes(b"\3\0\1\0zzzz")
 
     def test_messages(self) -> None:
-        """Several in one answer of the kernel."""
+        """One answer of the kernel may hold several messages."""
         one = struct.pack("=IHHII", 20, 5, 0, 1, 77) + b"body"
         two = struct.pack("=IHHII", 21, 6, 0, 1, 78) + b"xxxxx\0\0\0"
         self.assertEqual([(5, 77, b"body"), (6, 78, b"xxxxx")],
