@@ -853,7 +853,7 @@ class Settings:
     resolve_ipv4 = flag("SERVER_RESOLVE_IPV4", "use IPv4 to the server")
     nat_local = flag("NAT_LOCAL", "the server itself is the NAT's target")
     nat_rand_port = flag("NAT_RAND_PORT", "reach the target by a random port")
-    nat_port = optional("NAT_PORT", parse_port, "reach it by this port instead of that of ACCESS")
+    nat_port = optional("NAT_PORT", parse_port, "reach the target by this port, not that of ACCESS")
     verbose = flag("VERBOSE", "print what is sent")
     resolve_http = flag("RESOLVE_IP_HTTP", "the same as RESOLVE_IP_HTTPS")
     resolve_https = flag("RESOLVE_IP_HTTPS", "let a web page tell our address")
@@ -887,7 +887,7 @@ class Settings:
     icmp_type = setting("icmp_type", number_parser(0, 40, "a type of ICMP"), "0", "for -P icmp")
     icmp_code = setting("icmp_code", number_parser(0, 15, "a code of ICMP"), "0", "for -P icmp")
     save_packet = optional("save_packet", parse_text, "also write the packet to this file")
-    save_append = flag("save_append", "append it to the file of -B")
+    save_append = flag("save_append", "append the packet to the file of -B")
     save_stanza = flag("save_stanza", "save the options in the rc file")
     force_stanza = flag("force_stanza", "overwrite keys there without asking")
     save_args_file = optional("save_args_file", parse_text, "file for -l instead of ~/.fwknop.run")
@@ -1009,7 +1009,7 @@ m  digest-type          NAME      DIGEST_TYPE
 M  encryption-mode      NAME      ENCRYPTION_MODE
 U  spoof-user           NAME      SPOOF_USER
 -  time-offset-plus     TIME      TIME_OFFSET
--  time-offset-minus    TIME      TIME_OFFSET=-         subtract it
+-  time-offset-minus    TIME      TIME_OFFSET=-         subtract this from the time
 k  key-gen              -         key_gen=Y
 K  key-gen-file         FILE      key_gen_file
 -  key-len              BYTES     key_length
@@ -1060,7 +1060,7 @@ b  save-packet-append   -         save_append=Y
 -  save-rc-stanza       -         save_stanza=Y
 -  force-stanza         -         force_stanza=Y
 l  last-cmd             -         last_command=Y        use the options of the last knock as well
--  show-last            -         show_last=Y           print them; keys are never among them
+-  show-last            -         show_last=Y           print these options; no key is among them
 E  save-args-file       FILE      save_args_file
 -  no-save-args         -         NO_SAVE_ARGS=Y
 -  fault-injection-tag  TAG       fault_tag
@@ -2566,11 +2566,6 @@ def make_message(settings: Settings, allow_ip: str) -> Message:
             nat = f"{host},{inner or int(port)}"
         if settings.nat_port:
             asked = f"{protocol}/{settings.nat_port}"
-        if settings.nat_rand_port:
-            settings.nat_rand_port = False  # print the port once, not for each packet
-            inside = f" will grant access to: '{nat}'" if nat else ""
-            say(f"[+] Randomly assigned port '{settings.nat_port}' on:"
-                f" '{allow_ip},{asked}'{inside}")
     if settings.timeout:
         number = {ACCESS: TIMEOUT_ACCESS, NAT_ACCESS: TIMEOUT_NAT_ACCESS,
                   LOCAL_NAT: TIMEOUT_LOCAL_NAT}.get(number, number)
@@ -2665,9 +2660,16 @@ class Knock:
                 say(f"send_spa_packet: bytes sent: {sent}")
 
     def build(self, allow_ip: str) -> "Tuple[str, str]":
-        """Return a fresh packet that asks to open for `allow_ip`, and its dump."""
+        """Return a fresh packet that asks to open for `allow_ip`, and its dump.
+
+        Print the random port of a NAT with the first packet, and write each to the file of -B.
+        """
         settings, (key, hmac_key) = self.settings, self.keys
         message = make_message(settings, allow_ip)
+        if settings.nat_rand_port:
+            settings.nat_rand_port = False
+            inside = f" will grant access to: '{message.nat}'" if message.nat else ""
+            say(f"[+] Randomly assigned port '{settings.nat_port}' on: '{message.text}'{inside}")
         plaintext = add_digest(encode_message(message), settings.digest_type)
         if settings.mode == GPG:
             data = encrypt_gpg(settings, plaintext, key)
