@@ -16,6 +16,8 @@ from typing import Any, List, Sequence, Tuple
 from unittest import mock
 
 import keygen
+import spa_client as client
+import spa_server as server
 from tests.support import (TOP, DirectoryCase, captured, needs_programs, needs_root,
                            run, run_blocked, write)
 
@@ -427,6 +429,29 @@ class AppendTest(FileTestCase):
                 self.assertEqual((1, ""), (code, out))
                 self.assertRegex(err, r"\Akeygen\.py: /\S+: [^\n]+\n\Z")
         self.assertEqual(["loop", "pipe"], sorted(os.listdir(self.directory)))
+
+
+class ErrorTest(unittest.TestCase):
+    """Errors are one line, in keygen.py as in the two other scripts."""
+
+    def test_explain(self) -> None:
+        """The name is the caller's, or that of the OSError's file, or the line of the script."""
+        for script in (keygen, client, server):
+            error, text = OSError(13, "Permission denied", "/f"), "Permission denied"
+            self.assertEqual(f"/f: {text}", script.explain(error))
+            self.assertEqual(f"gate: {text}", script.explain(error, "gate"))
+            self.assertRegex(script.explain(OSError(13, text)), rf"\Aline \d+: {text}\Z")
+            self.assertEqual("timed out", script.explain(ValueError("timed out")))
+            self.assertEqual("gate: timed out", script.explain(OSError("timed out"), "gate"))
+            self.assertEqual("do it", script.SpaError("this", "do it").hint)
+            self.assertEqual("this", script.explain(script.SpaError("this", "do it")))
+
+    def test_an_error_that_no_code_expects(self) -> None:
+        """A directory that was removed below us: one line, which names the script's line."""
+        with mock.patch.object(os, "getcwd", side_effect=FileNotFoundError(2, "No such file")):
+            code, out, err = call(*WORK, "--access-file", "access.conf")
+        self.assertEqual((1, ""), (code, out))
+        self.assertRegex(err, r"\Akeygen\.py: line \d+: No such file\n\Z")
 
 
 class CrashTest(FileTestCase):
