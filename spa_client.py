@@ -13,8 +13,7 @@ It also knocks on ports in their order, as `knock` does for knockd: before the p
 KNOCK_SEQUENCE is set, and instead of the packet if there are no keys. --knock takes the command
 line of `knock`; so does a link of that name to this file.
 
-Comments cite tests/spec/fwknop.md and tests/spec/knockd.md by section. These files describe the
-formats and the behaviour of fwknop and knockd.
+Comments cite sections of tests/spec/fwknop.md and tests/spec/knockd.md, which describe both.
 
 The way of a packet, with the sections that it leads through:
 
@@ -2406,10 +2405,10 @@ def copy(read: "Callable[[int], bytes]", write: "Callable[[memoryview], int]") -
 def relay(link: "socket.socket") -> int:
     """Copy standard input to a connection and the connection to standard output, until both end.
 
-    The end of one direction is passed on, and the other goes on. Each has a thread that blocks: so
-    a slow reader slows the sender, and any kind of file will do, also on Windows. Return the exit
-    code for os._exit(): the thread may still be reading, and Python's own exit crashes now and then
-    when a thread returns to an interpreter that is half gone.
+    The end of one direction is passed on, and the other goes on. Each has a thread that blocks, so
+    a slow reader slows the sender; that works for any kind of file, also on Windows. Return the
+    exit code for os._exit(): the thread may still be reading, and Python's own exit crashes now and
+    then when a thread returns to an interpreter that is half gone.
     """
     import _thread
     sent = _thread.allocate_lock()
@@ -2660,10 +2659,7 @@ class Knock:
                 say(f"send_spa_packet: bytes sent: {sent}")
 
     def build(self, allow_ip: str) -> "Tuple[str, str]":
-        """Return a fresh packet that asks to open for `allow_ip`, and its dump.
-
-        Print the random port of a NAT with the first packet, and write each to the file of -B.
-        """
+        """Return a fresh packet and its dump; print a random NAT port once, write -B's file."""
         settings, (key, hmac_key) = self.settings, self.keys
         message = make_message(settings, allow_ip)
         if settings.nat_rand_port:
@@ -2703,8 +2699,7 @@ class Knock:
         import errno
         begin, settings = time.monotonic(), self.settings
         seconds = settings.wait or WAIT_SECONDS
-        link, error = wait_until_open(addresses, seconds, self.send,
-                                      settings.sequence is not None)
+        link, error = wait_until_open(addresses, seconds, self.send, bool(settings.sequence))
         if link is None:
             why = {0: "nothing answers. The server rejected the knock (its log says why), opened"
                       " for another address than ours, or does not get our packets",
@@ -2778,8 +2773,7 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
             raise UsageError("-l needs a home directory, or -E")
         kept = split_arguments(read_private(saved))
         if "show_last" in given:
-            say("Last fwknop client command line: "
-                + format_arguments(parse_command_line(kept)[0]))
+            say("Last fwknop client command line: " + format_arguments(parse_command_line(kept)[0]))
             return False
         given, operands, command = parse_command_line(kept + arguments)
     if "help" in given:
