@@ -5728,7 +5728,7 @@ class IptablesFirewall(Firewall):
                                  "without GUARD_PORTS no port is hidden")
         program.commit({table: changes})
         jumps = [change for change in changes if change.startswith("-I")]
-        for chain in access if version == 4 else []:  # fwknopd logs each once
+        for chain in access if version == 4 else []:  # once, not for IPv6 again
             if any(jump.endswith(f" -j {chain.name}") for jump in jumps):
                 self.log.info(f"Added jump rule from chain: {chain.from_chain} "
                               f"to chain: {chain.name}")
