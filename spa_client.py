@@ -1831,8 +1831,7 @@ def check_keys(key: bytes, hmac_key: "Optional[bytes]", mode: str) -> None:
         warn("the encryption key is empty: everybody can read this packet")
 
 
-# Bytes of a new HMAC key, as fwknop chooses them (fwknop.md 2.4). It has none for SHA-3: 64 bytes
-# are as long as the longest digest, and fit into one block of both SHA-3 digests.
+# Bytes of a new HMAC key as fwknop chooses them (fwknop.md 2.4); for SHA-3 as keygen.py does.
 HMAC_KEY_LENGTHS = {"MD5": 16, "SHA1": 20, "SHA256": 64, "SHA384": 128, "SHA512": 128,
                     "SHA3_256": 64, "SHA3_512": 64}
 
@@ -1972,9 +1971,8 @@ MAX_ADDRESSES = 16  # of one server: a forged DNS answer must not make us send w
 
 def find_addresses(host: str, port: int, family: int) -> "List[Address]":
     """Return the addresses of a host, each once; raise SpaError if the resolver knows none."""
-    name = encode_host(host)
     with errors_named(host):
-        found = socket.getaddrinfo(name, port, family, socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(encode_host(host), port, family, socket.SOCK_DGRAM)
     addresses = {(each[0], each[4]): None for each in found}  # type: Dict[Address, None]
     return list(addresses)[:MAX_ADDRESSES]
 
@@ -2588,8 +2586,8 @@ class Knock:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.first = settings, True
         self.keys = (None, None)  # type: Tuple[Optional[bytes], Optional[bytes]]
-        host, port = settings.http_proxy or (settings.server or "", 0)
-        self.host, self.port = host, port or settings.port
+        self.host, port = settings.http_proxy or (settings.server or "", 0)
+        self.port = port or settings.port
         self.knock_at = self.send_to = []  # type: List[Address]
         self.chosen = {}  # type: Dict[Any, str]  # peer of a link -> address to open for
 
