@@ -342,10 +342,7 @@ class Aes:
 
 def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
                  salt: bytes) -> "Tuple[bytes, bytes]":
-    """Return the AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes, with MD5 and count 1.
-
-    `openssl enc -md md5` does the same. `md5` returns the digest of its argument.
-    """
+    """Return the AES-256 key and IV of `openssl enc -md md5`: EVP_BytesToKey with count 1."""
     first = md5(secret + salt)
     second = md5(first + secret + salt)
     return first + second, md5(second + secret + salt)

@@ -150,10 +150,7 @@ class UsageError(SpaError):
 
 
 class CommandError(SpaError):
-    """A failure of a program or of the kernel.
-
-    `number` is the kernel's errno, `said` the last line of a program.
-    """
+    """A failure of a program, whose last line is `said`, or of the kernel: errno `number`."""
 
     def __init__(self, message: str, number: int = 0, said: str = "", hint: str = "") -> None:
         super().__init__(message, hint)
@@ -191,17 +188,13 @@ def frames(error: Exception) -> List[Tuple[str, int]]:
 
 
 class Datagram(NamedTuple):
-    """A datagram that came in. Addresses are packed: 4 bytes or 16.
+    """A datagram that came in. Addresses are packed: 4 bytes or 16."""
 
-    A knock packet, perhaps a step of a sequence, has neither payload nor source port. For an ICMP
-    echo request, the destination port is the number of its data bytes.
-    """
-
-    payload: bytes
+    payload: bytes  # empty in a knock packet, perhaps a step of a sequence
     source: bytes
-    source_port: int
+    source_port: int  # 0 in a knock packet
     destination: bytes
-    destination_port: int
+    destination_port: int  # of an ICMP echo request, the number of its data bytes
     protocol: int = 17  # IP's number of UDP, TCP or ICMP; ICMP has no ports
     flags: int = 0  # TCP's, of a knock packet
 
@@ -212,18 +205,14 @@ INPUT, FORWARD, DNAT, SNAT, MASQUERADE = "access", "FORWARD", "DNAT", "SNAT", "M
 
 
 class Door(NamedTuple):
-    """A door that a grant opens: from a network to an address (None: to any) and a port.
-
-    Protocol "*" with port 0 is everything. A DNAT door leads to `target` and `target_port`; an SNAT
-    door makes `target` the source.
-    """
+    """A door that a grant opens: from a network to an address (None: to any) and a port."""
 
     source: Network
     destination: Optional[Address]
-    protocol: str
+    protocol: str  # "*" with port 0 is everything
     port: int
     kind: str = INPUT
-    target: Optional[Address] = None
+    target: Optional[Address] = None  # where DNAT leads to, or the source that SNAT gives
     target_port: int = 0
 
     def __str__(self) -> str:
@@ -265,17 +254,13 @@ class Door(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """An open door. It ends at `ends` on the monotonic clock, which is `expires` in epoch seconds.
-
-    `stanza_number` names the stanza that opened it; 0 is unknown. The server closes an `early`
-    grant before the kernel would end it.
-    """
+    """An open door."""
 
     door: Door
-    expires: int
-    ends: float
-    stanza_number: int = 0
-    early: bool = False
+    expires: int  # epoch seconds
+    ends: float  # the same time on the monotonic clock
+    stanza_number: int = 0  # of the stanza that opened it; 0 is unknown
+    early: bool = False  # whether the server closes it before the kernel would end it
 
 
 # ======================================================================================
@@ -377,10 +362,7 @@ class Aes:
 
 def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
                  salt: bytes) -> "Tuple[bytes, bytes]":
-    """Return the AES-256 key and the IV that OpenSSL's EVP_BytesToKey makes, with MD5 and count 1.
-
-    `openssl enc -md md5` does the same. `md5` returns the digest of its argument.
-    """
+    """Return the AES-256 key and IV of `openssl enc -md md5`: EVP_BytesToKey with count 1."""
     first = md5(secret + salt)
     second = md5(first + secret + salt)
     return first + second, md5(second + secret + salt)
@@ -612,10 +594,7 @@ class Keys:
         self.malformed = PacketRejected if compute_tag else WrongKey  # may have another's tag
 
     def authentic(self, payload: bytes) -> bool:
-        """Tell whether the tag at the end of a packet is right; True without an HMAC key.
-
-        Nothing uses a key before this, and junk reaches no other use of one.
-        """
+        """Tell whether a packet's tag is right, the first use of a key; True without HMAC."""
         if self.compute_tag is None:
             return True
         return compare_digest(encode_base64(self.compute_tag(payload[:-self.tag_length])),
@@ -641,17 +620,14 @@ class PacketKeys(Keys):
         self.cipher = AesInverse if hmac_key else fastest_cipher()
 
     def decrypt(self, ciphertext: bytes) -> bytes:
-        """Return the plaintext of "Salted__", salt and encrypted blocks; WrongKey if it is none.
-
-        A plaintext begins with sixteen digits, so one block is enough to tell a wrong key.
-        """
+        """Return the plaintext of "Salted__", salt and encrypted blocks; WrongKey if it is none."""
         if not ciphertext.startswith(b"Salted__"):
             raise self.malformed("malformed", invalid_data("ENCRYPT_TYPE_UNKNOWN"))
         if len(ciphertext) % 16 or len(ciphertext) < 48:
             raise self.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = self.cipher(key)
-        try:
+        try:  # a plaintext begins with sixteen digits: one block is enough to tell a wrong key
             expect(decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit(), "digits")
             return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
         except ValueError:
@@ -669,7 +645,7 @@ class PacketKeys(Keys):
 MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # tests/spec/fwknop.md 1.10
 GPG_LENGTH = 400  # from here on a packet is GPG's (tests/spec/fwknop.md 1.9)
 GPG_PREFIX = b"hQ"  # no client sends it before its GPG packet, but the HMAC covers it
-GPG_WHOLE = (b"h", b"w")  # a GPG packet that begins so was sent whole (gpg_prefix)
+GPG_WHOLE = (b"h", b"w")  # a GPG packet sent whole begins so; one of AES with 8, 9, + or /
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
 NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
@@ -772,10 +748,7 @@ def gpg_prefix(payload: bytes) -> bytes:
 
 
 def is_gpg(payload: bytes) -> bool:
-    """Tell whether it is a GPG packet: by its length, as in fwknop, or by its first character.
-
-    Curve25519's can be shorter; one of AES begins with 8, 9, + or / (tests/spec/fwknop.md 1.1).
-    """
+    """Tell whether it is a GPG packet: by its length, or by its beginning if it is short."""
     return len(payload) >= GPG_LENGTH or payload.startswith(GPG_WHOLE)
 
 
@@ -913,10 +886,9 @@ def is_port(text: str) -> bool:
 
 def parse_port(text: str) -> Port:
     """Parse `tcp/22` or `udp/53` to (protocol, port)."""
-    protocol, _, number = text.partition("/")
-    expect(protocol in PROTOCOL_NUMBERS and is_port(number),
-           "tcp/PORT or udp/PORT, PORT 1 to 65535")
-    return protocol, int(number)
+    protocol, _, port = text.partition("/")
+    expect(protocol in PROTOCOL_NUMBERS and is_port(port), "tcp/PORT or udp/PORT, PORT 1 to 65535")
+    return protocol, int(port)
 
 
 def parse_address(text: str) -> Address:
