@@ -1029,13 +1029,10 @@ class Settings:
         return [ignored] if isinstance(row, Ignored) else []
 
     def set_defaults(self) -> None:
-        """Give each directive that is not set its default. Call this after the last file is read.
-
-        A default may begin with another directive ($FWKNOP_RUN_DIR), whose value it waits for.
-        """
+        """Give each unset directive its default. Call this after the last file is read."""
         for attribute, value in self.defaults().items():
             self.__dict__.setdefault(attribute, value)
-        for row in self.rows():
+        for row in self.rows():  # the rest: these begin with another directive ($FWKNOP_RUN_DIR)
             if row.attribute not in self.__dict__:
                 self.__dict__[row.attribute] = row.parse(self.expand(row.default))
 
@@ -1259,11 +1256,10 @@ def decode_header(packet: bytes) -> Optional[Tuple[int, int, int, int, bytes, by
     """Return an IP packet's protocol, where its data begin and end, fragment, source, destination.
 
     Fragment 0 is a whole packet, else IPv4's flag and offset. Return None for a broken header.
-    RFC 791 section 3.1, RFC 8200 sections 3 and 4.
     """
     if len(packet) < 28:
         return None
-    if packet[0] >> 4 == 6:
+    if packet[0] >> 4 == 6:  # RFC 8200 sections 3 and 4
         protocol, start = packet[6], 40
         for _ in range(MAX_EXTENSIONS):
             if protocol not in IPV6_EXTENSIONS or len(packet) < start + 8:
@@ -1279,24 +1275,20 @@ def decode_header(packet: bytes) -> Optional[Tuple[int, int, int, int, bytes, by
 
 
 def decode_ip(packet: bytes) -> Optional[Datagram]:
-    """Return the datagram in an IP packet; None for fragments, cut packets, other protocols.
-
-    RFC 768, RFC 9293 section 3.1, or the 8 bytes of RFC 792 and RFC 4443. Nothing checks checksums:
-    fwknop's raw packets have none.
-    """
+    """Return the datagram in an IP packet; None for fragments, cut packets, other protocols."""
     header = decode_header(packet)
     if header is None:
         return None
     protocol, start, end, fragment, source, destination = header
-    body = packet[start:end]
+    body = packet[start:end]  # of any checksum: fwknop's raw packets have none
     if fragment or len(body) < 8 or len(body) != end - start:
         return None
     source_port, destination_port, length = PORTS.unpack_from(body)
     if protocol == UDP and 8 <= length <= len(body):
         return Datagram(body[8:length], source, source_port, destination, destination_port)
-    if protocol == (ICMP if len(source) == 4 else ICMP6):  # fwknopd logs port 0, too
+    if protocol == (ICMP if len(source) == 4 else ICMP6):  # fwknopd logs port 0, too (RFC 792)
         return Datagram(body[8:], source, 0, destination, 0, protocol)
-    start = (body[12] >> 4) * 4 if len(body) >= 20 else 0
+    start = (body[12] >> 4) * 4 if len(body) >= 20 else 0  # RFC 9293 section 3.1
     if protocol == TCP and 20 <= start < len(body):  # with payload, a SYN as well
         return Datagram(body[start:], source, source_port, destination, destination_port, TCP)
     return None
@@ -1305,8 +1297,7 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
 def decode_knock(packet: bytes) -> Optional[Datagram]:
     """Return the knock packet that an IP packet may be: TCP, UDP or an echo request, any content.
 
-    None for later fragments, cut headers and other protocols. TCP's flags are in octet 13 of its
-    header (RFC 9293 section 3.1). An echo request has to be whole, because its size counts.
+    None for later fragments, cut headers, other protocols. The size of an echo request counts.
     """
     header = decode_header(packet)
     if header is None:
@@ -1316,7 +1307,7 @@ def decode_knock(packet: bytes) -> Optional[Datagram]:
         return None
     port = packet[start + 2] << 8 | packet[start + 3]
     if protocol == TCP:
-        return Datagram(b"", source, 0, destination, port, TCP, packet[start + 13])
+        return Datagram(b"", source, 0, destination, port, TCP, packet[start + 13])  # the flags
     if protocol == UDP:
         return Datagram(b"", source, 0, destination, port)
     if (protocol, packet[start]) in ECHO_REQUESTS and end >= start + 8 and not fragment:
@@ -1352,17 +1343,14 @@ def decode_frame(frame: bytes, link: LinkType, any_direction: bool) -> bytes:
 
 
 class Comparison(NamedTuple):
-    """A test whether `size` bytes at `offset`, under `mask`, are a number from `least` to `most`.
-
-    With `behind`, the offset counts from the end of the IPv4 header.
-    """
+    """A test that `size` bytes at `offset`, under `mask`, are a number from `least` to `most`."""
 
     offset: int
     size: int
     least: int
     most: int
     mask: int = 0xFFFFFFFF
-    behind: bool = False
+    behind: bool = False  # whether the offset counts from the end of the IPv4 header
 
 
 class Junction(NamedTuple):
@@ -1543,9 +1531,8 @@ LOAD = {1: 0x30, 2: 0x28, 4: 0x20}  # byte, half and word (linux/bpf_common.h)
 LOAD_BEHIND = {1: 0x50, 2: 0x48}  # the same, behind the IPv4 header
 LOAD_IPV4_LENGTH, MASK = 0xB1, 0x54
 JUMP, JUMP_IF_EQUAL, JUMP_IF_GREATER, JUMP_IF_NOT_LESS, RETURN = 0x05, 0x15, 0x25, 0x35, 0x06
-PACKET_TYPE_OFFSET = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
-NOT_OUTGOING = Junction("not", (Comparison(PACKET_TYPE_OFFSET, 4, PACKET_OUTGOING,
-                                           PACKET_OUTGOING),))
+PACKET_TYPE = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
+NOT_OUTGOING = Junction("not", (Comparison(PACKET_TYPE, 4, PACKET_OUTGOING, PACKET_OUTGOING),))
 ACCEPT_ALL = 0x40000  # bytes to keep: more than any packet has
 
 
@@ -1708,8 +1695,7 @@ class ServerSettings(Settings):
     tcp_port = Directive("TCPSERV_PORT", integer(1, 65535), "62201", "port of that one")
     http = Flag("ENABLE_SPA_OVER_HTTP", "accept packets in HTTP requests, if TCP is looked at")
     any_agent = Flag("ALLOW_ANY_USER_AGENT", "from every User-Agent, not only from Fwknop")
-    forwarded_for = Flag("ENABLE_X_FORWARDED_FOR",
-                         "the source is the last address in X-Forwarded-For")
+    forwarded_for = Flag("ENABLE_X_FORWARDED_FOR", "the last X-Forwarded-For address is the source")
     aging = Flag("ENABLE_SPA_PACKET_AGING", "reject packets by their age", "Y")
     max_packet_age = Directive("MAX_SPA_PACKET_AGE", integer(1, 100000, "seconds"), "120",
                                "by how many seconds a client's clock may differ")
@@ -1724,8 +1710,7 @@ class ServerSettings(Settings):
     nft_forward_chains = Directive("NFT_FORWARD_CHAINS", parse_nft_chains, "",
                                    "the same for what NAT forwards: inet filter forward")
     firewall_program = NoDefault("FIREWALL_EXE", parse_path,
-                                 "iptables or nft to run, whose name decides FIREWALL_TYPE auto; "
-                                 "without it the one in PATH")
+                                 "iptables or nft, else from PATH; decides FIREWALL_TYPE auto")
     input_access = Directive("IPT_INPUT_ACCESS", parse_iptables_chain,
                              "ACCEPT, filter, INPUT, 1, FWKNOP_INPUT, 1",
                              "target, table, from-chain, position, chain, position")
@@ -1743,21 +1728,17 @@ class ServerSettings(Settings):
     masquerade_access = Directive("IPT_MASQUERADE_ACCESS", parse_iptables_chain,
                                   "MASQUERADE, nat, POSTROUTING, 1, FWKNOP_MASQUERADE, 1",
                                   "the same for source NAT to the outgoing interface's address")
-    forwarding = Flag("ENABLE_IPT_FORWARDING",
-                      "NAT to hosts behind this one (message types 2 and 4)")
-    local_nat = Flag("ENABLE_IPT_LOCAL_NAT",
-                     "NAT to another port of this host (message types 5 and 6)")
+    forwarding = Flag("ENABLE_IPT_FORWARDING", "NAT to other hosts (message types 2 and 4)")
+    local_nat = Flag("ENABLE_IPT_LOCAL_NAT", "NAT to ports of this host (message types 5 and 6)")
     snat = Flag("ENABLE_IPT_SNAT",
                 "give forwarded connections this host's address, so that answers come back to it")
     snat_address = NoDefault("SNAT_TRANSLATE_IP", parse_nat_address,
                              "that address; without it the outgoing interface's")
     nat_dns = Flag("ENABLE_NAT_DNS", "look up a host that a client wants NAT to by its name", "Y")
     enable_output = Flag("ENABLE_IPT_OUTPUT", "let answers out with rules of their own (iptables)")
-    destination_rule = Flag("ENABLE_DESTINATION_RULE",
-                            "open only the address that the packet was sent to")
+    destination_rule = Flag("ENABLE_DESTINATION_RULE", "open only the address a packet was sent to")
     rule_prepend = Flag("ENABLE_RULE_PREPEND", "put access rules first in their chain (iptables)")
-    flush_at_start = Flag("FLUSH_IPT_AT_INIT",
-                          "close all grants at start instead of going on with them")
+    flush_at_start = Flag("FLUSH_IPT_AT_INIT", "close all grants at start; N: go on with them")
     flush_at_stop = Flag("FLUSH_IPT_AT_EXIT",
                          "close all grants at a clean stop; N: the kernel ends them", "Y")
     command_seconds = Directive("CMD_EXEC_TIMEOUT", integer(1, 86400, "seconds"), "60",
@@ -1776,8 +1757,7 @@ class ServerSettings(Settings):
                          "pid of the running server, which holds a lock on it")
     digest_file = Directive("DIGEST_FILE", parse_path, "$FWKNOP_RUN_DIR/digest.cache",
                             "packets that were seen")
-    knockd_file = NoDefault("KNOCKD_CONF", parse_path,
-                            "a knockd.conf, whose doors are served as well")
+    knockd_file = NoDefault("KNOCKD_CONF", parse_path, "a knockd.conf whose doors are served, too")
     gpg_home = Directive("GPG_HOME_DIR", parse_home, "~/.gnupg",
                          "keys of gpg, where a stanza names no others")
     gpg_program = NoDefault("GPG_EXE", parse_path, "gpg to run; without it the one in PATH")
@@ -1823,10 +1803,7 @@ class ServerSettings(Settings):
 
 def read_server_settings(path: str, settings: ServerSettings,
                          skipping: "Optional[Log]" = None) -> List[str]:
-    """Set the lines of a fwknopd.conf in `settings`; return warnings.
-
-    With a log in `skipping`, log what is wrong, and go on without that line.
-    """
+    """Set the lines of a fwknopd.conf; return warnings. Log errors in `skipping`, and go on."""
     warnings = permission_warnings(path)
     try:
         for number, raw in enumerate(read_file(path).split("\n"), 1):
@@ -2278,28 +2255,22 @@ class Stanza(Settings):
                         "the same for IPv6, for example 56")
     require_source = Flag("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE",
                           "the packet must name the address to open to")
-    require_username = Directive("REQUIRE_USERNAME", parse_user, "",
-                                 "user name the packet must carry")
-    expire_date = NoDefault("ACCESS_EXPIRE", parse_date,
-                            "the stanza is void from this day on, MM/DD/YYYY")
+    require_username = Directive("REQUIRE_USERNAME", parse_user, "", "user the packet must name")
+    expire_date = NoDefault("ACCESS_EXPIRE", parse_date, "void from this day on, MM/DD/YYYY")
     expire_epoch = NoDefault("ACCESS_EXPIRE_EPOCH", integer(1, 10 ** 11, "seconds"),
                              "the same as epoch seconds")
-    gpg_home = NoDefault("GPG_HOME_DIR", parse_home,
-                         "keys of gpg; without it those that fwknopd.conf names")
+    gpg_home = NoDefault("GPG_HOME_DIR", parse_home, "keys of gpg; without it fwknopd.conf's")
     gpg_program = NoDefault("GPG_EXE", parse_path, "the same for the program gpg")
-    gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "",
-                               "secret key of gpg's that packets are encrypted to")
+    gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "", "secret key packets are encrypted to")
     gpg_passphrase = Key("GPG_DECRYPT_PW", MAX_PASSPHRASE_BYTES, "its passphrase")
     gpg_no_passphrase = Flag("GPG_ALLOW_NO_PW", "it has no passphrase")
     gpg_remote_ids = Directive("GPG_REMOTE_ID", key_ids(8, 16, 40), "",
                                "keys that may sign: ids of 8, 16 or 40 hex digits, with commas")
     gpg_fingerprints = Directive("GPG_FINGERPRINT_ID", key_ids(40), "",
                                  "the same by whole fingerprints; with both, both must fit")
-    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "N has no effect, as in fwknopd; see GPG_DISABLE_SIG",
-                           "Y")
+    gpg_require_sig = Flag("GPG_REQUIRE_SIG", "no effect, as in fwknopd; see GPG_DISABLE_SIG", "Y")
     gpg_disable_sig = Flag("GPG_DISABLE_SIG", "do not ask who signed")
-    gpg_any_trust = Flag("GPG_IGNORE_SIG_VERIFY_ERROR",
-                         "signers may be untrusted in gpg's eyes, or expired")
+    gpg_any_trust = Flag("GPG_IGNORE_SIG_VERIFY_ERROR", "signers may be untrusted or expired")
     enable_commands = Flag("ENABLE_CMD_EXEC", "run the commands of command messages")
     command_user = NoDefault("CMD_EXEC_USER", parse_account,
                              "user that this stanza's commands run as; without it the server's")
@@ -2308,8 +2279,7 @@ class Stanza(Settings):
     enable_sudo = Flag("ENABLE_CMD_SUDO_EXEC", "run the commands of command messages through sudo")
     sudo_user = NoDefault("CMD_SUDO_EXEC_USER", parse_account, "sudo's -u")
     sudo_group = NoDefault("CMD_SUDO_EXEC_GROUP", parse_group, "sudo's -g")
-    cycle_open = Directive("CMD_CYCLE_OPEN", parse_template, "",
-                           "command that opens, in place of the firewall")
+    cycle_open = Directive("CMD_CYCLE_OPEN", parse_template, "", "command in place of the firewall")
     cycle_close = Directive("CMD_CYCLE_CLOSE",
                             lambda text: () if text == "NONE" else parse_template(text), "",
                             "command that closes again, or NONE")
@@ -2325,20 +2295,15 @@ class Stanza(Settings):
                               "time from the first port to the last, and then for the packet")
     knock_flags = Directive("KNOCK_TCPFLAGS", parse_flags, "syn,!ack",
                             "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
-    knock_strict = Flag("KNOCK_STRICT",
-                        "any other port starts the sequence over: scans do not open", "Y")
+    knock_strict = Flag("KNOCK_STRICT", "any other port starts it over: scans do not open", "Y")
     knock_exact = Flag("KNOCK_STRICT_DUPLICATES", "a port that is hit again does so as well")
-    require_knock = Flag("REQUIRE_KNOCK",
-                         "the sequence alone opens nothing: a packet has to follow it")
+    require_knock = Flag("REQUIRE_KNOCK", "the sequence alone opens nothing: a packet must follow")
 
-    force_nat = NoDefault("FORCE_NAT", parse_nat_target,
-                          "NAT to this `IP PORT`, whatever the packet asks for")
-    force_snat = NoDefault("FORCE_SNAT", parse_nat_address,
-                           "source address of forwarded connections")
+    force_nat = NoDefault("FORCE_NAT", parse_nat_target, "`IP PORT` that NAT always leads to")
+    force_snat = NoDefault("FORCE_SNAT", parse_nat_address, "source of forwarded connections")
     force_masquerade = Flag("FORCE_MASQUERADE", "the same with the outgoing interface's address")
     forward_all = Flag("FORWARD_ALL", "with NAT, forward every protocol and port")
-    disable_dnat = Flag("DISABLE_DNAT",
-                        "with NAT, forward only what is sent to the inner host itself")
+    disable_dnat = Flag("DISABLE_DNAT", "with NAT, forward only what is sent to the inner host")
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -2694,8 +2659,7 @@ class KnockdDoor(KnockdSettings):
     """Any other section: a sequence, and the commands that it runs."""
 
     knock_steps = NoDefault("Sequence", parse_steps, "ports: 7000,8000:udp,9000", secret=True)
-    knock_file = NoDefault("One_Time_Sequences", str,
-                           "file with such sequences, each of which opens once")
+    knock_file = NoDefault("One_Time_Sequences", str, "file of such sequences that open once each")
     knock_seconds = Directive("Seq_Timeout Timeout",
                               number_before_comment(integer(1, 86400, "seconds")), "25",
                               "time from the first port to the last")
