@@ -480,17 +480,14 @@ LOCK_TRIES = 500  # ten seconds: another run takes milliseconds, but any reader 
 
 
 def write_to(stream: "Any", text: str) -> str:
-    """Write to standard output or standard error; return why that failed, "" if it did not.
-
-    Python would write the rest again at exit, fail, and end with 120: so the rest is thrown away.
-    """
+    """Write to standard output or standard error; return why that failed, "" if it did not."""
     try:
         stream.write(text)
         stream.flush()
     except (AttributeError, OSError, ValueError) as error:
         if stream is None:
             return "it is closed"
-        try:
+        try:  # throw the rest away: Python would write it again at exit, fail, and end with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
             pass  # the stream is no file

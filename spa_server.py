@@ -1923,8 +1923,7 @@ class Sequence:
     def mark_used(self, test: bool = False) -> bool:
         """Mark the next line of its file, if any, as used; return False if that was the last one.
 
-        Call this before anything is opened. If it raises SpaError, the line is not marked, and
-        nothing may be opened. A `test` does not change the file.
+        If this raises SpaError, nothing may be opened. A `test` does not change the file.
         """
         if self.file is None:
             return True
@@ -1967,11 +1966,7 @@ class Sequence:
         return self.advance(source, 1, now + self.seconds)
 
     def advance(self, source: bytes, done: int, due: float) -> int:
-        """Note that a source has done so many steps; return that number.
-
-        If there are too many attempts, the oldest is forgotten. One that has done a second step
-        becomes the newest instead, unless these are too many.
-        """
+        """Note that a source has done so many steps, and return that; end attempts if too many."""
         if done == len(self.steps):
             self.forget(source)
             return done
@@ -1982,7 +1977,7 @@ class Sequence:
             oldest, attempt = self.attempts.popitem(last=False)
             seen += 1
             if attempt[0] > 1 and seen <= MOST_SPARED and self.further * SPARED_SHARE <= self.most:
-                self.attempts[oldest] = attempt
+                self.attempts[oldest] = attempt  # spared: the newest now
             else:
                 self.further -= attempt[0] > 1
         return done
@@ -1992,14 +1987,11 @@ class Sequence:
         self.further -= self.attempts.pop(source, (0, 0.0))[0] > 1
 
     def next_due(self) -> float:
-        """Return when expire() has something to do; that may be late for a spared attempt."""
+        """Return when expire() has work: late for a spared attempt, which follow() finds over."""
         return next((due for _, due in self.attempts.values()), float("inf"))
 
     def expire(self, now: float) -> List[Tuple[bytes, int]]:
-        """Forget the attempts whose time is over; return each one's source and steps done.
-
-        Attempts that were spared in a flood come later, but follow() knows that they are over.
-        """
+        """Forget the attempts whose time is over; return each one's source and steps done."""
         over = []
         while self.attempts and self.next_due() <= now:
             source, (done, _) = self.attempts.popitem(last=False)
@@ -2059,10 +2051,7 @@ class OneTimeLine(NamedTuple):
 
 
 class OneTimeFile:
-    """A file of sequences that open once each: a `#` at the beginning marks a line as used.
-
-    An exhausted file opens nothing; other stanzas and doors are unaffected.
-    """
+    """A file of sequences that open once each: `#` marks a used line; if all are, none opens."""
 
     def __init__(self, path: str, lines: List[OneTimeLine], warnings: List[str]) -> None:
         self.path, self.warnings = path, warnings
@@ -2074,10 +2063,7 @@ class OneTimeFile:
         return self.lines[-1].steps if self.lines else ()
 
     def mark_used(self, test: bool = False) -> None:
-        """Mark the next line, on disk before anything is opened; raise SpaError if that fails.
-
-        A `test` only checks that it would work.
-        """
+        """Mark the next line, on disk, or raise SpaError; a `test` only checks that it works."""
         line = self.lines[-1]
         raw = line.text.encode("latin-1")
         try:
@@ -2420,10 +2406,7 @@ class Stanza(Settings):
              f"'{self.texts.get('SOURCE', 'ANY')}'")) if applies]
 
     def give_up(self, error: SpaError) -> None:
-        """Make the stanza void if its keys are in a file of their own; else raise the error.
-
-        A user who spoils that file locks nobody else out.
-        """
+        """Make the stanza void if a user may own its key file, to lock out only him; else raise."""
         if not self.has_key_file:
             raise error
         self.make_void(error)
@@ -2455,13 +2438,10 @@ KEY_FILE_NAMES = frozenset((
 
 
 class AccessFiles:
-    """The stanzas of access.conf and of the files it includes, in the order of their SOURCE lines.
-
-    A relative path begins at `directory`, or else at the process's own, as in fwknopd.
-    """
+    """The stanzas of access.conf and of the files it includes, in the order of SOURCE lines."""
 
     def __init__(self, directory: str = "") -> None:
-        self.directory = directory
+        self.directory = directory  # where relative paths begin; "": the process's, as in fwknopd
         self.stanzas: List[Stanza] = []
         self.warnings: List[str] = []
 
@@ -2538,14 +2518,11 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
 
 
 def mark_shared_keys(stanzas: List[Stanza]) -> List[str]:
-    """Mark keys with HMAC that another stanza has without; return a warning for each of these.
-
-    Such a packet opens there without its tag, so the server remembers it with and without.
-    """
+    """Mark keys with HMAC that another stanza has without; return a warning for each of these."""
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
     bare = {keys.secret for _, keys in keyed if not keys.has_hmac}
     protected = {keys.secret for _, keys in keyed if keys.has_hmac}
-    for _, keys in keyed:
+    for _, keys in keyed:  # such a packet opens without its tag, too: remember it with and without
         keys.accepts_bare = keys.has_hmac and keys.secret in bare
     return [f"(stanza #{stanza.number}) another stanza has this key with an HMAC: its packets open "
             "here without their tag, so that the HMAC protects nothing; keygen.py makes another key"
@@ -2553,11 +2530,8 @@ def mark_shared_keys(stanzas: List[Stanza]) -> List[str]:
 
 
 def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
-    """Warn about ports that nothing closes: only the guard could, and they are not in GUARD_PORTS.
-
-    With NAT a port that is not closed can still lead elsewhere after a knock.
-    """
-    texts = []
+    """Warn about ports that nothing closes: only the guard could, and GUARD_PORTS lacks them."""
+    texts = []  # with NAT, a port that is not closed can still lead elsewhere after a knock
     only_guard = settings.guard_ports and not (
         settings.nft_accept_chains or settings.is_set(ServerSettings.input_access) or settings.nat)
     for stanza in stanzas if only_guard else ():
@@ -2804,8 +2778,7 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
           is_own_address: OwnAddress, now: float) -> Union[Verdict, Lookup]:
     """Return what a request may do by this stanza; PacketRejected when that is nothing.
 
-    Return a Lookup when that depends on the address of its NAT host: judge again with the address
-    in place of the name.
+    Return a Lookup if that depends on its NAT host: judge again with the address for the name.
     """
     check_policy(request, stanza, now)
     with_nat = wants_nat(request, stanza, settings)
@@ -2866,28 +2839,23 @@ def no_nat(request: Request, why: str = "") -> PacketRejected:
 
 
 def wants_nat(request: Request, stanza: Stanza, settings: ServerSettings) -> bool:
-    """Return whether packet or stanza want NAT; reject NAT that fwknopd.conf does not enable.
-
-    FORWARD_ALL alone does not want it: such a stanza opens ports of this host, too.
-    """
+    """Return whether packet or stanza want NAT; reject NAT that fwknopd.conf does not enable."""
     if request.type in NAT_TYPES:
         if not (settings.local_nat if request.type in LOCAL_NAT_TYPES else settings.forwarding):
             raise no_nat(request)
         return True
-    return bool(stanza.force_nat or (stanza.forward_all
-                                     and (stanza.force_snat or stanza.force_masquerade)))
+    # FORWARD_ALL alone does not want it: such a stanza opens ports of this host, too.
+    forced_source = stanza.force_snat or stanza.force_masquerade
+    return bool(stanza.force_nat or (stanza.forward_all and forced_source))
 
 
 def nat_target(request: Request, stanza: Stanza, settings: ServerSettings,
                is_own_address: OwnAddress,
                version: int) -> Union[Lookup, Tuple[Optional[Address], int]]:
-    """Return the address and port that NAT leads to, or the Lookup that tells the address.
-
-    With FORWARD_ALL, packet and stanza need not name them: then None and 0.
-    """
+    """Return the address and port that NAT leads to, or the Lookup that tells the address."""
     if stanza.force_nat:
         return stanza.force_nat
-    if not request.nat:
+    if not request.nat:  # with FORWARD_ALL, neither packet nor stanza need name them
         return None, 0
     host = nat_host(request.nat[0], request, version, settings, is_own_address)
     return host if isinstance(host, Lookup) else (host, request.nat[1])
@@ -2986,27 +2954,23 @@ class Command(NamedTuple):
 
 
 def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
-    """Return the run of a command message: words between blanks, no shell, no quotes
-    (fwknop.md 3.8). Behind `--`, sudo takes none of them for an option or a variable.
-    """
+    """Return a command message's run: words between blanks, no shell or quotes (fwknop.md 3.8)."""
     words, prefix = command.encode("latin-1").split(), [sudo]
     if (not 0 < len(words) <= MAX_ARGUMENTS or "\0" in command
             or (words[0].startswith(b"-") and not stanza.enable_sudo)):
-        raise PacketRejected("command", "A command has 1 to %d words without zero bytes, and "
-                             "begins with a program." % MAX_ARGUMENTS)
+        raise PacketRejected("command", f"A command has 1 to {MAX_ARGUMENTS} words without zero "
+                             "bytes, and begins with a program.")
     for option, row in (("-u", Stanza.sudo_user), ("-g", Stanza.sudo_group)):
         prefix += [option, stanza.texts[row.name]] if stanza.is_set(row) else []
-    if stanza.enable_sudo:
+    if stanza.enable_sudo:  # behind `--`, it takes no word for an option or a variable
         words = [os.fsencode(word) for word in prefix + ["--"]] + words
     return Command(tuple(words), stanza.account)
 
 
 def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
                    now: float) -> List[Command]:
-    """Return the commands that open a door and close it again; NONE is a command without argv.
-
-    Of a packet only parsed addresses and numbers get into them.
-    """
+    """Return the commands that open a door and close it again; NONE is a command without argv."""
+    # Of a packet, only parsed addresses and numbers get into the commands.
     source = door.source if door.source.num_addresses > 1 else door.source.network_address
     values = {"IP": source, "SRC": source, "PKT_SRC": socket_text(datagram.source),
               "DST": socket_text(datagram.destination), "PORT": door.port,
@@ -3077,17 +3041,14 @@ CLOCKS = Clocks()  # this machine's
 
 
 def write_to(stream: "Any", text: str) -> str:
-    """Write to standard output or standard error; return why that failed, "" if it did not.
-
-    Python would write the rest again at exit, fail, and end with 120: so the rest is thrown away.
-    """
+    """Write to standard output or standard error; return why that failed, "" if it did not."""
     try:
         stream.write(text)
         stream.flush()
     except (AttributeError, OSError, ValueError) as error:
         if stream is None:
             return "it is closed"
-        try:
+        try:  # throw the rest away: Python would write it again at exit, fail, and end with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
             pass  # the stream is no file
@@ -3834,11 +3795,7 @@ class ReplayMemory:
             self.give_up_file(error)
 
     def load(self, path: str) -> None:
-        """Read the packets of a file, if it exists, and follow no link.
-
-        An empty file misses packets (see give_up_file()), perhaps of this second. So the memory
-        begins with the next second.
-        """
+        """Read the packets of a file, if it exists, and follow no link."""
         try:
             flags = os.O_RDONLY | os.O_NONBLOCK  # else a FIFO would make the server wait
             with open(open_itself(path, flags), encoding="ascii", errors="replace") as file:
@@ -3850,7 +3807,7 @@ class ReplayMemory:
                 raise OSError(error.errno, error.strerror, path) from None
             self.log.error(f"{explain(error)}; a new memory begins")
             lines = [""]
-        if lines == [""]:
+        if lines == [""]:  # give_up_file() did that: it misses packets, perhaps of this second
             self.began += 1
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         unread = 0
@@ -4110,10 +4067,7 @@ def attributes(data: bytes) -> Dict[int, bytes]:
 
 
 def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
-    """Return type, port id and body of each message that the kernel sent.
-
-    Raise CommandError if one is cut. The body of an error begins with its number.
-    """
+    """Return type, port id and body of each message of the kernel; CommandError if one is cut."""
     while data:
         length, kind, _, _, port = struct.unpack_from("=IHHII", data.ljust(16, b"\0"))
         if not (20 if kind == NLMSG_ERROR else 16) <= length <= len(data):
@@ -4168,14 +4122,11 @@ class Netlink:
             raise self.error(failed)
 
     def answers(self, messages: bytes) -> Iterator[Tuple[int, bytes]]:
-        """Send messages; return type and body of each answer.
-
-        The kernel answers before sendto() returns, and adds to a list whenever a part is read.
-        """
+        """Send messages; return type and body of each answer."""
         drain_socket(self.socket)  # of earlier answers that nobody read
         try:
-            self.socket.sendto(messages, (0, 0))
-            while True:
+            self.socket.sendto(messages, (0, 0))  # the kernel answers before this returns
+            while True:  # and adds to a list whenever a part is read
                 data = self.socket.recv(65536, socket.MSG_DONTWAIT)
                 for kind, _, body in netlink_messages(data):
                     yield kind, body
@@ -4201,10 +4152,7 @@ class Netlink:
         raise self.error(errno.EAGAIN)
 
     def rules(self, chain: NftChain) -> List[Tuple[int, str]]:
-        """Return handle and user data of each rule in a chain.
-
-        For a missing chain some kernels report an error, others no rules.
-        """
+        """Return handle and user data of a chain's rules; an error or none if it is missing."""
         question = name_attribute(RULE_TABLE, chain.table) + name_attribute(RULE_CHAIN, chain.chain)
         found = self.dump(GET_RULE, NFT_FAMILIES[chain.family], question)
         return [(struct.unpack(">Q", rule[RULE_HANDLE])[0],
@@ -4361,8 +4309,7 @@ class KnockCapture(PacketCapture):
 
 def open_packet_socket(interface: str, protocol: int, code: bytes, promiscuous: bool
                        ) -> Tuple[socket.socket, int]:
-    """Open a packet socket with a filter, on an interface or on all (""); return it and the index
-    of the interface."""
+    """Open a packet socket with a filter, on an interface or all (""); return it, and its index."""
     opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
     try:
         instructions = array.array("B", code)
@@ -4533,13 +4480,10 @@ class TcpCapture(Capture):
         return self.close_connection(number) if whole or not new else None
 
     def close_connection(self, number: int, reset: bool = False) -> Optional[Datagram]:
-        """Close a connection; return its datagram, if it brought any byte.
-
-        With `reset` the kernel need not keep a connection that its client did not end (TIME_WAIT).
-        """
+        """Close a connection; return its datagram, if it brought any byte."""
         connection = self.connections.pop(number)
         self.selector.unregister(connection.socket)
-        if reset:  # struct linger {int on, int seconds}
+        if reset:  # the client did not end it: keep no TIME_WAIT. struct linger {int on, seconds}
             connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                          struct.pack("ii", 1, 0))
         connection.socket.close()
@@ -4692,12 +4636,9 @@ def open_port_captures(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int,
 
 
 def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCapture]:
-    """Open the packet sockets of PCAP_INTF; return none while that interface does not exist.
-
-    They do not see packets to our TCP server, which would otherwise come twice.
-    """
+    """Open the packet sockets of PCAP_INTF; return none while that interface does not exist."""
     tree = settings.packet_filter
-    if settings.tcp_server:
+    if settings.tcp_server:  # packets to it would come twice
         served = parse_packet_filter(f"tcp dst port {settings.tcp_port}")
         tree = Junction("and", (tree, Junction("not", (served,))))
     return open_on_interface(PacketCapture, settings.interface,
