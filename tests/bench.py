@@ -25,8 +25,8 @@ from typing import Callable, Dict, List, Optional
 import spa_client as client
 from tests.knockd import FLOOD as FLOOD_OF_HITS
 from tests.knockd import NAMED, REAL, Knockd
-from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT, SPA_SERVER,
-                         Cable, Host, Process, Server)
+from tests.netns import (CLIENT4, COMPILE_BEFORE, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT,
+                         SPA_SERVER, Cable, Host, Process, Server)
 from tests.support import TIMEOUT, slowness, wait_for
 
 ROUNDS = 21
@@ -631,6 +631,7 @@ def main(words: List[str]) -> int:
         return 2
     print("Python %s, Linux %s, %d CPUs"
           % (sys.version.split()[0], os.uname().release, os.cpu_count() or 0))
+    COMPILE_BEFORE.clear()
     for word in words or ROWS:
         ROWS[word]()
     return 0

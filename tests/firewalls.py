@@ -13,7 +13,7 @@ import time
 from typing import Any, Iterable, List, NamedTuple, Optional, Tuple, TypeVar
 
 from tests.netns import STANZA, Cable, Host, Server
-from tests.support import needs_programs, needs_root, wait_for
+from tests.support import TOP, needs_programs, needs_root, wait_for
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def launcher(*statements: str) -> List[str]:
     """Return a command that runs `spa_server` after some statements that change it."""
     return [sys.executable, "-I", "-S", "-c", "\n".join([
         "import sys", "sys.dont_write_bytecode = True",
-        "sys.path.insert(0, sys.argv[2].rpartition('/')[0])", "import spa_server",
+        f"sys.path.insert(0, {TOP!r})", "import spa_server",
         *statements, "sys.exit(spa_server.main(sys.argv[3:]))"])]
 
 

@@ -12,7 +12,8 @@ import sys
 import time
 from typing import Iterable, List, Optional
 
-from tests.netns import OTHER4, SERVER4, SPA_SERVER, STANZA, Host, Process, Server
+from tests.netns import (OTHER4, SERVER4, SPA_SERVER, STANZA, Host, Process, Server,
+                         compiled)
 from tests.support import read, wait_for, write
 
 REAL, NAMED = "knockd", "ours, called knockd"
@@ -74,7 +75,7 @@ class Knockd:
         if self.kind == NAMED:
             name = os.path.join(self.directory, "knockd")
             if not os.path.exists(name):
-                os.symlink(SPA_SERVER[-1], name)
+                os.symlink(compiled(SPA_SERVER[-1]), name)
             return [sys.executable, name, "-c", self.conf]
         if self.kind == ALONE:
             hidden = ["unshare", "-m", "sh", "-c", NO_FILES, "sh", *SPA_SERVER]

@@ -14,11 +14,14 @@ TCP and UDP are done by one agent for each host, a small program that lives as l
 is told what to do in lines of JSON: a probe then costs no start of an interpreter.
 """
 
+import atexit
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import json
 import os
+import py_compile
 import shutil
 import signal
 import subprocess
@@ -42,6 +45,7 @@ CLOSED_SECONDS = 0.3  # no answer for so long means closed: the handshake is bet
 
 SPA_SERVER = [sys.executable, os.path.join(TOP, "spa_server.py")]
 SPA_CLIENT = [sys.executable, os.path.join(TOP, "spa_client.py"), "--no-rc-file"]
+COMPILE_BEFORE = {SPA_SERVER[1], SPA_CLIENT[1]}  # tests.bench empties it: it measures starts
 FWKNOP = ["fwknop", "--no-rc-file", "--no-save-args"]
 KEY, HMAC_KEY = "testkey", "hmackey"
 KEYS = ["--key-rijndael", KEY, "--key-hmac", HMAC_KEY]
@@ -153,6 +157,29 @@ for line in sys.stdin:
 """
 
 
+@functools.lru_cache(maxsize=None)
+def compiled(script: str) -> str:
+    """Return the path of a file of the same name, with the script as Python compiles it.
+
+    Live tests start the scripts many hundred times, and most of a start is to compile the text.
+    Python runs what begins with the magic number of compiled code, whatever the file's name is.
+    """
+    if script not in COMPILE_BEFORE:
+        return script
+    directory, pid = tempfile.mkdtemp(prefix="spa-compiled-"), os.getpid()
+
+    def remove() -> None:
+        """Remove the directory, unless this is a child that a test has forked."""
+        if os.getpid() == pid:
+            shutil.rmtree(directory)
+
+    atexit.register(remove)
+    os.chmod(directory, 0o755)  # some tests run a script as an ordinary user
+    path = os.path.join(directory, os.path.basename(script))
+    py_compile.compile(script, path, doraise=True)
+    return path
+
+
 def in_parallel(test: unittest.TestCase, cases: Iterable[T], check: Callable[[T], None]) -> None:
     """Call `check` with each case at the same time, and report each as a subtest.
 
@@ -251,7 +278,8 @@ class Host:
 
     def command(self, argv: Iterable[Any]) -> List[str]:
         """Return `argv` so that it runs in this namespace; its process becomes the program."""
-        return ["ip", "netns", "exec", self.name] + [str(word) for word in argv]
+        words = [compiled(word) if word in COMPILE_BEFORE else str(word) for word in argv]
+        return ["ip", "netns", "exec", self.name, *words]
 
     def run_code(self, *argv: Any, **options: Any) -> Tuple[int, str]:
         """Run a program to its end; return exit code and output, errors included."""

@@ -17,8 +17,8 @@ from typing import Any, Dict, List, Tuple
 
 import spa_server
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
-                         SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel)
-from tests.support import TOP, needs_programs, needs_root, read, wait_for, write
+                         SPA_SERVER, STANZA, Cable, CableCase, Server, compiled, in_parallel)
+from tests.support import needs_programs, needs_root, read, wait_for, write
 
 TWO_STANZAS = STANZA + "OPEN_PORTS tcp/22\n" + STANZA.replace("KEY ", "KEY other") + \
     "OPEN_PORTS tcp/22, tcp/80\n"
@@ -86,7 +86,7 @@ def our_daemon(test: ControlTest, access: str = STANZA) -> Daemon:
     """Return our server by the name fwknopd."""
     link = os.path.join(test.host.path("bin"), "fwknopd")
     os.mkdir(os.path.dirname(link))
-    os.symlink(os.path.join(TOP, "spa_server.py"), link)
+    os.symlink(compiled(SPA_SERVER[1]), link)
     return Daemon(test, [sys.executable, link, "-t"], access)
 
 
