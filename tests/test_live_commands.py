@@ -256,7 +256,7 @@ class CycleTest(CommandCase):
         rule = "INPUT -s $IP -d $DST -p $PROTO --dport $PORT -j ACCEPT"
         path = self.script("rule", 'case "$*" in *:*) p=ip6tables;; *) p=iptables;; esac; $p "$@"')
         self.start("%sCMD_CYCLE_OPEN %s -I %s\nCMD_CYCLE_CLOSE %s -D %s\nCMD_CYCLE_TIMER %d\n"
-                   % (STANZA, path, rule, path, rule, long_enough(3)))
+                   % (STANZA, path, rule, path, rule, long_enough(2)))
         families = ((CLIENT4, SERVER4, OTHER4), (CLIENT6, SERVER6, OTHER6))
         for address, server, other in families:
             with self.subTest(address=address):
@@ -284,7 +284,7 @@ class CycleTest(CommandCase):
 
     def test_a_reload_keeps_its_time(self) -> None:
         """The old command closes at the old time, whatever the new files say."""
-        server = self.start(self.cycle(long_enough(3)))
+        server = self.start(self.cycle(long_enough(2)))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
         server.configure(access=STANZA)
@@ -302,7 +302,7 @@ class CycleTest(CommandCase):
 
     def test_a_killed_server(self) -> None:
         """The switch closes at nearly the same time, once; also after a new start."""
-        server = self.start(self.cycle(long_enough(3), "CMD_EXEC_USER nobody\n"))
+        server = self.start(self.cycle(long_enough(2), "CMD_EXEC_USER nobody\n"))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()
         began = time.monotonic()
@@ -353,7 +353,8 @@ class CycleTest(CommandCase):
 
     def test_a_knock_while_it_is_open(self) -> None:
         """The cycle closes later, and once."""
-        first, second = long_enough(2), long_enough(4)
+        first = long_enough(2)
+        second = first + 1
         server = self.start(self.cycle(first))
         server.knock(self.client, *KNOCK)
         self.wait_until_open()

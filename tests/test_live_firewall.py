@@ -123,7 +123,7 @@ class RoundTripTest(unittest.TestCase):
     @needs_programs("fwknop")
     def test_round_trip(self) -> None:
         """Closed; a knock opens that door only; it expires; the connection lives on."""
-        seconds = long_enough(5)
+        seconds = long_enough(2)
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -183,7 +183,8 @@ class LifeTest(unittest.TestCase):
 
     def test_kill_with_open_grants(self) -> None:
         """The kernel closes on time alone; a new server goes on with the rest."""
-        first, second = long_enough(4), long_enough(11)
+        first = long_enough(2)
+        second = 3 * first
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -247,8 +248,8 @@ class LifeTest(unittest.TestCase):
                 self.assertTrue(connection.answers())
                 site.server.configure(setup.config() + "FLUSH_IPT_AT_EXIT N;\n")
                 site.server.start()
-                site.knock(*TO4, "-f", "3")
-                ends = time.monotonic() + 3
+                site.knock(*TO4, "-f", "2")
+                ends = time.monotonic() + 2
                 self.assertEqual(0, site.server.stop())
                 site.wait_closed(("", SERVER4, 22), latest=ends)
 
@@ -546,7 +547,7 @@ class FailureTest(unittest.TestCase):
 
     def test_a_failing_iptables(self) -> None:
         """Nothing opens, the server lives, and the kernel closes what the server can't."""
-        seconds = long_enough(3)
+        seconds = long_enough(2)
 
         def check(setup: Setup) -> None:
             """One variant in one mode."""

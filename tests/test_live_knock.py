@@ -105,7 +105,7 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
 
     def test_a_port_opens_and_closes(self) -> None:
         """For who knocked, for its time; TCP, UDP, both, flags; IPv4 and IPv6."""
-        seconds = long_enough(4)
+        seconds = long_enough(2)
 
         def check(case: Tuple[str, str, str]) -> None:
             """One way to start it, one firewall, one sequence."""
@@ -196,7 +196,7 @@ table ip6 t { set six { type ipv6_addr; }; chain c { type filter hook input prio
 
     def test_stop_commands(self) -> None:
         """One start and one stop, at its time, whatever becomes of the server meanwhile."""
-        seconds = long_enough(4)
+        seconds = long_enough(3)
 
         def check(way: str) -> None:
             """One thing that happens while the door is open."""
@@ -411,7 +411,7 @@ class StanzaTest(KnockCase):
 
     def test_a_sequence_is_a_way_to_a_grant(self) -> None:
         """Closed, open for who knocked, closed again; killed, the kernel closes."""
-        seconds = long_enough(4)
+        seconds = long_enough(3)
 
         def check(case: Tuple[str, str, bool]) -> None:
             """One firewall in one mode."""

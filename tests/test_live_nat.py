@@ -136,7 +136,7 @@ class ForwardTest(unittest.TestCase):
 
     def test_round_trip(self) -> None:
         """Closed; every port of a knock leads to the inner host; it ends; connections live on."""
-        seconds = long_enough(6)
+        seconds = long_enough(3)
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -202,7 +202,7 @@ class ForwardTest(unittest.TestCase):
 
     def test_the_newest_target_wins(self) -> None:
         """A second knock for the same port leads elsewhere at once, and ends when it should."""
-        last = long_enough(5)
+        last = long_enough(3)
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -276,7 +276,7 @@ class ForwardTest(unittest.TestCase):
 
     def test_forward_all(self) -> None:
         """Every port, to one host or to those that the client routes to, with its directives."""
-        seconds = long_enough(6)
+        seconds = long_enough(3)
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -376,7 +376,7 @@ class LocalTest(unittest.TestCase):
 
     def test_local_nat(self) -> None:
         """The port that the client chose, or drew, leads to the one behind it, for its time."""
-        seconds = long_enough(6)
+        seconds = long_enough(3)
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
@@ -427,7 +427,8 @@ class LifeTest(unittest.TestCase):
 
     def test_kill_and_restart(self) -> None:
         """A killed server's grants end by themselves; a new server goes on with the rest."""
-        first, second = long_enough(4), long_enough(13)
+        first = long_enough(2)
+        second = 3 * first
 
         def check(setup: Setup) -> None:
             """One backend in one mode."""
