@@ -487,6 +487,16 @@ class CycleTest(CommandCase):
         """Return what the commands have done so far, in order."""
         return self.read("got").splitlines()
 
+    def pass_the_time(self) -> str:
+        """Let the commands end, and then the time of a cycle; return the log.
+
+        The server's clock is moved by hand; only a switch, which is a program, really waits.
+        """
+        text = self.wait_until_ended()
+        self.clock.pass_seconds(max(cycle.ends - self.clocks.monotonic()
+                                    for cycle in self.made.commands.cycles.values()))
+        return text
+
     def wait_until_closed(self) -> str:
         """Wait until all cycles have closed, and return the log."""
         self.wait_for(lambda: not self.made.commands.cycles, "the end of the cycles")
@@ -497,7 +507,7 @@ class CycleTest(CommandCase):
     def test_opens_and_closes(self) -> None:
         """The log has fwknopd's lines, and the firewall stays as it is."""
         self.serve(self.cycle())
-        text = self.knock() + self.wait_until_closed()
+        text = self.knock() + self.pass_the_time() + self.wait_until_closed()
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
         label, path = "[10.55.0.2] (stanza #1) ", self.directory
         lines = [label + "Running CMD_CYCLE_OPEN command: %s/open 10.55.0.2 22" % path,
@@ -514,6 +524,7 @@ class CycleTest(CommandCase):
         """Every port of a request opens, not only the first."""
         self.serve(self.cycle(words="$IP $PORT $PROTO"))
         self.knock("2001:db8::7,tcp/22,udp/53")
+        self.pass_the_time()
         self.wait_until_closed()
         self.assertEqual(["2001:db8::7 22 6", "2001:db8::7 53 17"],
                          sorted(line[5:] for line in self.got() if line.startswith("open ")))
@@ -583,10 +594,11 @@ class CycleTest(CommandCase):
         self.assertEqual([], self.got())
 
     def test_a_close_that_can_not_be_started_is_left_to_the_switch(self) -> None:
-        """The switch tries again when it is due, two seconds later than the server."""
+        """The switch tries again when it is due, a little later than the server."""
+        self.hurry(SWITCH_SECONDS=1)
         self.serve(self.cycle())
         self.knock()
-        self.wait_until_ended()
+        self.pass_the_time()
         with mock.patch.object(server, "launch", side_effect=server.CommandError("no memory")):
             self.wait_for(lambda: not self.made.commands.cycles, "the close")
         self.assertIn("no memory; its switch tries it again\n", self.logged())
@@ -599,6 +611,7 @@ class CycleTest(CommandCase):
         for failing in ("exit 3", "kill -9 $$"):
             self.serve(self.cycle(closing="[ -e once ] || { touch once; %s; }" % failing))
             self.knock()
+            self.pass_the_time()
             text = self.wait_until_closed()
             self.assertRegex(text, "CMD_CYCLE_CLOSE: command returned (3|-9), ")
             self.assertIn("CMD_CYCLE_CLOSE: command returned 0, ", text)
@@ -611,6 +624,7 @@ class CycleTest(CommandCase):
         self.hurry(SWITCH_SECONDS=1, GRACE_SECONDS=0.5)
         made = self.serve(self.cycle(closing="[ -e may ] || exit 3"), "CMD_EXEC_TIMEOUT 1;")
         self.knock()
+        self.pass_the_time()
         self.wait_for(lambda: "has failed twice; its switch tries it again" in
                       self.stream.getvalue(), "the second failure")
         self.assertEqual((1, 1), (len(made.commands.switches), len(self.got())))
@@ -621,6 +635,7 @@ class CycleTest(CommandCase):
     def test_no_try_to_close_is_left_when_the_same_opens_again(self) -> None:
         """The close runs before the opening. So no second try, switch, or switch of an earlier
         server closes what is open now, and no rule is added twice."""
+        self.hurry(SWITCH_SECONDS=1)
         closing = "[ ! -e locked ] && rm door || { echo failed >> got; exit 3; }"
         lines = self.cycle(opening="[ ! -e door ] || echo twice >> got; touch door",
                            closing=closing).replace("TIMER 1", "TIMER 60")
@@ -666,6 +681,7 @@ class CycleTest(CommandCase):
         self.hurry(SWITCH_SECONDS=1)
         self.serve(self.cycle(closing="sleep %d" % (server.SWITCH_SECONDS + 2)))
         self.knock()
+        self.pass_the_time()
         self.wait_until_closed()
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
@@ -675,6 +691,7 @@ class CycleTest(CommandCase):
         self.knock("10.55.0.2,tcp/22,tcp/23")
         self.knock("10.55.0.2,tcp/24")
         self.assertEqual((1, 3), (len(made.commands.cycles), len(made.commands.running)))
+        self.clock.pass_seconds(1)
         self.assertEqual(3, self.wait_until_closed().count("CMD_CYCLE_OPEN: command returned -9"))
         self.assertEqual(["close 10.55.0.2"], self.got())
 
@@ -682,6 +699,7 @@ class CycleTest(CommandCase):
         """The close ends a slow command, which would otherwise open after it, for ever."""
         self.serve(self.cycle(opening="sleep 60"))
         self.knock()
+        self.clock.pass_seconds(1)
         text = self.wait_until_closed()
         self.assertIn("CMD_CYCLE_OPEN: command returned -9", text)
         self.assertEqual(["close 10.55.0.2 22"], self.got())
@@ -768,6 +786,7 @@ class CycleTest(CommandCase):
         made.reload(server.Configuration(made.settings, self.stanzas("SOURCE ANY\n" + KEYS), []),
                     self.firewall)
         self.assertEqual(1, len(made.commands.cycles))
+        self.pass_the_time()
         self.wait_until_closed()
         self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
