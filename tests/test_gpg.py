@@ -901,7 +901,7 @@ class KeyTest(SharedCase, RealGpgCase):
         """The server's home with a key of each kind; the clients' with good and bad signers."""
         cls.ring = stack.enter_context(Keyring())
         cls.clients = stack.enter_context(Keyring())
-        cls.recipients = {kind: cls.ring.generate("s" + kind, kind)
+        cls.recipients = {kind: cls.ring.generate("s" + kind, encrypts=kind)
                           for kind in ("rsa2048", "rsa3072", "rsa4096")}
         cls.recipients["curve25519"] = cls.ring.generate(
             "curve", options=("--faked-system-time", "20190101T000000"))

@@ -114,7 +114,7 @@ class GpgTest(LiveTest):
             theirs.take(ours, signer)
             theirs.trust(signer)
             for kind in ("curve25519", "rsa2048"):
-                recipient = theirs.generate("server" + kind, kind)
+                recipient = theirs.generate("server" + kind, encrypts=kind)
                 ours.take(theirs, recipient)
                 server = self.serve("", "SOURCE ANY\nGPG_HOME_DIR %s\nGPG_DECRYPT_ID %s\n"
                                     "GPG_ALLOW_NO_PW Y\nGPG_FINGERPRINT_ID %s\nHMAC_KEY %s\n"

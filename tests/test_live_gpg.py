@@ -36,9 +36,9 @@ class LiveGpgTest(SharedCase, CableCase):
         """Make the keys: the client's and the server's know each other, as fwknop wants it."""
         cls.server_ring = stack.enter_context(Keyring())
         cls.client_ring = stack.enter_context(Keyring())
-        cls.recipients = {kind: cls.server_ring.generate("server" + kind, kind)
+        cls.recipients = {kind: cls.server_ring.generate("server" + kind, encrypts=kind)
                           for kind in ("rsa2048", "rsa3072")}
-        cls.recipients["other"] = cls.client_ring.generate("elsewhere", "rsa2048")
+        cls.recipients["other"] = cls.client_ring.generate("elsewhere", encrypts="rsa2048")
         for kind in ("rsa2048", "rsa3072"):
             cls.client_ring.take(cls.server_ring, cls.recipients[kind])
         for fingerprint in cls.recipients.values():
