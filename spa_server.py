@@ -790,17 +790,16 @@ def decode_packet(plain: bytes) -> Packet:
     fields = plain.split(b":")
     check_field(len(fields) >= 7, "DECODE_LT_MIN_FIELDS")
     digest_type = find_digest(plain[:-len(fields[-1]) - 1], fields[-1])
-    random, user, timestamp, version, type_text, message = fields[:6]
+    random, user, timestamp, version, kind, message = fields[:6]
     check_field(timestamp != b"", "DECODE_TIMESTAMP_MISSING")
     check_field(len(timestamp) <= 12, "DECODE_TIMESTAMP_TOOBIG")
     check_field(timestamp.isdigit(), "DECODE_TIMESTAMP_DECODEFAIL")
     check_field(version != b"", "DECODE_VERSION_MISSING")
     check_field(len(version) <= 8, "DECODE_VERSION_TOOBIG")
-    check_field(type_text != b"", "DECODE_MSGTYPE_MISSING")
-    check_field(len(type_text) <= 2, "DECODE_MSGTYPE_TOOBIG")
-    check_field(type_text.isdigit() and int(type_text) <= LOCAL_NAT_TIMEOUT,
-                "DECODE_MSGTYPE_DECODEFAIL")
-    message_type = int(type_text)
+    check_field(kind != b"", "DECODE_MSGTYPE_MISSING")
+    check_field(len(kind) <= 2, "DECODE_MSGTYPE_TOOBIG")
+    check_field(kind.isdigit() and int(kind) <= LOCAL_NAT_TIMEOUT, "DECODE_MSGTYPE_DECODEFAIL")
+    message_type = int(kind)
     nat, server_auth, timeout = decode_extra(message_type, fields[6:-1])
     text = decode_text(message, 256, "DECODE_MESSAGE")
     address, ports, command = decode_message(message_type, text)
@@ -839,14 +838,11 @@ def decode_extra(message_type: int,
     check_field(len(extra) <= 1 + with_nat + with_timeout, "DECODE_WRONG_NUM_FIELDS")
     check_field(len(extra) >= with_nat, "DECODE_NATACCESS_MISSING")
     check_field(len(extra) >= with_nat + with_timeout, "DECODE_TIMEOUT_MISSING")
-    timeout = 0
-    if with_timeout:
-        check_field(extra[-1].isdigit(), "DECODE_TIMEOUT_VALIDFAIL")
-        check_field(len(extra[-1]) <= 16 and int(extra[-1]) <= MAX_TIMEOUT,
-                    "DECODE_TIMEOUT_DECODEFAIL")
-        timeout = int(extra.pop())
+    timeout = extra.pop() if with_timeout else b"0"
+    check_field(timeout.isdigit(), "DECODE_TIMEOUT_VALIDFAIL")
+    check_field(len(timeout) <= 16 and int(timeout) <= MAX_TIMEOUT, "DECODE_TIMEOUT_DECODEFAIL")
     nat = decode_nat(extra.pop(0)) if with_nat else None
-    return nat, decode_text(extra[0], 256, "DECODE_SRVAUTH") if extra else None, timeout
+    return nat, decode_text(extra[0], 256, "DECODE_SRVAUTH") if extra else None, int(timeout)
 
 
 def decode_nat(field: bytes) -> Tuple[str, int]:
@@ -2191,11 +2187,10 @@ def parse_group(text: str) -> int:
 
 def parse_template(text: str) -> Tuple[str, ...]:
     """Split a CMD_CYCLE command at blanks, before values of variables can bring other blanks in."""
-    arguments = text.encode("latin-1").split()  # as bytes: 0xA0 is no blank
-    expect(len(arguments) <= MAX_ARGUMENTS, f"at most {MAX_ARGUMENTS} words")
-    expect(not arguments or find_program(os.fsdecode(arguments[0])) is not None,
-           "a program that can be run")
-    template = tuple(argument.decode("latin-1") for argument in arguments)
+    argv = text.encode("latin-1").split()  # as bytes: 0xA0 is no blank
+    expect(len(argv) <= MAX_ARGUMENTS, f"at most {MAX_ARGUMENTS} words")
+    expect(not argv or find_program(os.fsdecode(argv[0])) is not None, "a program that can be run")
+    template = tuple(argument.decode("latin-1") for argument in argv)
     for argument in template:
         fill_in(argument, dict.fromkeys(CYCLE_VARIABLES, ""))
     return template
@@ -2804,10 +2799,14 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
     doors = [Door(network, destination, protocol, port) for protocol, port in request.ports]
     if stanza.cycle_open or not with_nat:
         return Verdict(doors, seconds, bool(stanza.cycle_open))
-    host = nat_target(request, stanza, settings, is_own_address, address.version)
+    host: Union[None, Address, Lookup]
+    host, port = stanza.force_nat or (None, 0)  # with FORWARD_ALL nobody need name a host
+    if request.nat and not stanza.force_nat:
+        host = nat_host(request.nat[0], request, address.version, settings, is_own_address)
+        port = request.nat[1]
     if isinstance(host, Lookup):
         return host
-    return Verdict(nat_doors(request, stanza, doors, settings, is_own_address, *host), seconds)
+    return Verdict(nat_doors(request, stanza, doors, settings, is_own_address, host, port), seconds)
 
 
 def check_policy(request: Request, stanza: Stanza, now: float) -> None:
@@ -2847,18 +2846,6 @@ def wants_nat(request: Request, stanza: Stanza, settings: ServerSettings) -> boo
     # FORWARD_ALL alone does not want it: such a stanza opens ports of this host, too.
     forced_source = stanza.force_snat or stanza.force_masquerade
     return bool(stanza.force_nat or (stanza.forward_all and forced_source))
-
-
-def nat_target(request: Request, stanza: Stanza, settings: ServerSettings,
-               is_own_address: OwnAddress,
-               version: int) -> Union[Lookup, Tuple[Optional[Address], int]]:
-    """Return the address and port that NAT leads to, or the Lookup that tells the address."""
-    if stanza.force_nat:
-        return stanza.force_nat
-    if not request.nat:  # with FORWARD_ALL, neither packet nor stanza need name them
-        return None, 0
-    host = nat_host(request.nat[0], request, version, settings, is_own_address)
-    return host if isinstance(host, Lookup) else (host, request.nat[1])
 
 
 def nat_doors(request: Request, stanza: Stanza, access: List[Door], settings: ServerSettings,
@@ -3448,12 +3435,9 @@ def parse_gpg_status(text: bytes) -> GpgStatus:
 
 
 def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
-    """Raise WrongKey unless one whole text was decrypted with one of these keys, and is intact.
-
-    gpg tries our passphrase on a message that is encrypted with one: this has no DECRYPTION_KEY.
-    Text beside the encrypted text would be a second PLAINTEXT.
-    """
+    """Raise WrongKey unless one whole text was decrypted with one of these keys, and is intact."""
     status = answer.status
+    # Empty for a message that is encrypted with a passphrase, on which gpg tries ours.
     used = {arguments[0] for arguments in status.get("DECRYPTION_KEY", []) if arguments}
     for right, problem in (
             ("NODATA" not in status, "No data"),
@@ -3462,7 +3446,7 @@ def check_decrypted(answer: GpgAnswer, fingerprints: FrozenSet[str]) -> None:
             (used <= fingerprints, "decrypted with a key that is not GPG_DECRYPT_ID"),
             ("GOODMDC" in status and "DECRYPTION_OKAY" in status
              and not {"BADMDC", "DECRYPTION_FAILED", "ERROR", "FAILURE"} & set(status), "Bad data"),
-            (len(status.get("PLAINTEXT", [])) == 1, "expected one text")):
+            (len(status.get("PLAINTEXT", [])) == 1, "expected one text")):  # none in the clear
         if not right:
             raise not_decrypted(problem)
 
@@ -3523,11 +3507,8 @@ class Gpg:
 
     def ask(self, command: List[str], passphrase: bytes, message: bytes,
             has_hmac: bool) -> GpgAnswer:
-        """Return gpg's answer to a message; raise GpgNeeded if gpg has to run first.
-
-        Raise PacketRejected if gpg gave no answer. Raise TooFast if so many packets open nothing
-        that running gpg for them would keep this machine busy.
-        """
+        """Return gpg's answer to a message, or raise: GpgNeeded if gpg has to run first, TooFast if
+        packets that open nothing keep this machine busy, PacketRejected if there is no answer."""
         question = (tuple(command), passphrase, message)
         answer = self.answers.get(question)
         if answer is None:
@@ -3661,11 +3642,8 @@ class GpgKeys(Keys):
             self.gpg.busy_until -= self.gpg.cost
 
     def decrypt(self, message: bytes) -> bytes:
-        """Return the plaintext of an OpenPGP message; raise PacketRejected if anything is wrong.
-
-        A message names the key that it is encrypted to, in eight octets (RFC 4880 section 5.1).
-        Junk and messages for other keys do not name ours, and so cost no run of gpg.
-        """
+        """Return the plaintext of an OpenPGP message; raise PacketRejected if anything is wrong."""
+        # A message names its key (RFC 4880 section 5.1). Junk does not name ours: it costs no run.
         if not any(key_id in message for key_id in self.key_ids):
             raise not_decrypted("No secret key")
         answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, self.has_hmac)
@@ -3679,8 +3657,7 @@ class GpgKeys(Keys):
 
 
 def run_gpg_listing(stanza: Stanza, command: List[str]) -> FrozenSet[str]:
-    """Run gpg to list the fingerprints of GPG_DECRYPT_ID and its subkeys; raise ConfigError unless
-    gpg has the one secret key."""
+    """Run gpg to list the fingerprints of the one secret key GPG_DECRYPT_ID and of its subkeys."""
     row = Stanza.gpg_decrypt_id
     question = ["--with-colons", "--list-secret-keys", "--", stanza.gpg_decrypt_id]
     try:
@@ -3778,11 +3755,7 @@ class ReplayMemory:
         self.rewrite_due = 0.0  # when the next attempt to write the file anew may be made
 
     def open_file(self) -> None:
-        """Read the file, if there is to be one, and write it anew.
-
-        If that fails, the memory begins now: the server before may have failed as well, and have
-        accepted packets that are not in the file.
-        """
+        """Read the file, if there is to be one, and write it anew."""
         if not self.path:
             return
         try:
@@ -3791,6 +3764,7 @@ class ReplayMemory:
         except OSError as error:
             if error.errno not in DISK_FAILURES:
                 raise SpaError(explain(error, self.path)) from None
+            # The server before may have failed, too, and accepted packets that the file lacks.
             self.began = self.clocks.monotonic() + 1
             self.give_up_file(error)
 
@@ -4184,9 +4158,7 @@ def is_own_address(address: Address) -> Optional[bool]:
     """Return whether the kernel would deliver packets to `address` at this host.
 
     None: a broadcast address, or the address of a network that this host is in; Linux 5.14 and
-    later route to the latter as to any host's. An address without a route is another host's. The
-    kernel answers with a struct rtmsg: its second byte is the length of the route's prefix, the
-    sixth names the maker of the route, and the eighth is the route's type.
+    later route to the latter as to any host's. An address without a route is another host's.
     """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     question = (struct.pack("=8BI", family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, ROUTE_MATCHED)
@@ -4196,12 +4168,13 @@ def is_own_address(address: Address) -> Optional[bool]:
         asked.sendto(header + question, (0, 0))
         answer = asked.recv(65536, socket.MSG_DONTWAIT)  # the kernel answers within sendto()
     for kind, _, body in netlink_messages(answer):
-        if kind == NEW_ROUTE:
-            network = (family == socket.AF_INET and body[1] < 31 and body[5] == ROUTE_BY_KERNEL
+        if kind == NEW_ROUTE:  # struct rtmsg, and attributes
+            _, prefix, _, _, _, maker, _, route = body[:8]
+            network = (family == socket.AF_INET and prefix < 31 and maker == ROUTE_BY_KERNEL
                        and attributes(body[12:]).get(ROUTE_DESTINATION) == address.packed)
-            if network or body[7] == ROUTE_BROADCAST:
+            if network or route == ROUTE_BROADCAST:
                 return None
-            return body[7] != ROUTE_TO_OTHERS
+            return route != ROUTE_TO_OTHERS
     return False
 
 
@@ -4573,8 +4546,7 @@ def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture]
                   captures: List[Capture]) -> None:
     """Open what the settings say to listen on or to read, and add it to `captures`.
 
-    Sockets of `current` that fit are kept. There is no packet socket while the interface is
-    missing. Raise SpaError if there is no way to listen.
+    Sockets of `current` that fit are kept. Raise SpaError if there is no way to listen.
     """
     if settings.capture_file:
         captures.append(open_capture_file(settings.capture_file, settings.packet_filter,
