@@ -257,8 +257,7 @@ class AesTables:
     """The S-box of FIPS 197 section 5.1.1, and tables that join SubBytes and MixColumns.
 
     columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0 on top:
-    a round is then sixteen look-ups and xors. The time of a look-up depends on key and caches, as
-    in every AES made of tables.
+    a round is sixteen look-ups and xors. Their time depends on key and caches, as with all tables.
     """
 
     def __init__(self) -> None:

@@ -277,8 +277,7 @@ class AesTables:
     """The S-box of FIPS 197 section 5.1.1, and tables that join SubBytes and MixColumns.
 
     columns[i][x] is column i of the MixColumns matrix times S(x), a 32-bit word with row 0 on top:
-    a round is then sixteen look-ups and xors. The time of a look-up depends on key and caches, as
-    in every AES made of tables.
+    a round is sixteen look-ups and xors. Their time depends on key and caches, as with all tables.
     """
 
     def __init__(self) -> None:
@@ -571,11 +570,9 @@ def next_counter(counter: bytes) -> bytes:
 
 
 def strip_padding(plain: bytes) -> bytes:
-    """Return `plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError without one.
-
-    fwknopd lets wrong padding pass. Here every byte counts: otherwise an attacker could change the
-    padding of a captured packet without HMAC, and send it again as a new one.
-    """
+    """Return `plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError without one."""
+    # fwknopd lets wrong padding pass. Here every byte counts: else an attacker could change the
+    # padding of a captured packet without HMAC, and send it again as a new one.
     length = plain[-1]
     expect(1 <= length <= 16 and plain[-length:] == bytes([length]) * length, "padding")
     return plain[:-length]
@@ -754,10 +751,9 @@ def is_gpg(payload: bytes) -> bool:
 
 def wrong_type(payload: bytes) -> WrongKey:
     """Return the rejection of a packet when no stanza has keys for its kind of encryption."""
-    number = 2 if is_gpg(payload) else 1
+    number, size = 2 if is_gpg(payload) else 1, len(payload)
     return WrongKey("encryption type", "No stanza encryption mode match for encryption type: "
-                    f"{number}. ({len(payload)} characters; from {GPG_LENGTH} on it is a GPG "
-                    "packet)")
+                    f"{number}. ({size} characters; from {GPG_LENGTH} on it is a GPG packet)")
 
 
 def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, List[bytes]]:
@@ -1089,8 +1085,8 @@ MAX_KEY_FILE = 1 << 20  # bytes: far more than keys need, and no burden for the 
 def read_file(path: str, untrusted: bool = False) -> str:
     """Read a file as Latin-1 text, so that each byte is one character.
 
-    A file that a user may own (`untrusted`) must be regular, since its owner can make it a pipe at
-    any time, and at most MAX_KEY_FILE bytes long.
+    If a user may own it (`untrusted`), it must be regular (its owner could make it a pipe), and at
+    most MAX_KEY_FILE bytes long.
     """
     try:
         with open(path, encoding="latin-1", newline="\n", opener=lambda name, flags: os.open(
@@ -1139,26 +1135,22 @@ def permission_warnings(path: str) -> List[str]:
         status = os.stat(path)
     except OSError:
         return []
-    texts, user = [], os.geteuid()
+    texts, named, user = [], f"[-] file: {path}", os.geteuid()
     if stat.S_IMODE(status.st_mode) & 0o077:
-        texts.append(f"[-] file: {path} permissions should only be user read/write "
-                     "(0600, -rw-------)")
+        texts.append(f"{named} permissions should only be user read/write (0600, -rw-------)")
     if status.st_uid not in (0, user):
-        texts.append(f"[-] file: {path} (owner: {status.st_uid}) not owned by current effective "
-                     f"user id: {user}")
+        texts.append(f"{named} (owner: {status.st_uid}) not owned by current effective user id: "
+                     f"{user}")
     return texts + folder_warnings(os.path.dirname(path) or ".", stat.S_ISVTX)
 
 
 def folder_warnings(folder: str, harmless: int = 0) -> List[str]:
-    """Return a warning for a directory in which others can write, and so have root run commands.
-
-    A mode with a bit of `harmless` needs none: in a sticky directory others can't replace a file.
-    """
+    """Return a warning for a directory in which others can write, and so have root run commands."""
     try:
         mode = stat.S_IMODE(os.stat(folder).st_mode)
     except OSError:
         return []
-    if not mode & 0o022 or mode & harmless:
+    if not mode & 0o022 or mode & harmless:  # sticky: others can't replace a file there
         return []
     return [f"[-] folder: {folder} is writable by others (mode {mode:04o}): they say what is "
             "opened, and what root runs"]
@@ -1249,10 +1241,7 @@ ECHO_REQUESTS = ((ICMP, 8), (ICMP6, 128))  # protocol and type (RFC 792, RFC 444
 
 
 def decode_header(packet: bytes) -> Optional[Tuple[int, int, int, int, bytes, bytes]]:
-    """Return an IP packet's protocol, where its data begin and end, fragment, source, destination.
-
-    Fragment 0 is a whole packet, else IPv4's flag and offset. Return None for a broken header.
-    """
+    """Return protocol, start and end of the data, fragment, source, destination; None if broken."""
     if len(packet) < 28:
         return None
     if packet[0] >> 4 == 6:  # RFC 8200 sections 3 and 4
@@ -1267,7 +1256,7 @@ def decode_header(packet: bytes) -> Optional[Tuple[int, int, int, int, bytes, by
     start = (first & 15) * 4
     if first >> 4 != 4 or start < 20:
         return None
-    return protocol, start, end, fragment & 0x3FFF, source, destination
+    return protocol, start, end, fragment & 0x3FFF, source, destination  # MF flag and offset
 
 
 def decode_ip(packet: bytes) -> Optional[Datagram]:
@@ -1291,10 +1280,7 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
 
 
 def decode_knock(packet: bytes) -> Optional[Datagram]:
-    """Return the knock packet that an IP packet may be: TCP, UDP or an echo request, any content.
-
-    None for later fragments, cut headers, other protocols. The size of an echo request counts.
-    """
+    """Return the knock packet that an IP packet may be: TCP, UDP or echo request, any content."""
     header = decode_header(packet)
     if header is None:
         return None
@@ -1307,7 +1293,7 @@ def decode_knock(packet: bytes) -> Optional[Datagram]:
     if protocol == UDP:
         return Datagram(b"", source, 0, destination, port)
     if (protocol, packet[start]) in ECHO_REQUESTS and end >= start + 8 and not fragment:
-        return Datagram(b"", source, 0, destination, end - start - 8, ICMP)
+        return Datagram(b"", source, 0, destination, end - start - 8, ICMP)  # its size counts
     return None
 
 
@@ -1450,10 +1436,7 @@ class FilterParser:
             operator = self.next_if("and", "or")
             if not operator:
                 return tree
-            parts: Tuple[Filter, ...] = (tree,)
-            if isinstance(tree, Junction) and tree.operator == operator:
-                parts = tree.parts
-            tree = Junction(operator, (*parts, self.term()))
+            tree = Junction(operator, (tree, self.term()))
 
     def term(self) -> Filter:
         """Parse a primitive, an expression in parentheses, or `not` of either."""
@@ -1589,8 +1572,7 @@ def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
 # ======================================================================================
 # 7. fwknopd.conf
 #
-# How this server listens, remembers and drives the firewall (tests/spec/fwknop.md 3.2). Section 9
-# says what access it grants.
+# How this server listens, remembers and drives the firewall (tests/spec/fwknop.md 3.2).
 # ======================================================================================
 
 
@@ -1681,8 +1663,7 @@ class ServerSettings(Settings):
                               "packets to look at, in tcpdump's language; see Carriers")
     any_direction = Flag("ENABLE_PCAP_ANY_DIRECTION", "look at packets that this host sends, too")
     promiscuous = Flag("ENABLE_PCAP_PROMISC", "look at packets for other hosts on PCAP_INTF, too")
-    capture_file = NoDefault("PCAP_FILE", parse_path,
-                             "judge the packets of this file of `tcpdump -w` instead, and end")
+    capture_file = NoDefault("PCAP_FILE", parse_path, "judge a file of `tcpdump -w`, and end")
     packet_limit = Directive("PACKET_LIMIT", integer(0, 10 ** 9), "0",
                              "end after so many packets that look like SPA; 0: go on")
     udp_server = Flag("ENABLE_UDP_SERVER", "listen on a UDP socket instead")
@@ -1874,8 +1855,7 @@ class Sequence:
     are ignored. A wrong step ends an attempt, and is then tried as a first one. Wrong is another
     port of this sequence; with `strict` any other port of its protocols, even if it is a step of
     another sequence. A repeated step is ignored, because hosts resend SYNs; with `exact` it ends
-    the attempt. In a flood the oldest attempts are forgotten. Those that have done a second step
-    are spared, unless these are too many.
+    the attempt. In a flood the oldest attempts end; those with a second step are mostly spared.
     """
 
     def __init__(self, steps: Tuple[Step, ...], seconds: float, flags: Tuple[int, int] = (0, 0),
@@ -2008,10 +1988,9 @@ def make_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
 
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
-    """Return the filter that lets these sequences' steps pass, by their ports and TCP flags.
+    """Return the filter of these sequences' steps: by ports and flags, unless these are too many.
 
-    A whole protocol passes if a sequence is strict, or if the ports are too many. Segments with
-    any flags pass if there are too many kinds.
+    A whole protocol passes if a sequence is strict.
     """
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
     few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
@@ -2499,17 +2478,15 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
     files = AccessFiles(directory)
     for path in paths:
         files.read(path)
-    stanzas = files.stanzas
-    if not stanzas:
+    if not files.stanzas:
         raise ConfigError(", ".join(paths) + ": expected a stanza, which begins with SOURCE")
-    warnings = files.warnings
-    for stanza in stanzas:
+    for stanza in files.stanzas:
         stanza.set_defaults()
         try:
-            warnings += [] if stanza.void else stanza.validate()
+            files.warnings += [] if stanza.void else stanza.validate()
         except SpaError as error:
             stanza.give_up(error)
-    return stanzas, warnings + mark_shared_keys(stanzas)
+    return files.stanzas, files.warnings + mark_shared_keys(files.stanzas)
 
 
 def mark_shared_keys(stanzas: List[Stanza]) -> List[str]:
@@ -2850,10 +2827,9 @@ def wants_nat(request: Request, stanza: Stanza, settings: ServerSettings) -> boo
 
 def nat_doors(request: Request, stanza: Stanza, access: List[Door], settings: ServerSettings,
               is_own_address: OwnAddress, address: Optional[Address], port: int) -> List[Door]:
-    """Return the doors of a packet with NAT, in place of the `access` doors it asks for
-    (tests/spec/fwknop.md 3.6). Every port leads to `address` and `port`.
+    """Return the doors of a packet with NAT for the `access` doors it asks for (fwknop.md 3.6).
 
-    Order: accept, then DNAT, then SNAT or MASQUERADE.
+    Order: accept, then DNAT, then SNAT or MASQUERADE. Every port leads to `address` and `port`.
     """
     version = access[0].source.version
     if address is not None and address.version != version:
@@ -2899,20 +2875,18 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
         if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
                                  "disabled.", "{stanza}{text}") from None
-    no_host = f"{address} is not the address of one host"
     if address is not None and (
             address.is_loopback or address.is_link_local or not may_be_host(address)):
-        raise no_nat(request, no_host)
+        raise no_nat(request, f"{address} is not the address of one host")
     if local and (address is None or is_own_address(address) is False):
         address = parse_address(socket_text(request.datagram.destination))
-        no_host = f"{address} is not the address of one host"
     if address is None:
         if not host:
             raise no_nat(request, "it names no host")
         return Lookup(host, version)
     own = is_own_address(address)
     if own is None:
-        raise no_nat(request, no_host)
+        raise no_nat(request, f"{address} is not the address of one host")
     if own != local:
         raise no_nat(request, f"{address} is {'no' if local else 'an'} address of this host")
     return address
@@ -3317,10 +3291,7 @@ class Log:
 
 
 class Throttle:
-    """A limit to the rate of log lines that strangers can cause, so that they can't fill the disk.
-
-    When the next line may be written, the log first gets the number of lines held back and `text`.
-    """
+    """A limit to the rate of log lines that strangers can cause: they must not fill the disk."""
 
     def __init__(self, log: Log, text: str, monotonic: Callable[[], float],
                  burst: int = BURST) -> None:
@@ -3361,10 +3332,7 @@ def find_program(name: str) -> Optional[str]:
 
 
 def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_SECONDS) -> str:
-    """Return the output of a program that reads `text`; raise CommandError if it fails.
-
-    After `seconds` the program is killed with all that it started; its work may have been done.
-    """
+    """Return the output of a program that reads `text`; raise CommandError if it fails."""
     try:
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, env=PROGRAM_ENVIRONMENT,
@@ -3375,8 +3343,8 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
         try:
             output, errors = process.communicate(text.encode(), seconds)
         except subprocess.TimeoutExpired:
-            end_group(process, signal.SIGKILL)
-            process.wait()
+            end_group(process, signal.SIGKILL)  # and all that it started
+            process.wait()  # its work may have been done
             raise CommandError(f"{arguments[0]}: killed after {seconds:.1f} seconds") from None
     if process.returncode:
         said = errors.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
