@@ -388,13 +388,13 @@ class AloneTest(unittest.TestCase):
         top = os.path.dirname(self.places["keygen.py"])
         capture, conf, access = (os.path.join(top, name) for name in ("pcap", "conf", "access"))
         for path, text in ((capture, struct.pack("=IHHiIII", 0xa1b2c3d4, 2, 4, 0, 0, 999, 1)),
-                           (conf, "FWKNOP_RUN_DIR %s;\nPCAP_FILE %s;\n" % (top, capture)),
+                           (conf, "PCAP_FILE %s;\n" % capture),
                            (access, "SOURCE ANY\nKEY k\nHMAC_KEY h\n")):
             write(path, text)
         listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.addCleanup(listener.close)
         listener.bind(("127.0.0.1", 0))
-        words = {"files": "-c %s -a %s" % (conf, access),
+        words = {"files": "-c %s -a %s -r {place}" % (conf, access),
                  "knock": "-A tcp/22 -a 192.0.2.1 -D 127.0.0.1 --key-rijndael k -p %d"
                           % listener.getsockname()[1]}
         reader, broken = os.pipe()
@@ -406,17 +406,24 @@ class AloneTest(unittest.TestCase):
         ways = [(python.path, full, {}) for python in (find_pythons()[0], find_pythons()[-1])] + [
             (sys.executable, where, more) for where in (closed, full, broken)
             for more in ({}, {"PYTHONUNBUFFERED": "1"})]  # type: List[Tuple[str, int, Any]]
-        for (name, arguments, stream, code), (python, where, more) in itertools.product(
-                UNREAD, ways):
+
+        def start(number: int) -> Any:
+            """Run a script; the server's state lies in a directory of its own."""
+            (name, arguments, stream, _), (python, where, more) = runs[number]
             close = " %d>&-" % stream if where == closed else ""
+            place = os.path.join(top, "run%d" % number)
+            return subprocess.run(
+                ["/bin/sh", "-c", 'exec "$0" "$@"' + close, python, name]
+                + arguments.format(**words).format(place=place).split(), stdin=subprocess.DEVNULL,
+                stdout=where if stream == 1 else subprocess.PIPE,
+                stderr=where if stream == 2 else subprocess.PIPE, universal_newlines=True,
+                timeout=TIMEOUT, cwd=self.places[name], env=dict(more, HOME=top, PATH=os.defpath))
+
+        runs = list(itertools.product(UNREAD, ways))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(start, range(len(runs))))
+        for ((name, arguments, stream, code), (python, where, _)), answer in zip(runs, answers):
             with self.subTest(name, arguments=arguments, stream=stream, where=where, python=python):
-                answer = subprocess.run(
-                    ["/bin/sh", "-c", 'exec "$0" "$@"' + close, python, name]
-                    + arguments.format(**words).split(), stdin=subprocess.DEVNULL,
-                    stdout=where if stream == 1 else subprocess.PIPE,
-                    stderr=where if stream == 2 else subprocess.PIPE, universal_newlines=True,
-                    timeout=TIMEOUT, cwd=self.places[name],
-                    env=dict(more, HOME=top, PATH=os.defpath))
                 said = (answer.stdout or "") + (answer.stderr or "")
                 self.assertEqual(code, answer.returncode, said)
                 self.assertNotRegex(said, "Traceback|Exception ignored")
