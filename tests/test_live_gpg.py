@@ -215,11 +215,11 @@ class LiveGpgTest(SharedCase, CableCase):
                 self.client.run(*FWKNOP, *self.options("good"))
             server.knock(self.client, *KNOCK)
             self.assertNotIn("gpg took", server.log(mark))
-            self.assertEqual(1, server.log(mark).count(" opened "))
+            self.assertEqual(1, server.log(mark).count(" opened "), server.log())
             if goes_on:
                 os.kill(agent, signal.SIGCONT)
             wait_for(functools.partial(self.has_lines, server, mark, expect, count + goes_on),
-                     expect)
+                     lambda: expect + " in:\n" + server.log())
             os.kill(agent, signal.SIGCONT)
         os.kill(agent, signal.SIGSTOP)
         self.client.run(*FWKNOP, *self.options("good"))
