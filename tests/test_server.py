@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import inspect
 import io
 import ipaddress
 import itertools
@@ -27,7 +28,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple  # noqa:
 from unittest import mock
 
 import spa_server as server
-from tests.support import DirectoryCase, needs_root, read, run, skip, write
+from tests.support import TOP, DirectoryCase, needs_root, read, run, skip, write
 from tests.test_packet import NOW, Sender, b64, judge
 
 CLIENT, HOST = "10.55.0.2", "10.55.0.1"
@@ -675,6 +676,53 @@ class ReceiveTest(ServerCase):
 
 # ------------------------------------------------------------------- replay memory
 
+class PromiseTest(ServerCase):
+    """The functions that run before a key is proven: the script and the README tell them all."""
+
+    def test_until_a_key_is_proven(self) -> None:
+        """Junk of the right form passes the functions that the docstring names, and no others."""
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        made, null = self.serve("SOURCE ANY\n" + KEYS), open(os.devnull, "w")
+        for each in (near, far, null):
+            self.addCleanup(each.close)
+        self.log.open_stream(null)
+        capture = server.PacketCapture.__new__(server.PacketCapture)
+        server.Capture.__init__(capture, near, "any")
+        payload = b"A" * 200
+        udp = struct.pack(">4H", 4000, 62201, 8 + len(payload), 0) + payload
+        far.send(struct.pack(">BxHxxxxBBxx4s4s", 0x45, 20 + len(udp), 64, 17, b"\x0a\x37\0\2",
+                             b"\x0a\x37\0\1") + udp)
+        seen = []  # type: List[Any]
+
+        def note(frame: Any, event: str, _: Any) -> None:
+            """Note the code of each function of the script that is called."""
+            code = frame.f_code
+            if (event == "call" and code.co_filename == server.__file__ and code not in seen
+                    and code.co_name[0] != "<"):  # such as <listcomp>: it is in a function
+                seen.append(code)
+
+        sys.setprofile(note)
+        try:
+            made.drain(capture)
+        finally:
+            sys.setprofile(None)
+        self.assertEqual({"wrong HMAC": 1}, made.tally.counts)
+        names = {each.__code__: each.__qualname__ for owner in vars(server).values()
+                 for each in (vars(owner).values() if isinstance(owner, type) else [owner])
+                 if hasattr(each, "__code__")}
+        lines = sum(len(inspect.getsourcelines(code)[0]) for code in seen)
+        promise = "%d functions of %d lines" % (len(seen), lines)
+        told = re.search(r"key is proven, (\d+ functions of \d+ lines) .*?\n\n(.*?)\n\n",
+                         server.__doc__ or "", re.DOTALL)
+        assert told
+        self.assertEqual(told.group(2).replace(",", "").split(),
+                         [names.get(code, code.co_name) for code in seen])
+        self.assertEqual(promise, told.group(1))
+        self.assertIn(promise, read(os.path.join(TOP, "README.md")))
+        self.assertLessEqual(len(seen), 21)
+        self.assertLessEqual(lines, 254)
+
+
 class LogTest(ServerCase):
     """Where a line goes, and with what severity."""
 
@@ -1172,7 +1220,7 @@ class GrantsTest(ServerCase):
         self.assertEqual(NOW + 50, self.firewall.rules[self.ssh].expires)
         self.assertEqual(["tcp/22"], self.later(29))
         self.assertEqual([], self.later(1))
-        self.assertIsNone(self.grants.next_end())
+        self.assertEqual(server.FOR_EVER, self.grants.next_due())
 
     def test_never_shortened(self) -> None:
         """A knock for less time changes nothing, and the log tells the later time."""
@@ -1182,12 +1230,12 @@ class GrantsTest(ServerCase):
         self.assertEqual(["tcp/22"], self.later(6))
         self.assertEqual([], self.later(294))
 
-    def test_next_end(self) -> None:
+    def test_next_due(self) -> None:
         """Tells the loop when to come back."""
-        self.assertIsNone(self.grants.next_end())
+        self.assertEqual(server.FOR_EVER, self.grants.next_due())
         self.grants.grant([self.ssh], 30)
         self.grants.grant([self.dns], 10)
-        self.assertEqual(5010.0, self.grants.next_end())
+        self.assertEqual(5010.0, self.grants.next_due())
 
     def test_many_end_together(self) -> None:
         """And all are closed."""
@@ -1211,7 +1259,7 @@ class GrantsTest(ServerCase):
         self.firewall.failing_closes = 3
         self.assertEqual(["tcp/22", "udp/53"], self.later(10))
         self.assertIn("trying to close 2 grants again", self.logged())
-        self.assertEqual(self.clock.mono_time + server.RETRY_SECONDS, self.grants.next_end())
+        self.assertEqual(self.clock.mono_time + server.RETRY_SECONDS, self.grants.next_due())
         self.assertEqual(2, len(self.later(0.5)))
         self.assertEqual(2, len(self.later(1)))
         self.assertEqual(2, len(self.later(1)))
@@ -1331,7 +1379,7 @@ class GrantsTest(ServerCase):
         self.grants.flush()
         self.grants.restore()
         self.assertEqual([], self.later(0))
-        self.assertIsNone(self.grants.next_end())
+        self.assertEqual(server.FOR_EVER, self.grants.next_due())
 
 
 class LifeTest(ServerCase):
