@@ -387,8 +387,7 @@ class AesInverse(Aes):
     def decrypt_block(self, block: bytes) -> bytes:
         """Decrypt 16 bytes: EqInvCipher() of section 5.3.5.
 
-        Its rows turn to the other side. So this exchanges the second and the fourth column, in the
-        round keys as well, and does the same rounds with the inverse tables.
+        Its rows turn the other way: with columns 2 and 4 exchanged, in the keys too, rounds() fits.
         """
         a, d, c, b = struct.unpack(">4I", block)
         a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
@@ -843,15 +842,13 @@ def decode_extra(message_type: int,
 
 def decode_nat(field: bytes) -> Tuple[str, int]:
     """Decode `host,port` (tests/spec/fwknop.md 1.5). The host may be a name, or empty."""
-    text = decode_text(field, 256, "DECODE_NATACCESS")
-    host, comma, port = text.partition(",")
+    host, comma, port = decode_text(field, 256, "DECODE_NATACCESS").partition(",")
     check_field(bool(comma) and len(host) <= 70 and not set(host) & set(NAT_EXCLUDED)
                 and is_port(port), "DECODE_NATACCESS_VALIDFAIL")
     return host, int(port)
 
 
-def decode_message(message_type: int,
-                   text: str) -> Tuple[Optional[Address], Tuple[Port, ...], str]:
+def decode_message(message_type: int, text: str) -> Tuple[Optional[Address], Tuple[Port, ...], str]:
     """Decode `IP,proto/port[,...]` or `IP,command` to address, ports, command (fwknop.md 1.4)."""
     ip_text, comma, rest = text.partition(",")
     is_command = message_type == COMMAND
@@ -1365,10 +1362,9 @@ def protocol_filter(name: str) -> Filter:
     if name in ("ip", "ip6"):
         return IS_IPV4 if name == "ip" else IS_IPV6
     four = Junction("and", (IS_IPV4, Comparison(9, 1, number, number)))
-    six = Junction("and", (IS_IPV6, Junction("or", (
-        Comparison(6, 1, number, number),
-        Junction("and", (Comparison(6, 1, IPV6_FRAGMENT, IPV6_FRAGMENT),
-                         Comparison(40, 1, number, number)))))))
+    fragment = Junction("and", (Comparison(6, 1, IPV6_FRAGMENT, IPV6_FRAGMENT),
+                                Comparison(40, 1, number, number)))
+    six = Junction("and", (IS_IPV6, Junction("or", (Comparison(6, 1, number, number), fragment))))
     if name in ("icmp", "icmp6"):
         return four if name == "icmp" else six
     return Junction("or", (four, six))
@@ -1897,10 +1893,7 @@ class Sequence:
         return [step for line in lines for step in line.steps] or list(self.steps)
 
     def mark_used(self, test: bool = False) -> bool:
-        """Mark the next line of its file, if any, as used; return False if that was the last one.
-
-        If this raises SpaError, nothing may be opened. A `test` does not change the file.
-        """
+        """Mark its file's next line, if any, before a door opens; return False after the last."""
         if self.file is None:
             return True
         self.file.mark_used(test)
@@ -1988,13 +1981,10 @@ def make_sequence(owner: "Union[Stanza, KnockdDoor]", strict: bool, exact: bool,
 
 
 def sequence_filter(sequences: List[Sequence]) -> Filter:
-    """Return the filter of these sequences' steps: by ports and flags, unless these are too many.
-
-    A whole protocol passes if a sequence is strict.
-    """
+    """Return the filter of these sequences' steps, by ports and flags unless these are too many."""
     wanted: Dict[Tuple[int, Tuple[int, int]], Set[int]] = {}
     few = len({sequence.flags for sequence in sequences}) <= MAX_FILTER_FLAGS
-    for sequence in sequences:
+    for sequence in sequences:  # if one is strict, its protocols pass whole
         for protocol, port in sequence.all_steps():
             key = protocol, sequence.flags if protocol == TCP and few else (0, 0)
             wanted.setdefault(key, set()).add(ANY_SIZE if sequence.strict else port)
@@ -2247,8 +2237,7 @@ class Stanza(Settings):
                               "how long to open, unless the client asks for a time")
 
     knock_steps = NoDefault("KNOCK_SEQUENCE", parse_steps,
-                            "ports that open OPEN_PORTS when they are hit in this order: "
-                            "7000, 8000:udp, 100:icmp", secret=True)
+                            "knocks that open OPEN_PORTS: 7000, 8000:udp, 100:icmp", secret=True)
     knock_file = NoDefault("KNOCK_ONE_TIME_FILE", parse_path,
                            "file with such sequences, each of which opens once")
     knock_seconds = Directive("KNOCK_TIMEOUT", integer(1, 86400, "seconds"), "25",
@@ -2546,9 +2535,9 @@ MAX_COMMAND = 4095  # bytes, with addresses in it (knockd.md 1.2)
 KNOCKD_CHARACTERS = NAME_CHARACTERS + NAME_CHARACTERS.lower()  # of names; no line has a key
 
 
-def number_before_comment(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Return a parser that lets a comment follow: knockd reads a number up to where it ends."""
-    return lambda text: parse(text.partition("#")[0].rstrip())
+def leading_seconds(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of seconds that lets a comment follow: knockd reads a number to its end."""
+    return lambda text: integer(least, most, "seconds")(text.partition("#")[0].rstrip())
 
 
 def parse_shell(text: str) -> str:
@@ -2570,8 +2559,7 @@ class KnockdSettings(Settings):
     @classmethod
     def row(cls, name: str) -> Optional[Directive[Any]]:
         """Return the row of a name in upper or lower case."""
-        return next((row for row in cls.rows()
-                     if name.lower() in map(str.lower, row.names)), None)
+        return next((row for row in cls.rows() if name.lower() in map(str.lower, row.names)), None)
 
     def dump(self) -> str:
         """Return the lines that were set, in the file's own syntax. Sequences are secrets."""
@@ -2606,8 +2594,7 @@ class KnockdDoor(KnockdSettings):
 
     knock_steps = NoDefault("Sequence", parse_steps, "ports: 7000,8000:udp,9000", secret=True)
     knock_file = NoDefault("One_Time_Sequences", str, "file of such sequences that open once each")
-    knock_seconds = Directive("Seq_Timeout Timeout",
-                              number_before_comment(integer(1, 86400, "seconds")), "25",
+    knock_seconds = Directive("Seq_Timeout Timeout", leading_seconds(1, 86400), "25",
                               "time from the first port to the last")
     knock_flags = Directive("TCPFlags", parse_flags, "",
                             "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
@@ -2616,8 +2603,8 @@ class KnockdDoor(KnockdSettings):
     start = Directive("Start_Command Command", parse_shell, "",
                       "shell command to run when all were hit; %IP% is the client's address")
     start6 = NoDefault("Start_Command_6 Command_6", parse_shell, "instead, for an IPv6 address")
-    stop_seconds = Directive("Cmd_Timeout", number_before_comment(integer(0, 8388608, "seconds")),
-                             "10", "time from the end of that command to Stop_Command")
+    stop_seconds = Directive("Cmd_Timeout", leading_seconds(0, 8388608), "10",
+                             "time from the end of that command to Stop_Command")
     stop = Directive("Stop_Command", parse_shell, "", "shell command to run then")
     stop6 = NoDefault("Stop_Command_6", parse_shell, "instead, for an IPv6 address")
 
@@ -2776,7 +2763,7 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
     doors = [Door(network, destination, protocol, port) for protocol, port in request.ports]
     if stanza.cycle_open or not with_nat:
         return Verdict(doors, seconds, bool(stanza.cycle_open))
-    host: Union[None, Address, Lookup]
+    host: Union[Address, Lookup, None]
     host, port = stanza.force_nat or (None, 0)  # with FORWARD_ALL nobody need name a host
     if request.nat and not stanza.force_nat:
         host = nat_host(request.nat[0], request, address.version, settings, is_own_address)
@@ -3473,11 +3460,9 @@ class Gpg:
         self.busy_until = clocks.monotonic() - GPG_BURST
         self.cost = 0.0  # of the answer that ask() returned last
 
-    def ask(self, command: List[str], passphrase: bytes, message: bytes,
-            has_hmac: bool) -> GpgAnswer:
+    def ask(self, question: GpgQuestion, has_hmac: bool) -> GpgAnswer:
         """Return gpg's answer to a message, or raise: GpgNeeded if gpg has to run first, TooFast if
         packets that open nothing keep this machine busy, PacketRejected if there is no answer."""
-        question = (tuple(command), passphrase, message)
         answer = self.answers.get(question)
         if answer is None:
             excess = GPG_HMAC_SECONDS if has_hmac else 0
@@ -3614,7 +3599,8 @@ class GpgKeys(Keys):
         # A message names its key (RFC 4880 section 5.1). Junk does not name ours: it costs no run.
         if not any(key_id in message for key_id in self.key_ids):
             raise not_decrypted("No secret key")
-        answer = self.gpg.ask(self.command, self.stanza.gpg_passphrase, message, self.has_hmac)
+        question = tuple(self.command), self.stanza.gpg_passphrase, message
+        answer = self.gpg.ask(question, self.has_hmac)
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
@@ -3897,7 +3883,7 @@ class ReplayMemory:
         temporary = self.path + ".new"
         began = f"# began {self.began:.3f} {self.boot_id} {self.forgotten}\n"
         text = DIGEST_HEADER + began + "".join(line + "\n" for line, _ in self.seen.values())
-        make_directory(os.path.dirname(self.path))
+        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         if os.path.lexists(temporary):
             os.unlink(temporary)
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
@@ -3945,11 +3931,6 @@ def open_itself(path: str, flags: int) -> int:
     except OSError as error:
         text = "expected a file, not a symbolic link" if error.errno == errno.ELOOP else ""
         raise OSError(error.errno, text or error.strerror, path) from None
-
-
-def make_directory(path: str) -> None:
-    """Make a directory that only its owner may read, if it is missing."""
-    os.makedirs(path, 0o700, exist_ok=True)
 
 
 # ======================================================================================
@@ -4422,14 +4403,13 @@ class TcpCapture(Capture):
 
     def close_connection(self, number: int, reset: bool = False) -> Optional[Datagram]:
         """Close a connection; return its datagram, if it brought any byte."""
-        connection = self.connections.pop(number)
-        self.selector.unregister(connection.socket)
+        opened, datagram, _ = self.connections.pop(number)
+        self.selector.unregister(opened)
         if reset:  # the client did not end it: keep no TIME_WAIT. struct linger {int on, seconds}
-            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                         struct.pack("ii", 1, 0))
-        connection.socket.close()
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        opened.close()
         self.end_pause()
-        return connection.datagram if connection.datagram.payload else None
+        return datagram if datagram.payload else None
 
     def close(self) -> None:
         """Close the socket and all connections."""
@@ -4613,8 +4593,7 @@ class Listening(NamedTuple):
     four_only: bool
 
 
-def open_knock_captures(listenings: Iterable[Listening], log: Log,
-                        captures: List[Capture]) -> None:
+def open_knock_captures(listenings: Iterable[Listening], log: Log, captures: List[Capture]) -> None:
     """Add packet sockets for knock sequences to `captures`; raise SpaError without CAP_NET_RAW."""
     try:
         for interfaces, sequences, four_only in listenings:
@@ -7837,7 +7816,7 @@ def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
     keep this server from serving: the log says what does not work then.
     """
     try:
-        make_directory(os.path.dirname(path))
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         file = open_pid_file(path)
     except OSError as error:
         if error.errno not in DISK_FAILURES:
@@ -8160,7 +8139,7 @@ def random_key(size: int) -> str:
 
 def write_new_file(path: str, text: str) -> None:
     """Write a file that did not exist, for its owner alone; it is on the disk when this returns."""
-    make_directory(os.path.dirname(path))
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     try:
         with open(open_ours(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
             file.write(text)
