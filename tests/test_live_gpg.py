@@ -13,7 +13,7 @@ from typing import Dict, List, Tuple
 from tests.gnupg import Keyring
 from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, STANZA, CableCase,
                          Server)
-from tests.support import SharedCase, needs_programs, needs_root, wait_for, write
+from tests.support import SharedCase, needs_programs, needs_root, read, wait_for, write
 from tests.test_gpg import other_words, strip
 
 KNOCK = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
@@ -198,6 +198,16 @@ class LiveGpgTest(SharedCase, CableCase):
         """Say whether the log has so many lines with a text."""
         return bool(server.log(mark).count(text) == count)
 
+    @staticmethod
+    def stop_process(pid: int) -> None:
+        """Stop a process; a signal that comes while one of its threads ends may have no effect."""
+        def has_stopped() -> bool:
+            """Send the signal once more, and say whether it has worked."""
+            os.kill(pid, signal.SIGSTOP)
+            return "(stopped)" in read("/proc/%d/status" % pid)
+
+        wait_for(has_stopped, "a process that has stopped")
+
     def test_an_agent_that_hangs(self) -> None:
         """Other knocks open meanwhile; the packet is rejected in time, or opens when the agent goes
         on; a stop does not wait for it."""
@@ -209,7 +219,7 @@ class LiveGpgTest(SharedCase, CableCase):
         self.addCleanup(os.kill, agent, signal.SIGCONT)
         for goes_on, count, expect in ((False, 1, "gpg took more than 5 seconds"),
                                        (True, 3, " opened ")):
-            os.kill(agent, signal.SIGSTOP)
+            self.stop_process(agent)
             mark = server.mark()
             for _ in range(count):
                 self.client.run(*FWKNOP, *self.options("good"))
@@ -221,7 +231,7 @@ class LiveGpgTest(SharedCase, CableCase):
             wait_for(functools.partial(self.has_lines, server, mark, expect, count + goes_on),
                      lambda: expect + " in:\n" + server.log())
             os.kill(agent, signal.SIGCONT)
-        os.kill(agent, signal.SIGSTOP)
+        self.stop_process(agent)
         self.client.run(*FWKNOP, *self.options("good"))
         server.knock(self.client, *KNOCK)
         began = time.monotonic()
