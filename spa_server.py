@@ -1262,7 +1262,7 @@ def decode_ip(packet: bytes) -> Optional[Datagram]:
     if header is None:
         return None
     protocol, start, end, fragment, source, destination = header
-    body = packet[start:end]  # of any checksum: fwknop's raw packets have none
+    body = packet[start:end]  # whatever its checksum: fwknop's raw packets have none
     if fragment or len(body) < 8 or len(body) != end - start:
         return None
     source_port, destination_port, length = PORTS.unpack_from(body)
