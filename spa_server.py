@@ -3735,7 +3735,7 @@ class ReplayMemory:
                 raise OSError(error.errno, error.strerror, path) from None
             self.log.error(f"{explain(error)}; a new memory begins")
             lines = [""]
-        if lines == [""]:  # give_up_file() did that: it misses packets, perhaps of this second
+        if lines == [""]:  # misses packets (see give_up_file()), perhaps of this second
             self.began += 1
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         unread = 0
