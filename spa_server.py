@@ -7331,8 +7331,8 @@ class Gate:
                     found = True
                     yield stanza, keys
                 wrong = wrong or stanza.wrong_hmac
-        if not found:
-            raise wrong or self.no_keys(datagram)
+        if not found:  # one object for all junk: without the reset, each raise would make it grow
+            raise (wrong or self.no_keys(datagram)).with_traceback(None)
 
     def no_keys(self, datagram: Datagram) -> PacketRejected:
         """Return the rejection of a packet for which no stanza has keys."""

@@ -456,6 +456,16 @@ class ReceiveTest(ServerCase):
             made.gate.receive(datagram(payload))
             self.assertIn(expected, self.logged())
 
+    def test_junk_leaves_nothing_behind(self) -> None:
+        """Neither in the replay memory nor at the rejection that all packets of a stanza share."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        payload = Sender(hmac_key=b"another").packet(timestamp=NOW)
+        for _ in range(50):
+            made.gate.receive(datagram(payload))
+        self.assertEqual({"wrong HMAC": 50}, made.tally.counts)
+        self.assertLess(len(server.frames(made.gate.stanzas[0].wrong_hmac)), 10)
+        self.assertEqual(({}, {}), (made.gate.memory.seen, made.gate.memory.refused))
+
     def test_an_hmac_is_looked_at_before_anything_else(self) -> None:
         """Without the right tag nothing is decoded or decrypted, in any stanza."""
         made = self.serve("SOURCE ANY\n" + KEYS + "SOURCE ANY\nKEY k\nHMAC_KEY h\n")
