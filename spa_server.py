@@ -14,25 +14,32 @@ The life of a packet, in the order of Gate.receive() and Gate.let_in() in sectio
   unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 13
   fresh      too old? seen before? from before this memory began?           section 14
   remember   on file before a door opens: a crash must not allow a replay   section 14
-  judge      user, address, ports, expiry: what may this packet open?       sections 11, 24
+  judge      user, address, ports, expiry: what may this packet open?       sections 11, 24, 26
   open       the firewall gets the grant, and ends it by itself             sections 21, 17 to 19
   or run     instead of opening, where a stanza says so: commands           section 22
   close      by the kernel when its time has come; by this server too       section 21
 
-A packet for GPG waits at `unlock` while gpg runs beside the loop; it then begins again with the
-answer. A packet that may be a knock goes to KnockListener.take_knock() in section 25 instead. If it
-is the next step of a sequence (section 8) it counts; the last step opens or runs as above.
+A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has answered, the packet
+starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 25 instead.
+The right next port advances its sequence (section 8); the last one opens or runs as above.
 
-Until a packet's key is proven, 21 functions of 218 lines have run. With the usual set-up, a packet
-socket and stanzas with HMAC, these take junk from the kernel to a line in the log:
+Until a packet's key is proven, 21 functions of 218 lines have run, all of them together. The list
+is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
   Entry.__init__, Gate.admit, Gate.authentic_stanzas, is_gpg, Keys.authentic, Hmac.__call__,
   encode_base64, Tally.reject, Throttle.allows, socket_text, Log.write, Outlet.write,
   StreamOutlet.send, StreamOutlet.write_part, Gate.is_full
 
-UDP and TCP sockets add their own receive() (section 16), HTTP adds Gate.unwrap(). A stanza without
-HMAC proves the key by decryption: unlock() and all that it calls. Knock sequences have no key.
+A UDP or TCP socket has its own receive() (section 16). HTTP adds Gate.unwrap(), a SOURCE other than
+ANY adds Stanza.admits(). Junk of another form makes a NotSpa, or passes Gate.no_keys(). If a stanza
+has no HMAC, decryption proves the key: unlock() and all that it calls. A knock sequence has no key:
+decode_knock(), KnockListener.take_knock() and all that they call.
+
+Changes on this host: the firewall (sections 18 and 19: tables `inet spa` and `inet spa_nat`, rules
+with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, and by --init the two
+files in /etc/fwknop. To undo them: -K, then --fw-flush, then --unguard. When the server is killed,
+the kernel ends the grants; a guard stays closed until a server runs, or --unguard.
 
 Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH, an optional import of
@@ -104,9 +111,11 @@ VERSION = "0.1.0"
 # ======================================================================================
 # 1. Words and errors
 #
-# Stanza, directive, packet and digest are fwknop's words. A datagram is what came in; a
-# packet is its verified fields; a door is a source, a destination, a protocol and a port;
-# a grant is a door that is open until some time.
+# Stanza, directive, packet and digest are fwknop's words. A datagram is what came in; the class
+# Packet has its verified fields. A door is a source, a destination, a protocol and a port; a grant
+# is a door that is open until some time. The guard is our rules that close GUARD_PORTS to everybody
+# without a grant. A cycle is a command that opens and one that closes again; a switch is the
+# process that runs the second if this server is dead. A void stanza has an error and opens nothing.
 # ======================================================================================
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -587,7 +596,7 @@ class Keys:
                  prefix: Callable[[bytes], bytes]) -> None:
         self.compute_tag, self.has_hmac = compute_tag, compute_tag is not None
         self.tag_length, self.prefix = hmac_type.text_size, prefix
-        self.malformed = PacketRejected if compute_tag else WrongKey  # may have another's tag
+        self.malformed = PacketRejected if compute_tag else WrongKey  # it may have another's tag
 
     def authentic(self, payload: bytes) -> bool:
         """Tell whether a packet's tag is right, the first use of a key; True without HMAC."""
@@ -897,7 +906,7 @@ def parse_address(text: str) -> Address:
 # 5. Directives
 #
 # One row per directive of a file: a typed attribute that knows its name, parser, default and
-# help. Reading, the dump, --help and the README's tables all walk the rows. A directive that the
+# help. Reading, the dump and the README's tables walk the rows. A directive that the
 # server ignores, because it can't widen access, has a row as well.
 # ======================================================================================
 
@@ -2065,7 +2074,7 @@ def read_one_time_file(path: str) -> OneTimeFile:
 # 9. access.conf
 #
 # A stanza says which clients may open which ports, and for how long (tests/spec/fwknop.md 3.3).
-# It is the only policy: section 11 judges each packet by one stanza.
+# fwknopd.conf has a say in NAT and destinations only. Section 26 tries the stanzas in their order.
 # ======================================================================================
 
 
@@ -2182,8 +2191,8 @@ CYCLE_VARIABLES = ("IP", "SRC", "PKT_SRC", "DST", "PORT", "PROTO", "TIMEOUT", "C
 class Stanza(Settings):
     """A stanza of access.conf: its keys and its knock sequence, and what these may open."""
 
-    source = Directive("SOURCE", Networks, "ANY", "ANY, or addresses and networks that may knock")
-    destination = Directive("DESTINATION", Networks, "ANY", "addresses that may be knocked at")
+    source = Directive("SOURCE", Networks, "ANY", "ANY, or the addresses and networks of clients")
+    destination = Directive("DESTINATION", Networks, "ANY", "addresses that clients may send to")
     open_ports = Directive("OPEN_PORTS", parse_ports, "",
                            "ports that may be opened: tcp/22, udp/53; without it every port")
     restrict_ports = Directive("RESTRICT_PORTS", parse_ports, "", "ports that may not be opened")
@@ -4021,7 +4030,7 @@ class Netlink:
         return cls(open_netlink_socket())
 
     def close(self) -> None:
-        """Close the socket; the kernel then gives up the tables that it owns."""
+        """Close the socket. Its persistent tables stay, without an owner."""
         self.socket.close()
 
     __del__ = close  # with the backend: a reload replaces it, a check drops it
@@ -4622,7 +4631,7 @@ POLL_SECONDS = 30.0  # between two looks at a firewall whose changes netlink ann
 
 
 class Firewall:
-    """A backend. This one has no grants; it logs why, for --test and FIREWALL_TYPE none.
+    """A backend. This one has no grants and logs why: --test, FIREWALL_TYPE none, or only commands.
 
     Every method but describe() may raise CommandError. The kernel is the register of grants.
     """
@@ -4790,10 +4799,11 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # ======================================================================================
 # 18. nftables
 #
-# A grant is an element with a timeout in a set. In accept mode the sets and one rule stand in
-# tables and chains of the host's firewall (NFT_ACCEPT_CHAINS); in guard mode they stand in a
-# table of our own. nft makes them once; netlink adds and removes elements. NAT has another table
-# of our own. Its maps say where each client's connections lead.
+# A grant is an element with a timeout in a set. With NFT_ACCEPT_CHAINS the sets and one rule stand
+# in tables and chains of the host's firewall. With GUARD_PORTS they stand in a table of our own,
+# whose rules close these ports to everybody without a grant: the guard. nft makes them once;
+# netlink adds and removes elements. NAT has another table of our own, with maps from each client to
+# where its connections lead.
 # ======================================================================================
 
 GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
@@ -5029,8 +5039,8 @@ class NftFirewall(Firewall):
     def fill_table(self, chain: NftChain, lines: List[str]) -> None:
         """Let nft do all of `lines` in a table of our own, or nothing.
 
-        Afterwards our socket owns the guard's table, if the kernel (6.9) lets such a table be
-        persistent: else the table would end with the server. nft can't change an owned table.
+        On Linux 6.9 and later our socket then owns the guard's table, which outlives the server
+        (persistent) and which nft can't change. On an older kernel nobody owns it.
         """
         persistent = 0
         if chain == GUARD_TABLE:
@@ -5913,7 +5923,8 @@ def our_part(firewall: str, table: str, chains: List[str], named: Set[str], rule
              part: str) -> Tuple[List[Rule], List[str], List[str]]:
     """Find a part of ours in a table: rules to delete, chains to delete, and texts about both.
 
-    A chain is ours by its name, by the comment of a jump to it, or if it has nothing but grants.
+    A chain is ours by its name, by the comment of a jump to it, or if it has nothing but grants:
+    the chains of a real fwknopd are among them.
     `chains` lacks those that the kernel begins with; `named` are those of the settings.
     """
     def marked(rule: Rule) -> bool:
@@ -6122,7 +6133,7 @@ def leftovers(part: str, settings: ServerSettings, log: Log,
 
 def remove_leftovers(part: str, settings: ServerSettings, log: Log,
                      netlink: Optional[Netlink] = None) -> List[str]:
-    """Remove what leftovers() finds, and return texts about it. What fails is logged and stays."""
+    """Remove what leftovers() finds, and return texts about it. Log what can't be removed."""
     removed = []
     for leftover in leftovers(part, settings, log, netlink):
         try:
@@ -6150,12 +6161,12 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
 # ======================================================================================
 # 21. Grants
 #
-# The register of open doors. The kernel has it too, and ends each grant by itself. This one
-# closes in time where the kernel can't, prolongs, and puts back what somebody flushed.
+# The register of open doors. The kernel keeps one too, and ends each grant by itself. Ours closes
+# grants that the kernel can't end, prolongs them, and puts back what somebody flushed.
 # ======================================================================================
 
 RETRY_SECONDS = 1.0  # between two tries: little for an open door, enough for a busy firewall
-MAX_GRANTS = 10000  # of a stanza: twice a busy host's; each look at the firewall reads them all
+MAX_GRANTS = 10000  # for a stanza: twice a busy host's; each look at the firewall reads them all
 
 
 class Grants:
@@ -6287,7 +6298,7 @@ class Grants:
                           f"with expire time of {grant.expires} ({grant.door})")
 
     def restore(self) -> bool:
-        """Put back our rules and then the grants that somebody took from the firewall.
+        """Put back our rules and then the grants that somebody removed from the firewall.
 
         Return whether nothing was missing.
         """
@@ -6393,23 +6404,23 @@ def read_openers(path: str) -> Dict[str, str]:
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-MAX_RUNNING, MAX_CYCLES = 32, 100  # of a stanza: one packet's 30 ports run, three packets' wait
+MAX_RUNNING, MAX_CYCLES = 32, 100  # for a stanza: 30 ports of one packet run, 90 of three wait
 MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of a command, in the log: an error message fits
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL, for a shell's trap to clean up
-STOP_SECONDS = 5.0  # a stop waits so long for commands; the switches close what is open after that
-SWITCH_SECONDS = 2  # a switch closes so much later than a live server, which thus comes first
+STOP_SECONDS = 5.0  # stop() waits this long for commands; switches then close the rest
+SWITCH_SECONDS = 2  # a switch fires this much later than the server, so the server comes first
 TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing"  # why it closes
 
-# The first program that is executed is trusted. The kernel lets this server wait for it, and its
-# owner could delay that: by a lease of the file (fcntl(2)), or in a file system of his own.
+# Popen() waits until the program has started. A user who owns the program could delay that, by a
+# lease of the file (fcntl(2)) or a file system of his own. So root's own shell starts first.
 RUN = (b"/bin/sh", b"-c", b'exec "$@"', b"sh")
 
 # The shell of a command that opens holds one end of a pipe as its input, and the switch waits at
 # the other. So the time begins when the command has ended, even if this server is dead by then.
 RUN_AT_PIPE = (b"/bin/sh", b"-c", b'"$@" </dev/null; exit $?', b"sh")
 
-# Without a pipe `cat` ends at once. SIGTERM ends only what the switch waits for, so it closes at
-# once when somebody ends all processes of the service.
+# Without a pipe `cat` ends at once. SIGTERM ends only the switch's cat or sleep: then the switch
+# closes at once, as it has to when somebody ends all processes of the service.
 SWITCH = (b"/bin/sh", b"-c",
           b'trap : HUP INT TERM; cat >/dev/null && sleep "$0"; exec "$@" </dev/null')
 
@@ -6820,7 +6831,7 @@ class Commands:
 # ======================================================================================
 # 23. Configuration
 #
-# All files together: what a server listens to by them, and what it says of itself.
+# All settings together: where the server listens, and its lines about start and stop.
 # ======================================================================================
 
 
@@ -7215,8 +7226,8 @@ class KnockListener:
 # ======================================================================================
 # 26. Gate
 #
-# The way of a packet, from a datagram to access. Until authentic_stanzas() yields a stanza, no key
-# is proven; the docstring of this file names all functions that have run by then.
+# The way of a packet, from a datagram to access. authentic_stanzas() proves the HMAC; for a stanza
+# without HMAC, unlock() proves the key. The first lines of this file name what runs before that.
 # ======================================================================================
 
 AnyKeys = Union[PacketKeys, GpgKeys]
@@ -7321,13 +7332,13 @@ class Gate:
     def authentic_stanzas(self, datagram: Datagram) -> Iterator[Tuple[Stanza, AnyKeys]]:
         """Yield the stanzas whose HMAC the packet has, in the file's order, and their keys.
 
-        Without an HMAC key a stanza is always among them. Raise PacketRejected if there is none.
+        A stanza without an HMAC key passes, too. Raise PacketRejected if no stanza passes.
         """
         payload, found = datagram.payload, False
         wrong: Optional[PacketRejected] = None
         for stanza, keys in self.keyed[is_gpg(payload)]:
             if stanza.for_all or stanza.admits(datagram):
-                if keys.authentic(payload):  # section 3, before anything else is looked at
+                if keys.authentic(payload):  # section 3: before any decryption
                     found = True
                     yield stanza, keys
                 wrong = wrong or stanza.wrong_hmac
@@ -7477,11 +7488,11 @@ class Gate:
 
 BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
-CHECK_SHARE = 0.25  # of the time goes into that, unless there is something to put back
+CHECK_SHARE = 0.25  # of the time goes into these looks, while nothing is missing
 
 
 class FirewallWatch:
-    """Put back rules and grants that somebody took from the firewall."""
+    """Put back rules and grants that somebody removed from the firewall."""
 
     def __init__(self, grants: Grants, log: Log, clocks: Clocks) -> None:
         self.grants, self.log, self.clocks = grants, log, clocks
@@ -7516,7 +7527,7 @@ class FirewallWatch:
         return changed
 
     def mend_guard(self) -> None:
-        """Put the guard back at once if somebody took it: until then everybody gets in."""
+        """Put the guard back at once if somebody removed it: until then everybody gets in."""
         firewall = self.grants.firewall
         try:
             with firewall.within(PATIENCE):
@@ -7528,7 +7539,7 @@ class FirewallWatch:
         self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
 
     def restore(self) -> None:
-        """Put back rules and grants that somebody took from the firewall; retry after a failure."""
+        """Put back what somebody removed from the firewall; retry after a failure."""
         began, doubtful = self.clocks.monotonic(), self.grants.doubtful
         self.grants.doubtful = False  # what fails below is tried again
         try:
@@ -7780,8 +7791,8 @@ class Server:
     def stop(self) -> None:
         """End cleanly: close the grants, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
 
-        Doors that commands opened are closed in any case: nobody would remember them. The packets
-        of a capture file, and those that PACKET_LIMIT counts, still get gpg's answers.
+        What commands opened is closed even with FLUSH_IPT_AT_EXIT N. The packets of a capture file,
+        and those that PACKET_LIMIT counts, still get gpg's answers.
         """
         while self.gate.runs and (self.settings.capture_file or self.gate.is_full()):
             time.sleep(0.01)
@@ -8093,7 +8104,7 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
 # ======================================================================================
 # 29. First configuration
 #
-# `--init tcp/22`: keys and both files where there are none, and the client's stanza. More
+# `--init tcp/22` makes keys and the files that are missing, and prints the client's stanza. More
 # stanzas are keygen.py's work.
 # ======================================================================================
 
@@ -8122,7 +8133,7 @@ REQUIRE_SOURCE_ADDRESS      N
 
 
 def first_configuration(ports: FrozenSet[Port], config_path: str, access_path: str) -> str:
-    """Write both files to guard `ports`; return the client's stanza."""
+    """Write access.conf, and fwknopd.conf if it is missing; return the client's stanza."""
     values = {"name": socket.gethostname().partition(".")[0] or "server", "address": own_address(),
               "access": port_list(ports).replace(" ", ""),
               "key": random_key(32), "hmac_key": random_key(64)}
@@ -8317,7 +8328,7 @@ h help              -      help                 print this help
 """
 KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
 KNOCKD_FILE = "/etc/knockd.conf"
-LOOK_AGAIN_SECONDS = 0.5  # a server puts back sooner (SETTLE_SECONDS), but not legacy iptables
+LOOK_AGAIN_SECONDS = 0.5  # a server restores within SETTLE_SECONDS; legacy iptables takes longer
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
            "list_all", "flush", "guard", "unguard", "key_gen"}
 
@@ -8352,7 +8363,7 @@ class Arguments:
         self.as_knockd = program == "knockd"
         self.options = KNOCKD_OPTIONS if self.as_knockd else OPTIONS
         self.lines: List[Line] = []
-        self.values: Dict[str, str] = {}  # by what the option sets; its own name without a value
+        self.values: Dict[str, str] = {}  # by option; without a value its own name
         if self.as_knockd:
             self.lines.append(Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE))
         given, others = parse_options(self.options, arguments)
@@ -8502,8 +8513,8 @@ def signal_server(arguments: Arguments) -> int:
 def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> None:
     """Close all that is open (--fw-flush), by the running server if there is one.
 
-    A running server would put grants back, so it has to close them. Without one, our part of the
-    host's own chains goes as well. A server without a pid could not write it, and is asked too.
+    A running server would put grants back, so it has to close them. If none runs, this also removes
+    our rules from the host's chains. A server whose pid file could not be written is asked, too.
     """
     write_to(sys.stdout, "Deleting any existing firewall rules...\n")
     name = f"the server (pid={pid})" if pid else "the server"
@@ -8523,10 +8534,10 @@ def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> No
 
 
 def remove_for_good(parts: List[str], settings: ServerSettings, log: Log) -> List[str]:
-    """Remove parts of ours from the kernel, and return their names. The last part has the others.
+    """Remove parts of ours from the kernel, and return their names.
 
-    A server that these settings do not name would put the parts back: so look again, and raise
-    CommandError if something is there.
+    A server that these settings do not name would put them back. So look again for the last part,
+    which has to include the others, and raise CommandError if something is there.
     """
     taken = []
     for part in parts:
