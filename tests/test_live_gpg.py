@@ -229,7 +229,7 @@ class LiveGpgTest(SharedCase, CableCase):
             if goes_on:
                 os.kill(agent, signal.SIGCONT)
             wait_for(functools.partial(self.has_lines, server, mark, expect, count + goes_on),
-                     lambda: expect + " in:\n" + server.log())
+                     lambda: expect + " in:\n" + server.log())  # noqa: B023
             os.kill(agent, signal.SIGCONT)
         self.stop_process(agent)
         self.client.run(*FWKNOP, *self.options("good"))
