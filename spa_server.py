@@ -2906,8 +2906,10 @@ class Command(NamedTuple):
     @property
     def runner(self) -> str:
         """Return the account that it runs as, for the log."""
-        return "" if self.account is None else (
-            " setuid/setgid user/group to %s/%s (UID=%d,GID=%d)" % self.account[:4])
+        if self.account is None:
+            return ""
+        user, group, uid, gid, _ = self.account
+        return f" setuid/setgid user/group to {user}/{group} (UID={uid},GID={gid})"
 
 
 def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
@@ -6896,7 +6898,7 @@ class Configuration(NamedTuple):
 
     def voids(self) -> List[str]:
         """Return a line about each stanza that opens nothing, and why."""
-        return ["(stanza #%d) %s; this stanza opens nothing" % (stanza.number, stanza.void)
+        return [f"(stanza #{stanza.number}) {stanza.void}; this stanza opens nothing"
                 for stanza in self.stanzas if stanza.void]
 
     def tell(self, log: Log) -> None:
