@@ -6218,8 +6218,9 @@ class Grants:
                 self.add_new(opened, replaced)
         for grant in rivals:
             self.live.pop(grant.door, None)
+        slow = self.clocks.monotonic() - now > LAST_MOMENT  # the kernel counts from the change on
         for grant in opened:
-            self.enter(grant)
+            self.enter(grant._replace(early=slow))
         if opened and self.clocks.monotonic() >= ends:
             raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
         for door in doors:
@@ -6319,7 +6320,11 @@ class Grants:
                 if grant.door not in present and grant.ends > due
                 and self.firewall.holds(grant.door)]
         for start in range(0, len(lost), GRANTS_AT_ONCE):
-            self.firewall.add(lost[start:start + GRANTS_AT_ONCE], [])
+            # Somebody else changes the firewall as well, so that this may take long; see grant().
+            again = [each._replace(early=True) for each in lost[start:start + GRANTS_AT_ONCE]]
+            self.firewall.add(again, [])
+            for grant in again:
+                self.enter(grant)
         if lost:
             self.log.warning(f"Put back {len(lost)} grants that were gone from the firewall")
         return intact and not lost

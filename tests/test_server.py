@@ -2066,6 +2066,32 @@ class NftTest(unittest.TestCase):
                                for each in look] for look in looks[:2]],
                              [each[0][0] for each in netlink.commit.call_args_list])
 
+    def test_a_change_that_takes_long(self) -> None:
+        """The kernel counts from the change on, so it would end the grant too late: we close it."""
+        clock, first = Clock(), door("10.55.0.2/32 tcp/1")
+        netlink = mock.Mock()
+        firewall = server.NftFirewall("nft", server.parse_nft_chains("inet filter input"),
+                                      frozenset(), [server.set_type_of(first)], netlink,
+                                      mock.Mock(), clocks=clock.clocks())
+        grants = server.Grants(firewall, mock.Mock(), clock.clocks())
+        for seconds, took, again, closes in ((9, 0.01, False, 0), (9, 3.0, False, 1),
+                                             (2, 3.0, False, 1), (9, 0.01, True, 1)):
+            with self.subTest(seconds=seconds, took=took, again=again):
+                netlink.commit.side_effect = lambda _: clock.pass_seconds(took)  # noqa: B023
+                with contextlib.ExitStack() as stack:
+                    if took > seconds:
+                        stack.enter_context(self.assertRaises(server.CommandError))
+                    grants.grant([first], seconds)
+                with mock.patch.multiple(firewall, read_set=lambda *_: [], intact=lambda: True):
+                    self.assertFalse(again and grants.restore(), "the grant was gone")
+                netlink.commit.side_effect = None
+                netlink.commit.reset_mock()
+                clock.pass_seconds(seconds)
+                with mock.patch.object(firewall, "read_set", return_value=[(first, took)]):
+                    grants.expire()
+                self.assertEqual(closes, netlink.commit.call_count)
+                self.assertEqual({}, grants.live)
+
     def test_cut_answers(self) -> None:
         """An answer of the kernel that is cut anywhere is a CommandError, or a shorter list."""
         set_type = server.SetType(4, 32, False)
