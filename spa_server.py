@@ -7725,14 +7725,14 @@ class Server:
                     firewall.unguard()
             raise
         self.configuration, self.settings, self.access.settings = configuration, settings, settings
+        if memory:  # before there are keys and captures, should one of the next steps fail
+            self.gate.memory, self.remembers = memory, True
+        self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
         self.gate.configure(configuration)
         if captures != self.captures:
             self.listen(captures)
         self.grants.move(firewall)
         self.knocks.configure(configuration)
-        if memory:
-            self.gate.memory, self.remembers = memory, True
-        self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
         self.watch.check_rest = 0.0
         self.watch.restore()
         for name in changed(ServerSettings.digest_file, ServerSettings.digest_persistence,

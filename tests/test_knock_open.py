@@ -310,6 +310,16 @@ class StanzaTest(KnockCase):
         self.assertIsNone(memory.file)
         self.assertEqual((None, False), (made.gate.memory.path, made.remembers))
 
+    def test_a_reload_that_fails_too_late(self) -> None:
+        """The new keys are known by then, and so are the memory and the age of their packets."""
+        made = self.serve_for(KEYLESS)
+        made.gate.memory, made.remembers = server.ReplayMemory(None, None, made.log), False
+        new = made.configuration._replace(stanzas=self.stanzas(KEYED))
+        with mock.patch.object(made.grants, "move", side_effect=OSError("no")):
+            self.assertRaises(OSError, made.reload, new, self.firewall)
+        self.assertEqual((1, 120, made.settings.digest_file), (
+            len(made.gate.keyed[False]), made.gate.memory.max_age, made.gate.memory.path))
+
     def test_captures(self) -> None:
         """A hit meets the sequences of the socket that heard it, and no others, so that it counts
         once where stanzas and doors listen at the same place.
