@@ -4664,10 +4664,8 @@ class Firewall:
             self.due = before
 
     def seconds_left(self) -> float:
-        """Return how long the next program may run; raise CommandError when no time is left.
-
-        That is half of the time that is left: if the program is killed, its work is read back.
-        """
+        """Return how long the next program may run; raise CommandError when no time is left."""
+        # Half of the time that is left: if the program is killed, its work is read back.
         left: float = min(PROGRAM_SECONDS, (self.due - self.clocks.monotonic()) / 2)
         if left < LEAST_SECONDS:
             raise CommandError("the firewall has taken too long")
@@ -4678,12 +4676,8 @@ class Firewall:
         return "nowhere"
 
     def chains_for(self, door: Door) -> List[Any]:
-        """Return the chains that this door goes to."""
+        """Return the chains that this door goes to; none if it can't be opened here."""
         return [None]
-
-    def holds(self, door: Door) -> bool:
-        """Return whether there is a chain for this door."""
-        return bool(self.chains_for(door))
 
     def normalise(self, door: Door) -> Optional[Door]:
         """Return the door as this backend can store it: addresses that its rules do not match
@@ -4700,8 +4694,7 @@ class Firewall:
     def intact(self) -> bool:
         """Return whether the rules that prepare() makes stand, and no others among them.
 
-        The rules that should stand are computed. To read them back after prepare() would take
-        somebody else's change during prepare() for a wanted one, for ever.
+        These are computed: if read back after prepare(), they could have somebody else's change.
         """
         return True
 
@@ -4745,19 +4738,14 @@ class Firewall:
     def unguard(self) -> None:
         """Remove the guard."""
 
-    def leave(self) -> None:
-        """Close the sockets of this backend; the kernel keeps the rules."""
-
 
 COMMENT = "spa_server.py"  # begins the comment of our rules
 
 
 def tag(rule: str) -> str:
-    """Return the comment of a rule of ours, which changes with the rule's text.
-
-    Every version of a firewall's program prints rules in a different way, so comments are compared.
-    A checksum is enough: whoever can change rules can do anything.
-    """
+    """Return the comment of a rule of ours, which changes with the rule's text."""
+    # Comments are compared: every version of a firewall's program prints rules in its own way.
+    # A checksum is enough: whoever can change rules can do anything.
     return f"{COMMENT}:{binascii.crc32(rule.encode()):08x}"
 
 
@@ -4951,9 +4939,9 @@ class NftFirewall(Firewall):
     def __init__(self, program: str, accept: Tuple[NftChain, ...], guard_ports: FrozenSet[Port],
                  set_types: List[SetType], netlink: Netlink, log: Log,
                  forward: Tuple[NftChain, ...] = (), clocks: Clocks = CLOCKS) -> None:
-        self.program, self.accept, self.guard_ports, self.log = program, accept, guard_ports, log
+        self.program, self.netlink, self.log = program, netlink, log
+        self.accept, self.guard_ports = accept, guard_ports
         self.set_types, self.forward, self.clocks = set_types, forward, clocks
-        self.netlink = netlink
         self.host_chains = list(dict.fromkeys(accept + forward))
         # The guard's table and NAT's stand here for all their chains. The guard comes first.
         self.chains = self.host_chains[:]
@@ -5099,12 +5087,7 @@ class NftFirewall(Firewall):
         return [chain for chain, set_type in self.sets if set_type == wanted]
 
     def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Add `grants` in one transaction.
-
-        Each element is added, deleted and added again: that sets its time on every kernel, whether
-        or not it was there. An element of a map is first added with its old target, so nothing
-        else has to be done about `replaced`.
-        """
+        """Add `grants` in one transaction, in place of `replaced`."""
         now = self.clocks.monotonic()
         before = {grant.door.match: grant.door for grant in replaced}
         messages = []
@@ -5112,12 +5095,13 @@ class NftFirewall(Firewall):
             door, chains = grant.door, self.chains_for(grant.door)
             if not chains:
                 raise CommandError(f"no nftables chain for IPv{door.source.version}")
-            old = before.get(door.match, door)
+            old, seconds = before.get(door.match, door), max(0.001, grant.ends - now)
             for chain in chains:
-                messages += [
-                    element_message(NEW_ELEMENT, chain, old),
-                    element_message(DELETE_ELEMENT, chain, old),
-                    element_message(NEW_ELEMENT, chain, door, max(0.001, grant.ends - now))]
+                # This sets the time on every kernel, whether or not the element was there. In a
+                # map the element is first added with its old target, which `replaced` has.
+                messages += [element_message(NEW_ELEMENT, chain, old),
+                             element_message(DELETE_ELEMENT, chain, old),
+                             element_message(NEW_ELEMENT, chain, door, seconds)]
         self.netlink.commit(messages)
 
     def remove(self, grants: List[Grant]) -> None:
@@ -5129,11 +5113,7 @@ class NftFirewall(Firewall):
                              if set_type in wanted])
 
     def delete(self, chain: NftChain, set_type: SetType, matches: Set[Door]) -> None:
-        """Delete those elements of a set that are there, GRANTS_AT_ONCE in a transaction.
-
-        A missing element aborts the transaction. If one ends between the look and the deletion,
-        this looks again.
-        """
+        """Delete those elements of a set that are there, GRANTS_AT_ONCE in a transaction."""
         for looks_left in reversed(range(LOOKS)):
             there = [element_message(DELETE_ELEMENT, chain, door)
                      for door, _ in self.read_set(chain, set_type) if door.match in matches]
@@ -5142,14 +5122,12 @@ class NftFirewall(Firewall):
                     self.netlink.commit(there[start:start + GRANTS_AT_ONCE])
                 return
             except CommandError as error:
+                # A missing element aborts the transaction: if one has ended, look again.
                 if error.number != errno.ENOENT or not looks_left:
                     raise
 
     def grants(self) -> List[Grant]:
-        """Return the grants that every chain has. NAT's maps alone tell where doors lead.
-
-        An element that is about to end is none: the server may have logged its end already.
-        """
+        """Return the grants that every chain has. NAT's maps alone tell where doors lead."""
         found: Dict[Door, List[Tuple[Door, float]]] = {}
         for chain, set_type in self.sets:
             for door, seconds in self.read_set(chain, set_type):
@@ -5158,6 +5136,7 @@ class NftFirewall(Firewall):
         grants = []
         for match, elements in found.items():
             seconds = min(seconds for _, seconds in elements)
+            # In its last moment an element is none: the server may have logged its end already.
             if len(elements) == len(self.chains_for(match)) and LAST_MOMENT < seconds < FOR_EVER:
                 grants.append(Grant(elements[-1][0], int(wall + seconds + 0.999), now + seconds))
         return grants
@@ -5197,10 +5176,8 @@ class NftFirewall(Firewall):
 
     def withdraw(self) -> None:
         """Remove NAT's table, and our rules and sets in the host's chains; the guard stays."""
-        batches = []
-        if NAT_TABLE in self.chains:
-            table = f"table {NAT_TABLE.family} {NAT_TABLE.table}"
-            batches.append(["add " + table, "delete " + table])
+        table = f"table {NAT_TABLE.family} {NAT_TABLE.table}"
+        batches = [["add " + table, "delete " + table]] if NAT_TABLE in self.chains else []
         rules = {chain: self.rule_removal(chain) for chain in self.host_chains}
         batches += rules.values()
         # Chains of one table share its sets, so all rules go first.
@@ -5219,10 +5196,6 @@ class NftFirewall(Firewall):
         """Remove the guard's table."""
         self.netlink.release()
         self.run([f"delete table {GUARD_TABLE.family} {GUARD_TABLE.table}"])
-
-    def leave(self) -> None:
-        """Close the socket to nf_tables."""
-        self.netlink.close()
 
 
 def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType]) -> List[str]:
@@ -5268,23 +5241,16 @@ def table_owner(chain: NftChain) -> str:
 
 
 def netlink_program(port: int) -> str:
-    """Return name and pid of the program with this netlink port, if /proc shows it.
-
-    Only the first netlink socket of a program has the pid as its port.
-    """
-    with open("/proc/net/netlink") as file:
-        rows = [line.split() for line in file]
+    """Return name and pid of the program with this netlink port, if /proc shows it."""
+    # Only the first netlink socket of a program has the pid as its port.
+    rows = [line.split() for line in read_proc("net/netlink").splitlines()]
     sockets = [f"socket:[{row[9]}]" for row in rows
                if row[1:3] == [str(NETLINK_NETFILTER), str(port)]]
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        directory = f"/proc/{pid}/"
-        try:
-            if any(os.readlink(directory + "fd/" + number) in sockets
-                   for number in os.listdir(directory + "fd")):
-                with open(directory + "comm") as file:
-                    return f"{file.read().strip()} (pid={pid})"
-        except OSError:  # the process has ended, or is another user's
-            continue
+        directory = f"/proc/{pid}/fd/"
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+            if any(os.readlink(directory + number) in sockets for number in os.listdir(directory)):
+                return f"{read_proc(pid + '/comm')} (pid={pid})"
     return "another program"
 
 
@@ -5564,10 +5530,7 @@ class IptablesFirewall(Firewall):
         return changes
 
     def guard_rules(self, version: int) -> Dict[str, List[str]]:
-        """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP.
-
-        Two chains lead there, for the same reasons as in nft_guard_rules().
-        """
+        """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP."""
         # For IPv6 the match calls this host's own addresses UNICAST as well.
         routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
                   "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
@@ -5576,6 +5539,7 @@ class IptablesFirewall(Firewall):
                  for peer, peer_port, port in established_connections(self.guard_ports)
                  if peer.version == version]
         rules = {GUARDED_CHAIN: ["-j DROP"]}
+        # Two chains lead there, for the same reasons as in nft_guard_rules().
         for hook, passing in (("PREROUTING", routed), ("INPUT", translated)):
             matches = ["-i lo", "-m conntrack --ctstate ESTABLISHED", passing] + older
             rules[GUARD_CHAINS[hook]] = [f"{match} -j RETURN" for match in matches] + [
@@ -5600,14 +5564,12 @@ class IptablesFirewall(Firewall):
                           if f"-A {hook} -j {name}" not in lines]
 
     def mend_guard(self) -> bool:
-        """Repair the guard if somebody changed it; return whether anything was wrong.
-
-        This runs every second for legacy tables, and thousands of grants make a table slow to
-        read. A flush takes the jump as well, so this reads the jump alone.
-        """
+        """Repair the guard if somebody changed it; return whether anything was wrong."""
         mended = []
 
         def mend(version: int, program: Iptables) -> None:
+            # Legacy tables have this every second, and are slow to read with thousands of grants.
+            # A flush takes the jump as well, so this reads the jump alone.
             jump = f"-A PREROUTING -j {GUARD_CHAINS['PREROUTING']}"
             if self.legacy and jump in program.list("mangle", "PREROUTING"):
                 return
@@ -5644,9 +5606,8 @@ class IptablesFirewall(Firewall):
         for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
             for chain in self.chains_for(grant.door):
                 program = self.programs[grant.door.source.version]
-                rule = f"-D {chain.name}" if not new else f"-A {chain.name}"
-                if new and chain.first:
-                    rule = f"-I {chain.name} 1"
+                adding = f"-I {chain.name} 1" if chain.first else f"-A {chain.name}"
+                rule = adding if new else f"-D {chain.name}"
                 lines = changes.setdefault(program, {}).setdefault(chain.table, [])
                 lines.append(f"{rule} {program.rule(chain, grant)}")
         do_all(Iptables.commit, changes.items())
@@ -5657,7 +5618,7 @@ class IptablesFirewall(Firewall):
         If one table fails, this undoes the others' changes. A program that was killed may have
         done all of its work.
         """
-        if not all(self.holds(grant.door) for grant in grants):
+        if not all(self.chains_for(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
             self.change(grants, replaced)
@@ -5691,9 +5652,8 @@ class IptablesFirewall(Firewall):
 
     def grant_rules(self) -> List[Tuple[GrantChain, Door, int]]:
         """Return chain, door and expiry of every rule that is a grant, or a part of one."""
-        lines = [(table, line) for program in self.programs.values() for table in self.tables
-                 for line in program.list(table)]
-        return [rule for table, line in lines for rule in self.parse(table, line)]
+        return [rule for program in self.programs.values() for table in self.tables
+                for line in program.list(table) for rule in self.parse(table, line)]
 
     def delete_rules(self, wanted: Callable[[Door, int], bool],
                      programs: Iterable[Iptables] = ()) -> None:
@@ -6083,8 +6043,7 @@ def iptables_rule(line: str) -> Rule:
 
 def legacy_lines(settings: ServerSettings, table: str) -> List[str]:
     """Return the rules of the older iptables and ip6tables in a table, if it stands."""
-    return [line for firewall, _ in legacy_tables(settings, table)
-            for line in firewall.list(table)]
+    return [line for firewall, _ in legacy_tables(settings, table) for line in firewall.list(table)]
 
 
 def is_untracked(rule: Dict[int, bytes]) -> bool:
@@ -6243,10 +6202,8 @@ class Grants:
             self.doubtful = False
 
     def check_stanza(self, doors: List[Door], stanza_number: int) -> None:
-        """Reject doors that lead another stanza's clients elsewhere, and too many doors.
-
-        After a restart or a reload the owner of a door is unknown, so its target cannot be changed.
-        """
+        """Reject doors that lead another stanza's clients elsewhere, and too many doors."""
+        # After a restart or a reload a door has no owner, so its target can't be changed.
         for door in doors:
             for grant in self.live.values() if door.kind == DNAT else ():
                 other = grant.door
@@ -6301,10 +6258,7 @@ class Grants:
                           f"with expire time of {grant.expires} ({grant.door})")
 
     def restore(self) -> bool:
-        """Put back our rules and then the grants that somebody removed from the firewall.
-
-        Return whether nothing was missing.
-        """
+        """Put back rules, then grants, that somebody removed; return whether none was missing."""
         if not self.firewall.keeps:
             return True
         intact = self.firewall.intact()
@@ -6316,9 +6270,8 @@ class Grants:
         for door in set(present) - set(self.live):
             self.enter(present[door])  # whoever opened it, this server closes it in time
         due = self.clocks.monotonic() + 0.5  # the kernel may have ended already what ends now
-        lost = [grant for grant in self.live.values()
-                if grant.door not in present and grant.ends > due
-                and self.firewall.holds(grant.door)]
+        lost = [grant for grant in self.live.values() if grant.door not in present
+                and grant.ends > due and self.firewall.chains_for(grant.door)]
         for start in range(0, len(lost), GRANTS_AT_ONCE):
             # Somebody else changes the firewall as well, so that this may take long; see grant().
             again = [each._replace(early=True) for each in lost[start:start + GRANTS_AT_ONCE]]
@@ -6330,15 +6283,12 @@ class Grants:
         return intact and not lost
 
     def flush(self) -> None:
-        """Close every grant, also those that this server does not know.
-
-        CommandError means that some may still be open; expire() tries to close them again.
-        """
+        """Close every grant, also those that this server does not know."""
         now = self.clocks.monotonic()
         ended, self.live, self.ends = list(self.live.values()), {}, []
         try:
             self.firewall.flush()
-        except CommandError:
+        except CommandError:  # some may still be open: expire() tries to close them again
             with contextlib.suppress(CommandError):
                 ended += self.firewall.grants()
             for grant in ended:
@@ -6350,7 +6300,7 @@ class Grants:
         old, self.firewall = self.firewall, firewall
         for grant in list(self.live.values()):
             self.enter(grant._replace(stanza_number=0))  # another stanza may have its number now
-        homeless = [grant for grant in self.live.values() if not firewall.holds(grant.door)]
+        homeless = [grant for grant in self.live.values() if not firewall.chains_for(grant.door)]
         moved = old.identity != firewall.identity
         try:
             old.remove(list(self.live.values()) if moved else homeless)
@@ -6362,8 +6312,8 @@ class Grants:
                 firewall.prepare()  # the two may have shared what the old one withdrew
         except CommandError as error:
             self.log.error(f"{error}; something of the old settings is left")
-        if old.netlink is not firewall.netlink:  # else they share the socket
-            old.leave()
+        if old.netlink and old.netlink is not firewall.netlink:  # else they share the socket
+            old.netlink.close()
         for grant in homeless:
             del self.live[grant.door]
             self.log.warning(f"Closed {grant.door}: the new settings have no place for it")
@@ -6384,11 +6334,8 @@ def grant_key(grant: Grant) -> str:
 
 def find_opener(openers: Dict[str, str], grant: Grant) -> str:
     """Return who opened a grant, or "-". The end that a kernel tells may be a second off."""
-    for shift in (0, 1, -1):
-        opener = openers.get(grant_key(grant._replace(expires=grant.expires + shift)))
-        if opener:
-            return opener
-    return "-"
+    keys = [grant_key(grant._replace(expires=grant.expires + shift)) for shift in (0, 1, -1)]
+    return next((openers[key] for key in keys if key in openers), "-")
 
 
 def read_openers(path: str) -> Dict[str, str]:
