@@ -6384,8 +6384,7 @@ def close_and_open(closing: Command, opening: Command) -> Command:
     count = len(closing.argv)
     first = b" ".join(b'"${%d}"' % number for number in range(1, count + 1))
     script = b'%s; shift %d; exec "$@"' % (first, count)
-    return opening._replace(argv=(b"/bin/sh", b"-c", script, b"sh") + closing.argv
-                            + opening.argv)
+    return opening._replace(argv=(b"/bin/sh", b"-c", script, b"sh") + closing.argv + opening.argv)
 
 
 def delayed(command: Command, seconds: int) -> Command:
@@ -6429,10 +6428,8 @@ def launch(command: Command, output: int, outlives: bool = False,
             command.argv, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
-    except OSError as error:  # Python 3.6 names the program in its own way in the error's text
-        raise CommandError(f"{command}: {os.strerror(error.errno or 0)}") from None
-    except (ValueError, subprocess.SubprocessError) as error:
-        raise CommandError(f"{command}: {error}") from None
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise CommandError(explain(error, str(command))) from None
 
 
 def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
@@ -6554,7 +6551,7 @@ class Commands:
                 self.start_open(cycle)
 
     def lasts(self, cycle: Cycle) -> bool:
-        """Return whether the same command has opened already, so that only the close moves."""
+        """Return whether the same command has opened already, and its switch has not closed."""
         known = self.cycles.get(cycle.key)
         return known is not None and known.opening == cycle.opening and known.is_open
 
@@ -6621,14 +6618,12 @@ class Commands:
                         if cycle in closing or cycle.switch in self.switches]
 
     def start_open(self, cycle: Cycle) -> None:
-        """Set the switch, and start the command that opens; CommandError if it can't be started.
-
-        If the same command has opened already, only the close moves. To run it again could add a
-        second rule, and the close would delete one of the two.
-        """
+        """Set the switch, and start the command that opens; CommandError if it can't be started."""
         if self.earlier is None:  # there is no switch of this server yet
             self.earlier = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
                             if switched_command(pid)[1]]
+        # If `lasts`, only the close moves. To run the same command again could add a second rule,
+        # and the close would delete one of the two.
         known, lasts, now = self.cycles.get(cycle.key), self.lasts(cycle), self.clocks.monotonic()
         if known and lasts and cycle.waits and known.openings[-1].popen.poll() is None:
             return  # its time has not begun
@@ -6638,8 +6633,7 @@ class Commands:
             cycle.ends = max(cycle.ends, known.ends)
         seconds = cycle.seconds if cycle.ends == FOR_EVER else int(cycle.ends - now + 0.999)
         if known:
-            cycle.openings = [each for each in known.openings
-                              if lasts or each.popen.poll() is None]
+            cycle.openings = [each for each in known.openings if lasts or each.popen.poll() is None]
         waits = cycle.waits and cycle.closing.argv and not lasts
         pipe = os.pipe() if waits else (subprocess.DEVNULL, subprocess.DEVNULL)
         try:
@@ -6657,13 +6651,11 @@ class Commands:
             self.log.info(cycle.waiting_line.format(cycle=cycle, seconds=seconds))
 
     def start_opening(self, cycle: Cycle, source: int) -> None:
-        """Start the command that opens; CommandError if it can't be started.
-
-        If an earlier close of the same thing has not succeeded yet, run it first and end its
-        tries: a later one would close what opens now.
-        """
+        """Start the command that opens; CommandError if it can't be started."""
         opening, pending = cycle.opening, False
         try:
+            # An earlier close that has not succeeded yet runs first, and its tries end: a later
+            # one would close what opens now.
             if cycle.closing.argv and self.end_closing(cycle.closing):
                 pending = True
                 self.log.info(f"{cycle.kind}: the command that closes has not succeeded "
@@ -6693,10 +6685,7 @@ class Commands:
             cycle.switch = None
 
     def end_closing(self, closing: Command) -> bool:
-        """End the tries of a close that is not done, and its switch; return whether there were any.
-
-        The command line identifies those that an earlier server has left.
-        """
+        """End the tries of a close that is not done and its switch; return whether any was left."""
         cycles = [cycle for cycle in self.closing if cycle.closing == closing]
         self.closing = [cycle for cycle in self.closing if cycle not in cycles]
         for cycle in cycles:
@@ -6704,6 +6693,7 @@ class Commands:
         for child in self.running:
             if child.closes and child.cycle in cycles:
                 end_group(child.popen, signal.SIGKILL)
+        # The command line identifies those that an earlier server has left.
         uid = os.geteuid() if closing.account is None else closing.account.uid
         earlier = self.earlier or []
         pids = [pid for pid in earlier if switched_command(pid) == (uid, closing.argv)]
@@ -6714,10 +6704,7 @@ class Commands:
         return bool(cycles or pids)
 
     def close(self, cycle: Cycle, why: str) -> None:
-        """Start the command that closes, even if the other failed: it may have done half its work.
-
-        The switch stays until the command has closed, and waits for as long as that may take.
-        """
+        """Start the command that closes, even if the other failed: half its work may be done."""
         del self.cycles[cycle.key]
         for child in cycle.openings:
             end_group(child.popen, signal.SIGKILL)  # or it might open after this
@@ -6733,7 +6720,7 @@ class Commands:
 
     def start_close(self, cycle: Cycle, command: Command) -> None:
         """Start the command that closes a cycle; if it can't be started, the switch will."""
-        try:
+        try:  # the switch stays until the command has closed, and waits as long as that may take
             self.set_switch(cycle, int(cycle.limit + GRACE_SECONDS) + 2 * SWITCH_SECONDS)
             self.start(cycle, command, closes=True)
         except CommandError as error:
@@ -6746,10 +6733,7 @@ class Commands:
             self.switches.append(cycle.switch)
 
     def end_close(self, cycle: Cycle, code: int) -> None:
-        """End the switch of a cycle that is closed. Try a failed close again, and then leave it.
-
-        The second try, and the switch as the third, go on when this server ends.
-        """
+        """End the switch of a cycle that is closed. Try a failed close again, and then leave it."""
         if cycle not in self.closing:  # somebody opened the same again, and that ended it
             return
         if code == 0:
@@ -6757,7 +6741,7 @@ class Commands:
             self.end_switch(cycle)
         elif cycle.retried:
             self.leave_to_switch(cycle, f"{cycle.label}{cycle.closing} has failed twice")
-        else:
+        else:  # this try, and the switch as the third, go on when this server ends
             cycle.retried = True
             self.start_close(cycle, delayed(cycle.closing, SWITCH_SECONDS))
 
