@@ -23,7 +23,7 @@ A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has 
 starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 25 instead.
 The right next port advances its sequence (section 8); the last one opens or runs as above.
 
-Until a packet's key is proven, 21 functions of 218 lines have run, all of them together. The list
+Until a packet's key is proven, 21 functions of 213 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
@@ -6818,8 +6818,7 @@ class Configuration(NamedTuple):
 
         If `same`, packets are still read from the captures in `current`.
         """
-        captures = [each for each in current
-                    if same and not isinstance(each, KnockCapture)]
+        captures = [each for each in current if same and not isinstance(each, KnockCapture)]
         try:
             if self.takes_packets and not same:
                 open_captures(self.settings, log, current, captures)
@@ -6877,13 +6876,11 @@ class Tally:
         self.counts: Dict[str, int] = collections.defaultdict(int)
 
     def reject(self, datagram: Datagram, why: Exception, stanza_number: int = 0) -> None:
-        """Count a rejection by this stanza. Log it, unless too many lines came before.
-
-        Other traffic is usual on TCP and ICMP; UDP's port is for packets only.
-        """
+        """Count a rejection by this stanza. Log it, unless too many lines came before."""
         rejection = (why if isinstance(why, PacketRejected) else
                      internal_error(why, self.log.level >= DEBUG))
         self.counts[rejection.reason] += 1
+        # Other traffic is usual on TCP and ICMP; UDP's port is for packets only.
         level = DEBUG if datagram.protocol != UDP and isinstance(rejection, NotSpa) else INFO
         if level > self.log.level or not self.log.rejections.allows():
             return
@@ -6900,15 +6897,12 @@ class Tally:
 
 
 def internal_error(error: Exception, verbose: bool) -> PacketRejected:
-    """Return the rejection of a packet by a mistake in this program, with the line it happened in.
-
-    If `verbose`, it has the message and all frames. Quoted parts of the message are left out: they
-    may be parts of a key or of a packet.
-    """
+    """Return the rejection of a packet by a mistake in this program, with the line it came from."""
     where = frames(error)
     text = f"internal error: {type(error).__name__} in line {where[-1][1]}"
-    if verbose:
+    if verbose:  # add the message and all frames
         message = explain(error)
+        # Leave out the quoted parts of the message: they may be parts of a key or of a packet.
         quotes = [index for index, c in enumerate(message) if c in "'\""]
         if quotes:
             message = f"{message[:quotes[0] + 1]}...{message[quotes[-1]:]}"
@@ -6942,9 +6936,9 @@ class Access:
                 self.grants.grant(verdict.doors, verdict.seconds, stanza.number)  # section 21
         except CommandError as error:
             self.log.error(str(error))
-            raise PacketRejected(*(
-                ("command", "a command could not be started") if verdict.by_commands else
-                ("firewall", "nothing was opened: the firewall failed"))) from None
+            reason, text = (("command", "a command could not be started") if verdict.by_commands
+                            else ("firewall", "nothing was opened: the firewall failed"))
+            raise PacketRejected(reason, text) from None
         self.tally.counts["accepted"] += 1
         self.tell(verdict, request, stanza.number)
         return None
@@ -6971,22 +6965,17 @@ class Access:
         if request.user is not None:
             user = request.user.replace("'", "\\x27")  # it may try to look like our text
             who, client = f"user '{user}'", f"user '{user}' (client {request.version})"
-        done = "ran a command"
+        done, names = "ran a command", ", ".join(door.describe() for door in doors)
         if doors:
-            done = "opened {} for {} seconds{}".format(
-                ", ".join(door.describe() for door in doors), verdict.seconds,
-                "; --test mode enabled, skipping firewall manipulation"
-                if self.commands.test else "")
+            done = f"opened {names} for {verdict.seconds} seconds"
+            if self.commands.test:
+                done += "; --test mode enabled, skipping firewall manipulation"
         self.log.info(f"(stanza #{stanza_number}) {client} {done}")
         if not verdict.by_commands:
             self.note_opener(f"stanza #{stanza_number}, {who}", doors)
 
     def note_opener(self, opener: str, doors: List[Door]) -> None:
-        """Write for --fw-list who opened doors; the kernel knows all else of a grant.
-
-        Lines of grants that are over go whenever the file has doubled, so a packet pays for its own
-        lines only. A failure to write keeps nobody out.
-        """
+        """Write for --fw-list who opened doors; the kernel knows all else of a grant."""
         grants = self.grants
         if not grants.firewall.keeps:
             return
@@ -6995,6 +6984,8 @@ class Access:
         path = openers_file(self.settings)
         try:
             with open(open_ours(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
+                # Whenever the file has doubled, lines of grants that are over go: so a packet pays
+                # for its own lines only.
                 if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_key, grants.live.values()))
                     lines[:0] = dict.fromkeys(line for line in file
@@ -7002,8 +6993,8 @@ class Access:
                     file.truncate(0)
                     self.openers_limit = max(OPENERS_BYTES, 2 * sum(map(len, lines)))
                 file.writelines(lines)
-        except OSError as error:
-            self.log.debug(f"{path}: {error.strerror}")
+        except OSError as error:  # this keeps nobody out
+            self.log.debug(explain(error, path))
 
 
 # ======================================================================================
@@ -7175,12 +7166,9 @@ MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how
 
 def resolve_name(name: str, version: int,
                  monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
-    """Return the address of a host, or None: it has none, or the answer took too long.
-
-    The name goes as bytes: for a str, Python would need the codec `idna`, which routers lack.
-    """
+    """Return the address of a host, or None: it has none, or the answer took too long."""
     family, began = socket.AF_INET if version == 4 else socket.AF_INET6, monotonic()
-    try:
+    try:  # bytes, since for a str Python would need the codec `idna`, which routers lack
         found = socket.getaddrinfo(name.encode(), None, family, socket.SOCK_STREAM)
         address = parse_address(str(found[0][4][0]))
     except (OSError, ValueError):
@@ -7250,15 +7238,12 @@ class Gate:
             True: [(stanza, stanza.gpg) for stanza in takers if stanza.gpg is not None]}
 
     def receive(self, datagram: Datagram, entry: Optional[Entry] = None) -> None:
-        """Take a datagram through check, unlock, judge and open; or reject it.
-
-        With `entry` it comes again, after gpg has ended; the stanzas may be others by then.
-        """
+        """Take a datagram through check, unlock, judge and open; or reject it."""
         try:
             if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
                 datagram = self.unwrap(datagram)
             check_payload(datagram.payload)  # section 4
-            if entry is None:
+            if entry is None:  # else it comes again after gpg; the stanzas may be others by then
                 entry = Entry(datagram)
                 self.candidates += 1
             self.admit(entry)
@@ -7315,17 +7300,14 @@ class Gate:
         raise main
 
     def let_in(self, entry: Entry, stanza: Stanza, keys: AnyKeys) -> None:
-        """Unlock a packet that is authentic for this stanza, remember it, and ask for access.
-
-        It is remembered before anything opens: a crash in between must not allow a replay.
-        """
+        """Unlock a packet that is authentic for this stanza, remember it, and ask for access."""
         datagram, prefix = entry.datagram, f"(stanza #{stanza.number}) "
         if not entry.remembered:
             self.memory.check_unseen(datagram)  # section 14; a replay costs no decryption
         packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 13
         if not entry.remembered:
             self.memory.check_fresh(packet.timestamp)
-            for text in texts:
+            for text in texts:  # before anything opens: a crash in between must not allow a replay
                 self.memory.remember(text, datagram)
             entry.remembered = True
             keys.mark_genuine()
@@ -7357,13 +7339,11 @@ class Gate:
             self.tally.reject(request.datagram, error, stanza.number)
 
     def knocks_needed(self, request: Request, stanza: Stanza) -> Set[Tuple[int, bytes]]:
-        """Return the knocks that REQUIRE_KNOCK asks for; PacketRejected if one is missing.
-
-        Both the packet's source and the address it opens must have knocked; otherwise one client's
-        knock would serve another.
-        """
+        """Return the knocks that REQUIRE_KNOCK asks for; PacketRejected if one is missing."""
         if not stanza.require_knock:
             return set()
+        # Both the packet's source and the address it opens must have knocked; otherwise one
+        # client's knock would serve another.
         needed = {(stanza.number, request.datagram.source)}
         if request.address is not None:
             needed.add((stanza.number, request.address.packed))
@@ -7585,7 +7565,7 @@ class Server:
             self.exit_code = 1
             self.end_loop(str(error))
         except OSError as error:  # the interface went away; link events tell when it is back
-            self.log.warning(f"{capture.name}: {error.strerror}; going on when it is back")
+            self.log.warning(f"{explain(error, capture.name)}; going on when it is back")
 
     def catch_up(self) -> None:
         """Take the knock packets that are waiting."""
@@ -7622,10 +7602,8 @@ class Server:
                 self.log.error(str(error))
 
     def reload(self, configuration: Configuration, firewall: Firewall) -> None:
-        """Go on with other settings and stanzas; live grants stay, in a new firewall as well.
-
-        Steps that can fail come first; after a failure the server goes on with the old settings.
-        """
+        """Go on with other settings and stanzas; live grants stay, in a new firewall as well."""
+        # Steps that can fail come first; after a failure the server goes on with the old settings.
         settings, old = configuration.settings, self.settings
 
         def changed(*rows: Directive[Any]) -> List[str]:
@@ -7727,11 +7705,8 @@ class Server:
         return f"Packets seen: {self.tally}; {count} grants are open; since {since}"
 
     def stop(self) -> None:
-        """End cleanly: close the grants, unless FLUSH_IPT_AT_EXIT is N; a guard stays.
-
-        What commands opened is closed even with FLUSH_IPT_AT_EXIT N. The packets of a capture file,
-        and those that PACKET_LIMIT counts, still get gpg's answers.
-        """
+        """End cleanly: close the grants, unless FLUSH_IPT_AT_EXIT is N; a guard stays."""
+        # Packets of a capture file, and those that PACKET_LIMIT counts, still get gpg's answers.
         while self.gate.runs and (self.settings.capture_file or self.gate.is_full()):
             time.sleep(0.01)
             self.gate.go_on_with_gpg()
@@ -7740,7 +7715,7 @@ class Server:
         self.log.write(self.configuration.lifecycle.level, self.report())
         self.gate.memory.close()
         self.tell_guard()
-        self.commands.stop()
+        self.commands.stop()  # closes what commands opened, even with FLUSH_IPT_AT_EXIT N
         if self.settings.flush_at_stop:
             try:
                 self.grants.flush()
