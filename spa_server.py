@@ -7901,14 +7901,6 @@ def go_to_background() -> int:
     return writer
 
 
-def close_standard_files() -> None:
-    """Connect stdin, stdout and stderr with /dev/null."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for number in range(3):
-        os.dup2(null, number)
-    os.close(null)
-
-
 def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, log: Log) -> int:
     """Serve until a signal ends the server; return the exit code."""
     configuration = read()
@@ -7945,7 +7937,9 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     if ready is not None:
         os.write(ready, b"1")
         os.close(ready)
-        close_standard_files()
+        with open(os.devnull, "r+b", buffering=0) as null:
+            for number in range(3):
+                os.dup2(null.fileno(), number)
         log.close_stream()
     while server.running:
         server.turn()
@@ -8293,15 +8287,11 @@ class Arguments:
                     raise UsageError(f"option '{name}' does not go with the one before")
             else:
                 self.lines.append(Line(name, 0, row.name, text))
+        self.config_file = self.values.get("config_file", CONFIG_FILE)
 
     def __contains__(self, name: str) -> bool:
         """Return whether an option set this name."""
         return name in self.values
-
-    @property
-    def config_file(self) -> str:
-        """Return the path of the fwknopd.conf to read."""
-        return self.values.get("config_file", CONFIG_FILE)
 
 
 def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
@@ -8375,10 +8365,7 @@ def own_hash() -> str:
 
 
 def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
-    """Return a line for each grant in the firewall, in the columns of `iptables -L -n`.
-
-    All chains are in one list here, so each line ends with the target of its NAT.
-    """
+    """Return a line for each grant in the firewall, in the columns of `iptables -L -n`."""
     now = firewall.clocks.monotonic()
     lines = [f"Listing rules in fwknopd ({firewall.describe()})...", "",
              "num  target     prot opt source               destination"]
@@ -8387,6 +8374,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
         source, _, destination, port = str(door).split(" ", 3)
         protocol, _, port = port.partition("/")
         target = "ACCEPT" if door.kind == INPUT else door.kind
+        # All chains are in one list here, so each line has the target of its NAT.
         extra = f" to:{door.target_text()}" if door.target else ""
         seconds, opener = int(max(0, grant.ends - now)), find_opener(openers, grant)
         lines.append(f"{number:<4} {target:<10} {protocol:<4} --  {source:<20} {destination:<20} "
@@ -8396,11 +8384,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
 
 
 def signal_server(arguments: Arguments) -> int:
-    """Do -S, -K or -R in fwknopd's words; return its exit code (tests/spec/fwknop.md 3.1).
-
-    fwknopd sends SIGKILL after five seconds. That is left to the administrator here, since it
-    would keep the server from closing what is open.
-    """
+    """Do -S, -K or -R in fwknopd's words; return its exit code (tests/spec/fwknop.md 3.1)."""
     path = read_settings(arguments)[0].pid_file
     pid = running_server(path)
     if pid is None:
@@ -8408,6 +8392,8 @@ def signal_server(arguments: Arguments) -> int:
         return 1
     if "kill" in arguments:
         os.kill(pid, signal.SIGTERM)
+        # SIGKILL, which fwknopd sends after five seconds, is left to the administrator: it would
+        # keep the server from closing what is open.
         end = time.monotonic() + ANSWER_SECONDS
         while running_server(path) == pid:
             if time.monotonic() > end:
@@ -8498,19 +8484,6 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
         say("Closed to everybody without a grant: " + port_list(settings.guard_ports))
 
 
-def list_firewall(arguments: Arguments, settings: ServerSettings, log: Log) -> None:
-    """Print what is open (--fw-list, --fw-list-all), even if files can't be read."""
-    stanzas: Optional[List[Stanza]] = None
-    try:
-        stanzas = read_configuration(arguments).stanzas
-    except ConfigError as error:
-        log.warning(f"{error}; listing what the kernel has")
-    firewall = choose_firewall(settings, stanzas, False, log)
-    say(list_grants(firewall, read_openers(openers_file(settings))))
-    if "list_all" in arguments:
-        say("\nListing all rules in our tables...\n" + firewall.listing())
-
-
 def run_on_firewall(arguments: Arguments, log: Log) -> None:
     """Do --fw-list, --fw-list-all, --fw-flush or --unguard; skip wrong lines of fwknopd.conf."""
     settings = read_settings(arguments, log)[0]
@@ -8521,10 +8494,19 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
         pid = None
     if "unguard" in arguments:
         remove_guard(settings, pid, log)
-    elif "flush" in arguments:
+        return
+    if "flush" in arguments:
         flush_firewall(settings, pid, log)
-    else:
-        list_firewall(arguments, settings, log)
+        return
+    stanzas: Optional[List[Stanza]] = None
+    try:
+        stanzas = read_configuration(arguments).stanzas
+    except ConfigError as error:
+        log.warning(f"{error}; listing what the kernel has")
+    firewall = choose_firewall(settings, stanzas, False, log)
+    say(list_grants(firewall, read_openers(openers_file(settings))))
+    if "list_all" in arguments:
+        say("\nListing all rules in our tables...\n" + firewall.listing())
 
 
 def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
