@@ -4893,23 +4893,18 @@ class SetType(NamedTuple):
         """Return the door of an element; None if we did not make the element."""
         size = 4 if self.version == 4 else 16
         addresses = 2 * size if self.has_destination else size
-        if len(key) != addresses + (8 if self.has_ports else 0):
+        if (len(key) != addresses + (8 if self.has_ports else 0)
+                or len(value) not in (0, size + (4 if self.has_target_port else 0))):
             return None
-        protocol, port = "*", 0
-        if self.has_ports:
-            number, port = struct.unpack(">B3xH2x", key[addresses:])
-            protocol = {6: "tcp", 17: "udp"}.get(number, "")
-            if not protocol:
-                return None
+        number, port = struct.unpack(">B3xH2x", key[addresses:]) if self.has_ports else (0, 0)
+        protocol = {6: "tcp", 17: "udp"}.get(number) if self.has_ports else "*"
+        if protocol is None:
+            return None
         source = ipaddress.ip_network((key[:size], self.prefix), strict=False)
         destination = ipaddress.ip_address(key[size:addresses]) if self.has_destination else None
-        door = Door(source, destination, protocol, port, self.kind)
-        if not value:
-            return door
-        if len(value) != size + (4 if self.has_target_port else 0):
-            return None
-        return door._replace(target=ipaddress.ip_address(value[:size]),
-                             target_port=int.from_bytes(value[size:size + 2], "big"))
+        target = ipaddress.ip_address(value[:size]) if value else None
+        target_port = int.from_bytes(value[size:size + 2], "big")
+        return Door(source, destination, protocol, port, self.kind, target, target_port)
 
 
 def parse_set_name(name: str) -> Optional[SetType]:
@@ -5398,8 +5393,7 @@ class Iptables:
 
 
 def parse_rule(line: str, chain: GrantChain) -> Optional[Tuple[Door, int]]:
-    """Return door and expiry of a rule that `iptables -S` printed; None if it is no grant of this
-    chain."""
+    """Return door and expiry of a printed rule; None if it is no grant of this chain."""
     parts = line.split()
     if (parts[:2] != ["-A", chain.name] or "!" in parts
             or ("--ctstate" in parts) != bool(chain.match)):
@@ -5613,16 +5607,12 @@ class IptablesFirewall(Firewall):
         do_all(Iptables.commit, changes.items())
 
     def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
-        """Add the rules of `grants`, and delete those of `replaced`.
-
-        If one table fails, this undoes the others' changes. A program that was killed may have
-        done all of its work.
-        """
+        """Add the rules of `grants` in all tables or none, and delete those of `replaced`."""
         if not all(self.chains_for(grant.door) for grant in grants):
             raise CommandError("no program or chain to open it with")
         try:
             self.change(grants, replaced)
-        except CommandError:
+        except CommandError:  # a program that was killed may have done all of its work
             there = {(chain, door.match, expires) for chain, door, expires in self.grant_rules()}
             if there >= {(chain, grant.door.match, grant.expires) for grant in grants
                          for chain in self.chains_for(grant.door)}:
@@ -5657,8 +5647,7 @@ class IptablesFirewall(Firewall):
 
     def delete_rules(self, wanted: Callable[[Door, int], bool],
                      programs: Iterable[Iptables] = ()) -> None:
-        """Delete the rules of grants that `wanted(door, expires)` selects, through these programs
-        or else through all."""
+        """Delete rules that `wanted(door, expires)` selects, through these programs or else all."""
         def delete_in(program: Iptables, table: str) -> None:
             program.commit({table: ["-D" + line[2:] for line in program.list(table) if any(
                 wanted(door, expires) for _, door, expires in self.parse(table, line))]})
@@ -5916,10 +5905,8 @@ def nft_expressions(rule: Dict[int, bytes]) -> Iterator[Tuple[str, Dict[int, byt
 
 
 def nft_rule(rule: Dict[int, bytes]) -> Rule:
-    """Return a rule that the kernel listed; its target is the chain that a jump leads to.
-
-    nft keeps a comment in the user data, and iptables-nft in a match of that name.
-    """
+    """Return a rule that the kernel listed; its target is the chain that a jump leads to."""
+    # nft keeps a comment in the user data, and iptables-nft in a match of that name.
     data = rule.get(RULE_USERDATA, b"")
     comment, target = data[2:] if data[:1] == b"\0" else b"", b""
     for name, content in nft_expressions(rule):
@@ -6000,12 +5987,9 @@ def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
 
 def legacy_tables(settings: ServerSettings, only: str = "", log: Optional[Log] = None
                   ) -> Iterator[Tuple[Iptables, str]]:
-    """Find the tables of the older iptables and ip6tables that stand, or `only` that of a name.
-
-    /proc lists them. To ask a program for any other table would make the table. Without a program
-    that shows them this finds none, and tells `log`.
-    """
+    """Find the tables of the older iptables and ip6tables that stand, or `only` that of a name."""
     for name in ("iptables", "ip6tables"):
+        # /proc lists them. To ask a program for any other table would make the table.
         listed = read_proc(f"net/{name.replace('tables', '_tables')}_names").split()
         tables = [table for table in listed if only in ("", table)]
         program = legacy_program(settings, name) if tables else None
