@@ -6453,7 +6453,6 @@ class Cycle:
     end_line = failure_line = "{kind}: command returned {code}, pid_status: {code}"
     reasons: Dict[str, str] = {}  # other texts for `why`
     closing_kind = "CMD_CYCLE_CLOSE"  # begins the log lines of the command that closes
-
     waits = False  # whether `seconds` count from the end of the first command, which has no limit
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
@@ -6779,12 +6778,11 @@ class Configuration(NamedTuple):
 
     def listenings(self) -> List[Listening]:
         """Return the sequences of stanzas and of knockd's doors, and where to listen for them."""
-        found = [Listening((self.settings.interface,),
-                           [stanza.sequence for stanza in self.stanzas if stanza.sequence],
-                           self.four_only)]
+        sequences = [stanza.sequence for stanza in self.stanzas if stanza.sequence]
+        found = [Listening((self.settings.interface,), sequences, self.four_only)]
         if self.knockd:
-            found.append(Listening(self.knockd.options.interfaces,
-                                   [door.sequence for door in self.knockd.doors], self.four_only))
+            sequences = [door.sequence for door in self.knockd.doors]
+            found.append(Listening(self.knockd.options.interfaces, sequences, self.four_only))
         return found
 
     @property
@@ -6798,10 +6796,8 @@ class Configuration(NamedTuple):
 
     def open_captures(self, log: Log, current: Iterable[Capture] = (),
                       same: bool = False) -> List[Capture]:
-        """Open sockets or a file to read packets and knock sequences from.
-
-        If `same`, packets are still read from the captures in `current`.
-        """
+        """Open sockets or a file to read packets and knock sequences from."""
+        # If `same`, packets are still read from the captures in `current`.
         captures = [each for each in current if same and not isinstance(each, KnockCapture)]
         try:
             if self.takes_packets and not same:
@@ -6920,9 +6916,9 @@ class Access:
                 self.grants.grant(verdict.doors, verdict.seconds, stanza.number)  # section 21
         except CommandError as error:
             self.log.error(str(error))
-            reason, text = (("command", "a command could not be started") if verdict.by_commands
-                            else ("firewall", "nothing was opened: the firewall failed"))
-            raise PacketRejected(reason, text) from None
+            if verdict.by_commands:
+                raise PacketRejected("command", "a command could not be started") from None
+            raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
         self.tally.counts["accepted"] += 1
         self.tell(verdict, request, stanza.number)
         return None
@@ -7161,10 +7157,7 @@ def resolve_name(name: str, version: int,
 
 
 class Resolver:
-    """Look names up in threads, a few at a time, so that no packet stops the server.
-
-    The answer is a call, in the selector's loop, with the address or with None.
-    """
+    """Look names up in threads, a few at a time, so that no packet stops the server."""
 
     def __init__(self, selector: selectors.BaseSelector,
                  resolve: Callable[[str, int], Optional[Address]] = resolve_name) -> None:
@@ -7175,7 +7168,8 @@ class Resolver:
 
     def look_up(self, lookup: Lookup, stanza_number: int,
                 then: Callable[[Optional[Address]], None]) -> bool:
-        """Start to look a name up; return False if too many of this stanza's are in work."""
+        """Start to look a name up, and let the selector's loop call `then` with the address, or
+        with None; return False if too many of this stanza's are in work."""
         def work() -> None:
             self.answers.append((stanza_number, partial(then, self.resolve(*lookup))))
             self.sockets[1].send(b"\0")
