@@ -7865,12 +7865,9 @@ def catch_signals(selector: selectors.BaseSelector) -> List[int]:
 
 
 def go_to_background() -> int:
-    """Go on in a child with a session of its own. Return a descriptor for the child's ready byte.
-
-    The parent waits for that byte and ends with 0, or with 1 if the child ends without it.
-    """
+    """Go on in a child in a session of its own. Return a descriptor for the child's ready byte."""
     reader, writer = os.pipe()
-    if os.fork():
+    if os.fork():  # the parent waits for that byte; it ends with 1 if the child ends without it
         os.close(writer)
         os._exit(0 if os.read(reader, 1) else 1)
     os.close(reader)
@@ -8388,20 +8385,16 @@ def signal_server(arguments: Arguments) -> int:
 
 
 def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> None:
-    """Close all that is open (--fw-flush), by the running server if there is one.
-
-    A running server would put grants back, so it has to close them. If none runs, this also removes
-    our rules from the host's chains. A server whose pid file could not be written is asked, too.
-    """
+    """Close all that is open (--fw-flush), by the running server if there is one."""
     write_to(sys.stdout, "Deleting any existing firewall rules...\n")
     name = f"the server (pid={pid})" if pid else "the server"
-    try:
+    try:  # it would put grants back, so it has to close them, also if nobody knows its pid
         answer = ask_server(settings.pid_file, "flush")
     except OSError as error:
         if pid:
             raise SpaError(f"{name} does not answer: {error}",
                            "see its log, or end it with -K and try again") from None
-        remove_for_good([GRANTS, REST], settings, log)
+        remove_for_good([GRANTS, REST], settings, log)  # also our rules in the host's chains
         guarded = leftovers(GUARD, settings, log)
         say("Nothing is open now." + (" The guard stays until --unguard." if guarded else ""))
         return
@@ -8411,16 +8404,14 @@ def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> No
 
 
 def remove_for_good(parts: List[str], settings: ServerSettings, log: Log) -> List[str]:
-    """Remove parts of ours from the kernel, and return their names.
-
-    A server that these settings do not name would put them back. So look again for the last part,
-    which has to include the others, and raise CommandError if something is there.
-    """
+    """Remove parts of ours from the kernel, and return their names; CommandError if one is back."""
     taken = []
     for part in parts:
         for text in remove_leftovers(part, settings, log):
             taken.append(text)
             write_to(sys.stdout, f"Deleted {text}\n")
+    # A server that these settings do not name would put them back. So look again for the last part,
+    # which has to include the others.
     if taken:
         time.sleep(LOOK_AGAIN_SECONDS)
     left = [text for each in leftovers(parts[-1], settings, log) for text in each.texts]
@@ -8443,10 +8434,7 @@ def remove_guard(settings: ServerSettings, pid: Optional[int], log: Log) -> None
 
 
 def put_guard_up(arguments: Arguments, log: Log) -> None:
-    """Close GUARD_PORTS (--guard). That needs no network, and no file but fwknopd.conf.
-
-    A guard that stands keeps its grants and sets.
-    """
+    """Close GUARD_PORTS (--guard). That needs no network, and no file but fwknopd.conf."""
     settings = read_settings(arguments)[0]
     if not settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports, "expected the ports that --guard closes")
@@ -8457,6 +8445,7 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
     if pid:
         say(f"The guard stands: a server is running (pid={pid}), and keeps it.")
         return
+    # A guard that stands keeps its grants and sets.
     choose_firewall(settings, None, "test" in arguments, log).prepare_guard()
     if "test" not in arguments:
         say("Closed to everybody without a grant: " + port_list(settings.guard_ports))
@@ -8628,8 +8617,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         log.error(f"spa_server.py: {explain(error)}")
         if isinstance(error, SpaError) and error.hint:
             log.error("hint: " + error.hint)
-        return (2 if isinstance(error, UsageError) else
-                3 if isinstance(error, ConfigError) else 1)
+        return 2 if isinstance(error, UsageError) else 3 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1
     finally:
