@@ -23,18 +23,18 @@ A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has 
 starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 25 instead.
 The right next port advances its sequence (section 8); the last one opens or runs as above.
 
-Until a packet's key is proven, 21 functions of 213 lines have run, all of them together. The list
+Until a packet's key is proven, 20 functions of 194 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
-  Entry.__init__, Gate.admit, Gate.authentic_stanzas, is_gpg, Keys.authentic, Hmac.__call__,
-  encode_base64, Tally.reject, Throttle.allows, socket_text, Log.write, Outlet.write,
-  StreamOutlet.send, StreamOutlet.write_part, Gate.is_full
+  Gate.authentic_stanzas, is_gpg, Keys.authentic, Hmac.__call__, encode_base64, Gate.no_keys,
+  Tally.reject, Throttle.allows, socket_text, Log.write, Outlet.write, StreamOutlet.send,
+  StreamOutlet.write_part, Gate.is_full
 
 A UDP or TCP socket has its own receive() (section 16). HTTP adds Gate.unwrap(), a SOURCE other than
-ANY adds Stanza.admits(). Junk of another form makes a NotSpa, or passes Gate.no_keys(). If a stanza
-has no HMAC, decryption proves the key: unlock() and all that it calls. A knock sequence has no key:
-decode_knock(), KnockListener.take_knock() and all that they call.
+ANY adds Stanza.admits(). Junk of another form makes a NotSpa. If a stanza has no HMAC, decryption
+proves the key: unlock() and all that it calls. A knock sequence has no key: decode_knock(),
+KnockListener.take_knock() and all that they call.
 
 Changes on this host: the firewall (sections 18 and 19: tables `inet spa` and `inet spa_nat`, rules
 with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, and by --init the two
@@ -6412,8 +6412,10 @@ def launch(command: Command, output: int, outlives: bool = False,
             command.argv, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise CommandError(explain(error, str(command))) from None
+    except OSError as error:  # Python 3.6 and 3.7 add the program to the text once more
+        raise CommandError(f"{command}: {os.strerror(error.errno or 0)}") from None
+    except (ValueError, subprocess.SubprocessError) as error:
+        raise CommandError(f"{command}: {error}") from None
 
 
 def end_group(popen: "subprocess.Popen[bytes]", number: int) -> None:
@@ -7221,46 +7223,47 @@ class Gate:
             if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
                 datagram = self.unwrap(datagram)
             check_payload(datagram.payload)  # section 4
+            passed = self.authentic_stanzas(datagram)
             if entry is None:  # else it comes again after gpg; the stanzas may be others by then
-                entry = Entry(datagram)
                 self.candidates += 1
-            self.admit(entry)
+            if passed:
+                entry = entry or Entry(datagram)
+                self.admit(entry, passed)
+            else:
+                self.tally.reject(datagram, self.no_keys(datagram))
         except GpgNeeded as needed:
             self.wait_for_gpg(needed.run, entry)
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.tally.reject(datagram, error)
 
-    def authentic_stanzas(self, datagram: Datagram) -> Iterator[Tuple[Stanza, AnyKeys]]:
-        """Yield the stanzas whose HMAC the packet has, in the file's order, and their keys.
+    def authentic_stanzas(self, datagram: Datagram) -> List[Tuple[Stanza, AnyKeys]]:
+        """Return the stanzas whose HMAC the packet has, in the file's order, and their keys.
 
-        A stanza without an HMAC key passes, too. Raise PacketRejected if no stanza passes.
+        A stanza without an HMAC key passes, too.
         """
-        payload, found = datagram.payload, False
-        wrong: Optional[PacketRejected] = None
-        for stanza, keys in self.keyed[is_gpg(payload)]:
-            if stanza.for_all or stanza.admits(datagram):
-                if keys.authentic(payload):  # section 3: before any decryption
-                    found = True
-                    yield stanza, keys
-                wrong = wrong or stanza.wrong_hmac
-        if not found:  # one object for all junk: without the reset, each raise would make it grow
-            raise (wrong or self.no_keys(datagram)).with_traceback(None)
+        payload = datagram.payload
+        return [(stanza, keys) for stanza, keys in self.keyed[is_gpg(payload)]
+                if (stanza.for_all or stanza.admits(datagram))
+                and keys.authentic(payload)]  # section 3: before any decryption
 
     def no_keys(self, datagram: Datagram) -> PacketRejected:
-        """Return the rejection of a packet for which no stanza has keys."""
+        """Return the rejection of a packet that no stanza passes."""
+        for stanza, _ in self.keyed[is_gpg(datagram.payload)]:
+            if stanza.for_all or stanza.admits(datagram):
+                return stanza.wrong_hmac
         if any(stanza.admits(datagram) for stanza in self.stanzas if stanza.takes_packets):
             return wrong_type(datagram.payload)
         source = socket_text(datagram.source)
         return PacketRejected("source", f"No access data found for source IP: {source}", "{text}")
 
-    def admit(self, entry: Entry) -> None:
-        """Let the first stanza that can open something for a packet do so, in the file's order.
+    def admit(self, entry: Entry, passed: List[Tuple[Stanza, AnyKeys]]) -> None:
+        """Let the first of the stanzas that a packet has passed, and that can open something, do so.
 
         If none can, raise the reason of the first whose keys were right; or else of the last.
         """
         reasons: List[PacketRejected] = []
         is_proven, is_final, datagram = False, True, entry.datagram
-        for stanza, keys in self.authentic_stanzas(datagram):
+        for stanza, keys in passed:
             is_proven = is_proven or keys.has_hmac
             try:
                 self.let_in(entry, stanza, keys)
