@@ -23,7 +23,7 @@ A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has 
 starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 25 instead.
 The right next port advances its sequence (section 8); the last one opens or runs as above.
 
-Until a packet's key is proven, 20 functions of 194 lines have run, all of them together. The list
+Until a packet's key is proven, 20 functions of 195 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
@@ -7241,10 +7241,11 @@ class Gate:
 
         A stanza without an HMAC key passes, too.
         """
-        payload = datagram.payload
-        return [(stanza, keys) for stanza, keys in self.keyed[is_gpg(payload)]
-                if (stanza.for_all or stanza.admits(datagram))
-                and keys.authentic(payload)]  # section 3: before any decryption
+        payload, passed = datagram.payload, []
+        for stanza, keys in self.keyed[is_gpg(payload)]:
+            if (stanza.for_all or stanza.admits(datagram)) and keys.authentic(payload):  # section 3
+                passed.append((stanza, keys))
+        return passed
 
     def no_keys(self, datagram: Datagram) -> PacketRejected:
         """Return the rejection of a packet that no stanza passes."""
@@ -7257,7 +7258,7 @@ class Gate:
         return PacketRejected("source", f"No access data found for source IP: {source}", "{text}")
 
     def admit(self, entry: Entry, passed: List[Tuple[Stanza, AnyKeys]]) -> None:
-        """Let the first of the stanzas that a packet has passed, and that can open something, do so.
+        """Let the first of the stanzas that a packet has passed open something, if it can.
 
         If none can, raise the reason of the first whose keys were right; or else of the last.
         """
