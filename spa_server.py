@@ -5022,11 +5022,9 @@ class NftFirewall(Firewall):
             self.run([f"delete table {table}", f"add table {table}"] + lines)
 
     def fill_table(self, chain: NftChain, lines: List[str]) -> None:
-        """Let nft do all of `lines` in a table of our own, or nothing.
-
-        On Linux 6.9 and later our socket then owns the guard's table, which outlives the server
-        (persistent) and which nft can't change. On an older kernel nobody owns it.
-        """
+        """Let nft do all of `lines` in a table of our own, or nothing."""
+        # On Linux 6.9 and later our socket then owns the guard's table, which outlives the server
+        # (persistent) and which nft can't change. On an older kernel nobody owns it.
         persistent = 0
         if chain == GUARD_TABLE:
             self.netlink.release()
@@ -6139,11 +6137,12 @@ class Grants:
             self.log.info(f"Found {door.rule_name} rule in {chain} for {door}, "
                           f"expires at {grant.expires}")
 
-    def grant(self, doors: List[Door], seconds: int, stanza_number: int = 0) -> None:
-        """Open all doors or none. A door that is open already may stay so for longer, never less.
+    def grant(self, doors: List[Door], seconds: int, stanza_number: int = 0) -> List[Door]:
+        """Open all doors or none; return them as the firewall stores them.
 
-        A DNAT door replaces one of the same stanza with the same match and another target. Raise
-        PacketRejected if that one is another stanza's, or if the stanza has too many doors open.
+        A door that is open already may stay so for longer, never less. A DNAT door replaces one of
+        the same stanza with the same match and another target. Raise PacketRejected if that one is
+        another stanza's, or if the stanza has too many doors open.
         """
         now = self.clocks.monotonic()
         ends, expires = now + seconds, int(self.clocks.wall() + seconds + 0.999999)
@@ -6170,6 +6169,7 @@ class Grants:
             chain = self.firewall.describe(door)
             self.log.info(f"Added {door.rule_name} rule to {chain} for {door}, "
                           f"expires at {self.live[door].expires}")
+        return doors
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
         """Add grants in place of the `replaced` ones; if the firewall fails, try once more."""
@@ -6391,14 +6391,13 @@ def launch(command: Command, output: int, outlives: bool = False,
            source: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
     """Start a program in a session of its own. Of this process it gets only output and `source`.
 
-    A program that `outlives` this server goes on when nobody reads its output any more. Raise
-    CommandError if it can't be started.
+    One that `outlives` this server goes on without it. Raise CommandError if it can't be started.
     """
     def become() -> None:
         """In the child: reset signals and umask, then change groups and, last, the user."""
         for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
-        if outlives:
+        if outlives:  # nobody reads its output then
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.umask(0o022)
@@ -6915,7 +6914,8 @@ class Access:
             if verdict.by_commands:
                 self.commands.run(self.cycles(verdict, request, stanza))  # section 22
             else:
-                self.grants.grant(verdict.doors, verdict.seconds, stanza.number)  # section 21
+                verdict = verdict._replace(doors=self.grants.grant(  # section 21
+                    verdict.doors, verdict.seconds, stanza.number))
         except CommandError as error:
             self.log.error(str(error))
             if verdict.by_commands:
@@ -6940,21 +6940,18 @@ class Access:
 
     def tell(self, verdict: Verdict, request: Request, stanza_number: int) -> None:
         """Log what a request has opened or run, and note for --fw-list who asked."""
-        normalise = self.grants.firewall.normalise
-        doors = verdict.doors if verdict.by_commands else [
-            door for door in map(normalise, verdict.doors) if door is not None]
         who = client = KNOCKER
         if request.user is not None:
             user = request.user.replace("'", "\\x27")  # it may try to look like our text
             who, client = f"user '{user}'", f"user '{user}' (client {request.version})"
-        done, names = "ran a command", ", ".join(door.describe() for door in doors)
-        if doors:
+        done, names = "ran a command", ", ".join(door.describe() for door in verdict.doors)
+        if names:
             done = f"opened {names} for {verdict.seconds} seconds"
             if self.commands.test:
                 done += "; --test mode enabled, skipping firewall manipulation"
         self.log.info(f"(stanza #{stanza_number}) {client} {done}")
         if not verdict.by_commands:
-            self.note_opener(f"stanza #{stanza_number}, {who}", doors)
+            self.note_opener(f"stanza #{stanza_number}, {who}", verdict.doors)
 
     def note_opener(self, opener: str, doors: List[Door]) -> None:
         """Write for --fw-list who opened doors; the kernel knows all else of a grant."""
@@ -7458,7 +7455,7 @@ class FirewallWatch:
             now = self.clocks.monotonic()
             self.check_due = now + self.grants.firewall.poll_seconds
             rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
-            self.check_rest = now + rest * all_well
+            self.check_rest = now + rest if all_well else now
             self.check_wait = RETRY_SECONDS
 
 
