@@ -5560,7 +5560,7 @@ class IptablesFirewall(Firewall):
         mended = []
 
         def mend(version: int, program: Iptables) -> None:
-            # Legacy tables have this every second, and are slow to read with thousands of grants.
+            # This runs every second for legacy tables, which thousands of grants make slow to read.
             # A flush takes the jump as well, so this reads the jump alone.
             jump = f"-A PREROUTING -j {GUARD_CHAINS['PREROUTING']}"
             if self.legacy and jump in program.list("mangle", "PREROUTING"):
@@ -6187,7 +6187,7 @@ class Grants:
 
     def check_stanza(self, doors: List[Door], stanza_number: int) -> None:
         """Reject doors that lead another stanza's clients elsewhere, and too many doors."""
-        # After a restart or a reload a door has no owner, so its target can't be changed.
+        # After a restart or reload the owner of a door is unknown, so its target can't be changed.
         for door in doors:
             for grant in self.live.values() if door.kind == DNAT else ():
                 other = grant.door
@@ -6319,7 +6319,7 @@ def grant_key(grant: Grant) -> str:
 def find_opener(openers: Dict[str, str], grant: Grant) -> str:
     """Return who opened a grant, or "-". The end that a kernel tells may be a second off."""
     keys = [grant_key(grant._replace(expires=grant.expires + shift)) for shift in (0, 1, -1)]
-    return next((openers[key] for key in keys if key in openers), "-")
+    return next((openers[key] for key in keys if openers.get(key)), "-")
 
 
 def read_openers(path: str) -> Dict[str, str]:
@@ -6963,8 +6963,7 @@ class Access:
         path = openers_file(self.settings)
         try:
             with open(open_ours(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
-                # Whenever the file has doubled, lines of grants that are over go: so a packet pays
-                # for its own lines only.
+                # Tidy up whenever the file has doubled: so a packet pays for its own lines only.
                 if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_key, grants.live.values()))
                     lines[:0] = dict.fromkeys(line for line in file
@@ -7167,8 +7166,8 @@ class Resolver:
 
     def look_up(self, lookup: Lookup, stanza_number: int,
                 then: Callable[[Optional[Address]], None]) -> bool:
-        """Start to look a name up, and let the selector's loop call `then` with the address, or
-        with None; return False if too many of this stanza's are in work."""
+        """Start to look a name up; return False if too many of this stanza's are in work."""
+        # The selector's loop calls `then` with the address, or with None.
         def work() -> None:
             self.answers.append((stanza_number, partial(then, self.resolve(*lookup))))
             self.sockets[1].send(b"\0")
@@ -8389,7 +8388,7 @@ def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> No
     """Close all that is open (--fw-flush), by the running server if there is one."""
     write_to(sys.stdout, "Deleting any existing firewall rules...\n")
     name = f"the server (pid={pid})" if pid else "the server"
-    try:  # it would put grants back, so it has to close them, also if nobody knows its pid
+    try:  # a running server would put grants back; ask also one whose pid is not known
         answer = ask_server(settings.pid_file, "flush")
     except OSError as error:
         if pid:
