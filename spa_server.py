@@ -6846,8 +6846,6 @@ class Lifecycle(NamedTuple):
 # sequences both end here.
 # ======================================================================================
 
-KNOCKER = "a knock sequence"  # who opened
-
 
 class Tally:
     """What became of packets and knocks: a count for each reason, and a line for each rejection."""
@@ -6940,7 +6938,7 @@ class Access:
 
     def tell(self, verdict: Verdict, request: Request, stanza_number: int) -> None:
         """Log what a request has opened or run, and note for --fw-list who asked."""
-        who = client = KNOCKER
+        who = client = "a knock sequence"
         if request.user is not None:
             user = request.user.replace("'", "\\x27")  # it may try to look like our text
             who, client = f"user '{user}'", f"user '{user}' (client {request.version})"
