@@ -33,7 +33,7 @@ The way of a packet, with the sections that it leads through:
   * With --wait, --proxy or --exec it tries the TCP port until it opens, and knocks anew every
     second or three. Then it relays that connection, or becomes the command (15).
 
-Contents. Sections 1 to 10 only compute: text, bytes and time in, values out; some warn. Sections
+Contents. Sections 1 to 12 only compute: text, bytes and time in, values out; some warn. Sections
 11 to 17 touch the machine: files, terminal, programs, network, standard output.
 
   1. Errors
@@ -41,18 +41,20 @@ Contents. Sections 1 to 10 only compute: text, bytes and time in, values out; so
   3. AES (FIPS 197)
   4. Encryption of a packet
   5. Message and packet
-  6. Carriers
-  7. Values
-  8. Directives
-  9. Options
-  10. The rc file
-  11. Files and keys
-  12. Programs
-  13. Network
-  14. Own address
-  15. After the knock
-  16. Output
-  17. Run
+  6. RSA (RFC 8017)
+  7. The OpenSPA packet
+  8. Carriers
+  9. Values
+  10. Directives
+  11. Options
+  12. The rc file
+  13. Files and keys
+  14. Programs
+  15. Network
+  16. Own address
+  17. After the knock
+  18. Output
+  19. Run
 
 Exit codes: 0 the packet was sent, or another task is done; 1 it was not sent, or the port did not
 open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop has only 0 and 1. --exec ends
@@ -347,6 +349,42 @@ def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
     return first + second, md5(second + secret + salt)
 
 
+class AesInverse(Aes):
+    """Aes that decrypts as well."""
+
+    inverse = None  # type: Optional[Tuple[bytes, List[List[int]]]]
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key)
+        assert Aes.tables is not None
+        if AesInverse.inverse is None:
+            box = bytes(self.box.index(value) for value in range(256))
+            AesInverse.inverse = box, Aes.tables.multiply(box, (14, 9, 13, 11))
+        self.inverse_box, self.inverse_columns = AesInverse.inverse
+        self.inverse_words = self.inverse_round_keys()
+
+    def decrypt_block(self, block: bytes) -> bytes:
+        """Decrypt 16 bytes: EqInvCipher() of section 5.3.5.
+
+        Its rows turn the other way: with columns 2 and 4 exchanged, in the keys too, rounds() fits.
+        """
+        a, d, c, b = struct.unpack(">4I", block)
+        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
+                                 a, b, c, d)
+        return struct.pack(">4I", a, d, c, b)
+
+    def inverse_round_keys(self) -> "List[int]":
+        """Return the round keys, last first, the inner ones after InvMixColumns (section 5.3.5)."""
+        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
+        for i in range(len(self.words) - 4, -1, -4):
+            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
+                if 0 < i < len(self.words) - 4:
+                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
+                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
+                words.append(word)
+        return words
+
+
 # --- end shared: aes --
 
 # ======================================================================================
@@ -501,7 +539,336 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
 
 
 # ======================================================================================
-# 6. Carriers
+# 6. RSA (RFC 8017)
+#
+# PKCS#1 v1.5 with SHA-256, and keys in PEM, for OpenSPA alone. Python's pow() does the work.
+# ======================================================================================
+
+# --- shared: rsa -- the same text in spa_server.py and spa_client.py --
+
+RSA_ALGORITHM = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"  # RFC 3279 2.3.1
+SHA256_INFO = b"\x30\x31\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\x04\x20"
+RSA_BITS = (1024, 4096)
+MAX_PEM = 16384  # characters; a private key of 4,096 bits has 3,300
+
+
+def read_pem(text: str) -> "Tuple[str, bytes]":
+    """Return label and contents of the one PEM block in a text (RFC 7468 section 3), or raise
+    ValueError. Lines around it are comments."""
+    lines = [line.strip() for line in text.split("\n")]
+    begins = [line[11:-5] for line in lines if line[:11] == "-----BEGIN " and line[-5:] == "-----"]
+    if len(text) > MAX_PEM or len(begins) != 1 or "-----END %s-----" % begins[0] not in lines:
+        raise ValueError("expected one PEM block")
+    first = lines.index("-----BEGIN %s-----" % begins[0])
+    body = "".join(lines[first + 1:lines.index("-----END %s-----" % begins[0])])
+    try:
+        data = binascii.a2b_base64(body.encode("ascii"))
+    except ValueError:
+        data = b""
+    if not data or binascii.b2a_base64(data).rstrip(b"\n") != body.encode("ascii", "replace"):
+        raise ValueError("expected base64 in the PEM block (an encrypted key can't be read)")
+    return begins[0], data
+
+
+def read_der(data: bytes, tag: int) -> "Tuple[bytes, bytes]":
+    """Return the contents of the item of this tag that DER begins with, and the rest (X.690 section
+    10.1: the length has its shortest form), or raise ValueError."""
+    length, start = (data[1] if len(data) > 1 else 0), 2
+    if length & 0x80:
+        start += length & 0x7F
+        length = int.from_bytes(data[2:start], "big")
+        if not 3 <= start <= 4 or length < 0x80 or length >> 8 * (start - 3) == 0:
+            raise ValueError("expected DER with short lengths")
+    if data[:1] != bytes([tag]) or len(data) < start + length:
+        raise ValueError("expected an RSA key in DER")
+    return data[start:start + length], data[start + length:]
+
+
+def read_integers(data: bytes) -> "List[int]":
+    """Return the integers, none of them negative, in a DER sequence that is all of `data`."""
+    body, rest = read_der(data, 0x30)
+    numbers = []
+    while body:
+        value, body = read_der(body, 0x02)
+        if not value or value[0] & 0x80 or (len(value) > 1 and not value[0] and value[1] < 0x80):
+            raise ValueError("expected numbers in DER")
+        numbers.append(int.from_bytes(value, "big"))
+    if rest:
+        raise ValueError("expected nothing behind the key")
+    return numbers
+
+
+class RsaKey:
+    """An RSA key for PKCS#1 v1.5 (RFC 8017). Without `primes` it is a public key.
+
+    `sha256` returns the digest of its argument, `random_bytes` so many of them.
+    """
+
+    def __init__(self, modulus: int, exponent: int, primes: "Tuple[int, ...]",
+                 sha256: "Callable[[bytes], bytes]",
+                 random_bytes: "Callable[[int], bytes]") -> None:
+        self.modulus, self.exponent, self.primes = modulus, exponent, primes
+        self.sha256, self.random_bytes = sha256, random_bytes
+        self.size = (modulus.bit_length() + 7) // 8
+        self.blinding = (0, 0)  # a random number to the exponent, and the inverse of the number
+        if not RSA_BITS[0] <= modulus.bit_length() <= RSA_BITS[1] or modulus.bit_length() % 8:
+            raise ValueError("expected a modulus of %d to %d bits, not of %d"
+                             % (RSA_BITS + (modulus.bit_length(),)))
+        if not modulus & 1 or not exponent & 1 or not 65537 <= exponent < 1 << 32:
+            raise ValueError("expected an odd modulus, and an odd exponent of 65537 or more")
+        if primes:
+            p, q, dp, dq, inverse = primes
+            if (p * q != modulus or min(p, q) < 3 or exponent * dp % (p - 1) != 1
+                    or exponent * dq % (q - 1) != 1 or inverse * q % p != 1):
+                raise ValueError("expected a private key whose numbers belong together")
+
+    @classmethod
+    def parse(cls, text: str, private: bool, sha256: "Callable[[bytes], bytes]",
+              random_bytes: "Callable[[int], bytes]") -> "RsaKey":
+        """Read a key from PEM, or raise ValueError: a private one of PKCS#1 (RFC 8017 A.1.2) or
+        PKCS#8 (RFC 5208), a public one of PKCS#1 (A.1.1) or SubjectPublicKeyInfo (RFC 5280 4.1)."""
+        label, data = read_pem(text)
+        if label not in (("RSA PRIVATE KEY", "PRIVATE KEY") if private else
+                         ("RSA PUBLIC KEY", "PUBLIC KEY")):
+            raise ValueError("expected %s key, not %s" % ("a private" if private else "a public",
+                                                          label))
+        if not label.startswith("RSA"):
+            body, rest = read_der(data, 0x30)
+            if private:
+                version, body = read_der(body, 0x02)
+                rest += version.strip(b"\0")
+            if body[:len(RSA_ALGORITHM)] != RSA_ALGORITHM:
+                raise ValueError("expected a key for RSA")
+            data, more = read_der(body[len(RSA_ALGORITHM):], 0x04 if private else 0x03)
+            if rest or more or not (private or data[:1] == b"\0"):
+                raise ValueError("expected nothing behind the key")
+            data = data if private else data[1:]
+        numbers = read_integers(data)
+        if len(numbers) != (9 if private else 2) or (private and numbers[0]):
+            raise ValueError("expected the %d numbers of an RSA key" % (9 if private else 2))
+        if private:
+            return cls(numbers[1], numbers[2], tuple(numbers[4:]), sha256, random_bytes)
+        return cls(numbers[0], numbers[1], (), sha256, random_bytes)
+
+    def blind(self) -> "Tuple[int, int]":
+        """Return another blinding. Its square serves the next time, and costs two products."""
+        forward, back = self.blinding
+        while not back:
+            number = int.from_bytes(self.random_bytes(self.size + 8), "big") % self.modulus
+            rest, value, factor, other = self.modulus, number, 0, 1  # Euclid's, extended
+            while value:
+                rest, (quotient, value) = value, divmod(rest, value)
+                factor, other = other, factor - quotient * other
+            if rest == 1:
+                forward, back = pow(number, self.exponent, self.modulus), factor % self.modulus
+        self.blinding = forward * forward % self.modulus, back * back % self.modulus
+        return forward, back
+
+    def apply_private(self, value: int) -> int:
+        """Return RSADP and RSASP1 (section 5.1.2) of a value, by the two primes.
+
+        The value is blinded, so that times tell nothing about the key. The result is checked: one
+        that a fault has changed would give away a prime.
+        """
+        p, q, dp, dq, inverse = self.primes
+        forward, back = self.blind()
+        blinded = value * forward % self.modulus
+        low = pow(blinded % q, dq, q)
+        result = low + (pow(blinded % p, dp, p) - low) * inverse % p * q
+        if pow(result, self.exponent, self.modulus) != blinded:
+            raise ArithmeticError("this machine has calculated wrongly")
+        return result * back % self.modulus
+
+    def padded_digest(self, message: bytes) -> bytes:
+        """Return EMSA-PKCS1-v1_5 of a message with SHA-256 (section 9.2)."""
+        info = SHA256_INFO + self.sha256(message)
+        return b"\0\1" + b"\xff" * (self.size - len(info) - 3) + b"\0" + info
+
+    def sign(self, message: bytes) -> bytes:
+        """Return the signature of a message (section 8.2.1)."""
+        number = self.apply_private(int.from_bytes(self.padded_digest(message), "big"))
+        return number.to_bytes(self.size, "big")
+
+    def verify(self, message: bytes, signature: bytes) -> bool:
+        """Return whether a signature is right (section 8.2.2): by comparison, nothing is parsed."""
+        number = int.from_bytes(signature, "big")
+        if len(signature) != self.size or number >= self.modulus:
+            return False
+        made = pow(number, self.exponent, self.modulus).to_bytes(self.size, "big")
+        return made == self.padded_digest(message)
+
+    def encrypt(self, message: bytes) -> bytes:
+        """Return a message encrypted (section 7.2.1)."""
+        length, padding = self.size - len(message) - 3, b""
+        while len(padding) < length:
+            padding += self.random_bytes(length).replace(b"\0", b"")
+        number = int.from_bytes(b"\0\2" + padding[:length] + b"\0" + message, "big")
+        return pow(number, self.exponent, self.modulus).to_bytes(self.size, "big")
+
+    def decrypt(self, block: bytes, size: int) -> bytes:
+        """Return the message of `size` bytes in a block (section 7.2.2).
+
+        If the padding is wrong it is random bytes, and the packet fails later, at its signature:
+        nobody learns from a quick answer which blocks have right padding.
+        """
+        instead, number = self.random_bytes(size), int.from_bytes(block, "big")
+        in_range = len(block) == self.size and number < self.modulus
+        padded = self.apply_private(number % self.modulus).to_bytes(self.size, "big")
+        right = (padded[:2] == b"\0\2" and padded[-size - 1] == 0) & (
+            padded.find(b"\0", 2) == self.size - size - 1) & in_range
+        return padded[-size:] if right else instead
+
+
+# --- end shared: rsa --
+
+
+# ======================================================================================
+# 7. The OpenSPA packet
+#
+# Containers, fields and encryption of OpenSPA v2 (tests/spec/openspa.md 1.2 to 1.6, 1.9).
+# ======================================================================================
+
+# --- shared: openspa -- the same text in spa_server.py and spa_client.py --
+
+OSPA_PORT, OSPA_MAX = 22211, 1444  # bytes of a datagram at most (tests/spec/openspa.md 1.1)
+# The header of eight bytes (1.2): control (type, version 2), transaction, cipher suite 1, 0, proof.
+OSPA_HEADER = ">4BI"
+OSPA_REQUEST, OSPA_ANSWER, OSPA_SUITE = 0x20, 0xA0, 1
+OSPA_PROTOCOLS = (1, 4, 6, 17, 58)  # ICMP, IPv4, TCP, UDP, ICMPv6
+ADK_SECONDS = 60
+
+
+class OspaFields:
+    """The signed fields (1.5). Addresses are packed. A request has no duration; an answer has
+    neither time nor UUID nor the client's address."""
+
+    def __init__(self, protocol: int, ports: "Tuple[int, int]", target: bytes,
+                 client: bytes = b"", timestamp: int = 0, uuid: bytes = b"",
+                 seconds: int = 0) -> None:
+        self.protocol, self.ports, self.target, self.client = protocol, ports, target, client
+        self.timestamp, self.uuid, self.seconds = timestamp, uuid, seconds
+
+    def encode(self) -> bytes:
+        """Return the packet container, its items in the order of the reference."""
+        ports = [(kind, struct.pack(">H", port)) for kind, port in zip((2, 3), self.ports)]
+        target = [(6 if len(self.target) == 4 else 7, self.target)]
+        protocol = [(1, bytes([self.protocol]))]
+        if not self.uuid:
+            seconds = [(8, self.seconds.to_bytes(3, "big"))]
+            return encode_tlv([(3, encode_tlv(protocol + target + ports + seconds))])
+        client = [(4 if len(self.client) == 4 else 5, self.client)]
+        return encode_tlv([(1, struct.pack(">Q", self.timestamp)), (2, self.uuid),
+                           (3, encode_tlv(protocol + ports + client + target))])
+
+
+def decode_ospa(data: bytes, is_answer: bool) -> OspaFields:
+    """Return the fields of a request or an answer, or raise ValueError.
+
+    Items may come in any order, and unknown ones beside them; each known one must have its size.
+    """
+    items = decode_tlv(data)
+    rules, sizes = decode_tlv(items.get(3, b"")), {1: 1, 2: 2, 3: 2, 4: 4, 5: 16, 6: 4, 7: 16, 8: 3}
+    protocol, first, last, seconds = [int.from_bytes(rules.get(kind, b""), "big")
+                                      for kind in (1, 2, 3, 8)]
+    client, target = [rules.get(four, b"") + rules.get(six, b"") for four, six in ((4, 5), (6, 7))]
+    uuid, timestamp = items.get(2, b""), items.get(1, b"")
+    if (any(len(rules[kind]) != sizes[kind] for kind in rules if kind in sizes)
+            or not {1, 2, 3}.union((8,) if is_answer else ()) <= set(rules)
+            or any(host[:12] == bytes(10) + b"\xff\xff" for host in (client, target))
+            or len(target) not in (4, 16) or protocol not in OSPA_PROTOCOLS or first > last):
+        raise ValueError("expected protocol, ports and addresses")
+    if not is_answer and (len(client) not in (4, 16) or len(uuid) != 16 or len(timestamp) != 8):
+        raise ValueError("expected a client's address, its UUID and the time")
+    return OspaFields(protocol, (first, last), target, client, int.from_bytes(timestamp, "big"),
+                      uuid, seconds)
+
+
+def encode_tlv(items: "List[Tuple[int, bytes]]") -> bytes:
+    """Return a container: type, length, value of each item (1.3). A value of more than 255 bytes
+    goes into several items; a zero byte parts two values of the same type."""
+    data, before = b"", 0
+    for kind, value in items:
+        data += b"\0" if kind == before else b""
+        for start in range(0, max(len(value), 1), 255):
+            part = value[start:start + 255]
+            data += bytes([kind, len(part)]) + part
+        before = kind
+    return data
+
+
+def decode_tlv(data: bytes) -> "Dict[int, bytes]":
+    """Return the first value of each type in a container, or raise ValueError.
+
+    One byte that is left at the end means nothing, as in the reference.
+    """
+    items, before, is_full, keep = {}, 0, False, False  # type: Dict[int, bytes], int, bool, bool
+    if len(data) == 1 and data != b"\0":
+        raise ValueError("expected an item")
+    while len(data) > 1:
+        kind, size = data[0], data[1]
+        if not kind:
+            before, data = 0, data[1:]
+            continue
+        value = data[2:2 + size]
+        if len(value) < size or (kind == before and not (is_full and size)):
+            raise ValueError("expected whole items")
+        keep = keep if kind == before else kind not in items
+        if keep:
+            items[kind] = items.get(kind, b"") + value
+        before, is_full, data = kind, size == 255, data[2 + size:]
+    return items
+
+
+def seal_ospa(header: bytes, packet: bytes, signer: "RsaKey", receiver: "RsaKey", session: bytes,
+              nonce: bytes) -> bytes:
+    """Return the datagram of a packet (1.4): signed, then encrypted by AES with the key of a
+    session (IV, then key: 48 random bytes), which is encrypted to the receiver."""
+    inner = encode_tlv([(1, packet), (3, nonce), (2, signer.sign(header + packet))])
+    inner += bytes([16 - len(inner) % 16]) * (16 - len(inner) % 16)  # PKCS #7
+    aes, block, text = Aes(session[16:]), session[:16], b""
+    for start in range(0, len(inner), 16):
+        number = int.from_bytes(block, "big") ^ int.from_bytes(inner[start:start + 16], "big")
+        block = aes.encrypt_block(number.to_bytes(16, "big"))
+        text += block
+    return header + encode_tlv([(1, text), (2, receiver.encrypt(session))])
+
+
+def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
+    """Return header, packet and signature of a datagram, decrypted with our key, or raise
+    ValueError (1.4). The signature is over header and packet, and is not verified here."""
+    outer = decode_tlv(datagram[8:])
+    text = outer.get(1, b"")
+    if len(text) % 16 or not text:
+        raise ValueError("expected whole blocks")
+    session = key.decrypt(outer.get(2, b""), 48)
+    aes, before, plain = AesInverse(session[16:]), session[:16], b""
+    for start in range(0, len(text), 16):
+        block = text[start:start + 16]
+        number = int.from_bytes(aes.decrypt_block(block), "big") ^ int.from_bytes(before, "big")
+        plain, before = plain + number.to_bytes(16, "big"), block
+    if not 1 <= plain[-1] <= 16 or plain[-plain[-1]:] != plain[-1:] * plain[-1]:
+        raise ValueError("expected padding")
+    inner = decode_tlv(plain[:-plain[-1]])
+    if len(inner.get(3, b"")) < 3:
+        raise ValueError("expected a nonce")
+    return datagram[:8], inner.get(1, b""), inner.get(2, b"")
+
+
+def adk_proof(secret: bytes, seconds: float, sha1_tag: "Callable[[bytes, bytes], bytes]") -> int:
+    """Return the ADK proof at a time: HOTP of the minute with nine digits (RFC 4226 section 5.3).
+
+    `sha1_tag` returns the HMAC-SHA1 by a key of a message; 4 bytes of secret, as 7 of base32 (1.9).
+    """
+    tag = sha1_tag(secret, struct.pack(">Q", int(seconds) // ADK_SECONDS))
+    offset = tag[-1] & 15
+    return (int.from_bytes(tag[offset:offset + 4], "big") & 0x7FFFFFFF) % 10 ** 9
+
+
+# --- end shared: openspa --
+
+
+# ======================================================================================
+# 8. Carriers
 #
 # The bytes around a packet that does not travel as a plain UDP datagram or over TCP: an HTTP
 # request, or the IP headers of the raw carriers (tests/spec/fwknop.md 1.14).
@@ -556,7 +923,7 @@ def encode_raw(carrier: str, payload: bytes, addresses: bytes,
 
 
 # ======================================================================================
-# 7. Values
+# 9. Values
 #
 # From text to the value of a directive or option. A parse_ function that gets something else
 # raises ValueError("expected ..."). The caller adds file and line, and the text if it is no secret.
@@ -751,11 +1118,11 @@ def parse_short_user(text: str) -> str:
 
 
 # ======================================================================================
-# 8. Directives
+# 10. Directives
 #
 # One row per directive of ~/.fwknoprc, in fwknop's order. Only options set the rows at the end,
 # which have names in lower case. A value stays text, with its origin, until all layers are merged.
-# A new directive is a row here; a new option is a row of OPTION_TABLE (section 9).
+# A new directive is a row here; a new option is a row of OPTION_TABLE (section 11).
 # ======================================================================================
 
 
@@ -965,7 +1332,7 @@ def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
 
 
 # ======================================================================================
-# 9. Options
+# 11. Options
 #
 # One row per option; the parser, --help, --man and --completion come from the table. The
 # conventions are those of getopt_long: options and operands in any order, `--name value`,
@@ -1305,7 +1672,7 @@ def format_completion(shell: str) -> str:
 
 
 # ======================================================================================
-# 10. The rc file
+# 12. The rc file
 #
 # The text of ~/.fwknoprc, cut into stanzas, names and values exactly as fwknop cuts it
 # (tests/spec/fwknop.md 2.2), so that one file means the same to both programs.
@@ -1416,7 +1783,7 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
 
 
 # ======================================================================================
-# 11. Files and keys
+# 13. Files and keys
 #
 # Read rc and key files, ask for keys, make new ones; write what is kept. From here on the code
 # touches the machine.
@@ -1873,7 +2240,7 @@ def find_user(settings: Settings) -> str:
 
 
 # ======================================================================================
-# 12. Programs
+# 14. Programs
 #
 # gpg and wget. They start only on request, with lists of arguments that no shell sees.
 # ======================================================================================
@@ -1921,7 +2288,7 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
 
 
 # ======================================================================================
-# 13. Network
+# 15. Network
 #
 # Look the server up, knock on its ports, and send. A link is a UDP socket connected to the server.
 # It knows the route and our own address, even if the packet then takes another carrier.
@@ -2082,7 +2449,7 @@ def random_port() -> int:
 
 
 # ======================================================================================
-# 14. Own address
+# 16. Own address
 #
 # The address to open for, if none is set: the link's own if there can be no NAT, or the one that a
 # web page (-R) or a STUN server (RFC 8489) tells; both see the source of our question. STUN is not
@@ -2288,7 +2655,7 @@ def ask_stun(server: str, family: int) -> str:
 
 
 # ======================================================================================
-# 15. After the knock
+# 17. After the knock
 #
 # Try the port until it opens, relay its connection, or become another program. Only TCP: a client
 # can't tell whether a UDP port is open.
@@ -2444,7 +2811,7 @@ def become(command: "List[str]") -> None:
 
 
 # ======================================================================================
-# 16. Output
+# 18. Output
 #
 # Text for standard output, in the layout that fwknop's users and scripts know
 # (tests/spec/fwknop.md 2.8). It never holds a key.
@@ -2533,7 +2900,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 # ======================================================================================
-# 17. Run
+# 19. Run
 #
 # The steps of the docstring in their order, and the exit codes.
 # ======================================================================================

@@ -7,20 +7,20 @@ iptables. It needs nothing but Python's standard library, and nft or iptables. C
 tests/spec/fwknop.md and tests/spec/knockd.md by section. These files describe the formats and the
 behaviour of fwknop and knockd.
 
-The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 26:
+The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 28:
 
-  capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 16
+  capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 18
   check      length and alphabet, before any key is touched                 section 4
-  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 13
-  fresh      too old? seen before? from before this memory began?           section 14
-  remember   on file before a door opens: a crash must not allow a replay   section 14
-  judge      user, address, ports, expiry: what may this packet open?       sections 11, 24, 26
-  open       the firewall gets the grant, and ends it by itself             sections 21, 17 to 19
-  or run     instead of opening, where a stanza says so: commands           section 22
-  close      by the kernel when its time has come; by this server too       section 21
+  unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 15
+  fresh      too old? seen before? from before this memory began?           section 16
+  remember   on file before a door opens: a crash must not allow a replay   section 16
+  judge      user, address, ports, expiry: what may this packet open?       sections 11, 26, 28
+  open       the firewall gets the grant, and ends it by itself             sections 23, 19 to 21
+  or run     instead of opening, where a stanza says so: commands           section 24
+  close      by the kernel when its time has come; by this server too       section 23
 
 A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has answered, the packet
-starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 25 instead.
+starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 27 instead.
 The right next port advances its sequence (section 8); the last one opens or runs as above.
 
 Until a packet's key is proven, 20 functions of 195 lines have run, all of them together. The list
@@ -31,12 +31,12 @@ is for a packet socket and a stanza with HMAC, and ends with a line in the log:
   Tally.reject, Throttle.allows, socket_text, Log.write, Outlet.write, StreamOutlet.send,
   StreamOutlet.write_part, Gate.is_full
 
-A UDP or TCP socket has its own receive() (section 16). HTTP adds Gate.unwrap(), a SOURCE other than
+A UDP or TCP socket has its own receive() (section 18). HTTP adds Gate.unwrap(), a SOURCE other than
 ANY adds Stanza.admits(). Junk of another form makes a NotSpa. If a stanza has no HMAC, decryption
 proves the key: unlock() and all that it calls. A knock sequence has no key: decode_knock(),
 KnockListener.take_knock() and all that they call.
 
-Changes on this host: the firewall (sections 18 and 19: tables `inet spa` and `inet spa_nat`, rules
+Changes on this host: the firewall (sections 20 and 21: tables `inet spa` and `inet spa_nat`, rules
 with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, and by --init the two
 files in /etc/fwknop. To undo them: -K, then --fw-flush, then --unguard. When the server is killed,
 the kernel ends the grants; a guard stays closed until a server runs, or --unguard.
@@ -56,28 +56,31 @@ configuration and touch nothing else, apart from the user database, PATH, an opt
   9. access.conf
   10. knockd.conf
   11. Judgement
+  12. RSA (RFC 8017)
+  13. The OpenSPA packet
 
 From here on the machine is touched.
 
-  12. Log and programs
-  13. GPG
-  14. Replay memory
-  15. Netlink
-  16. Capture
-  17. Firewall
-  18. nftables
-  19. iptables
-  20. Choice of a firewall, and leftovers
-  21. Grants
-  22. Commands
-  23. Configuration
-  24. Access
-  25. Knock listener
-  26. Gate
-  27. Server
-  28. Process
-  29. First configuration
-  30. Command line
+  14. Log and programs
+  15. GPG
+  16. Replay memory
+  17. Netlink
+  18. Capture
+  19. Firewall
+  20. nftables
+  21. iptables
+  22. Choice of a firewall, and leftovers
+  23. Grants
+  24. Commands
+  25. Configuration
+  26. Access
+  27. Knock listener
+  28. Gate
+  29. OpenSPA gate
+  30. Server
+  31. Process
+  32. First configuration
+  33. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -376,9 +379,6 @@ def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
     return first + second, md5(second + secret + salt)
 
 
-# --- end shared: aes --
-
-
 class AesInverse(Aes):
     """Aes that decrypts as well."""
 
@@ -414,6 +414,8 @@ class AesInverse(Aes):
                 words.append(word)
         return words
 
+
+# --- end shared: aes --
 
 # ======================================================================================
 # 3. Encryption and HMAC of an SPA packet
@@ -1657,6 +1659,16 @@ FACILITIES = {"LOG_DAEMON": 3,  # RFC 3164 section 4.1.1
               **{f"LOG_LOCAL{number}": 16 + number for number in range(8)}}
 
 
+def parse_adk_secret(text: str) -> bytes:
+    """Parse an ADK secret: 4 bytes as 7 characters of base32 (tests/spec/openspa.md 1.9)."""
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+    number = 0
+    expect(len(text) == 7 and not text.strip(digits), "7 characters, A to Z and 2 to 7")
+    for character in text:
+        number = number << 5 | digits.index(character)
+    return Secret((number >> 3).to_bytes(4, "big"))
+
+
 class ServerSettings(Settings):
     """fwknopd.conf: how this server listens, remembers and drives the firewall."""
 
@@ -1739,6 +1751,13 @@ class ServerSettings(Settings):
                          "pid of the running server, which holds a lock on it")
     digest_file = Directive("DIGEST_FILE", parse_path, "$FWKNOP_RUN_DIR/digest.cache",
                             "packets that were seen")
+    ospa_port = Directive("OPENSPA_PORT", integer(1, 65535), "22211",
+                          "UDP port for OpenSPA requests, where a stanza has OPENSPA_CLIENTS")
+    ospa_key_file = NoDefault("OPENSPA_PRIVATE_KEY", parse_path,
+                              "file with this server's private RSA key (keygen.py --openspa)")
+    ospa_adk = NoDefault("OPENSPA_ADK_SECRET", parse_adk_secret,
+                         "7 characters: reject requests without a proof of it, before RSA",
+                         secret=True)
     knockd_file = NoDefault("KNOCKD_CONF", parse_path, "a knockd.conf whose doors are served, too")
     gpg_home = Directive("GPG_HOME_DIR", parse_home, "~/.gnupg",
                          "keys of gpg, where a stanza names no others")
@@ -2074,7 +2093,7 @@ def read_one_time_file(path: str) -> OneTimeFile:
 # 9. access.conf
 #
 # A stanza says which clients may open which ports, and for how long (tests/spec/fwknop.md 3.3).
-# fwknopd.conf has a say in NAT and destinations only. Section 26 tries the stanzas in their order.
+# fwknopd.conf has a say in NAT and destinations only. Section 28 tries the stanzas in their order.
 # ======================================================================================
 
 
@@ -2214,7 +2233,15 @@ class Stanza(Settings):
                         "the same for IPv6, for example 56")
     require_source = Flag("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE",
                           "the packet must name the address to open to")
-    require_username = Directive("REQUIRE_USERNAME", parse_user, "", "user the packet must name")
+    same_address = NoDefault("REQUIRE_SAME_ADDRESS",
+                             lambda text: choice("Y", "N")(text[:1]) == "Y",
+                             "open only to the address that the packet came from; without it: Y "
+                             "with OPENSPA_CLIENTS, else N")
+    require_username = Directive("REQUIRE_USERNAME", parse_user, "",
+                                 "user the packet must name; with OpenSPA its UUID")
+    openspa_clients = NoDefault("OPENSPA_CLIENTS", parse_path,
+                                "directory of OpenSPA clients' public keys, each file named by the "
+                                "client's UUID; read for each request")
     expire_date = NoDefault("ACCESS_EXPIRE", parse_date, "void from this day on, MM/DD/YYYY")
     expire_epoch = NoDefault("ACCESS_EXPIRE_EPOCH", integer(1, 10 ** 11, "seconds"),
                              "the same as epoch seconds")
@@ -2286,8 +2313,9 @@ class Stanza(Settings):
         self.check_needs()
         texts = self.validate_knock()
         self.require_all(
-            (self.takes_packets or (self.sequence and not hmac_key), Stanza.source,
-             "a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, or KNOCK_SEQUENCE"),
+            (self.takes_packets or self.openspa_clients or (self.sequence and not hmac_key),
+             Stanza.source, "a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, "
+             "OPENSPA_CLIENTS or KNOCK_SEQUENCE"),
             (not hmac_key or not compare_digest(key, hmac_key), Stanza.source,
              "an HMAC key that is not the encryption key"),
             (not gpg or self.gpg_passphrase or self.gpg_no_passphrase, Stanza.gpg_decrypt_id,
@@ -2387,6 +2415,11 @@ class Stanza(Settings):
         """Make the stanza open nothing, because of this error."""
         self.void = self.void or str(error)
         self.keys = self.gpg = self.sequence = None
+
+    @property
+    def only_same_address(self) -> bool:
+        """Whether it opens to the address that a packet came from alone."""
+        return bool(self.openspa_clients) if self.same_address is None else self.same_address
 
     @property
     def account(self) -> Optional[Account]:
@@ -2700,7 +2733,7 @@ def read_knockd(path: str) -> KnockdFile:
 # 11. Judgement
 #
 # Decide what a request may open: pure functions of request, stanza, settings, time and this host's
-# addresses, in the order of tests/spec/fwknop.md 3.4. Freshness and replay are in section 14.
+# addresses, in the order of tests/spec/fwknop.md 3.4. Freshness and replay are in section 16.
 # ======================================================================================
 
 
@@ -2739,7 +2772,7 @@ class Lookup(NamedTuple):
     version: int
 
 
-OwnAddress = Callable[[Address], Optional[bool]]  # is_own_address() in section 15
+OwnAddress = Callable[[Address], Optional[bool]]  # is_own_address() in section 17
 
 
 def judge(request: Request, stanza: Stanza, settings: ServerSettings,
@@ -2788,6 +2821,10 @@ def check_policy(request: Request, stanza: Stanza, now: float) -> None:
         raise PacketRejected("expired stanza", "Access stanza has expired.")
     if request.address is None and stanza.require_source:
         raise PacketRejected("no address", "Got 0.0.0.0 when valid source IP was required.")
+    if (stanza.only_same_address and request.address is not None
+            and request.address != parse_address(socket_text(request.datagram.source))):
+        raise PacketRejected("other address", f"The packet is for {request.address}, and did not "
+                             "come from there (REQUIRE_SAME_ADDRESS).")
     if stanza.require_username and request.user not in (None, stanza.require_username):
         raise PacketRejected("user", f"Username in SPA data ({request.user}) does not match "
                              f"required username: {stanza.require_username}")
@@ -2941,7 +2978,336 @@ def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
 
 
 # ======================================================================================
-# 12. Log and programs
+# 12. RSA (RFC 8017)
+#
+# PKCS#1 v1.5 with SHA-256, and keys in PEM, for OpenSPA alone. Python's pow() does the work.
+# ======================================================================================
+
+# --- shared: rsa -- the same text in spa_server.py and spa_client.py --
+
+RSA_ALGORITHM = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"  # RFC 3279 2.3.1
+SHA256_INFO = b"\x30\x31\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\x04\x20"
+RSA_BITS = (1024, 4096)
+MAX_PEM = 16384  # characters; a private key of 4,096 bits has 3,300
+
+
+def read_pem(text: str) -> "Tuple[str, bytes]":
+    """Return label and contents of the one PEM block in a text (RFC 7468 section 3), or raise
+    ValueError. Lines around it are comments."""
+    lines = [line.strip() for line in text.split("\n")]
+    begins = [line[11:-5] for line in lines if line[:11] == "-----BEGIN " and line[-5:] == "-----"]
+    if len(text) > MAX_PEM or len(begins) != 1 or "-----END %s-----" % begins[0] not in lines:
+        raise ValueError("expected one PEM block")
+    first = lines.index("-----BEGIN %s-----" % begins[0])
+    body = "".join(lines[first + 1:lines.index("-----END %s-----" % begins[0])])
+    try:
+        data = binascii.a2b_base64(body.encode("ascii"))
+    except ValueError:
+        data = b""
+    if not data or binascii.b2a_base64(data).rstrip(b"\n") != body.encode("ascii", "replace"):
+        raise ValueError("expected base64 in the PEM block (an encrypted key can't be read)")
+    return begins[0], data
+
+
+def read_der(data: bytes, tag: int) -> "Tuple[bytes, bytes]":
+    """Return the contents of the item of this tag that DER begins with, and the rest (X.690 section
+    10.1: the length has its shortest form), or raise ValueError."""
+    length, start = (data[1] if len(data) > 1 else 0), 2
+    if length & 0x80:
+        start += length & 0x7F
+        length = int.from_bytes(data[2:start], "big")
+        if not 3 <= start <= 4 or length < 0x80 or length >> 8 * (start - 3) == 0:
+            raise ValueError("expected DER with short lengths")
+    if data[:1] != bytes([tag]) or len(data) < start + length:
+        raise ValueError("expected an RSA key in DER")
+    return data[start:start + length], data[start + length:]
+
+
+def read_integers(data: bytes) -> "List[int]":
+    """Return the integers, none of them negative, in a DER sequence that is all of `data`."""
+    body, rest = read_der(data, 0x30)
+    numbers = []
+    while body:
+        value, body = read_der(body, 0x02)
+        if not value or value[0] & 0x80 or (len(value) > 1 and not value[0] and value[1] < 0x80):
+            raise ValueError("expected numbers in DER")
+        numbers.append(int.from_bytes(value, "big"))
+    if rest:
+        raise ValueError("expected nothing behind the key")
+    return numbers
+
+
+class RsaKey:
+    """An RSA key for PKCS#1 v1.5 (RFC 8017). Without `primes` it is a public key.
+
+    `sha256` returns the digest of its argument, `random_bytes` so many of them.
+    """
+
+    def __init__(self, modulus: int, exponent: int, primes: "Tuple[int, ...]",
+                 sha256: "Callable[[bytes], bytes]",
+                 random_bytes: "Callable[[int], bytes]") -> None:
+        self.modulus, self.exponent, self.primes = modulus, exponent, primes
+        self.sha256, self.random_bytes = sha256, random_bytes
+        self.size = (modulus.bit_length() + 7) // 8
+        self.blinding = (0, 0)  # a random number to the exponent, and the inverse of the number
+        if not RSA_BITS[0] <= modulus.bit_length() <= RSA_BITS[1] or modulus.bit_length() % 8:
+            raise ValueError("expected a modulus of %d to %d bits, not of %d"
+                             % (RSA_BITS + (modulus.bit_length(),)))
+        if not modulus & 1 or not exponent & 1 or not 65537 <= exponent < 1 << 32:
+            raise ValueError("expected an odd modulus, and an odd exponent of 65537 or more")
+        if primes:
+            p, q, dp, dq, inverse = primes
+            if (p * q != modulus or min(p, q) < 3 or exponent * dp % (p - 1) != 1
+                    or exponent * dq % (q - 1) != 1 or inverse * q % p != 1):
+                raise ValueError("expected a private key whose numbers belong together")
+
+    @classmethod
+    def parse(cls, text: str, private: bool, sha256: "Callable[[bytes], bytes]",
+              random_bytes: "Callable[[int], bytes]") -> "RsaKey":
+        """Read a key from PEM, or raise ValueError: a private one of PKCS#1 (RFC 8017 A.1.2) or
+        PKCS#8 (RFC 5208), a public one of PKCS#1 (A.1.1) or SubjectPublicKeyInfo (RFC 5280 4.1)."""
+        label, data = read_pem(text)
+        if label not in (("RSA PRIVATE KEY", "PRIVATE KEY") if private else
+                         ("RSA PUBLIC KEY", "PUBLIC KEY")):
+            raise ValueError("expected %s key, not %s" % ("a private" if private else "a public",
+                                                          label))
+        if not label.startswith("RSA"):
+            body, rest = read_der(data, 0x30)
+            if private:
+                version, body = read_der(body, 0x02)
+                rest += version.strip(b"\0")
+            if body[:len(RSA_ALGORITHM)] != RSA_ALGORITHM:
+                raise ValueError("expected a key for RSA")
+            data, more = read_der(body[len(RSA_ALGORITHM):], 0x04 if private else 0x03)
+            if rest or more or not (private or data[:1] == b"\0"):
+                raise ValueError("expected nothing behind the key")
+            data = data if private else data[1:]
+        numbers = read_integers(data)
+        if len(numbers) != (9 if private else 2) or (private and numbers[0]):
+            raise ValueError("expected the %d numbers of an RSA key" % (9 if private else 2))
+        if private:
+            return cls(numbers[1], numbers[2], tuple(numbers[4:]), sha256, random_bytes)
+        return cls(numbers[0], numbers[1], (), sha256, random_bytes)
+
+    def blind(self) -> "Tuple[int, int]":
+        """Return another blinding. Its square serves the next time, and costs two products."""
+        forward, back = self.blinding
+        while not back:
+            number = int.from_bytes(self.random_bytes(self.size + 8), "big") % self.modulus
+            rest, value, factor, other = self.modulus, number, 0, 1  # Euclid's, extended
+            while value:
+                rest, (quotient, value) = value, divmod(rest, value)
+                factor, other = other, factor - quotient * other
+            if rest == 1:
+                forward, back = pow(number, self.exponent, self.modulus), factor % self.modulus
+        self.blinding = forward * forward % self.modulus, back * back % self.modulus
+        return forward, back
+
+    def apply_private(self, value: int) -> int:
+        """Return RSADP and RSASP1 (section 5.1.2) of a value, by the two primes.
+
+        The value is blinded, so that times tell nothing about the key. The result is checked: one
+        that a fault has changed would give away a prime.
+        """
+        p, q, dp, dq, inverse = self.primes
+        forward, back = self.blind()
+        blinded = value * forward % self.modulus
+        low = pow(blinded % q, dq, q)
+        result = low + (pow(blinded % p, dp, p) - low) * inverse % p * q
+        if pow(result, self.exponent, self.modulus) != blinded:
+            raise ArithmeticError("this machine has calculated wrongly")
+        return result * back % self.modulus
+
+    def padded_digest(self, message: bytes) -> bytes:
+        """Return EMSA-PKCS1-v1_5 of a message with SHA-256 (section 9.2)."""
+        info = SHA256_INFO + self.sha256(message)
+        return b"\0\1" + b"\xff" * (self.size - len(info) - 3) + b"\0" + info
+
+    def sign(self, message: bytes) -> bytes:
+        """Return the signature of a message (section 8.2.1)."""
+        number = self.apply_private(int.from_bytes(self.padded_digest(message), "big"))
+        return number.to_bytes(self.size, "big")
+
+    def verify(self, message: bytes, signature: bytes) -> bool:
+        """Return whether a signature is right (section 8.2.2): by comparison, nothing is parsed."""
+        number = int.from_bytes(signature, "big")
+        if len(signature) != self.size or number >= self.modulus:
+            return False
+        made = pow(number, self.exponent, self.modulus).to_bytes(self.size, "big")
+        return made == self.padded_digest(message)
+
+    def encrypt(self, message: bytes) -> bytes:
+        """Return a message encrypted (section 7.2.1)."""
+        length, padding = self.size - len(message) - 3, b""
+        while len(padding) < length:
+            padding += self.random_bytes(length).replace(b"\0", b"")
+        number = int.from_bytes(b"\0\2" + padding[:length] + b"\0" + message, "big")
+        return pow(number, self.exponent, self.modulus).to_bytes(self.size, "big")
+
+    def decrypt(self, block: bytes, size: int) -> bytes:
+        """Return the message of `size` bytes in a block (section 7.2.2).
+
+        If the padding is wrong it is random bytes, and the packet fails later, at its signature:
+        nobody learns from a quick answer which blocks have right padding.
+        """
+        instead, number = self.random_bytes(size), int.from_bytes(block, "big")
+        in_range = len(block) == self.size and number < self.modulus
+        padded = self.apply_private(number % self.modulus).to_bytes(self.size, "big")
+        right = (padded[:2] == b"\0\2" and padded[-size - 1] == 0) & (
+            padded.find(b"\0", 2) == self.size - size - 1) & in_range
+        return padded[-size:] if right else instead
+
+
+# --- end shared: rsa --
+
+
+# ======================================================================================
+# 13. The OpenSPA packet
+#
+# Containers, fields and encryption of OpenSPA v2 (tests/spec/openspa.md 1.2 to 1.6, 1.9).
+# ======================================================================================
+
+# --- shared: openspa -- the same text in spa_server.py and spa_client.py --
+
+OSPA_PORT, OSPA_MAX = 22211, 1444  # bytes of a datagram at most (tests/spec/openspa.md 1.1)
+# The header of eight bytes (1.2): control (type, version 2), transaction, cipher suite 1, 0, proof.
+OSPA_HEADER = ">4BI"
+OSPA_REQUEST, OSPA_ANSWER, OSPA_SUITE = 0x20, 0xA0, 1
+OSPA_PROTOCOLS = (1, 4, 6, 17, 58)  # ICMP, IPv4, TCP, UDP, ICMPv6
+ADK_SECONDS = 60
+
+
+class OspaFields:
+    """The signed fields (1.5). Addresses are packed. A request has no duration; an answer has
+    neither time nor UUID nor the client's address."""
+
+    def __init__(self, protocol: int, ports: "Tuple[int, int]", target: bytes,
+                 client: bytes = b"", timestamp: int = 0, uuid: bytes = b"",
+                 seconds: int = 0) -> None:
+        self.protocol, self.ports, self.target, self.client = protocol, ports, target, client
+        self.timestamp, self.uuid, self.seconds = timestamp, uuid, seconds
+
+    def encode(self) -> bytes:
+        """Return the packet container, its items in the order of the reference."""
+        ports = [(kind, struct.pack(">H", port)) for kind, port in zip((2, 3), self.ports)]
+        target = [(6 if len(self.target) == 4 else 7, self.target)]
+        protocol = [(1, bytes([self.protocol]))]
+        if not self.uuid:
+            seconds = [(8, self.seconds.to_bytes(3, "big"))]
+            return encode_tlv([(3, encode_tlv(protocol + target + ports + seconds))])
+        client = [(4 if len(self.client) == 4 else 5, self.client)]
+        return encode_tlv([(1, struct.pack(">Q", self.timestamp)), (2, self.uuid),
+                           (3, encode_tlv(protocol + ports + client + target))])
+
+
+def decode_ospa(data: bytes, is_answer: bool) -> OspaFields:
+    """Return the fields of a request or an answer, or raise ValueError.
+
+    Items may come in any order, and unknown ones beside them; each known one must have its size.
+    """
+    items = decode_tlv(data)
+    rules, sizes = decode_tlv(items.get(3, b"")), {1: 1, 2: 2, 3: 2, 4: 4, 5: 16, 6: 4, 7: 16, 8: 3}
+    protocol, first, last, seconds = [int.from_bytes(rules.get(kind, b""), "big")
+                                      for kind in (1, 2, 3, 8)]
+    client, target = [rules.get(four, b"") + rules.get(six, b"") for four, six in ((4, 5), (6, 7))]
+    uuid, timestamp = items.get(2, b""), items.get(1, b"")
+    if (any(len(rules[kind]) != sizes[kind] for kind in rules if kind in sizes)
+            or not {1, 2, 3}.union((8,) if is_answer else ()) <= set(rules)
+            or any(host[:12] == bytes(10) + b"\xff\xff" for host in (client, target))
+            or len(target) not in (4, 16) or protocol not in OSPA_PROTOCOLS or first > last):
+        raise ValueError("expected protocol, ports and addresses")
+    if not is_answer and (len(client) not in (4, 16) or len(uuid) != 16 or len(timestamp) != 8):
+        raise ValueError("expected a client's address, its UUID and the time")
+    return OspaFields(protocol, (first, last), target, client, int.from_bytes(timestamp, "big"),
+                      uuid, seconds)
+
+
+def encode_tlv(items: "List[Tuple[int, bytes]]") -> bytes:
+    """Return a container: type, length, value of each item (1.3). A value of more than 255 bytes
+    goes into several items; a zero byte parts two values of the same type."""
+    data, before = b"", 0
+    for kind, value in items:
+        data += b"\0" if kind == before else b""
+        for start in range(0, max(len(value), 1), 255):
+            part = value[start:start + 255]
+            data += bytes([kind, len(part)]) + part
+        before = kind
+    return data
+
+
+def decode_tlv(data: bytes) -> "Dict[int, bytes]":
+    """Return the first value of each type in a container, or raise ValueError.
+
+    One byte that is left at the end means nothing, as in the reference.
+    """
+    items, before, is_full, keep = {}, 0, False, False  # type: Dict[int, bytes], int, bool, bool
+    if len(data) == 1 and data != b"\0":
+        raise ValueError("expected an item")
+    while len(data) > 1:
+        kind, size = data[0], data[1]
+        if not kind:
+            before, data = 0, data[1:]
+            continue
+        value = data[2:2 + size]
+        if len(value) < size or (kind == before and not (is_full and size)):
+            raise ValueError("expected whole items")
+        keep = keep if kind == before else kind not in items
+        if keep:
+            items[kind] = items.get(kind, b"") + value
+        before, is_full, data = kind, size == 255, data[2 + size:]
+    return items
+
+
+def seal_ospa(header: bytes, packet: bytes, signer: "RsaKey", receiver: "RsaKey", session: bytes,
+              nonce: bytes) -> bytes:
+    """Return the datagram of a packet (1.4): signed, then encrypted by AES with the key of a
+    session (IV, then key: 48 random bytes), which is encrypted to the receiver."""
+    inner = encode_tlv([(1, packet), (3, nonce), (2, signer.sign(header + packet))])
+    inner += bytes([16 - len(inner) % 16]) * (16 - len(inner) % 16)  # PKCS #7
+    aes, block, text = Aes(session[16:]), session[:16], b""
+    for start in range(0, len(inner), 16):
+        number = int.from_bytes(block, "big") ^ int.from_bytes(inner[start:start + 16], "big")
+        block = aes.encrypt_block(number.to_bytes(16, "big"))
+        text += block
+    return header + encode_tlv([(1, text), (2, receiver.encrypt(session))])
+
+
+def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
+    """Return header, packet and signature of a datagram, decrypted with our key, or raise
+    ValueError (1.4). The signature is over header and packet, and is not verified here."""
+    outer = decode_tlv(datagram[8:])
+    text = outer.get(1, b"")
+    if len(text) % 16 or not text:
+        raise ValueError("expected whole blocks")
+    session = key.decrypt(outer.get(2, b""), 48)
+    aes, before, plain = AesInverse(session[16:]), session[:16], b""
+    for start in range(0, len(text), 16):
+        block = text[start:start + 16]
+        number = int.from_bytes(aes.decrypt_block(block), "big") ^ int.from_bytes(before, "big")
+        plain, before = plain + number.to_bytes(16, "big"), block
+    if not 1 <= plain[-1] <= 16 or plain[-plain[-1]:] != plain[-1:] * plain[-1]:
+        raise ValueError("expected padding")
+    inner = decode_tlv(plain[:-plain[-1]])
+    if len(inner.get(3, b"")) < 3:
+        raise ValueError("expected a nonce")
+    return datagram[:8], inner.get(1, b""), inner.get(2, b"")
+
+
+def adk_proof(secret: bytes, seconds: float, sha1_tag: "Callable[[bytes, bytes], bytes]") -> int:
+    """Return the ADK proof at a time: HOTP of the minute with nine digits (RFC 4226 section 5.3).
+
+    `sha1_tag` returns the HMAC-SHA1 by a key of a message; 4 bytes of secret, as 7 of base32 (1.9).
+    """
+    tag = sha1_tag(secret, struct.pack(">Q", int(seconds) // ADK_SECONDS))
+    offset = tag[-1] & 15
+    return (int.from_bytes(tag[offset:offset + 4], "big") & 0x7FFFFFFF) % 10 ** 9
+
+
+# --- end shared: openspa --
+
+
+# ======================================================================================
+# 14. Log and programs
 #
 # The clocks, the log, and run_program() for the firewall and for gpg's list of keys. Apart from it,
 # only GpgRun and launch() start programs. No program gets our stderr, which may be full. No secret
@@ -3352,7 +3718,7 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
 
 
 # ======================================================================================
-# 13. GPG
+# 15. GPG
 #
 # gpg decrypts packets and checks their signature (tests/spec/fwknop.md 1.11). The server reads
 # gpg's status lines (GnuPG's doc/DETAILS), never its prose. gpg does not read the gpg.conf of its
@@ -3657,7 +4023,7 @@ def load_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = C
 
 
 # ======================================================================================
-# 14. Replay memory
+# 16. Replay memory
 #
 # The server remembers a packet as long as it could be fresh. It pays for no fsync: instead it also
 # rejects packets made before this memory began (a new boot, a lost file). Times within a boot are
@@ -3945,7 +4311,7 @@ def open_itself(path: str, flags: int) -> int:
 
 
 # ======================================================================================
-# 15. Netlink
+# 17. Netlink
 #
 # Messages to the kernel's nf_tables (linux/netlink.h, linux/netfilter/nfnetlink.h and
 # nf_tables.h). They add and delete a set element in 15 us; to start nft takes 3 ms. An attribute
@@ -4171,7 +4537,7 @@ def drain_socket(events: Optional[socket.socket]) -> None:
 
 
 # ======================================================================================
-# 16. Capture
+# 18. Capture
 #
 # The server gets datagrams from a packet socket if it has CAP_NET_RAW: then no port listens, and
 # the host's firewall may drop the packets. Else it opens UDP sockets. TCP sockets can be added to
@@ -4622,7 +4988,7 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log, captures: Lis
 
 
 # ======================================================================================
-# 17. Firewall
+# 19. Firewall
 #
 # The base of all backends, and what a guard has to know of the host.
 # ======================================================================================
@@ -4787,7 +5153,7 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 
 
 # ======================================================================================
-# 18. nftables
+# 20. nftables
 #
 # A grant is an element with a timeout in a set. With NFT_ACCEPT_CHAINS the sets and one rule stand
 # in tables and chains of the host's firewall. With GUARD_PORTS they stand in a table of our own,
@@ -5286,7 +5652,7 @@ def element_message(kind: int, chain: NftChain, door: Door, seconds: float = 0.0
 
 
 # ======================================================================================
-# 19. iptables
+# 21. iptables
 #
 # A grant is a rule with fwknop's matches, chain and comment (tests/spec/fwknop.md 3.6), so that
 # `iptables -S`, fwknopd and scripts understand it. A time match ends it in the kernel. In guard
@@ -5703,7 +6069,7 @@ class IptablesFirewall(Firewall):
 
 
 # ======================================================================================
-# 20. Choice of a firewall, and leftovers
+# 22. Choice of a firewall, and leftovers
 #
 # Which backend the settings mean, which rules of the host get in its way, and what any backend
 # has left in the kernel. All that we make carries a mark, its name or a rule's comment, so this
@@ -6102,7 +6468,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
 
 
 # ======================================================================================
-# 21. Grants
+# 23. Grants
 #
 # The register of open doors. The kernel keeps one too, and ends each grant by itself. Ours closes
 # grants that the kernel can't end, prolongs them, and puts back what somebody flushed.
@@ -6333,7 +6699,7 @@ def read_openers(path: str) -> Dict[str, str]:
 
 
 # ======================================================================================
-# 22. Commands
+# 24. Commands
 #
 # Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
 # open and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors). The
@@ -6751,7 +7117,7 @@ class Commands:
 
 
 # ======================================================================================
-# 23. Configuration
+# 25. Configuration
 #
 # All settings together: where the server listens, and its lines about start and stop.
 # ======================================================================================
@@ -6766,6 +7132,7 @@ class Configuration(NamedTuple):
     knockd: Optional[KnockdFile] = None
     four_only: bool = False  # whether knocks count in IPv4 only
     test: bool = False  # whether packets are only judged and logged
+    ospa_key: Optional[RsaKey] = None  # where a stanza has OPENSPA_CLIENTS
 
     @property
     def lifecycle(self) -> "Lifecycle":
@@ -6791,6 +7158,11 @@ class Configuration(NamedTuple):
         """Whether a stanza opens by packets."""
         return any(stanza.takes_packets for stanza in self.stanzas)
 
+    @property
+    def needs_memory(self) -> bool:
+        """Whether there are packets or OpenSPA requests to remember."""
+        return self.takes_packets or self.ospa_key is not None
+
     def choose_firewall(self, log: Log, clocks: Clocks = CLOCKS) -> Firewall:
         """Return the firewall that the settings mean; ConfigError without one."""
         return choose_firewall(self.settings, self.stanzas, self.test, log, clocks)
@@ -6799,14 +7171,17 @@ class Configuration(NamedTuple):
                       same: bool = False) -> List[Capture]:
         """Open sockets or a file to read packets and knock sequences from."""
         # If `same`, packets are still read from the captures in `current`.
-        captures = [each for each in current if same and not isinstance(each, KnockCapture)]
+        captures = [each for each in current if same and not isinstance(
+            each, (KnockCapture, OspaCapture, OspaUdpCapture))]
         try:
             if self.takes_packets and not same:
                 open_captures(self.settings, log, current, captures)
             if not self.settings.capture_file:
                 open_knock_captures(self.listenings(), log, captures)
-            elif any(each.sequences for each in self.listenings()):
-                log.warning("PCAP_FILE: no knock sequence is heard in a file")
+                if self.ospa_key:
+                    open_ospa_captures(self.settings, self.ospa_key, log, current, captures)
+            elif self.ospa_key or any(each.sequences for each in self.listenings()):
+                log.warning("PCAP_FILE: no knock sequence and no OpenSPA is heard in a file")
         except SpaError:
             close_captures(captures, current)
             raise
@@ -6839,10 +7214,10 @@ class Lifecycle(NamedTuple):
 
 
 # ======================================================================================
-# 24. Access
+# 26. Access
 #
-# From a request to what it changes: judge it (section 11), then open doors (section 21) or run
-# commands (section 22), and tell the log, the counters and --fw-list. Packets and knock
+# From a request to what it changes: judge it (section 11), then open doors (section 23) or run
+# commands (section 24), and tell the log, the counters and --fw-list. Packets and knock
 # sequences both end here.
 # ======================================================================================
 
@@ -6899,10 +7274,9 @@ class Access:
         self.tally, self.log, self.clocks = tally, log, clocks
         self.openers_limit = OPENERS_BYTES
 
-    def allow(self, request: Request, stanza: Stanza) -> Optional[Lookup]:
-        """Judge a request, and do what the verdict says; PacketRejected if that is nothing.
-
-        Return the look-up that judge() asks for, if it does: then nothing is done yet.
+    def allow(self, request: Request, stanza: Stanza) -> Union[Verdict, Lookup]:
+        """Judge a request, do what the verdict says, and return it; PacketRejected if that is
+        nothing. Nothing is done yet if judge() asks for a look-up.
         """
         verdict = judge(request, stanza, self.settings, is_own_address,  # section 11
                         self.clocks.wall())
@@ -6910,9 +7284,9 @@ class Access:
             return verdict
         try:
             if verdict.by_commands:
-                self.commands.run(self.cycles(verdict, request, stanza))  # section 22
+                self.commands.run(self.cycles(verdict, request, stanza))  # section 24
             else:
-                verdict = verdict._replace(doors=self.grants.grant(  # section 21
+                verdict = verdict._replace(doors=self.grants.grant(  # section 23
                     verdict.doors, verdict.seconds, stanza.number))
         except CommandError as error:
             self.log.error(str(error))
@@ -6921,7 +7295,7 @@ class Access:
             raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
         self.tally.counts["accepted"] += 1
         self.tell(verdict, request, stanza.number)
-        return None
+        return verdict
 
     def cycles(self, verdict: Verdict, request: Request, stanza: Stanza) -> List[Cycle]:
         """Return the run of a command message, or the cycles that open and close the doors."""
@@ -6974,7 +7348,7 @@ class Access:
 
 
 # ======================================================================================
-# 25. Knock listener
+# 27. Knock listener
 #
 # The way of a knock packet: is it the next step of a sequence (section 8)? The last one opens,
 # runs a command, or lets a packet follow.
@@ -7129,7 +7503,7 @@ class KnockListener:
 
 
 # ======================================================================================
-# 26. Gate
+# 28. Gate
 #
 # The way of a packet, from a datagram to access. authentic_stanzas() proves the HMAC; for a stanza
 # without HMAC, unlock() proves the key. The first lines of this file name what runs before that.
@@ -7279,8 +7653,8 @@ class Gate:
         """Unlock a packet that is authentic for this stanza, remember it, and ask for access."""
         datagram, prefix = entry.datagram, f"(stanza #{stanza.number}) "
         if not entry.remembered:
-            self.memory.check_unseen(datagram)  # section 14; a replay costs no decryption
-        packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 13
+            self.memory.check_unseen(datagram)  # section 16; a replay costs no decryption
+        packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 15
         if not entry.remembered:
             self.memory.check_fresh(packet.timestamp)
             for text in texts:  # before anything opens: a crash in between must not allow a replay
@@ -7294,15 +7668,18 @@ class Gate:
         self.log.debug(f"{prefix}{packet._replace(server_auth=None)!r}")
         self.ask(Request.of_packet(packet, datagram), stanza)
 
-    def ask(self, request: Request, stanza: Stanza) -> None:
-        """Ask for access, perhaps later: when the address of the packet's NAT host is known."""
+    def ask(self, request: Request, stanza: Stanza) -> Optional[Verdict]:
+        """Ask for access, and return the verdict; None if the address of the packet's NAT host has
+        to be found first."""
         knocks = self.knocks_needed(request, stanza)
-        lookup = self.access.allow(request, stanza)  # section 24
-        if lookup is None:
+        verdict = self.access.allow(request, stanza)  # section 26
+        if isinstance(verdict, Verdict):
             self.knocks.use_up(knocks)
-        elif not self.resolver.look_up(lookup, stanza.number,
-                                       partial(self.ask_again, request, stanza)):
+            return verdict
+        if not self.resolver.look_up(verdict, stanza.number,
+                                     partial(self.ask_again, request, stanza)):
             raise PacketRejected("NAT", "too many NAT hosts are looked up")
+        return None
 
     def ask_again(self, request: Request, stanza: Stanza, address: Optional[Address]) -> None:
         """Ask with the address of the NAT host, unless a reload came between."""
@@ -7375,7 +7752,266 @@ class Gate:
 
 
 # ======================================================================================
-# 27. Server
+# 29. OpenSPA gate
+#
+# The way of an OpenSPA request (tests/spec/openspa.md 1.7, with the gaps of 1.14 closed). Length
+# and ADK come before RSA, which has a ration; the client's signature comes before all else.
+# ======================================================================================
+
+OSPA_CLIENT_BITS = (1024, 2048, 3072, 4096)  # of the moduli whose requests have a known length
+OSPA_MOST_PORTS = 100  # in a range: each is a grant
+OSPA_SHARE = 0.1  # of the time goes into RSA at most, so that a flood starves no other knocks
+OSPA_BURST = 0.5  # seconds of RSA that are saved up: some clients may come at once
+OSPA_REPEAT_SECONDS, OSPA_MOST_ANSWERS = 10.0, 1000  # a client sends its bytes three times
+
+
+def ospa_lengths(modulus: int) -> FrozenSet[int]:
+    """Return the lengths of requests to a server whose modulus has so many bytes (1.6)."""
+    def item(size: int) -> int:
+        return size + 2 * max(1, -(-size // 255))
+
+    inner = [item(packet) + 5 + item(bits // 8) for packet in (53, 65, 77)
+             for bits in OSPA_CLIENT_BITS]
+    return frozenset(8 + item(16 * (size // 16 + 1)) + item(modulus) for size in inner)
+
+
+def read_rsa_key(path: str, private: bool) -> RsaKey:
+    """Read an RSA key from a file; raise ConfigError with the file's name if it can't be used."""
+    try:
+        return RsaKey.parse(read_file(path, untrusted=True), private, DIGESTS["SHA256"], os.urandom)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_client_key(directory: str, uuid: str) -> Optional[RsaKey]:
+    """Read a client's public key: its file is named by the UUID, with one extension or none.
+
+    It is read for each request, so that adding a client is adding a file.
+    """
+    with os.scandir(directory) as entries:
+        names = sorted(each.name for each in entries
+                       if uuid in (each.name, os.path.splitext(each.name)[0]))
+    if not names:
+        return None
+    key = read_rsa_key(os.path.join(directory, names[0]), private=False)
+    if key.size * 8 not in OSPA_CLIENT_BITS:
+        raise ConfigError(f"{os.path.join(directory, names[0])}: expected a modulus of 1024, 2048, "
+                          f"3072 or 4096 bits, not of {key.size * 8}")
+    return key
+
+
+def read_ospa_keys(settings: ServerSettings,
+                   stanzas: List[Stanza]) -> Tuple[Optional[RsaKey], List[str]]:
+    """Return the server's key, if a stanza has OPENSPA_CLIENTS, and a warning for each file there
+    that is no client's key; raise ConfigError without the server's key."""
+    users = [stanza for stanza in stanzas if stanza.openspa_clients]
+    if not users:
+        return None, []
+    settings.require(settings.ospa_key_file, ServerSettings.ospa_key_file,
+                     "the server's private key, for OPENSPA_CLIENTS")
+    warnings = []
+    for stanza in users:
+        directory = str(stanza.openspa_clients)
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError as error:
+            raise stanza.error(Stanza.openspa_clients, explain(error)) from None
+        for name in names:
+            try:
+                read_client_key(directory, os.path.splitext(name)[0])
+            except (OSError, SpaError) as error:
+                warnings.append(f"(stanza #{stanza.number}) {explain(error)}")
+    return read_rsa_key(str(settings.ospa_key_file), private=True), warnings
+
+
+class OspaCapture(PacketCapture):
+    """A packet socket for OpenSPA requests."""
+
+
+class OspaUdpCapture(UdpCapture):
+    """A UDP socket for OpenSPA requests; it answers them, too."""
+
+
+def open_ospa_captures(settings: ServerSettings, key: RsaKey, log: Log, current: Iterable[Capture],
+                       captures: List[Capture]) -> None:
+    """Open what OpenSPA requests come in by, as packets do, and add it to `captures`."""
+    lengths = [length + 8 for length in ospa_lengths(key.size)]  # with the UDP header
+    tree = transport_filter((UDP,), (UDP,), lambda start, behind: Junction("and", (
+        Comparison(start + 2, 2, settings.ospa_port, settings.ospa_port, behind=behind),
+        field_is_one_of(start + 4, 2, lengths, behind))))
+    if not settings.udp_server:
+        with contextlib.suppress(PermissionError, AttributeError):  # there are no packet sockets
+            captures += open_on_interface(OspaCapture, settings.interface, compile_filter(tree),
+                                          log)
+            return
+    open_port_captures(OspaUdpCapture, settings.ospa_port, captures, current)
+
+
+class OspaGate:
+    """Take OpenSPA requests from a datagram to access, and answer them."""
+
+    def __init__(self, configuration: Configuration, gate: Gate) -> None:
+        self.gate, self.tally = gate, gate.tally
+        self.log, self.clocks = gate.log, gate.clocks
+        self.sockets: Dict[int, socket.socket] = {}  # that answer, by the bytes of an address
+        self.own: List[socket.socket] = []  # those of them that are no capture's
+        # By request and source, oldest first: the answer, and until when it is given again.
+        self.answers: "collections.OrderedDict[Tuple[str, bytes], Tuple[bytes, float]]" = (
+            collections.OrderedDict())
+        self.rsa_until = 0.0  # RSA has used its share of the time up to then
+        self.configure(configuration)
+
+    def configure(self, configuration: Configuration) -> None:
+        """Go on with the keys and stanzas of a configuration."""
+        self.settings, self.key = configuration.settings, configuration.ospa_key
+        self.stanzas = [each for each in configuration.stanzas if each.openspa_clients]
+        self.lengths = ospa_lengths(self.key.size) if self.key else frozenset()
+
+    def receive(self, datagram: Datagram) -> None:
+        """Take a request through header, ration, RSA, judge and open, and answer it.
+
+        Each step costs less than the next one. A repeat is answered again, and opens nothing.
+        """
+        try:
+            self.check_header(datagram.payload)
+            repeat = digest_of(datagram.payload), datagram.source
+            answer, until = self.answers.get(repeat, (b"", 0.0))
+            if self.clocks.monotonic() >= until:
+                answer = self.admit(datagram)
+                self.answers[repeat] = answer, self.clocks.monotonic() + OSPA_REPEAT_SECONDS
+                if len(self.answers) > OSPA_MOST_ANSWERS:
+                    self.answers.popitem(last=False)
+            self.answer(answer, datagram)
+        except Exception as error:  # a mistake of ours must not let one packet end the server
+            self.tally.reject(datagram, error)
+
+    def check_header(self, request: bytes) -> None:
+        """Reject a request by its length and its clear text, before RSA costs anything."""
+        if len(request) not in self.lengths:  # the kernel's filter looks at it, too
+            raise NotSpa("OpenSPA length", 4096)
+        control, _, suite, reserved, proof = struct.unpack_from(OSPA_HEADER, request)
+        if (control, suite, reserved) != (OSPA_REQUEST, OSPA_SUITE, 0):
+            raise NotSpa("OpenSPA header", 4098)
+        secret = self.settings.ospa_adk
+        if secret and proof != adk_proof(secret, self.clocks.wall(),
+                                         lambda key, text: Hmac(DIGESTS["SHA1"], key, b"")(text)):
+            raise PacketRejected("OpenSPA ADK", "OpenSPA: no ADK proof of this minute")
+
+    def spend(self, do: Callable[..., T], *arguments: Any) -> T:
+        """Return do(*arguments), and count the time that it takes as used for RSA."""
+        began = self.clocks.monotonic()
+        try:
+            return do(*arguments)
+        finally:
+            spent = self.clocks.monotonic() - began
+            self.rsa_until = max(self.rsa_until, began) + spent / OSPA_SHARE
+
+    def admit(self, datagram: Datagram) -> bytes:
+        """Let the first stanza that can open something for a request do so; return the answer."""
+        assert self.key is not None  # else there is no length that passes
+        if self.clocks.monotonic() < self.rsa_until - OSPA_BURST / OSPA_SHARE:
+            raise TooFast("OpenSPA too fast", "OpenSPA: too many requests; it is not decrypted")
+        try:
+            header, packet, signature = self.spend(unseal_ospa, datagram.payload, self.key)
+            fields = decode_ospa(packet, is_answer=False)
+        except ValueError as error:
+            raise WrongKey("OpenSPA decryption", f"OpenSPA: {error}") from None
+        text = binascii.hexlify(fields.uuid).decode()
+        uuid = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+        rejection: PacketRejected = WrongKey("OpenSPA signature",
+                                             f"OpenSPA: no client {uuid} has signed this")
+        canonical = encode_base64(DIGESTS["SHA256"](header + packet))
+        is_remembered = False
+        for stanza in self.stanzas:
+            try:
+                client = (read_client_key(str(stanza.openspa_clients), uuid)
+                          if stanza.admits(datagram) else None)
+                if not client or not self.spend(client.verify, header + packet, signature):
+                    continue
+                if not is_remembered:  # before anything opens: a crash must not allow a replay
+                    self.gate.memory.check_fresh(fields.timestamp)
+                    self.gate.memory.remember(canonical, datagram)
+                    is_remembered = True
+                return self.open(datagram, fields, uuid, stanza, client)
+            except (OSError, ConfigError) as error:
+                self.log.error(f"(stanza #{stanza.number}) {explain(error)}")
+            except PacketRejected as reason:
+                reason.stanza_number = stanza.number
+                if isinstance(reason, NotFresh):
+                    raise
+                rejection = reason if isinstance(rejection, WrongKey) else rejection
+        raise rejection
+
+    def open(self, datagram: Datagram, fields: OspaFields, uuid: str, stanza: Stanza,
+             client: RsaKey) -> bytes:
+        """Ask for access by a stanza. Once the doors are open, return the answer, signed."""
+        (first, last), target = fields.ports, parse_address(socket_text(fields.target))
+        names = {number: name for name, number in PROTOCOL_NUMBERS.items()}
+        if fields.protocol not in names or not first:
+            raise PacketRejected("protocol", f"OpenSPA: IP protocol {fields.protocol}, port {first}"
+                                 ": only ports of TCP and UDP can be opened")
+        if last - first >= OSPA_MOST_PORTS:
+            raise PacketRejected("ports", f"OpenSPA: {last - first + 1} ports at once; at most "
+                                 f"{OSPA_MOST_PORTS} are opened")
+        if not is_own_address(target):
+            raise PacketRejected("target", f"OpenSPA: {target} is no address of this host")
+        ports = tuple((names[fields.protocol], port) for port in range(first, last + 1))
+        verdict = self.gate.ask(Request(datagram, parse_address(socket_text(fields.client)), ports,
+                                        uuid, "OpenSPA 2.0"), stanza)
+        assert verdict is not None and self.key is not None  # no name of a NAT host is looked up
+        header = struct.pack(OSPA_HEADER, OSPA_ANSWER, datagram.payload[1], OSPA_SUITE, 0, 0)
+        made = OspaFields(fields.protocol, fields.ports, fields.target, seconds=verdict.seconds)
+        return self.spend(seal_ospa, header, made.encode(), self.key, client, os.urandom(48),
+                          os.urandom(3))
+
+    def answer(self, answer: bytes, datagram: Datagram) -> None:
+        """Send an answer to where a datagram came from, from the address that it was sent to."""
+        sender = self.sockets.get(len(datagram.source))
+        if len(datagram.source) == 4:  # struct in_pktinfo {index, local, address}
+            control = socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + datagram.destination + bytes(4)
+        else:  # struct in6_pktinfo {address, index}
+            control = socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, datagram.destination + bytes(4)
+        try:
+            if sender is not None:
+                sender.sendmsg([answer], [control], 0,
+                               (socket_text(datagram.source), datagram.source_port))
+        except OSError as error:
+            self.log.debug("OpenSPA: no answer: " + explain(error))
+
+    def open_sockets(self, captures: Iterable[Capture]) -> None:
+        """Open sockets to answer from: those of UDP captures, or others that take nothing in.
+
+        The port has to be bound. Otherwise the kernel itself answers requests, with "port
+        unreachable", and the client gives up.
+        """
+        self.close_sockets()
+        if not any(isinstance(each, (OspaCapture, OspaUdpCapture)) for each in captures):
+            return
+        nothing = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
+        for size, family in ((4, socket.AF_INET), (16, socket.AF_INET6)):
+            same = [each.socket for each in captures
+                    if isinstance(each, OspaUdpCapture) and each.family == family]
+            try:
+                self.sockets[size] = same[0] if same else open_port_socket(
+                    family, socket.SOCK_DGRAM, self.settings.ospa_port)
+                if not same:
+                    self.own.append(self.sockets[size])
+                    self.sockets[size].setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack(
+                        "HL", 1, nothing.buffer_info()[0]))
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    self.log.warning(explain(error, f"UDP port {self.settings.ospa_port}")
+                                     + "; OpenSPA clients get no answer")
+
+    def close_sockets(self) -> None:
+        """Close the sockets that only answer."""
+        for each in self.own:
+            each.close()
+        self.sockets, self.own = {}, []
+
+
+# ======================================================================================
+# 30. Server
 #
 # The loop: it reads the captures, minds the firewall, and does in time whatever is due.
 # ======================================================================================
@@ -7472,6 +8108,7 @@ class Server:
         self.knocks = KnockListener(configuration, self.access)
         self.gate = Gate(configuration, self.access, self.knocks, Resolver(self.selector),
                          self.catch_up)
+        self.ospa = OspaGate(configuration, self.gate)
         self.remembers = False  # whether the gate has the settings' replay memory
         self.captures: List[Capture] = []
         self.link_events: Optional[socket.socket] = None
@@ -7480,7 +8117,7 @@ class Server:
 
     def start(self, flush: bool) -> None:
         """Make the firewall ready, go on with the grants it has or close them, and listen."""
-        if self.configuration.takes_packets:
+        if self.configuration.needs_memory:
             self.gate.memory = open_memory(self.settings, self.log, self.clocks)
             self.remembers = True
         captures = self.configuration.open_captures(self.log)  # fails before anything is changed
@@ -7515,6 +8152,7 @@ class Server:
             if capture not in captures:
                 self.selector.unregister(capture)
                 capture.close()
+        self.ospa.open_sockets(captures)
         for capture in captures:
             if capture not in old:
                 self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
@@ -7522,6 +8160,8 @@ class Server:
     def drain(self, capture: Capture) -> None:
         """Read from a capture until nothing is there, or others have waited long enough."""
         take: Callable[[Any], None] = self.gate.receive
+        if isinstance(capture, (OspaCapture, OspaUdpCapture)):
+            take = self.ospa.receive
         if isinstance(capture, KnockCapture):
             take = partial(self.knocks.take_knock, sequences=capture.sequences)
         end = self.clocks.monotonic() + BATCH_SECONDS
@@ -7563,7 +8203,7 @@ class Server:
             return
         named = {name for each in self.configuration.listenings() if each.sequences
                  for name in each.interfaces}
-        if self.configuration.takes_packets and not any(
+        if self.configuration.needs_memory and not any(
                 isinstance(capture, UdpCapture) for capture in self.captures):
             named.add(self.settings.interface)
         indices = set()
@@ -7596,7 +8236,7 @@ class Server:
         captures = configuration.open_captures(self.log, self.captures, same)
         memory, stood = None, firewall.guarded()
         try:
-            if configuration.takes_packets and not self.remembers:
+            if configuration.needs_memory and not self.remembers:
                 # Until now there was nothing to remember.
                 memory = open_memory(settings, self.log, self.clocks)
             firewall.succeed(self.grants.firewall)
@@ -7614,6 +8254,7 @@ class Server:
             self.gate.memory, self.remembers = memory, True
         self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
         self.gate.configure(configuration)
+        self.ospa.configure(configuration)
         if captures != self.captures:
             self.listen(captures)
         self.grants.move(firewall)
@@ -7690,6 +8331,7 @@ class Server:
             run.kill()
         self.log.write(self.configuration.lifecycle.level, self.report())
         self.gate.memory.close()
+        self.ospa.close_sockets()
         self.tell_guard()
         self.commands.stop()  # closes what commands opened, even with FLUSH_IPT_AT_EXIT N
         if self.settings.flush_at_stop:
@@ -7700,7 +8342,7 @@ class Server:
 
 
 # ======================================================================================
-# 28. Process
+# 31. Process
 #
 # Pid file, control socket, signals, background and reload.
 # ======================================================================================
@@ -7982,7 +8624,7 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
 
 
 # ======================================================================================
-# 29. First configuration
+# 32. First configuration
 #
 # `--init tcp/22` makes keys and the files that are missing, and prints the client's stanza. More
 # stanzas are keygen.py's work.
@@ -8050,7 +8692,7 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 30. Command line
+# 33. Command line
 #
 # Options with fwknopd's names (tests/spec/fwknop.md 3.1), what each of them does, and exit codes.
 # ======================================================================================
@@ -8290,9 +8932,10 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
     stanzas, more = ([], []) if arguments.as_knockd or alone else read_stanzas(
         *access_files(settings), directory=directory)
     check_nat(settings, stanzas)
+    ospa_key, more_warnings = read_ospa_keys(settings, stanzas)
     return Configuration(
-        settings, stanzas, settings.warnings() + warnings + more + port_warnings(settings, stanzas),
-        knockd, "four_only" in arguments, "test" in arguments)
+        settings, stanzas, settings.warnings() + warnings + more + port_warnings(settings, stanzas)
+        + more_warnings, knockd, "four_only" in arguments, "test" in arguments, ospa_key)
 
 
 def access_files(settings: ServerSettings) -> List[str]:

@@ -31,7 +31,11 @@ class Block(NamedTuple):
 
 BLOCKS: Dict[str, Block] = {
     "aes": Block(("spa_server.py", "spa_client.py"), frozenset((
-        "struct", "Callable", "List", "Tuple"))),
+        "struct", "Callable", "List", "Optional", "Tuple"))),
+    "rsa": Block(("spa_server.py", "spa_client.py"), frozenset((
+        "binascii", "Callable", "List", "Tuple"))),
+    "openspa": Block(("spa_server.py", "spa_client.py"), frozenset((
+        "Aes", "AesInverse", "RsaKey", "struct", "Callable", "Dict", "List", "Tuple"))),
     "digests": Block(("spa_server.py", "spa_client.py"), frozenset((
         "SpaError", "Any", "Callable"))),
     "errors": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset()),
