@@ -10,6 +10,8 @@
   keygen.py --rotate work --access-file ... --rc-file ...
   keygen.py --retire work --access-file ...
       new keys, while the old ones go on working; then the end of the old ones
+  keygen.py --openspa work --server gate.example --access tcp/22
+      RSA keys in /etc/fwknop and in work.ospa, an OpenSPA client's file; the lines for the server
 
 The way of a key: os.urandom makes it, base64 makes it text, and a stanza carries it to standard
 output or into a file. Only its owner can read a new file; keygen.py warns of an old one that others
@@ -24,12 +26,13 @@ protection up, for a client that cannot know its address.
 above SOURCE in access.conf. They leave all other lines alone. After each, the server must read
 access.conf again (SIGHUP, or spa_server.py -R).
 
-Contents. Sections 1 to 3 only compute; 4 and 5 touch files and standard output.
+Contents. Sections 1 to 4 only compute; 5 and 6 touch files and standard output.
   1. Keys and stanzas
   2. QR code (ISO/IEC 18004:2015)
-  3. Changes to a file's text
-  4. Files and standard output
-  5. Command line
+  3. RSA keys and the OSPA file
+  4. Changes to a file's text
+  5. Files and standard output
+  6. Command line
 
 Exit codes: 0 done; 1 a file or standard output can't be used; 2 a wrong option; 3 the text of a
 file does not allow the change; 130 interrupted.
@@ -40,6 +43,7 @@ import binascii
 import contextlib
 import hashlib
 import ipaddress
+import math
 import os
 import stat
 import sys
@@ -196,11 +200,12 @@ def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[
         ("SPA_SERVER_PORT", "", options.port),
         ("ALLOW_IP", "", "source" if options.any_source else ""),
         ("SPOOF_USER", "REQUIRE_USERNAME", options.username),
+        ("", "OPENSPA_CLIENTS", f"{options.openspa_dir}/openspa" if options.openspa else ""),
         ("ACCESS", "OPEN_PORTS", options.access),
         ("SPA_SERVER", "", options.server),
-        ("KEY_BASE64", "KEY_BASE64", keys["KEY_BASE64"]),
+        ("KEY_BASE64", "KEY_BASE64", keys.get("KEY_BASE64")),
         ("HMAC_DIGEST_TYPE", "HMAC_DIGEST_TYPE", digest.upper()),
-        ("HMAC_KEY_BASE64", "HMAC_KEY_BASE64", keys["HMAC_KEY_BASE64"]),
+        ("HMAC_KEY_BASE64", "HMAC_KEY_BASE64", keys.get("HMAC_KEY_BASE64")),
         ("USE_HMAC", "", "Y"),
         ("", "FW_ACCESS_TIMEOUT", options.timeout or 30),
         ("", "REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"))
@@ -372,7 +377,104 @@ def terminal_text(rows: Symbol, blocks: bool) -> str:
 
 
 # ======================================================================================
-# 3. Changes to a file's text
+# 3. RSA keys and the OSPA file
+#
+# The keys of an OpenSPA client and its server, and the client's file (tests/spec/openspa.md 1.10).
+# ======================================================================================
+
+MILLER_RABIN_ROUNDS = 8  # FIPS 186-5 table B.1: 5 for primes of 1,024 bits, 4 for 1,536 and 2,048
+RSA_ALGORITHM = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00"  # RFC 3279 2.3.1
+
+
+def is_prime(number: int, random: Callable[[int], bytes]) -> bool:
+    """Say whether an odd number above 3 is prime (Miller-Rabin test, FIPS 186-5 B.3.1)."""
+    twos = ((number - 1) & (1 - number)).bit_length() - 1  # of number - 1; on average 2
+    for _ in range(MILLER_RABIN_ROUNDS):
+        base = 2 + int.from_bytes(random(number.bit_length() // 8 + 8), "big") % (number - 3)
+        power = pow(base, (number - 1) >> twos, number)
+        if power != 1 and all(pow(power, 1 << i, number) != number - 1 for i in range(twos)):
+            return False
+    return True
+
+
+def make_prime(bits: int, random: Callable[[int], bytes]) -> int:
+    """Return a random prime with both top bits set; two such have a product of 2 * bits bits."""
+    for _ in range(10 * bits):  # so many are all composite once in 10^12 times
+        number = int.from_bytes(random(bits // 8), "big") | 3 << (bits - 2) | 1
+        if all(number % divisor for divisor in range(3, 5000, 2)) and is_prime(number, random):
+            return number
+    raise SpaError("found no prime: the random numbers of this system are not random")
+
+
+def encode_der(tag: int, body: bytes) -> bytes:
+    """Return a DER item, its length in the shortest form (X.690 section 10.1)."""
+    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
+    return bytes([tag]) + (size if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+
+
+def encode_pem(label: str, data: bytes) -> str:
+    """Return a DER sequence of `data` as PEM (RFC 7468), 64 characters a line."""
+    text = binascii.b2a_base64(encode_der(0x30, data), newline=False).decode("ascii")
+    lines = "".join(text[at:at + 64] + "\n" for at in range(0, len(text), 64))
+    return f"-----BEGIN {label}-----\n{lines}-----END {label}-----\n"
+
+
+def make_rsa_key(bits: int, random: Callable[[int], bytes]) -> str:
+    """Return a new private key (FIPS 186-5 A.1.1 and A.1.3) in PKCS#1's form (RFC 8017 A.1.2)."""
+    p, q, d, e = 0, 0, 0, 65537
+    while abs(p - q) >> (bits // 2 - 100) == 0 or d >> bits // 2 == 0:  # too close, or too small
+        p, q = make_prime(bits // 2, random), make_prime(bits // 2, random)
+        order = (p - 1) * (q - 1) // math.gcd(p - 1, q - 1)
+        # e is a prime, so by Fermat e * d = 1 modulo `order`; but d = 0 if e divides that.
+        d = (order * (-pow(order, e - 2, e) % e) + 1) // e
+    numbers = (0, p * q, e, d, p, q, d % (p - 1), d % (q - 1), pow(q, p - 2, p))
+    return encode_pem("RSA PRIVATE KEY", b"".join(
+        encode_der(0x02, each.to_bytes(each.bit_length() // 8 + 1, "big")) for each in numbers))
+
+
+def public_pem(private: str) -> str:
+    """Return the public key (RFC 5280 section 4.1) in a private one: n and e begin its numbers."""
+    with contextlib.suppress(IndexError, ValueError):  # no PEM, no base64
+        data = binascii.a2b_base64(private.split("-----")[2])
+        numbers = data[7:16 + int.from_bytes(data[9:11], "big")]
+        if data[4:9] == b"\2\1\0\2\x82" and numbers[-5:] == b"\2\3\1\0\1":  # n is long, e 65537
+            bits = encode_der(0x03, b"\0" + encode_der(0x30, numbers))
+            return encode_pem("PUBLIC KEY", RSA_ALGORITHM + bits)
+    raise ConfigError("expected an RSA PRIVATE KEY of at least 2048 bits in PEM, not encrypted")
+
+
+def make_adk_secret(random: Callable[[int], bytes]) -> str:
+    """Return 4 random bytes as 7 characters of base32 (tests/spec/openspa.md 1.9)."""
+    bits = int.from_bytes(random(4), "big") << 3
+    return "".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"[bits >> i & 31] for i in range(30, -1, -5))
+
+
+def make_ospa(options: argparse.Namespace, settings: Dict[str, str], *keys: str) -> str:
+    """Return an OSPA file with the client's private and public key, and the server's public key."""
+    private, public, server = (key.strip().replace("\n", "\n" + " " * 8) for key in keys)
+    return f"""version: "0.2"
+clientUUID: "{options.username}"
+serverHost: "{options.server}"
+serverPort: {settings['OPENSPA_PORT'] or 22211}
+adk:
+  secret: "{settings['OPENSPA_ADK_SECRET']}"
+crypto:
+  cipherSuitePriority:
+    - CipherSuite_RSA_SHA256_AES256CBC
+  rsa:
+    client:
+      privateKey: |
+        {private}
+      publicKey: |
+        {public}
+    server:
+      publicKey: |
+        {server}
+"""
+
+
+# ======================================================================================
+# 4. Changes to a file's text
 #
 # Each function takes the text of a file and returns another, or raises ConfigError. It finds a
 # stanza by its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment
@@ -403,6 +505,18 @@ def add_stanza(text: str, stanza: str) -> str:
     for at in find_marks(text.split("\n"), mark):
         raise ConfigError(f"has a stanza {mark} already, in line {at + 1}")
     return text + ("" if not text else "\n" if text.endswith("\n") else "\n\n") + stanza
+
+
+def add_settings(text: str, settings: Dict[str, str]) -> str:
+    """Return fwknopd.conf with all settings, which then are its own: all clients share its ADK."""
+    found = {name: value for name, value, _ in map(split_line, text.split("\n"))}
+    for name, value in settings.items():
+        settings[name] = found.get(name, value)
+        if value not in ("", settings[name]) and name != "OPENSPA_ADK_SECRET":
+            raise ConfigError(f"has another {name} already")
+    new = "".join(DIRECTIVE.format(*each) + "\n" for each in settings.items()
+                  if each[1] and each[0] not in found)
+    return add_stanza(text, new) if new else text
 
 
 def find_stanza(lines: List[str], mark: str) -> Tuple[int, int]:
@@ -466,7 +580,7 @@ def retire_stanza(text: str, mark: str) -> str:
 
 
 # ======================================================================================
-# 4. Files and standard output
+# 5. Files and standard output
 #
 # Give a file its new text so that a crash leaves the old one or the new one. The files change last,
 # after everything else has succeeded.
@@ -515,7 +629,7 @@ def write_out(text: str) -> None:
     if not text:
         return
     with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or a test's buffer
-        if "KEY_BASE64" in text:
+        if "KEY_BASE64" in text or "ADK_SECRET" in text:
             warn_of_readers("standard output", os.fstat(sys.stdout.fileno()).st_mode)
     why = write_to(sys.stdout, text)
     if why:
@@ -625,7 +739,6 @@ def write_copy(path: str, directory: Optional[int], old: Optional[os.stat_result
                 if owner != (new.st_uid, new.st_gid):
                     os.fchown(fd, *owner)
                 os.fchmod(fd, stat.S_IMODE(old.st_mode))
-                warn_of_readers(path, old.st_mode)
         stream.write(text)
         stream.flush()
         os.fsync(fd)
@@ -649,8 +762,10 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
             with errors_named(path):
                 old, status = read_file(path, directory, create)
                 new = change(old.decode("latin-1")).encode("latin-1")  # each byte as it is
-                ready.append((path, directory, old,
-                              write_copy(path, directory, status, new, stack)))
+                warn_of_readers(path, status.st_mode if status else 0)
+                if new != old:
+                    ready.append((path, directory, old,
+                                  write_copy(path, directory, status, new, stack)))
         write_out(printed())
         for path, directory, old, copy in ready:
             with errors_named(path):
@@ -661,12 +776,12 @@ def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
         for fd in locked.values():
             with contextlib.suppress(OSError):  # some file systems can't sync directories
                 os.fsync(fd)  # without it a power cut can undo the new names
-    for path, _ in changes:
+    for path, _, _, _ in ready:
         tell(f"[+] {done}: {path}")
 
 
 # ======================================================================================
-# 5. Command line
+# 6. Command line
 #
 # Check every option, then make keys and write.
 # ======================================================================================
@@ -681,6 +796,11 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
     ("--rotate", "NAME", parse_name,
      "put new keys into the stanzas of that name; access.conf keeps the old ones beside them"),
     ("--retire", "NAME", parse_name, "remove the stanza of the old keys from the access file"),
+    ("--openspa", "NAME", parse_name, "make an OpenSPA client's keys and its file, NAME.ospa"),
+    ("--openspa-dir", "PATH", parse_path, "directory of OpenSPA's keys (default: /etc/fwknop)"),
+    ("--config-file", "PATH", parse_path, "append the server's settings for OpenSPA to this file"),
+    ("--rsa-bits", "2048|3072|4096", str, "length of a new RSA key (default: 2048)"),
+    ("--adk", "", str, "have an ADK secret: that in the --config-file, or a new one"),
     ("--qr", "", str, "also print the keys as a QR code for phone apps"),
     ("--key-len", "BYTES", number_parser(1, 32), "length of the encryption key (default: 32)"),
     ("--hmac-key-len", "BYTES", number_parser(1, 128),
@@ -694,15 +814,17 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
      name_parser("a host name (xn--... if not ASCII) or an address", 253, "._-:%"),
      "the server's name or address; a stanza needs it"),
     ("--access", "LIST", parse_access, "ports to open, like tcp/22,udp/53; a stanza needs it"),
-    ("--port", "PORT", number_parser(1, 65535), "port the server listens on (default: 62201)"),
+    ("--port", "PORT", number_parser(1, 65535), "port of the server (default: 62201 or 22211)"),
     ("--source", "NETWORKS", parse_source, "where packets may come from (default: ANY)"),
     ("--timeout", "SECONDS", number_parser(1, 8388608), "time that a port is open (default: 30)"),
     ("--username", "USER", name_parser("a user name", 29, "._-@"),  # fwknop cuts longer ones
      "the user name in the packet, which the server then requires"),
     ("--any-source", "", str, "let the server open for the packet's source address"),
 )
-# The options that these two may be combined with; a NAME takes all but these two.
-TAKES = {"--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
+OPENSPA_ONLY = "--openspa-dir --config-file --rsa-bits --adk"
+# The options that these may be combined with, those that they need first; a NAME takes all others.
+TAKES = {"--openspa": f"--server --access --access-file {OPENSPA_ONLY} --port --source --timeout",
+         "--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
          "--retire": "--access-file"}
 
 
@@ -734,16 +856,20 @@ def make_parser() -> argparse.ArgumentParser:
 def check_options(options: argparse.Namespace) -> None:
     """Raise UsageError for options that do not go together."""
     given = {"--" + field.replace("_", "-") for field, value in vars(options).items() if value}
-    files = [os.path.realpath(path) for path in (options.rc_file, options.access_file) if path]
-    if len(set(files)) < len(files):
-        raise UsageError("--rc-file and --access-file have to be two files")
+    named = sorted(given.intersection(("--rc-file", "--access-file", "--config-file")))
+    files = [options.rc_file, options.access_file, options.config_file]
+    if len({os.path.realpath(path) for path in files if path}) < len(named):
+        raise UsageError(f"{' and '.join(named)} have to be two files")
     for task, others in TAKES.items():
         if task in given:
             if not given <= {task, *others.split()}:
                 raise UsageError(f"{task} takes {others} and nothing else")
-            if not files:
-                raise UsageError(f"{task} needs {' or '.join(others.split()[:2])}")
+            needed = others.split()[:1 if task == "--openspa" else 2]
+            if not given.intersection(needed):
+                raise UsageError(f"{task} needs {' or '.join(needed)}")
             return
+    if given.intersection(OPENSPA_ONLY.split()):
+        raise UsageError(f"{OPENSPA_ONLY} need --openspa")
     if options.name:
         if not given >= {"--server", "--access"}:
             raise UsageError("a stanza needs --server and --access")
@@ -776,6 +902,46 @@ def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
     change_files([(options.rc_file, lambda text: add_stanza(text, client)),
                   (options.access_file, lambda text: add_stanza(text, server))],
                  f"Wrote the stanza of {name} to", lambda: "\n".join(printed), create=True)
+
+
+def give_openspa(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
+    """Write an OpenSPA client's files, and the server's key; print or append the server's lines."""
+    directory = options.openspa_dir = real_path(options.openspa_dir or "/etc/fwknop")
+    if set(directory) - LETTERS.union("/._-"):
+        raise UsageError("--openspa-dir: expected a path of letters, digits or any of /._-")
+    key, clients = f"{directory}/openspa.pem", f"{directory}/openspa"
+    uuid = binascii.hexlify(random(16)).decode("ascii")  # of version 4, RFC 4122 section 4.4
+    uuid = f"{uuid[:8]}-{uuid[8:12]}-4{uuid[13:16]}-a{uuid[17:20]}-{uuid[20:]}"
+    options.name, options.username = options.openspa, uuid
+    options.access = options.access or "tcp/22"  # OpenSPA's own client asks for it
+    settings = {"OPENSPA_PRIVATE_KEY": key, "OPENSPA_PORT": str(options.port or ""),
+                "OPENSPA_ADK_SECRET": make_adk_secret(random) if options.adk else ""}
+    stanza = make_stanzas(options, "", {})[1]
+    printed = [text for path, text in (
+        (options.config_file, "# For fwknopd.conf of the server\n" + add_settings("", settings)),
+        (options.access_file, "# For access.conf of the server, which then has to read both\n"
+         f"# (to knock: spa_client.py --ospa {options.name}.ospa -A {options.access})\n{stanza}"))
+        if not path]
+    bits, server_public = int(options.rsa_bits or 2048), [""]
+    private = make_rsa_key(bits, random)
+
+    def server_key(old: str) -> str:
+        server = old or make_rsa_key(bits, random)
+        server_public[0] = public_pem(server)
+        return server
+
+    def ospa(old: str) -> str:
+        if old:
+            raise ConfigError("exists already, and is not overwritten")
+        return make_ospa(options, settings, private, public_pem(private), *server_public)
+
+    os.makedirs(clients, 0o700, exist_ok=True)
+    change_files([(key, server_key),
+                  (options.config_file, lambda text: add_settings(text, settings)),
+                  (f"{clients}/{uuid}.pem", lambda _: public_pem(private)),
+                  (f"{options.name}.ospa", ospa),
+                  (options.access_file, lambda text: add_stanza(text, stanza))],
+                 f"Wrote what {options.name} needs to", lambda: "\n".join(printed), create=True)
 
 
 def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
@@ -854,6 +1020,8 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
         return change_files([(options.access_file,
                               lambda text: retire_stanza(text, f"# old {options.retire}"))],
                             f"Removed the old keys of {options.retire} from", lambda: "")
+    if options.openspa:
+        return give_openspa(options, random)
     digest = options.hmac_digest_type or "sha256"
     keys = make_keys(options, digest, random)
     if options.name:

@@ -39,7 +39,7 @@ class ShellTest(FileTestCase):
 
     def check(self, shell: str) -> None:
         """Complete by the beginning; offer all options, and nothing else."""
-        self.assertEqual(["--rc-file", "--retire", "--rotate"],
+        self.assertEqual(["--rc-file", "--retire", "--rotate", "--rsa-bits"],
                          self.complete(shell, "keygen.py", "--r"))
         self.assertEqual(["--port"], self.complete(shell, "keygen.py", "work", "--qr", "--po"))
         self.assertIn("completion", self.complete(shell, "keygen.py", "--rc-file", "comp"))
@@ -64,7 +64,7 @@ class ShellTest(FileTestCase):
         try:
             self.type(ours, f"autoload -U compinit && compinit -D -u; source {path}; "
                             "echo rea''dy\n", "ready")
-            self.type(ours, "keygen.py work --r\t\t", r"--rc-file *--retire *--rotate")
+            self.type(ours, "keygen.py work --r\t\t", r"--rc-file *--retire *--rotate *--rsa-bits")
             self.type(ours, "\x15keygen.py --reti\t", "--retire ")
             self.type(ours, "\x15keygen.py --rc-file comp\t", "completion")
         finally:
