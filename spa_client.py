@@ -11,30 +11,31 @@ and ~/.fwknoprc for --save-rc-stanza. After a knock it keeps its options, but no
 
 It also knocks on ports in their order, as `knock` does for knockd: before the packet if
 KNOCK_SEQUENCE is set, and instead of the packet if there are no keys. --knock takes the command
-line of `knock`; so does a link of that name to this file.
+line of `knock`; so does a link of that name to this file. With --ospa it knocks by OpenSPA instead.
 
-Comments cite sections of tests/spec/fwknop.md and tests/spec/knockd.md, which describe both.
+Comments cite tests/spec/fwknop.md, knockd.md and openspa.md by section. These files describe the
+formats and the behaviour of fwknop, knockd and OpenSPA.
 
 The way of a packet, with the sections that it leads through:
 
-  * The client reads the command line with the table of options (9), and ~/.fwknoprc (10) with the
-    table of directives (8). An option is a directive on the command line. The command line
+  * The client reads the command line with the table of options (11), and ~/.fwknoprc (12) with the
+    table of directives (10). An option is a directive on the command line. The command line
     overrides the stanza of -n, that overrides [default], and that the built-in defaults.
-  * It takes the two keys from there, from key files, or from a prompt (11).
-  * It looks the server's name up (13) and does the following for each address, IPv4 and IPv6. Each
+  * It takes the two keys from there, from key files, or from a prompt (13).
+  * It looks the server's name up (15) and does the following for each address, IPv4 and IPv6. Each
     address gets a packet of its own: the server rejects a second copy as a replay.
-  * It knocks on the ports of KNOCK_SEQUENCE, at one address after the other (13).
-  * It connects a UDP socket (13), which sends nothing yet.
-  * It chooses the address to open for (14): that of -a or -s, or else the socket's own. The own
+  * It knocks on the ports of KNOCK_SEQUENCE, at one address after the other (15).
+  * It connects a UDP socket (15), which sends nothing yet.
+  * It chooses the address to open for (16): that of -a or -s, or else the socket's own. The own
     one serves only if no NAT can be on the way, so that the server sees the same one.
   * It writes the message (5): for whom, when, which ports. A digest follows the message.
-  * It encrypts both with AES-256 (4) or gpg (12), and appends an HMAC of the cipher text (5).
-  * It checks the length of the packet, and sends it by its carrier (6, 13).
+  * It encrypts both with AES-256 (4) or gpg (14), and appends an HMAC of the cipher text (5).
+  * It checks the length of the packet, and sends it by its carrier (8, 15).
   * With --wait, --proxy or --exec it tries the TCP port until it opens, and knocks anew every
-    second or three. Then it relays that connection, or becomes the command (15).
+    second or three. Then it relays that connection, or becomes the command (18).
 
 Contents. Sections 1 to 12 only compute: text, bytes and time in, values out; some warn. Sections
-11 to 17 touch the machine: files, terminal, programs, network, standard output.
+13 to 20 touch the machine: files, terminal, programs, network, standard output.
 
   1. Errors
   2. Bytes and digests
@@ -52,9 +53,10 @@ Contents. Sections 1 to 12 only compute: text, bytes and time in, values out; so
   14. Programs
   15. Network
   16. Own address
-  17. After the knock
-  18. Output
-  19. Run
+  17. OpenSPA
+  18. After the knock
+  19. Output
+  20. Run
 
 Exit codes: 0 the packet was sent, or another task is done; 1 it was not sent, or the port did not
 open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop has only 0 and 1. --exec ends
@@ -1027,12 +1029,14 @@ def parse_url(text: str) -> "Tuple[str, str, int, str]":
 
 
 def parse_access(text: str) -> str:
-    """Parse an access list, `tcp/22` or `tcp/22,udp/53`, as the server does (fwknop.md 1.4)."""
+    """Parse `tcp/22` or `tcp/22,udp/53` as the server does (fwknop.md 1.4), or `tcp/8000-8010`."""
     for entry in text.split(","):
         protocol, slash, port = entry.partition("/")
-        if protocol not in ("tcp", "udp") or not slash or len(port) > 5:
+        first, dash, last = port.partition("-")
+        if protocol not in ("tcp", "udp") or not slash or max(len(first), len(last)) > 5:
             raise ValueError("expected tcp/PORT or udp/PORT, several with commas in between")
-        parse_port(port)
+        if parse_port(last if dash else first) < parse_port(first):
+            raise ValueError("expected the lower port first")
     return text
 
 
@@ -1226,6 +1230,7 @@ class Settings:
                         "ports to knock on before the packet, or without keys instead")
     delay = setting("KNOCK_DELAY", parse_delay, "50",
                     "milliseconds after each port, or a range to draw from: 100-300")
+    ospa_file = optional("OSPA_FILE", parse_text, "knock by OpenSPA, with this OSPA file")
 
     test = flag("test", "print the packet, do not send it")
     quiet = flag("quiet", "print nothing but errors")
@@ -1256,7 +1261,7 @@ class Settings:
     fault_tag = optional("fault_tag", parse_text, "ignored (for tests of fwknop itself)")
 
     def __init__(self, given: "Dict[str, Given]") -> None:
-        self.given = given
+        self.given, self.ospa = given, None  # type: Dict[str, Given], Optional[Dict[str, Any]]
         for attribute, row in DIRECTIVES.items():
             setattr(self, attribute, row.value(given.get(row.name)))
         recipient = given.get("GPG_RECIPIENT")
@@ -1297,6 +1302,11 @@ class Settings:
                  "--nat-local needs -D or -N"),
                 ((self.nat_port or self.nat_rand_port) and "," in (self.access or ""),
                  "NAT for multiple ports/protocols not yet supported."),
+                (self.ospa_file and (nat or self.command is not None or self.protocol != "udp"
+                                     or self.save_packet or self.timeout or self.rand_port),
+                 "OpenSPA knows no -B, -C, -f, -r, NAT, or carrier other than udp"),
+                ("-" in (self.access or "") and not self.ospa_file,
+                 "-A: expected single ports; only --ospa knows ranges"),
                 (self.save_append and self.save_packet is None, "-b needs -B"),
                 (self.force_stanza and not self.save_stanza,
                  "--force-stanza needs --save-rc-stanza")):
@@ -1316,7 +1326,7 @@ DIRECTIVE_NAMES = [name for name in ROWS if name.isupper()]
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
                ("GPG_SIGNING_PW", "GPG_SIGNING_PW_BASE64"))
 SECRET_NAMES = {name for name, row in ROWS.items() if row.parse in SECRET}
-PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP"))  # directives that only packets need
+PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP", "OSPA_FILE"))  # only packets need them
 
 
 def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
@@ -1385,6 +1395,7 @@ q  quiet                -         quiet=Y
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
 -  exec                 -         exec=Y
+-  ospa                 FILE      OSPA_FILE
 -  resolve-stun         HOST      ALLOW_IP=stun:        find our address with this STUN server
 v  verbose              -         VERBOSE=Y
 V  version              -         version=Y             print version and SHA-256 of this file
@@ -2463,6 +2474,8 @@ STUN_SECONDS = (0.5, 1.0, 1.5)  # to wait for an answer to each question; RFC 84
 def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     """Return the address to open for: as set, as others see us, or our own if there is no NAT."""
     allow_ip, family = settings.allow_ip, link.family if link is not None else 0
+    if settings.ospa and link is not None and allow_ip in (None, SOURCE_ADDRESS):
+        return str(link.getsockname()[0])  # no answer comes if it is wrong
     if allow_ip == RESOLVE:
         return resolve_address(settings, family)
     if allow_ip is not None:
@@ -2655,7 +2668,148 @@ def ask_stun(server: str, family: int) -> str:
 
 
 # ======================================================================================
-# 17. After the knock
+# 17. OpenSPA
+#
+# The OSPA file, the request and the answer (tests/spec/openspa.md 1.8, 1.10); packets: section 7.
+# ======================================================================================
+
+OSPA_TRIES, OSPA_SECONDS = 3, 1.0  # the same bytes are sent so often, so many seconds apart
+BASE32 = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+
+
+def parse_uuid(text: str) -> str:
+    """Parse a UUID, also in braces, after `urn:uuid:` or without hyphens, to its usual form."""
+    digits = text.lower().replace("urn:uuid:", "").strip("{}").replace("-", "")
+    if len(digits) != 32 or digits.strip("0123456789abcdef"):
+        raise ValueError("expected a UUID")
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+def parse_adk(text: str) -> bytes:
+    """Parse an ADK secret, 4 bytes as 7 characters of base32; empty text means none (1.9)."""
+    number = sum(BASE32.find(letter) << 5 * place for place, letter in enumerate(text[::-1]))
+    if text and (len(text) != 7 or text.strip(BASE32) or number & 7):
+        raise ValueError("expected 7 characters of base32 that are 4 bytes")
+    return (number >> 3).to_bytes(4, "big") if text else b""
+
+
+ADK, PRIVATE, PUBLIC, SERVER_KEY = ("adk.secret", "crypto.rsa.client.privateKey",
+                                    "crypto.rsa.client.publicKey", "crypto.rsa.server.publicKey")
+OSPA_KEYS = {
+    "version": choice_parser(["0.2"]), "clientUUID": parse_uuid, "serverHost": parse_text,
+    "serverPort": parse_port, ADK: parse_adk,
+    "crypto.cipherSuitePriority": choice_parser(["[CipherSuite_RSA_SHA256_AES256CBC]"]),
+    PRIVATE: lambda text: RsaKey.parse(text, True, DIGESTS["SHA256"], os.urandom),
+    PUBLIC: lambda text: RsaKey.parse(text, False, DIGESTS["SHA256"], os.urandom),
+    SERVER_KEY: lambda text: RsaKey.parse(text, False, DIGESTS["SHA256"], os.urandom),
+}  # type: Dict[str, Callable[[str], Any]]
+
+
+def parse_value(lines: "List[str]") -> str:
+    """Return the scalar, block or `[list]` after a key and below it; OSPA needs no other YAML."""
+    bare = [(" " + line).partition(" #")[0].strip() for line in lines]  # without comments
+    if bare[0] in ("|", "|-", "|+"):
+        return "\n".join(lines[1:])
+    value = " ".join(bare).strip()
+    listed = value.startswith("- ") or value[:1] + value[-1:] == "[]"
+    value = value[1:len(value) - (value[0] == "[")].strip() if listed else value
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    value = value[1:-1] if quoted else value
+    if (value.strip("{}") if quoted else value).strip(BASE32 + BASE32.lower() + "0189.-_:%"):
+        raise ValueError("expected one plain or quoted word, a list of one, or lines below `|`")
+    return f"[{value}]" if listed else value
+
+
+def parse_ospa(text: str, path: str) -> "Dict[str, Any]":
+    """Return the values of an OSPA file, or raise ConfigError, which shows no text of the file."""
+    rows = [(number, len(line) - len(line.lstrip(" ")), line.rstrip().lstrip(" "))
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()[:1] not in ("", "#")][::-1]  # pop() gives the next
+    levels, values, where = [(0, "")], {}, path  # type: List[Tuple[int, str]], Dict[str, Any], str
+    try:
+        while rows:
+            number, indent, line = rows.pop()
+            while indent < levels[-1][0]:
+                levels.pop()
+            name, colon, rest = (line + " ").partition(": ")
+            key, where, lines = levels[-1][1] + name, f"{path}:{number}", [rest.strip()]
+            is_map = any(known.startswith(key + ".") for known in OSPA_KEYS)
+            if (not colon or "." in name or indent != levels[-1][0] or key in values
+                    or not (key in OSPA_KEYS or (is_map and not parse_value(lines)))):
+                raise ValueError(f"expected {levels[-1][0]} blanks and a key of OSPA 0.2, once")
+            if is_map:  # the next line may be its first
+                levels.append((max(indent + 1, rows[-1][1] if rows else 0), key + "."))
+            while rows and not is_map and rows[-1][1] >= indent + (rows[-1][2][:2] != "- "):
+                lines.append(rows.pop()[2])
+            where += f": {key}"
+            values[key] = None if is_map else OSPA_KEYS[key](parse_value(lines))
+        where, missing = path, sorted(set(OSPA_KEYS) - set(values) - {ADK, PUBLIC})
+        if missing:
+            raise ValueError("expected " + " ".join(missing))
+    except ValueError as problem:
+        raise ConfigError(f"{where}: {problem}") from None
+    return values
+
+
+def use_ospa(settings: Settings, path: str) -> None:
+    """Read the OSPA file; its server and port hold where the settings have none."""
+    settings.ospa = ospa = parse_ospa(read_private(path), path)
+    settings.server = settings.server or ospa["serverHost"]
+    settings.port = settings.port if "SPA_SERVER_PORT" in settings.given else ospa["serverPort"]
+
+
+class OspaRequest:
+    """A sealed request that a target opens `access` (`tcp/22`, `udp/5000-5010`) to a client."""
+
+    def __init__(self, settings: Settings, access: str, client: str, target: str) -> None:
+        ospa, seconds = settings.ospa or {}, time.time() + settings.time_offset
+        self.keys, self.uuid = (ospa[PRIVATE], ospa[SERVER_KEY]), ospa["clientUUID"]
+        self.access, self.client = access, client
+        first, _, last = access[4:].partition("-")
+        hosts = [socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET,
+                                  host.partition("%")[0]) for host in (target, client)]
+        self.fields = OspaFields(
+            6 if access[:3] == "tcp" else 17, (int(first), int(last or first)), hosts[0], hosts[1],
+            int(seconds), binascii.unhexlify(self.uuid.replace("-", "")))
+        proof = adk_proof(ospa[ADK], seconds, lambda key, message: Hmac(
+            DIGESTS["SHA1"], key)(message)) if ospa.get(ADK) else 0
+        self.header = struct.pack(OSPA_HEADER, OSPA_REQUEST, os.urandom(1)[0], OSPA_SUITE, 0, proof)
+        self.datagram = seal_ospa(self.header, self.fields.encode(), *self.keys, os.urandom(48),
+                                  os.urandom(3))
+        self.dump = (f"OpenSPA request of {self.uuid} at {self.fields.timestamp}: open {access} of"
+                     f" {target} for {client}\n{binascii.hexlify(self.datagram).decode('ascii')}")
+
+    def decode_answer(self, datagram: bytes) -> int:
+        """Return for how many seconds an answer says that it is open; else raise ValueError."""
+        header = struct.pack(OSPA_HEADER, OSPA_ANSWER, self.header[1], OSPA_SUITE, 0, 0)
+        if datagram[:8] != header or len(datagram) > OSPA_MAX:  # RSA comes later: it is slow
+            raise ValueError("expected an answer to this request")
+        _, packet, signature = unseal_ospa(datagram, self.keys[0])
+        answer, asked = decode_ospa(packet, True), self.fields
+        told = answer.protocol, answer.ports, answer.target  # 1 of 256 old answers has our header
+        if not self.keys[1].verify(header + packet, signature) or not answer.seconds or told != (
+                asked.protocol, asked.ports, asked.target):
+            raise ValueError("expected the server's signature, and what this request asks for")
+        return answer.seconds
+
+    def ask(self, link: "socket.socket") -> int:
+        """Send the request until an answer comes; return its seconds, 0 if none comes."""
+        for _ in range(OSPA_TRIES):
+            end, is_sent = time.monotonic() + OSPA_SECONDS, False
+            while time.monotonic() < end:
+                link.settimeout(max(end - time.monotonic(), 0.001))
+                try:
+                    is_sent = is_sent or link.send(self.datagram) > 0
+                    return self.decode_answer(link.recv(OSPA_MAX + 1))
+                except socket.timeout:
+                    break
+                except (ConnectionRefusedError, ConnectionResetError, ValueError):
+                    pass  # "port unreachable" (on Windows a reset) or a stray: anybody can send it
+        return 0
+
+
+# ======================================================================================
+# 18. After the knock
 #
 # Try the port until it opens, relay its connection, or become another program. Only TCP: a client
 # can't tell whether a UDP port is open.
@@ -2691,7 +2845,7 @@ def find_wait_peer(settings: Settings, operands: "List[str]",
     if settings.test:
         raise UsageError("-T sends nothing, so there is nothing to wait for")
     ports = [entry[4:] for entry in (settings.access or "").split(",") if entry[:4] == "tcp/"]
-    port = settings.wait_port or (ports and int(settings.nat_port or ports[0]))
+    port = settings.wait_port or (ports and int(settings.nat_port or ports[0].split("-")[0]))
     if not port:
         raise UsageError("there is no TCP port in -A to wait for", "--wait-port names one")
     return settings.server, port
@@ -2811,7 +2965,7 @@ def become(command: "List[str]") -> None:
 
 
 # ======================================================================================
-# 18. Output
+# 19. Output
 #
 # Text for standard output, in the layout that fwknop's users and scripts know
 # (tests/spec/fwknop.md 2.8). It never holds a key.
@@ -2900,7 +3054,7 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
 
 
 # ======================================================================================
-# 19. Run
+# 20. Run
 #
 # The steps of the docstring in their order, and the exit codes.
 # ======================================================================================
@@ -2954,11 +3108,11 @@ class Knock:
     def prepare(self) -> None:
         """Find the keys, or ask for them, and look the addresses up."""
         settings, family = self.settings, self.settings.ip_version
-        if not settings.only_knocks:
+        if not (settings.only_knocks or settings.ospa):
             self.keys = find_keys(settings)
         asked = not settings.only_knocks and (
             settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
-        if self.host and (asked or not settings.test):
+        if self.host and (asked or settings.ospa or not settings.test):
             self.knock_at = self.send_to = find_addresses(self.host, self.port, family)
         if settings.sequence and settings.http_proxy and not settings.test:  # not at the proxy
             self.knock_at = find_addresses(settings.server or "", settings.port, family)
@@ -3009,14 +3163,18 @@ class Knock:
         if self.first:
             self.chosen[peer] = choose_address(settings, link)
         if peer in self.chosen:
-            packet, dump = self.build(self.chosen[peer])
+            packet, dump = self.build(self.chosen[peer], link)
             if settings.verbose:
                 say(dump)
-            sent = send_packet(settings, link, packet)
+            sent = self.deliver(link, packet)
             if settings.verbose:
                 say(f"send_spa_packet: bytes sent: {sent}")
 
-    def build(self, allow_ip: str) -> "Tuple[str, str]":
+    def deliver(self, link: "socket.socket", packet: str) -> int:
+        """Send a packet to one address, and return the number of bytes sent."""
+        return send_packet(self.settings, link, packet)
+
+    def build(self, allow_ip: str, link: "Any") -> "Tuple[str, str]":
         """Return a fresh packet and its dump; print a random NAT port once, write -B's file."""
         settings, (key, hmac_key) = self.settings, self.keys
         message = make_message(settings, allow_ip)
@@ -3047,7 +3205,7 @@ class Knock:
         if not settings.only_knocks:
             links = open_links(self.host, self.send_to)
             link = next(links) if self.send_to else None
-            say(self.build(choose_address(settings, link))[1])
+            say(self.build(choose_address(settings, link), link)[1])
             say("test mode enabled, SPA packet not actually sent.")
             if settings.verbose:
                 say("send_spa_packet: bytes sent: 0")
@@ -3071,6 +3229,41 @@ class Knock:
         return link
 
 
+class OspaKnock(Knock):
+    """A knock by OpenSPA: the server answers for how long it is open."""
+
+    again = 0.0  # when it may be closed again
+
+    def build(self, allow_ip: str, link: "Any") -> "Tuple[str, str]":
+        """Make a fresh request for each entry of -A, and return their dump."""
+        self.requests = [OspaRequest(self.settings, access, allow_ip, link.getpeername()[0])
+                         for access in (self.settings.access or "").split(",")]
+        return "", "\n".join(request.dump for request in self.requests)
+
+    def deliver(self, link: "socket.socket", packet: str) -> int:
+        """Send the requests, and say for how long it is open; raise SpaError without an answer."""
+        settings, host = self.settings, link.getpeername()[0]
+        for request in self.requests:
+            seconds = request.ask(link)
+            if not seconds:
+                for reason in () if not self.first else (
+                        f"udp/{self.port} of {host} can't be reached",
+                        f"a clock is wrong: ours says {time.asctime(time.gmtime())} UTC",
+                        f"the server does not know the key of {request.uuid}",
+                        f"it does not allow {request.access} for {request.client} (NAT? -R, -a)"):
+                    note("perhaps " + reason)
+                raise SpaError(f"{host}: no answer to the OpenSPA request")
+            self.again = time.monotonic() + seconds
+            if self.first and not (settings.relay or settings.execute or settings.quiet):
+                say(f"{request.access} of {host} is open for {request.client}, {seconds} seconds")
+        return sum(len(request.datagram) for request in self.requests)
+
+    def send(self) -> None:
+        """Knock, unless it is open: an answer leaves no doubt."""
+        if time.monotonic() >= self.again:
+            super().send()
+
+
 def knock_at_all(several: "List[Settings]", operands: "List[str]", command: "List[str]",
                  sent: "Callable[[], None]") -> "Optional[socket.socket]":
     """Knock at each server; return the connection to relay, for which only the last knock waits.
@@ -3085,7 +3278,7 @@ def knock_at_all(several: "List[Settings]", operands: "List[str]", command: "Lis
             peer = None
         try:
             addresses = find_addresses(*peer, settings.ip_version) if peer else []
-            knock = Knock(settings)
+            knock = (OspaKnock if settings.ospa else Knock)(settings)
             knock.prepare()
             if settings.test:
                 knock.show()
@@ -3153,6 +3346,8 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
             generate_keys(first, given)
             return False
         for settings in several:
+            if settings.ospa_file is not None:
+                use_ospa(settings, settings.ospa_file)
             settings.check()
             draw_ports(settings)
             settings.save_append |= settings is not first  # -B keeps the packets of all
@@ -3181,7 +3376,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         tell(with_hint(error))
         return (1 if as_knock else 2 if isinstance(error, UsageError) else
                 3 if isinstance(error, ConfigError) else 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArithmeticError) as error:
         tell(explain(error))
         return 1
     except KeyboardInterrupt:
