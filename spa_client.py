@@ -559,10 +559,10 @@ def read_pem(text: str) -> "Tuple[str, bytes]":
     ValueError. Lines around it are comments."""
     lines = [line.strip() for line in text.split("\n")]
     begins = [line[11:-5] for line in lines if line[:11] == "-----BEGIN " and line[-5:] == "-----"]
-    if len(text) > MAX_PEM or len(begins) != 1 or "-----END %s-----" % begins[0] not in lines:
+    if len(text) > MAX_PEM or len(begins) != 1 or f"-----END {begins[0]}-----" not in lines:
         raise ValueError("expected one PEM block")
-    first = lines.index("-----BEGIN %s-----" % begins[0])
-    body = "".join(lines[first + 1:lines.index("-----END %s-----" % begins[0])])
+    first = lines.index(f"-----BEGIN {begins[0]}-----")
+    body = "".join(lines[first + 1:lines.index(f"-----END {begins[0]}-----")])
     try:
         data = binascii.a2b_base64(body.encode("ascii"))
     except ValueError:
@@ -614,8 +614,8 @@ class RsaKey:
         self.size = (modulus.bit_length() + 7) // 8
         self.blinding = (0, 0)  # a random number to the exponent, and the inverse of the number
         if not RSA_BITS[0] <= modulus.bit_length() <= RSA_BITS[1] or modulus.bit_length() % 8:
-            raise ValueError("expected a modulus of %d to %d bits, not of %d"
-                             % (RSA_BITS + (modulus.bit_length(),)))
+            raise ValueError(f"expected a modulus of {RSA_BITS[0]} to {RSA_BITS[1]} bits, not of "
+                             f"{modulus.bit_length()}")
         if not modulus & 1 or not exponent & 1 or not 65537 <= exponent < 1 << 32:
             raise ValueError("expected an odd modulus, and an odd exponent of 65537 or more")
         if primes:
@@ -632,8 +632,7 @@ class RsaKey:
         label, data = read_pem(text)
         if label not in (("RSA PRIVATE KEY", "PRIVATE KEY") if private else
                          ("RSA PUBLIC KEY", "PUBLIC KEY")):
-            raise ValueError("expected %s key, not %s" % ("a private" if private else "a public",
-                                                          label))
+            raise ValueError(f"expected a {'private' if private else 'public'} key, not {label}")
         if not label.startswith("RSA"):
             body, rest = read_der(data, 0x30)
             if private:
@@ -647,7 +646,7 @@ class RsaKey:
             data = data if private else data[1:]
         numbers = read_integers(data)
         if len(numbers) != (9 if private else 2) or (private and numbers[0]):
-            raise ValueError("expected the %d numbers of an RSA key" % (9 if private else 2))
+            raise ValueError(f"expected the {9 if private else 2} numbers of an RSA key")
         if private:
             return cls(numbers[1], numbers[2], tuple(numbers[4:]), sha256, random_bytes)
         return cls(numbers[0], numbers[1], (), sha256, random_bytes)

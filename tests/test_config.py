@@ -253,9 +253,10 @@ FORCE_SNAT FORCE_MASQUERADE FORWARD_ALL DISABLE_DNAT ACCESS_EXPIRE ACCESS_EXPIRE
 GPG_HOME_DIR GPG_EXE GPG_DECRYPT_ID GPG_DECRYPT_PW GPG_ALLOW_NO_PW GPG_REQUIRE_SIG GPG_DISABLE_SIG
 GPG_IGNORE_SIG_VERIFY_ERROR GPG_REMOTE_ID GPG_FINGERPRINT_ID
 """.split()
-OUR_NAMES = ("FIREWALL_TYPE GUARD_PORTS NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PACKET_LIMIT "
-             "KNOCKD_CONF ACCESS_PREFIX4 ACCESS_PREFIX6 KNOCK_SEQUENCE KNOCK_ONE_TIME_FILE "
-             "KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT KNOCK_STRICT_DUPLICATES "
+OUR_NAMES = ("OPENSPA_PORT OPENSPA_PRIVATE_KEY OPENSPA_ADK_SECRET FIREWALL_TYPE GUARD_PORTS "
+             "NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PACKET_LIMIT KNOCKD_CONF "
+             "OPENSPA_CLIENTS REQUIRE_SAME_ADDRESS ACCESS_PREFIX4 ACCESS_PREFIX6 KNOCK_SEQUENCE "
+             "KNOCK_ONE_TIME_FILE KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT KNOCK_STRICT_DUPLICATES "
              "REQUIRE_KNOCK").split()
 
 # Defaults of fwknop.md 3.2 and 3.3 of the directives that are supported here; "" is unset.
@@ -469,9 +470,9 @@ class DirectiveTest(ConfigCase):
 
     def test_every_directive_has_a_row(self) -> None:
         """Names of tests/spec/fwknop.md 3.2 and 3.3 and our own are known in the right file."""
-        for name in SERVER_NAMES + OUR_NAMES[:6]:
+        for name in SERVER_NAMES + OUR_NAMES[:9]:
             self.assertIsNotNone(server.ServerSettings.row(name), name)
-        for name in STANZA_NAMES + OUR_NAMES[6:]:
+        for name in STANZA_NAMES + OUR_NAMES[9:]:
             self.assertIsNotNone(server.Stanza.row(name), name)
         known = [name for table in (server.ServerSettings, server.Stanza)
                  for row in table.rows() for name in row.names]

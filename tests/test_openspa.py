@@ -1,7 +1,6 @@
 """OpenSPA v2: RSA, keys, the packet and the server's gate, on the reference programs' packets."""
 
 import base64
-import hashlib
 import hmac
 import json
 import os
@@ -9,10 +8,10 @@ import random
 import struct
 import unittest
 from unittest import mock
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import spa_server as server
-from tests.support import TOP, read, write
+from tests.support import TOP, write
 from tests.test_server import ServerCase
 
 with open(os.path.join(TOP, "tests", "vectors", "openspa.json")) as _file:
