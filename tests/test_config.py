@@ -254,10 +254,10 @@ GPG_HOME_DIR GPG_EXE GPG_DECRYPT_ID GPG_DECRYPT_PW GPG_ALLOW_NO_PW GPG_REQUIRE_S
 GPG_IGNORE_SIG_VERIFY_ERROR GPG_REMOTE_ID GPG_FINGERPRINT_ID
 """.split()
 OUR_NAMES = ("OPENSPA_PORT OPENSPA_PRIVATE_KEY OPENSPA_ADK_SECRET FIREWALL_TYPE GUARD_PORTS "
-             "NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PACKET_LIMIT KNOCKD_CONF "
-             "OPENSPA_CLIENTS REQUIRE_SAME_ADDRESS ACCESS_PREFIX4 ACCESS_PREFIX6 KNOCK_SEQUENCE "
-             "KNOCK_ONE_TIME_FILE KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT KNOCK_STRICT_DUPLICATES "
-             "REQUIRE_KNOCK").split()
+             "NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PACKET_LIMIT KNOCKD_CONF OPENSPA_CLIENTS "
+             "REQUIRE_SAME_ADDRESS ACCESS_PREFIX4 ACCESS_PREFIX6 KNOCK_SEQUENCE "
+             "KNOCK_ONE_TIME_FILE KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT "
+             "KNOCK_STRICT_DUPLICATES REQUIRE_KNOCK").split()
 
 # Defaults of fwknop.md 3.2 and 3.3 of the directives that are supported here; "" is unset.
 SPEC_DEFAULTS = {
@@ -323,6 +323,8 @@ BAD_SERVER = (
     ("MAX_SPA_PACKET_AGE 1.5", "1 to 100000"), ("MAX_SPA_PACKET_AGE \xb2", "1 to 100000"),
     ("UDPSERV_PORT 0", "1 to 65535"), ("UDPSERV_PORT 65536", "1 to 65535"),
     ("UDPSERV_PORT 0x10", "1 to 65535"), ("VERBOSE x", "0 to 9"), ("FIREWALL_TYPE pf", "auto, nft"),
+    ("OPENSPA_PORT 0", "1 to 65535"), ("OPENSPA_PRIVATE_KEY key.pem", "absolute"),
+    ("OPENSPA_ADK_SECRET 7O4ZIR1", "7 characters"),
     ("GUARD_PORTS 22", "tcp/PORT"), ("GUARD_PORTS tcp/22,", "tcp/PORT"),
     ("GUARD_PORTS tcp/22-25", "tcp/PORT"), ("GUARD_PORTS icmp/8", "tcp/PORT"),
     ("NFT_ACCEPT_CHAINS filter input", "TABLE CHAIN"), ("NFT_ACCEPT_CHAINS bridge f i", "TABLE"),
@@ -421,6 +423,7 @@ BAD_STANZA = (
     ("PCAP_INTF lo", "unknown directive"), ("%include /no/x", "Access file: '/no/x' was not found"),
     ("%include_folder /no/x", "/no/x: No such file"),
     ("KNOCK_SEQUENCE 7000,70000", "ports such as"), ("KNOCK_SEQUENCE ssh", "ports such as"),
+    ("OPENSPA_CLIENTS keys", "an absolute path"), ("REQUIRE_SAME_ADDRESS 1", "Y or N"),
     ("KNOCK_ONE_TIME_FILE codes", "an absolute path"), ("KNOCK_TIMEOUT 0", "seconds, 1 to 86400"),
     ("KNOCK_TCPFLAGS syn,ece", "fin, syn, rst"), ("KNOCK_STRICT 1", "Y or N"),
     ("KNOCK_STRICT_DUPLICATES x", "Y or N"),

@@ -8,7 +8,7 @@ import random
 import struct
 import unittest
 from unittest import mock
-from typing import Any
+from typing import Any, Dict, List  # noqa: F401
 
 import spa_server as server
 from tests.support import TOP, write
@@ -196,8 +196,9 @@ class GateTest(ServerCase):
     def request(self, header: bytes = b"", **fields: Any) -> server.Datagram:
         """Return a request as the client makes it, with some fields changed."""
         uuid = bytes.fromhex(FIRST["client_uuid"].replace("-", ""))
-        values = dict(protocol=6, ports=(22, 22), target=b"\x0a\x37\0\1", client=b"\x0a\x37\0\2",
-                      timestamp=int(self.clock.wall_time), uuid=uuid)  # type: Dict[str, Any]
+        values: Dict[str, Any] = {
+            "protocol": 6, "ports": (22, 22), "target": b"\x0a\x37\0\1", "uuid": uuid,
+            "client": b"\x0a\x37\0\2", "timestamp": int(self.clock.wall_time)}
         values.update(fields)
         header = header or struct.pack(server.OSPA_HEADER, server.OSPA_REQUEST, 7, 1, 0, 0)
         packet = server.OspaFields(**values).encode()
