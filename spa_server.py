@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Hide ports, and open them for a while to clients that prove in one packet that they hold a key.
 
-This is a server for fwknop's single packet authorization (SPA) and for port knocking. It reads
-fwknopd.conf, access.conf and knockd.conf, understands the fwknop clients, and drives nftables or
-iptables. It needs nothing but Python's standard library, and nft or iptables. Comments cite
-tests/spec/fwknop.md and tests/spec/knockd.md by section. These files describe the formats and the
-behaviour of fwknop and knockd.
+This is a server for fwknop's single packet authorization (SPA), OpenSPA's knocks by public key, and
+port knocking. It reads fwknopd.conf, access.conf and knockd.conf, understands the fwknop clients,
+and drives nftables or iptables. It needs nothing but Python's standard library, and nft or
+iptables. Comments cite tests/spec/fwknop.md, knockd.md and openspa.md by section. These files
+describe the formats and the behaviour of fwknop, knockd and OpenSPA.
 
 The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 28:
 
@@ -21,7 +21,8 @@ The life of a packet, in the order of Gate.receive() and Gate.let_in() in sectio
 
 A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has answered, the packet
 starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 27 instead.
-The right next port advances its sequence (section 8); the last one opens or runs as above.
+The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
+requests go to OspaGate.receive() in section 29; RSA (section 12) proves their keys.
 
 Until a packet's key is proven, 20 functions of 195 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
@@ -34,14 +35,15 @@ is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 A UDP or TCP socket has its own receive() (section 18). HTTP adds Gate.unwrap(), a SOURCE other than
 ANY adds Stanza.admits(). Junk of another form makes a NotSpa. If a stanza has no HMAC, decryption
 proves the key: unlock() and all that it calls. A knock sequence has no key: decode_knock(),
-KnockListener.take_knock() and all that they call.
+KnockListener.take_knock() and all that they call. OpenSPA adds OspaGate.receive() and admit(),
+unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes last.
 
 Changes on this host: the firewall (sections 20 and 21: tables `inet spa` and `inet spa_nat`, rules
 with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, and by --init the two
 files in /etc/fwknop. To undo them: -K, then --fw-flush, then --unguard. When the server is killed,
 the kernel ends the grants; a guard stays closed until a server runs, or --unguard.
 
-Contents. Sections 1 to 11 compute: bytes, text and time go in, values come out; they read the
+Contents. Sections 1 to 13 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH, an optional import of
 `cryptography`, and the mark on a line of one-time sequences that was used (section 8).
 
