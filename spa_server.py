@@ -8110,6 +8110,7 @@ class Server:
         self.gate = Gate(configuration, self.access, self.knocks, Resolver(self.selector),
                          self.catch_up)
         self.ospa = OspaGate(configuration, self.gate)
+        self.takers = dict.fromkeys((OspaCapture, OspaUdpCapture), self.ospa.receive)
         self.remembers = False  # whether the gate has the settings' replay memory
         self.captures: List[Capture] = []
         self.link_events: Optional[socket.socket] = None
@@ -8160,9 +8161,7 @@ class Server:
 
     def drain(self, capture: Capture) -> None:
         """Read from a capture until nothing is there, or others have waited long enough."""
-        take: Callable[[Any], None] = self.gate.receive
-        if isinstance(capture, (OspaCapture, OspaUdpCapture)):
-            take = self.ospa.receive
+        take: Callable[[Any], None] = self.takers.get(type(capture), self.gate.receive)
         if isinstance(capture, KnockCapture):
             take = partial(self.knocks.take_knock, sequences=capture.sequences)
         end = self.clocks.monotonic() + BATCH_SECONDS
