@@ -37,7 +37,8 @@ STRICTER = {
 # What both drop: ours looks at the length first, then at what is encrypted.
 DROPPED = {
     "nonce 2 bytes": "OpenSPA length", "no nonce": "OpenSPA length",
-    "no end port": "OpenSPA length", "packet of 1500 bytes": "OpenSPA length", "8 byte header only": "OpenSPA length",
+    "no end port": "OpenSPA length", "packet of 1500 bytes": "OpenSPA length",
+    "8 byte header only": "OpenSPA length",
     "both client v4+v6": "OpenSPA decryption", "start 10 end 8": "OpenSPA decryption",
     "protocol 47 GRE": "OpenSPA decryption", "wrong signature": "OpenSPA signature",
     "unknown uuid": "OpenSPA signature"}
