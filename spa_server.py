@@ -7805,7 +7805,7 @@ def read_ospa_keys(settings: ServerSettings,
                    stanzas: List[Stanza]) -> Tuple[Optional[RsaKey], List[str]]:
     """Return the server's key, if a stanza has OPENSPA_CLIENTS, and a warning for each file there
     that is no client's key; raise ConfigError without the server's key."""
-    users = [stanza for stanza in stanzas if stanza.openspa_clients]
+    users = [stanza for stanza in stanzas if stanza.openspa_clients and not stanza.void]
     if not users:
         return None, []
     settings.require(settings.ospa_key_file, ServerSettings.ospa_key_file,
@@ -7865,7 +7865,8 @@ class OspaGate:
     def configure(self, configuration: Configuration) -> None:
         """Go on with the keys and stanzas of a configuration."""
         self.settings, self.key = configuration.settings, configuration.ospa_key
-        self.stanzas = [each for each in configuration.stanzas if each.openspa_clients]
+        self.stanzas = [each for each in configuration.stanzas
+                        if each.openspa_clients and not each.void]
         self.lengths = ospa_lengths(self.key.size) if self.key else frozenset()
 
     def receive(self, datagram: Datagram) -> None:

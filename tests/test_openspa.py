@@ -352,6 +352,16 @@ class GateTest(ServerCase):
                 reason = (DROPPED if dropped else STRICTER).get(item["name"], "accepted")
                 self.assertEqual({reason: 1}, made.tally.counts)
 
+    def test_a_void_stanza_opens_nothing(self) -> None:
+        """A user's broken key file must not lift the rest of the stanza, such as its expiry."""
+        keys = write(self.place("keys"), "KEY\n")
+        made = self.gate("OPEN_PORTS tcp/22\n%%include_keys %s\nACCESS_EXPIRE_EPOCH 1000\n" % keys)
+        self.assertTrue(made.gate.stanzas[0].void)
+        made.ospa.key = server.read_rsa_key(self.place("key.pem"), True)
+        made.ospa.lengths = server.ospa_lengths(made.ospa.key.size)
+        made.ospa.receive(self.request())
+        self.assertEqual(([], []), (self.firewall.doors(), self.replies))
+
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
         made = self.gate("OPEN_PORTS tcp/22,tcp/443,tcp/8000\nREQUIRE_SAME_ADDRESS N\n",
