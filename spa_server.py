@@ -7794,6 +7794,8 @@ def read_client_key(directory: str, uuid: str) -> Optional[RsaKey]:
                        if uuid in (each.name, os.path.splitext(each.name)[0]))
     if not names:
         return None
+    if len(names) > 1:  # the old key must not go on in a file UUID.old
+        raise ConfigError(f"{directory}: expected one file for a client, not {' and '.join(names)}")
     key = read_rsa_key(os.path.join(directory, names[0]), private=False)
     if key.size * 8 not in OSPA_CLIENT_BITS:
         raise ConfigError(f"{os.path.join(directory, names[0])}: expected a modulus of 1024, 2048, "

@@ -362,6 +362,17 @@ class GateTest(ServerCase):
         made.ospa.receive(self.request())
         self.assertEqual(([], []), (self.firewall.doors(), self.replies))
 
+    def test_two_files_of_a_client(self) -> None:
+        """Neither counts: the first by name may be an old key, put aside."""
+        made = self.gate()
+        path = self.place("clients/%s." % FIRST["client_uuid"])
+        os.rename(path + "pem", path + "old")
+        write(path + "pem", VECTORS["vectors"][1]["client_public_pem"])
+        made.ospa.receive(self.request())
+        self.assertEqual(({"OpenSPA signature": 1}, []), (made.tally.counts, self.replies))
+        self.assertIn("expected one file for a client, not %s.old and" % FIRST["client_uuid"],
+                      self.logged())
+
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
         made = self.gate("OPEN_PORTS tcp/22,tcp/443,tcp/8000\nREQUIRE_SAME_ADDRESS N\n",
