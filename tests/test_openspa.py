@@ -373,6 +373,22 @@ class GateTest(ServerCase):
         self.assertIn("expected one file for a client, not %s.old and" % FIRST["client_uuid"],
                       self.logged())
 
+    def test_files_are_read_within_the_ration(self) -> None:
+        """Our public key is enough to have them read, and to have errors of them logged."""
+        made = self.gate()
+
+        def read(*_: Any) -> Any:
+            """Take 20 ms, as a large directory does."""
+            self.clock.pass_seconds(0.02)
+            raise server.ConfigError("a bad file")
+
+        with mock.patch.object(server, "read_client_key", read):
+            for number in range(60):
+                made.ospa.receive(self.request(timestamp=number))
+        self.assertLessEqual(made.tally.counts["OpenSPA signature"], 29)
+        self.assertGreater(made.tally.counts["OpenSPA too fast"], 30)
+        self.assertLess(self.logged().count("a bad file"), 29)
+
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
         made = self.gate("OPEN_PORTS tcp/22,tcp/443,tcp/8000\nREQUIRE_SAME_ADDRESS N\n",
