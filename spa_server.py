@@ -7979,7 +7979,7 @@ class OspaGate:
             control = socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, datagram.destination + bytes(4)
         try:
             if sender is not None:
-                sender.sendmsg([answer], [control], 0,
+                sender.sendmsg([answer], [control], socket.MSG_DONTWAIT,  # the loop must not wait
                                (socket_text(datagram.source), datagram.source_port))
         except OSError as error:
             self.log.debug("OpenSPA: no answer: " + explain(error))

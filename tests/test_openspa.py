@@ -5,6 +5,7 @@ import hmac
 import json
 import os
 import random
+import socket
 import struct
 import unittest
 from unittest import mock
@@ -388,6 +389,19 @@ class GateTest(ServerCase):
         self.assertLessEqual(made.tally.counts["OpenSPA signature"], 29)
         self.assertGreater(made.tally.counts["OpenSPA too fast"], 30)
         self.assertLess(self.logged().count("a bad file"), 29)
+
+    def test_an_answer_does_not_wait(self) -> None:
+        """Answers that wait for a neighbour's address fill the buffer: the loop must go on."""
+        made = self.gate()
+        del made.ospa.answer
+        sender = mock.Mock()
+        sender.sendmsg.side_effect = BlockingIOError(11, "full")
+        made.ospa.sockets = {4: sender}
+        made.ospa.receive(self.request())
+        (_, control, flags, peer), _ = sender.sendmsg.call_args
+        self.assertEqual((socket.MSG_DONTWAIT, ("10.55.0.2", 4000)), (flags, peer))
+        self.assertEqual([(0, 8, b"\0\0\0\0\x0a\x37\0\1\0\0\0\0")], control)
+        self.assertEqual({"accepted": 1}, made.tally.counts)
 
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
