@@ -7952,6 +7952,7 @@ class OspaGate:
              client: RsaKey) -> bytes:
         """Ask for access by a stanza. Once the doors are open, return the answer, signed."""
         (first, last), target = fields.ports, parse_address(socket_text(fields.target))
+        address = parse_address(socket_text(fields.client))
         names = {number: name for name, number in PROTOCOL_NUMBERS.items()}
         if fields.protocol not in names or not first:
             raise PacketRejected("protocol", f"OpenSPA: IP protocol {fields.protocol}, port {first}"
@@ -7959,11 +7960,12 @@ class OspaGate:
         if last - first >= OSPA_MOST_PORTS:
             raise PacketRejected("ports", f"OpenSPA: {last - first + 1} ports at once; at most "
                                  f"{OSPA_MOST_PORTS} are opened")
+        if not may_be_host(address):  # 0.0.0.0 names no address; a command may take it for all
+            raise PacketRejected("no address", f"OpenSPA: {address} is not the address of a host")
         if not is_own_address(target):
             raise PacketRejected("target", f"OpenSPA: {target} is no address of this host")
         ports = tuple((names[fields.protocol], port) for port in range(first, last + 1))
-        verdict = self.gate.ask(Request(datagram, parse_address(socket_text(fields.client)), ports,
-                                        uuid, "OpenSPA 2.0"), stanza)
+        verdict = self.gate.ask(Request(datagram, address, ports, uuid, "OpenSPA 2.0"), stanza)
         assert verdict is not None and self.key is not None  # no name of a NAT host is looked up
         header = struct.pack(OSPA_HEADER, OSPA_ANSWER, datagram.payload[1], OSPA_SUITE, 0, 0)
         made = OspaFields(fields.protocol, fields.ports, fields.target, seconds=verdict.seconds)

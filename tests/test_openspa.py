@@ -403,6 +403,14 @@ class GateTest(ServerCase):
         self.assertEqual([(0, 8, b"\0\0\0\0\x0a\x37\0\1\0\0\0\0")], control)
         self.assertEqual({"accepted": 1}, made.tally.counts)
 
+    def test_addresses_of_no_host(self) -> None:
+        """0.0.0.0, `::`, broadcast and multicast are rejected, whoever may name other addresses."""
+        made = self.gate("OPEN_PORTS tcp/22\nREQUIRE_SAME_ADDRESS N\n")
+        hosts = bytes(4), bytes(16), b"\xff" * 4, b"\xe0\0\0\1", b"\xff\2" + bytes(14)
+        for host in hosts:
+            made.ospa.receive(self.request(client=host))
+        self.assertEqual(({"no address": len(hosts)}, []), (made.tally.counts, self.replies))
+
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
         made = self.gate("OPEN_PORTS tcp/22,tcp/443,tcp/8000\nREQUIRE_SAME_ADDRESS N\n",
