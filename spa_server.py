@@ -7812,9 +7812,10 @@ def read_ospa_keys(settings: ServerSettings,
         return None, []
     settings.require(settings.ospa_key_file, ServerSettings.ospa_key_file,
                      "the server's private key, for OPENSPA_CLIENTS")
-    warnings = []
+    warnings = permission_warnings(str(settings.ospa_key_file))
     for stanza in users:
         directory = str(stanza.openspa_clients)
+        warnings += folder_warnings(directory)
         try:
             names = sorted(os.listdir(directory))
         except OSError as error:

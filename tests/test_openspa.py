@@ -455,10 +455,16 @@ class ConfigurationTest(ServerCase):
         settings.set_line(server.Line("f", 1, "OPENSPA_PRIVATE_KEY", path))
         uuid = FIRST["client_uuid"]
         write(self.place("clients/" + uuid), FIRST["client_private_pem"])
+        os.chmod(path, 0o600)
+        os.chmod(self.place("clients"), 0o700)
         found, warnings = server.read_ospa_keys(settings, stanzas)
         self.assertIsNotNone(found)
         self.assertEqual(["(stanza #1) %s: expected a public key, not RSA PRIVATE KEY"
                           % self.place("clients/" + uuid)], warnings)
+        os.chmod(path, 0o644)
+        os.chmod(self.place("clients"), 0o777)
+        for text in server.read_ospa_keys(settings, stanzas)[1][:2]:
+            self.assertRegex(text, r"key\.pem permissions should|clients is writable by others")
         write(path, FIRST["server_public_pem"])
         with self.assertRaisesRegex(server.ConfigError, "key.pem: expected a private key, not PUB"):
             server.read_ospa_keys(settings, stanzas)
