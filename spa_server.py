@@ -7917,6 +7917,10 @@ class OspaGate:
         assert self.key is not None  # else there is no length that passes
         if self.clocks.monotonic() < self.rsa_until - OSPA_BURST / OSPA_SHARE:
             raise TooFast("OpenSPA too fast", "OpenSPA: too many requests; it is not decrypted")
+        stanzas = [stanza for stanza in self.stanzas if stanza.admits(datagram)]
+        if not stanzas:
+            raise PacketRejected("source", "No access data found for source IP: "
+                                 + socket_text(datagram.source), "{text}")
         try:
             header, packet, signature = self.spend(unseal_ospa, datagram.payload, self.key)
             fields = decode_ospa(packet, is_answer=False)
@@ -7928,10 +7932,9 @@ class OspaGate:
                                              f"OpenSPA: no client {uuid} has signed this")
         canonical = encode_base64(DIGESTS["SHA256"](header + packet))
         is_remembered = False
-        for stanza in self.stanzas:
+        for stanza in stanzas:
             try:
-                client = (self.spend(read_client_key, str(stanza.openspa_clients), uuid)
-                          if stanza.admits(datagram) else None)
+                client = self.spend(read_client_key, str(stanza.openspa_clients), uuid)
                 if not client or not self.spend(client.verify, header + packet, signature):
                     continue
                 if not is_remembered:  # before anything opens: a crash must not allow a replay

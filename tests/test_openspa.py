@@ -411,6 +411,13 @@ class GateTest(ServerCase):
             made.ospa.receive(self.request(client=host))
         self.assertEqual(({"no address": len(hosts)}, []), (made.tally.counts, self.replies))
 
+    def test_source_comes_before_rsa(self) -> None:
+        """Junk from where no client is uses up nothing of the ration."""
+        made = self.gate("OPEN_PORTS tcp/22\nDESTINATION 10.55.0.9\n")
+        with mock.patch.object(server, "unseal_ospa", side_effect=AssertionError):
+            made.ospa.receive(self.request())
+        self.assertEqual({"source": 1}, made.tally.counts)
+
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
         made = self.gate("OPEN_PORTS tcp/22,tcp/443,tcp/8000\nREQUIRE_SAME_ADDRESS N\n",
