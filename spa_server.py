@@ -2364,7 +2364,7 @@ class Stanza(Settings):
             return []
         packet = self.require_knock  # follows the sequence, and says what to open
         self.require_all(
-            (self.takes_packets or not packet, Stanza.require_knock,
+            (self.takes_packets or self.openspa_clients or not packet, Stanza.require_knock,
              "a KEY as well, for the packet to follow"),
             (packet or self.open_ports, Stanza.knock_file if self.knock_file else
              Stanza.knock_steps, "OPEN_PORTS with it"),

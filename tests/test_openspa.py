@@ -418,6 +418,16 @@ class GateTest(ServerCase):
             made.ospa.receive(self.request())
         self.assertEqual({"source": 1}, made.tally.counts)
 
+    def test_a_knock_comes_first(self) -> None:
+        """REQUIRE_KNOCK needs no KEY beside OpenSPA; without the knock nothing opens."""
+        made = self.gate("OPEN_PORTS tcp/22\nKNOCK_SEQUENCE 7000,8000\nREQUIRE_KNOCK Y\n")
+        made.ospa.receive(self.request())
+        self.assertEqual(({"no knock": 1}, []), (made.tally.counts, self.replies))
+        made.knocks.knocked[1, b"\x0a\x37\0\2"] = self.clock.mono_time + 5
+        self.clock.pass_seconds(1)
+        made.ospa.receive(self.request())
+        self.assertEqual(1, len(self.replies))
+
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
         made = self.gate("OPEN_PORTS tcp/22,tcp/443,tcp/8000\nREQUIRE_SAME_ADDRESS N\n",
