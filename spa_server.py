@@ -8163,6 +8163,8 @@ class Server:
             self.log.info(line)
         for capture in old:
             if capture not in captures:
+                if isinstance(capture, OspaCapture):  # the reference's client sends once
+                    self.drain(capture)
                 self.selector.unregister(capture)
                 capture.close()
         self.ospa.open_sockets(captures)

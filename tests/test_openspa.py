@@ -428,6 +428,19 @@ class GateTest(ServerCase):
         made.ospa.receive(self.request())
         self.assertEqual(1, len(self.replies))
 
+    def test_a_reload_loses_no_request(self) -> None:
+        """What waits in a capture is taken before another one takes its place."""
+        made = self.gate()
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(there.close)
+        capture, datagram = server.OspaCapture(here, 0, "any"), self.request()
+        capture.decode = lambda _: datagram  # type: ignore[method-assign]
+        made.listen([capture])
+        made.ospa.close_sockets()
+        there.send(b"x")
+        made.listen([])
+        self.assertEqual(1, len(self.replies))
+
     def test_mutations(self) -> None:
         """A bit, a cut, a splice: nothing opens, nothing is raised (SPA_OPENSPA_MUTATIONS)."""
         made = self.gate("OPEN_PORTS tcp/22,tcp/443,tcp/8000\nREQUIRE_SAME_ADDRESS N\n",
