@@ -7792,8 +7792,11 @@ def read_client_key(directory: str, uuid: str) -> Optional[RsaKey]:
     with os.scandir(directory) as entries:
         names = sorted(each.name for each in entries
                        if uuid in (each.name, os.path.splitext(each.name)[0]))
-    if not names:
-        return None
+    return read_only_key(directory, names) if names else None
+
+
+def read_only_key(directory: str, names: List[str]) -> RsaKey:
+    """Read a client's public key from the files that are named by its UUID, if it is only one."""
     if len(names) > 1:  # the old key must not go on in a file UUID.old
         raise ConfigError(f"{directory}: expected one file for a client, not {' and '.join(names)}")
     key = read_rsa_key(os.path.join(directory, names[0]), private=False)
@@ -7820,9 +7823,12 @@ def read_ospa_keys(settings: ServerSettings,
             names = sorted(os.listdir(directory))
         except OSError as error:
             raise stanza.error(Stanza.openspa_clients, explain(error)) from None
+        clients: Dict[str, List[str]] = collections.defaultdict(list)
         for name in names:
+            clients[os.path.splitext(name)[0]].append(name)
+        for files in clients.values():
             try:
-                read_client_key(directory, os.path.splitext(name)[0])
+                read_only_key(directory, files)
             except (OSError, SpaError) as error:
                 warnings.append(f"(stanza #{stanza.number}) {explain(error)}")
     return read_rsa_key(str(settings.ospa_key_file), private=True), warnings

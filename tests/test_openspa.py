@@ -498,6 +498,11 @@ class ConfigurationTest(ServerCase):
         write(path, FIRST["server_public_pem"])
         with self.assertRaisesRegex(server.ConfigError, "key.pem: expected a private key, not PUB"):
             server.read_ospa_keys(settings, stanzas)
+        write(path, FIRST["server_private_pem"])
+        write(self.place("clients/%s.old" % uuid), FIRST["client_public_pem"])
+        with mock.patch.object(os, "scandir", side_effect=AssertionError):  # once a client is slow
+            self.assertIn("expected one file for a client, not %s and %s.old" % (uuid, uuid),
+                          server.read_ospa_keys(settings, stanzas)[1][-1])
         stanzas = self.stanzas("SOURCE ANY\nOPENSPA_CLIENTS /no/such\n")
         with self.assertRaisesRegex(server.ConfigError, "OPENSPA_CLIENTS: .*No such file"):
             server.read_ospa_keys(settings, stanzas)
