@@ -1,17 +1,20 @@
 """Speed, side by side with the peers that are installed, in one run on one machine.
 
     sudo python3 -m tests.bench            all rows
-    sudo python3 -m tests.bench client     one of: open junk flood many knock client proxy start
+    sudo python3 -m tests.bench client     one of: open junk flood many knock openspa client proxy
+                                                   start
 
 `flood` counts the honest packets that open, each sent once, while junk comes. `many` is for 1,000
 stanzas and for thousands of grants: what the next one costs, and how late the last is closed when
 1,000 end together. `knock` is for knock sequences, ours beside knockd: from the last of three SYNs
-to the first answer, and the CPU for each first hit of a flood from many addresses.
+to the first answer, and the CPU for each first hit of a flood from many addresses. `openspa` is for
+requests of clients with RSA keys, beside the time that the RSA itself takes in the same run.
 
 Each row prints medians, and for the peers the ratio to ours. Machines are noisy: compare ratios,
 and numbers of one run only. Traffic stays in network namespaces that are made for it.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,15 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from functools import partial
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import spa_client as client
 from tests.knockd import FLOOD as FLOOD_OF_HITS
 from tests.knockd import NAMED, REAL, Knockd
 from tests.netns import (CLIENT4, COMPILE_BEFORE, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT,
                          SPA_SERVER, Cable, Host, Process, Server)
-from tests.support import TIMEOUT, slowness, wait_for
+from tests.support import TIMEOUT, TOP, read, slowness, wait_for
 
 ROUNDS = 21
 JUNK_SECONDS = 4.0
@@ -88,6 +92,34 @@ def send(source, ports):
     return begin
 """
 
+# For each OpenSPA request prints milliseconds: of two powers, as one private operation needs them,
+# then from the request until the port answers, and until the server has answered.
+REQUESTED = """
+import select, socket, sys, time
+server, p, dp, q, dq = sys.argv[1], *map(int, sys.argv[2:])
+def milliseconds(begin):
+    return (time.perf_counter() - begin) * 1000
+for line in sys.stdin:
+    source, port, request = line.split()
+    begin = time.perf_counter()
+    pow(p // 3, dp, p), pow(q // 3, dq, q)
+    times = {"pow": milliseconds(begin)}
+    links = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+    for link, where in zip(links, (int(port), 22211)):
+        link.bind((source, 0))
+        link.connect((server, where))
+    begin = time.perf_counter()
+    links[1].send(bytes.fromhex(request))
+    while len(times) < 3 and milliseconds(begin) < 20000:
+        if links[0] not in times:
+            links[0].send(b"x")
+        for link in select.select(links, [], [], 0.0002)[0]:
+            link.recv(2000)
+            times.setdefault(link, milliseconds(begin))
+    print(times["pow"], *[times.get(link, "never") for link in links], flush=True)
+    time.sleep(0.2)
+"""
+
 # Answers UDP datagrams on a range of ports.
 ECHO = """
 import select, socket, sys
@@ -103,12 +135,12 @@ while True:
         echo.sendto(data, peer)
 """
 
-# Sends the packets of stdin in turn as fast as it can for some seconds; prints how many.
+# Sends the packets of stdin, in hex, in turn as fast as it can for some seconds; prints how many.
 FLOOD = """
 import socket, sys, time
-packets = [line.strip().encode() for line in sys.stdin]
+packets = [bytes.fromhex(line) for line in sys.stdin]
 flood = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-flood.connect((sys.argv[1], 62201))
+flood.connect((sys.argv[1], int(sys.argv[3])))
 end, sent = time.monotonic() + float(sys.argv[2]), 0
 while time.monotonic() < end:
     for packet in packets:
@@ -123,9 +155,9 @@ print(sent)
 # The same, so many a second, until it is ended.
 PACED_FLOOD = """
 import socket, sys, time
-packets = [line.strip().encode() for line in sys.stdin]
+packets = [bytes.fromhex(line) for line in sys.stdin]
 flood = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-flood.connect((sys.argv[1], 62201))
+flood.connect((sys.argv[1], int(sys.argv[3])))
 rate, begin, sent = int(sys.argv[2]), time.monotonic(), 0
 print("ready", flush=True)
 while True:
@@ -214,6 +246,11 @@ def start_fwknopd(host: Host, udp: bool) -> Process:
 
 def measure(cable: Cable, send: str, knocks: List[str]) -> float:
     """Milliseconds from the end of each knock to the first answer of the port, median."""
+    return median(measure_each(cable, send, knocks))
+
+
+def measure_each(cable: Cable, send: str, knocks: List[str]) -> List[float]:
+    """The same, all of them."""
     echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, 20000, 20000 + ROUNDS)
     echo.wait_for("ready")
     answers = cable.client.run(sys.executable, "-I", "-S", "-c", send + OPENED, SERVER4,
@@ -221,14 +258,18 @@ def measure(cable: Cable, send: str, knocks: List[str]) -> float:
     echo.end(signal.SIGKILL)
     if "never" in answers or len(answers) != ROUNDS:
         raise AssertionError("not all knocks opened: %s" % answers)
-    return median([float(answer) for answer in answers])
+    return [float(answer) for answer in answers]
 
 
 def measure_open(cable: Cable) -> float:
     """The same for packets, each for a port of its own."""
-    return measure(cable, SEND_PACKET, [
-        "%s %d %s\n" % (CLIENT4, port, make_packet("udp/%d" % port))
-        for port in range(20000, 20000 + ROUNDS)])
+    return measure(cable, SEND_PACKET, packets_for_ports())
+
+
+def packets_for_ports() -> List[str]:
+    """A line for SEND_PACKET with a packet for each port."""
+    return ["%s %d %s\n" % (CLIENT4, port, make_packet("udp/%d" % port))
+            for port in range(20000, 20000 + ROUNDS)]
 
 
 def bench_open() -> None:
@@ -345,7 +386,7 @@ def cpu_seconds(pid: int) -> float:
 
 def bench_junk() -> None:
     """CPU for a packet that opens nothing, when more come than can be looked at."""
-    garbage = "\n".join("!" + os.urandom(100).hex() for _ in range(200))
+    garbage = [("!" + os.urandom(100).hex()).encode() for _ in range(200)]
     for title, packets in (("wrong key", wrong_keys()), ("garbage", garbage)):
         rows: Dict[str, Optional[float]] = {
             name: junk_ours(packets, config, STANZA) for name, config in (
@@ -355,19 +396,24 @@ def bench_junk() -> None:
         show("CPU for a junk packet (%s), saturated" % title, rows, "us")
 
 
-def wrong_keys() -> str:
+def wrong_keys() -> List[bytes]:
     """Packets of the right form that nobody's keys have made."""
-    return "\n".join(make_packet("tcp/22", hmac_key="wrong") for _ in range(200))
+    return [make_packet("tcp/22", hmac_key="wrong").encode() for _ in range(200)]
 
 
-def junk_ours(packets: str, config: str, access: str) -> float:
+def to_hex(packets: List[bytes]) -> str:
+    """Packets as FLOOD and PACED_FLOOD read them."""
+    return "".join(packet.hex() + "\n" for packet in packets)
+
+
+def junk_ours(packets: List[bytes], config: str, access: str, port: int = 62201) -> float:
     """Microseconds of CPU for each packet that our server looked at."""
     with Cable() as cable:
         server = Server(cable.server, "FIREWALL_TYPE none;\n" + config, access).start()
         pid = server.running().popen.pid
         before = cpu_seconds(pid)
-        cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, JUNK_SECONDS,
-                         input=packets)
+        cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, JUNK_SECONDS, port,
+                         input=to_hex(packets))
         wait_until_idle(pid)
         used = cpu_seconds(pid) - before
         server.stop()
@@ -384,13 +430,13 @@ def wait_until_idle(pid: int) -> None:
     wait_for(idle, "an idle process", TIMEOUT)  # it may have much to do still
 
 
-def junk_fwknopd(packets: str) -> float:
+def junk_fwknopd(packets: List[bytes]) -> float:
     """The same for fwknopd's UDP server: what it looked at is what the kernel did not drop."""
     with Cable() as cable:
         process = start_fwknopd(cable.server, True)
         before = cpu_seconds(process.popen.pid)
         sent = int(cable.client.run(sys.executable, "-I", "-S", "-c", FLOOD, SERVER4, JUNK_SECONDS,
-                                    input=packets))
+                                    62201, input=to_hex(packets)))
         wait_until_idle(process.popen.pid)
         used = cpu_seconds(process.popen.pid) - before
         line = next(line for line in cable.server.run("cat", "/proc/net/udp").splitlines()
@@ -417,6 +463,23 @@ def bench_flood() -> None:
         show("of %d knocks under %d junk packets a second opened" % (HONEST, rate), rows, "")
 
 
+@contextlib.contextmanager
+def paced_flood(cable: Cable, rate: int, port: int, packets: List[bytes]) -> Iterator[None]:
+    """Sends these packets to a port of the server meanwhile, so many a second."""
+    flood = subprocess.Popen(
+        cable.client.command([sys.executable, "-I", "-S", "-c", PACED_FLOOD, SERVER4, rate, port]),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+    assert flood.stdin and flood.stdout
+    with flood:
+        flood.stdin.write(to_hex(packets))
+        flood.stdin.close()
+        flood.stdout.readline()
+        try:
+            yield
+        finally:
+            flood.kill()
+
+
 def start_ours(config: str, host: Host) -> Process:
     """Ours with our stanza, on iptables."""
     return Server(host, "FIREWALL_TYPE iptables;\n" + config, STANZA).start().running()
@@ -428,18 +491,10 @@ def survive(rate: int, start: Callable[[Host], Process]) -> float:
         drop_all(cable.server, "iptables")
         cable.server.run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "62201", "-j", "ACCEPT")
         process = start(cable.server)
-        flood = subprocess.Popen(
-            cable.client.command([sys.executable, "-I", "-S", "-c", PACED_FLOOD, SERVER4, rate]),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
-        assert flood.stdin and flood.stdout
-        with flood:
-            flood.stdin.write(wrong_keys())
-            flood.stdin.close()
-            flood.stdout.readline()
+        with paced_flood(cable, rate, 62201, wrong_keys()):
             for port in range(20000, 20000 + HONEST):
                 cable.client.send(SERVER4, 62201, make_packet("udp/%d" % port))
                 time.sleep(HONEST_SECONDS)
-            flood.kill()
         wait_until_idle(process.popen.pid)
         rules = cable.server.run("iptables", "-S")
         process.end()
@@ -502,6 +557,89 @@ def end_together(cable: Cable, server: Server) -> float:
     wait_for(lambda: server.log().count("Removed rule") == ENDING, "the end of all grants",
              TIMEOUT)
     return (time.time() - last) * 1000
+
+
+OPENSPA_JUNK, OPENSPA_ADK_JUNK = 2000, 10000  # requests a second
+GUARD = "FIREWALL_TYPE nft;\nGUARD_PORTS %s;\n" % ", ".join(
+    "udp/%d" % port for port in range(20000, 20000 + ROUNDS))
+
+
+def bench_openspa() -> None:
+    """RSA alone, request to open and to answer, junk, and the delay of a packet under junk."""
+    with tempfile.TemporaryDirectory() as directory:
+        config, access, ospa = make_openspa(directory)
+        with Cable() as cable:
+            Server(cable.server, GUARD + config, access).start()
+            show_requests("OpenSPA request", cable, ospa)
+        bench_openspa_junk(config, access, junk_requests(ospa))
+    with tempfile.TemporaryDirectory() as directory:
+        config, access, ospa = make_openspa(directory, "--adk")
+        with Cable() as cable:
+            Server(cable.server, GUARD + config, access).start()
+            with paced_flood(cable, OPENSPA_ADK_JUNK, 22211, junk_requests(ospa)):
+                show_requests("OpenSPA request with ADK, under %d junk requests a second"
+                              % OPENSPA_ADK_JUNK, cable, ospa)
+
+
+def show_requests(title: str, cable: Cable, ospa: Dict[str, Any]) -> None:
+    """How long requests take that are sent once, beside RSA alone."""
+    echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, 20000, 20000 + ROUNDS)
+    echo.wait_for("ready")
+    p, q, dp, dq, _ = ospa[client.PRIVATE].primes
+    lines = cable.client.run(
+        sys.executable, "-I", "-S", "-c", REQUESTED, SERVER4, p, dp, q, dq,
+        input="".join("%s %d %s\n" % (CLIENT4, port, make_request(ospa, port).hex())
+                      for port in range(20000, 20000 + ROUNDS))).splitlines()
+    columns = list(zip(*[line.split() for line in lines]))
+    if "never" in columns[1] + columns[2]:
+        raise AssertionError("not all requests opened and were answered: %s" % lines)
+    show("%s, nft guard, 2048 bits, median of %d" % (title, ROUNDS), {
+        name: median([float(word) for word in column]) for name, column in zip(
+            ("RSA private operation (its two powers)", "to open", "to answer"), columns)}, "ms")
+
+
+def bench_openspa_junk(config: str, access: str, junk: List[bytes]) -> None:
+    """What junk costs, and how it delays a packet of fwknop's; beside that of junk for fwknop."""
+    udp = "FIREWALL_TYPE none;\nENABLE_UDP_SERVER Y;\n"
+    show("CPU for a junk packet, saturated, UDP server", {
+        "for fwknop (wrong key)": junk_ours(wrong_keys(), udp, STANZA),
+        "OpenSPA, wrong length": junk_ours([each + b"x" for each in junk], udp + config, access,
+                                           22211),
+        "OpenSPA, right length": junk_ours(junk, udp + config, access, 22211)}, "us")
+    times: Dict[str, List[float]] = {}
+    for name, port, packets in (("for fwknop (wrong key)", 62201, wrong_keys()),
+                                ("OpenSPA, right length", 22211, junk)):
+        with Cable() as cable:
+            Server(cable.server, GUARD + config, STANZA + access).start()
+            with paced_flood(cable, OPENSPA_JUNK, port, packets):
+                times[name] = measure_each(cable, SEND_PACKET, packets_for_ports())
+    for title, choose in (("median", median), ("worst", max)):
+        show("fwknop's packet to open, under %d junk packets a second, %s of %d"
+             % (OPENSPA_JUNK, title, ROUNDS),
+             {name: choose(each) for name, each in times.items()}, "ms")
+
+
+def make_openspa(directory: str, *options: str) -> Tuple[str, str, Dict[str, Any]]:
+    """fwknopd.conf, access.conf and a client's OSPA file, by keygen.py."""
+    paths = [os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf", "b.ospa")]
+    subprocess.run([sys.executable, os.path.join(TOP, "keygen.py"), "--openspa", "b", "--server",
+                    SERVER4, "--openspa-dir", directory, "--config-file", paths[0],
+                    "--access-file", paths[1], "--timeout", "300", *options],
+                   cwd=directory, check=True, stderr=subprocess.DEVNULL)
+    config, access, ospa = map(read, paths)
+    return config, access.replace("OPEN_PORTS", "#"), client.parse_ospa(ospa, paths[2])
+
+
+def make_request(ospa: Dict[str, Any], port: int) -> bytes:
+    """An OpenSPA request of our client's, made now."""
+    settings: Any = types.SimpleNamespace(ospa=ospa, time_offset=0)
+    return bytes(client.OspaRequest(settings, "udp/%d" % port, CLIENT4, SERVER4).datagram)
+
+
+def junk_requests(ospa: Dict[str, Any]) -> List[bytes]:
+    """Requests of a client that the server does not know, without ADK: RSA alone can tell."""
+    stranger = dict(ospa, **{"clientUUID": "0" * 32, client.ADK: b""})
+    return [make_request(stranger, 20000) for _ in range(50)]
 
 
 def timed(command: List[str]) -> Callable[[], float]:
@@ -621,7 +759,8 @@ def bench_start() -> None:
 
 ROWS: Dict[str, Callable[[], None]] = {
     "open": bench_open, "junk": bench_junk, "flood": bench_flood, "many": bench_many,
-    "knock": bench_knock, "client": bench_client, "proxy": bench_proxy, "start": bench_start}
+    "knock": bench_knock, "openspa": bench_openspa, "client": bench_client, "proxy": bench_proxy,
+    "start": bench_start}
 
 
 def main(words: List[str]) -> int:
