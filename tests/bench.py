@@ -417,8 +417,8 @@ def junk_ours(packets: List[bytes], config: str, access: str, port: int = 62201)
         wait_until_idle(pid)
         used = cpu_seconds(pid) - before
         server.stop()
-        seen = server.wait_for("Packets seen: ").partition("rejected: ")[2].split()
-        return used / int(seen[0]) * 1e6
+        seen = server.wait_for("Packets seen: ").partition("rejected: ")[2].partition(";")[0]
+        return used / sum(int(each.split()[0]) for each in seen.split(", ")) * 1e6
 
 
 def wait_until_idle(pid: int) -> None:
