@@ -4555,6 +4555,8 @@ MAX_PACKET = 4096  # the kernel cuts a longer one, and what is left is no datagr
 class Capture:
     """A socket and how to read a Datagram from it."""
 
+    batch_seconds = 0.02  # of datagrams, before others have their turn
+
     def __init__(self, opened: socket.socket, name: str, buffer: int = RECEIVE_BUFFER) -> None:
         self.socket, self.name = opened, name
         opened.setblocking(False)
@@ -7837,9 +7839,13 @@ def read_ospa_keys(settings: ServerSettings,
 class OspaCapture(PacketCapture):
     """A packet socket for OpenSPA requests."""
 
+    batch_seconds = 0.002  # less than RSA takes, so that others wait for one request only
+
 
 class OspaUdpCapture(UdpCapture):
     """A UDP socket for OpenSPA requests; it answers them, too."""
+
+    batch_seconds = OspaCapture.batch_seconds
 
 
 def open_ospa_captures(settings: ServerSettings, key: RsaKey, log: Log, current: Iterable[Capture],
@@ -8034,7 +8040,6 @@ class OspaGate:
 # The loop: it reads the captures, minds the firewall, and does in time whatever is due.
 # ======================================================================================
 
-BATCH_SECONDS = 0.02  # of datagrams from one socket, before others have their turn
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 CHECK_SHARE = 0.25  # of the time goes into these looks, while nothing is missing
 
@@ -8183,7 +8188,7 @@ class Server:
         take: Callable[[Any], None] = self.takers.get(type(capture), self.gate.receive)
         if isinstance(capture, KnockCapture):
             take = partial(self.knocks.take_knock, sequences=capture.sequences)
-        end = self.clocks.monotonic() + BATCH_SECONDS
+        end = self.clocks.monotonic() + capture.batch_seconds
         try:
             while self.running and self.clocks.monotonic() < end:
                 datagram = capture.receive()
