@@ -279,8 +279,8 @@ KNOCK = "KNOCK_SEQUENCE 7000,9000,8000\n"
 REFUSED = (
     ("SOURCE ANY\n" + KNOCK, "2: KNOCK_SEQUENCE: expected OPEN_PORTS with it"),
     (KEYED + KNOCK, "4: KNOCK_SEQUENCE: expected OPEN_PORTS with it"),
-    (KEYLESS, "1: SOURCE: expected a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, or "
-     "KNOCK_SEQUENCE"),
+    (KEYLESS, "1: SOURCE: expected a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, "
+     "OPENSPA_CLIENTS or KNOCK_SEQUENCE"),
     (KEYLESS + KNOCK + "HMAC_KEY x\n", "1: SOURCE: expected a KEY"),
     (KEYLESS + KNOCK + "KNOCK_ONE_TIME_FILE /x\n", "4: KNOCK_ONE_TIME_FILE: expected only one of "
      "KNOCK_SEQUENCE and KNOCK_ONE_TIME_FILE"),

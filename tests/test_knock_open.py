@@ -179,7 +179,8 @@ class StanzaTest(KnockCase):
         made = self.serve_for(KEYED + SEQUENCE + "REQUIRE_KNOCK Y\n")
         self.hit(*ALL_THREE[:2])
         waiting = [knock(ALL_THREE[2])]
-        capture = mock.Mock(spec=server.KnockCapture, sequences=list(made.knocks.owners))
+        capture = mock.Mock(spec=server.KnockCapture, sequences=list(made.knocks.owners),
+                            batch_seconds=server.Capture.batch_seconds)
         capture.receive.side_effect = lambda: waiting.pop() if waiting else self.nothing()
         made.captures.append(capture)
         self.assertIn(" opened ", self.knock())
