@@ -8257,9 +8257,11 @@ class Server:
             ServerSettings.promiscuous, ServerSettings.udp_server, ServerSettings.udp_port,
             ServerSettings.tcp_server, ServerSettings.tcp_port)
         same = not moved and configuration.takes_packets == self.configuration.takes_packets
-        captures = configuration.open_captures(self.log, self.captures, same)
-        memory, stood = None, firewall.guarded()
+        captures, memory, stood = self.captures, None, firewall.guarded()
         try:
+            if changed(ServerSettings.udp_server):  # it needs the port of what only answers
+                self.ospa.close_sockets()
+            captures = configuration.open_captures(self.log, self.captures, same)
             if configuration.needs_memory and not self.remembers:
                 # Until now there was nothing to remember.
                 memory = open_memory(settings, self.log, self.clocks)
@@ -8267,6 +8269,7 @@ class Server:
             firewall.prepare()
         except SpaError:
             close_captures(captures, self.captures)
+            self.ospa.open_sockets(self.captures)
             if memory:
                 memory.close()
             if firewall.guard_ports and not stood:
