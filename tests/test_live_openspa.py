@@ -243,6 +243,23 @@ class ReloadTest(DirectoryCase, OspaTest):
             self.fails(site, reason="OpenSPA: ")
 
 
+    def test_another_kind_of_socket(self) -> None:
+        """SIGHUP goes from the packet socket to the UDP server, and back; a taken port to none."""
+        access = read(self.keys.path("access.conf")) + STANZA
+        with self.keys.site(Setup(NFT, "guard"), access=access) as site:
+            site.host.listen(9000)
+            taken = "ENABLE_TCP_SERVER Y;\nTCPSERV_PORT 9000;\n"
+            for config, message in ((UDP_SERVER, "Re-starting"), ("", "Re-starting"),
+                                    (UDP_SERVER + taken, "going on with the old settings"),
+                                    (UDP_SERVER, "Re-starting")):
+                mark = site.server.mark()
+                site.server.configure(site.config + config)
+                site.server.send_signal(signal.SIGHUP)
+                site.server.wait_for(message, mark)
+                self.assertEqual("silence", self.ask(site, CLIENT4, "00", seconds=0.2))
+                self.opens(site, SERVER4, CLIENT4)
+
+
 @needs_root
 @needs_programs("ip", "nft")
 class AdkTest(OspaTest):
