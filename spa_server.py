@@ -7953,7 +7953,7 @@ class OspaGate:
                     self.gate.memory.check_fresh(fields.timestamp)
                     self.gate.memory.remember(canonical, datagram)
                     is_remembered = True
-                return self.open(datagram, fields, uuid, stanza, client)
+                return self.ask(datagram, fields, uuid, stanza, client)
             except (OSError, ConfigError) as error:
                 if self.log.rejections.allows():  # anybody with our public key can cause it
                     self.log.error(f"(stanza #{stanza.number}) {explain(error)}")
@@ -7964,8 +7964,8 @@ class OspaGate:
                 rejection = reason if isinstance(rejection, WrongKey) else rejection
         raise rejection
 
-    def open(self, datagram: Datagram, fields: OspaFields, uuid: str, stanza: Stanza,
-             client: RsaKey) -> bytes:
+    def ask(self, datagram: Datagram, fields: OspaFields, uuid: str, stanza: Stanza,
+            client: RsaKey) -> bytes:
         """Ask for access by a stanza. Once the doors are open, return the answer, signed."""
         (first, last), target = fields.ports, parse_address(socket_text(fields.target))
         address = parse_address(socket_text(fields.client))
