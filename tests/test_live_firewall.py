@@ -916,8 +916,8 @@ class GuardTest(unittest.TestCase):
                 for line in stranger.output().splitlines():
                     sent, waited = map(float, line.split())
                     began, ended = max(pair for pair in times if pair[0] <= sent)
-                    # As far as this machine is busy: the flush, and our change that follows it, both
-                    # wait for the processors and for what others change in the kernel.
+                    # As far as this machine is busy: the flush, and our change that follows it,
+                    # both wait for the processors and for what others change in the kernel.
                     slow = waited + 2 * (ended - began)
                     self.assertLess(sent - ended, window + slow, setup)
 
