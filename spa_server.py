@@ -2420,7 +2420,7 @@ class Stanza(Settings):
 
     @property
     def only_same_address(self) -> bool:
-        """Whether it opens to the address that a packet came from alone."""
+        """Whether it opens only to the address that a packet came from."""
         return bool(self.openspa_clients) if self.same_address is None else self.same_address
 
     @property
@@ -4921,7 +4921,7 @@ def close_captures(captures: Iterable[Capture], current: Iterable[Capture]) -> N
 
 def open_port_captures(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int,
                        captures: List[Capture], current: Iterable[Capture]) -> None:
-    """Open sockets of both families, of which a host may lack one, and add them to `captures`."""
+    """Open sockets of both families and add them to `captures`; a host may lack one family."""
     kept = {(type(each), each.family, each.port): each for each in current
             if isinstance(each, (UdpCapture, TcpCapture))}
     for family in (socket.AF_INET, socket.AF_INET6):
