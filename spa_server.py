@@ -82,7 +82,8 @@ From here on the machine is touched.
   30. Server
   31. Process
   32. First configuration
-  33. Command line
+  33. Check
+  34. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -8719,7 +8720,31 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 33. Command line
+# 33. Check
+#
+# `--check` says who may reach the ports now, what a knock would change, and what is in the way.
+# It changes nothing.
+# ======================================================================================
+
+
+class Finding(NamedTuple):
+    """A line of --check: what is, and what to do about it."""
+
+    rank: int  # HOLE, BROKEN or ODD; a FACT is nothing to do about
+    text: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        """Return the line."""
+        return MARKS[self.rank] + self.text + (f" -- {self.advice}" if self.advice else "")
+
+
+HOLE, BROKEN, ODD, FACT = range(4)  # a port that is not hidden; nobody gets in; may surprise
+MARKS = ("[!] ", "[!] ", "[-] ", "[+] ")
+
+
+# ======================================================================================
+# 34. Command line
 #
 # Options with fwknopd's names (tests/spec/fwknop.md 3.1), what each of them does, and exit codes.
 # ======================================================================================
