@@ -31,8 +31,10 @@ The way of a packet, with the sections that it leads through:
   * It writes the message (5): for whom, when, which ports. A digest follows the message.
   * It encrypts both with AES-256 (4) or gpg (14), and appends an HMAC of the cipher text (5).
   * It checks the length of the packet, and sends it by its carrier (8, 15).
+  * With --answer it prints the server's answer to the packet, if the stanza there has ANSWER (18).
   * With --wait, --proxy or --exec it tries the TCP port until it opens, and knocks anew every
-    second or three. Then it relays that connection, or becomes the command (18).
+    second or three, unless the server answers why not. Then it relays that connection, or becomes
+    the command (18).
 
 Contents. Sections 1 to 12 only compute: text, bytes and time in, values out; some warn. Sections
 13 to 20 touch the machine: files, terminal, programs, network, standard output.
@@ -58,9 +60,9 @@ Contents. Sections 1 to 12 only compute: text, bytes and time in, values out; so
   19. Output
   20. Run
 
-Exit codes: 0 the packet was sent, or another task is done; 1 it was not sent, or the port did not
-open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop has only 0 and 1. --exec ends
-with the code of its command. --knock ends with 1 for every error.
+Exit codes: 0 the packet was sent, or another task is done; 1 it was not sent, the server refused
+(--answer), or the port did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop
+has only 0 and 1. --exec ends with the code of its command. --knock ends with 1 for every error.
 """
 
 import binascii
@@ -393,7 +395,7 @@ class AesInverse(Aes):
 # 4. Encryption of a packet
 #
 # The modes of NIST SP 800-38A as fwknop uses them, in the container of `openssl enc`. There is
-# only encryption here: this program never reads a packet.
+# only encryption here: this program never reads a packet, and in CTR decryption is the same.
 # ======================================================================================
 
 BLOCK = 16  # bytes of a block of AES
@@ -453,7 +455,8 @@ def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> b
 # ======================================================================================
 # 5. Message and packet
 #
-# The message (tests/spec/fwknop.md 1.2 to 1.6), and the packet made of it (1.1, 1.8, 1.11).
+# The message (tests/spec/fwknop.md 1.2 to 1.6), the packet made of it (1.1, 1.8, 1.11), and the
+# answer to that packet (tests/spec/answer.md).
 # ======================================================================================
 
 COMMAND, ACCESS, NAT_ACCESS, TIMEOUT_ACCESS, TIMEOUT_NAT_ACCESS, LOCAL_NAT, TIMEOUT_LOCAL_NAT = \
@@ -469,6 +472,7 @@ TIMEOUT_LIMIT = 65536  # seconds, fwknop's limit
 PACKET_LIMIT = 400  # characters: servers take a packet of this length for GPG (fwknop.md 1.9)
 GPG_LIMIT = 1500  # characters: servers ignore longer packets (tests/spec/fwknop.md 1.10)
 FIELD_LIMIT = 192  # bytes in a field of the message: 256 of base64 (tests/spec/fwknop.md 1.10)
+ANSWER_TAG = 32  # bytes of the HMAC at the end of an answer
 GPG_PREFIX = "hQ"  # base64 of the first bytes of a packet for an RSA key: not sent
 
 
@@ -518,6 +522,25 @@ def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
         tag = encode_base64(Hmac(DIGESTS[hmac_type], hmac_key)(text.encode("ascii")))
     prefix = PREFIX if text.startswith(PREFIX) else GPG_PREFIX
     return (text[len(prefix):] if text.startswith(prefix) else text) + tag
+
+
+class Question:
+    """A packet that was sent, with the keys of the answer to it (tests/spec/answer.md)."""
+
+    def __init__(self, packet: bytes, key: bytes, hmac_key: bytes) -> None:
+        sha256 = DIGESTS["SHA256"]
+        digest, self.limit = sha256(packet), len(packet)
+        self.key = Hmac(sha256, key)(b"spa answer encryption" + digest)
+        self.tag = Hmac(sha256, Hmac(sha256, hmac_key)(b"spa answer authentication" + digest))
+
+    def decode(self, datagram: bytes) -> "Tuple[bool, str]":
+        """Return whether the server did as asked, and its text; raise ValueError for a stray."""
+        body, tag = datagram[:-ANSWER_TAG], datagram[-ANSWER_TAG:]
+        if (len(datagram) > self.limit or len(body) < 10 or body[0] != 1
+                or any(exclusive_or(self.tag(body), tag))):  # takes the same time for every tag
+            raise ValueError("expected an answer to this packet")
+        text = encrypt_blocks("CTR", self.key, body[1:9] + bytes(8), body[9:])
+        return text[0] == 0, text[1:].decode("ascii", "replace")
 
 
 def check_length(packet: str, message: Message, digest_type: str, tag_length: int,
@@ -1233,6 +1256,8 @@ class Settings:
 
     test = flag("test", "print the packet, do not send it")
     quiet = flag("quiet", "print nothing but errors")
+    answer = optional("answer", number_parser(1, 3600, "a number of seconds"),
+                      "print the server's answer, or fail after 3 seconds or so many")
     wait = optional("wait", number_parser(1, 86400, "a number of seconds"),
                     "knock until the TCP port answers, at most this long")
     wait_port = optional("wait_port", parse_port, "the TCP port to try (the first one of -A)")
@@ -1259,8 +1284,9 @@ class Settings:
     save_args_file = optional("save_args_file", parse_text, "file for -l instead of ~/.fwknop.run")
     fault_tag = optional("fault_tag", parse_text, "ignored (for tests of fwknop itself)")
 
-    def __init__(self, given: "Dict[str, Given]") -> None:
+    def __init__(self, given: "Dict[str, Given]", label: str = "") -> None:
         self.given, self.ospa = given, None  # type: Dict[str, Given], Optional[Dict[str, Any]]
+        self.label = label  # begins the lines about this one of several servers
         for attribute, row in DIRECTIVES.items():
             setattr(self, attribute, row.value(given.get(row.name)))
         recipient = given.get("GPG_RECIPIENT")
@@ -1278,6 +1304,17 @@ class Settings:
         self.only_knocks = self.sequence is not None and not (
             self.mode == GPG or self.stdin or self.fd is not None
             or not given.keys().isdisjoint(PACKET_NAMES))
+
+    def unanswered(self) -> str:
+        """Return what no answer comes to, "" if one may come (tests/spec/answer.md)."""
+        keyed = self.given.keys() & {*KEY_SOURCES[1], "USE_HMAC", "HMAC_DIGEST_TYPE"}
+        return next((what for wrong, what in (
+            (self.test, "-T, which sends nothing"),
+            (self.only_knocks, "port knocks"),
+            (self.protocol != "udp", f"packets over {self.protocol}"),
+            (self.rand_port, "packets to random ports"),
+            (not self.ospa_file and (self.mode == GPG or not keyed),
+             "packets without KEY and HMAC_KEY")) if wrong), "")
 
     def check(self) -> None:
         """Raise UsageError for values that do not go together; texts of fwknop begin upper-case."""
@@ -1306,6 +1343,8 @@ class Settings:
                  "OpenSPA knows no -B, -C, -f, -r, NAT, or carrier other than udp"),
                 ("-" in (self.access or "") and not self.ospa_file,
                  "-A: expected single ports; only --ospa knows ranges"),
+                (self.answer is not None and self.unanswered(),
+                 f"--answer: none comes to {self.unanswered()}"),
                 (self.save_append and self.save_packet is None, "-b needs -B"),
                 (self.force_stanza and not self.save_stanza,
                  "--force-stanza needs --save-rc-stanza")):
@@ -1390,6 +1429,7 @@ q  quiet                -         quiet=Y
 -  knock                -         knock=Y               as the first option: be `knock` (--knock -h)
 -  knock-sequence       PORTS     KNOCK_SEQUENCE
 -  knock-delay          MS        KNOCK_DELAY
+-  answer               [SECONDS] answer=3
 -  wait                 SECONDS   wait
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
@@ -1443,13 +1483,17 @@ E  save-args-file       FILE      save_args_file
 
 
 class Option:
-    """A row of an option table: letter, long name, argument, what it sets, help; "-" is nothing."""
+    """A row of an option table: letter, long name, argument, what it sets, help; "-" is nothing.
+
+    An argument in brackets may be left out; then the option has the value after `=`.
+    """
 
     def __init__(self, row: str) -> None:
         short, long, argument, sets, self.help = (row.split(None, 4) + [""])[:5]
         self.short, self.long = short.strip("-"), long.strip("-")
         self.argument = argument.strip("-")
         self.name, _, self.text = sets.partition("=")
+        self.default, self.text = (self.text, "") if argument[0] == "[" else ("", self.text)
         self.meaning = self.argument, sets
 
     def format(self, help: str) -> str:
@@ -1483,19 +1527,22 @@ def parse_options(options: "List[Option]",
     """Return the options in `arguments`, each with its name and value, and the other arguments.
 
     As getopt_long does: options may follow other arguments, `--name value` or `--name=value`, long
-    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows a value.
+    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. What begins with `-` is no
+    argument of an option that can do without. No error shows a value.
     """
     given, others = [], []  # type: Tuple[List[Tuple[Option, str, str]], List[str]]
     waiting = arguments[::-1]
 
     def add(option: Option, name: str, value: "Optional[str]") -> None:
+        """Add an option; without a `value` its argument is the next one."""
         if not option.argument and value is not None:
             raise UsageError(f"option '{name}' doesn't allow an argument")
         if option.argument and value is None:
-            if not waiting:
+            if waiting and not (option.default and waiting[-1].startswith("-")):
+                value = waiting.pop()
+            elif not option.default:
                 raise UsageError(f"option '{name}' requires an argument")
-            value = waiting.pop()
-        given.append((option, name, option.text + (value or "")))
+        given.append((option, name, option.text + (option.default if value is None else value)))
 
     while waiting:
         argument = waiting.pop()
@@ -1675,7 +1722,8 @@ def format_completion(shell: str) -> str:
              " \"(spa_client.py --stanza-list 2>/dev/null | string replace -fr '^ - ' '')\""]
     for option in OPTIONS:
         parts = ["-s " + option.short if option.short else "",
-                 "-l " + option.long if option.long else "", "-r" if option.argument else "",
+                 "-l " + option.long if option.long else "",
+                 "-r" if option.argument and not option.default else "",
                  "-d '" + help_text(option).replace("'", "\\'") + "'"]
         lines.append(" ".join(part for part in parts if part))
     return "\n".join("complete -c spa_client.py " + line for line in lines)
@@ -2791,9 +2839,9 @@ class OspaRequest:
             raise ValueError("expected the server's signature, and what this request asks for")
         return answer.seconds
 
-    def ask(self, link: "socket.socket") -> int:
+    def ask(self, link: "socket.socket", tries: int) -> int:
         """Send the request until an answer comes; return its seconds, 0 if none comes."""
-        for _ in range(OSPA_TRIES):
+        for _ in range(tries):
             end, is_sent = time.monotonic() + OSPA_SECONDS, False
             while time.monotonic() < end:
                 link.settimeout(max(end - time.monotonic(), 0.001))
@@ -2810,12 +2858,14 @@ class OspaRequest:
 # ======================================================================================
 # 18. After the knock
 #
-# Try the port until it opens, relay its connection, or become another program. Only TCP: a client
-# can't tell whether a UDP port is open.
+# Hear the server's answer, try the port until it opens, relay its connection, or become another
+# program. Only TCP: a client can't tell whether a UDP port is open.
 # ======================================================================================
 
 WAIT_SECONDS = 10  # without --wait
+SYN_SECONDS = 0.9  # systems send a SYN again after a second: an earlier answer is for the first one
 KNOCK_AGAIN = 1.0  # seconds: as the kernel, which repeats a SYN that got no answer for so long
+OPEN_ALREADY = "answers without a knock: nothing hides it, or an earlier knock still holds"
 TRY = (0.02, 0.25)  # seconds between the first two tries; they double up to the second number
 TRY_SECONDS = 3.0  # for one connection: then its SYN was repeated once, and would be again
 CHUNK = 1 << 18  # bytes to read at once
@@ -2850,21 +2900,116 @@ def find_wait_peer(settings: Settings, operands: "List[str]",
     return settings.server, port
 
 
+def wait_ready(reading: "Iterable[socket.socket]", connecting: "Iterable[socket.socket]",
+               patience: float) -> "Set[socket.socket]":
+    """Return the sockets that got a datagram or ended connecting, after so many seconds at most."""
+    import select
+    if not reading and not connecting:
+        time.sleep(patience)  # Windows can't select() without sockets
+        return set()
+    readable, writable, failed = select.select(reading, connecting, connecting, patience)
+    return {*readable, *writable, *failed}
+
+
+class Answers:
+    """The answers to one knock, and the sockets on which they may come (tests/spec/answer.md)."""
+
+    def __init__(self, report: "Callable[[str], None]") -> None:
+        self.report = report  # takes a line that says what was opened
+        self.links = {}  # type: Dict[socket.socket, Question]
+        self.told = {}  # type: Dict[str, Tuple[bool, str]]  # by address of the server
+
+    def expect(self, link: "socket.socket", question: Question) -> None:
+        """Keep the link that sent a packet, also when its owner closes it; drop very old ones."""
+        kept = socket.socket(link.family, socket.SOCK_DGRAM, 0, link.detach())
+        kept.settimeout(0)
+        self.links[kept] = question
+        if len(self.links) > 2 * MAX_ADDRESSES:
+            self.drop(next(iter(self.links)))
+
+    def drop(self, link: "socket.socket") -> None:
+        """Close a link, and hear it no more."""
+        del self.links[link]
+        link.close()
+
+    def hear(self, link: "socket.socket") -> None:
+        """Take one datagram; only the answer to the link's packet counts."""
+        host = str(link.getpeername()[0])
+        try:
+            is_done, text = self.links[link].decode(link.recv(PACKET_LIMIT))
+        except (OSError, ValueError):
+            return  # "port unreachable" or a stray: anybody can send them
+        self.drop(link)
+        if not self.told.get(host, (False, ""))[0]:
+            self.told[host] = is_done, printable(text)
+            if is_done:
+                self.report(f"{host}: {printable(text)}")
+
+    def gather(self, seconds: float) -> None:
+        """Hear answers until all came, or so long; after a good one the others have to hurry."""
+        end = time.monotonic() + seconds
+        while self.links and time.monotonic() < end:
+            for link in wait_ready(self.links, (), max(end - time.monotonic(), 0)):
+                self.hear(link)
+            if any(is_done for is_done, _ in self.told.values()):
+                end = min(end, time.monotonic() + TRY[1])
+
+    def refusals(self, is_final: bool) -> "List[str]":
+        """Return the reasons of addresses that refused; if `is_final`, unless another did not."""
+        reasons = [f"{host}: {text}" for host, (is_done, text) in self.told.items() if not is_done]
+        return reasons if not is_final or len(reasons) == len(self.told) else []
+
+
+def silence(host: str, port: int, *reasons: str) -> SpaError:
+    """Print why there may be no answer, not with -q; return the error."""
+    for reason in (f"udp/{port} of {host} can't be reached, or no server runs there",
+                   f"a clock is wrong: {our_clock()}", *reasons):
+        note("perhaps " + reason)
+    return SpaError(f"{host}: no answer")
+
+
+def our_clock() -> str:
+    """Return the time that a packet tells, for people to compare."""
+    return f"ours says {time.asctime(time.gmtime())} UTC"
+
+
+def begin_early(addresses: "List[Address]", alone: bool) -> "Dict[socket.socket, float]":
+    """Return connections that begin before the knock: one that succeeds needs none.
+
+    Their SYNs are ahead of the knock by 20 ms at most. A sequence, which no SYN may cross, waits
+    250 ms for their answers.
+    """
+    links = {}  # type: Dict[socket.socket, float]
+    for family, address in addresses:
+        try:
+            links[open_socket(family, address, False, 0)] = TRY_SECONDS
+        except OSError:
+            pass  # it will be tried again after the knock
+    ready = wait_ready((), links, TRY[alone]) if links else ()
+    for link in [each for each in links if alone and each not in ready]:
+        del links[link]
+        link.close()
+    return links
+
+
 def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[], None]",
-                    alone: bool = False) -> "Tuple[Optional[socket.socket], int]":
+                    answers: Answers, alone: bool = False,
+                    early: "Iterable[socket.socket]" = ()) -> "Tuple[Optional[socket.socket], int]":
     """Return the connection to the first address that takes one, or None and the last errno.
 
-    A datagram may get lost, so `knock` is called every second. New connections start more often
-    than the kernel repeats a SYN, and older ones go on for a while: the way may be long. A knock
-    sequence has to be `alone`: a SYN in between would break it.
+    A datagram may get lost, so `knock` is called every second, unless the server has refused. New
+    connections start more often than the kernel repeats a SYN, and older ones, `early` ones too,
+    go on for a while: the way may be long. A knock sequence has to be `alone`: a SYN in between
+    would break it.
     """
-    import select
     again = TRY_SECONDS if alone else KNOCK_AGAIN
     begin, now, knock_at, try_at, gap, error = time.monotonic(), 0.0, again, 0.0, TRY[0], 0
-    waiting = {}  # type: Dict[socket.socket, float]
+    waiting = dict.fromkeys(early, TRY_SECONDS)
     try:
         while now < seconds:
             knocking = now >= knock_at
+            if (knocking or not answers.links) and answers.refusals(True) and not alone:
+                break
             for link, end in list(waiting.items()):
                 if end < now or (knocking and alone):
                     del waiting[link]
@@ -2884,13 +3029,11 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
                     except OSError as problem:
                         error = problem.errno or 0
             patience = max(min(knock_at, try_at, seconds) - now, 0)
-            ready = []  # type: List[socket.socket]
-            if waiting:
-                _, writable, failed = select.select([], waiting, waiting, patience)
-                ready = writable + failed
-            else:
-                time.sleep(patience)  # Windows can't select() without sockets
-            for link in set(ready):
+            ready = wait_ready(answers.links, waiting, patience)
+            for link in [each for each in (*answers.links, *waiting) if each in ready]:
+                if link in answers.links:
+                    answers.hear(link)
+                    continue
                 del waiting[link]
                 error = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not error:
@@ -3103,6 +3246,8 @@ class Knock:
         self.port = port or settings.port
         self.knock_at = self.send_to = []  # type: List[Address]
         self.chosen = {}  # type: Dict[Any, str]  # peer of a link -> address to open for
+        self.listens, self.answers = settings.answer is not None, Answers(self.report)
+        self.early = {}  # type: Dict[socket.socket, float]  # see begin_early()
 
     def prepare(self) -> None:
         """Find the keys, or ask for them, and look the addresses up."""
@@ -3115,6 +3260,12 @@ class Knock:
             self.knock_at = self.send_to = find_addresses(self.host, self.port, family)
         if settings.sequence and settings.http_proxy and not settings.test:  # not at the proxy
             self.knock_at = find_addresses(settings.server or "", settings.port, family)
+
+    def report(self, line: str) -> None:
+        """Print what was opened, unless standard output or silence is for somebody else."""
+        settings = self.settings
+        if not (settings.relay or settings.execute or settings.quiet):
+            say(settings.label + line)
 
     def send(self) -> None:
         """Knock on ports, and send packets; raise SpaError if no address could be reached."""
@@ -3171,7 +3322,10 @@ class Knock:
 
     def deliver(self, link: "socket.socket", packet: str) -> int:
         """Send a packet to one address, and return the number of bytes sent."""
-        return send_packet(self.settings, link, packet)
+        sent, (key, hmac_key) = send_packet(self.settings, link, packet), self.keys
+        if self.listens and not self.settings.unanswered() and key and hmac_key:
+            self.answers.expect(link, Question(packet.encode("ascii"), key, hmac_key))
+        return sent
 
     def build(self, allow_ip: str, link: "Any") -> "Tuple[str, str]":
         """Return a fresh packet and its dump; print a random NAT port once, write -B's file."""
@@ -3209,23 +3363,71 @@ class Knock:
             if settings.verbose:
                 say("send_spa_packet: bytes sent: 0")
 
-    def wait(self, peer: "Tuple[str, int]", addresses: "List[Address]") -> "socket.socket":
-        """Return the connection to this host and TCP port; raise SpaError if it does not open."""
-        import errno
-        begin, settings = time.monotonic(), self.settings
-        seconds = settings.wait or WAIT_SECONDS
-        link, error = wait_until_open(addresses, seconds, self.send, bool(settings.sequence))
-        if link is None:
-            why = {0: "nothing answers. The server rejected the knock (its log says why), opened"
-                      " for another address than ours, or does not get our packets",
-                   errno.ECONNREFUSED: "connections are refused. The port may be open, but no"
-                                       " service listens on it"}.get(error) or os.strerror(error)
-            raise SpaError(f"tcp/{peer[1]} of {peer[0]} did not open in {seconds} seconds: {why}")
+    def confirm(self) -> None:
+        """Hear the answers; raise SpaError unless the server did as asked at one address."""
+        self.answers.gather(self.settings.answer or 0)
+        if not self.answers.told:
+            raise silence(self.host, self.port, "the server does not know these keys, or has seen"
+                          " this packet before", "the stanza there has no ANSWER Y: then it may"
+                          " have opened all the same")
+        for refusal in self.answers.refusals(True):
+            raise SpaError(refusal)
+        for refusal in self.answers.refusals(False):
+            warn(refusal)
+
+    def begin(self, addresses: "List[Address]") -> None:
+        """Try the port before the knock, if wait() will say whether that opened it."""
+        self.begun, settings = time.monotonic(), self.settings
         if settings.wait is not None and not (
                 settings.relay or settings.execute or settings.quiet):
-            say(f"tcp/{peer[1]} of {link.getpeername()[0]} opened after"
-                f" {time.monotonic() - begin:.2f} seconds")
+            self.early = begin_early(addresses, bool(settings.sequence))
+
+    def wait(self, peer: "Tuple[str, int]", addresses: "List[Address]") -> "socket.socket":
+        """Return the connection to this host and TCP port; raise SpaError if it does not open."""
+        begin, settings = time.monotonic(), self.settings
+        seconds = settings.wait or WAIT_SECONDS
+        link, error = wait_until_open(addresses, seconds, self.send, self.answers,
+                                      bool(settings.sequence), self.early)
+        if link is None:
+            raise SpaError((self.answers.refusals(True) or [
+                f"tcp/{peer[1]} of {peer[0]} did not open in {seconds} seconds:"
+                f" {self.explain(error, addresses)}"])[0])
+        now, port = time.monotonic(), f"tcp/{peer[1]} of {link.getpeername()[0]}"
+        is_early = self.early.pop(link, 0.0) and now - self.begun < SYN_SECONDS
+        if settings.wait is not None:
+            self.answers.gather(TRY[0])  # the server opens before it answers
+            for refusal in self.answers.refusals(False):
+                warn(refusal)
+            self.report(f"{port} {OPEN_ALREADY}" if is_early else
+                        f"{port} opened after {now - begin:.2f} seconds")
         return link
+
+    def explain(self, error: int, addresses: "List[Address]") -> str:
+        """Return why none of these addresses took a connection; `error` is an errno or 0."""
+        import errno
+        families = {":" in (peer[0] if own == SOURCE_ADDRESS else own)
+                    for peer, own in self.chosen.items()} or {
+                        family == socket.AF_INET6 for family, _ in self.knock_at}
+        waited = {family == socket.AF_INET6 for family, _ in addresses}
+        if families.isdisjoint(waited) and not self.settings.http_proxy:
+            names = ("IPv6", "IPv4") if True in families else ("IPv4", "IPv6")
+            return ("the knock was for {}, and the wait went by {}, for which it may be closed:"
+                    " choose one with -4, -6 or -a").format(*names)
+        if error:
+            return os.strerror(error) if error != errno.ECONNREFUSED else (
+                "connections are refused. The port may be open, but no service listens on it")
+        for is_done, text in self.answers.told.values():
+            if is_done:
+                return (f"nothing answers, but the server says: {text}. Another firewall drops it,"
+                        " or it opened for another address than ours")
+        return ("nothing answers. The server rejected the knock (its log says why), opened for"
+                " another address than ours, does not get our packets, or a clock is wrong: "
+                + our_clock())
+
+    def close(self) -> None:
+        """Close what still waits for an answer."""
+        for link in [*self.early, *self.answers.links]:
+            link.close()
 
 
 class OspaKnock(Knock):
@@ -3241,20 +3443,17 @@ class OspaKnock(Knock):
 
     def deliver(self, link: "socket.socket", packet: str) -> int:
         """Send the requests, and say for how long it is open; raise SpaError without an answer."""
-        settings, host = self.settings, link.getpeername()[0]
+        host = str(link.getpeername()[0])
         for request in self.requests:
-            seconds = request.ask(link)
+            seconds = request.ask(link, self.settings.answer or OSPA_TRIES)
             if not seconds:
-                for reason in () if not self.first else (
-                        f"udp/{self.port} of {host} can't be reached",
-                        f"a clock is wrong: ours says {time.asctime(time.gmtime())} UTC",
-                        f"the server does not know the key of {request.uuid}",
-                        f"it does not allow {request.access} for {request.client} (NAT? -R, -a)"):
-                    note("perhaps " + reason)
-                raise SpaError(f"{host}: no answer to the OpenSPA request")
+                raise SpaError(f"{host}: no answer") if not self.first else silence(
+                    host, self.port, f"the server does not know the key of {request.uuid}",
+                    f"it does not allow {request.access} for {request.client} (NAT? -R, -a)")
             self.again = time.monotonic() + seconds
-            if self.first and not (settings.relay or settings.execute or settings.quiet):
-                say(f"{request.access} of {host} is open for {request.client}, {seconds} seconds")
+            self.answers.told[host] = True, f"opened {request.access} for {seconds} seconds"
+            if self.first:
+                self.report(f"{host}: {self.answers.told[host][1]}")
         return sum(len(request.datagram) for request in self.requests)
 
     def send(self) -> None:
@@ -3275,23 +3474,28 @@ def knock_at_all(several: "List[Settings]", operands: "List[str]", command: "Lis
     for settings, peer in zip(several, peers):
         if settings.relay and settings is not several[-1]:
             peer = None
+        knock = (OspaKnock if settings.ospa else Knock)(settings)
         try:
             addresses = find_addresses(*peer, settings.ip_version) if peer else []
-            knock = (OspaKnock if settings.ospa else Knock)(settings)
             knock.prepare()
+            knock.listens |= peer is not None
             if settings.test:
                 knock.show()
             else:
+                knock.begin(addresses)
                 knock.send()
             sent()
             if peer is not None:
                 link = knock.wait(peer, addresses)
+            elif knock.listens:
+                knock.confirm()
         except SpaError as error:
             if len(several) == 1:
                 raise
-            name = settings.given["named_config"].text
-            tell(f"[{name}] {with_hint(error)}")
+            tell(settings.label + with_hint(error))
             failed += 1
+        finally:
+            knock.close()
         if link is not None and not settings.relay:
             link.close()
     if failed:
@@ -3307,7 +3511,8 @@ def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
         raise UsageError("-n: expected the name of a stanza, or several with commas in between,"
                          f" not '{named.text}'")
     layers = [dict(given, named_config=Given(name, "-n")) for name in names] or [given]
-    return [Settings(merge(read_layers(layer) + [layer])) for layer in layers]
+    return [Settings(merge(read_layers(layer) + [layer]), f"[{name}] " if names[1:] else "")
+            for name, layer in zip(names or [""], layers)]
 
 
 def run(arguments: "List[str]", as_knock: bool) -> bool:

@@ -8753,13 +8753,17 @@ MARKS = ("[!] ", "[!] ", "[-] ", "[+] ")
 
 
 class Option:
-    """A row of an option table: letter, long name, argument, what it sets, help; "-" is nothing."""
+    """A row of an option table: letter, long name, argument, what it sets, help; "-" is nothing.
+
+    An argument in brackets may be left out; then the option has the value after `=`.
+    """
 
     def __init__(self, row: str) -> None:
         short, long, argument, sets, self.help = (row.split(None, 4) + [""])[:5]
         self.short, self.long = short.strip("-"), long.strip("-")
         self.argument = argument.strip("-")
         self.name, _, self.text = sets.partition("=")
+        self.default, self.text = (self.text, "") if argument[0] == "[" else ("", self.text)
         self.meaning = self.argument, sets
 
     def format(self, help: str) -> str:
@@ -8793,19 +8797,22 @@ def parse_options(options: "List[Option]",
     """Return the options in `arguments`, each with its name and value, and the other arguments.
 
     As getopt_long does: options may follow other arguments, `--name value` or `--name=value`, long
-    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. No error shows a value.
+    names may be shortened, `-pVALUE`, `-Tv`, and `--` ends the options. What begins with `-` is no
+    argument of an option that can do without. No error shows a value.
     """
     given, others = [], []  # type: Tuple[List[Tuple[Option, str, str]], List[str]]
     waiting = arguments[::-1]
 
     def add(option: Option, name: str, value: "Optional[str]") -> None:
+        """Add an option; without a `value` its argument is the next one."""
         if not option.argument and value is not None:
             raise UsageError(f"option '{name}' doesn't allow an argument")
         if option.argument and value is None:
-            if not waiting:
+            if waiting and not (option.default and waiting[-1].startswith("-")):
+                value = waiting.pop()
+            elif not option.default:
                 raise UsageError(f"option '{name}' requires an argument")
-            value = waiting.pop()
-        given.append((option, name, option.text + (value or "")))
+        given.append((option, name, option.text + (option.default if value is None else value)))
 
     while waiting:
         argument = waiting.pop()

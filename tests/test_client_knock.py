@@ -507,7 +507,7 @@ class WaitTest(Case):
                 now = 0.0
                 open_now.clear()
                 self.assertEqual((None, 0), client.wait_until_open(
-                    [(socket.AF_INET, (HOST, 9))], 2, knock, alone))
+                    [(socket.AF_INET, (HOST, 9))], 2, knock, client.Answers(print), alone))
                 self.assertTrue(open_now)
                 self.assertEqual(alone, not any(open_now), open_now)
         self.assertFalse([link for link in links if link.fileno() >= 0])

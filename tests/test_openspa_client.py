@@ -377,8 +377,7 @@ class RequestTest(OspaCase):
                 self.assertLessEqual(fields.timestamp, time.time())
                 self.assertEqual(1, len(fake.requests))
                 self.assertIn(len(fake.requests[0]), (608, 616, 624))
-                self.assertEqual(f"{words.split()[1]} of {HOST} is open for {address},"
-                                 " 30 seconds\n", out)
+                self.assertEqual(f"{HOST}: opened {words.split()[1]} for 30 seconds\n", out)
 
     def test_adk(self) -> None:
         """With a secret the header has its proof of this minute."""
@@ -419,7 +418,7 @@ class RequestTest(OspaCase):
             out = self.good(fake, "-A", "tcp/22")
             fields = fake.open(fake.requests[0])
             self.assertEqual((bytes(15) + b"\1",) * 2, (fields.target, fields.client))
-        self.assertEqual("tcp/22 of ::1 is open for ::1, 30 seconds\n", out)
+        self.assertEqual("::1: opened tcp/22 for 30 seconds\n", out)
 
     def test_test(self) -> None:
         """-T prints a request, which the server would take, and sends nothing."""
@@ -450,8 +449,9 @@ class RequestTest(OspaCase):
         with FakeServer(answers) as fake, \
                 mock.patch.object(client, "resolve_address", return_value="192.0.2.9"), \
                 mock.patch.object(client, "ask_stun", return_value="192.0.2.8"):
-            self.assertIn("for 192.0.2.9,", self.good(fake, "-A", "tcp/22", "-R"))
-            self.assertIn("for 192.0.2.8,", self.good(fake, "-A", "tcp/22", "--resolve-stun", "x"))
+            self.assertIn("for 192.0.2.9\n", self.good(fake, "-A", "tcp/22", "-R", "-v"))
+            self.assertIn("for 192.0.2.8\n", self.good(fake, "-A", "tcp/22", "-v",
+                                                          "--resolve-stun", "x"))
 
 
 class SettingsTest(OspaCase):
@@ -464,7 +464,7 @@ class SettingsTest(OspaCase):
                        "ACCESS tcp/22\n" % self.file(fake))
             code, out, err = self.knock("-n", "gate")
             self.assertEqual((0, []), (code, err))
-            self.assertEqual(f"tcp/22 of {HOST} is open for {HOST}, 30 seconds\n", out)
+            self.assertEqual(f"{HOST}: opened tcp/22 for 30 seconds\n", out)
             with open(self.place(".fwknop.run")) as file:
                 self.assertEqual("fwknop -n gate\n", file.read())
             self.knock("-n", "gate", "-q", "--ospa", self.file(fake))
@@ -612,7 +612,7 @@ class AnswerTest(OspaCase):
             fake.send(good, peer)
 
         with mock.patch.object(client, "OSPA_SECONDS", TIMEOUT), FakeServer(act) as fake:
-            self.assertEqual(f"tcp/22 of {HOST} is open for {HOST}, 30 seconds\n",
+            self.assertEqual(f"{HOST}: opened tcp/22 for 30 seconds\n",
                              self.good(fake, "-A", "tcp/22"))
         self.assertEqual(1, len(fake.requests))
 
@@ -625,7 +625,7 @@ class AnswerTest(OspaCase):
 
         with FakeServer(act) as fake:
             fake.seconds = 16777215
-            self.assertIn(", 16777215 seconds\n", self.good(fake, "-A", "tcp/22"))
+            self.assertIn(" 16777215 seconds\n", self.good(fake, "-A", "tcp/22"))
         self.assertGreaterEqual(len(fake.requests), 2)
         self.assertEqual(1, len(set(fake.requests)))
         self.assertGreater(fake.times[1] - fake.times[0], 0.9)
@@ -638,13 +638,13 @@ class AnswerTest(OspaCase):
             self.assertGreater(time.monotonic() - begin, 0.85)
             self.assertEqual((1, ""), (code, out))
             self.assertEqual([
-                f"perhaps udp/{fake.port} of {HOST} can't be reached",
+                f"perhaps udp/{fake.port} of {HOST} can't be reached, or no server runs there",
                 f"perhaps the server does not know the key of {UUID}",
                 f"perhaps it does not allow tcp/22 for {HOST} (NAT? -R, -a)",
-                f"{HOST}: no answer to the OpenSPA request"], err[:1] + err[2:])
+                f"{HOST}: no answer"], err[:1] + err[2:])
             self.assertRegex(err[1], r"\Aperhaps a clock is wrong: ours says \w+ \w+ .* UTC\Z")
             code, out, err = self.knock("--ospa", self.file(fake), "-A", "tcp/22", "-q")
-            self.assertEqual((1, "", [f"{HOST}: no answer to the OpenSPA request"]),
+            self.assertEqual((1, "", [f"{HOST}: no answer"]),
                              (code, out, err))
         self.assertFalse(os.path.exists(self.place(".fwknop.run")))
 
@@ -685,7 +685,7 @@ class AnswerTest(OspaCase):
 
         timer = threading.Timer(0.3, start)
         timer.start()
-        self.assertIn("is open", self.good(fake, "-A", "tcp/22"))
+        self.assertIn("opened tcp/22", self.good(fake, "-A", "tcp/22"))
         timer.join()
         fake.__exit__()
 
@@ -696,9 +696,9 @@ class AnswerTest(OspaCase):
             with mock.patch.object(client, "find_addresses", return_value=both), \
                     mock.patch.object(client, "OSPA_TRIES", 1):
                 code, out, err = self.knock("--ospa", self.file(fake), "-A", "tcp/22", "-D", "gate")
-        self.assertEqual((0, f"tcp/22 of {HOST} is open for {HOST}, 30 seconds\n"), (code, out))
-        self.assertEqual(f"warning: one address of gate got no packet: {HOST}: no answer to the"
-                         " OpenSPA request", err[-1])
+        self.assertEqual((0, f"{HOST}: opened tcp/22 for 30 seconds\n"), (code, out))
+        self.assertEqual(f"warning: one address of gate got no packet: {HOST}: no answer",
+                         err[-1])
 
     def test_several_stanzas(self) -> None:
         """The next server has its turn after one that does not answer."""
@@ -707,8 +707,8 @@ class AnswerTest(OspaCase):
                        "[b]\nOSPA_FILE %s\n" % (self.file(fake), silent.port, self.file(fake)))
             with mock.patch.object(client, "OSPA_TRIES", 1):
                 code, out, err = self.knock("-n", "a,b")
-        self.assertEqual((1, f"tcp/22 of {HOST} is open for {HOST}, 30 seconds\n"), (code, out))
-        self.assertEqual([f"[a] {HOST}: no answer to the OpenSPA request", "1 of 2 knocks failed"],
+        self.assertEqual((1, f"[b] {HOST}: opened tcp/22 for 30 seconds\n"), (code, out))
+        self.assertEqual([f"[a] {HOST}: no answer", "1 of 2 knocks failed"],
                          err[-2:])
 
 
@@ -729,8 +729,8 @@ class AfterTest(OspaCase):
             timer.start()
             out = self.good(fake, "-A", "tcp/" + self.port, "--wait", "60")
             timer.join()
-        self.assertRegex(out, r"(?s)\Atcp/%s of %s is open for .*tcp/%s of %s opened after"
-                         % (self.port, HOST, self.port, HOST))
+        self.assertRegex(out, r"(?s)\A%s: opened tcp/%s for .*tcp/%s of %s opened after"
+                         % (HOST, self.port, self.port, HOST))
         self.assertEqual(1, len(fake.requests))
 
     def test_wait_asks_again(self) -> None:

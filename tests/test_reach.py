@@ -398,7 +398,7 @@ class Waiting(Case):
             self.assertEqual((0, b"", b""), (done.returncode, done.stdout, done.stderr))
             done = self.script(["-l", *KEYS])
             self.assertEqual((0, b""), (done.returncode, done.stderr))
-            self.assertIn(b" opened after ", done.stdout)
+            self.assertIn(b" answers without a knock", done.stdout)
             done = self.script(["-l", *KEYS, "--exec", python(), "-I", "-S", "-c", "print(5)"])
             self.assertEqual(b"5", done.stdout.strip())
             with open(os.path.join(self.home, ".fwknop.run")) as file:

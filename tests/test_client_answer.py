@@ -1,0 +1,384 @@
+"""Tests of what spa_client.py makes of answers: --answer, the waits, and strays."""
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import socket
+import threading
+import time
+import unittest
+from typing import Any, Callable, List, Optional, Tuple
+from unittest import mock
+
+import spa_client as client
+from tests.support import TIMEOUT, skip
+from tests.test_client import HERE, HMAC_KEY, KEY, KEYS, Case, Receiver
+
+Reply = Callable[["Server", bytes, Any], Optional[Tuple[int, str]]]
+OPENED, REFUSED = (0, "opened tcp/22 for 30 seconds"), (1, "tcp/22 is not in OPEN_PORTS")
+
+
+def answer(packet: bytes, status: int, text: str, key: str = KEY) -> bytes:
+    """Return the answer to a packet, by tests/spec/answer.md; `key` is the KEY."""
+    digest, nonce = hashlib.sha256(packet).digest(), os.urandom(8)
+    secret = hmac.new(key.encode(), b"spa answer encryption" + digest, "sha256").digest()
+    tag_key = hmac.new(HMAC_KEY.encode(), b"spa answer authentication" + digest, "sha256").digest()
+    body = b"\1" + nonce + client.encrypt_blocks("CTR", secret, nonce + bytes(8), bytes(
+        [status]) + text.encode("latin-1"))
+    return body + hmac.new(tag_key, body, "sha256").digest()
+
+
+class Server(Receiver):
+    """A UDP port that answers packets as `reply` says, and keeps them; and a TCP port for waits."""
+
+    def __init__(self, reply: Reply, host: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__(host)
+        if port:
+            self.socket.close()
+            self.socket = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            self.socket.bind((host, port))
+        self.socket.settimeout(None)
+        self.reply, self.host, self.packets = reply, host, []  # type: Reply, str, List[bytes]
+        self.tcp = socket.socket(self.socket.family, socket.SOCK_STREAM)
+        self.tcp.bind((host, 0))
+        self.port = str(self.tcp.getsockname()[1])
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        """Answer until the socket is closed."""
+        while True:
+            packet, peer = self.socket.recvfrom(2000)
+            if not packet:
+                return
+            self.packets.append(packet)
+            told = self.reply(self, packet, peer)
+            if told:
+                self.socket.sendto(answer(packet, *told), peer)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(self.socket.family, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", self.socket.getsockname())
+        self.thread.join(TIMEOUT)
+        self.socket.close()
+        self.tcp.close()
+
+
+def opens(server: Server, *_: Any) -> Tuple[int, str]:
+    """Open the TCP port, and say so."""
+    server.tcp.listen(5)
+    return OPENED
+
+
+def says(told: Optional[Tuple[int, str]]) -> Reply:
+    """Return a reply that is always the same."""
+    return lambda *_: told
+
+
+class QuestionTest(unittest.TestCase):
+    """The answer's bytes."""
+
+    def test_vectors(self) -> None:
+        """Keys, key stream and text of all vectors; every flipped bit makes a stray."""
+        with open(os.path.join(HERE, "vectors", "answer.json"), encoding="ascii") as stream:
+            vectors = json.load(stream)["vectors"]
+        self.assertGreaterEqual(len(vectors), 4)
+        for vector in vectors:
+            with self.subTest(vector["name"]):
+                question = client.Question(vector["packet"].encode(), *(bytes.fromhex(
+                    vector[name]) for name in ("key_hex", "hmac_key_hex")))
+                self.assertEqual(vector["encryption_key_hex"], question.key.hex())
+                datagram = bytes.fromhex(vector["answer_hex"])
+                self.assertEqual((vector["status"] == 0, vector["text_sent"]),
+                                 question.decode(datagram))
+                flipped = [bytes(byte ^ (place == wrong) for place, byte in enumerate(datagram))
+                           for wrong in range(len(datagram))]
+                for bad in (b"", datagram[:-1], datagram + b"\0", b"\1" + bytes(41), datagram[:41],
+                            bytes(len(datagram)), *flipped):
+                    with self.assertRaises(ValueError):
+                        question.decode(bad)
+
+    def test_limits(self) -> None:
+        """The shortest has a status only; one that is longer than its packet is a stray."""
+        packet = b"8" * 99
+        question = client.Question(packet, KEY.encode(), HMAC_KEY.encode())
+        self.assertEqual((True, ""), question.decode(answer(packet, 0, "")))
+        self.assertEqual((False, "x" * 57), question.decode(answer(packet, 7, "x" * 57)))
+        with self.assertRaises(ValueError):
+            question.decode(answer(packet, 0, "x" * 58))
+
+
+class AnswerTest(Case):
+    """--answer."""
+
+    def ask(self, server: Server, *words: str) -> Tuple[int, str, str]:
+        """Knock, by default with --answer, in this process; -s, since nothing is resolved."""
+        return self.run_main("-A", "tcp/22", "-s", *KEYS, *server.options, *(words or ["--answer"]))
+
+    def test_done(self) -> None:
+        """The text, and exit code 0; nothing with -q; control characters are escaped."""
+        for text, shown in (("opened tcp/22 for 30 seconds",) * 2, ("\33[2J\r\nx", r"\x1b[2J\r\nx"),
+                            ("\xe9", r"\ufffd"), ("", "")):
+            with Server(says((0, text))) as server:
+                self.assertEqual((0, f"127.0.0.1: {shown}\n", ""), self.ask(server))
+                self.assertEqual((0, "", ""), self.ask(server, "-q", "--answer=5"))
+                self.assertEqual(2, len(set(server.packets)))
+
+    def test_refused(self) -> None:
+        """The server's reason and exit code 1, also with -q."""
+        with Server(says(REFUSED)) as server:
+            for words in (["--answer"], ["--answer", "9", "-q"]):
+                self.assertEqual((1, "", "spa_client.py: 127.0.0.1: " + REFUSED[1] + "\n"),
+                                 self.ask(server, *words))
+
+    def test_silence(self) -> None:
+        """The likely reasons; the time that was given holds."""
+        with Server(says(None)) as server:
+            begin = time.monotonic()
+            done = self.script(["-A", "tcp/22", "-s", *KEYS, *server.options, "--answer", "1"])
+            self.assertGreater(time.monotonic() - begin, 1)
+            self.assertEqual((1, b""), (done.returncode, done.stdout))
+            lines = done.stderr.decode().splitlines()
+            self.assertEqual("spa_client.py: 127.0.0.1: no answer", lines[-1])
+            for line, expected in zip(lines, (
+                    f"udp/{server.options[3]} of 127.0.0.1 can't be reached, or no server",
+                    "a clock is wrong: ours says ", "the server does not know these keys",
+                    "the stanza there has no ANSWER Y")):
+                self.assertIn("perhaps " + expected, line)
+            self.assertEqual((1, "", "spa_client.py: 127.0.0.1: no answer\n"),
+                             self.ask(server, "-q", "--answer=1"))
+        with Receiver() as gone:
+            pass  # "port unreachable" does not end the wait: anybody can send it
+        begin = time.monotonic()
+        self.assertEqual(1, self.run_main("-A", "tcp/22", "-s", *KEYS, *gone.options, "-q",
+                                          "--answer", "1")[0])
+        self.assertGreater(time.monotonic() - begin, 1)
+
+    def test_strays(self) -> None:
+        """Junk, old answers and a flood do not count, neither do they stretch the time."""
+        old = []  # type: List[bytes]
+
+        def act(server: Server, packet: bytes, peer: Any) -> Optional[Tuple[int, str]]:
+            good = answer(packet, *OPENED)
+            for each in (b"", b"\1", bytes(2000), good[:-1] + b"\0", good + b"\0", *old,
+                         answer(packet, 0, "x" * 500), answer(packet, *REFUSED, key=HMAC_KEY)[:-1]):
+                server.socket.sendto(each, peer)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.sendto(answer(packet, *REFUSED), peer)  # right, but from another port
+            old.append(good)
+            return OPENED
+
+        with Server(act) as server:
+            for _ in range(2):
+                self.assertEqual((0, f"127.0.0.1: {OPENED[1]}\n", ""), self.ask(server))
+
+        def flood(server: Server, _: bytes, peer: Any) -> None:
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                server.socket.sendto(b"\1" * 99, peer)
+
+        with Server(flood) as server:
+            begin = time.monotonic()
+            self.assertEqual(1, self.ask(server, "-q", "--answer", "1")[0])
+            self.assertLess(time.monotonic() - begin, 2.5)
+
+    def test_two_addresses(self) -> None:
+        """One that opens is enough, and the other's reason is a warning."""
+        with Server(opens) as four:
+            try:
+                six = Server(says(REFUSED), "::1", four.socket.getsockname()[1])
+            except OSError as error:
+                skip(f"no IPv6 on this machine: {error}")
+            with six:
+                found = [(each.socket.family, 0, 0, "", each.socket.getsockname())
+                         for each in (six, four)]
+                with mock.patch("spa_client.socket.getaddrinfo", return_value=found):
+                    self.assertEqual(
+                        (0, f"127.0.0.1: {OPENED[1]}\n",
+                         f"spa_client.py: warning: ::1: {REFUSED[1]}\n"), self.ask(four))
+                    four.reply = says(None)
+                    self.assertEqual((1, "", f"spa_client.py: ::1: {REFUSED[1]}\n"),
+                                     self.ask(four, "--answer", "1"))
+
+    def test_several_stanzas(self) -> None:
+        """A line with its name for each; one that refuses makes it 1."""
+        with Server(says(OPENED)) as one, Server(says(REFUSED)) as other:
+            self.write("[default]\nALLOW_IP source\nACCESS tcp/22\nKEY %s\nHMAC_KEY %s\n" % (
+                KEY, HMAC_KEY) + "".join(
+                    "[%s]\nSPA_SERVER 127.0.0.1\nSPA_SERVER_PORT %s\n" % (name, each.options[3])
+                    for name, each in (("a", one), ("b", other))))
+            done = self.script(["-n", "a,b", "--answer"])
+        self.assertEqual((1, f"[a] 127.0.0.1: {OPENED[1]}\n"),
+                         (done.returncode, done.stdout.decode()))
+        self.assertEqual(["spa_client.py: [b] 127.0.0.1: " + REFUSED[1],
+                          "spa_client.py: 1 of 2 knocks failed"],
+                         done.stderr.decode().splitlines())
+
+    def test_kept(self) -> None:
+        """-l asks again; the rc file keeps it as little as --wait."""
+        with Server(says(OPENED)) as server:
+            self.assertEqual(0, self.ask(server, "--answer")[0])
+            self.assertEqual((0, f"127.0.0.1: {OPENED[1]}\n", ""), self.run_main("-l", *KEYS))
+            self.assertEqual(0, self.ask(server, "--answer", "-n", "x", "--save-rc-stanza")[0])
+        with open(self.place(".fwknoprc")) as file:
+            self.assertNotIn("answer", file.read().lower())
+
+    def test_bad_usage(self) -> None:
+        """Nothing is sent when no answer could come, or when the time is none."""
+        seconds = "--answer: expected a number of seconds, 1 to 3600, not "
+        with Receiver() as receiver:
+            for words, expected in (
+                    (["--answer", "abc"], seconds + "'abc'"), (["--answer", "0"], seconds + "'0'"),
+                    (["--answer="], seconds + "''"), (["--answer=3601"], seconds + "'3601'"),
+                    (["--answer=1.5"], seconds + "'1.5'"),
+                    (["--answer", "-T"], "--answer: none comes to -T, which sends nothing"),
+                    (["--answer", "-P", "tcp"], "--answer: none comes to packets over tcp"),
+                    (["--answer", "-P", "icmp"], "packets over icmp"),
+                    (["--answer", "-H", "127.0.0.1:9"], "packets over http"),
+                    (["--answer", "-P", "udpraw", "-Q", "192.0.2.1"], "packets over udpraw"),
+                    (["--answer", "-r"], "packets to random ports"),
+                    (["--answer", "--gpg-recipient-key", "x"], "without KEY and HMAC_KEY")):
+                self.assertIn(expected, self.failure(2, "-A", "tcp/22", "-s", *KEYS,
+                                                     *receiver.options, *words))
+            for words, expected in ((["--key-rijndael", "x"], "without KEY and HMAC_KEY"),
+                                    (["--knock-sequence", "9:udp"], "none comes to port knocks")):
+                self.assertIn(expected, self.failure(2, "-A", "tcp/22", *receiver.options, *words,
+                                                     "--answer"))
+            self.assertIn("unrecognized option '--answer'", self.failure(
+                1, "--knock", "127.0.0.1", "9", "--answer"))
+            self.assertTrue(receiver.silent())
+
+
+class WaitTest(Case):
+    """The waits hear answers without being asked to, and tell the truth."""
+
+    def wait(self, server: Server, *words: str) -> Tuple[int, str, str]:
+        """Knock and wait for the server's TCP port."""
+        return self.run_main("-A", "tcp/" + server.port, "-s", *KEYS, *server.options, "--wait",
+                             *(words or ["60"]))
+
+    def test_opened(self) -> None:
+        """The answer, and after it the port."""
+        with Server(opens) as server:
+            code, out, err = self.wait(server)
+            self.assertEqual((0, ""), (code, err))
+            self.assertRegex(out, rf"\A127\.0\.0\.1: {OPENED[1]}\ntcp/{server.port} of 127\.0\.0\.1"
+                             r" opened after \d\.\d\d seconds\n\Z")
+
+    def test_refused(self) -> None:
+        """A reason ends the wait at once; of a relay, too, which prints nothing else."""
+        with Server(says(REFUSED)) as server:
+            begin = time.monotonic()
+            for words in (["60"], ["60", "--exec", "true"]):
+                self.assertEqual((1, "", f"spa_client.py: 127.0.0.1: {REFUSED[1]}\n"),
+                                 self.wait(server, *words))
+            self.assertLess(time.monotonic() - begin, 20)
+            self.assertEqual(2, len(server.packets))
+
+    def test_later_answers(self) -> None:
+        """A lost packet is followed by another; a sequence may be broken, and is tried again."""
+        def second(server: Server, *_: Any) -> Optional[Tuple[int, str]]:
+            return opens(server) if len(server.packets) > 1 else None
+
+        with Server(second) as server:
+            self.assertIn(" opened after ", self.wait(server)[1])
+
+        def third(server: Server, *_: Any) -> Optional[Tuple[int, str]]:
+            return opens(server) if len(server.packets) > 1 else (1, "a sequence has to come first")
+
+        with Server(third) as server, Receiver() as ports, \
+                mock.patch.object(client, "TRY_SECONDS", 0.2):
+            self.assertRegex(self.wait(server, "60", "--knock-sequence", ports.options[3] + ":udp")[
+                1], f"(?s){OPENED[1]}.* opened after ")
+
+    def test_open_already(self) -> None:
+        """No server at all, a server that refuses, a sequence: the port answered before."""
+        words = "answers without a knock: nothing hides it, or an earlier knock still holds"
+        with Receiver() as silent, Server(says(REFUSED)) as server, Receiver() as ports:
+            server.tcp.listen(9)
+            for options, warning in ((silent.options, ""), (
+                    server.options, f"spa_client.py: warning: 127.0.0.1: {REFUSED[1]}\n")):
+                self.assertEqual(
+                    (0, f"tcp/{server.port} of 127.0.0.1 {words}\n", warning),
+                    self.run_main("-A", "tcp/" + server.port, "-s", *KEYS, *options, "--wait",
+                                  "60"))
+            _, out, _ = self.run_main("-D", "127.0.0.1", "-A", "tcp/" + server.port, "--wait", "60",
+                                      "--knock-sequence", ports.options[3] + ":udp")
+            self.assertEqual(f"tcp/{server.port} of 127.0.0.1 {words}\n", out)
+            self.assertTrue(server.packets)
+            self.assertTrue(silent.packet())  # it knocked all the same
+
+    def test_late_first_syn(self) -> None:
+        """An answer to the SYN before the knock may take longer than the knock."""
+        with Server(says(None)) as server:
+            address = [(socket.AF_INET, ("127.0.0.1", int(server.port)))]
+            server.tcp.listen(9)
+            settings = client.Settings({"SPA_SERVER": client.Given("h"), "wait": client.Given("5")})
+            for seconds, expected in ((0.3, "answers without"), (1.2, "opened after")):
+                knock, said = client.Knock(settings), []  # type: Any, List[str]
+                knock.report = said.append
+                knock.begin(address)
+                knock.begun -= seconds
+                knock.wait(("h", int(server.port)), address).close()
+                knock.close()
+                self.assertIn(expected, said[0])
+
+    def test_reasons(self) -> None:
+        """When nothing answers: the clock, what the server says, and the other family."""
+        def why(words: List[str], waited: str = "192.0.2.1", number: int = 0) -> str:
+            knock = client.Knock(client.Settings(client.parse_command_line(words)[0]))
+            knock.chosen = {("2001:db8::1", 9, 0, 0): knock.settings.allow_ip or "2001:db8::2"}
+            knock.answers.told.update(told)
+            family = socket.AF_INET6 if ":" in waited else socket.AF_INET
+            return knock.explain(number, [(family, (waited, 22))])
+
+        told = {}  # type: Any
+        self.assertRegex(why([], "2001:db8::1"),
+                         "nothing answers.*a clock is wrong: ours says .* UTC$")
+        for words, waited, expected in (
+                ([], "192.0.2.1", "knock was for IPv6, and the wait went by IPv4"),
+                (["-s"], "192.0.2.1", "knock was for IPv6, and the wait went by IPv4"),
+                (["-a", "192.0.2.2"], "2001:db8::1", "was for IPv4, and the wait went by IPv6")):
+            self.assertIn(expected, why(words, waited))
+        told = {"::1": (True, OPENED[1])}
+        self.assertIn(f"nothing answers, but the server says: {OPENED[1]}. Another firewall",
+                      why(["-a", "192.0.2.2"]))
+        self.assertIn("No route", why(["-a", "192.0.2.2"], number=113))
+
+    def test_one_socket_for_each_packet(self) -> None:
+        """A long wait keeps the newest sockets only, and closes them."""
+        answers = client.Answers(print)
+        question = client.Question(b"", b"", b"")
+        with Receiver() as receiver:
+            for _ in range(3 * client.MAX_ADDRESSES):
+                link = client.open_socket(socket.AF_INET, receiver.socket.getsockname())
+                answers.expect(link, question)
+                self.assertEqual(-1, link.fileno())
+        self.assertEqual(2 * client.MAX_ADDRESSES, len(answers.links))
+        for link in list(answers.links):
+            answers.drop(link)
+
+
+class OptionTest(Case):
+    """An option whose argument may be left out."""
+
+    def test_forms(self) -> None:
+        """As users write it; what begins with a hyphen is the next option."""
+        for words, expected in (
+                (["--answer"], "3"), (["--answer", "5"], "5"), (["--answer=5"], "5"),
+                (["--ans", "-q"], "3"), (["--answer", "--proxy", "a", "b"], "3"),
+                (["--answer", "5", "x"], "5"), (["--answer", "--"], "3")):
+            given = client.parse_command_line(words)[0]
+            self.assertEqual(expected, given["answer"].text, words)
+            self.assertEqual(("--answer", expected), given["answer"].arguments)
+        self.assertRegex(client.format_help(False), r"\n      --answer \[SECONDS\] +print ")
+        self.assertIsNone(re.search(r"-l answer -r", client.format_completion("fish")))
+
+
+if __name__ == "__main__":
+    unittest.main()
