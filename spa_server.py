@@ -41,7 +41,7 @@ unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes 
 Changes on this host: the firewall (sections 20 and 21: tables `inet spa` and `inet spa_nat`, rules
 with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, and by --init the two
 files in /etc/fwknop. To undo them: -K, then --fw-flush, then --unguard. When the server is killed,
-the kernel ends the grants; a guard stays closed until a server runs, or --unguard.
+the kernel ends the grants; a guard stays until a server runs, --unguard or the end of its trial.
 
 Contents. Sections 1 to 13 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH, an optional import of
@@ -4453,6 +4453,11 @@ class Netlink:
             found.append(attributes(part[4:]))
         raise self.error(errno.EAGAIN)
 
+    def count_elements(self, family: int, body: bytes) -> int:
+        """Return how many elements a set has now."""
+        return sum(len(list(attribute_list(answer.get(LIST_ELEMENTS, b""))))
+                   for answer in self.dump(GET_ELEMENT, family, body))
+
     def rules(self, chain: NftChain) -> List[Tuple[int, str]]:
         """Return handle and user data of a chain's rules; an error or none if it is missing."""
         question = name_attribute(RULE_TABLE, chain.table) + name_attribute(RULE_CHAIN, chain.chain)
@@ -5002,6 +5007,20 @@ LEAST_SECONDS = 0.05  # less time is not enough for a program to start and do so
 POLL_SECONDS = 30.0  # between two looks at a firewall whose changes netlink announces
 
 
+class Trial(NamedTuple):
+    """A guard's trial: if no knock opens a guarded port before its end, the guard opens again."""
+
+    expires: float  # epoch seconds
+    ends: float  # the same on the monotonic clock
+
+    def __str__(self) -> str:
+        """Return when it ends, for people."""
+        return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.expires))
+
+
+TRIAL_OVER = Trial(FOR_EVER, FOR_EVER)  # it ended open: the guard's rules stand without their drop
+
+
 class Firewall:
     """A backend. This one has no grants and logs why: --test, FIREWALL_TYPE none, or only commands.
 
@@ -5016,6 +5035,7 @@ class Firewall:
     guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # the guard's in nf_tables
     netlink: Optional[Netlink] = None  # set if the backend itself changes nf_tables
     guard_ports: FrozenSet[Port] = frozenset()
+    trial: Optional[Trial] = None  # None: the guard stays
     chains: Iterable[Any] = ()  # that grants go to
     identity: Tuple[Any, ...] = ()  # backends with the same identity share their rules
     due = FOR_EVER  # when the time of its programs is up, on the monotonic clock
@@ -5070,6 +5090,12 @@ class Firewall:
 
     def succeed(self, old: "Firewall") -> None:
         """Take over from another backend; call this before prepare()."""
+        self.trial = old.trial
+
+    def trial_left(self) -> float:
+        """Return for how many seconds a trial goes on; FOR_EVER if none does."""
+        running = self.trial if self.guard_ports else None
+        return running.ends - self.clocks.monotonic() if running else FOR_EVER
 
     def concerns_guard(self, kind: int, body: bytes) -> bool:
         """Return whether nf_tables announces a change of the guard's rules, and not of a grant."""
@@ -5125,6 +5151,18 @@ def tag_in(text: str) -> str:
     return found + rest[:8]
 
 
+def guard_text(firewall: Firewall) -> str:
+    """Return what the guard closes, and for how long, for the log."""
+    ports = port_list(firewall.guard_ports)
+    if firewall.trial is None:
+        return "Closed to everybody without a grant: " + ports
+    if firewall.trial is TRIAL_OVER:
+        return ("Trial: no knock opened a guarded port in time. Open to everybody until a new "
+                "start: " + ports)
+    return (f"Trial: closed until {firewall.trial}, then open again unless a knock has opened one "
+            f"of these: {ports}")
+
+
 def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
     """Call `do` with each item, also after one that failed; then raise the first CommandError."""
     failed: Optional[CommandError] = None
@@ -5170,6 +5208,8 @@ GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its lim
 LAST_MOMENT = 0.05  # seconds: the kernel counts in ticks of up to 10 ms, and ends elements late
 LOOKS = 5  # at a set, until no element of it ends while others are deleted
 GUARD_TABLE = NftChain("inet", "spa", "guard")  # the table, and in it the chain that comes first
+TRIAL_SET = "trial"  # in that table: the ports that a guard on trial still closes
+TRIAL_BODY = name_attribute(LIST_TABLE, GUARD_TABLE.table) + name_attribute(LIST_SET, TRIAL_SET)
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
 OWNER_HINT = "kill PID ends that server, kill -USR2 PID has it close all that is open"
@@ -5321,6 +5361,7 @@ class NftFirewall(Firewall):
 
     def succeed(self, old: Firewall) -> None:
         """Go on with the old socket, which may own the guard's table."""
+        super().succeed(old)
         if isinstance(old, NftFirewall):
             self.netlink.close()
             self.netlink = old.netlink
@@ -5357,13 +5398,14 @@ class NftFirewall(Firewall):
         if chain not in OWN_CHAINS:
             return {chain: [each.match() + " accept" for each in set_types]}
         rules = [rule.partition(" ")[::2] for rule in (
-            nft_guard_rules(self.guard_ports, set_types) if chain == GUARD_TABLE else
+            nft_guard_rules(self.guard_ports, set_types, self.trial) if chain == GUARD_TABLE else
             map(SetType.nat_rule, set_types))]
         return {chain._replace(chain=name): [rule for where, rule in rules if where == name]
                 for name in OWN_CHAINS[chain]}
 
     def prepare_guard(self) -> None:
         """Make the guard's table alone."""
+        self.rules.pop(GUARD_TABLE, None)  # after a trial they are others
         self.prepare_chain(GUARD_TABLE)
 
     def prepare_chain(self, chain: NftChain) -> None:
@@ -5381,6 +5423,8 @@ class NftFirewall(Firewall):
                 explain_failure(self.program, chain, chain in self.accept)
                 raise CommandError(f"{error} (chain {' '.join(chain)})") from None
             return
+        if chain == GUARD_TABLE and self.trial_left() < FOR_EVER:
+            lines += trial_lines(self.guard_ports, self.trial_left())
         table = f"{chain.family} {chain.table}"
         for name, hook in OWN_CHAINS[chain].items():
             lines += [f"add chain {table} {name} {hook}", f"flush chain {table} {name}"]
@@ -5438,6 +5482,10 @@ class NftFirewall(Firewall):
         try:
             # As fill_table() leaves it: neither asleep, nor persistent and not owned.
             flags = self.netlink.table_numbers(chain)[0] if chain in OWN_CHAINS else 0
+            if chain == GUARD_TABLE and 0 < self.trial_left() < FOR_EVER:
+                left = self.netlink.count_elements(NFT_FAMILIES[chain.family], TRIAL_BODY)
+                if left < len(self.guard_ports):
+                    return False
             return flags in (0, TABLE_OWNER | TABLE_PERSIST) and all(
                 [name for _, name in self.our_rules(where)] == list(map(tag, rules))
                 for where, rules in self.rules[chain].items())
@@ -5561,7 +5609,8 @@ class NftFirewall(Firewall):
         self.run([f"delete table {GUARD_TABLE.family} {GUARD_TABLE.table}"])
 
 
-def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType]) -> List[str]:
+def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType], trial: Optional[Trial]
+                    ) -> List[str]:
     """Return the guard's rules: before destination NAT they drop packets without a grant.
 
     Only packets to this host: others are routed, and not ours to guard. Before the route is known,
@@ -5580,7 +5629,21 @@ def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType]) -> List[
               f"tcp dport {port} tcp flags & (syn | ack) != syn accept"
               for peer, peer_port, port in established_connections(guarded)]
     rules += [f"closed {set_type.match()} accept" for set_type in set_types]
-    return rules + ["closed counter drop"]
+    if trial is TRIAL_OVER:
+        return rules
+    match = f"meta l4proto . th dport @{TRIAL_SET} " if trial else ""
+    return rules + [f"closed {match}counter drop"]
+
+
+def trial_lines(guarded: FrozenSet[Port], seconds_left: float) -> List[str]:
+    """Return the lines that make the set with the ports that a guard on trial still closes."""
+    name = f"{GUARD_TABLE.family} {GUARD_TABLE.table} {TRIAL_SET}"
+    # Whole seconds: older programs know no milliseconds. An element that is there keeps its time.
+    ports = ", ".join(f"{protocol} . {port} timeout {int(seconds_left) + 1}s"
+                      for protocol, port in sorted(guarded))
+    lines = [f"add set {name} {{ type inet_proto . inet_service; flags timeout; }}",
+             f"flush set {name}"]
+    return lines + [f"add element {name} {{ {ports} }}"] if seconds_left > 0 else lines
 
 
 def explain_failure(program: str, chain: NftChain, accepts: bool) -> None:
@@ -5751,9 +5814,8 @@ class Iptables:
             parts.append(f"-p {door.protocol} -m {door.protocol} {port} {door.port}")
         if chain.match:
             parts.append(chain.match)
-        if self.dated:  # the kernel counts the second of the date in
-            last = time.gmtime(min(grant.expires - 1, LAST_DATE))
-            parts.append("-m time --datestop " + time.strftime("%Y-%m-%dT%H:%M:%S", last))
+        if self.dated:
+            parts.append(match_until(grant.expires))
         parts.append(f"-m comment --comment {MARK}{grant.expires} -j {chain.target}")
         if door.target and chain.is_primary:
             parts.append(f"{TARGET_OPTIONS[door.kind]} {door.target_text()}")
@@ -5788,6 +5850,12 @@ def parse_rule(line: str, chain: GrantChain) -> Optional[Tuple[Door, int]]:
         return door, int(expires)
     except (ValueError, KeyError):
         return None
+
+
+def match_until(expires: float) -> str:
+    """Return the match that ends a rule at this time: the kernel counts the date's second in."""
+    last = time.gmtime(min(expires - 1, LAST_DATE))
+    return "-m time --datestop " + time.strftime("%Y-%m-%dT%H:%M:%S", last)
 
 
 def any_source(version: int) -> Network:
@@ -5848,7 +5916,13 @@ class IptablesFirewall(Firewall):
 
     def prepare_guard(self) -> None:
         """Make the guard's chains alone."""
+        self.rules.clear()  # after a trial they are others
         do_all(self.prepare_table, [(version, "mangle") for version in self.programs])
+
+    def trial_left(self) -> float:
+        """Return for how many seconds a trial goes on, by the wall clock as in the time match."""
+        running = self.trial if self.guard_ports else None
+        return running.expires - self.clocks.wall() if running else FOR_EVER
 
     def prepare_table(self, version: int, table: str) -> None:
         """Make what is missing in one table, and warn where the host's firewall drops nothing."""
@@ -5900,7 +5974,8 @@ class IptablesFirewall(Firewall):
         older = [f"-s {peer} -p tcp -m tcp --sport {peer_port} --dport {port} ! --syn"
                  for peer, peer_port, port in established_connections(self.guard_ports)
                  if peer.version == version]
-        rules = {GUARDED_CHAIN: ["-j DROP"]}
+        rules = {GUARDED_CHAIN: [] if self.trial is TRIAL_OVER else [
+            f"{match_until(self.trial.expires)} -j DROP" if self.trial else "-j DROP"]}
         # Two chains lead there, for the same reasons as in nft_guard_rules().
         for hook, passing in (("PREROUTING", routed), ("INPUT", translated)):
             matches = ["-i lo", "-m conntrack --ctstate ESTABLISHED", passing] + older
@@ -6130,6 +6205,21 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
                        clocks)
 
 
+def start_trial(firewall: Firewall, seconds: int) -> None:
+    """Let the kernel end the guard that `firewall` will make; ConfigError if it can't."""
+    if not firewall.guard_ports:
+        raise ConfigError("--trial: there is no guard to try",
+                          "set GUARD_PORTS tcp/22, and leave --test out")
+    for program in firewall.programs.values() if isinstance(firewall, IptablesFirewall) else ():
+        program.probe_time_match("mangle")
+        if not program.dated:
+            raise ConfigError(f"--trial: {program.program} has no time match to end the guard with",
+                              "install xt_time, or nftables")
+    wall = firewall.clocks.wall()
+    expires = int(wall + seconds + 0.999999)
+    firewall.trial = Trial(expires, firewall.clocks.monotonic() + expires - wall)
+
+
 def nft_suffices(settings: ServerSettings) -> bool:
     """Return whether nftables can do all that is set, also what is set for iptables."""
     chains = [row for row in ServerSettings.rows() if row.name.startswith("IPT_")]
@@ -6329,8 +6419,7 @@ def nft_removal(netlink: Netlink, family: str, table: bytes,
             messages.append((DELETE_SET, number, body))
             texts.append(f"set {family} {name} {set_name}")
             continue
-        count = sum(len(list(attribute_list(answer.get(LIST_ELEMENTS, b""))))
-                    for answer in netlink.dump(GET_ELEMENT, number, body))
+        count = netlink.count_elements(number, body)
         if count:  # a message that names no element deletes all
             messages.append((DELETE_ELEMENT, number, body))
             texts.append(f"{count} doors of set {family} {name} {set_name}")
@@ -6539,7 +6628,21 @@ class Grants:
             chain = self.firewall.describe(door)
             self.log.info(f"Added {door.rule_name} rule to {chain} for {door}, "
                           f"expires at {self.live[door].expires}")
+        proof = self.firewall.guard_ports & {(door.protocol, door.port) for door in doors
+                                             if door.kind == INPUT}
+        if proof and 0 < self.firewall.trial_left() < FOR_EVER:
+            self.end_trial(None, f"Trial: a knock has opened {port_list(proof)}: closed for good. ")
         return doors
+
+    def end_trial(self, trial: Optional[Trial], why: str = "") -> None:
+        """Let a guard on trial stay (None), or leave it open until a new start (TRIAL_OVER)."""
+        self.firewall.trial = trial
+        try:
+            with self.firewall.within(PATIENCE):
+                self.firewall.prepare_guard()
+        except CommandError:
+            self.doubtful = True  # restore() is next: it tries again, and says why it can't
+        self.log.warning(why + guard_text(self.firewall))
 
     def add_new(self, opened: List[Grant], replaced: List[Grant]) -> None:
         """Add grants in place of the `replaced` ones; if the firewall fails, try once more."""
@@ -8085,7 +8188,7 @@ class FirewallWatch:
         firewall = self.grants.firewall
         try:
             with firewall.within(PATIENCE):
-                if firewall.mend_guard():
+                if firewall.trial is not TRIAL_OVER and firewall.mend_guard():
                     self.log.warning("Somebody changed our rules in the firewall "
                                      f"({firewall.describe()}); put the guard back")
         except CommandError:  # restore() tries again, and says why it can't
@@ -8297,8 +8400,9 @@ class Server:
     def tell_guard(self) -> None:
         """Log what stays closed now that this server does not serve, and what opens it."""
         firewall = self.grants.firewall
-        if firewall.guard_ports and firewall.guarded():
-            self.log.warning("Closed to everybody from now on, until a server runs or --unguard: "
+        if firewall.guard_ports and firewall.trial is not TRIAL_OVER and firewall.guarded():
+            self.log.warning("Closed to everybody from now on, until "
+                             f"{firewall.trial or 'a server runs'} or --unguard: "
                              + port_list(firewall.guard_ports))
 
     def flush(self) -> None:
@@ -8313,6 +8417,7 @@ class Server:
     def turn(self) -> None:
         """Wait for the next thing to do, and do it."""
         due = min([self.watch.check_due, self.watch.guard_due, self.grants.next_due(),
+                   self.clocks.monotonic() + self.grants.firewall.trial_left(),
                    self.commands.next_due(), *(capture.due for capture in self.captures),
                    *(run.due for run in self.gate.runs),
                    *(sequence.next_due() for sequence in self.knocks.owners)])
@@ -8325,6 +8430,8 @@ class Server:
         self.grants.expire()
         self.commands.reap()
         self.knocks.expire()
+        if self.grants.firewall.trial_left() <= 0:  # the kernel opens the guard, or has opened it
+            self.grants.end_trial(TRIAL_OVER)
         if self.clocks.monotonic() >= self.watch.guard_due:
             self.watch.mend_guard()
         if self.clocks.monotonic() >= self.watch.check_due or self.grants.doubtful:
@@ -8332,6 +8439,8 @@ class Server:
 
     def command(self, request: str) -> str:
         """Do what root asks for, by a signal or the control socket; return the answer."""
+        if request == "guard":
+            return guard_text(self.grants.firewall)
         if request != "flush":
             return "error: no such request"
         self.log.info("Closing all grants.")
@@ -8544,11 +8653,14 @@ def go_to_background() -> int:
     return writer
 
 
-def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, log: Log) -> int:
-    """Serve until a signal ends the server; return the exit code."""
+def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, trial: int,
+               log: Log) -> int:
+    """Serve until a signal ends the server; return the exit code. `trial` is 0, or in seconds."""
     configuration = read()
     log.level = DEBUG if configuration.settings.verbose else INFO
     firewall = configuration.choose_firewall(log)
+    if trial:
+        start_trial(firewall, trial)
     ready = go_to_background() if daemon else None
     file = lock_pid_file(configuration.settings.pid_file, log, configuration.lifecycle.program)
     try:
@@ -8575,9 +8687,11 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
         log.warning(f"No control socket beside the pid file ({explain(error, control.path)}): "
                     "--fw-flush can't ask this server; kill -USR2 can")
     if firewall.guard_ports:
-        log.info("Closed to everybody without a grant: " + port_list(firewall.guard_ports))
+        log.info(guard_text(firewall))
     log.info(configuration.lifecycle.started)
     if ready is not None:
+        if firewall.trial:
+            write_to(sys.stdout, guard_text(firewall) + "\n")
         os.write(ready, b"1")
         os.close(ready)
         with open(os.devnull, "r+b", buffering=0) as null:
@@ -8645,6 +8759,8 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
         warn_of_host(configuration, firewall, log)
         log.level = DEBUG if configuration.settings.verbose else INFO
         log.info(configuration.lifecycle.restarted)
+        if firewall.trial and firewall.guard_ports:
+            log.warning(guard_text(firewall))
     except Exception as error:  # a mistake of ours in reading must not end the server
         known = isinstance(error, (SpaError, OSError))
         text = explain(error) if known else internal_error(error, log.level >= DEBUG)
@@ -8867,6 +8983,7 @@ f foreground        -      foreground           stay in the foreground, even whe
 t test              -      test                 judge and log packets, leave the firewall alone
 v verbose           -      VERBOSE=1            log more
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
+- trial             SECONDS trial               end the guard then, unless a knock opened its ports
 D dump-config       -      dump                 print the configuration, without secrets
 - exit-parse-config -      check                check the configuration, and end
 - exit-parse-digest-cache - check_digests       check the file of remembered packets, and end
@@ -8909,6 +9026,7 @@ h help              -      help                 print this help
 """
 KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
 KNOCKD_FILE = "/etc/knockd.conf"
+MAX_TRIAL = 7 * 86400  # seconds: a week
 LOOK_AGAIN_SECONDS = 0.5  # a server restores within SETTLE_SECONDS; legacy iptables takes longer
 ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
            "list_all", "flush", "guard", "unguard", "key_gen"}
@@ -8961,6 +9079,8 @@ class Arguments:
                     raise UsageError(f"option '{name}' does not go with the one before")
             else:
                 self.lines.append(Line(name, 0, row.name, text))
+        if "trial" in self.values and ACTIONS & set(self.values) - {"init"}:
+            raise UsageError("--trial: only a server that hears knocks can try its guard")
         self.config_file = self.values.get("config_file", CONFIG_FILE)
 
     def __contains__(self, name: str) -> bool:
@@ -9096,7 +9216,8 @@ def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> No
                            "see its log, or end it with -K and try again") from None
         remove_for_good([GRANTS, REST], settings, log)  # also our rules in the host's chains
         guarded = leftovers(GUARD, settings, log)
-        say("Nothing is open now." + (" The guard stays until --unguard." if guarded else ""))
+        say("Nothing is open now." + (
+            " The guard stays until --unguard, or the end of its trial." if guarded else ""))
         return
     if answer != "ok":
         raise SpaError(f"{name} could not close all: {answer}")
@@ -9143,7 +9264,12 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
         raise SpaError(f"a server is running (pid={pid}), and no guard stands",
                        "-R lets it read its files again")
     if pid:
-        say(f"The guard stands: a server is running (pid={pid}), and keeps it.")
+        try:
+            answer = ask_server(settings.pid_file, "guard")
+        except OSError as error:
+            raise SpaError(f"a server is running (pid={pid}), and does not answer: {error}",
+                           "its log says whether its guard closes") from None
+        say(f"A server is running (pid={pid}). {answer}")
         return
     # A guard that stands keeps its grants and sets.
     choose_firewall(settings, None, "test" in arguments, log).prepare_guard()
@@ -9255,6 +9381,11 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
 
 def serve(arguments: Arguments, log: Log) -> int:
     """Serve, in the background if an option or the name fwknopd says so; return the exit code."""
+    trial = arguments.values.get("trial")
+    try:
+        trial_seconds = integer(1, MAX_TRIAL, "a number of seconds")(trial) if trial else 0
+    except ValueError as error:
+        raise UsageError(f"--trial: {error}") from None
     settings = read_settings(arguments)[0]
     if "init" in arguments:
         settings = run_init(arguments, settings)
@@ -9277,7 +9408,7 @@ def serve(arguments: Arguments, log: Log) -> int:
             direct_log(log, configuration.knockd.options, directory)
         return configuration
 
-    return run_server(read, daemon, "rotate" in arguments, log)
+    return run_server(read, daemon, "rotate" in arguments, trial_seconds, log)
 
 
 def run(arguments: Arguments, log: Log) -> int:

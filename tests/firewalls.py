@@ -109,14 +109,16 @@ class Site:
     tables: Tuple[str, ...] = ("filter", "mangle")
 
     def __init__(self, setup: Setup, config: str = "", access: str = STANZA,
-                 launcher: Iterable[str] = (), cable: Optional[Cable] = None) -> None:
+                 launcher: Iterable[str] = (), cable: Optional[Cable] = None,
+                 options: Iterable[str] = ()) -> None:
         self.setup, self.config = setup, setup.config() + config
         self.cable = cable or Cable()
         try:
             self.client, self.host = self.cable.client, self.cable.server
             self.host.listen(*self.ports)
             self.prepare()
-            self.server = Server(self.host, self.config, access, launcher=launcher).start()
+            self.server = Server(self.host, self.config, access, launcher=launcher)
+            self.server.start(*options)
         except BaseException:
             self.cable.close()
             raise
