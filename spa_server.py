@@ -1216,6 +1216,7 @@ class Networks:
 
     def __init__(self, text: str) -> None:
         self.masks: Dict[int, List[Tuple[int, int]]] = {4: [], 16: []}
+        self.networks: List[Network] = []
         self.everything = text.strip().upper() == "ANY"
         for item in () if self.everything else text.split(","):
             try:
@@ -1223,6 +1224,7 @@ class Networks:
                 network = ipaddress.ip_network(item.strip(), strict=False)
             except ValueError:
                 raise ValueError("expected ANY, or IP addresses and networks with commas") from None
+            self.networks.append(network)
             pair = int(network.netmask), int(network.network_address)
             self.masks[network.max_prefixlen // 8].append(pair)
 
@@ -4331,7 +4333,7 @@ NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 12, NFT | 13, NFT | 14
 NESTED = 0x8000
 TABLE_NAME, TABLE_FLAGS, TABLE_OWNER_PORT = 1, 2, 7
 TABLE_DORMANT, TABLE_OWNER, TABLE_PERSIST = 1, 2, 4  # flags
-CHAIN_NAME, CHAIN_HOOK, CHAIN_POLICY, HOOK_NUMBER = 3, 4, 5, 1
+CHAIN_NAME, CHAIN_HOOK, HOOK_NUMBER = 3, 4, 1
 RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_EXPRESSIONS, RULE_USERDATA = 1, 2, 3, 4, 7
 EXPRESSION_NAME, EXPRESSION_DATA, MATCH_NAME, MATCH_INFO = 1, 2, 1, 3
 IMMEDIATE_DATA, DATA_VERDICT, VERDICT_CHAIN = 2, 2, 2
@@ -6309,7 +6311,7 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log
 GRANTS, REST, GUARD = "grants", "rest", "guard"  # parts of ours; the rest is chains, sets, jumps
 CHANGES_AT_ONCE = 500  # in one netlink message
 NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables, or no such table
-HOOK_INPUT, POLICY_DROP = struct.pack(">I", 1), struct.pack(">I", 0)  # linux/netfilter.h
+HOOK_PREROUTING, HOOK_INPUT = struct.pack(">I", 0), struct.pack(">I", 1)  # linux/netfilter.h
 
 
 class Rule(NamedTuple):
@@ -6431,13 +6433,13 @@ def is_legacy(program: str) -> bool:
     return "nf_tables" not in run_program([program, "-V"])
 
 
-def legacy_program(settings: ServerSettings, name: str) -> Optional[str]:
-    """Return the older iptables or ip6tables, from FIREWALL_EXE or PATH."""
+def find_iptables(settings: ServerSettings, name: str, legacy: bool) -> Optional[str]:
+    """Return the older iptables or ip6tables, or the newer one, from FIREWALL_EXE or PATH."""
     own = (settings.firewall_program or "").replace("iptables", name)
-    for each in (own, f"{name}-legacy", name):
+    for each in (own, f"{name}-legacy" if legacy else f"{name}-nft", name):
         program = find_program(each) if "tables" in os.path.basename(each) else None
         with contextlib.suppress(CommandError):  # another one may work
-            if program and is_legacy(program):
+            if program and is_legacy(program) == legacy:
                 return program
     return None
 
@@ -6449,7 +6451,7 @@ def legacy_tables(settings: ServerSettings, only: str = "", log: Optional[Log] =
         # /proc lists them. To ask a program for any other table would make the table.
         listed = read_proc(f"net/{name.replace('tables', '_tables')}_names").split()
         tables = [table for table in listed if only in ("", table)]
-        program = legacy_program(settings, name) if tables else None
+        program = find_iptables(settings, name, legacy=True) if tables else None
         if program:
             yield from ((Iptables(program), table) for table in tables)
         elif tables and log:
@@ -6482,11 +6484,6 @@ def iptables_rule(line: str) -> Rule:
                 values.get("--comment", "").strip('"'), line)
 
 
-def legacy_lines(settings: ServerSettings, table: str) -> List[str]:
-    """Return the rules of the older iptables and ip6tables in a table, if it stands."""
-    return [line for firewall, _ in legacy_tables(settings, table) for line in firewall.list(table)]
-
-
 def is_untracked(rule: Dict[int, bytes]) -> bool:
     """Return whether a rule that the kernel listed turns connection tracking off."""
     return any(name == "notrack" or (name == "target" and (  # struct xt_ct_target_info
@@ -6496,27 +6493,218 @@ def is_untracked(rule: Dict[int, bytes]) -> bool:
                for name, target in nft_expressions(rule))
 
 
-def obstacles(settings: ServerSettings, firewall: Firewall) -> Iterator[str]:
+HostTest = Tuple[str, List[str], bool]  # a field, its values, and whether it must have none of them
+HostRule = Tuple[List[HostTest], str, str]  # tests, verdict, and the chain that a jump leads to
+UNKNOWN = ("?", [""], False)  # a test that a packet may pass or not
+# The names that nft and iptables give the fields of a packet.
+HOST_FIELDS = {"interface": "-i|iif|iifname", "state": "--ctstate|--state|ct state",
+               "protocol": "-p|meta l4proto|ip protocol|ip6 nexthdr",
+               "port": "--dports?|th dport", "destination": "--dst-type|fib daddr type"}
+HOST_ENDS = (r" (-j|-g|jump|goto) (\S+).*"
+             r"| (accept|drop|reject|return|queue|redirect|dnat(?= to| ip))\b.*")
+HOST_EFFECTLESS = r" (counter packets \d+ bytes \d+|counter|-m \w+|log( level \w+)?)"
+VERDICTS = {"accept": "accept", "drop": "drop", "reject": "drop", "return": "return",
+            "dnat": "dnat", "redirect": "dnat", "queue": "queue", "nfqueue": "queue"}
+
+
+class HostChain(NamedTuple):
+    """A chain of the host that all packets to this host come through, or its NAT for them."""
+
+    where: str  # `inet filter input`, `iptables-legacy filter INPUT`
+    kind: str  # nft, iptables or legacy
+    versions: Tuple[int, ...]  # of IP
+    policy: str
+    name: str
+    rules: Dict[str, List[HostRule]]  # of this chain, and of those that it leads to
+
+    def ends(self, port: Port, state: str = "new") -> Set[str]:
+        """Return what may become of a packet from another host: accept, drop or dnat."""
+        found = chain_ends(self.rules, self.name, {
+            "protocol": port[0], "port": str(port[1]), "state": state, "destination": "local"})
+        return {self.policy if end == "next" else end for end in found}
+
+
+def chain_ends(rules: Dict[str, List[HostRule]], name: str, packet: Dict[str, str]) -> Set[str]:
+    """Return how a packet may leave a chain; `next` goes on behind it."""
+    found: Set[str] = set()
+    for tests, verdict, target in rules.get(name, ()):
+        held = [holds(*test, packet) for test in tests]
+        if False in held:
+            continue
+        ends = chain_ends(rules, target, packet) if verdict == "jump" else {verdict}
+        found |= ends - {"next"}
+        if None not in held and "next" not in ends:
+            break
+    else:
+        found.add("next")
+    return {"next" if end == "return" else end for end in found}
+
+
+def holds(field: str, values: List[str], negated: bool, packet: Dict[str, str]) -> Optional[bool]:
+    """Tell whether a packet passes a test; None if that depends on more than is known of it."""
+    if field == "interface":
+        found = [False if value == "lo" else None for value in values]
+    elif field not in packet:
+        return None
+    elif field == "port":
+        pairs = [value.replace(":", "-").partition("-") for value in values]
+        found = [int(low) <= int(packet[field]) <= int(high or low) if low.isdigit() else None
+                 for low, _, high in pairs]
+    else:
+        found = [None if value[:1] == "@" else value == packet[field] for value in values]
+    return not negated if True in found else None if None in found else negated
+
+
+def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
+    """Return a rule as nft or iptables prints it; more than one if it has a map of verdicts.
+
+    What is not understood becomes a test that a packet may pass or not.
+    """
+    import re
+    mapped = re.match("(.*) vmap {(.*)}", text)
+    if mapped:
+        return [rule for each in mapped.group(2).split(",")
+                for rule in host_rules(mapped.group(1) + each.replace(" :", ""), chains)]
+    text = re.sub(r' (--comment|comment|--log-prefix|prefix) ("[^"]*"|\S+)', "", " " + text)
+    text = re.sub(r" (tcp|udp) (dport|sport|flags)", r" meta l4proto \1 th \2", text)
+    tests = []
+    for field, names in HOST_FIELDS.items():
+        pattern = rf"( !)? ({names})( !=)? ({{[^}}]*}}|\S+)"
+        tests += [(field, values.strip("{}").replace(" ", "").replace('"', "").lower().split(","),
+                   bool(before or after)) for before, _, after, values in re.findall(pattern, text)]
+        text = re.sub(pattern, "", text)
+    found = re.search(HOST_ENDS, text)
+    if not found:
+        return []
+    how, target, word = found.groups()
+    verdict = VERDICTS.get((word or target).lower(), "next")
+    if verdict == "queue" or re.sub(HOST_EFFECTLESS, "", text[:found.start()]).strip():
+        tests.append(UNKNOWN)
+    if target not in chains:
+        return [(tests, "accept" if verdict == "queue" else verdict, "")]
+    return [(tests, "jump", target)] + ([(tests, "return", "")] if how in ("-g", "goto") else [])
+
+
+def iptables_host_chain(program: str, table: str, legacy: bool) -> HostChain:
+    """Return the chain of a table of iptables that packets to this host come through."""
+    lines = Iptables(program).list(table)
+    hook = "PREROUTING" if table == "nat" else "INPUT"
+    rules: Dict[str, List[HostRule]] = {
+        line.split()[1]: [] for line in lines if line.startswith(("-N ", "-P "))}
+    for _, name, text in [line.split(" ", 2) for line in lines if line.startswith("-A ")]:
+        if not any(ours in text for ours in (MARK, COMMENT, "-j " + CHAIN_PREFIX)):
+            rules[name] += host_rules(text, rules)
+    name = os.path.basename(program)
+    version = 6 if "ip6" in name else 4
+    return HostChain(f"{name if legacy else nft_family(version)} {table} {hook}",
+                     "legacy" if legacy else "iptables", (version,),
+                     "drop" if f"-P {hook} DROP" in lines else "accept", hook, rules)
+
+
+def nft_host_chains(text: str, done: List[str]) -> Iterator[HostChain]:
+    """Find the chains in the output of `nft list ruleset`, but for tables that are done."""
+    tables: Dict[str, Dict[str, List[str]]] = {}
+    table = chain = ""
+    for words in [line.split() for line in text.splitlines()]:
+        if words[:1] == ["table"]:
+            table = " ".join(words[1:3])
+        elif words[:1] in (["chain"], ["set"], ["map"]):
+            chain = words[1] if words[0] == "chain" else ""
+        elif words[1:] and chain and COMMENT not in " ".join(words):
+            tables.setdefault(table, {}).setdefault(chain, []).append(" ".join(words))
+    for table, chains in tables.items():
+        rules = {name: [rule for line in lines for rule in host_rules(line, chains)]
+                 for name, lines in chains.items()}
+        for name, lines in chains.items():
+            family = table.split()[0]
+            if table not in done and family in NFT_FAMILIES and lines[0].startswith(
+                    ("type filter hook input ", "type nat hook prerouting ")):
+                yield HostChain(f"{table} {name}", "nft", {"ip": (4,), "ip6": (6,)}.get(
+                    family, (4, 6)), "drop" if "policy drop" in lines[0] else "accept", name, rules)
+
+
+def host_chains(settings: ServerSettings) -> List[HostChain]:
+    """Read what every firewall of this host does with packets to it, without our rules.
+
+    Raise CommandError if there is no program to read one with.
+    """
+    found = [iptables_host_chain(firewall.program, table, True)
+             for firewall, table in legacy_tables(settings) if table in ("nat", "filter")]
+    done, others = [" ".join(chain[:2]) for chain in OWN_CHAINS], False
+    try:
+        listed = [(family, each) for family, number in NFT_FAMILIES.items()
+                  for each in Netlink.open().dump(GET_CHAIN, number, b"")]
+    except CommandError as error:
+        if error.number and error.number not in NOTHING_THERE:  # 0: the kernel has no netlink
+            raise
+        return found
+    for family, each in listed:
+        table, name = text_of(each[TABLE_NAME]), text_of(each[CHAIN_NAME])
+        if family != "inet" and (table, name) in (("filter", "INPUT"), ("nat", "PREROUTING")):
+            program = find_iptables(settings, family + "tables", legacy=False)
+            if program:
+                found.append(iptables_host_chain(program, table, False))
+                done.append(f"{family} {table}")
+        hook = attributes(each.get(CHAIN_HOOK, b"")).get(HOOK_NUMBER)
+        others = others or (hook in (HOOK_PREROUTING, HOOK_INPUT)
+                            and f"{family} {table}" not in done)
+    program = find_program("nft")
+    if others and not program:
+        raise CommandError("there is no nft to read the host's rules with")
+    return found + (list(nft_host_chains(run_program([program, "list", "ruleset"]), done))
+                    if others and program else [])
+
+
+def host_ends(chains: List[HostChain], version: int, port: Port, state: str = "new") -> Set[str]:
+    """Return what the host may do with a packet to this port: accept, drop or dnat."""
+    ends = [chain.ends(port, state) for chain in chains if version in chain.versions]
+    return {"drop"} if {"drop"} in ends else set().union({"accept"}, *ends)
+
+
+def is_opened_by(firewall: Firewall, chain: HostChain) -> bool:
+    """Tell whether a firewall of ours puts grants into a table of the host."""
+    if isinstance(firewall, NftFirewall):
+        return any(chain.where.startswith(f"{each.family} {each.table} ")
+                   for each in firewall.accept)
+    return isinstance(firewall, IptablesFirewall) and (
+        chain.kind == ("legacy" if firewall.legacy else "iptables")
+        and any((each.table, each.kind) == ("filter", INPUT) for each in firewall.access))
+
+
+def closed_twice(settings: ServerSettings, firewall: Firewall, ports: Iterable[Port]
+                 ) -> Iterator[str]:
+    """Find ports that rules of the host close to everybody, where no grant of ours opens them."""
+    chains = host_chains(settings)
+    closed: Dict[str, List[Port]] = {}
+    for port in sorted(ports):
+        # What NAT leads elsewhere, as Docker does, does not come in.
+        led = {version for chain in chains if "dnat" in chain.ends(port)
+               for version in chain.versions}
+        where = [chain.where for chain in chains if not is_opened_by(firewall, chain)
+                 and chain.ends(port) == {"drop"} and not led.issuperset(chain.versions)]
+        if where:
+            closed.setdefault(", ".join(where), []).append(port)
+    for names, some in closed.items():
+        yield (f"The host's own firewall ({names}) closes {port_list(some)} as well, and no knock "
+               "opens that: accept it there" + (", since the guard closes it" if
+                                                firewall.guard_ports else ""))
+
+
+def obstacles(settings: ServerSettings, stanzas: List[Stanza],
+              firewall: Firewall) -> Iterator[str]:
     """Find rules of the host that get in the way of grants, and that the backend does not see."""
     if firewall.guard_ports:
         chains = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
                   for rule in Netlink.open().dump(GET_RULE, 0, b"") if is_untracked(rule)}
-        if any("NOTRACK" in line or "--notrack" in line for line in legacy_lines(settings, "raw")):
+        if any("NOTRACK" in line or "--notrack" in line for raw, table in legacy_tables(
+                settings, "raw") for line in raw.list(table)):
             chains.add("raw of iptables-legacy")
         if chains:
             yield (f"Rules turn connection tracking off ({', '.join(sorted(chains))}): a connection"
                    " to a guarded port that they concern ends with its grant")
-    elif firewall.legacy:
-        for chain in Netlink.open().dump(GET_CHAIN, 0, b""):
-            hook = attributes(chain.get(CHAIN_HOOK, b"")).get(HOOK_NUMBER, b"")
-            if hook == HOOK_INPUT and chain.get(CHAIN_POLICY) == POLICY_DROP:
-                name = f"{text_of(chain[TABLE_NAME])} {text_of(chain[CHAIN_NAME])}"
-                yield (f"nftables drops as well ({name}), and iptables-legacy can't open what that "
-                       "closes")
-    elif firewall.keeps and any(line.endswith((" DROP", " REJECT")) or "-j REJECT " in line
-                                for line in legacy_lines(settings, "filter")):
-        yield ("iptables-legacy drops as well (its filter table), and what that closes stays "
-               "closed: nothing here opens it")
+    # Ssh stands for all ports.
+    opened = [stanza.open_ports or frozenset([("tcp", 22)]) for stanza in stanzas]
+    yield from closed_twice(settings, firewall, settings.guard_ports or frozenset().union(*opened))
 
 
 def leftovers(part: str, settings: ServerSettings, log: Log,
@@ -8722,7 +8910,7 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
         if kinds - ({isinstance(firewall, NftFirewall)} if firewall.guard_ports else set()):
             log.warning("A guard from earlier settings still closes ports, and no knock opens "
                         "them; --unguard takes it away")
-        for text in obstacles(settings, firewall) if firewall.keeps else ():
+        for text in obstacles(settings, configuration.stanzas, firewall) if firewall.keeps else ():
             log.warning(text)
     except ConfigError as error:  # of a program that these settings do not use
         log.warning(str(error))
@@ -8846,17 +9034,254 @@ def own_address() -> str:
 class Finding(NamedTuple):
     """A line of --check: what is, and what to do about it."""
 
-    rank: int  # HOLE, BROKEN or ODD; a FACT is nothing to do about
+    rank: int
     text: str
-    advice: str = ""
-
-    def __str__(self) -> str:
-        """Return the line."""
-        return MARKS[self.rank] + self.text + (f" -- {self.advice}" if self.advice else "")
 
 
-HOLE, BROKEN, ODD, FACT = range(4)  # a port that is not hidden; nobody gets in; may surprise
-MARKS = ("[!] ", "[!] ", "[-] ", "[+] ")
+WRONG, ODD, FACT = range(3)  # a port is open or stays closed; worth a look; nothing to do
+MARKS = ("[!] ", "[-] ", "[+] ")
+FIRST_SECOND = 1763856000  # 2025-11-23: no clock of a host with this program is behind that
+# What starts a program after a boot: of systemd, OpenWrt, SysV, OpenRC, runit, BusyBox and cron.
+STARTERS = """etc/systemd/system/*.wants/* usr/lib/systemd/system/*.wants/* etc/rc.d/S* etc/rc?.d/S*
+etc/rc.d/rc?.d/S* etc/runlevels/*/* etc/service/*/run etc/rc.local etc/rc.d/rc.local etc/inittab
+etc/crontab etc/cron.d/* var/spool/cron/* var/spool/cron/crontabs/*""".split()
+# Words of warnings of a start that weigh more here, or less: about a choice that many make.
+WORSE = ("no knock opens", "a knock changes nothing", "has expired", "writable by others",
+         "does not exist", "there is no chain")
+CHOICES = ("REQUIRE_SOURCE_ADDRESS not enabled", "Including key file", "no OPEN_PORTS:")
+
+
+class GatheredLog(Log):
+    """A log that keeps its errors and warnings as findings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.findings: List[Finding] = []
+
+    def write(self, severity: int, text: str) -> None:
+        """Keep a line."""
+        if severity <= WARNING:
+            rank = (WRONG if severity <= ERROR or any(each in text for each in WORSE) else
+                    FACT if any(each in text for each in CHOICES) else ODD)
+            self.findings.append(Finding(rank, text.replace("[-] ", "").translate(SHOWN)))
+
+
+class Checkup:
+    """What the checks look at: the files, the running server, and the rules of this host."""
+
+    def __init__(self, settings: ServerSettings, configuration: Optional[Configuration],
+                 log: GatheredLog, root: str = "/") -> None:
+        self.settings, self.configuration, self.log = settings, configuration, log
+        self.stanzas = configuration.stanzas if configuration else []
+        self.root, self.clocks = root, CLOCKS
+        self.server: Optional[int] = None  # its pid, if one runs
+        self.firewall = Firewall("", log)
+        self.chains: List[HostChain] = []
+        self.usable = configuration is not None
+        self.versions = (4, 6) if read_proc("net/if_inet6") else (4,)
+
+    def note_failure(self, error: Exception) -> None:
+        """Make an error a finding, and remember whether the settings can't be used."""
+        self.log.error("; ".join(filter(None, (explain(error), getattr(error, "hint", "")))))
+        self.usable = self.usable and not isinstance(error, ConfigError)
+
+    def ask(self, name: str, *arguments: str) -> str:
+        """Return what a program says; "" if there is none, or if it fails."""
+        program = find_program(name)
+        with contextlib.suppress(CommandError):
+            return run_program([program, *arguments], seconds=5).strip() if program else ""
+        return ""
+
+
+def check_server(check: Checkup) -> Iterator[Finding]:
+    """Look for the server of these settings, and for others beside it."""
+    check.server = running_server(check.settings.pid_file)
+    yield (Finding(FACT, f"A server runs (pid={check.server})") if check.server else
+           Finding(WRONG, "No server runs with these files: no knock is heard; start it"))
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        words = read_proc(pid + "/cmdline").split("\0")
+        words = words[1:4] if os.path.basename(words[0]).startswith("python") else words[:1]
+        names = {"spa_server.py", "fwknopd", "knockd"} & set(map(os.path.basename, words))
+        parent = read_proc(pid + "/stat").rpartition(")")[2].split()[1:2]
+        ours = {str(os.getpid()), str(check.server)}
+        with contextlib.suppress(OSError):  # it has ended, or is in another container
+            here = os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
+            if names and here and not ours & {pid, *parent}:
+                yield Finding(ODD, f"Another {names.pop()} runs (pid={pid}), and hears the same "
+                              "knocks: end it, unless it opens other ports")
+
+
+def check_firewall(check: Checkup) -> Iterator[Finding]:
+    """Gather the warnings of a start about the firewall, and look for the chains of grants."""
+    if check.configuration:
+        load_gpg(check.settings, check.stanzas)
+        check.firewall = check.configuration.choose_firewall(check.log)
+        warn_of_host(check.configuration, check.firewall, check.log)
+    if isinstance(check.firewall, NftFirewall):
+        for chain in check.firewall.host_chains:
+            explain_failure(check.firewall.program, chain, chain in check.firewall.accept)
+    yield Finding(FACT, "Grants go to: " + check.firewall.describe())
+
+
+def check_ports(check: Checkup) -> Iterator[Finding]:
+    """Say of each port who reaches it now, and what a knock would change."""
+    settings, firewall = check.settings, check.firewall
+    ports = set(settings.guard_ports)
+    if not ports or settings.nft_accept_chains or settings.is_set(ServerSettings.input_access):
+        ports = ports.union(*[stanza.open_ports for stanza in check.stanzas])
+    check.chains = host_chains(settings)
+    guarded, grants = firewall.guarded(), firewall.grants()
+    for port in sorted(ports):
+        found: Dict[Finding, List[str]] = {}
+        for version in check.versions:
+            for finding in (guard_findings(port, guarded) if port in settings.guard_ports else
+                            host_findings(check.chains, version, port)):
+                found.setdefault(finding, []).append(f"IPv{version}")
+        for finding, names in found.items():
+            family = "" if len(names) == len(check.versions) else f" ({names[0]})"
+            yield Finding(finding.rank, f"{port_list([port])}{family}: {finding.text}")
+        opened = [time.strftime(f"{each.door.source} until %X", time.localtime(each.expires))
+                  for each in grants if each.door.port in (0, port[1])
+                  and each.door.protocol in ("*", port[0])]
+        if opened:
+            yield Finding(FACT, f"{port_list([port])}: open now for {', '.join(opened)}")
+
+
+def guard_findings(port: Port, guarded: bool) -> Iterator[Finding]:
+    """Say whether the guard closes a port."""
+    yield (Finding(FACT, "closed by the guard to everybody without a grant") if guarded else
+           Finding(WRONG, "no guard stands, so the host's own firewall alone decides; start the "
+                   "server, or --guard"))
+
+
+def host_findings(chains: List[HostChain], version: int, port: Port) -> Iterator[Finding]:
+    """Say what the host's own firewall does with a port that the guard leaves alone."""
+    ends = host_ends(chains, version, port)
+    if "dnat" in ends:
+        yield Finding(WRONG, "led elsewhere by NAT, as Docker does, before the host's firewall can "
+                      "drop it; GUARD_PORTS hides it")
+    elif ends == {"accept"}:
+        yield Finding(WRONG, "open to everybody, since the host's firewall does not drop it; drop "
+                      "it there, or set GUARD_PORTS")
+    else:
+        yield Finding(FACT, "closed to everybody without a grant" if ends == {"drop"} else
+                      "closed without a grant, but for those whom rules of the host let in")
+        if host_ends(chains, version, port, "established") == {"drop"}:
+            yield Finding(WRONG, "no rule lets established connections go on: they end with the "
+                          "grant; accept `ct state established` first")
+
+
+def check_capture(check: Checkup) -> Iterator[Finding]:
+    """Open the packet sockets of a start, and close them at once; look at the ports of others."""
+    settings, configuration = check.settings, check.configuration
+    captures: List[Capture] = []
+    try:
+        if configuration and not settings.capture_file:
+            if configuration.takes_packets and not settings.udp_server:
+                captures += open_packet_captures(settings, check.log)
+            open_knock_captures(configuration.listenings(), check.log, captures)
+        for line in capture_lines(settings, captures):
+            yield Finding(FACT, line)
+    except PermissionError:
+        yield Finding(WRONG, "No CAP_NET_RAW: packets can't be captured; let the server have it")
+    finally:
+        close_captures(captures, ())
+    for used, port in ((settings.udp_server, ("udp", settings.udp_port)),
+                       (settings.tcp_server, ("tcp", settings.tcp_port))):
+        for version in check.versions if used else ():
+            if port in settings.guard_ports or (
+                    host_ends(check.chains, version, port) == {"drop"}):
+                yield Finding(WRONG, f"{port_list([port])}: no SPA packet reaches this socket, "
+                              f"since IPv{version} is dropped before; let it in")
+
+
+def check_stanzas(check: Checkup) -> Iterator[Finding]:
+    """Look for stanzas that can't open anything, and for keys that can be guessed."""
+    if check.configuration:
+        check.configuration.tell(check.log)
+    for stanza in check.stanzas:
+        name = f"(stanza #{stanza.number}) "
+        if stanza.open_ports and stanza.open_ports <= stanza.restrict_ports:
+            yield Finding(WRONG, name + "RESTRICT_PORTS has all of OPEN_PORTS: it opens nothing")
+        for row, here in ((Stanza.source, False), (Stanza.destination, True)):
+            networks = getattr(stanza, row.attribute).networks
+            if networks and not any(each.num_addresses > 1 or (
+                    may_be_host(each[0]) and (not here or is_own_address(each[0])))
+                                    for each in networks):
+                yield Finding(WRONG, f"{name}{row.name} {stanza.texts[row.name]}: no packet can "
+                              + ("be sent there, since it is no address of this host" if here else
+                                 "come from there; ANY means everybody"))
+        for key in (stanza.key or b"", stanza.hmac_key or b""):
+            if key and (len(set(key)) < 5 or b"change" in key.lower()):
+                yield Finding(WRONG, name + "KEY or HMAC_KEY is easy to guess; keygen.py makes "
+                              "one")
+
+
+def check_run_directory(check: Checkup) -> Iterator[Finding]:
+    """Look whether the server can write its files, and who else can."""
+    for path in {check.settings.run_directory, os.path.dirname(check.settings.digest_file)}:
+        there = path
+        while not os.path.exists(there):  # the server makes it
+            there = os.path.dirname(there)
+        full = os.statvfs(there).f_bavail == 0
+        if full or not os.access(there, os.W_OK):
+            yield Finding(WRONG, f"{there}: " + ("the disk is full" if full else "not writable")
+                          + ": a restart forgets which packets were seen; make it writable")
+        yield from [Finding(WRONG, text) for text in folder_warnings(path)]
+
+
+def check_clock(check: Checkup) -> Iterator[Finding]:
+    """Look whether the clock is right, as far as this host knows."""
+    limit = check.settings.max_packet_age
+    offset = (check.ask("chronyc", "-c", "tracking") + ",,,,").split(",")[4].strip("-")
+    synchronised = check.ask("timedatectl", "show", "-p", "NTPSynchronized")
+    if check.clocks.wall() < FIRST_SECOND:
+        yield Finding(WRONG, time.strftime("The clock is wrong: %Y-%m-%d", time.gmtime(
+            check.clocks.wall())) + "; set it, else every packet is rejected by its age")
+    elif offset and float(offset) >= limit / 2:
+        yield Finding(WRONG, f"The clock is off by {float(offset):.0f} s, says chronyc; packets "
+                      f"may differ by {limit} s")
+    elif synchronised.endswith("=no"):
+        yield Finding(ODD, f"The clock is not synchronised; from {limit} s on, every packet of a "
+                      "client whose clock is right is rejected: start an NTP client")
+    else:
+        yield Finding(FACT, "The clock is synchronised" if offset or synchronised else
+                      "Nothing here knows whether the clock is right: compare it with the client's")
+
+
+def check_boot(check: Checkup) -> Iterator[Finding]:
+    """Look for anything that starts this program after a boot."""
+    import glob
+    names = {os.path.basename(each).encode() for each in (__file__, sys.argv[0])}
+    for pattern in STARTERS:
+        for path in glob.glob(os.path.join(check.root, pattern)):
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                text = file.read(1 << 16)
+                if any(name in text for name in names):
+                    yield Finding(FACT, f"Starts after a boot: {path}")
+                    return
+    yield Finding(ODD, "Nothing starts this server after a boot; README has a unit for systemd")
+
+
+# Each check, and whether only root can do it.
+CHECKS: List[Tuple[Callable[[Checkup], Iterator[Finding]], bool]] = [
+    (check_server, False), (check_firewall, True), (check_ports, True), (check_capture, True),
+    (check_stanzas, False), (check_run_directory, True), (check_clock, False), (check_boot, False)]
+
+
+def find_all(check: Checkup, is_root: bool) -> List[Finding]:
+    """Return the findings of all checks, worst first; a check that fails is one."""
+    found = check.log.findings
+    if not is_root:
+        found.append(Finding(ODD, "Only root can look at the firewall, the capture and the run "
+                             "directory; run this as root"))
+    for look in [look for look, for_root in CHECKS if is_root or not for_root]:
+        try:
+            for finding in look(check):
+                found.append(finding)
+        except (SpaError, OSError) as error:
+            check.note_failure(error)
+    return sorted(dict.fromkeys(found), key=lambda finding: finding.rank)
 
 
 # ======================================================================================
@@ -8985,6 +9410,7 @@ v verbose           -      VERBOSE=1            log more
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
 - trial             SECONDS trial               end the guard then, unless a knock opened its ports
 D dump-config       -      dump                 print the configuration, without secrets
+- check             -      check_host           say who may reach the ports, and what is wrong here
 - exit-parse-config -      check                check the configuration, and end
 - exit-parse-digest-cache - check_digests       check the file of remembered packets, and end
 - dump-serv-err-codes -    codes                print the error numbers that the log may name
@@ -9028,8 +9454,8 @@ KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")
 KNOCKD_FILE = "/etc/knockd.conf"
 MAX_TRIAL = 7 * 86400  # seconds: a week
 LOOK_AGAIN_SECONDS = 0.5  # a server restores within SETTLE_SECONDS; legacy iptables takes longer
-ACTIONS = {"init", "dump", "check", "check_digests", "codes", "status", "kill", "restart", "list",
-           "list_all", "flush", "guard", "unguard", "key_gen"}
+ACTIONS = {"init", "dump", "check", "check_host", "check_digests", "codes", "status", "kill",
+           "restart", "list", "list_all", "flush", "guard", "unguard", "key_gen"}
 
 HELP = """Usage: spa_server.py [options]
 
@@ -9363,6 +9789,22 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
             say("# knockd.conf\n" + configuration.knockd.dump())
 
 
+def check_host(arguments: Arguments) -> int:
+    """Do --check; return 3 if the settings can't be used, 1 if there is anything to do, else 0."""
+    log = GatheredLog()
+    settings, _ = read_settings(arguments, log)
+    log.findings = [each._replace(rank=WRONG) for each in log.findings]
+    check = Checkup(settings, None, log)
+    if not log.findings:
+        try:
+            check = Checkup(settings, read_configuration(arguments), log)
+        except (SpaError, OSError) as error:
+            check.note_failure(error)
+    found = find_all(check, os.geteuid() == 0)
+    say("\n".join(MARKS[finding.rank] + finding.text for finding in found))
+    return 3 if not check.usable else 1 if found[0].rank < FACT else 0
+
+
 def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
     """Make the log also go where a knockd.conf says."""
     path = os.path.join(directory, options.log_file) if options.log_file else ""
@@ -9430,6 +9872,8 @@ def run(arguments: Arguments, log: Log) -> int:
         put_guard_up(arguments, log)
     elif {"list", "list_all", "flush", "unguard"} & asked:
         run_on_firewall(arguments, log)
+    elif "check_host" in arguments:
+        return check_host(arguments)
     elif {"dump", "check", "check_digests"} & asked:
         check_configuration(arguments, log)
     else:

@@ -1378,7 +1378,7 @@ class BrakeTest(unittest.TestCase):
             with Cable() as cable:
                 cable.server.run(*command)
                 log = Server(cable.server, setup.config()).start().log()
-                said = re.findall("connection tracking off|drops as well", log)
+                said = re.findall("connection tracking off|as well, and no knock", log)
                 self.assertEqual(bool(expected), bool(said), log)
                 self.assertIn(expected, log)
 
@@ -1390,10 +1390,11 @@ class BrakeTest(unittest.TestCase):
             (guard, ("ip6tables-legacy", *raw, "CT", "--notrack"),
              untracked % "raw of iptables-legacy"),
             (accept, nft_raw, ""),
-            (accept, ("iptables-legacy", "-P", "INPUT", "DROP"), "iptables-legacy drops as well"),
+            (accept, ("iptables-legacy", "-P", "INPUT", "DROP"),
+             "firewall (iptables-legacy filter INPUT) closes tcp/22 as well"),
             (accept, ("iptables-legacy", "-A", "INPUT", "-i", "lo", "-j", "ACCEPT"), ""),
             (legacy, ("nft", "add table ip h; add chain ip h in { type filter hook input priority "
-                      "0; policy drop; }"), "nftables drops as well (h in)")), check)
+                      "0; policy drop; }"), "firewall (ip h in) closes tcp/22 as well")), check)
 
     def test_a_chain_in_a_table_that_has_an_owner(self) -> None:
         """The start says whose table it is, and that the guard needs nothing of it."""
