@@ -208,6 +208,7 @@ def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[
         ("HMAC_KEY_BASE64", "HMAC_KEY_BASE64", keys.get("HMAC_KEY_BASE64")),
         ("USE_HMAC", "", "Y"),
         ("", "FW_ACCESS_TIMEOUT", options.timeout or 30),
+        ("ONE_CONNECTION", "ONE_CONNECTION", "Y" if options.one_connection else ""),
         ("", "REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"))
     client, server = ("".join(DIRECTIVE.format(row[side], row[2]) + "\n"
                               for row in rows if row[side] and row[2]) for side in (0, 1))
@@ -819,6 +820,7 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
     ("--timeout", "SECONDS", number_parser(1, 8388608), "time that a port is open (default: 30)"),
     ("--username", "USER", name_parser("a user name", 29, "._-@"),  # fwknop cuts longer ones
      "the user name in the packet, which the server then requires"),
+    ("--one-connection", "", str, "end a grant with its first connection, which takes nftables"),
     ("--any-source", "", str, "let the server open for the packet's source address"),
 )
 OPENSPA_ONLY = "--openspa-dir --config-file --rsa-bits --adk"

@@ -1252,6 +1252,8 @@ class Settings:
                         "ports to knock on before the packet, or without keys instead")
     delay = setting("KNOCK_DELAY", parse_delay, "50",
                     "milliseconds after each port, or a range to draw from: 100-300")
+    one_connection = flag("ONE_CONNECTION", "the server's stanza has ONE_CONNECTION Y: do not try "
+                          "the port, which would use it up")
     ospa_file = optional("OSPA_FILE", parse_text, "knock by OpenSPA, with this OSPA file")
 
     test = flag("test", "print the packet, do not send it")
@@ -1434,6 +1436,7 @@ q  quiet                -         quiet=Y
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
 -  exec                 -         exec=Y
+-  one-connection       -         ONE_CONNECTION=Y
 -  ospa                 FILE      OSPA_FILE
 -  resolve-stun         HOST      ALLOW_IP=stun:        find our address with this STUN server
 v  verbose              -         VERBOSE=Y
@@ -2897,6 +2900,10 @@ def find_wait_peer(settings: Settings, operands: "List[str]",
     port = settings.wait_port or (ports and int(settings.nat_port or ports[0].split("-")[0]))
     if not port:
         raise UsageError("there is no TCP port in -A to wait for", "--wait-port names one")
+    if settings.one_connection:
+        if not command:
+            note(f"tcp/{port} is not tried: that would use up its only connection")
+        return None
     return settings.server, port
 
 

@@ -215,8 +215,10 @@ class Datagram(NamedTuple):
 
 
 # The kinds of doors. A connection may come in, or pass through this host; NAT may change its
-# destination, or its source: to a given address, or to that of the interface it leaves by.
-INPUT, FORWARD, DNAT, SNAT, MASQUERADE = "access", "FORWARD", "DNAT", "SNAT", "MASQUERADE"
+# destination, or its source: to a given address, or to that of the interface it leaves by. The
+# first connection that comes in through ONCE closes it.
+INPUT, ONCE, FORWARD = "access", "once", "FORWARD"
+DNAT, SNAT, MASQUERADE = "DNAT", "SNAT", "MASQUERADE"
 
 
 class Door(NamedTuple):
@@ -252,7 +254,7 @@ class Door(NamedTuple):
     @property
     def rule_name(self) -> str:
         """Return the name that fwknopd's log gives the rule: `access`, `FORWARD ALL`, `SNAT`."""
-        kind = SNAT if self.kind == MASQUERADE else self.kind
+        kind = {MASQUERADE: SNAT, ONCE: INPUT}.get(self.kind, self.kind)
         return kind if self.port else f"{kind} ALL"
 
     def describe(self) -> str:
@@ -2236,6 +2238,8 @@ class Stanza(Settings):
                         "open to the whole network around an IPv4 address; 24 for carrier NAT")
     prefix6 = Directive("ACCESS_PREFIX6", integer(32, 128, "a prefix length"), "128",
                         "the same for IPv6, for example 56")
+    one_connection = Flag("ONE_CONNECTION", "the first connection that comes in ends the grant, so "
+                          "that nobody else behind the same NAT gets in; nftables only")
     require_source = Flag("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE",
                           "the packet must name the address to open to")
     same_address = NoDefault("REQUIRE_SAME_ADDRESS",
@@ -2360,6 +2364,11 @@ class Stanza(Settings):
                 (knock, Stanza.knock_exact, "KNOCK_SEQUENCE"),
                 (knock, Stanza.require_knock, "KNOCK_SEQUENCE")):
             self.require(condition or not has(row), row, needed + " with it")
+        elsewhere: Tuple[Directive[Any], ...] = (
+            Stanza.cycle_open, Stanza.force_nat, Stanza.force_snat, Stanza.force_masquerade,
+            Stanza.forward_all, Stanza.disable_dnat)
+        for row in elsewhere if self.one_connection else ():
+            self.require(not has(row), row, "no ONE_CONNECTION with it")
 
     def validate_knock(self) -> List[str]:
         """Check and make the stanza's sequence, if it has one, and return warnings."""
@@ -2807,7 +2816,8 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
         if destination.version != address.version:
             raise PacketRejected("family", f"The packet was sent to {destination}, which {address} "
                                  "can't connect to.")
-    doors = [Door(network, destination, protocol, port) for protocol, port in request.ports]
+    kind = ONCE if stanza.one_connection else INPUT
+    doors = [Door(network, destination, protocol, port, kind) for protocol, port in request.ports]
     if stanza.cycle_open or not with_nat:
         return Verdict(doors, seconds, bool(stanza.cycle_open))
     host: Union[Address, Lookup, None]
@@ -2857,6 +2867,8 @@ def wants_nat(request: Request, stanza: Stanza, settings: ServerSettings) -> boo
     if request.type in NAT_TYPES:
         if not (settings.local_nat if request.type in LOCAL_NAT_TYPES else settings.forwarding):
             raise no_nat(request)
+        if stanza.one_connection:
+            raise no_nat(request, "with ONE_CONNECTION")
         return True
     # FORWARD_ALL alone does not want it: such a stanza opens ports of this host, too.
     forced_source = stanza.force_snat or stanza.force_masquerade
@@ -5214,6 +5226,7 @@ TRIAL_SET = "trial"  # in that table: the ports that a guard on trial still clos
 TRIAL_BODY = name_attribute(LIST_TABLE, GUARD_TABLE.table) + name_attribute(LIST_SET, TRIAL_SET)
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
+ONCE_LABEL = 127  # the last connection label, which nobody else is likely to use
 OWNER_HINT = "kill PID ends that server, kill -USR2 PID has it close all that is open"
 
 # The chains of our own tables and their hooks. The guard's for prerouting comes after connection
@@ -5242,7 +5255,7 @@ class SetType(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`spa4`, `spa6_56`, `spa4_to`, `spa4_24_to`, `spa4_dnat`, `spa4_forward_all`."""
+        """`spa4`, `spa6_56`, `spa4_to`, `spa4_24_once`, `spa4_dnat`, `spa4_forward_all`."""
         whole = 32 if self.version == 4 else 128
         parts = [f"spa{self.version}", "" if self.prefix == whole else str(self.prefix),
                  "to" if self.has_destination else "",
@@ -5263,11 +5276,17 @@ class SetType(NamedTuple):
         if chain == NAT_TABLE and self.kind != MASQUERADE:
             what = "map"
             fields += f" : {address} . inet_service" if self.has_target_port else f" : {address}"
+        flags = "dynamic, timeout" if self.kind == ONCE else "timeout"
         return (f"add {what} {chain.family} {chain.table} {self.name} "
-                f"{{ type {fields}; flags timeout; }}")
+                f"{{ type {fields}; flags {flags}; }}")
 
     def match(self, lookup: str = "") -> str:
         """Return the match of a rule: packets in the set, or with lookup `map ` their value."""
+        return f"{self.fields} {lookup}@{self.name}"
+
+    @property
+    def fields(self) -> str:
+        """The fields of a packet that the set has."""
         header = nft_family(self.version)
         mask = ipaddress.ip_network(("0.0.0.0" if self.version == 4 else "::", self.prefix)).netmask
         whole = self.prefix == mask.max_prefixlen
@@ -5276,7 +5295,7 @@ class SetType(NamedTuple):
             fields.append(f"{header} daddr")
         if self.has_ports:
             fields += ["meta l4proto", "th dport"]
-        return f"{' . '.join(fields)} {lookup}@{self.name}"
+        return " . ".join(fields)
 
     def nat_rule(self) -> str:
         """Return chain and rule in NAT's table. DNAT leaves alone what is only routed here."""
@@ -5325,7 +5344,7 @@ def parse_set_name(name: str) -> Optional[SetType]:
     if head not in ("spa4", "spa6"):
         return None
     prefix = parts[0] if parts and parts[0].isdigit() else {"spa4": "32", "spa6": "128"}[head]
-    kind = next((kind for kind in (FORWARD,) + NAT_KINDS if kind.lower() in parts), INPUT)
+    kind = next((kind for kind in (ONCE, FORWARD) + NAT_KINDS if kind.lower() in parts), INPUT)
     set_type = SetType(int(head[3]), int(prefix), "to" in parts, kind, "all" not in parts)
     return set_type if set_type.name == name else None
 
@@ -5383,9 +5402,9 @@ class NftFirewall(Firewall):
     def set_types_in(self, chain: NftChain) -> List[SetType]:
         """Return the types of the sets that a chain, or a table of our own, has."""
         version = {"ip": 4, "ip6": 6}.get(chain.family)  # None: the family inet has both
-        kinds = {GUARD_TABLE: (INPUT, DNAT), NAT_TABLE: NAT_KINDS}.get(chain) or [
-            kind for kind, chains in ((INPUT, self.accept), (FORWARD, self.forward))
-            if chain in chains]
+        kinds = {GUARD_TABLE: (INPUT, ONCE, DNAT), NAT_TABLE: NAT_KINDS}.get(chain) or [
+            kind for kind, chains in ((INPUT, self.accept), (ONCE, self.accept),
+                                      (FORWARD, self.forward)) if chain in chains]
         return [each for each in self.set_types
                 if each.kind in kinds and version in (None, each.version)]
 
@@ -5398,7 +5417,7 @@ class NftFirewall(Firewall):
         """Return the rules that a chain, or each chain of our own table, has to have, in order."""
         set_types = self.set_types_in(chain)
         if chain not in OWN_CHAINS:
-            return {chain: [each.match() + " accept" for each in set_types]}
+            return {chain: nft_accept_rules(set_types)}
         rules = [rule.partition(" ")[::2] for rule in (
             nft_guard_rules(self.guard_ports, set_types, self.trial) if chain == GUARD_TABLE else
             map(SetType.nat_rule, set_types))]
@@ -5611,6 +5630,18 @@ class NftFirewall(Firewall):
         self.run([f"delete table {GUARD_TABLE.family} {GUARD_TABLE.table}"])
 
 
+def nft_accept_rules(set_types: List[SetType]) -> List[str]:
+    """Return the rules that accept what is in these sets.
+
+    The first packet of a connection deletes an element of ONCE. A label lets the connection's next
+    packets pass until it is established, and the first one pass a second chain.
+    """
+    once = [f"ct state new {each.match()} delete @{each.name} {{ {each.fields} }} "
+            f"ct label set {ONCE_LABEL} accept" for each in set_types if each.kind == ONCE]
+    once += [f"ct state new ct label {ONCE_LABEL} accept"] if once else []
+    return once + [each.match() + " accept" for each in set_types if each.kind != ONCE]
+
+
 def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType], trial: Optional[Trial]
                     ) -> List[str]:
     """Return the guard's rules: before destination NAT they drop packets without a grant.
@@ -5630,7 +5661,7 @@ def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType], trial: O
     rules += [f"closed {nft_family(peer.version)} saddr {peer} tcp sport {peer_port} "
               f"tcp dport {port} tcp flags & (syn | ack) != syn accept"
               for peer, peer_port, port in established_connections(guarded)]
-    rules += [f"closed {set_type.match()} accept" for set_type in set_types]
+    rules += [f"closed {rule}" for rule in nft_accept_rules(set_types)]
     if trial is TRIAL_OVER:
         return rules
     match = f"meta l4proto . th dport @{TRIAL_SET} " if trial else ""
@@ -6192,6 +6223,9 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
     for text in idle_directives(settings, kind):
         log.warning(text)
     if kind == "iptables":
+        for stanza in stanzas or ():
+            stanza.require(not stanza.one_connection, Stanza.one_connection,
+                           "nftables: iptables can't end a grant when a connection uses it")
         return iptables_firewall(settings, iptables, log, clocks)
     if not settings.guard_ports and not settings.nft_accept_chains:
         raise ConfigError("GUARD_PORTS: expected it, or NFT_ACCEPT_CHAINS, with nftables",
@@ -6247,7 +6281,7 @@ def stanza_set_types(settings: ServerSettings, stanza: Stanza) -> Iterator[SetTy
     """Return the types of the sets for all doors that a stanza may open."""
     to = settings.destination_rule
     for version, prefix in ((4, stanza.prefix4), (6, stanza.prefix6)):
-        yield SetType(version, prefix, to)
+        yield SetType(version, prefix, to, ONCE if stanza.one_connection else INPUT)
         ports_or_all = (True, False) if stanza.forward_all else (True,)
         for ports in ports_or_all if settings.nat else ():
             yield SetType(version, prefix, to, DNAT, ports)
@@ -6799,7 +6833,8 @@ class Grants:
         self.check_stanza(doors, stanza_number)
         opened = [Grant(door, expires, ends,
                         self.live[door].stanza_number if door in self.live else stanza_number)
-                  for door in doors if door not in self.live or self.live[door].ends < ends]
+                  for door in doors if door not in self.live or self.live[door].ends < ends
+                  or door.kind == ONCE]  # a connection may have ended that one
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
         if opened:
@@ -6917,6 +6952,11 @@ class Grants:
         due = self.clocks.monotonic() + 0.5  # the kernel may have ended already what ends now
         lost = [grant for grant in self.live.values() if grant.door not in present
                 and grant.ends > due and self.firewall.chains_for(grant.door)]
+        for door in [grant.door for grant in lost if grant.door.kind == ONCE]:
+            # Nobody knows which of the two happened. To open it again might let somebody else in.
+            del self.live[door]
+            self.log.info(f"{door} is closed: its one connection has come, or somebody flushed it")
+        lost = [grant for grant in lost if grant.door.kind != ONCE]
         for start in range(0, len(lost), GRANTS_AT_ONCE):
             # Somebody else changes the firewall as well, so that this may take long; see grant().
             again = [each._replace(early=True) for each in lost[start:start + GRANTS_AT_ONCE]]
@@ -9594,9 +9634,10 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
         door = grant.door
         source, _, destination, port = str(door).split(" ", 3)
         protocol, _, port = port.partition("/")
-        target = "ACCEPT" if door.kind == INPUT else door.kind
+        target = "ACCEPT" if door.kind in (INPUT, ONCE) else door.kind
         # All chains are in one list here, so each line has the target of its NAT.
-        extra = f" to:{door.target_text()}" if door.target else ""
+        extra = (f" to:{door.target_text()}" if door.target else
+                 " for one connection" if door.kind == ONCE else "")
         seconds, opener = int(max(0, grant.ends - now)), find_opener(openers, grant)
         lines.append(f"{number:<4} {target:<10} {protocol:<4} --  {source:<20} {destination:<20} "
                      f"{protocol} dpt:{port} /* {MARK}{grant.expires} */{extra} "

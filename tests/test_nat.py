@@ -159,6 +159,10 @@ JUDGED = (
      REFUSED + " (port 25 is in RESTRICT_PORTS)"),
     (BOTH, "RESTRICT_PORTS tcp/25", 2, "10.55.0.2,tcp/2222", "192.168.10.55,25",
      ["FORWARD 10.55.0.2 -> 192.168.10.55 tcp/25", "DNAT " + C4 + "tcp/2222 to 192.168.10.55:25"]),
+    # one connection: NAT can't end with it
+    (BOTH, "ONE_CONNECTION Y", 2, "10.55.0.2,tcp/22", "192.168.10.55,80",
+     REFUSED + " (with ONE_CONNECTION)"),
+    (BOTH, "ONE_CONNECTION Y", 1, "10.55.0.2,tcp/22", None, ["once " + C4 + "tcp/22"]),
 )  # type: Any
 
 
