@@ -6852,7 +6852,7 @@ class Grants:
             self.log.info(f"Added {door.rule_name} rule to {chain} for {door}, "
                           f"expires at {self.live[door].expires}")
         proof = self.firewall.guard_ports & {(door.protocol, door.port) for door in doors
-                                             if door.kind == INPUT}
+                                             if door.kind in (INPUT, ONCE)}
         if proof and 0 < self.firewall.trial_left() < FOR_EVER:
             self.end_trial(None, f"Trial: a knock has opened {port_list(proof)}: closed for good. ")
         return doors
