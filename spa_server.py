@@ -6533,7 +6533,8 @@ UNKNOWN = ("?", [""], False)  # a test that a packet may pass or not
 # The names that nft and iptables give the fields of a packet.
 HOST_FIELDS = {"interface": "-i|iif|iifname", "state": "--ctstate|--state|ct state",
                "protocol": "-p|meta l4proto|ip protocol|ip6 nexthdr",
-               "port": "--dports?|th dport", "destination": "--dst-type|fib daddr type"}
+               "port": "--dports?|th dport", "destination": "--dst-type|fib daddr type",
+               "status": "ct status"}
 HOST_ENDS = (r" (-j|-g|jump|goto) (\S+).*"
              r"| (accept|drop|reject|return|queue|redirect|dnat(?= to| ip))\b.*")
 HOST_EFFECTLESS = r" (counter packets \d+ bytes \d+|counter|-m \w+|log( level \w+)?)"
@@ -6554,7 +6555,8 @@ class HostChain(NamedTuple):
     def ends(self, port: Port, state: str = "new") -> Set[str]:
         """Return what may become of a packet from another host: accept, drop or dnat."""
         found = chain_ends(self.rules, self.name, {
-            "protocol": port[0], "port": str(port[1]), "state": state, "destination": "local"})
+            "protocol": port[0], "port": str(port[1]), "state": state, "destination": "local",
+            "status": ""})
         return {self.policy if end == "next" else end for end in found}
 
 
@@ -6585,7 +6587,7 @@ def holds(field: str, values: List[str], negated: bool, packet: Dict[str, str]) 
         found = [int(low) <= int(packet[field]) <= int(high or low) if low.isdigit() else None
                  for low, _, high in pairs]
     else:
-        found = [None if value[:1] == "@" else value == packet[field] for value in values]
+        found = [None if value[:1] in "@." else value == packet[field] for value in values]
     return not negated if True in found else None if None in found else negated
 
 
@@ -6595,11 +6597,14 @@ def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
     What is not understood becomes a test that a packet may pass or not.
     """
     import re
+    if any(ours in text for ours in (MARK, COMMENT, " " + CHAIN_PREFIX)):
+        return []  # a grant, or a jump to them
+    text = re.sub(r' (comment|prefix) "[^"]*"| --(comment|log-prefix) ("[^"]*"|\S+)', "",
+                  " " + text)
     mapped = re.match("(.*) vmap {(.*)}", text)
     if mapped:
         return [rule for each in mapped.group(2).split(",")
                 for rule in host_rules(mapped.group(1) + each.replace(" :", ""), chains)]
-    text = re.sub(r' (--comment|comment|--log-prefix|prefix) ("[^"]*"|\S+)', "", " " + text)
     text = re.sub(r" (tcp|udp) (dport|sport|flags)", r" meta l4proto \1 th \2", text)
     tests = []
     for field, names in HOST_FIELDS.items():
@@ -6626,11 +6631,11 @@ def iptables_host_chain(program: str, table: str, legacy: bool) -> HostChain:
     rules: Dict[str, List[HostRule]] = {
         line.split()[1]: [] for line in lines if line.startswith(("-N ", "-P "))}
     for _, name, text in [line.split(" ", 2) for line in lines if line.startswith("-A ")]:
-        if not any(ours in text for ours in (MARK, COMMENT, "-j " + CHAIN_PREFIX)):
-            rules[name] += host_rules(text, rules)
+        rules[name] += host_rules(text, rules)
     name = os.path.basename(program)
     version = 6 if "ip6" in name else 4
-    return HostChain(f"{name if legacy else nft_family(version)} {table} {hook}",
+    owner = " of ufw" if any(each.startswith("ufw-") for each in rules) else ""
+    return HostChain(f"{name if legacy else nft_family(version)} {table} {hook}{owner}",
                      "legacy" if legacy else "iptables", (version,),
                      "drop" if f"-P {hook} DROP" in lines else "accept", hook, rules)
 
@@ -6644,10 +6649,11 @@ def nft_host_chains(text: str, done: List[str]) -> Iterator[HostChain]:
             table = " ".join(words[1:3])
         elif words[:1] in (["chain"], ["set"], ["map"]):
             chain = words[1] if words[0] == "chain" else ""
-        elif words[1:] and chain and COMMENT not in " ".join(words):
+        elif words[1:] and chain:
             tables.setdefault(table, {}).setdefault(chain, []).append(" ".join(words))
     for table, chains in tables.items():
-        rules = {name: [rule for line in lines for rule in host_rules(line, chains)]
+        rules = {name: [rule for line in lines if not line.startswith("type ")
+                        for rule in host_rules(line, chains)]
                  for name, lines in chains.items()}
         for name, lines in chains.items():
             family = table.split()[0]
@@ -6692,7 +6698,8 @@ def host_chains(settings: ServerSettings) -> List[HostChain]:
 def host_ends(chains: List[HostChain], version: int, port: Port, state: str = "new") -> Set[str]:
     """Return what the host may do with a packet to this port: accept, drop or dnat."""
     ends = [chain.ends(port, state) for chain in chains if version in chain.versions]
-    return {"drop"} if {"drop"} in ends else set().union({"accept"}, *ends)
+    together = set().union({"accept"}, *ends)
+    return {"drop"} if {"drop"} in ends and "dnat" not in together else together
 
 
 def is_opened_by(firewall: Firewall, chain: HostChain) -> bool:
@@ -9153,7 +9160,9 @@ def check_server(check: Checkup) -> Iterator[Finding]:
 
 def check_firewall(check: Checkup) -> Iterator[Finding]:
     """Gather the warnings of a start about the firewall, and look for the chains of grants."""
-    if check.configuration:
+    if not check.configuration:
+        check.firewall = choose_firewall(check.settings, None, False, check.log)
+    else:
         load_gpg(check.settings, check.stanzas)
         check.firewall = check.configuration.choose_firewall(check.log)
         warn_of_host(check.configuration, check.firewall, check.log)
@@ -9170,11 +9179,22 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
     if not ports or settings.nft_accept_chains or settings.is_set(ServerSettings.input_access):
         ports = ports.union(*[stanza.open_ports for stanza in check.stanzas])
     check.chains = host_chains(settings)
-    guarded, grants = firewall.guarded(), firewall.grants()
+    drops = [line for line in firewall.listing().splitlines()
+             if COMMENT in line and "drop" in line.lower()]
+    if any("@trial" in line or "TIME" in line for line in drops):
+        yield Finding(WRONG, "The guard is on trial: it opens again, or has, unless a knock "
+                      "opened one of its ports in time; the log says until when")
+    if drops and check.server:
+        with contextlib.suppress(OSError):  # it has no control socket
+            state = ask_server(settings.pid_file, "guard")
+            if port_list(settings.guard_ports) not in state:  # as guard_text() lists them
+                yield Finding(WRONG, f"The server's guard is an older one ({state}): -R lets it "
+                              "read its files again")
+    grants = firewall.grants()
     for port in sorted(ports):
         found: Dict[Finding, List[str]] = {}
         for version in check.versions:
-            for finding in (guard_findings(port, guarded) if port in settings.guard_ports else
+            for finding in (guard_findings(bool(drops)) if port in settings.guard_ports else
                             host_findings(check.chains, version, port)):
                 found.setdefault(finding, []).append(f"IPv{version}")
         for finding, names in found.items():
@@ -9187,11 +9207,11 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
             yield Finding(FACT, f"{port_list([port])}: open now for {', '.join(opened)}")
 
 
-def guard_findings(port: Port, guarded: bool) -> Iterator[Finding]:
+def guard_findings(guarded: bool) -> Iterator[Finding]:
     """Say whether the guard closes a port."""
     yield (Finding(FACT, "closed by the guard to everybody without a grant") if guarded else
-           Finding(WRONG, "no guard stands, so the host's own firewall alone decides; start the "
-                   "server, or --guard"))
+           Finding(WRONG, "no guard closes it: the host's own firewall alone decides who gets in; "
+                   "start the server, or --guard"))
 
 
 def host_findings(chains: List[HostChain], version: int, port: Port) -> Iterator[Finding]:
@@ -9267,7 +9287,8 @@ def check_run_directory(check: Checkup) -> Iterator[Finding]:
         if full or not os.access(there, os.W_OK):
             yield Finding(WRONG, f"{there}: " + ("the disk is full" if full else "not writable")
                           + ": a restart forgets which packets were seen; make it writable")
-        yield from [Finding(WRONG, text) for text in folder_warnings(path)]
+        for text in folder_warnings(path):
+            check.log.warning(text)
 
 
 def check_clock(check: Checkup) -> Iterator[Finding]:

@@ -1,0 +1,313 @@
+"""`spa_server.py --check` on rules as text, on files and clocks. test_live_check has real hosts."""
+
+import os
+import subprocess
+import sys
+import time
+import unittest
+from typing import Any, Dict, List, Tuple
+
+import spa_server as server
+from tests.support import DirectoryCase, needs_root, skip, wait_for, write
+from tests.test_config import NO_FIREWALL
+
+ACCEPT, DROP, BOTH, NAT = {"accept"}, {"drop"}, {"accept", "drop"}, {"accept", "dnat"}
+KEYED = "SOURCE ANY\nKEY one_k3y\nHMAC_KEY tw0_keys\nREQUIRE_SOURCE_ADDRESS Y\nOPEN_PORTS tcp/22\n"
+
+# Rules of one chain whose policy is to drop; what becomes of a new packet to tcp/22, and of one of
+# an established connection.
+NFT_RULES: Tuple[Tuple[str, Any, Any], ...] = (
+    ("", DROP, DROP),
+    ("tcp dport 22 accept", ACCEPT, ACCEPT),
+    ("tcp dport { 21-23, 80 } counter packets 1 bytes 60 accept comment \"drop it, tcp dport 1\"",
+     ACCEPT, ACCEPT),
+    ("tcp dport { 80, 443 } accept", DROP, DROP),
+    ("udp dport 22 accept", DROP, DROP),
+    ("tcp dport != 22 accept", DROP, DROP),
+    ("tcp dport @web accept", BOTH, BOTH),
+    ("meta l4proto { tcp, udp } th dport 22 accept", ACCEPT, ACCEPT),
+    ("meta l4proto . th dport { tcp . 22 } accept", BOTH, BOTH),
+    ("ct state established,related accept", DROP, ACCEPT),
+    ("ct state { established, related } accept", DROP, ACCEPT),
+    ("ct state vmap { established : accept, related : accept, invalid : drop }", DROP, ACCEPT),
+    ("ct state new tcp dport 22 accept", ACCEPT, DROP),
+    ("tcp dport vmap { 22 : accept, 23 : drop }", ACCEPT, ACCEPT),
+    ("tcp dport vmap @ports", DROP, DROP),
+    ("ip saddr 192.0.2.0/24 tcp dport 22 accept", BOTH, BOTH),
+    ("tcp dport 22 limit rate 3/minute burst 5 packets accept", BOTH, BOTH),
+    ("iifname \"lo\" accept", DROP, DROP),
+    ("iifname != \"lo\" accept", ACCEPT, ACCEPT),
+    ("iifname { \"lo\", \"eth1\" } accept", BOTH, BOTH),
+    ("fib daddr type local accept", ACCEPT, ACCEPT),
+    ("ct status dnat accept", DROP, DROP),  # what NAT leads on is judged before
+    ("log prefix \"accept tcp dport 22 \" level info", DROP, DROP),
+    ("tcp dport 22 queue flags bypass to 1", BOTH, BOTH),
+    ("tcp dport 22 reject with icmpx port-unreachable\naccept", DROP, DROP),
+    ("jump ssh", ACCEPT, ACCEPT), ("goto ssh", ACCEPT, ACCEPT),
+    ("jump back\naccept", ACCEPT, ACCEPT), ("goto back\naccept", DROP, DROP),
+    ("ip saddr 192.0.2.1 goto back\naccept", BOTH, BOTH),
+    ("xt match \"tcp\" counter packets 0 bytes 0 accept", BOTH, BOTH),
+    ("a statement of a later nft accept", BOTH, BOTH))
+IPTABLES_RULES: Tuple[Tuple[str, Any, Any], ...] = (
+    ("-p tcp -m tcp --dport 22 -j ACCEPT", ACCEPT, ACCEPT),
+    ("-p tcp -m tcp --dport 20:25 -m comment --comment \"-j DROP here\" -j ACCEPT", ACCEPT, ACCEPT),
+    ("-p tcp -m multiport --dports 80,21:23 -j ACCEPT", ACCEPT, ACCEPT),
+    ("-p udp -m udp --dport 22 -j ACCEPT", DROP, DROP),
+    ("-p tcp -m tcp ! --dport 22 -j ACCEPT", DROP, DROP),
+    ("-s 192.0.2.0/24 -p tcp -m tcp --dport 22 -j ACCEPT", BOTH, BOTH),
+    ("-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", DROP, ACCEPT),
+    ("-m state --state NEW -j ACCEPT", ACCEPT, DROP),
+    ("-i lo -j ACCEPT", DROP, DROP), ("! -i lo -j ACCEPT", ACCEPT, ACCEPT),
+    ("-m addrtype --dst-type LOCAL -j ssh", ACCEPT, ACCEPT),
+    ("-m set --match-set friends src -j ACCEPT", BOTH, BOTH),
+    ("-p tcp -m tcp --dport 22 -m limit --limit 3/min -j ACCEPT", BOTH, BOTH),
+    ("-j REJECT --reject-with icmp-port-unreachable\n-j ACCEPT", DROP, DROP),
+    ("-j LOG --log-prefix \"-j ACCEPT\"", DROP, DROP),
+    ("-j NFQUEUE --queue-num 0", BOTH, BOTH),
+    ("-j back\n-j ACCEPT", ACCEPT, ACCEPT), ("-g back\n-j ACCEPT", DROP, DROP),
+    ("! -i docker0 -p tcp -m tcp --dport 22 -j DNAT --to-destination 172.17.0.2:22",
+     {"drop", "dnat"}, {"drop", "dnat"}))
+OTHER_CHAINS = {"ssh": {"nft": "tcp dport 22 accept",
+                        "iptables": "-p tcp -m tcp --dport 22 -j ACCEPT"},
+                "back": {"nft": "return", "iptables": "-j RETURN"}}
+
+RULESET = """
+table inet filter {
+	set web {
+		type inet_service
+		elements = { 22, 80 }
+	}
+	chain input {
+		type filter hook input priority filter; policy drop;
+		tcp dport 22 accept comment "spa_server.py:12345678"
+		jump more
+	}
+	chain more {
+		tcp dport 80 accept
+	}
+	chain forward {
+		type filter hook forward priority filter; policy drop;
+	}
+}
+table ip nat {
+	chain pre {
+		type nat hook prerouting priority dstnat; policy accept;
+		tcp dport 8080 dnat to 172.17.0.2:80
+	}
+}
+table inet spa {
+	chain input {
+		type filter hook input priority -110; policy accept;
+	}
+}
+table netdev t {
+	chain in {
+		type filter hook ingress device "eth0" priority 0; policy drop;
+	}
+}
+"""
+
+
+def chain_of(kind: str, lines: str) -> Any:
+    """Return a chain of these rules whose policy is to drop."""
+    texts = {"in": lines, **{name: both[kind] for name, both in OTHER_CHAINS.items()}}
+    rules = {name: [rule for line in text.splitlines() for rule in server.host_rules(line, texts)]
+             for name, text in texts.items()}
+    return server.HostChain("a b in", kind, (4,), "drop", "in", rules)
+
+
+class FirewallTest(unittest.TestCase):
+    """What the host's rules do with a packet."""
+
+    def test_rules(self) -> None:
+        """Each rule of the tables lets packets in, drops them, or nobody can tell."""
+        for kind, table in (("nft", NFT_RULES), ("iptables", IPTABLES_RULES)):
+            for lines, new, established in table:
+                with self.subTest(kind=kind, rules=lines):
+                    chain = chain_of(kind, lines)
+                    self.assertEqual((new, established), (
+                        chain.ends(("tcp", 22)), chain.ends(("tcp", 22), "established")))
+
+    def test_ruleset(self) -> None:
+        """The chains of nft's output: not ours, not those of done tables, not other hooks."""
+        chains = {each.where: each for each in server.nft_host_chains(RULESET, ["inet spa"])}
+        self.assertEqual({"inet filter input": (4, 6), "ip nat pre": (4,)},
+                         {name: each.versions for name, each in chains.items()})
+        ends = [server.host_ends(list(chains.values()), version, ("tcp", port))
+                for version in (4, 6) for port in (22, 80, 8080)]
+        # Our own rule is a grant's, and no rule of the host.
+        self.assertEqual([DROP, ACCEPT, {"accept", "drop", "dnat"}, DROP, ACCEPT, DROP], ends)
+        self.assertEqual({"dnat"}, chains["ip nat pre"].ends(("tcp", 8080)))
+        self.assertEqual(["ip nat pre"], [each.where for each in server.nft_host_chains(
+            RULESET, ["inet spa", "inet filter"])])
+        self.assertEqual([], list(server.nft_host_chains("", [])))
+        self.assertEqual(ACCEPT, server.host_ends([], 4, ("tcp", 22)))
+
+    def test_findings_of_a_port(self) -> None:
+        """A port that the guard leaves alone: what is said of it."""
+        nat = chain_of("iptables", IPTABLES_RULES[-1][0])._replace(policy="accept")
+        related = "ct state established accept\n"
+        for chains, expected in (
+                ([], ["[!] open to everybody"]),
+                ([chain_of("nft", related)], ["[+] closed to everybody without a grant"]),
+                ([chain_of("nft", "")], ["[+] closed to", "[!] no rule lets established"]),
+                ([chain_of("nft", related + "ip saddr 192.0.2.1 accept")],
+                 ["[+] closed without a grant, but for those"]),
+                ([nat], ["[!] led elsewhere by NAT"])):
+            found = [server.MARKS[each.rank] + each.text
+                     for each in server.host_findings(chains, 4, ("tcp", 22))]
+            self.assertEqual(len(expected), len(found), found)
+            for begin, line in zip(expected, found):
+                self.assertTrue(line.startswith(begin), found)
+
+
+class Checked(server.Checkup):
+    """A context whose programs and clock are the test's."""
+
+    def __init__(self, *arguments: Any, says: Dict[str, str], wall: float) -> None:
+        super().__init__(*arguments)
+        self.says, self.clocks = says, server.Clocks(wall=lambda: wall)
+
+    def ask(self, name: str, *arguments: str) -> str:
+        """Return what the test says."""
+        return self.says.get(name, "")
+
+
+class CheckCase(DirectoryCase):
+    """Files in a directory, and what the checks find."""
+
+    def check(self, access: str = KEYED, config: str = "", root: bool = False, wall: float = 0.0,
+              **says: str) -> List[str]:
+        """Return the lines."""
+        write(self.place("access.conf"), access)
+        write(self.place("fwknopd.conf"), NO_FIREWALL + config)
+        arguments = server.Arguments(self.options())
+        log = server.GatheredLog()
+        configuration = server.read_configuration(arguments)
+        check = Checked(configuration.settings, configuration, log, self.directory, says=says,
+                        wall=wall or time.time())
+        return [server.MARKS[each.rank] + each.text for each in server.find_all(check, root)]
+
+    def options(self) -> List[str]:
+        """The options that name the files."""
+        return ["-c", self.place("fwknopd.conf"), "-a", self.place("access.conf"),
+                "-r", self.place("run")]
+
+    def assert_found(self, expected: str, lines: List[str]) -> None:
+        """Fail unless a line begins so."""
+        self.assertTrue(any(line.startswith(expected) for line in lines), (expected, lines))
+
+
+class CheckTest(CheckCase):
+    """The checks that need no firewall."""
+
+    def test_order(self) -> None:
+        """Worst first; an ordinary user is told what was not looked at."""
+        lines = self.check("SOURCE 0.0.0.0\n" + KEYED.partition("\n")[2])
+        self.assertEqual(sorted(lines, key=lambda line: "!-+".index(line[1])), lines)
+        self.assert_found("[!] No server runs with these files", lines)
+        self.assert_found("[-] Only root can look at the firewall", lines)
+        self.assert_found("[!] (stanza #1) SOURCE 0.0.0.0: no packet can come from there; ANY",
+                          lines)
+        self.assertEqual(len(lines), len(set(lines)))
+
+    def test_stanzas(self) -> None:
+        """Stanzas that open nothing, and keys that anybody can guess."""
+        for line, expected in (
+                ("RESTRICT_PORTS tcp/22, tcp/23", "[!] (stanza #1) RESTRICT_PORTS has all of"),
+                ("DESTINATION 192.0.2.77", "[!] (stanza #1) DESTINATION 192.0.2.77: no packet can"),
+                ("DESTINATION 224.0.0.1", "[!] (stanza #1) DESTINATION 224.0.0.1: no packet"),
+                ("ACCESS_EXPIRE_EPOCH 1000000000", "[!] (stanza #1) has expired"),
+                ("KEY ChangeMe_now", "[!] (stanza #1) KEY or HMAC_KEY is easy to guess"),
+                ("KEY 11111111", "[!] (stanza #1) KEY or HMAC_KEY is easy to guess"),
+                ("REQUIRE_SOURCE_ADDRESS N", "[+] (stanza #1) Warning: REQUIRE_SOURCE")):
+            name = line.split()[0]
+            rest = "".join(each + "\n" for each in KEYED.splitlines() if not each.startswith(
+                name + " "))
+            with self.subTest(line=line):
+                self.assert_found(expected, self.check(rest + line + "\n"))
+        for harmless in ("DESTINATION 127.0.0.1", "DESTINATION 192.0.2.0/24", "SOURCE 192.0.2.1",
+                         "RESTRICT_PORTS tcp/23"):
+            with self.subTest(harmless=harmless):
+                access = (harmless + "\n" + KEYED.partition("\n")[2] if "SOURCE" in harmless else
+                          KEYED + harmless + "\n")
+                self.assertEqual([], [each for each in self.check(access) if "stanza" in each])
+
+    def test_clock(self) -> None:
+        """Wrong, off, not synchronised, right, or nobody knows."""
+        tracking = "A9FEA9FE,ntp,3,1796000000.0,%s,0,0,0,0,0,0,0,64,Normal"
+        no, yes = "NTPSynchronized=no", "NTPSynchronized=yes"
+        for wall, chronyc, timedatectl, expected in (
+                (1000.0, "", yes, "[!] The clock is wrong: 1970-01-01"),
+                (0.0, tracking % "-71.5", yes, "[!] The clock is off by 72 s"),
+                (0.0, tracking % "0.000012", "", "[+] The clock is synchronised"),
+                (0.0, "", no, "[-] The clock is not synchronised"),
+                (0.0, "", yes, "[+] The clock is synchronised"),
+                (0.0, "506 Cannot talk to daemon", "", "[+] Nothing here knows"),
+                (0.0, "", "", "[+] Nothing here knows")):
+            with self.subTest(chronyc=chronyc, timedatectl=timedatectl, wall=wall):
+                self.assert_found(expected, self.check(wall=wall, chronyc=chronyc,
+                                                       timedatectl=timedatectl))
+
+    def test_boot(self) -> None:
+        """Anything that starts the program by its name counts."""
+        missing = "[-] Nothing starts this server after a boot"
+        self.assert_found(missing, self.check())
+        for name in ("etc/systemd/system/multi-user.target.wants/spa.service", "etc/rc.local",
+                     "etc/rc.d/S99spa", "etc/rc3.d/S02spa", "etc/runlevels/default/spa",
+                     "etc/cron.d/spa", "var/spool/cron/crontabs/root"):
+            with self.subTest(name=name):
+                path = self.place(name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                write(path, "@reboot root /usr/sbin/other\n")
+                self.assert_found(missing, self.check())
+                write(path, "ExecStart=/usr/local/sbin/spa_server.py -f\n")
+                self.assert_found("[+] Starts after a boot: " + path, self.check())
+                os.unlink(path)
+
+    def test_other_servers(self) -> None:
+        """The running server is named, and another one beside it is a finding."""
+        script = write(self.place("spa_server.py"), "import time; print(1, flush=True)\n"
+                       "time.sleep(600)\n")
+        other = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        assert other.stdout
+        self.addCleanup(other.stdout.close)
+        other.stdout.readline()
+        if not os.path.exists("/proc/%d/cmdline" % other.pid):
+            skip("no /proc")
+        expected = "[-] Another spa_server.py runs (pid=%d)" % other.pid
+        # Our own children are our commands and switches.
+        self.assertFalse([each for each in self.check() if each.startswith(expected)])
+        script_text = ("import subprocess, sys; print(subprocess.Popen(sys.argv[1:], "
+                       "stdout=subprocess.DEVNULL).pid)")
+        grandchild = int(subprocess.check_output([sys.executable, "-c", script_text,
+                                                  sys.executable, script]))
+        self.addCleanup(os.kill, grandchild, 9)
+        expected = "[-] Another spa_server.py runs (pid=%d)" % grandchild
+        wait_for(lambda: any(each.startswith(expected) for each in self.check()), expected)
+
+    @needs_root
+    def test_run_directory(self) -> None:
+        """Others may not write there; the server must be able to."""
+        def found() -> List[str]:
+            """Return the lines about it."""
+            settings = server.read_settings(server.Arguments(self.options()))[0]
+            check = server.Checkup(settings, None, server.GatheredLog())
+            return [each.text for each in list(server.check_run_directory(check))
+                    + check.log.findings]
+
+        write(self.place("fwknopd.conf"), NO_FIREWALL)
+        self.assertEqual([], found())
+        os.mkdir(self.place("run"))
+        os.chmod(self.place("run"), 0o777)
+        self.assertRegex(found()[0], "^folder: .*run is writable by others")
+        os.chmod(self.place("run"), 0o700)
+        self.assertEqual([], found())
+        write(self.place("fwknopd.conf"), NO_FIREWALL + "DIGEST_FILE /proc/self/digests;\n")
+        self.assertRegex(found()[0], "^/proc/self: (not writable|the disk is full): a restart")
+
+
+if __name__ == "__main__":
+    unittest.main()
