@@ -9313,7 +9313,7 @@ def check_clock(check: Checkup) -> Iterator[Finding]:
 def check_boot(check: Checkup) -> Iterator[Finding]:
     """Look for anything that starts this program after a boot."""
     import glob
-    names = {os.path.basename(each).encode() for each in (__file__, sys.argv[0])}
+    names = {b"spa_server", os.path.basename(sys.argv[0]).encode()} - {b"", b"-c"}
     for pattern in STARTERS:
         for path in glob.glob(os.path.join(check.root, pattern)):
             with contextlib.suppress(OSError), open(path, "rb") as file:
