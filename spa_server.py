@@ -5142,7 +5142,7 @@ class Firewall:
         """Remove our chains, sets and rules from the host's firewall; the guard stays."""
 
     def guarded(self) -> bool:
-        """Return whether a guard stands, whoever made it."""
+        """Return whether a guard closes, whoever made it."""
         return False
 
     def unguard(self) -> None:
@@ -5223,6 +5223,8 @@ LAST_MOMENT = 0.05  # seconds: the kernel counts in ticks of up to 10 ms, and en
 LOOKS = 5  # at a set, until no element of it ends while others are deleted
 GUARD_TABLE = NftChain("inet", "spa", "guard")  # the table, and in it the chain that comes first
 TRIAL_SET = "trial"  # in that table: the ports that a guard on trial still closes
+DROP = "counter drop"  # the guard's last rule
+TRIAL_DROP = f"meta l4proto . th dport @{TRIAL_SET} {DROP}"
 TRIAL_BODY = name_attribute(LIST_TABLE, GUARD_TABLE.table) + name_attribute(LIST_SET, TRIAL_SET)
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
@@ -5619,9 +5621,11 @@ class NftFirewall(Firewall):
         do_all(self.run, [(lines,) for lines in batches])
 
     def guarded(self) -> bool:
-        """Return whether the guard's table stands, whoever made it; False if nobody can tell."""
+        """Return whether the guard's table drops, whoever made it; False if nobody can tell."""
         with contextlib.suppress(CommandError):
-            return bool(self.our_rules(GUARD_TABLE))
+            names = [name for _, name in self.our_rules(GUARD_TABLE._replace(chain="closed"))]
+            return tag(DROP) in names or (tag(TRIAL_DROP) in names and bool(
+                self.netlink.count_elements(NFT_FAMILIES[GUARD_TABLE.family], TRIAL_BODY)))
         return False
 
     def unguard(self) -> None:
@@ -5662,10 +5666,9 @@ def nft_guard_rules(guarded: FrozenSet[Port], set_types: List[SetType], trial: O
               f"tcp dport {port} tcp flags & (syn | ack) != syn accept"
               for peer, peer_port, port in established_connections(guarded)]
     rules += [f"closed {rule}" for rule in nft_accept_rules(set_types)]
-    if trial is TRIAL_OVER:
-        return rules
-    match = f"meta l4proto . th dport @{TRIAL_SET} " if trial else ""
-    return rules + [f"closed {match}counter drop"]
+    if trial is not TRIAL_OVER:
+        rules.append("closed " + (TRIAL_DROP if trial else DROP))
+    return rules
 
 
 def trial_lines(guarded: FrozenSet[Port], seconds_left: float) -> List[str]:
@@ -6166,10 +6169,12 @@ class IptablesFirewall(Firewall):
                         + [f"-X {name}" for name in present]})
 
     def guarded(self) -> bool:
-        """Return whether the guard's chain stands, whoever made it; False if nobody can tell."""
+        """Return whether the guard's chain drops, whoever made it; False if nobody can tell."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.clocks.wall()))
         with contextlib.suppress(CommandError):
-            return any(f"-N {GUARDED_CHAIN}" in program.list("mangle")
-                       for program in self.programs.values())
+            return any(line.startswith(f"-A {GUARDED_CHAIN} ") and line.endswith("-j DROP")
+                       and now <= (line.partition("--datestop ")[2] or now)
+                       for program in self.programs.values() for line in program.list("mangle"))
         return False
 
     def unguard(self) -> None:
@@ -6858,11 +6863,14 @@ class Grants:
             chain = self.firewall.describe(door)
             self.log.info(f"Added {door.rule_name} rule to {chain} for {door}, "
                           f"expires at {self.live[door].expires}")
-        proof = self.firewall.guard_ports & {(door.protocol, door.port) for door in doors
-                                             if door.kind in (INPUT, ONCE)}
-        if proof and 0 < self.firewall.trial_left() < FOR_EVER:
-            self.end_trial(None, f"Trial: a knock has opened {port_list(proof)}: closed for good. ")
         return doors
+
+    def prove(self, doors: List[Door]) -> None:
+        """Let a guard on trial stay if a knock has opened one of its ports."""
+        ports = self.firewall.guard_ports & {(door.protocol, door.port) for door in doors
+                                             if door.kind in (INPUT, ONCE)}
+        if ports and 0 < self.firewall.trial_left() < FOR_EVER:
+            self.end_trial(None, f"Trial: a knock has opened {port_list(ports)}: closed for good. ")
 
     def end_trial(self, trial: Optional[Trial], why: str = "") -> None:
         """Let a guard on trial stay (None), or leave it open until a new start (TRIAL_OVER)."""
@@ -7637,6 +7645,8 @@ class Access:
             raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
         self.tally.counts["accepted"] += 1
         self.tell(verdict, request, stanza.number)
+        if not verdict.by_commands:
+            self.grants.prove(verdict.doors)
         return verdict
 
     def cycles(self, verdict: Verdict, request: Request, stanza: Stanza) -> List[Cycle]:
@@ -8596,7 +8606,8 @@ class Server:
             ServerSettings.promiscuous, ServerSettings.udp_server, ServerSettings.udp_port,
             ServerSettings.tcp_server, ServerSettings.tcp_port)
         same = not moved and configuration.takes_packets == self.configuration.takes_packets
-        captures, memory, stood = self.captures, None, firewall.guarded()
+        captures, memory = self.captures, None
+        stood = self.grants.firewall.trial or firewall.guarded()
         try:
             if changed(ServerSettings.udp_server):  # it needs the port of what only answers
                 self.ospa.close_sockets()
@@ -8635,7 +8646,7 @@ class Server:
     def tell_guard(self) -> None:
         """Log what stays closed now that this server does not serve, and what opens it."""
         firewall = self.grants.firewall
-        if firewall.guard_ports and firewall.trial is not TRIAL_OVER and firewall.guarded():
+        if firewall.guard_ports and firewall.guarded():
             self.log.warning("Closed to everybody from now on, until "
                              f"{firewall.trial or 'a server runs'} or --unguard: "
                              + port_list(firewall.guard_ports))

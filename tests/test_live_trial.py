@@ -94,7 +94,9 @@ class TrialTest(unittest.TestCase):
                 site.server.stop(signal.SIGKILL)
                 self.assertEqual(CLOSED, site.strangers())
                 site.wait_open(ends)
+                self.assertIn("no guard stands", site.server.command("--check")[1])
                 site.server.start("--trial", "3600")
+                self.assertIn("closed by the guard", site.server.command("--check")[1])
                 self.assertEqual(CLOSED, site.strangers())
                 self.assertGreater(site.end(), time.time() + 3000)
                 site.server.stop()
@@ -130,6 +132,7 @@ class TrialTest(unittest.TestCase):
                 site.reload(ENDED)
                 site.flush_and_wait("putting them back")
                 site.server.knock(site.client, "-A", "tcp/22", *TO4)
+                self.assertIn("no guard stands", site.server.command("--check")[1])
                 self.assertEqual(OPEN, site.strangers())
                 self.assertIn(ENDED, site.server.command("--guard")[1])
                 self.assertNotIn("for good", site.server.log())
@@ -198,14 +201,19 @@ class TrialTest(unittest.TestCase):
             self.assertFalse(cable.client.reaches(SERVER4, 22, OTHER4))
 
     def test_in_the_background(self) -> None:
-        """The terminal is told until when, though the log goes to syslog."""
+        """The terminal is told until when, though the log goes to syslog; also with --init."""
         with Cable() as cable:
-            server = Server(cable.server, "GUARD_PORTS tcp/22;\n")
-            code, text = server.command("--daemon", "--trial", "60")
-            self.addCleanup(server.command, "-K")
-            self.assertEqual(0, code, text)
-            self.assertRegex(text, "(?m)^Trial: closed until 2.*: tcp/22$")
-            self.assertEqual(0, server.command("-K")[0])
+            cable.server.listen(22)
+            server = Server(cable.server, "")
+            os.unlink(server.config_file)
+            os.unlink(server.access_file)
+            code, text = server.command("--init", "tcp/22", "--daemon", "--trial", "60")
+            try:
+                self.assertEqual(0, code, text)
+                self.assertFalse(cable.client.reaches(SERVER4, 22))
+                self.assertRegex(text, "(?m)^Trial: closed until 2.*: tcp/22$")
+            finally:
+                self.assertEqual(0, server.command("-K")[0])
 
     def test_refusals(self) -> None:
         """No trial without a guard, a server, or a kernel that ends it: and nothing is closed."""
