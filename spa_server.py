@@ -93,7 +93,6 @@ import binascii
 import collections
 import contextlib
 import errno
-import fcntl
 import heapq
 import ipaddress
 import os
@@ -110,6 +109,11 @@ from _operator import _compare_digest as compare_digest  # hmac's, which small P
 from functools import lru_cache, partial
 from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, TypeVar, Union, overload)
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where main() says what this needs
+    pass
 
 VERSION = "0.1.0"
 
@@ -3356,7 +3360,7 @@ SHOWN = Shown((number, chr(number)) for number in range(0x20, 0x7F))
 def read_proc(name: str) -> str:
     """Return the text of a file in /proc; "" if this kernel does not have the file."""
     try:
-        with open("/proc/" + name) as file:
+        with open("/proc/" + name, errors="replace") as file:
             return file.read().strip()
     except OSError:
         return ""
@@ -3728,7 +3732,8 @@ def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_S
             raise CommandError(f"{arguments[0]}: killed after {seconds:.1f} seconds") from None
     if process.returncode:
         said = errors.decode("utf-8", "replace").replace("\u2018", "'").replace("\u2019", "'")
-        lines = said.strip().splitlines() or ["no reason given"]
+        lines = [each for each in said.splitlines() if each.strip() and each[0] != "#"]
+        lines = lines or ["no reason given"]  # iptables' warnings begin with #
         raise CommandError(f"{' '.join(arguments)} failed: {lines[0]}", said=lines[-1])
     return output.decode("utf-8", "replace")  # type: ignore[no-any-return]
 
@@ -5095,6 +5100,10 @@ class Firewall:
         """Make the guard alone, or repair it; grants stay as they are."""
         self.log.info(self.why)
 
+    def check_guard(self) -> None:
+        """Raise CommandError if this host lets us make no guard; change nothing."""
+        self.grants()
+
     def intact(self) -> bool:
         """Return whether the rules that prepare() makes stand, and no others among them.
 
@@ -5431,6 +5440,14 @@ class NftFirewall(Firewall):
         self.rules.pop(GUARD_TABLE, None)  # after a trial they are others
         self.prepare_chain(GUARD_TABLE)
 
+    def check_guard(self) -> None:
+        """Let the kernel judge the guard's rules in a new table, which nft -c never keeps."""
+        explain_owner(GUARD_TABLE)
+        chains = [f"chain inet check {chain}" for chain in map(" ".join, OWN_CHAINS[
+            GUARD_TABLE].items())]
+        rules = [f"rule inet check {rule}" for rule in nft_guard_rules(self.guard_ports, [], None)]
+        self.run([f"add {each}" for each in ["table inet check", *chains, *rules]], "-c")
+
     def prepare_chain(self, chain: NftChain) -> None:
         """Make a table of our own, or sets and rules in a chain of the host's."""
         if chain not in self.rules:
@@ -5474,10 +5491,11 @@ class NftFirewall(Firewall):
         else:
             self.run([f"add table {chain.family} {chain.table}"] + lines)
 
-    def run(self, lines: List[str]) -> None:
+    def run(self, lines: List[str], *options: str) -> None:
         """Let nft do all of `lines`, or nothing, in the time that is left."""
         if lines:
-            run_program([self.program, "-f", "-"], "\n".join(lines) + "\n", self.seconds_left())
+            run_program([self.program, *options, "-f", "-"], "\n".join(lines) + "\n",
+                        self.seconds_left())
 
     def rule_removal(self, chain: NftChain) -> List[str]:
         """Return the lines that delete our rules in a chain of the host's."""
@@ -6214,6 +6232,8 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
             stanza.cycle_open for stanza in stanzas):
         return Firewall("every stanza opens by CMD_CYCLE_OPEN", log, clocks)
     nft, iptables = firewall_programs(settings)
+    if not nft and not iptables:
+        raise ConfigError("there is no nft and no iptables program", install_hint())
     kind = settings.firewall
     if kind == "auto":
         own, chain_named = settings.firewall_program, settings.is_set(ServerSettings.input_access)
@@ -6238,7 +6258,7 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
                           "NFT_ACCEPT_CHAINS inet filter input (OpenWrt: inet fw4 input_wan) "
                           "opens what yours drops")
     if not nft:
-        raise ConfigError("FIREWALL_TYPE: there is no nft program", "install nftables")
+        raise ConfigError("FIREWALL_TYPE: there is no nft program", install_hint())
     set_types = (standing_set_types() if stanzas is None else
                  {each for stanza in stanzas for each in stanza_set_types(settings, stanza)})
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(set_types),
@@ -6259,6 +6279,13 @@ def start_trial(firewall: Firewall, seconds: int) -> None:
     wall = firewall.clocks.wall()
     expires = int(wall + seconds + 0.999999)
     firewall.trial = Trial(expires, firewall.clocks.monotonic() + expires - wall)
+
+
+def install_hint() -> str:
+    """Return the command that installs nftables on this system."""
+    known = ("apt install", "dnf install", "yum install", "zypper install", "apk add",
+             "opkg install")
+    return next((each for each in known if find_program(each.split()[0])), "install") + " nftables"
 
 
 def nft_suffices(settings: ServerSettings) -> bool:
@@ -9016,20 +9043,21 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
 # ======================================================================================
 # 32. First configuration
 #
-# `--init tcp/22` makes keys and the files that are missing, and prints the client's stanza. More
-# stanzas are keygen.py's work.
+# `--init tcp/22` tries what a server needs, makes keys and the files that are missing, and prints
+# the client's stanza; `--print-client` prints it again. More stanzas are keygen.py's work.
 # ======================================================================================
 
-CLIENT_STANZA = """# Copy this into ~/.fwknoprc of the client (mode 0600):
+CLIENT_HEAD = """# On the client: python3 spa_client.py --import
+# Paste this there, then Ctrl-D. Or put it into ~/.fwknoprc (mode 0600). Then knock:
+# python3 spa_client.py -n {name} --wait 10
 
 [{name}]
-ALLOW_IP                    source
-ACCESS                      {access}
-SPA_SERVER                  {address}
-KEY_BASE64                  {key}
-HMAC_DIGEST_TYPE            SHA256
-HMAC_KEY_BASE64             {hmac_key}
-USE_HMAC                    Y
+"""
+NEXT_STEPS = """# Here: stay logged in until the client has got in. Then type Ctrl-C, and:
+# python3 spa_server.py --daemon
+# If this host is far away, type Ctrl-C before that, and:
+# python3 spa_server.py --trial 300    # opens again after 300 seconds without a knock
+# Give each the same -c, -a and -r as now. To undo it all: -K, then --unguard.
 """
 
 # Without an address in the packet, so that it works for a client behind NAT, too.
@@ -9044,39 +9072,117 @@ REQUIRE_SOURCE_ADDRESS      N
 """
 
 
-def first_configuration(ports: FrozenSet[Port], config_path: str, access_path: str) -> str:
-    """Write access.conf, and fwknopd.conf if it is missing; return the client's stanza."""
-    values = {"name": socket.gethostname().partition(".")[0] or "server", "address": own_address(),
-              "access": port_list(ports).replace(" ", ""),
-              "key": random_key(32), "hmac_key": random_key(64)}
-    if not os.path.exists(config_path):
-        write_new_file(config_path, f"GUARD_PORTS                 {values['access']};\n")
-    write_new_file(access_path, SERVER_STANZA.format(**values))
-    return CLIENT_STANZA.format(**values)
+def first_configuration(ports: FrozenSet[Port], settings: ServerSettings, config_path: str,
+                        test: bool, trial: int) -> None:
+    """Try what the server needs, then write access.conf, and fwknopd.conf if it is missing.
+
+    An error leaves nothing behind.
+    """
+    access, stanza, quiet = port_list(ports).replace(" ", ""), Stanza(1), Log()
+    stanza.set_defaults()
+    texts = {} if may_exist(config_path) else {
+        config_path: f"GUARD_PORTS                 {access};\n"}
+    if texts:
+        settings.set_line(Line("--init", 0, ServerSettings.guard_ports.name, access))
+    pid = running_server(settings.pid_file)
+    if pid:
+        raise SpaError(f"a server is running (pid={pid})", "end it first, with -K")
+    firewall = choose_firewall(settings, [stanza], test, quiet)
+    firewall.check_guard()
+    if trial:
+        start_trial(firewall, trial)
+    close_captures(Configuration(settings, [stanza], []).open_captures(quiet), ())
+    texts[settings.access_file] = SERVER_STANZA.format(
+        name=socket.gethostname().partition(".")[0] or "server", access=access,
+        key=base64(os.urandom(32)), hmac_key=base64(os.urandom(64)))
+    write_new_files(texts)
 
 
-def random_key(size: int) -> str:
-    """Return a new key of `size` bytes in base64."""
-    return binascii.b2a_base64(os.urandom(size), newline=False).decode()
+def client_stanza(settings: ServerSettings, stanza: Stanza) -> str:
+    """Return the client's lines for a stanza; raise SpaError if only the client has its key."""
+    if not stanza.keys:
+        why = stanza.void or ("its client alone has the key that opens it" if stanza.takes_packets
+                              or stanza.openspa_clients else "only a knock sequence")
+        raise SpaError(f"stanza #{stanza.number} has no KEY to print: {why}")
+    hmac_key = stanza.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
+    looked_at = settings.texts.get("PCAP_FILTER", "").partition("port ")[2].partition(" ")[0]
+    port = str(settings.udp_port) if settings.udp_server else looked_at
+    rows = (("ALLOW_IP", "" if stanza.require_source else "source"),
+            ("SPOOF_USER", stanza.require_username),
+            ("ACCESS", port_list(stanza.open_ports).replace(" ", "")),
+            ("SPA_SERVER", own_address()),
+            ("SPA_SERVER_PORT", port if port.isdigit() and port != "62201" else ""),
+            ("KEY_BASE64", base64(stanza.only_one(Stanza.key, Stanza.key_base64))),
+            ("ENCRYPTION_MODE", stanza.mode if stanza.mode != "CBC" else ""),
+            ("HMAC_DIGEST_TYPE", stanza.hmac_type.name if hmac_key else ""),
+            ("HMAC_KEY_BASE64", base64(hmac_key)),
+            ("USE_HMAC", "Y" if hmac_key else ""),
+            ("KNOCK_SEQUENCE", stanza.texts.get("KNOCK_SEQUENCE") if stanza.require_knock else ""))
+    return CLIENT_HEAD.format(name=stanza_name(stanza) or "server") + "".join(
+        f"{name:<27} {value}\n" for name, value in rows if value)
 
 
-def write_new_file(path: str, text: str) -> None:
-    """Write a file that did not exist, for its owner alone; it is on the disk when this returns."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    try:
-        with open(open_ours(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise SpaError(explain(error, path)) from None
+def stanza_name(stanza: Stanza) -> str:
+    """Return the first of the comments right above SOURCE, as keygen.py makes it; or the user."""
+    line, name = stanza.lines[Stanza.source.name], stanza.require_username
+    above = read_file(line.file).split("\n")[:line.number - 1]
+    while above and above[-1].startswith("#"):
+        name = above.pop().strip("# \t\r")
+    return name
+
+
+def base64(key: bytes) -> str:
+    """Return a key in base64."""
+    return binascii.b2a_base64(key, newline=False).decode()
+
+
+def write_new_files(texts: Dict[str, str]) -> None:
+    """Write files that did not exist, for their owner alone, and to the disk: all or none."""
+    with contextlib.ExitStack() as undo:
+        for path, text in texts.items():
+            folder = os.path.dirname(path)
+            try:
+                if not os.path.isdir(folder):
+                    os.makedirs(folder, 0o700)
+                    undo.callback(os.rmdir, folder)
+                number = open_ours(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                undo.callback(os.unlink, path)
+                with open(number, "w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise SpaError(explain(error, path)) from None
+        undo.pop_all()
+
+
+def ssh_connection() -> List[str]:
+    """Return the words of SSH_CONNECTION. If sudo or su dropped it, a parent process has it."""
+    process = "self"
+    while process.strip("0"):  # the first one has the parent 0
+        environment = "\0" + read_proc(f"{process}/environ")
+        if "\0SSH_CONNECTION=" in environment:
+            return environment.split("\0SSH_CONNECTION=")[1].split("\0")[0].split(" ")
+        process = (read_proc(f"{process}/stat").rpartition(")")[2].split() + ["", ""])[1]
+    return []
 
 
 def own_address() -> str:
-    """Return the address that this host sends from by default. Nothing is sent to find out."""
-    for family, peer in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+    """Return the address that the administrator's ssh came to, or that this host sends from."""
+    with contextlib.suppress(OSError, ValueError):  # no ssh, or an address that is not this host's
+        peer, _, here, _ = ssh_connection()
+        family, kind, *_, address = socket.getaddrinfo(
+            here, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+        theirs, ours = (ipaddress.ip_address(each.partition("%")[0]) for each in (peer, here))
+        if not (ours.is_loopback or ours.is_unspecified):
+            return here + ("    # put the client's interface after the %" if "%" in here else
+                           "    # behind a NAT, put its public address here"
+                           if ours.is_private and not theirs.is_private else "")
+    for family, known in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((peer, 62201))
+            probe.connect((known, 62201))  # sends nothing
             return str(probe.getsockname()[0])
     return "127.0.0.1    # put this host's address here"
 
@@ -9481,6 +9587,7 @@ t test              -      test                 judge and log packets, leave the
 v verbose           -      VERBOSE=1            log more
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
 - trial             SECONDS trial               end the guard then, unless a knock opened its ports
+- print-client      -      print_client         print a client's stanza; [NAME] may follow
 D dump-config       -      dump                 print the configuration, without secrets
 - check             -      check_host           say who may reach the ports, and what is wrong here
 - exit-parse-config -      check                check the configuration, and end
@@ -9527,7 +9634,7 @@ KNOCKD_FILE = "/etc/knockd.conf"
 MAX_TRIAL = 7 * 86400  # seconds: a week
 LOOK_AGAIN_SECONDS = 0.5  # a server restores within SETTLE_SECONDS; legacy iptables takes longer
 ACTIONS = {"init", "dump", "check", "check_host", "check_digests", "codes", "status", "kill",
-           "restart", "list", "list_all", "flush", "guard", "unguard", "key_gen"}
+           "restart", "list", "list_all", "flush", "guard", "unguard", "key_gen", "print_client"}
 
 HELP = """Usage: spa_server.py [options]
 
@@ -9564,8 +9671,6 @@ class Arguments:
         if self.as_knockd:
             self.lines.append(Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE))
         given, others = parse_options(self.options, arguments)
-        if others:
-            raise UsageError(f"unexpected argument '{others[0]}'", "--help lists the options")
         for option, name, text in given:
             if option.argument in ("FILE", "FILES", "DIR"):  # a daemon has another directory
                 paths = text.split(",") if option.argument == "FILES" else [text]
@@ -9579,6 +9684,9 @@ class Arguments:
                 self.lines.append(Line(name, 0, row.name, text))
         if "trial" in self.values and ACTIONS & set(self.values) - {"init"}:
             raise UsageError("--trial: only a server that hears knocks can try its guard")
+        self.name = others.pop() if "print_client" in self and len(others) == 1 else ""
+        if others:
+            raise UsageError(f"unexpected argument '{others[0]}'", "--help lists the options")
         self.config_file = self.values.get("config_file", CONFIG_FILE)
 
     def __contains__(self, name: str) -> bool:
@@ -9604,7 +9712,7 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
                                     or not settings.is_set(ServerSettings.pid_file)):
             path = os.path.join(directory, knockd.options.pid_file)
             settings.set_line(Line("PidFile", 0, ServerSettings.pid_file.name, path))
-    there = settings.access_folder or os.path.exists(settings.access_file)
+    there = settings.access_folder or may_exist(settings.access_file)
     alone = knockd and not there and not settings.is_set(ServerSettings.access_file)
     stanzas, more = ([], []) if arguments.as_knockd or alone else read_stanzas(
         *access_files(settings), directory=directory)
@@ -9615,6 +9723,15 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
         + more_warnings, knockd, "four_only" in arguments, "test" in arguments, ospa_key)
 
 
+def may_exist(path: str) -> bool:
+    """Return whether there is a file, or this user may not know: then reading it is an error."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.EACCES
+    return True
+
+
 def access_files(settings: ServerSettings) -> List[str]:
     """Return the files to read stanzas from: ACCESS_FILE, or those in ACCESS_FOLDER."""
     if settings.access_folder:
@@ -9622,7 +9739,7 @@ def access_files(settings: ServerSettings) -> List[str]:
             return folder_files(settings.access_folder)
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
-    if not os.path.exists(settings.access_file):
+    if not may_exist(settings.access_file):
         raise ConfigError(f"{settings.access_file}: {os.strerror(errno.ENOENT)}",
                           "--init tcp/22 makes one")
     return [settings.access_file]
@@ -9638,7 +9755,7 @@ def read_settings(arguments: Arguments,
     settings = ServerSettings()
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
-    reads = not arguments.as_knockd and (named or os.path.exists(arguments.config_file))
+    reads = not arguments.as_knockd and (named or may_exist(arguments.config_file))
     files = [arguments.config_file] if reads else []
     files += arguments.values["override"].split(",") if "override" in arguments else []
     for path in files:
@@ -9801,25 +9918,37 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
         say("\nListing all rules in our tables...\n" + firewall.listing())
 
 
-def run_init(arguments: Arguments, settings: ServerSettings) -> ServerSettings:
+def run_init(arguments: Arguments, settings: ServerSettings, trial: int = 0) -> ServerSettings:
     """Write files where there are none (--init); return the settings to serve with."""
     try:
         ports = parse_ports(arguments.values["init"])
     except ValueError as error:
         raise UsageError(f"--init: {error}") from None
-    if not ports or is_journal(sys.stdout):
-        raise UsageError("--init: expected ports, and a terminal or file to print the keys to")
-    there = [path for path in (arguments.config_file, settings.access_file) if os.path.exists(path)]
+    if not ports:
+        raise UsageError("--init: expected ports")
+    there = [path for path in (arguments.config_file, settings.access_file) if may_exist(path)]
     if there and not ports <= settings.guard_ports:
-        verb, them = ("are", "both") if len(there) == 2 else ("is", "it")
-        names, list_of_ports = " and ".join(there), port_list(ports)
-        raise ConfigError(f"--init: {names} {verb} there already",
-                          f"set GUARD_PORTS {list_of_ports} in fwknopd.conf, or move {them} away")
+        raise ConfigError(f"--init: {' and '.join(there)} there already", "set GUARD_PORTS "
+                          f"{port_list(ports)} in fwknopd.conf, or move what is there away")
     if settings.access_file in there or settings.access_folder:
-        write_to(sys.stdout, "There is a configuration already; serving it\n")
+        write_to(sys.stdout, "There is a configuration already; serving it. --print-client prints "
+                 "the client's stanza\n")
     else:
-        say(first_configuration(ports, arguments.config_file, settings.access_file))
+        first_configuration(ports, settings, arguments.config_file, "test" in arguments, trial)
+        print_client(arguments)
+        say("" if "daemon" in arguments else NEXT_STEPS)
     return read_settings(arguments)[0]
+
+
+def print_client(arguments: Arguments) -> None:
+    """Print the client's stanza again (--print-client), the only one or that of a name."""
+    settings, stanzas = read_configuration(arguments)[:2]
+    named = [(str(each.number), stanza_name(each), each) for each in stanzas]
+    found = [each for *names, each in named if arguments.name.lstrip("#") in ("", *names)]
+    if len(found) != 1:
+        raise SpaError(f"--print-client: {len(found) or 'no'} stanzas fit", "number or name of: "
+                       + ", ".join(f"{number} {name}".rstrip() for number, name, _ in named))
+    say(client_stanza(settings, found[0]))
 
 
 def generate_keys(arguments: Arguments) -> None:
@@ -9832,10 +9961,11 @@ def generate_keys(arguments: Arguments) -> None:
             values.get("hmac_key_len", str(min(digest.block, MAX_HMAC_KEY_BYTES))))
     except ValueError as error:
         raise UsageError(f"--key-gen: {error}") from None
-    text = f"KEY_BASE64: {random_key(size)}\nHMAC_KEY_BASE64: {random_key(hmac_size)}"
+    key, hmac_key = base64(os.urandom(size)), base64(os.urandom(hmac_size))
+    text = f"KEY_BASE64: {key}\nHMAC_KEY_BASE64: {hmac_key}"
     path = values.get("key_gen_file")
     if path:
-        write_new_file(path, text + "\n")
+        write_new_files({path: text + "\n"})
         text = f"[+] Wrote Rijndael and HMAC keys to: {path}"
     say(text)
 
@@ -9890,7 +10020,7 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
         log.error(f"{explain(error, path)}; it gets no lines")
     if options.use_syslog and not log.syslog:
         log.open_syslog("knockd", "LOG_DAEMON", with_pid=False)
-        log.stream_level = log.stream_level if log.level == DEBUG else ERROR
+        log.stream_level = min(log.stream_level, DEBUG if log.level == DEBUG else WARNING)
         log.usual = NOTICE
 
 
@@ -9902,8 +10032,10 @@ def serve(arguments: Arguments, log: Log) -> int:
     except ValueError as error:
         raise UsageError(f"--trial: {error}") from None
     settings = read_settings(arguments)[0]
+    if "test" in arguments:
+        log.warning("-t: nothing is closed or opened; packets are only judged, and logged")
     if "init" in arguments:
-        settings = run_init(arguments, settings)
+        settings = run_init(arguments, settings, trial_seconds)
     as_fwknopd = arguments.program == "fwknopd" and "foreground" not in arguments
     daemon = as_fwknopd or "daemon" in arguments
     if (daemon and not arguments.as_knockd) or "syslog" in arguments:
@@ -9929,6 +10061,8 @@ def serve(arguments: Arguments, log: Log) -> int:
 def run(arguments: Arguments, log: Log) -> int:
     """Do what the options ask for; return the exit code."""
     asked = set(arguments.values)
+    if is_journal(sys.stdout) and {"init", "print_client"} & asked:
+        raise UsageError("expected a terminal or file to print the keys to")
     if "help" in arguments:
         text = KNOCKD_HELP if arguments.as_knockd else HELP
         say(text.format(options="\n".join(each.format(each.help) for each in arguments.options)))
@@ -9941,6 +10075,8 @@ def run(arguments: Arguments, log: Log) -> int:
         generate_keys(arguments)
     elif {"status", "kill", "restart"} & asked:
         return signal_server(arguments)
+    elif "print_client" in asked:
+        print_client(arguments)
     elif "guard" in arguments:
         put_guard_up(arguments, log)
     elif {"list", "list_all", "flush", "unguard"} & asked:
@@ -9956,15 +10092,21 @@ def run(arguments: Arguments, log: Log) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line and return the exit code; only here errors become one."""
+    if sys.platform not in ("linux", "android"):
+        write_to(sys.stderr, "spa_server.py: this server needs Linux; the client does not\n")
+        return 1
     log = Log()
     log.open_stream(sys.stderr)
     try:
         return run(Arguments(sys.argv[1:] if argv is None else argv,
                              os.path.basename(sys.argv[0])), log)
     except (SpaError, OSError) as error:
-        log.error(f"spa_server.py: {explain(error)}")
-        if isinstance(error, SpaError) and error.hint:
-            log.error("hint: " + error.hint)
+        text, hint = explain(error), getattr(error, "hint", "")
+        if os.geteuid() and any(os.strerror(each) in text for each in (errno.EACCES, errno.EPERM)):
+            hint = hint or "run it as root"
+        log.error(f"spa_server.py: {text}")
+        if hint:
+            log.error("hint: " + hint)
         return 2 if isinstance(error, UsageError) else 3 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1

@@ -6,6 +6,7 @@
 import os
 import re
 import sys
+import tempfile
 import unittest
 
 import spa_client as client
@@ -109,10 +110,21 @@ class ReadmeTest(unittest.TestCase):
 
     def test_init_prints_what_it_shows(self):
         """The stanza of the transcript has the lines of the server's, with other keys."""
-        values = {"name": "gate", "access": "tcp/22", "address": "192.0.2.10", "key": "(a key)",
-                  "hmac_key": "(another)"}
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "access.conf")
+            with open(path, "w", encoding="ascii") as file:
+                file.write(server.SERVER_STANZA.format(name="gate", access="tcp/22", key="a" * 43,
+                                                       hmac_key="b" * 43))
+            settings = server.ServerSettings()
+            settings.set_defaults()
+            text = server.client_stanza(settings, server.read_stanzas(path)[0][0])
+        text += "\n" + server.NEXT_STEPS
+        for name, value in (("SPA_SERVER", "192.0.2.10"), ("KEY_BASE64", "(a key)"),
+                            ("HMAC_KEY_BASE64", "(another)")):
+            text = re.sub("(?m)^(%s +).*" % name, lambda match: match.group(1) + value,  # noqa: B023
+                          text)
         shown = re.sub("(?m)^    ", "", read().partition("--init tcp/22\n")[2])
-        self.assertTrue(shown.startswith(server.CLIENT_STANZA.format(**values)), shown[:700])
+        self.assertTrue(shown.startswith(text), shown[:900])
 
     def test_log_lines_that_it_explains_exist(self):
         """Every line of the table stands in the server, as far as it has no variable part."""

@@ -1631,7 +1631,7 @@ class PidFileTest(ServerCase):
                     server.open_ours(place(name), os.O_WRONLY | os.O_CREAT | flags)
             self.assertFalse(server.FileOutlet(place(name)).send(server.INFO, "line"))
             with self.assertRaises(server.SpaError):
-                server.write_new_file(place(name), "text")
+                server.write_new_files({place(name): "text"})
         self.assertEqual(("root's\n", ["target"], before), (
             read(target), os.listdir(place("etc")), len(os.listdir("/proc/self/fd"))))
         os.symlink("joe/new", place("own"))
