@@ -1260,6 +1260,7 @@ class Settings:
     quiet = flag("quiet", "print nothing but errors")
     answer = optional("answer", number_parser(1, 3600, "a number of seconds"),
                       "print the server's answer, or fail after 3 seconds or so many")
+    diagnose = flag("check", "knock once, and say what is wrong with it and what is right")
     wait = optional("wait", number_parser(1, 86400, "a number of seconds"),
                     "knock until the TCP port answers, at most this long")
     wait_port = optional("wait_port", parse_port, "the TCP port to try (the first one of -A)")
@@ -1345,6 +1346,8 @@ class Settings:
                  "OpenSPA knows no -B, -C, -f, -r, NAT, or carrier other than udp"),
                 ("-" in (self.access or "") and not self.ospa_file,
                  "-A: expected single ports; only --ospa knows ranges"),
+                (self.diagnose and (self.test or self.relay or self.execute or self.save_stanza),
+                 "--check knocks by itself: no -T, --proxy, --exec, --save-rc-stanza"),
                 (self.answer is not None and self.unanswered(),
                  f"--answer: none comes to {self.unanswered()}"),
                 (self.save_append and self.save_packet is None, "-b needs -B"),
@@ -1432,6 +1435,7 @@ q  quiet                -         quiet=Y
 -  knock-sequence       PORTS     KNOCK_SEQUENCE
 -  knock-delay          MS        KNOCK_DELAY
 -  answer               [SECONDS] answer=3
+-  check                -         check=Y
 -  wait                 SECONDS   wait
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
@@ -1595,7 +1599,7 @@ USAGE = "-A PORTS [-s | -a ADDRESS] -D HOST [options]"
 KNOCK_USAGE = "--knock [options] HOST PORT[:tcp|:udp|:icmp] ..."
 
 # Options that are not kept for -l: keys, and those that matter for one run only.
-NOT_KEPT = SECRET_NAMES | {"last_command", "show_last", "quiet", "relay", "exec"}
+NOT_KEPT = SECRET_NAMES | {"last_command", "show_last", "quiet", "relay", "exec", "check"}
 
 # One line for each program that a user may knock from; [gate] is a stanza with some server.
 EXAMPLES = r"""
@@ -1852,15 +1856,28 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
 
 
 class Notes:
-    """Whether to print warnings and notes, and why say() failed; run() resets both."""
+    """Whether to print warnings and notes, why say() failed, what --check found; see run()."""
 
     wanted = True
     unsaid = ""
+    found = None  # type: Optional[Dict[str, int]]  # ranks of the lines of --check
+
+
+WRONG, ODD, FACT = range(3)  # ranks: it did not open; worth a look; nothing to do
+MARKS = ("[!] ", "[-] ", "[+] ")
+
+
+def keep(rank: int, line: str) -> bool:
+    """Keep a line for --check, and return whether that is wanted."""
+    if Notes.found is not None:
+        Notes.found[line] = min(rank, Notes.found.get(line, FACT))
+    return Notes.found is not None
 
 
 def warn(message: str) -> None:
     """Print a warning on standard error, unless -q is given; the work goes on."""
-    note("warning: " + message)
+    if not keep(ODD, message):
+        note("warning: " + message)
 
 
 def note(message: str) -> None:
@@ -2544,6 +2561,23 @@ NOT_PUBLIC = ("0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172
               " 192.0.0.0/24 192.168.0.0/16 198.18.0.0/15 224.0.0.0/3")
 
 
+def judge_address(settings: Settings, link: "socket.socket", asked: str) -> "Tuple[int, str]":
+    """Return rank and line of --check about the address that a packet on this link opens for."""
+    own, hidden = str(link.getsockname()[0]), own_address(link) is None
+    rank, why = FACT, ", and there is no NAT"
+    if asked == SOURCE_ADDRESS:
+        asked, why = "the sender", ": all behind a NAT, if there is one" if hidden else why
+    elif asked == own and hidden:
+        rank, why = ODD, ": if a NAT is in between, use -R or -s"
+    elif (settings.allow_ip or "").startswith((RESOLVE, STUN)):
+        why = why if asked == own else ", since a NAT is in between"
+    elif asked != own:
+        rank, why = (FACT, ": -R would ask whether that is right") if (
+            hidden or (":" in asked) != (":" in own)) else (
+                ODD, ", which is not ours: see ALLOW_IP or -a")
+    return rank, f"{link.getpeername()[0]}: reached from {own}; it opens for {asked}{why}"
+
+
 def is_public(address: bytes) -> bool:
     """Return whether an address of 4 or 16 bytes is the same all over the Internet.
 
@@ -2896,8 +2930,7 @@ def find_wait_peer(settings: Settings, operands: "List[str]",
         return None
     if settings.test:
         raise UsageError("-T sends nothing, so there is nothing to wait for")
-    ports = [entry[4:] for entry in (settings.access or "").split(",") if entry[:4] == "tcp/"]
-    port = settings.wait_port or (ports and int(settings.nat_port or ports[0].split("-")[0]))
+    port = find_port(settings)
     if not port:
         raise UsageError("there is no TCP port in -A to wait for", "--wait-port names one")
     if settings.one_connection:
@@ -2905,6 +2938,12 @@ def find_wait_peer(settings: Settings, operands: "List[str]",
             note(f"tcp/{port} is not tried: that would use up its only connection")
         return None
     return settings.server, port
+
+
+def find_port(settings: Settings) -> int:
+    """Return the TCP port that a knock opens, as seen from here, or 0."""
+    ports = [entry[4:] for entry in (settings.access or "").split(",") if entry[:4] == "tcp/"]
+    return settings.wait_port or (int(settings.nat_port or ports[0].split("-")[0]) if ports else 0)
 
 
 def wait_ready(reading: "Iterable[socket.socket]", connecting: "Iterable[socket.socket]",
@@ -2967,36 +3006,9 @@ class Answers:
         return reasons if not is_final or len(reasons) == len(self.told) else []
 
 
-def silence(host: str, port: int, *reasons: str) -> SpaError:
-    """Print why there may be no answer, not with -q; return the error."""
-    for reason in (f"udp/{port} of {host} can't be reached, or no server runs there",
-                   f"a clock is wrong: {our_clock()}", *reasons):
-        note("perhaps " + reason)
-    return SpaError(f"{host}: no answer")
-
-
 def our_clock() -> str:
-    """Return the time that a packet tells, for people to compare."""
+    """Return the time of this host, for people to compare."""
     return f"ours says {time.asctime(time.gmtime())} UTC"
-
-
-def begin_early(addresses: "List[Address]", alone: bool) -> "Dict[socket.socket, float]":
-    """Return connections that begin before the knock: one that succeeds needs none.
-
-    Their SYNs are ahead of the knock by 20 ms at most. A sequence, which no SYN may cross, waits
-    250 ms for their answers.
-    """
-    links = {}  # type: Dict[socket.socket, float]
-    for family, address in addresses:
-        try:
-            links[open_socket(family, address, False, 0)] = TRY_SECONDS
-        except OSError:
-            pass  # it will be tried again after the knock
-    ready = wait_ready((), links, TRY[alone]) if links else ()
-    for link in [each for each in links if alone and each not in ready]:
-        del links[link]
-        link.close()
-    return links
 
 
 def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[], None]",
@@ -3183,6 +3195,18 @@ def format_dump(message: Message, settings: Settings, packet: str, tag_length: i
     return dump
 
 
+def print_found(found: "Dict[str, int]", path: "Optional[str]", quiet: bool) -> None:
+    """Print what --check found, worst first; raise SpaError if there is anything to do."""
+    if path is not None and os.path.exists(path):
+        found[f"{path}: mode {os.stat(path).st_mode & 0o777:o}"] = FACT
+    found[f"the clock: {our_clock()}"] = FACT
+    findings = [line for line in found if found[line] < FACT]
+    for line in sorted(findings if quiet else found, key=lambda line: found[line]):
+        say(MARKS[found[line]] + line)
+    if findings:
+        raise SpaError(f"{len(findings)} of these lines need a look")
+
+
 def print_version() -> None:
     """Print version, protocol, and the SHA-256 of this file, to compare with a published one."""
     with open(__file__, "rb") as file:
@@ -3254,7 +3278,7 @@ class Knock:
         self.knock_at = self.send_to = []  # type: List[Address]
         self.chosen = {}  # type: Dict[Any, str]  # peer of a link -> address to open for
         self.listens, self.answers = settings.answer is not None, Answers(self.report)
-        self.early = {}  # type: Dict[socket.socket, float]  # see begin_early()
+        self.early = {}  # type: Dict[socket.socket, float]  # see begin()
 
     def prepare(self) -> None:
         """Find the keys, or ask for them, and look the addresses up."""
@@ -3265,14 +3289,17 @@ class Knock:
             settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
         if self.host and (asked or settings.ospa or not settings.test):
             self.knock_at = self.send_to = find_addresses(self.host, self.port, family)
+        keep(FACT, f"{self.host}: the addresses are " + ", ".join(
+            str(address[0]) for _, address in self.send_to))
         if settings.sequence and settings.http_proxy and not settings.test:  # not at the proxy
             self.knock_at = find_addresses(settings.server or "", settings.port, family)
 
     def report(self, line: str) -> None:
         """Print what was opened, unless standard output or silence is for somebody else."""
-        settings = self.settings
-        if not (settings.relay or settings.execute or settings.quiet):
-            say(settings.label + line)
+        settings, line = self.settings, self.settings.label + line
+        if not keep(ODD if OPEN_ALREADY in line else FACT, line) and not (
+                settings.relay or settings.execute or settings.quiet):
+            say(line)
 
     def send(self) -> None:
         """Knock on ports, and send packets; raise SpaError if no address could be reached."""
@@ -3319,11 +3346,14 @@ class Knock:
         peer, settings = link.getpeername(), self.settings
         if self.first:
             self.chosen[peer] = choose_address(settings, link)
+            if Notes.found is not None:
+                keep(*judge_address(settings, link, self.chosen[peer]))
         if peer in self.chosen:
             packet, dump = self.build(self.chosen[peer], link)
             if settings.verbose:
                 say(dump)
             sent = self.deliver(link, packet)
+            keep(FACT, f"a packet of {sent} bytes went to {peer[0]}")
             if settings.verbose:
                 say(f"send_spa_packet: bytes sent: {sent}")
 
@@ -3370,24 +3400,38 @@ class Knock:
             if settings.verbose:
                 say("send_spa_packet: bytes sent: 0")
 
+    def silence(self, host: str, why: str = "it does not know these keys; its stanza has no ANSWER"
+                " Y, and may have opened all the same") -> SpaError:
+        """Return the error that no answer came."""
+        return SpaError(f"{host}: no answer", f"perhaps udp/{self.port} can't be reached, or no"
+                        f" server runs there; {why}; or a clock is wrong: {our_clock()}")
+
     def confirm(self) -> None:
         """Hear the answers; raise SpaError unless the server did as asked at one address."""
         self.answers.gather(self.settings.answer or 0)
         if not self.answers.told:
-            raise silence(self.host, self.port, "the server does not know these keys, or has seen"
-                          " this packet before", "the stanza there has no ANSWER Y: then it may"
-                          " have opened all the same")
+            raise self.silence(self.host)
         for refusal in self.answers.refusals(True):
             raise SpaError(refusal)
         for refusal in self.answers.refusals(False):
             warn(refusal)
 
     def begin(self, addresses: "List[Address]") -> None:
-        """Try the port before the knock, if wait() will say whether that opened it."""
-        self.begun, settings = time.monotonic(), self.settings
-        if settings.wait is not None and not (
-                settings.relay or settings.execute or settings.quiet):
-            self.early = begin_early(addresses, bool(settings.sequence))
+        """Begin connections before the knock: one that succeeds at once needed none.
+
+        Their SYNs are at most 20 ms ahead of the knock; before a sequence, which no SYN may cross,
+        they have 250 ms to be answered.
+        """
+        self.begun, alone = time.monotonic(), bool(self.settings.sequence)
+        for family, address in addresses:
+            try:
+                self.early[open_socket(family, address, False, 0)] = TRY_SECONDS
+            except OSError:
+                pass  # it is tried again after the knock
+        ready = wait_ready((), self.early, TRY[alone]) if addresses else set()
+        for link in self.early.keys() - ready if alone else ():
+            del self.early[link]
+            link.close()
 
     def wait(self, peer: "Tuple[str, int]", addresses: "List[Address]") -> "socket.socket":
         """Return the connection to this host and TCP port; raise SpaError if it does not open."""
@@ -3395,17 +3439,20 @@ class Knock:
         seconds = settings.wait or WAIT_SECONDS
         link, error = wait_until_open(addresses, seconds, self.send, self.answers,
                                       bool(settings.sequence), self.early)
+        now = time.monotonic()
+        if link is not None and settings.wait is not None:
+            self.answers.gather(settings.answer or TRY[0])  # the server opens before it answers
+        if not self.answers.told:
+            keep(FACT, settings.label + with_hint(self.silence(self.host)))
         if link is None:
             raise SpaError((self.answers.refusals(True) or [
                 f"tcp/{peer[1]} of {peer[0]} did not open in {seconds} seconds:"
                 f" {self.explain(error, addresses)}"])[0])
-        now, port = time.monotonic(), f"tcp/{peer[1]} of {link.getpeername()[0]}"
-        is_early = self.early.pop(link, 0.0) and now - self.begun < SYN_SECONDS
+        for refusal in self.answers.refusals(False):
+            warn(refusal)
+        port, early = f"tcp/{peer[1]} of {link.getpeername()[0]}", self.early.pop(link, 0.0)
         if settings.wait is not None:
-            self.answers.gather(TRY[0])  # the server opens before it answers
-            for refusal in self.answers.refusals(False):
-                warn(refusal)
-            self.report(f"{port} {OPEN_ALREADY}" if is_early else
+            self.report(f"{port} {OPEN_ALREADY}" if early and now - self.begun < SYN_SECONDS else
                         f"{port} opened after {now - begin:.2f} seconds")
         return link
 
@@ -3454,13 +3501,12 @@ class OspaKnock(Knock):
         for request in self.requests:
             seconds = request.ask(link, self.settings.answer or OSPA_TRIES)
             if not seconds:
-                raise SpaError(f"{host}: no answer") if not self.first else silence(
-                    host, self.port, f"the server does not know the key of {request.uuid}",
-                    f"it does not allow {request.access} for {request.client} (NAT? -R, -a)")
+                raise self.silence(host, f"it does not know the key of {request.uuid}, or"
+                                   f" allow {request.access} for {request.client} (NAT? -R, -a)")
             self.again = time.monotonic() + seconds
             self.answers.told[host] = True, f"opened {request.access} for {seconds} seconds"
             if self.first:
-                self.report(f"{host}: {self.answers.told[host][1]}")
+                self.answers.report(f"{host}: {self.answers.told[host][1]}")
         return sum(len(request.datagram) for request in self.requests)
 
     def send(self) -> None:
@@ -3489,23 +3535,26 @@ def knock_at_all(several: "List[Settings]", operands: "List[str]", command: "Lis
             if settings.test:
                 knock.show()
             else:
-                knock.begin(addresses)
+                early = settings.wait is not None and not (settings.relay or settings.execute)
+                knock.begin(addresses if early else [])
                 knock.send()
             sent()
             if peer is not None:
                 link = knock.wait(peer, addresses)
-            elif knock.listens:
+            elif knock.listens and not settings.unanswered():
                 knock.confirm()
         except SpaError as error:
-            if len(several) == 1:
+            if len(several) == 1 and Notes.found is None:
                 raise
-            tell(settings.label + with_hint(error))
+            line = settings.label + with_hint(error)
+            if not keep(WRONG, line):
+                tell(line)
             failed += 1
         finally:
             knock.close()
         if link is not None and not settings.relay:
             link.close()
-    if failed:
+    if failed and Notes.found is None:
         raise SpaError(f"{failed} of {len(several)} knocks failed")
     return link
 
@@ -3527,7 +3576,8 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
     given, operands, command = (parse_knock_line if as_knock else parse_command_line)(arguments)
     if "knock" in given and not as_knock:
         raise UsageError("--knock: expected before all other options")
-    Notes.wanted, Notes.unsaid = "quiet" not in given, ""
+    Notes.wanted, Notes.unsaid = given.keys().isdisjoint(("quiet", "check")), ""
+    Notes.found = {} if "check" in given else None
     saved = given["save_args_file"].text if "save_args_file" in given else home_file(
         given, ".fwknop.run")
     if "last_command" in given or "show_last" in given:
@@ -3562,10 +3612,15 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
             settings.check()
             draw_ports(settings)
             settings.save_append |= settings is not first  # -B keeps the packets of all
+            if settings.diagnose:
+                settings.answer = settings.answer or 3
+                settings.wait = settings.wait or (3 if find_port(settings) else None)
         if first.save_stanza:
             save_stanza(given, first.force_stanza)
-        keep = None if first.test or first.no_save_args else saved
-        link = knock_at_all(several, operands, command, lambda: save_arguments(given, keep))
+        path = None if first.test or first.no_save_args or first.diagnose else saved
+        link = knock_at_all(several, operands, command, lambda: save_arguments(given, path))
+        if Notes.found is not None:
+            print_found(Notes.found, rc_path(given), first.quiet)
         if link is not None and first.relay:
             os._exit(relay(link))
         if command:

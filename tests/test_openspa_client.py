@@ -637,24 +637,18 @@ class AnswerTest(OspaCase):
             code, out, err = self.knock("--ospa", self.file(fake), "-A", "tcp/22")
             self.assertGreater(time.monotonic() - begin, 0.85)
             self.assertEqual((1, ""), (code, out))
-            self.assertEqual([
-                f"perhaps udp/{fake.port} of {HOST} can't be reached, or no server runs there",
-                f"perhaps the server does not know the key of {UUID}",
-                f"perhaps it does not allow tcp/22 for {HOST} (NAT? -R, -a)",
-                f"{HOST}: no answer"], err[:1] + err[2:])
-            self.assertRegex(err[1], r"\Aperhaps a clock is wrong: ours says \w+ \w+ .* UTC\Z")
-            code, out, err = self.knock("--ospa", self.file(fake), "-A", "tcp/22", "-q")
-            self.assertEqual((1, "", [f"{HOST}: no answer"]),
-                             (code, out, err))
+            self.assertEqual(1, len(err))
+            self.assertRegex(err[0], (
+                r"\A%s: no answer \(perhaps udp/%s can't be reached, or no server runs there; it"
+                r" does not know the key of %s, or allow tcp/22 for %s \(NAT\? -R, -a\); or a clock"
+                r" is wrong: ours says \w+ \w+ .* UTC\)\Z") % (HOST, fake.port, UUID, HOST))
         self.assertFalse(os.path.exists(self.place(".fwknop.run")))
 
     def test_no_answer(self) -> None:
         """Three times the same bytes."""
         with FakeServer(keeps_silent) as fake:
             self.check_failure(fake)
-        self.assertEqual([3, 3], [fake.requests.count(each) for each in (fake.requests[0],
-                                                                         fake.requests[-1])])
-        self.assertEqual(6, len(fake.requests))
+        self.assertEqual([fake.requests[0]] * 3, fake.requests)
 
     def test_wrong_answers_only(self) -> None:
         """They are as good as none."""
@@ -697,8 +691,7 @@ class AnswerTest(OspaCase):
                     mock.patch.object(client, "OSPA_TRIES", 1):
                 code, out, err = self.knock("--ospa", self.file(fake), "-A", "tcp/22", "-D", "gate")
         self.assertEqual((0, f"{HOST}: opened tcp/22 for 30 seconds\n"), (code, out))
-        self.assertEqual(f"warning: one address of gate got no packet: {HOST}: no answer",
-                         err[-1])
+        self.assertIn(f"warning: one address of gate got no packet: {HOST}: no answer (", err[-1])
 
     def test_several_stanzas(self) -> None:
         """The next server has its turn after one that does not answer."""
@@ -708,8 +701,8 @@ class AnswerTest(OspaCase):
             with mock.patch.object(client, "OSPA_TRIES", 1):
                 code, out, err = self.knock("-n", "a,b")
         self.assertEqual((1, f"[b] {HOST}: opened tcp/22 for 30 seconds\n"), (code, out))
-        self.assertEqual([f"[a] {HOST}: no answer", "1 of 2 knocks failed"],
-                         err[-2:])
+        self.assertEqual("1 of 2 knocks failed", err[-1])
+        self.assertIn(f"[a] {HOST}: no answer (perhaps ", err[-2])
 
 
 class AfterTest(OspaCase):
@@ -761,7 +754,7 @@ class AfterTest(OspaCase):
             self.assertEqual((0, b"hello\n", b""), (done.returncode, done.stdout, done.stderr))
         with FakeServer(keeps_silent) as fake:
             done = self.script(["--ospa", self.file(fake), *words[2:]])
-            self.assertEqual((1, b"", 5), (done.returncode, done.stdout, done.stderr.count(b"\n")))
+            self.assertEqual((1, b"", 1), (done.returncode, done.stdout, done.stderr.count(b"\n")))
 
     def test_proxy(self) -> None:
         """Standard output has only what the connection brings."""
