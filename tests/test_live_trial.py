@@ -252,8 +252,29 @@ class TrialTest(unittest.TestCase):
                     self.assertNotRegex(cable.server.run("nft", "list ruleset"), "spa|FWKNOP")
 
 
-class ClockTest(unittest.TestCase):
-    """By which clock a trial ends."""
+class EndTest(unittest.TestCase):
+    """By which clock and by which doors a trial ends."""
+
+    def test_what_proves_that_a_knock_opens_the_guard(self) -> None:
+        """A door to a guarded port of this host, also one for one connection; no other."""
+        now, any4 = [50.0], spa_server.any_source(4)
+        clocks = spa_server.Clocks(lambda: 1000.0, lambda: now[0])
+        for kind, protocol, port, at, ends in (
+                (spa_server.INPUT, "tcp", 22, 60.0, True), (spa_server.ONCE, "tcp", 22, 60.0, True),
+                (spa_server.INPUT, "udp", 22, 60.0, False),
+                (spa_server.INPUT, "tcp", 23, 60.0, False),
+                (spa_server.DNAT, "tcp", 22, 60.0, False),
+                (spa_server.FORWARD, "tcp", 22, 60.0, False),
+                (spa_server.INPUT, "tcp", 22, 350.0, False)):
+            with self.subTest(kind=kind, protocol=protocol, port=port, at=at):
+                now[0] = 50.0
+                firewall = spa_server.Firewall("", spa_server.Log(), clocks)
+                firewall.guard_ports = frozenset([("tcp", 22), ("udp", 24)])
+                spa_server.start_trial(firewall, 300)
+                now[0] = at
+                door = spa_server.Door(any4, None, protocol, port, kind)
+                spa_server.Grants(firewall, spa_server.Log(), clocks).prove([door])
+                self.assertEqual(ends, firewall.trial is None)
 
     def test_a_wall_clock_that_jumps(self) -> None:
         """iptables follows it, as its time match does; a reload that takes the guard ends both."""
