@@ -17,6 +17,7 @@ The life of a packet, in the order of Gate.receive() and Gate.let_in() in sectio
   judge      user, address, ports, expiry: what may this packet open?       sections 11, 26, 28
   open       the firewall gets the grant, and ends it by itself             sections 23, 19 to 21
   or run     instead of opening, where a stanza says so: commands           section 24
+  answer     once and encrypted, where a stanza says so: opened, or why not sections 3, 18, 28
   close      by the kernel when its time has come; by this server too       section 23
 
 A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has answered, the packet
@@ -177,11 +178,13 @@ class CommandError(SpaError):
 
 
 class PacketRejected(Exception):
-    """A packet's rejection. The server counts by the constant `reason`, and logs `template`."""
+    """A packet's rejection. The server counts by the constant `reason`, and logs `template`. If it
+    answers the packet, it does so with `told`; without that with the text of the log."""
 
-    def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}") -> None:
+    def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}",
+                 told: str = "") -> None:
         super().__init__(text)
-        self.reason, self.template = reason, template
+        self.reason, self.template, self.told = reason, template, told or text
         self.stanza_number = 0  # of the stanza that rejected the packet
 
 
@@ -190,7 +193,13 @@ class WrongKey(PacketRejected):
 
 
 class NotFresh(PacketRejected):
-    """The rejection of a packet that is too old, too new, or a repetition: for every stanza."""
+    """The rejection of a packet that is too old, too new, or a repetition: for every stanza. It is
+    not answered, unless it has a text `told`."""
+
+    def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}",
+                 told: str = "", timestamp: int = 0) -> None:
+        super().__init__(reason, text, template)
+        self.told, self.timestamp = told, timestamp  # the packet's, if that is what is wrong
 
 
 class TooFast(PacketRejected):
@@ -430,7 +439,7 @@ class AesInverse(Aes):
 # 3. Encryption and HMAC of an SPA packet
 #
 # Digests, HMAC types, keys and encryption modes (tests/spec/fwknop.md 1.6 to 1.8). The server
-# decrypts packets, and never encrypts one.
+# decrypts packets, and encrypts only its answers (tests/spec/answer.md).
 # ======================================================================================
 
 SALTED_PREFIX = b"U2FsdGVkX1"  # base64 of "Salted__": no client sends it, but the HMAC covers it
@@ -648,6 +657,26 @@ class PacketKeys(Keys):
             return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
         except ValueError:
             raise WrongKey("wrong key", NOT_DECRYPTED) from None
+
+
+def seal_answer(packet: bytes, key: bytes, hmac_key: bytes, done: bool, text: str,
+                nonce: bytes) -> bytes:
+    """Return the answer to a packet that these keys have made; `nonce` is 8 random bytes.
+
+    It is not longer than the packet. Its own two keys are made for this packet alone, so that
+    nobody can take it for a packet, or for the answer to another one (tests/spec/answer.md 1).
+    """
+    sha256, most = DIGESTS["SHA256"], len(packet) - len(nonce) - 2 - 32  # version, status; tag
+    digest = sha256(packet)
+    encryption_key = Hmac(sha256, key)(b"spa answer encryption" + digest)
+    compute_tag = Hmac(sha256, Hmac(sha256, hmac_key)(b"spa answer authentication" + digest))
+    text = "".join(c if " " <= c <= "~" else "?" for c in text)
+    text = text if len(text) <= most else text[:most - 3] + "..."
+    plain = bytes([not done]) + text.encode()
+    blocks = plain.ljust(-(-len(plain) // 16) * 16, b"\0")  # CTR encrypts as it decrypts
+    ciphertext = decrypt(Aes(encryption_key), "CTR", nonce + bytes(8), blocks)[:len(plain)]
+    answer = b"\1" + nonce + ciphertext
+    return answer + compute_tag(answer)
 
 
 # ======================================================================================
@@ -2234,6 +2263,8 @@ class Stanza(Settings):
                           "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", choice(*MODES, ASYMMETRIC), "CBC",
                      "CBC, ECB, CFB, OFB, CTR or legacy; Asymmetric: GPG only")
+    answer = Flag("ANSWER", "answer a packet over UDP, once and encrypted: what was opened, or why "
+                  "not; needs KEY and HMAC_KEY")
     grant_seconds = Directive("FW_ACCESS_TIMEOUT", integer(0, 8388608, "seconds"), "30",
                              "how long to open; 0: only for as long as the client asks")
     max_seconds = Directive("MAX_FW_TIMEOUT", integer(1, 8388608, "seconds"), "300",
@@ -2337,7 +2368,9 @@ class Stanza(Settings):
              Stanza.gpg_decrypt_id,
              "GPG_REMOTE_ID or GPG_FINGERPRINT_ID as well: who may sign; or GPG_DISABLE_SIG Y"),
             (gpg or not key or self.mode != ASYMMETRIC, Stanza.mode,
-             "GPG_DECRYPT_ID, or the mode of KEY"))
+             "GPG_DECRYPT_ID, or the mode of KEY"),
+            (not self.answer or (key and hmac_key and self.mode != ASYMMETRIC), Stanza.answer,
+             "KEY and HMAC_KEY with it, or their _BASE64: they encrypt and sign the answer"))
         if key and self.mode != ASYMMETRIC:
             self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
         self.for_all = self.source.everything and self.destination.everything
@@ -2433,6 +2466,12 @@ class Stanza(Settings):
         """Make the stanza open nothing, because of this error."""
         self.void = self.void or str(error)
         self.keys = self.gpg = self.sequence = None
+
+    def seal_answer(self, packet: bytes, done: bool, text: str) -> bytes:
+        """Return the answer to a packet that this stanza's keys have made."""
+        return seal_answer(packet, self.only_one(Stanza.key, Stanza.key_base64),
+                           self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64), done, text,
+                           os.urandom(8))
 
     @property
     def only_same_address(self) -> bool:
@@ -2807,9 +2846,14 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
                                  "configuration.")
         return Verdict([], 0, True)
     wanted = set(request.ports)
-    if (stanza.open_ports and not wanted <= stanza.open_ports) or wanted & stanza.restrict_ports:
+    unknown = wanted - stanza.open_ports if stanza.open_ports else set()
+    restricted = wanted & stanza.restrict_ports
+    if unknown or restricted:
+        row = Stanza.open_ports if unknown else Stanza.restrict_ports
         raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
-                             f"access.conf. ({port_list(request.ports)})")
+                             f"access.conf. ({port_list(request.ports)})", told=(
+                                 f"{port_list(unknown or restricted)} is "
+                                 f"{'not ' if unknown else ''}in {row.name}"))
     seconds = grant_seconds(request.timeout, stanza, now)
     address = request.address or parse_address(socket_text(request.datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
@@ -2846,7 +2890,8 @@ def check_policy(request: Request, stanza: Stanza, now: float) -> None:
                              "come from there (REQUIRE_SAME_ADDRESS).")
     if stanza.require_username and request.user not in (None, stanza.require_username):
         raise PacketRejected("user", f"Username in SPA data ({request.user}) does not match "
-                             f"required username: {stanza.require_username}")
+                             f"required username: {stanza.require_username}",
+                             told=f"user {request.user} is not allowed")
 
 
 def grant_seconds(wanted: int, stanza: Stanza, now: float) -> int:
@@ -3897,6 +3942,7 @@ class Entry:
     def __init__(self, datagram: Datagram) -> None:
         self.datagram = datagram
         self.remembered = False  # by a stanza that decrypted it, in the replay memory
+        self.proven_by: Optional[Stanza] = None  # the last stanza whose keys have made it
 
 
 class GpgRun:
@@ -4055,6 +4101,8 @@ def load_gpg(settings: ServerSettings, stanzas: List[Stanza], clocks: Clocks = C
 
 DIGEST_HEADER = "# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>\n"
 REFUSED_KNOWN = 20000  # refused packets that are known by their digest: 3 MB
+CLOCK_SECONDS = 3600  # a client's clock may be off by so much, and the answer says by how much
+ANSWERED_KNOWN = 20000  # accepted packets that are known for so long: 8 MB
 REWRITE_AFTER = 1000  # forgotten packets that may still stand in the file: 100 kB
 REWRITE_SECONDS = 60  # between attempts to write the file: each that fails logs an error
 # Failures of a disk that was set up right. They stop no start; a wrong path or owner does.
@@ -4091,6 +4139,11 @@ class ReplayMemory:
     The second line of the file says when the memory began: `# began MONOTONIC BOOT_ID FORGOTTEN`.
     FORGOTTEN is an epoch second: packets up to that timestamp may have been forgotten, so they are
     rejected. Unless the clock jumped, all of those are too old anyway.
+
+    Whoever captured a packet must not get an answer to it, now or later: a packet that came before
+    is not answered, and would_know() says whether the memory would know. So refused packets are on
+    file, too (`# refused DIGEST TIMESTAMP REASON`), and SILENT, the last number of the second line,
+    is for these what FORGOTTEN is for accepted ones (tests/spec/answer.md 3).
     """
 
     def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
@@ -4099,8 +4152,11 @@ class ReplayMemory:
         self.boot_id = clocks.boot_id()
         # By digest, oldest first: the packet's line in the file, and its time, monotonic.
         self.seen: Dict[str, Tuple[str, float]] = {}
-        self.refused: Dict[str, str] = {}  # reasons, by digest
+        self.refused: Dict[str, Tuple[int, str]] = {}  # timestamp (or 0) and reason, by digest
         self.began, self.forgotten = clocks.monotonic(), 0
+        # A packet that came before this memory may have had a clock that is ahead.
+        self.silent = int(clocks.wall()) + CLOCK_SECONDS
+        self.answers = False  # whether accepted packets are to be known for longer
         self.lines_in_file = 0
         self.file: Optional[int] = None
         self.written = (0, 0, 0)  # device, inode and size of the file as this process wrote it
@@ -4141,6 +4197,8 @@ class ReplayMemory:
             fields = line.split()
             if fields[:2] == ["#", "began"]:
                 self.load_beginning(fields)
+            elif fields[:2] == ["#", "refused"] and len(fields) > 4 and fields[3].isdigit():
+                self.enter_refused(fields[2], int(fields[3]), " ".join(fields[4:]))
             elif (len(fields) == 7 and fields[6].isdigit() and len(fields[6]) < 12
                   and not line.startswith("#")):
                 age = min(max(0.0, wall - int(fields[6])), now)
@@ -4159,28 +4217,44 @@ class ReplayMemory:
         self.forgotten = forgotten
         if boot_id == self.boot_id and 0 <= began <= self.began + 1:
             self.began = began
+            if fields[5:] and fields[5].isdigit():  # earlier versions wrote none
+                self.silent = int(fields[5])
 
     def check_unseen(self, datagram: Datagram) -> None:
         """Raise NotFresh if this very packet came before: it need not be decrypted again."""
         digest = digest_of(datagram.payload.rstrip(b"="))
         if digest in self.refused:
-            reason = self.refused[digest]
+            _, reason = self.refused[digest]
             raise NotFresh(reason, "SPA data time difference is too great (sent again)."
                            if reason in ("stale", "from the future") else
                            f"SPA packet was refused before ({reason}).")
         self.check_unknown(digest, datagram)
 
-    def refuse(self, payload: bytes, reason: str) -> None:
+    def refuse(self, payload: bytes, reason: str, timestamp: int = 0) -> None:
         """Remember a genuine packet that opened nothing, and why.
 
         Otherwise anyone who captured it could make this server decrypt it again and again. A packet
-        from the future stays refused when its time has come: its client then makes a new one.
+        from the future stays refused when its time has come: its client then makes a new one. One
+        with a `timestamp` may be answered now; it is on file before that.
         """
         digest = digest_of(payload.rstrip(b"="))
-        if digest not in self.seen:
-            self.refused[digest] = reason
+        if digest in self.seen or digest in self.refused:
+            return
+        self.enter_refused(digest, timestamp, reason)
+        if timestamp and self.path:
+            self.record(self.path, f"# refused {digest} {timestamp} {reason}\n".encode())
+
+    def enter_refused(self, digest: str, timestamp: int, reason: str) -> None:
+        """Put a refused packet into the memory, which then forgets the oldest of too many."""
+        self.refused[digest] = timestamp, reason
         while len(self.refused) > REFUSED_KNOWN:
-            del self.refused[next(iter(self.refused))]
+            self.silent = max(self.silent, self.refused.pop(next(iter(self.refused)))[0])
+
+    def would_know(self, timestamp: int) -> bool:
+        """Return whether this memory has every packet with this timestamp that ever came here from
+        a client whose clock was off by up to CLOCK_SECONDS."""
+        began = self.clocks.wall() - (self.clocks.monotonic() - self.began)
+        return timestamp > max(self.forgotten, self.silent, began + CLOCK_SECONDS)
 
     def check_fresh(self, timestamp: int) -> None:
         """Raise NotFresh if a packet is too old or too new, by this host's clock."""
@@ -4190,8 +4264,11 @@ class ReplayMemory:
         if abs(age) > self.max_age:
             reason, why = (("stale", "The packet is old, or the client's clock is behind.")
                            if age > 0 else ("from the future", "The client's clock is ahead."))
+            told = ""
+            if abs(age) <= CLOCK_SECONDS and self.would_know(timestamp):
+                told = f"the clock is {int(abs(age))} s {'behind' if age > 0 else 'ahead'}"
             raise NotFresh(reason, f"SPA data time difference is too great ({int(abs(age))} "
-                           f"seconds). {why}")
+                           f"seconds). {why}", told=told, timestamp=timestamp)
         began = self.clocks.wall() - (self.clocks.monotonic() - self.began)
         if timestamp < int(began):
             seconds = int(max(1, began - timestamp))
@@ -4223,7 +4300,8 @@ class ReplayMemory:
                 self.close()
             if self.file is not None:
                 self.append(self.file, line)
-            if (self.lines_in_file > len(self.seen) + REWRITE_AFTER if self.file is not None else
+            known = len(self.seen) + len(self.refused)
+            if (self.lines_in_file > known + REWRITE_AFTER if self.file is not None else
                     self.clocks.monotonic() >= self.rewrite_due):
                 self.rewrite()
                 if self.rewrite_due:
@@ -4265,9 +4343,11 @@ class ReplayMemory:
         """Forget packets that are too old even by a clock that is off by MAX_SPA_PACKET_AGE."""
         if self.max_age is None:
             return
-        keep = 2 * self.max_age + 1
-        now, wall = self.clocks.monotonic() - keep, self.clocks.wall() - keep
         while self.seen:
+            keep = 2 * self.max_age + 1
+            if self.answers and len(self.seen) <= ANSWERED_KNOWN:
+                keep = max(keep, CLOCK_SECONDS + self.max_age)
+            now, wall = self.clocks.monotonic() - keep, self.clocks.wall() - keep
             digest, (line, came) = next(iter(self.seen.items()))
             created = int(line.split()[-1])
             if came >= now or created >= wall:  # a clock set back makes old packets fresh again
@@ -4279,8 +4359,11 @@ class ReplayMemory:
         """Write all that is remembered to a new file, and keep this open to append to."""
         assert self.path is not None
         temporary = self.path + ".new"
-        began = f"# began {self.began:.3f} {self.boot_id} {self.forgotten}\n"
-        text = DIGEST_HEADER + began + "".join(line + "\n" for line, _ in self.seen.values())
+        began = f"# began {self.began:.3f} {self.boot_id} {self.forgotten} {self.silent}\n"
+        refused = "".join(f"# refused {digest} {timestamp} {reason}\n" for digest, (
+            timestamp, reason) in self.refused.items() if timestamp)
+        text = DIGEST_HEADER + began + refused + "".join(
+            line + "\n" for line, _ in self.seen.values())
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         if os.path.lexists(temporary):
             os.unlink(temporary)
@@ -4293,7 +4376,8 @@ class ReplayMemory:
             os.unlink(temporary)  # the disk needs its room
             raise
         self.close()
-        self.file, self.lines_in_file, self.written = file, len(self.seen), file_state(self.path)
+        self.file, self.written = file, file_state(self.path)
+        self.lines_in_file = len(self.seen) + len(self.refused)
 
     def close(self) -> None:
         """Close the file."""
@@ -4958,6 +5042,60 @@ def open_port_captures(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int,
             served = any(isinstance(each, kind) for each in captures)
             if not missing or (family == socket.AF_INET6 and not served):
                 raise SpaError(explain(error, f"{kind.protocol} port {port}")) from None
+
+
+class AnswerSockets:
+    """UDP sockets that answers leave from: those of UDP captures, or others that take nothing in.
+
+    The port has to be bound. Otherwise the kernel itself answers with "port unreachable", and the
+    client gives up.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.sockets: Dict[Tuple[int, int], socket.socket] = {}  # by port, and an address's bytes
+        self.own: List[socket.socket] = []  # those of them that are no capture's
+
+    def open(self, ports: Iterable[int], captures: Iterable[Capture]) -> None:
+        """Open a socket of each family at these ports; go on without one where that fails."""
+        self.close()
+        nothing = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
+        program = struct.pack("HL", 1, nothing.buffer_info()[0])
+        for port in sorted(ports):
+            for size, family in ((4, socket.AF_INET), (16, socket.AF_INET6)):
+                same = [each.socket for each in captures if isinstance(each, UdpCapture)
+                        and (each.family, each.port) == (family, port)]
+                try:
+                    opened = same[0] if same else open_port_socket(family, socket.SOCK_DGRAM, port)
+                    self.sockets[port, size] = opened
+                    if not same:
+                        self.own.append(opened)
+                        opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+                except OSError as error:
+                    if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                        self.log.warning(explain(error, f"UDP port {port}")
+                                         + "; its clients get no answer")
+
+    def send(self, answer: bytes, datagram: Datagram) -> None:
+        """Send an answer to where a datagram came from, from the address that it was sent to."""
+        sender = self.sockets.get((datagram.destination_port, len(datagram.source)))
+        if sender is None or datagram.protocol != UDP:
+            return
+        if len(datagram.source) == 4:  # struct in_pktinfo {index, local, address}
+            control = socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + datagram.destination + bytes(4)
+        else:  # struct in6_pktinfo {address, index}
+            control = socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, datagram.destination + bytes(4)
+        try:
+            sender.sendmsg([answer], [control], socket.MSG_DONTWAIT,  # the loop must not wait
+                           (socket_text(datagram.source), datagram.source_port))
+        except OSError as error:
+            self.log.debug("no answer: " + explain(error))
+
+    def close(self) -> None:
+        """Close the sockets that only answer."""
+        for each in self.own:
+            each.close()
+        self.sockets, self.own = {}, []
 
 
 def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCapture]:
@@ -7540,6 +7678,19 @@ class Configuration(NamedTuple):
         """Whether there are packets or OpenSPA requests to remember."""
         return self.takes_packets or self.ospa_key is not None
 
+    @property
+    def answers(self) -> bool:
+        """Whether a stanza has ANSWER."""
+        return any(stanza.answer for stanza in self.stanzas)
+
+    def answer_ports(self, captures: Iterable[Capture]) -> Set[int]:
+        """Return the UDP ports at which packets and OpenSPA requests are answered."""
+        kinds, settings = {type(each) for each in captures}, self.settings
+        found = {settings.ospa_port} if kinds & {OspaCapture, OspaUdpCapture} else set()
+        if self.answers and kinds & {PacketCapture, UdpCapture}:
+            found.add(settings.udp_port)
+        return found
+
     def choose_firewall(self, log: Log, clocks: Clocks = CLOCKS) -> Firewall:
         """Return the firewall that the settings mean; ConfigError without one."""
         return choose_firewall(self.settings, self.stanzas, self.test, log, clocks)
@@ -7951,6 +8102,7 @@ class Gate:
         self.tally, self.log, self.clocks = access.tally, access.log, access.clocks
         self.catch_up = catch_up  # take the knock packets that wait: some came before the packet
         self.memory = ReplayMemory(None, None, self.log, self.clocks)
+        self.answer_sockets = AnswerSockets(self.log)
         self.runs: List[GpgRun] = []  # of gpg, each with the packet that waits for it
         self.candidates = 0  # packets that passed check_payload() so far
         self.configure(configuration)
@@ -8010,6 +8162,7 @@ class Gate:
         If none can, raise the reason of the first whose keys were right; or else of the last.
         """
         reasons: List[PacketRejected] = []
+        told: Optional[Tuple[Stanza, str]] = None
         is_proven, is_final, datagram = False, True, entry.datagram
         for stanza, keys in passed:
             is_proven = is_proven or keys.has_hmac
@@ -8018,14 +8171,18 @@ class Gate:
                 return
             except PacketRejected as reason:
                 reason.stanza_number = stanza.number
+                if entry.proven_by is stanza and stanza.answer:
+                    told = told or (stanza, reason.told)
                 if isinstance(reason, NotFresh):
-                    self.memory.refuse(datagram.payload, reason.reason)
+                    self.memory.refuse(datagram.payload, reason.reason, reason.timestamp)
+                    self.answer(datagram, told)
                     raise
                 is_final = is_final and not isinstance(reason, TooFast)
                 reasons.append(reason)
         main = next((each for each in reasons if not isinstance(each, WrongKey)), reasons[-1])
         if is_proven and is_final and not entry.remembered:
             self.memory.refuse(datagram.payload, main.reason)
+        self.answer(datagram, told)
         raise main
 
     def let_in(self, entry: Entry, stanza: Stanza, keys: AnyKeys) -> None:
@@ -8034,6 +8191,7 @@ class Gate:
         if not entry.remembered:
             self.memory.check_unseen(datagram)  # section 16; a replay costs no decryption
         packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 15
+        entry.proven_by = stanza
         if not entry.remembered:
             self.memory.check_fresh(packet.timestamp)
             for text in texts:  # before anything opens: a crash in between must not allow a replay
@@ -8045,7 +8203,27 @@ class Gate:
             self.log.info(f"{prefix}SPA Packet from IP: {socket_text(datagram.source)} received "
                           "with access source match")
         self.log.debug(f"{prefix}{packet._replace(server_auth=None)!r}")
-        self.ask(Request.of_packet(packet, datagram), stanza)
+        self.ask_and_answer(Request.of_packet(packet, datagram), stanza)
+
+    def ask_and_answer(self, request: Request, stanza: Stanza) -> None:
+        """Ask for access, and answer the packet after the doors are open."""
+        verdict = self.ask(request, stanza)
+        if verdict is None:  # ask_again() answers
+            return
+        told = f"opened {port_list(request.ports)} for {verdict.seconds} seconds"
+        if verdict.by_commands:  # they run beside the loop
+            told = "command started"
+        if self.access.commands.test:
+            self.answer(request.datagram, (stanza, "--test mode: nothing is opened"))
+        else:
+            self.answer(request.datagram, (stanza, told), done=True)
+
+    def answer(self, datagram: Datagram, told: Optional[Tuple[Stanza, str]],
+               done: bool = False) -> None:
+        """Answer a packet that was made with a stanza's keys and did not come before, if the
+        stanza wants that. KEY has not made a packet of GPG."""
+        if told and told[0].answer and told[1] and not is_gpg(datagram.payload):
+            self.answer_sockets.send(told[0].seal_answer(datagram.payload, done, told[1]), datagram)
 
     def ask(self, request: Request, stanza: Stanza) -> Optional[Verdict]:
         """Ask for access, and return the verdict; None if the address of the packet's NAT host has
@@ -8066,9 +8244,11 @@ class Gate:
             if request.nat is None or address is None or stanza not in self.stanzas:
                 raise PacketRejected("NAT", "Unable to resolve Hostname in NAT SPA message")
             self.log.info("Resolved NAT IP in SPA message")
-            self.ask(request._replace(nat=(str(address), request.nat[1])), stanza)
+            self.ask_and_answer(request._replace(nat=(str(address), request.nat[1])), stanza)
         except Exception as error:  # as in receive()
             self.tally.reject(request.datagram, error, stanza.number)
+            if isinstance(error, PacketRejected) and stanza in self.stanzas:
+                self.answer(request.datagram, (stanza, error.told))
 
     def knocks_needed(self, request: Request, stanza: Stanza) -> Set[Tuple[int, bytes]]:
         """Return the knocks that REQUIRE_KNOCK asks for; PacketRejected if one is missing."""
@@ -8245,8 +8425,6 @@ class OspaGate:
     def __init__(self, configuration: Configuration, gate: Gate) -> None:
         self.gate, self.tally = gate, gate.tally
         self.log, self.clocks = gate.log, gate.clocks
-        self.sockets: Dict[int, socket.socket] = {}  # that answer, by the bytes of an address
-        self.own: List[socket.socket] = []  # those of them that are no capture's
         # By request and source, oldest first: the answer, and until when it is given again.
         self.answers: "collections.OrderedDict[Tuple[str, bytes], Tuple[bytes, float]]" = (
             collections.OrderedDict())
@@ -8274,7 +8452,8 @@ class OspaGate:
                 self.answers[repeat] = answer, self.clocks.monotonic() + OSPA_REPEAT_SECONDS
                 if len(self.answers) > OSPA_MOST_ANSWERS:
                     self.answers.popitem(last=False)
-            self.answer(answer, datagram)
+            if not self.gate.access.commands.test:  # there is no answer that means "not opened"
+                self.gate.answer_sockets.send(answer, datagram)
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.tally.reject(datagram, error)
 
@@ -8363,51 +8542,6 @@ class OspaGate:
         made = OspaFields(fields.protocol, fields.ports, fields.target, seconds=verdict.seconds)
         return self.spend(seal_ospa, header, made.encode(), self.key, client, os.urandom(48),
                           os.urandom(3))
-
-    def answer(self, answer: bytes, datagram: Datagram) -> None:
-        """Send an answer to where a datagram came from, from the address that it was sent to."""
-        sender = self.sockets.get(len(datagram.source))
-        if len(datagram.source) == 4:  # struct in_pktinfo {index, local, address}
-            control = socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + datagram.destination + bytes(4)
-        else:  # struct in6_pktinfo {address, index}
-            control = socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, datagram.destination + bytes(4)
-        try:
-            if sender is not None:
-                sender.sendmsg([answer], [control], socket.MSG_DONTWAIT,  # the loop must not wait
-                               (socket_text(datagram.source), datagram.source_port))
-        except OSError as error:
-            self.log.debug("OpenSPA: no answer: " + explain(error))
-
-    def open_sockets(self, captures: Iterable[Capture]) -> None:
-        """Open sockets to answer from: those of UDP captures, or others that take nothing in.
-
-        The port has to be bound. Otherwise the kernel itself answers requests, with "port
-        unreachable", and the client gives up.
-        """
-        self.close_sockets()
-        if not any(isinstance(each, (OspaCapture, OspaUdpCapture)) for each in captures):
-            return
-        nothing = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
-        for size, family in ((4, socket.AF_INET), (16, socket.AF_INET6)):
-            same = [each.socket for each in captures
-                    if isinstance(each, OspaUdpCapture) and each.family == family]
-            try:
-                self.sockets[size] = same[0] if same else open_port_socket(
-                    family, socket.SOCK_DGRAM, self.settings.ospa_port)
-                if not same:
-                    self.own.append(self.sockets[size])
-                    self.sockets[size].setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack(
-                        "HL", 1, nothing.buffer_info()[0]))
-            except OSError as error:
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                    self.log.warning(explain(error, f"UDP port {self.settings.ospa_port}")
-                                     + "; OpenSPA clients get no answer")
-
-    def close_sockets(self) -> None:
-        """Close the sockets that only answer."""
-        for each in self.own:
-            each.close()
-        self.sockets, self.own = {}, []
 
 
 # ======================================================================================
@@ -8519,7 +8653,7 @@ class Server:
         """Make the firewall ready, go on with the grants it has or close them, and listen."""
         if self.configuration.needs_memory:
             self.gate.memory = open_memory(self.settings, self.log, self.clocks)
-            self.remembers = True
+            self.gate.memory.answers, self.remembers = self.configuration.answers, True
         captures = self.configuration.open_captures(self.log)  # fails before anything is changed
         self.watch.events = open_netlink_events(NETLINK_NETFILTER, GROUP_NFTABLES)
         self.link_events = open_netlink_events(NETLINK_ROUTE, GROUP_LINK)
@@ -8554,10 +8688,14 @@ class Server:
                     self.drain(capture)
                 self.selector.unregister(capture)
                 capture.close()
-        self.ospa.open_sockets(captures)
+        self.open_answer_sockets()
         for capture in captures:
             if capture not in old:
                 self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
+
+    def open_answer_sockets(self) -> None:
+        """Open the sockets that answer, by the configuration and the captures of this server."""
+        self.gate.answer_sockets.open(self.configuration.answer_ports(self.captures), self.captures)
 
     def drain(self, capture: Capture) -> None:
         """Read from a capture until nothing is there, or others have waited long enough."""
@@ -8637,7 +8775,7 @@ class Server:
         stood = self.grants.firewall.trial or firewall.guarded()
         try:
             if changed(ServerSettings.udp_server):  # it needs the port of what only answers
-                self.ospa.close_sockets()
+                self.gate.answer_sockets.close()
             captures = configuration.open_captures(self.log, self.captures, same)
             if configuration.needs_memory and not self.remembers:
                 # Until now there was nothing to remember.
@@ -8646,7 +8784,7 @@ class Server:
             firewall.prepare()
         except SpaError:
             close_captures(captures, self.captures)
-            self.ospa.open_sockets(self.captures)
+            self.open_answer_sockets()
             if memory:
                 memory.close()
             if firewall.guard_ports and not stood:
@@ -8657,10 +8795,13 @@ class Server:
         if memory:  # before there are keys and captures, should one of the next steps fail
             self.gate.memory, self.remembers = memory, True
         self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
+        self.gate.memory.answers = configuration.answers
         self.gate.configure(configuration)
         self.ospa.configure(configuration)
         if captures != self.captures:
             self.listen(captures)
+        else:
+            self.open_answer_sockets()
         self.grants.move(firewall)
         self.knocks.configure(configuration)
         self.watch.check_rest = 0.0
@@ -8741,7 +8882,7 @@ class Server:
             run.kill()
         self.log.write(self.configuration.lifecycle.level, self.report())
         self.gate.memory.close()
-        self.ospa.close_sockets()
+        self.gate.answer_sockets.close()
         self.tell_guard()
         self.commands.stop()  # closes what commands opened, even with FLUSH_IPT_AT_EXIT N
         if self.settings.flush_at_stop:
@@ -9069,6 +9210,7 @@ HMAC_DIGEST_TYPE            SHA256
 HMAC_KEY_BASE64             {hmac_key}
 FW_ACCESS_TIMEOUT           30
 REQUIRE_SOURCE_ADDRESS      N
+ANSWER                      Y
 """
 
 

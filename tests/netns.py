@@ -523,10 +523,13 @@ class Server:
         return self.wait_for(expect, mark)
 
 
-def start_fwknopd(host: Host, access: str, config: str = "PCAP_INTF eth0;\n") -> Process:
+def start_fwknopd(host: Host, access: str, config: str = "PCAP_INTF eth0;\n",
+                  digests: str = "") -> Process:
     """Start the real server in the foreground, and return it when it listens."""
     directory = host.path("fwknopd")
     os.mkdir(directory, 0o700)
+    if digests:
+        write(directory + "/digest.cache", digests)
     daemon = host.start(
         "fwknopd", "-f", "-c", write(os.path.join(directory, "fwknopd.conf"), config),
         "-a", write(os.path.join(directory, "access.conf"), access), "-r", directory,

@@ -257,7 +257,7 @@ OUR_NAMES = ("OPENSPA_PORT OPENSPA_PRIVATE_KEY OPENSPA_ADK_SECRET FIREWALL_TYPE 
              "NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PACKET_LIMIT KNOCKD_CONF OPENSPA_CLIENTS "
              "REQUIRE_SAME_ADDRESS ONE_CONNECTION ACCESS_PREFIX4 ACCESS_PREFIX6 KNOCK_SEQUENCE "
              "KNOCK_ONE_TIME_FILE KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT "
-             "KNOCK_STRICT_DUPLICATES REQUIRE_KNOCK").split()
+             "KNOCK_STRICT_DUPLICATES REQUIRE_KNOCK ANSWER").split()
 
 # Defaults of fwknop.md 3.2 and 3.3 of the directives that are supported here; "" is unset.
 SPEC_DEFAULTS = {
@@ -426,7 +426,8 @@ BAD_STANZA = (
     ("OPENSPA_CLIENTS keys", "an absolute path"), ("REQUIRE_SAME_ADDRESS 1", "Y or N"),
     ("KNOCK_ONE_TIME_FILE codes", "an absolute path"), ("KNOCK_TIMEOUT 0", "seconds, 1 to 86400"),
     ("KNOCK_TCPFLAGS syn,ece", "fin, syn, rst"), ("KNOCK_STRICT 1", "Y or N"),
-    ("KNOCK_STRICT_DUPLICATES x", "Y or N"), ("ONE_CONNECTION once", "Y or N"),
+    ("KNOCK_STRICT_DUPLICATES x", "Y or N"), ("ANSWER maybe", "Y or N"),
+    ("ONE_CONNECTION once", "Y or N"),
     *((f"{name}\nONE_CONNECTION Y", "expected no ONE_CONNECTION with it") for name in (
         "CMD_CYCLE_OPEN /bin/sh\nCMD_CYCLE_CLOSE NONE", "FORCE_NAT 10.0.0.1 22", "FORWARD_ALL Y",
         "FORCE_SNAT 10.0.0.9", "FORCE_MASQUERADE Y", "DISABLE_DNAT Y")),

@@ -229,7 +229,8 @@ class GateTest(ServerCase):
         configuration = made.configuration._replace(
             ospa_key=server.read_ospa_keys(made.settings, made.gate.stanzas)[0])
         made.ospa.configure(configuration)
-        made.ospa.answer = lambda answer, datagram: self.replies.append(answer)  # type: ignore
+        made.gate.answer_sockets.send = (  # type: ignore[method-assign]
+            lambda answer, datagram: self.replies.append(answer))
         return made
 
     def request(self, header: bytes = b"", **fields: Any) -> server.Datagram:
@@ -264,6 +265,13 @@ class GateTest(ServerCase):
         made.ospa.receive(datagram)
         self.assertEqual((2, {"accepted": 1, "replay": 2}), (len(self.replies), made.tally.counts))
         self.assertIn("user '%s' (client OpenSPA 2.0) opened" % FIRST["client_uuid"], self.logged())
+
+    def test_test_mode_answers_nothing(self) -> None:
+        """An answer says that ports are open, and there is none that says they are not."""
+        made = self.gate()
+        made.commands.test = True
+        made.ospa.receive(self.request())
+        self.assertEqual(({"accepted": 1}, []), (made.tally.counts, self.replies))
 
     def test_what_is_rejected(self) -> None:
         """By each rule, with its reason; nothing is opened and nothing answered."""
@@ -393,10 +401,10 @@ class GateTest(ServerCase):
     def test_an_answer_does_not_wait(self) -> None:
         """Answers that wait for a neighbour's address fill the buffer: the loop must go on."""
         made = self.gate()
-        del made.ospa.answer
+        del made.gate.answer_sockets.send
         sender = mock.Mock()
         sender.sendmsg.side_effect = BlockingIOError(11, "full")
-        made.ospa.sockets = {4: sender}
+        made.gate.answer_sockets.sockets = {(22211, 4): sender}
         made.ospa.receive(self.request())
         (_, control, flags, peer), _ = sender.sendmsg.call_args
         self.assertEqual((socket.MSG_DONTWAIT, ("10.55.0.2", 4000)), (flags, peer))
@@ -436,7 +444,7 @@ class GateTest(ServerCase):
         capture, datagram = server.OspaCapture(here, 0, "any"), self.request()
         capture.decode = lambda _: datagram  # type: ignore[method-assign]
         made.listen([capture])
-        made.ospa.close_sockets()
+        made.gate.answer_sockets.close()
         there.send(b"x")
         made.listen([])
         self.assertEqual(1, len(self.replies))

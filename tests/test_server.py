@@ -524,7 +524,7 @@ class ReceiveTest(ServerCase):
         """The memory of them does not grow."""
         made = self.serve("SOURCE ANY\n" + KEYS)
         for number in range(server.REFUSED_KNOWN + 50):
-            made.gate.memory.refused["%d" % number] = "stale"
+            made.gate.memory.refused["%d" % number] = number, "stale"
         made.gate.receive(datagram(Sender().packet(timestamp=NOW - 500)))
         self.assertEqual(server.REFUSED_KNOWN, len(made.gate.memory.refused))
 
@@ -543,12 +543,12 @@ class ReceiveTest(ServerCase):
             ({}, Sender(), "", other + "SOURCE ANY\n" + KEYS),
             ({}, Sender(key=b"wrong", hmac_key=b""), "", "KEY k\n"))  # type: Any
         for fields, sender, reason, stanzas in rows:
-            made = self.serve("SOURCE ANY\n" + stanzas, seconds=10)
+            made = self.serve("SOURCE ANY\n" + stanzas, "ENABLE_DIGEST_PERSISTENCE N;\n", 10)
             with self.subTest(fields=fields, reason=reason):
                 self.knock(made, sender, **fields)
                 payload = self.knock(made, sender, **fields)
                 self.assertEqual([reason] * 2 if reason else [],
-                                 list(made.gate.memory.refused.values()))
+                                 [why for _, why in made.gate.memory.refused.values()])
                 if reason:
                     with NO_DECRYPTION:
                         made.gate.receive(datagram(payload))
@@ -927,7 +927,7 @@ class MemoryTest(ServerCase):
         digest = b64(hashlib.sha256(b"a").digest()).decode()
         self.assertEqual("# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>",
                          lines[0])
-        self.assertRegex(lines[1], r"^# began [0-9.]+ boot-1 0$")
+        self.assertRegex(lines[1], r"^# began [0-9.]+ boot-1 0 [0-9]+$")
         self.assertEqual(["%s 17 10.55.0.2 60208 10.55.0.1 62201 %d" % (digest, NOW)], lines[2:])
         self.assertEqual(43, len(digest))
         self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
