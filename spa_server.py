@@ -10174,15 +10174,15 @@ def serve(arguments: Arguments, log: Log) -> int:
     except ValueError as error:
         raise UsageError(f"--trial: {error}") from None
     settings = read_settings(arguments)[0]
-    if "test" in arguments:
-        log.warning("-t: nothing is closed or opened; packets are only judged, and logged")
-    if "init" in arguments:
-        settings = run_init(arguments, settings, trial_seconds)
     as_fwknopd = arguments.program == "fwknopd" and "foreground" not in arguments
     daemon = as_fwknopd or "daemon" in arguments
     if (daemon and not arguments.as_knockd) or "syslog" in arguments:
         log.open_syslog(settings.syslog_identity, settings.syslog_facility, with_pid=True)
     log.stream_level = ERROR if daemon else DEBUG
+    if "test" in arguments:
+        log.warning("-t: nothing is closed or opened; packets are only judged, and logged")
+    if "init" in arguments:
+        settings = run_init(arguments, settings, trial_seconds)
     pid = running_server(settings.pid_file) if as_fwknopd else None
     if pid is not None:  # as fwknopd does, for scripts that start it again and again
         log.error(f"[*] An instance of fwknopd is already running: (PID={pid}).")

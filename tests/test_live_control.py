@@ -72,8 +72,8 @@ class Daemon:
         """Return exit code and output, with PID for the pid, and without names and warnings."""
         code, text = self.host.run_code(*self.words(*options), cwd=self.directory)
         text = re.sub(r"(?m)^spa_server\.py: (?=An instance)", "[*] ", text)
-        lines = [line for line in text.splitlines() if not re.search("REQUIRE_SOURCE|every port",
-                                                                     line)]
+        lines = [line for line in text.splitlines()
+                 if not re.search("REQUIRE_SOURCE|every port|^-t: ", line)]
         return code, re.sub(r"(?i)(?<=pid=)\d+", "PID", "\n".join(lines))
 
     @property
