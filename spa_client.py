@@ -1440,7 +1440,7 @@ q  quiet                -         quiet=Y
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
 -  exec                 -         exec=Y
--  one-connection       -         ONE_CONNECTION=Y
+-  one-connection       -         ONE_CONNECTION=Y      do not try the port: that would use it up
 -  ospa                 FILE      OSPA_FILE
 -  resolve-stun         HOST      ALLOW_IP=stun:        find our address with this STUN server
 v  verbose              -         VERBOSE=Y
@@ -3440,8 +3440,10 @@ class Knock:
         link, error = wait_until_open(addresses, seconds, self.send, self.answers,
                                       bool(settings.sequence), self.early)
         now = time.monotonic()
+        early = link is not None and link in self.early and now - self.begun < SYN_SECONDS
         if link is not None and settings.wait is not None:
-            self.answers.gather(settings.answer or TRY[0])  # the server opens before it answers
+            self.early.pop(link, None)  # it is the caller's now
+            self.answers.gather(settings.answer or TRY[early])  # the server opens, then it answers
         if not self.answers.told:
             keep(FACT, settings.label + with_hint(self.silence(self.host)))
         if link is None:
@@ -3450,10 +3452,9 @@ class Knock:
                 f" {self.explain(error, addresses)}"])[0])
         for refusal in self.answers.refusals(False):
             warn(refusal)
-        port, early = f"tcp/{peer[1]} of {link.getpeername()[0]}", self.early.pop(link, 0.0)
         if settings.wait is not None:
-            self.report(f"{port} {OPEN_ALREADY}" if early and now - self.begun < SYN_SECONDS else
-                        f"{port} opened after {now - begin:.2f} seconds")
+            self.report(f"tcp/{peer[1]} of {link.getpeername()[0]} " + (
+                OPEN_ALREADY if early else f"opened after {now - begin:.2f} seconds"))
         return link
 
     def explain(self, error: int, addresses: "List[Address]") -> str:

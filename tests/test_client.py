@@ -525,7 +525,7 @@ class RcFile(Case):
                 self.assertNotIn("a7key", found)
 
     def test_directives(self) -> None:
-        """All 44 of fwknop, and three of ours."""
+        """All 44 of fwknop, and four of ours."""
         names = (
             "DIGEST_TYPE SPA_SERVER_PROTO SPA_SERVER_PORT SPA_SOURCE_PORT FW_TIMEOUT ALLOW_IP "
             "TIME_OFFSET ENCRYPTION_MODE USE_GPG USE_GPG_AGENT GPG_RECIPIENT GPG_SIGNER "
@@ -534,7 +534,7 @@ class RcFile(Case):
             "HMAC_DIGEST_TYPE HMAC_KEY_BASE64 HMAC_KEY USE_HMAC USE_WGET_USER_AGENT KEY_FILE "
             "HMAC_KEY_FILE NAT_ACCESS HTTP_USER_AGENT RESOLVE_URL SERVER_RESOLVE_IPV4 NAT_LOCAL "
             "NAT_RAND_PORT NAT_PORT VERBOSE RESOLVE_IP_HTTP RESOLVE_IP_HTTPS RESOLVE_HTTP_ONLY "
-            "WGET_CMD NO_SAVE_ARGS KNOCK_SEQUENCE KNOCK_DELAY OSPA_FILE").split()
+            "WGET_CMD NO_SAVE_ARGS KNOCK_SEQUENCE KNOCK_DELAY ONE_CONNECTION OSPA_FILE").split()
         self.assertEqual(set(client.DIRECTIVE_NAMES), set(names))
         for name in names:
             self.assertTrue(client.ROWS[name].help, name)
