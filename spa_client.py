@@ -245,7 +245,8 @@ def encode_text(text: str) -> bytes:
 
 
 def decode_text(data: bytes) -> str:
-    """Return the text of a file, from which encode_text() makes the same bytes again."""
+    """Return the text of a file without a byte order mark; encode_text() makes bytes of it."""
+    data = data[3:] if data.startswith(b"\xef\xbb\xbf") else data
     return data.decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
@@ -967,7 +968,7 @@ def parse_text(text: str) -> str:
 def parse_yes_no(text: str) -> bool:
     """Parse Y or N, or the level that VERBOSE may have: 0 to 3."""
     if text.upper() not in ("Y", "N", "YES", "NO", "0", "1", "2", "3"):
-        raise ValueError("expected Y or N")
+        raise ValueError("expected Y or N" + (" (RESOLVE_URL takes it)" if "://" in text else ""))
     return text[0] not in "nN0"
 
 
@@ -1023,7 +1024,7 @@ def parse_printable(text: str) -> str:
 
 def parse_peer(text: str, port: int = 0) -> "Tuple[str, int]":
     """Parse `host`, `host:9`, `host,9` or `[IPv6]:9`; `port` stands in for one that is missing."""
-    host, mark, digits = text.rpartition("," if "," in text else ":")
+    host, mark, digits = (each.strip(" ") for each in text.rpartition("," if "," in text else ":"))
     if not mark or (mark == ":" and ":" in host and not host.endswith("]")):
         host, mark = text, ""
     if host.startswith("[") and host.endswith("]"):
@@ -1051,15 +1052,16 @@ def parse_url(text: str) -> "Tuple[str, str, int, str]":
 
 
 def parse_access(text: str) -> str:
-    """Parse `tcp/22` or `tcp/22,udp/53` as the server does (fwknop.md 1.4), or `tcp/8000-8010`."""
-    for entry in text.split(","):
+    """Parse `tcp/22, udp/53` as servers do (fwknop.md 1.4), or `tcp/8000-8010`; drop blanks."""
+    entries = [entry.strip(" ") for entry in text.split(",")]
+    for entry in entries:
         protocol, slash, port = entry.partition("/")
         first, dash, last = port.partition("-")
         if protocol not in ("tcp", "udp") or not slash or max(len(first), len(last)) > 5:
             raise ValueError("expected tcp/PORT or udp/PORT, several with commas in between")
         if parse_port(last if dash else first) < parse_port(first):
             raise ValueError("expected the lower port first")
-    return text
+    return ",".join(entries)
 
 
 PING_BYTES = 56  # data bytes of an echo request of any length; `ping` sends as many
@@ -1174,15 +1176,17 @@ class Directive:
         """Return the value to use, the default if none is given; raise SpaError for bad text."""
         if given is None:
             return None if self.default is None else self.parse(self.default)
+        where = f"{given.where}:{given.line}: {self.name}" if given.line else given.where
+        doubt = doubt_key(self.name, given.text) if self.parse in SECRET else ""
         try:
-            return self.parse(given.text)
+            value = self.parse(given.text)
         except ValueError as problem:
-            why = str(problem)
-            if self.parse not in SECRET:
-                why += f", not '{given.text}'"
-            if not given.line:
-                raise UsageError(f"{given.where}: {why}") from None
-            raise ConfigError(f"{given.where}:{given.line}: {self.name}: {why}") from None
+            shown = doubt if self.parse in SECRET else f"not '{given.text}'"
+            raise (ConfigError if given.line else UsageError)(
+                f"{where}: {problem}" + (f", {shown}" if shown else "")) from None
+        if doubt:
+            warn(f"{where}: {doubt}")
+        return value
 
 
 def setting(name: str, parse: "Callable[[str], T]", default: str, help: str) -> "T":
@@ -1319,7 +1323,7 @@ class Settings:
             (not self.ospa_file and (self.mode == GPG or not keyed),
              "packets without KEY and HMAC_KEY")) if wrong), "")
 
-    def check(self) -> None:
+    def check(self, hint: "Callable[[], str]") -> None:
         """Raise UsageError for values that do not go together; texts of fwknop begin upper-case."""
         raw = self.protocol in RAW_CARRIERS
         nat = self.nat_access or self.nat_local or self.nat_port or self.nat_rand_port
@@ -1355,9 +1359,44 @@ class Settings:
                  "--force-stanza needs --save-rc-stanza")):
             if wrong:
                 named = self.given.get("named_config")
-                raise UsageError(f"[{named.text}] {message}" if named else message)
+                raise UsageError(f"[{named.text}] {message}" if named else message, hint())
         if self.source_port and not raw:
             warn("the source port is ignored: only raw carriers have one (-P udpraw)")
+
+
+# --- shared: hints -- the same text in spa_server.py and spa_client.py --
+
+NAME_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
+
+
+def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str]":
+    """Return the directive that a line was meant to set, and what is wrong; "" if it is unclear.
+
+    No other character of the line is shown, but `>`, `=` and `:`: it may be a part of a key.
+    """
+    plain = "".join(each if each.upper() in NAME_CHARACTERS else " " for each in line)
+    name = (plain.split() or ["?"])[0]
+    before, _, after = line.partition(name)
+    odd = before.strip(" \t") or after[:1].strip(" \t;#")
+    if not odd or not knows(name.upper()):
+        return "", ""
+    shown = f"'{odd}'" if not odd.strip(">=: ") else (
+        "a no-break space or the like" if odd > "~" else "another character")
+    where = "nothing before" if before.strip(" \t") else "a blank after"
+    return name.upper(), f"expected {where} it, not {shown}"
+
+
+def doubt_key(name: str, text: str) -> str:
+    """Return what is odd about the value of a key's directive, without it; "" if nothing is."""
+    digits, whole = text.rstrip("="), len(text) % 4 == 0
+    if name.endswith("_BASE64"):
+        cut = len(digits) % 4 == 1 or (digits != text and not whole)
+        return f"{len(text)} characters, is one missing?" if cut else ""
+    encoded = digits.replace("+", "").replace("/", "").isalnum() and digits != text and whole
+    return f"that looks like {name}_BASE64" if encoded and len(text) > 20 else ""
+
+
+# --- end shared: hints --
 
 
 DIRECTIVES = {attribute: row for attribute, row in vars(Settings).items()
@@ -1368,6 +1407,7 @@ DIRECTIVE_NAMES = [name for name in ROWS if name.isupper()]
 # The first of these that a layer has counts, and hides all of them in lower layers (fwknop.md 2.5).
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
                ("GPG_SIGNING_PW", "GPG_SIGNING_PW_BASE64"))
+SERVER_NAMES = ("SOURCE", "OPEN_PORTS", "FW_ACCESS_TIMEOUT", "REQUIRE_SOURCE_ADDRESS")
 SECRET_NAMES = {name for name, row in ROWS.items() if row.parse in SECRET}
 PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP", "OSPA_FILE"))  # only packets need them
 
@@ -1569,6 +1609,10 @@ def parse_options(options: "List[Option]",
                     break
                 add(option, name, None)
         else:
+            text = os.fsencode(argument).decode("utf-8", "replace").partition("=")[0]
+            name = text.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
+            if text[:1] > "~" and name and any(name in (each.short, each.long) for each in options):
+                raise UsageError(f"'{text}': is that dash a hyphen?")
             others.append(argument)
     return given, others
 
@@ -1744,7 +1788,7 @@ def format_completion(shell: str) -> str:
 # ======================================================================================
 
 DEFAULT_STANZA = "default"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"  # the characters of a directive's name
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"  # names that errors may show; others may be half a key
 HEADER = "[]"
 
 
@@ -1766,16 +1810,30 @@ def parse_line(line: str) -> "Tuple[str, str, bool]":
 
     The value ends at the first blank, tab, `;` or `#`, even in the middle of a passphrase. Only
     KNOCK_SEQUENCE, which fwknop does not have, goes on up to a blank and `#`: it may have blanks
-    after its commas.
+    after its commas. So may ACCESS and NAT_ACCESS.
     """
     name, _, value = line.replace("\t", " ").partition(" ")
     name, value = name[:-1] if name.endswith(":") else name, value.lstrip(" ")
     if name == "KNOCK_SEQUENCE":
         return name, value.partition(" #")[0].rstrip(" "), False
+    if name in ("ACCESS", "NAT_ACCESS"):
+        value = ",".join(each.strip(" ") for each in value.split(","))
     first = value.replace(";", " ").replace("#", " ").partition(" ")[0]
     rest = value[len(first):]
     suspicious = rest[:1] in (";", "#") or rest.lstrip(" ")[:1] not in ("", ";", "#")
     return name, first, suspicious
+
+
+def explain_line(content: str) -> str:
+    """Return what is wrong with a line that is no directive of a stanza; show no part of a key."""
+    name, mistake = find_mistake(content, DIRECTIVE_NAMES.__contains__)
+    first = name or parse_line(content)[0]
+    shown = f"{first}: " if first.upper() in DIRECTIVE_NAMES or not first.strip(LETTERS) else ""
+    return shown + (mistake or (
+        "expected a line [NAME] first" if first in DIRECTIVE_NAMES else
+        "this belongs in access.conf on the server" if first in SERVER_NAMES else
+        "expected nothing before [NAME]" if content[0] in ">\xa0" and "[" in content else
+        "expected the name of a directive"))
 
 
 def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given]]":
@@ -1793,16 +1851,21 @@ def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given
             continue
         name, value, suspicious = parse_line(content)
         if name not in DIRECTIVE_NAMES:
-            known = name.upper() in DIRECTIVE_NAMES or not name.strip(LETTERS)
-            shown = f"{name}: " if known else ""  # any other text may be half a key
-            raise ConfigError(f"{path}:{number}: {shown}expected the name of a directive")
-        if not value:
-            raise ConfigError(f"{path}:{number}: {name}: expected a value")
+            raise ConfigError(f"{path}:{number}: {explain_line(content)}")
+        if value in ("", "=", ":"):
+            why = f"expected a value, not '{value}'" if value else "expected a value"
+            raise ConfigError(f"{path}:{number}: {name}: {why}")
         if suspicious and name in SECRET_NAMES:
             warn(f"{path}:{number}: {name}: it ends at the first blank, ';' or '#', as in fwknop,"
                  " and something follows: give keys with these characters as base64")
         given[name] = Given(value, path, number)
     return given
+
+
+def stanza_names(text: str) -> "List[str]":
+    """Return the names of the stanzas in an rc file, without [default]."""
+    return [name for _, _, name, content in scan(text)
+            if content == HEADER and name.lower() != DEFAULT_STANZA]
 
 
 def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
@@ -2012,23 +2075,35 @@ def rc_path(given: "Dict[str, Given]") -> "Optional[str]":
     return given["rc_file"].text if "rc_file" in given else home_file(given, ".fwknoprc")
 
 
+def hint_at_stanzas(given: "Dict[str, Given]", operands: "List[str]") -> str:
+    """Return the stanzas that -n could name, "" if it is given; an operand may be meant as one."""
+    path = None if "named_config" in given else rc_path(given)
+    names = stanza_names(saved_text(path)) if path else []
+    meant = [name for name in names if name in operands]
+    return (f"did you mean -n {meant[0]}?" if meant else
+            f"-n takes one of: {', '.join(names)}" if names else "")
+
+
 def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     """Return the layers of the rc file for this command line: [default], and the stanza of -n."""
     path, named, new = rc_path(given), given.get("named_config"), "save_stanza" in given
     if path is None or ((new or "rc_file" not in given) and not os.path.exists(path)):
         if named is not None and not new:
-            raise UsageError("-n needs an rc file, and there is none")
+            raise UsageError("-n needs an rc file, and there is none: " + (
+                path or "HOME is not set, or --no-rc-file is given"))
         return []
     text = read_private(path)
     for number, _, stanza, content in scan(text):
         if content and not stanza:
-            warn(f"{path}:{number}: ignored, since it stands before the first [stanza]")
+            warn(f"{path}:{number}: ignored, since it stands before the first [stanza]: "
+                 + explain_line(content))
             break
     layers = [parse_stanza(text, path, DEFAULT_STANZA)]
     if named is not None:
         layers.append(parse_stanza(text, path, named.text))
         if layers[1] is None and not new:
-            raise ConfigError(f"{path}: named configuration stanza [{named.text}] was not found")
+            raise ConfigError(f"{path}: named configuration stanza [{named.text}] was not found",
+                              "there are: " + (", ".join(stanza_names(text)) or "none"))
     return [layer for layer in layers if layer is not None]
 
 
@@ -2117,7 +2192,7 @@ def replace_file(path: str, old: str, text: str) -> bool:
 def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
     """Write options to a stanza of the rc file (fwknop.md 2.3); return its path and the values.
 
-    Begin again if another program changes the file meanwhile. All questions come before the lock.
+    All questions come before the lock.
     """
     named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given)
     if named is None or path is None:
@@ -2125,15 +2200,29 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
         raise UsageError(f"--save-rc-stanza needs {missing}")
     if not named.text or set("[],\r\n") & set(named.text):
         raise UsageError(f"{named.where}: expected the name of a stanza")
+    stanza = named.text
+
+    def edit(text: str) -> "Tuple[str, Dict[str, str]]":
+        values, dropped = choose_values(stanza_values(given), text, stanza, force)
+        return edit_stanza(text, stanza, values, dropped), values
+
+    return path, change_rc_file(path, edit)
+
+
+def change_rc_file(path: str, edit: "Callable[[str], Tuple[str, T]]") -> "T":
+    """Give the rc file the text that `edit` makes of the old one; return what else it returns.
+
+    Begin again if another program changes the file meanwhile.
+    """
     real = os.path.realpath(path)
     with errors_named(real):
         if os.path.exists(path):  # root must not follow another user's link
             os.close(open_ours(path, os.O_RDONLY))
         while True:
             text = saved_text(real)
-            values, dropped = choose_values(stanza_values(given), text, named.text, force)
-            if replace_file(real, text, edit_stanza(text, named.text, values, dropped)):
-                return path, values
+            new, result = edit(text)
+            if replace_file(real, text, new):
+                return result
 
 
 def confirm(question: str) -> bool:
@@ -3221,9 +3310,8 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
         raise UsageError("--stanza-list needs an rc file, and there is none")
     text = read_private(path)
     say(f"The following stanzas are configured in {path} :")
-    for _, _, name, content in scan(text):
-        if content == HEADER and name.lower() != DEFAULT_STANZA:
-            say(" - " + name)
+    for name in stanza_names(text):
+        say(" - " + name)
 
 
 # ======================================================================================
@@ -3603,14 +3691,15 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
         several = read_settings(given)
         first = several[0]  # values that only the command line sets are the same in all of them
         if operands and not first.relay:
-            warn(f"{len(operands)} of the arguments belong to no option and are ignored")
+            warn(with_hint(SpaError(f"{len(operands)} of the arguments belong to no option and are"
+                                    " ignored", hint_at_stanzas(given, operands))))
         if first.key_gen or first.key_gen_file is not None:
             generate_keys(first, given)
             return False
         for settings in several:
             if settings.ospa_file is not None:
                 use_ospa(settings, settings.ospa_file)
-            settings.check()
+            settings.check(lambda: hint_at_stanzas(given, operands))
             draw_ports(settings)
             settings.save_append |= settings is not first  # -B keeps the packets of all
             if settings.diagnose:

@@ -1002,7 +1002,43 @@ class Ignored(Directive[str]):
         super().__init__(names, str, "", why)
 
 
+# --- shared: hints -- the same text in spa_server.py and spa_client.py --
+
 NAME_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
+
+
+def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str]":
+    """Return the directive that a line was meant to set, and what is wrong; "" if it is unclear.
+
+    No other character of the line is shown, but `>`, `=` and `:`: it may be a part of a key.
+    """
+    plain = "".join(each if each.upper() in NAME_CHARACTERS else " " for each in line)
+    name = (plain.split() or ["?"])[0]
+    before, _, after = line.partition(name)
+    odd = before.strip(" \t") or after[:1].strip(" \t;#")
+    if not odd or not knows(name.upper()):
+        return "", ""
+    shown = f"'{odd}'" if not odd.strip(">=: ") else (
+        "a no-break space or the like" if odd > "~" else "another character")
+    where = "nothing before" if before.strip(" \t") else "a blank after"
+    return name.upper(), f"expected {where} it, not {shown}"
+
+
+def doubt_key(name: str, text: str) -> str:
+    """Return what is odd about the value of a key's directive, without it; "" if nothing is."""
+    digits, whole = text.rstrip("="), len(text) % 4 == 0
+    if name.endswith("_BASE64"):
+        cut = len(digits) % 4 == 1 or (digits != text and not whole)
+        return f"{len(text)} characters, is one missing?" if cut else ""
+    encoded = digits.replace("+", "").replace("/", "").isalnum() and digits != text and whole
+    return f"that looks like {name}_BASE64" if encoded and len(text) > 20 else ""
+
+
+# --- end shared: hints --
+
+
+BYTE_ORDER_MARK = "\xef\xbb\xbf"  # of UTF-8, read as Latin-1; Windows puts it before a text
+CLIENT_NAMES = frozenset("ACCESS ALLOW_IP SPA_SERVER SPA_SERVER_PORT SPOOF_USER USE_HMAC".split())
 INCLUDES = ("%include", "%include_folder", "%include_keys")
 
 
@@ -1023,6 +1059,20 @@ class Line(NamedTuple):
         named = (name[:1].isalpha() and not name.strip(self.characters)) or name in INCLUDES
         shown = self.name.rstrip(";") + ": " if named else ""
         return ConfigError(f"{self.file}:{self.number}: {shown}{text}")
+
+    def misread(self, text: object) -> SpaError:
+        """Return the error `text`, or what is wrong with the line's name if that is clear."""
+        name, mistake = find_mistake(f"{self.name} {self.value}", file_of)
+        if self.name.startswith("["):
+            mistake = "a stanza with a [name] is the client's, and belongs in its ~/.fwknoprc"
+        return self._replace(name=name or self.name).error(mistake or text)
+
+
+def file_of(name: str) -> str:
+    """Return the file that a directive belongs in, "" if it is unknown."""
+    if name in CLIENT_NAMES:
+        return "the client's ~/.fwknoprc"
+    return "fwknopd.conf" if ServerSettings.row(name) else "access.conf" if Stanza.row(name) else ""
 
 
 class Settings:
@@ -1053,18 +1103,20 @@ class Settings:
         """Set the directive of a line, or raise ConfigError; return warnings."""
         row = self.row(line.name)
         if row is None:
-            near = self.row(line.name.upper())
-            raise line.error("unknown directive" + (f", expected {near.name}" if near else ""))
+            near, file = self.row(line.name.upper()), file_of(line.name)
+            raise line.misread(f"this belongs in {file}" if file else "unknown directive" + (
+                f", expected {near.name}" if near else ""))
         value = line.value if row.secret else line.value.rstrip()
+        doubt = doubt_key(row.name, value.strip()) if isinstance(row, Key) else ""
         try:
             value = self.expand(value)
             self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
-            shown = "" if row.secret else f", not '{value}'"
-            raise line.error(f"{error}{shown}") from None
+            shown = doubt if row.secret else f"not '{value}'"
+            raise line.error(f"{error}, {shown}" if shown else error) from None
         self.texts[row.name], self.lines[row.name] = value, line
-        ignored = f"{line.file}:{line.number}: {line.name} is ignored: {row.help}"
-        return [ignored] if isinstance(row, Ignored) else []
+        warning = f" is ignored: {row.help}" if isinstance(row, Ignored) else doubt and ": " + doubt
+        return [f"{line.file}:{line.number}: {line.name}{warning}"] if warning else []
 
     def set_defaults(self) -> None:
         """Give each unset directive its default. Call this after the last file is read."""
@@ -1147,9 +1199,15 @@ def read_file(path: str, untrusted: bool = False) -> str:
     return text
 
 
+def numbered_lines(path: str, untrusted: bool = False) -> Iterator[Tuple[int, str]]:
+    """Return the lines of a file with their numbers, without a byte order mark."""
+    text = read_file(path, untrusted)
+    return enumerate(text[3 if text.startswith(BYTE_ORDER_MARK) else 0:].split("\n"), 1)
+
+
 def read_lines(path: str, colon: bool, untrusted: bool = False) -> Iterator[Line]:
     """Yield the directives of a file; `untrusted` says whether a user may own it."""
-    for number, raw in enumerate(read_file(path, untrusted).split("\n"), 1):
+    for number, raw in numbered_lines(path, untrusted):
         line = parse_line(path, number, raw, colon)
         if line:
             yield line
@@ -1169,7 +1227,7 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     value, _, rest = text[len(name):].lstrip(" \t").partition(";")
     line = Line(path, number, name.rstrip(":") if colon else name, value)
     if not value.strip(" \t") or "\0" in text:
-        raise line.error("expected a value" + (" without zero bytes" if "\0" in text else ""))
+        raise line.misread("expected a value" + (" without zero bytes" if "\0" in text else ""))
     if rest.lstrip(" \t;")[:1] not in ("", "#"):
         raise line.error("expected nothing, or a # and a comment, behind the semicolon")
     return line
@@ -1847,7 +1905,7 @@ def read_server_settings(path: str, settings: ServerSettings,
     """Set the lines of a fwknopd.conf; return warnings. Log errors in `skipping`, and go on."""
     warnings = permission_warnings(path)
     try:
-        for number, raw in enumerate(read_file(path).split("\n"), 1):
+        for number, raw in numbered_lines(path):
             try:
                 line = parse_line(path, number, raw, colon=False)
                 warnings += settings.set_line(line) if line else []
@@ -2117,7 +2175,7 @@ def read_one_time_file(path: str) -> OneTimeFile:
     lines, warnings, offset = [], permission_warnings(path), 0
     content = read_file(path, untrusted=True)  # so a regular file: mark_used() writes to it
     for number, text in enumerate(content.split("\n"), 1):
-        listed = text.strip(" \t\r")
+        listed = text.strip(" \t\r" + BYTE_ORDER_MARK)
         try:
             if listed and not listed.startswith("#"):
                 lines.append(OneTimeLine(offset, text, parse_steps(listed)))
@@ -2519,7 +2577,7 @@ class AccessFiles:
                 stanza = Stanza(len(self.stanzas) + 1)
                 self.stanzas.append(stanza)
             if stanza is None:
-                raise line.error("expected a SOURCE line first: it begins a stanza")
+                raise line.misread("expected a SOURCE line first: it begins a stanza")
             if line.name == "%include_keys":
                 self.include_keys(line, stanza)
             else:
@@ -2753,7 +2811,7 @@ def read_knockd(path: str) -> KnockdFile:
     """Read a knockd.conf; ConfigError names the line that can't be understood."""
     made = KnockdFile(KnockdOptions(), [], permission_warnings(path))
     section: Optional[KnockdSettings] = None
-    for number, raw in enumerate(read_file(path).split("\n"), 1):
+    for number, raw in numbered_lines(path):
         text = raw.strip(" \t\r")
         if not text or text.startswith("#"):
             continue
@@ -9693,6 +9751,10 @@ def parse_options(options: "List[Option]",
                     break
                 add(option, name, None)
         else:
+            text = os.fsencode(argument).decode("utf-8", "replace").partition("=")[0]
+            name = text.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
+            if text[:1] > "~" and name and any(name in (each.short, each.long) for each in options):
+                raise UsageError(f"'{text}': is that dash a hyphen?")
             others.append(argument)
     return given, others
 

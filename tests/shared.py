@@ -42,7 +42,8 @@ BLOCKS: Dict[str, Block] = {
     "output": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset(("os", "Any"))),
     "files": Block(("spa_server.py", "spa_client.py"), frozenset(("errno", "os", "stat"))),
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
-        "UsageError", "List", "Optional", "Tuple"))),
+        "UsageError", "os", "List", "Optional", "Tuple"))),
+    "hints": Block(("spa_server.py", "spa_client.py"), frozenset(("Callable", "Tuple"))),
 }
 
 BEGIN = re.compile(r"# --- shared: (\S+) -- the same text in (.+) --\n")

@@ -278,12 +278,13 @@ class Packets(Case):
     def test_access_list(self) -> None:
         """Refuse what servers would reject, before anything is sent."""
         with Receiver() as receiver:
-            for text in ("tcp/1", "udp/65535", "tcp/22,udp/53,tcp/443", "tcp/00022"):
+            for text in ("tcp/1", "udp/65535", "tcp/22,udp/53,tcp/443", "tcp/00022",
+                         " tcp/22, udp/53 ,tcp/443 "):
                 shown = self.dump("-A", text, "-a", "192.0.2.7", *KEYS)
-                self.assertEqual(shown["Message String"], "192.0.2.7," + text)
+                self.assertEqual(shown["Message String"], "192.0.2.7," + text.replace(" ", ""))
             for text in ("", "tcp", "tcp/", "tcp/0", "tcp/65536", "tcp/000022", "TCP/22",
-                         "icmp/8", "none/0", "tcp/22,", ",tcp/22", "tcp/22,,tcp/23", "tcp/22 ",
-                         "tcp/22, tcp/23", "tcp/1-5", "tcp/-1", "tcp/ssh", "tcp/2\u0662"):
+                         "icmp/8", "none/0", "tcp/22,", ",tcp/22", "tcp/22,,tcp/23", "tcp/2 2",
+                         "tcp/22 tcp/23", "tcp/1-5", "tcp/-1", "tcp/ssh", "tcp/2\u0662"):
                 with self.subTest(text):
                     line = self.failure(2, "-A" + text if text else "--access=", "-a", "192.0.2.7",
                                         *KEYS, *receiver.options)
@@ -480,7 +481,11 @@ class RcFile(Case):
                 ("KEY:abc", "KEY:abc", "", False), ('KEY "a"', "KEY", '"a"', False),
                 ("KEY \xa0a", "KEY", "\xa0a", False),
                 ("KNOCK_SEQUENCE: 7,\t8 # x", "KNOCK_SEQUENCE", "7, 8", False),
-                ("KNOCK_SEQUENCE 7;8", "KNOCK_SEQUENCE", "7;8", False)):
+                ("KNOCK_SEQUENCE 7;8", "KNOCK_SEQUENCE", "7;8", False),
+                ("ACCESS tcp/1, tcp/2 ,\ttcp/3 # x, y", "ACCESS", "tcp/1,tcp/2,tcp/3", False),
+                ("ACCESS tcp/1 x, y", "ACCESS", "tcp/1", True),
+                ("ACCESS tcp/1;x, y", "ACCESS", "tcp/1", True),
+                ("NAT_ACCESS h, 22", "NAT_ACCESS", "h,22", False)):
             self.assertEqual(client.parse_line(line), (name, value, suspicious), line)
 
     def test_good_lines(self) -> None:
@@ -503,8 +508,21 @@ class RcFile(Case):
         for line, expected in (
                 ("SPOOF_USER", "SPOOF_USER: expected a value"),
                 ("SPOOF_USER ;joe", "SPOOF_USER: expected a value"),
-                ("SPOOF_USER:joe", "expected the name of a directive"),
-                ("SPOOF_USER : joe", "SPOOF_USER: expected a user name in ASCII"),
+                ("SPOOF_USER:joe", "SPOOF_USER: expected a blank after it, not ':'"),
+                ("SPOOF_USER : joe", "SPOOF_USER: expected a value, not ':'"),
+                ("SPA_SERVER=host", "SPA_SERVER: expected a blank after it, not '='"),
+                ("KEY=half/of+a7key", "KEY: expected a blank after it, not '='"),
+                ("KEY = half/of+a7key", "KEY: expected a value, not '='"),
+                ("KEY\xa0half/of+a7key", "KEY: expected a blank after it, not a no-break space"),
+                ("\xa0KEY half/of+a7key", "KEY: expected nothing before it, not a no-break space"),
+                ("> KEY half/of+a7key", "KEY: expected nothing before it, not '>'"),
+                ("|KEY half/of+a7key", "KEY: expected nothing before it, not another character"),
+                ("> [gate]", "expected nothing before [NAME]"),
+                ("HMAC_KEY_BASE64 half+a7key000", "HMAC_KEY_BASE64: expected base64, 13 characters"
+                                                  ", is one missing?"),
+                ("SOURCE ANY", "SOURCE: this belongs in access.conf on the server"),
+                ("RESOLVE_IP_HTTPS https://x/y", "RESOLVE_IP_HTTPS: expected Y or N (RESOLVE_URL "
+                 "takes it), not 'https://x/y'"),
                 ("spoof_user joe", "spoof_user: expected the name of a directive"),
                 ("BOGUS 1", "BOGUS: expected the name of a directive"),
                 ("[default", "expected the name of a directive"),
@@ -520,7 +538,7 @@ class RcFile(Case):
                 ("TIME_OFFSET x", "TIME_OFFSET: expected a time such as")):
             with self.subTest(line):
                 self.write("[default]\n\n" + line + "\n")
-                found = self.failure(3, "-T", "--key-rijndael", KEY, "--key-hmac", HMAC_KEY)
+                found = self.failure(3, "-T", "--key-rijndael", KEY)
                 self.assertTrue(found.startswith(f"{path}:3: {expected}"), found)
                 self.assertNotIn("a7key", found)
 
@@ -557,10 +575,63 @@ class RcFile(Case):
 
     def test_stanza_not_found(self) -> None:
         """-n without its stanza never falls back to [default]."""
-        self.assertIn("there is none", self.failure(2, "-T", "-n", "x", *KNOCK, *KEYS))
-        self.write("[default]\n[ x ]\n")
-        self.assertIn("named configuration stanza [x] was not found",
-                      self.failure(3, "-T", "-n", "x", *KNOCK, *KEYS))
+        words = ["-T", "-n", "x", *KNOCK, *KEYS]
+        none = "-n needs an rc file, and there is none: "
+        nowhere = none + "HOME is not set, or --no-rc-file is given"
+        self.assertEqual(f"{none}{self.home}/.fwknoprc", self.failure(2, *words))
+        self.assertEqual(nowhere, self.failure(2, *words, "--no-rc-file"))
+        for text, names in (("[default]\n[ x ]\n[Gate]\n", " x , Gate"), ("[default]\n", "none")):
+            self.write(text)
+            self.assertTrue(self.failure(3, *words).endswith(
+                f": named configuration stanza [x] was not found (there are: {names})"))
+        del self.environment["HOME"]
+        self.assertEqual(nowhere, self.failure(2, *words))
+
+    def test_stanza_meant(self) -> None:
+        """An operand may be meant as one; without -n those that there are are named."""
+        self.write("[gate]\n[work]\n")
+        self.assertIn("(-n takes one of: gate, work)", self.failure(2))
+        code, out, err = self.run_main("gate")
+        self.assertEqual((2, 2), (code, err.count("(did you mean -n gate?)")))
+        code, out, err = self.run_main("-T", *KNOCK, *KEYS, "secret/key")
+        self.assertEqual((0, "spa_client.py: warning: 1 of the arguments belong to no option and"
+                          " are ignored (-n takes one of: gate, work)\n"), (code, err))
+        self.assertNotIn("-n takes", self.failure(2, "-n", "gate"))
+        self.assertNotIn("-n takes", self.failure(2, "--no-rc-file"))
+
+    def test_dashes(self) -> None:
+        """A dash that an editor made of a hyphen; only the names of options are shown."""
+        for words, shown in ((["\u2013n", "x"], "'\\u2013n'"),
+                             (["\u2014wait", "9"], "'\\u2014wait'"),
+                             (["\u2013-access=s3cret"], "'\\u2013-access'"),
+                             (["--knock", "\u2212v", "h", "7"], "'\\u2212v'")):
+            code = 1 if words[0] == "--knock" else 2
+            self.assertEqual(shown + ": is that dash a hyphen?", self.failure(code, *words))
+        for words in (["-u", "\u2013n"], ["\u2013ns3cret"], ["\u2013"]):
+            code, out, err = self.run_main("-T", *KNOCK, *KEYS, *words)
+            self.assertEqual((0, False), (code, "s3cret" in err), "a value, or a secret")
+
+    def test_byte_order_mark(self) -> None:
+        """Windows begins a text with one; what is saved then is found again."""
+        path = self.write("\ufeff[work]\nACCESS tcp/7\n")
+        self.assertEqual("192.0.2.7,tcp/7", self.dump("-n", "work", "-a", "192.0.2.7", *KEYS)[
+            "Message String"])
+        self.run_main("-T", "-n", "work", "-A", "tcp/8", "-s", *KEYS, "--save-rc-stanza")
+        with open(path) as file:
+            self.assertRegex(file.read(), r"\A\[work\]\nACCESS +tcp/8\n(?s:.*)\Z")
+
+    def test_odd_keys(self) -> None:
+        """A key that fwknop takes, but hardly anybody means, is warned of and not shown."""
+        import base64
+        key = base64.b64encode(bytes(range(64))).decode()
+        for line, doubt in (("HMAC_KEY " + key, "that looks like HMAC_KEY_BASE64"),
+                            ("HMAC_KEY_BASE64 " + key[6:], "82 characters, is one missing?"),
+                            ("HMAC_KEY_BASE64 " + key, ""), ("HMAC_KEY " + key[:80], "")):
+            self.write("[default]\nKEY k\n" + line + "\n")
+            code, out, err = self.run_main("-T", *KNOCK)
+            path = os.path.join(self.home, ".fwknoprc")
+            self.assertEqual((0, f"spa_client.py: warning: {path}:3: {line.split()[0]}: {doubt}\n"
+                              if doubt else ""), (code, err))
 
     def test_a_stanza_in_two_parts(self) -> None:
         """Is one, as in fwknop: KEY counts before a KEY_BASE64 that stands below."""

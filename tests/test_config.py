@@ -112,8 +112,42 @@ class LineTest(ConfigCase):
     def test_a_colon_belongs_to_the_name_in_fwknopd_conf(self) -> None:
         """`PCAP_INTF: lo` is an unknown directive in fwknopd.conf, as in fwknopd."""
         self.assertEqual([(1, "PCAP_INTF:", "lo")], self.lines("PCAP_INTF: lo", colon=False))
-        self.assertEqual("fwknopd.conf:1: PCAP_INTF:: unknown directive",
-                         self.error_of(conf="PCAP_INTF: lo"))
+
+    def test_what_a_line_was_meant_to_be(self) -> None:
+        """The error says what is wrong in front of the name or after it, or the right file."""
+        blank, space = "expected a blank after it, not ", "a no-break space or the like"
+        client = "this belongs in the client's ~/.fwknoprc"
+        for text, expected in (
+                ("PCAP_INTF=lo", "PCAP_INTF: " + blank + "'='"),
+                ("PCAP_INTF: lo", "PCAP_INTF: " + blank + "':'"),
+                ("PCAP_INTF\xc2\xa0lo", "PCAP_INTF: " + blank + space),
+                ("OPEN_PORTS=tcp/22", "OPEN_PORTS: " + blank + "'='"),
+                ("> VERBOSE 1", "VERBOSE: expected nothing before it, not '>'"),
+                (">> VERBOSE: 1", "VERBOSE: expected nothing before it, not '>>'"),
+                ("\xc2\xa0 VERBOSE 1", "VERBOSE: expected nothing before it, not " + space),
+                ("* VERBOSE 1", "VERBOSE: expected nothing before it, not another character"),
+                ("OPEN_PORTS tcp/22", "OPEN_PORTS: this belongs in access.conf"),
+                ("SPA_SERVER x", "SPA_SERVER: " + client), ("=VERBOSEX 1", "unknown directive")):
+            self.assertEqual("fwknopd.conf:1: " + expected, self.error_of(conf=text))
+        for text, expected in (
+                ("[gate]\nACCESS tcp/22\n",
+                 "a stanza with a [name] is the client's, and belongs in its ~/.fwknoprc"),
+                ("ACCESS tcp/22", "ACCESS: expected a SOURCE line first"),
+                ("SOURCE=ANY", "SOURCE: " + blank + "'='"),
+                ("SOURCE:ANY", "SOURCE: " + blank + "':'"),
+                ("> SOURCE ANY", "SOURCE: expected nothing before it, not '>'"),
+                ("\xc2\xa0SOURCE ANY", "SOURCE: expected nothing before it, not " + space)):
+            said = self.error_of(text)
+            self.assertTrue(said.startswith("access.conf:1: " + expected), said)
+        self.assertEqual("access.conf:4: ACCESS: " + client, self.error_of(KEYED + "ACCESS tcp/22"))
+
+    def test_byte_order_mark(self) -> None:
+        """Windows begins a text with one: each file is read as without it."""
+        mark = server.BYTE_ORDER_MARK
+        keys = self.write("keys", mark + "KEY k3y\nHMAC_KEY hm4c\n")
+        self.assertEqual("lo", self.settings(mark + "PCAP_INTF lo;\n").interface)
+        self.assertEqual(b"k3y", bytes(self.stanzas(
+            mark + "SOURCE ANY\n%include_keys " + keys + "\n")[0].key))
 
     def test_names_without_a_value(self) -> None:
         """A directive without a value is an error in both files, with its line."""
@@ -354,7 +388,7 @@ BAD_SERVER = (
     ("CMD_EXEC_TIMEOUT 0", "1 to 86400"), ("CMD_EXEC_TIMEOUT 1m", "1 to 86400"),
     ("SUDO_EXE sudo", "absolute"), ("NO_SUCH_NAME 1", "unknown directive"),
     ("pcap_intf lo", "unknown directive, expected PCAP_INTF"),
-    ("KEY abc", "unknown directive"), ("GUARD_PORT tcp/22", "unknown directive"),
+    ("KEY abc", "this belongs in access.conf"), ("GUARD_PORT tcp/22", "unknown directive"),
 )
 BAD_STANZA = (
     ("SOURCE 10.0.0.0/33", "ANY, or IP"), ("SOURCE host.example", "ANY, or IP"),
@@ -420,7 +454,8 @@ BAD_STANZA = (
     ("FORCE_MASQUERADE maybe", "Y or N"), ("NO_SUCH_NAME 1", "unknown directive"),
     ("open_ports tcp/22", "unknown directive, expected OPEN_PORTS"),
     ("OPEN_PORT tcp/22", "unknown directive"),
-    ("PCAP_INTF lo", "unknown directive"), ("%include /no/x", "Access file: '/no/x' was not found"),
+    ("PCAP_INTF lo", "this belongs in fwknopd.conf"),
+    ("%include /no/x", "Access file: '/no/x' was not found"),
     ("%include_folder /no/x", "/no/x: No such file"),
     ("KNOCK_SEQUENCE 7000,70000", "ports such as"), ("KNOCK_SEQUENCE ssh", "ports such as"),
     ("OPENSPA_CLIENTS keys", "an absolute path"), ("REQUIRE_SAME_ADDRESS 1", "Y or N"),
@@ -678,6 +713,31 @@ class StanzaTest(ConfigCase):
                 said = self.error_of("SOURCE ANY\n" + lines + "\n")
                 self.assertTrue(said.startswith("access.conf:%d: " % line), said)
                 self.assertIn(expected, said)
+
+    def test_odd_keys(self) -> None:
+        """Lengths and looks that hint at a lost character or the wrong directive, without the key.
+
+        What fwknopd accepts is only warned of.
+        """
+        b64, half = base64.b64encode(b"k" * 32).decode(), KEY32[:20]
+        for line, is_error, expected in (
+                ("KEY_BASE64 " + KEY32[1:].rstrip("="), False, ""),
+                ("KEY_BASE64 " + KEY32[1:], False, "43 characters, is one missing?"),
+                ("KEY_BASE64 " + KEY32[2:].rstrip("="), True, "41 characters, is one missing?"),
+                ("HMAC_KEY_BASE64 " + HMAC64[1:], True, "87 characters, is one missing?"),
+                ("KEY " + KEY32, True, "32 bytes, not 44, that looks like KEY_BASE64"),
+                ("HMAC_KEY " + HMAC64, False, "that looks like HMAC_KEY_BASE64"),
+                ("HMAC_KEY " + "x" * 87 + "-", False, ""), ("HMAC_KEY " + "x" * 88, False, "")):
+            line += "" if line.startswith("KEY") else "\nKEY_BASE64 " + b64
+            text = "SOURCE ANY\n" + line + "\n"
+            with self.subTest(line):
+                if is_error:
+                    said = self.error_of(text)
+                else:
+                    said = "".join(server.read_stanzas(self.write("access.conf", text))[1])
+                    self.assertEqual(bool(expected), "access.conf:2: " in said, said)
+                self.assertIn(expected, said)
+                self.assertNotIn(half[:8], said)
 
     def test_a_key_without_hmac_beside_one_with(self) -> None:
         """The stanza without HMAC is warned of: packets for the other one open there, too."""

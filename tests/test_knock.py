@@ -505,7 +505,8 @@ class OneTimeTest(ServerCase):
                 (b"\n \t\r\n# x\r\n 3,4:udp\r\n", b"\n \t\r\n# x\r\n#3,4:udp\r\n"),
                 (b"70000\n 1,2\n", b"70000\n#1,2\n"),
                 (b"x\xff\n\xe9\n 1,2\n", b"x\xff\n\xe9\n#1,2\n"),
-                (b"  # x\n\t7:icmp", b"  # x\n#7:icmp")):
+                (b"  # x\n\t7:icmp", b"  # x\n#7:icmp"),
+                (b"\xef\xbb\xbf1,2\n", b"#\xbb\xbf1,2\n")):
             with self.subTest(text=text):
                 made = server.read_one_time_file(self.write(text))
                 made.mark_used()

@@ -77,7 +77,7 @@ GRAMMAR = (
     ("[d\n", "1: expected a section: its name", False),
     ("[d]] \nSequence = 1\n", None, True), ("[]\n", "1: expected a section: its name", False),
     ("[d] x\nSequence = 1\n", "1: expected a section: its name", False),
-    ("\xef\xbb\xbf[d]\nSequence = 1\n", "1: expected a section first", False),
+    ("\xef\xbb\xbf[d]\nSequence = 1\n", None, False),
     ("Sequence = 1\n", "1: Sequence: expected a section first", False),
     ("; x\n", "1: expected a section first", False),
     (DOOR + "; x\n", "3: expected `name = value`", False),
