@@ -6,7 +6,7 @@
   keygen.py work --server gate.example --access tcp/22
       the stanza [work] for ~/.fwknoprc and the one for access.conf, to be pasted
   keygen.py work ... --rc-file ~/.fwknoprc --access-file /etc/fwknop/access.conf
-      the same, appended to these files; with --qr, also as a QR code for a phone
+      the same, appended to these files; --qr: also as a QR code; --expires 8h: a pass that ends
   keygen.py --rotate work --access-file ... --rc-file ...
   keygen.py --retire work --access-file ...
       new keys, while the old ones go on working; then the end of the old ones
@@ -131,8 +131,21 @@ def number_parser(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def parse_expires(text: str, now: Callable[[], float] = time.time) -> int:
+    """Parse `8h` from now, or the day `2026-12-31`, whose midnight is meant, into epoch seconds."""
+    factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:].lower())
+    if factor:
+        return int(now()) + factor * number_parser(1, 99999)(text[:-1])
+    with contextlib.suppress(UsageError, ValueError, OverflowError):
+        year, month, day = (number_parser(1, 9999)(part) for part in text.split("-"))
+        end = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
+        if time.localtime(end)[:3] == (year, month, day) and end > now():
+            return end
+    raise UsageError("expected a time such as 30m, 8h or 2d, or a day to come such as 2026-12-31")
+
+
 def parse_access(text: str) -> str:
-    """Parse a list such as `tcp/22,udp/53`, each entry once; drop leading zeros.
+    """Parse a list such as `tcp/22, udp/53`, each entry once; drop blanks and leading zeros.
 
     A repeated entry is an error because fwknopd counts matches: with `OPEN_PORTS tcp/22,tcp/22` it
     rejects a request for tcp/22 and accepts one for tcp/22,tcp/9999. A list of more than 60
@@ -140,9 +153,9 @@ def parse_access(text: str) -> str:
     15 and an HMAC of SHA-512 leave 223 bytes of plain text.
     """
     entries: List[str] = []
-    for item in text.split(","):
+    for item in (part.strip(" ") for part in text.split(",")):
         if item[:4] not in ("tcp/", "udp/"):
-            raise UsageError("expected tcp/PORT or udp/PORT, separated by commas, without blanks")
+            raise UsageError("expected tcp/PORT or udp/PORT, several with commas in between")
         entries.append(f"{item[:4]}{number_parser(1, 65535)(item[4:])}")
     if len(set(entries)) < len(entries):
         raise UsageError("expected each port only once")
@@ -197,6 +210,8 @@ def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[
     """Return the client's stanza for ~/.fwknoprc, and the server's for access.conf."""
     rows = (  # name in the client's stanza, name in the server's, value
         ("", "SOURCE", options.source or "ANY"),
+        ("# ends", "# ends", options.expires and options.ends),
+        ("", "ACCESS_EXPIRE_EPOCH", options.expires),
         ("SPA_SERVER_PORT", "", options.port),
         ("ALLOW_IP", "", "source" if options.any_source else ""),
         ("SPOOF_USER", "REQUIRE_USERNAME", options.username),
@@ -482,10 +497,13 @@ crypto:
 # `# name` above SOURCE. `# old name` marks a stanza with replaced keys, until --retire removes it.
 # ======================================================================================
 
+BLANK = " \t\r\xef\xbb\xbf"  # the last three are a byte order mark, read as Latin-1
+
+
 def find_marks(lines: List[str], mark: str) -> List[int]:
     """Return the indexes of the lines that are `mark`, but for case and blanks."""
     def plain(line: str) -> List[str]:
-        line = line.strip().lower()
+        line = line.strip(BLANK).lower()
         if line[:1] == "[":
             line = line[:line.find("]") + 1]  # a remark may follow
         return [line[:1], *line[1:].split()]
@@ -494,7 +512,7 @@ def find_marks(lines: List[str], mark: str) -> List[int]:
 
 def split_line(line: str) -> Tuple[str, str, str]:
     """Return a directive's name, its value to a blank, ; or #, and the rest; "" for a comment."""
-    name, _, rest = line.strip().replace("\t", " ").partition(" ")
+    name, _, rest = line.strip(BLANK).replace("\t", " ").partition(" ")
     value = rest.strip().split(" ")[0].split(";")[0].split("#")[0]
     return ("", "", "") if name[:1] in "#;" else (
         name.rstrip(":"), value, rest.strip()[len(value):])
@@ -818,6 +836,7 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
     ("--port", "PORT", number_parser(1, 65535), "port of the server (default: 62201 or 22211)"),
     ("--source", "NETWORKS", parse_source, "where packets may come from (default: ANY)"),
     ("--timeout", "SECONDS", number_parser(1, 8388608), "time that a port is open (default: 30)"),
+    ("--expires", "TIME", parse_expires, "a pass: it ends in 30m, 8h, 2d, or as 2026-12-31 begins"),
     ("--username", "USER", name_parser("a user name", 29, "._-@"),  # fwknop cuts longer ones
      "the user name in the packet, which the server then requires"),
     ("--one-connection", "", str, "end a grant with its first connection, which takes nftables"),
@@ -825,7 +844,8 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
 )
 OPENSPA_ONLY = "--openspa-dir --config-file --rsa-bits --adk"
 # The options that these may be combined with, those that they need first; a NAME takes all others.
-TAKES = {"--openspa": f"--server --access --access-file {OPENSPA_ONLY} --port --source --timeout",
+TAKES = {"--openspa": f"--server --access --access-file {OPENSPA_ONLY} --port --source --timeout"
+                      " --expires",
          "--rotate": "--access-file --rc-file --qr --key-len --hmac-key-len",
          "--retire": "--access-file"}
 
@@ -884,8 +904,15 @@ def picture(keys: Keys) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     blocks = b"?" not in "\u2580\u2584\u2588".encode(encoding, "replace")
     rows = qr_symbol(" ".join(f"{name}:{key}" for name, key in keys.items()).encode("ascii"), "L")
-    return ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Whoever sees this picture has the keys\n"
+    text = ("# KEY_BASE64 and HMAC_KEY_BASE64 for a phone. Whoever sees this picture has the keys\n"
             + terminal_text(rows, blocks))
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no terminal
+        size, side = os.get_terminal_size(sys.stdout.fileno()), len(rows) + 8
+        columns, lines = (side, side // 2 + 2) if blocks else (2 * side, side + 1)
+        if columns > size.columns or lines > size.lines:
+            text += (f"# The picture needs {columns} columns and {lines} lines; this terminal has"
+                     f" {size.columns} and {size.lines}. Enlarge it, or take a smaller font\n")
+    return text
 
 
 def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
@@ -895,10 +922,10 @@ def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
     if not options.rc_file:
         resolve = "" if options.any_source else " -R"  # fwknop can't find its address by itself
         printed.append(
-            "# For ~/.fwknoprc of the client (Windows: %USERPROFILE%\\.fwknoprc). To knock:\n"
-            f"# spa_client.py -n {name}, or fwknop -n {name}{resolve}\n{client}")
+            "# For spa_client.py --import, or ~/.fwknoprc (Windows: %USERPROFILE%\\.fwknoprc)\n"
+            f"# To knock: spa_client.py -n {name}, or fwknop -n {name}{resolve}\n{client}")
     if not options.access_file:
-        printed.append(f"# For access.conf of the server, which then has to read it\n{server}")
+        printed.append(f"# For access.conf of the server; then spa_server.py -R there\n{server}")
     if options.qr:
         printed.append(picture(keys))
     change_files([(options.rc_file, lambda text: add_stanza(text, client)),
@@ -921,7 +948,7 @@ def give_openspa(options: argparse.Namespace, random: Callable[[int], bytes]) ->
     stanza = make_stanzas(options, "", {})[1]
     printed = [text for path, text in (
         (options.config_file, "# For fwknopd.conf of the server\n" + add_settings("", settings)),
-        (options.access_file, "# For access.conf of the server, which then has to read both\n"
+        (options.access_file, "# For access.conf of the server, which then has to read both (-R)\n"
          f"# (to knock: spa_client.py --ospa {options.name}.ospa -A {options.access})\n{stanza}"))
         if not path]
     bits, server_public = int(options.rsa_bits or 2048), [""]
@@ -960,8 +987,9 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
         return keys
 
     def printed() -> str:
+        then = "" if options.access_file else ", access.conf: then spa_server.py -R"
         other = "" if options.rc_file and options.access_file else (
-            f"# The new keys of {name}, for its stanza in the other file\n" + key_lines(keys))
+            f"# The new keys of {name}, for its stanza in the other file{then}\n" + key_lines(keys))
         return other + (picture(keys) if options.qr else "")
 
     change_files([(options.access_file, lambda text: rotate_stanza(text, f"# {name}", make_once)),
@@ -998,7 +1026,11 @@ def man_page() -> str:
 
 def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     """Do the task of a command line; raise SpaError."""
-    parser = make_parser()
+    parser, names = make_parser(), " ".join(row[0] for row in OPTIONS).split()
+    for word in sys.argv[1:] if argv is None else argv:  # an editor may put another dash for `-`
+        name = word.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212").partition("=")[0]
+        if word[:1] > "~" and {"-" + name, "--" + name}.intersection(names):
+            raise UsageError(f"'{word.partition('=')[0]}': is that dash a hyphen?")
     options, unknown = parser.parse_known_args(argv)
     if unknown:  # show the name alone: a secret that was meant for `fwknop` may follow it
         name = unknown[0].partition("=")[0] if unknown[0][:2] == "--" else unknown[0][:2]
@@ -1014,6 +1046,17 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     if options.completion:
         return write_out(completion(options.completion))
     check_options(options)
+    if options.expires:
+        options.ends = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(options.expires))
+        tell(f"[+] The pass ends at {options.ends}")
+    change(options, random)
+    if options.access_file or options.config_file:
+        tell("[+] Now have the server read its files again: spa_server.py -R")
+    return None
+
+
+def change(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
+    """Make the keys, and print or write what was asked for."""
     if min(options.key_len or 16, options.hmac_key_len or 16) < 16:
         tell("keygen.py: warning: a key of less than 16 bytes can be guessed")
     if options.rotate:

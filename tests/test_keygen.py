@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import unittest
 from typing import Any, List, Sequence, Tuple
 from unittest import mock
@@ -23,6 +24,7 @@ from tests.support import (TOP, DirectoryCase, captured, needs_programs, needs_r
 
 SCRIPT = os.path.join(TOP, "keygen.py")
 WORK = ["work", "--server", "gate.example", "--access", "tcp/22"]
+RELOAD = "[+] Now have the server read its files again: spa_server.py -R\n"
 
 
 def counted(start: int = 65) -> Any:
@@ -37,7 +39,7 @@ def call(*arguments: str, random: Any = None) -> Tuple[int, str, str]:
     What it says of files that it wrote is left out; test_what_was_written_is_said looks at that.
     """
     code, out, err = call_all(*arguments, random=random)
-    return code, out, re.sub(r"(?m)^\[\+\] Wrote the stanza .*\n", "", err)
+    return code, out, re.sub(r"(?m)^\[\+\] (Wrote the stanza|Now have the server) .*\n", "", err)
 
 
 def call_all(*arguments: str, random: Any = None) -> Tuple[int, str, str]:
@@ -185,7 +187,7 @@ class StanzaTest(unittest.TestCase):
 
     def test_ports_are_written_without_leading_zeros(self) -> None:
         """As they are compared by the server."""
-        client, server = map(dict, map(directives, self.stanzas("--access", "tcp/022,udp/0053")))
+        client, server = map(dict, map(directives, self.stanzas("--access", "tcp/022, udp/0053")))
         self.assertEqual(("tcp/22,udp/53",) * 2, (client["ACCESS"], server["OPEN_PORTS"]))
 
     def test_a_port_that_is_said_is_written(self) -> None:
@@ -194,6 +196,20 @@ class StanzaTest(unittest.TestCase):
         client, server = self.stanzas("--port", "62201")
         self.assertEqual("62201", dict(directives(client))["SPA_SERVER_PORT"])
         self.assertNotIn("SPA_SERVER_PORT", server)
+
+
+    def test_a_pass_ends(self) -> None:
+        """After a time, or as a day begins; both stanzas and standard error say when."""
+        self.assertEqual([1030, 1000 + 1800, 1000 + 8 * 3600, 1000 + 2 * 86400], [
+            keygen.parse_expires(text, lambda: 1000.9) for text in ("30s", "30m", "8H", "2d")])
+        day = int(time.mktime((2099, 12, 31, 0, 0, 0, 0, 0, -1)))
+        code, out, err = call(*WORK, "--expires", "2099-12-31")
+        self.assertEqual(0, code)
+        self.assertRegex(err, r"\A\[\+\] The pass ends at 2099-12-31 00:00:00 [-+][0-9]{4}\n\Z")
+        self.assertEqual(2, out.count("\n# ends" + " " * 22 + err[21:]))
+        client, server = map(dict, map(directives, out.split("\n\n")))
+        self.assertEqual(str(day), server["ACCESS_EXPIRE_EPOCH"])
+        self.assertNotIn("ACCESS_EXPIRE_EPOCH", client)
 
 
 class WrongOptionTest(unittest.TestCase):
@@ -211,9 +227,9 @@ class WrongOptionTest(unittest.TestCase):
         """Every value is checked, and the error says which and what was expected."""
         for option, expected, values in (
                 ("--access", "expected tcp/PORT", ("", "22", "tcp", "tcp/22,", "icmp/8", "TCP/22",
-                                                   "tcp/22, udp/53", "tcp/22,\nudp/53")),
+                                                   "tcp/22,\nudp/53")),
                 ("--access", "expected a number, 1 to 65535", (
-                    "tcp/0", "tcp/65536", "tcp/22 udp/53", "tcp/", "tcp/x", "tcp/22 ", "tcp/\u0662",
+                    "tcp/0", "tcp/65536", "tcp/22 udp/53", "tcp/", "tcp/x", "tcp/2 2", "tcp/\u0662",
                     "tcp/1000000000000")),
                 ("--access", "only once", ("tcp/22,tcp/22", "tcp/22,tcp/022")),
                 ("--access", "at most 60", (",".join(f"tcp/{n}" for n in range(100, 120)),)),
@@ -221,6 +237,10 @@ class WrongOptionTest(unittest.TestCase):
                                                       "x" * 254, "a/b", "a,b")),
                 ("--port", "expected a number, 1 to 65535", ("0", "65536", "x", "", "1.5", "1_0")),
                 ("--timeout", "expected a number, 1 to 8388608", ("0", "8388609", "30s")),
+                ("--expires", "expected a time such as 30m, 8h or 2d, or a day", (
+                    "", "8", "never", "8w", "2026-02-30", "2026-11-28", "12/31/2099", "2099-1")),
+                ("--expires", "expected a number, 1 to 99999", ("0h", "-1h", "h", "1.5h",
+                                                                "100000d")),
                 ("--source", "expected ANY, or networks", (
                     "", "x", "10.0.0.0/33", "10.0.0.1,", "10.0.0.1 10.0.0.2", "fe80::1%a#b",
                     "10.0.0.0/8;", "ANY,ANY")),
@@ -248,6 +268,9 @@ class WrongOptionTest(unittest.TestCase):
                 (["--any-source"], "NAME"), (["--rc-file", "x"], "NAME"),
                 (WORK + ["--rc-file", "x", "--access-file", "./x"], "two files"),
                 (WORK + ["more"], "one NAME"), (["--nonsense"], "unknown option --nonsense"),
+                (["--expires", "8h"], "NAME"), (["\u2013V"], "'\u2013V': is that dash a hyphen?"),
+                (["\u2014rotate=x"], "'\u2014rotate': is that dash a hyphen?"),
+                (["\u2013-qr"], "'\u2013-qr': is that dash a hyphen?"), (["\u2013qx"], "a name"),
         ):
             with self.subTest(arguments):
                 self.check(arguments, expected)
@@ -349,8 +372,9 @@ class AppendTest(FileTestCase):
         code, out, err = call_all(*WORK, "--rc-file", rc, "--access-file", access)
         self.assertEqual((0, ""), (code, out))
         self.assertEqual("".join(f"[+] Wrote the stanza of work to: {os.path.realpath(path)}\n"
-                                 for path in (rc, access)), err)
+                                 for path in (rc, access)) + RELOAD, err)
         self.assertNotIn("Wrote", call_all(*WORK, "--rc-file", rc)[2])
+        self.assertNotIn(RELOAD, call_all("n", *WORK[1:], "--rc-file", rc)[2])
 
     def test_links_are_followed_and_stay(self) -> None:
         """Also to a file that does not exist yet."""
@@ -619,14 +643,17 @@ class FwknopTest(FileTestCase):
         self.assertEqual(0, call(*WORK, "--access-file", access)[0])
         self.assertEqual(0, call("two", *WORK[1:], "--access", "tcp/22,udp/53", "--timeout", "60",
                                  "--access-file", access, "--source", "192.0.2.0/24,198.51.100.1",
-                                 "--username", "joe", "--hmac-digest-type", "sha512")[0])
+                                 "--username", "joe", "--hmac-digest-type", "sha512",
+                                 "--expires", "2037-12-31")[0])
+        end = time.mktime((2037, 12, 31, 0, 0, 0, 0, 0, -1))
         first, second = self.fwknopd_reads(access).partition("SOURCE (2):")[::2]
         for text, lines in ((first, ("OPEN_PORTS: tcp/22", "KEY_LEN: 32", "HMAC_KEY_LEN: 64",
                                      "FW_ACCESS_TIMEOUT: 30", "REQUIRE_SOURCE_ADDRESS: Yes",
                                      "REQUIRE_USERNAME: <not set>")),
                             (second, ("192.0.2.0/24,198.51.100.1/32", "OPEN_PORTS: tcp/22,udp/53",
                                       "HMAC_KEY_LEN: 128", "FW_ACCESS_TIMEOUT: 60",
-                                      "REQUIRE_USERNAME: joe"))):
+                                      "REQUIRE_USERNAME: joe",
+                                      f"ACCESS_EXPIRE: {time.ctime(end)}"))):
             for line in lines:
                 self.assertIn(line + "\n", text)
 

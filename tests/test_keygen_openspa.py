@@ -267,7 +267,7 @@ OPENSPA_PRIVATE_KEY         {self.directory}/openspa.pem
 OPENSPA_PORT                4000
 OPENSPA_ADK_SECRET          [A-Z2-7]{{7}}
 
-# For access.conf of the server, which then has to read both
+# For access.conf of the server, which then has to read both \(-R\)
 # \(to knock: spa_client.py --ospa joe.ospa -A tcp/22,udp/53\)
 # joe
 SOURCE                      192.0.2.0/24
@@ -306,7 +306,7 @@ REQUIRE_SOURCE_ADDRESS      Y
     def test_server_reads_what_was_appended(self) -> None:
         """Both files, with all that they say; --access has a default."""
         out, err = self.give("--adk", "--access-file", self.access, "--config-file", self.config)
-        self.assertEqual(("", 5), (out, len(err.splitlines())))
+        self.assertEqual(("", 6), (out, len(err.splitlines())))
         configuration = self.configuration()
         stanza, = configuration.stanzas
         ospa = read_ospa(self.read("joe.ospa"))
@@ -326,7 +326,7 @@ REQUIRE_SOURCE_ADDRESS      Y
         self.give("--adk", "--port", "4000", *files)
         before = self.files()
         _, err = self.give("--openspa", "ann", "--server", "::1", *files)
-        self.assertEqual(3, len(err.splitlines()), err)
+        self.assertEqual(4, len(err.splitlines()), err)
         after = self.files()
         for name in ("openspa.pem", "fwknopd.conf", "joe.ospa"):
             self.assertEqual(before[name], after[name])

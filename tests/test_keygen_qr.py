@@ -4,18 +4,23 @@ Everything the decoder knows of a symbol is spelt out here once more, in other w
 encoder: a mistake would have to be made twice.
 """
 
+import fcntl
 import functools
 import itertools
 import os
+import pty
 import re
+import struct
 import subprocess
+import sys
 import tempfile
+import termios
 import unittest
 from typing import Dict, Iterator, List, Tuple
 
 import keygen
 from tests.support import needs_programs
-from tests.test_keygen import WORK, FileTestCase, call, program
+from tests.test_keygen import SCRIPT, WORK, FileTestCase, call, program
 
 
 # Table 9 for versions 1 to 15: codewords of data in all blocks, of error correction in one block,
@@ -348,6 +353,33 @@ class TerminalTest(FileTestCase):
             lines = [re.sub("\033.*?m", "", line) for line in picture_lines(out)]
             self.assertEqual((29, {57}), (len(lines), {len(line) for line in lines}))
             self.assertNotIn("#", "".join(lines))
+
+    def test_size_of_the_terminal(self) -> None:
+        """Below a picture that a terminal can't show whole stands the size that it needs."""
+        for encoding, columns, lines, needed in (
+                ("utf-8", 80, 30, ""), ("utf-8", 57, 30, ""),
+                ("utf-8", 80, 24, "57 columns and 30"), ("utf-8", 56, 50, "57 columns and 30"),
+                ("ascii", 114, 58, ""),
+                ("ascii", 80, 24, "114 columns and 58"), ("ascii", 113, 99, "114 columns and 58")):
+            with self.subTest(encoding=encoding, columns=columns, lines=lines):
+                master, slave = pty.openpty()
+                fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+                with subprocess.Popen([sys.executable, "-S", SCRIPT, "--qr"], stdout=slave,
+                                      env={**os.environ, "PYTHONIOENCODING": encoding}) as keygen_:
+                    os.close(slave)
+                    shown, part = b"", b"x"
+                    while part:
+                        try:
+                            part = os.read(master, 4096)
+                        except OSError:  # its end, on Linux
+                            part = b""
+                        shown += part
+                os.close(master)
+                self.assertEqual(0, keygen_.returncode)
+                said = [line for line in shown.decode(encoding).splitlines() if "needs" in line]
+                self.assertEqual([
+                    f"# The picture needs {needed} lines; this terminal has {columns} and {lines}."
+                    " Enlarge it, or take a smaller font"] if needed else [], said)
 
     def test_ascii_elsewhere(self) -> None:
         """Not one byte beyond ASCII."""

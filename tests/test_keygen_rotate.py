@@ -12,7 +12,7 @@ from unittest import mock
 import keygen
 import spa_server as server
 from tests.support import TOP, needs_programs, run
-from tests.test_keygen import SCRIPT, WORK, FileTestCase, all_at_once, call_all, counted
+from tests.test_keygen import RELOAD, SCRIPT, WORK, FileTestCase, all_at_once, call_all, counted
 
 
 # What people make of their files: other stanzas, other spellings, remarks everywhere.
@@ -117,7 +117,8 @@ class RotateTest(RotateTestCase):
         self.assertEqual("", self.rotate())
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
         self.assertEqual([3], self.opened_by(self.packet(old_rc)))
-        self.assertEqual(f"[+] Removed the old keys of work from: {self.access}\n", self.retire())
+        self.assertEqual(f"[+] Removed the old keys of work from: {self.access}\n{RELOAD}",
+                         self.retire())
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
         self.assertEqual([], self.opened_by(self.packet(old_rc)))
 
@@ -227,14 +228,24 @@ class RotateTest(RotateTestCase):
 
     def test_one_file(self) -> None:
         """The keys are printed for the other one, in the form that both take."""
-        printed = ("# The new keys of work, for its stanza in the other file\n"
+        printed = ("# The new keys of work, for its stanza in the other file%s\n"
                    f"KEY_BASE64: {NEW_KEY}\nHMAC_KEY_BASE64: {NEW_HMAC_KEY}\n")
         for option, path in (("--access-file", self.access), ("--rc-file", self.rc)):
             before = self.texts()
-            self.assertEqual(printed, self.rotate(option, path, random=counted()))
+            then = ", access.conf: then spa_server.py -R" if path == self.rc else ""
+            self.assertEqual(printed % then, self.rotate(option, path, random=counted()))
             self.assertEqual([path == self.rc, path == self.access],
                              [old != new for old, new in zip(before, self.texts())])
         self.assertEqual([2], self.opened_by(self.packet(self.rc)))
+
+    def test_byte_order_mark(self) -> None:
+        """Windows begins a text with one: the stanza behind it is found."""
+        keys = "KEY_BASE64 aw==\nHMAC_KEY_BASE64 aA==\n"
+        self.path("rc", "\ufeff[Work]\n" + keys)
+        self.path("access", "\ufeff# work\nSOURCE ANY\n" + keys)
+        self.assertEqual("", self.rotate())
+        self.assertIn("has a stanza [work] already, in line 1", call_all(
+            *WORK, "--rc-file", self.rc)[2])
 
     def test_qr_of_the_new_keys(self) -> None:
         """For the phone, also when nothing else is printed."""
