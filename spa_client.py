@@ -1450,6 +1450,7 @@ n  named-config         NAME      named_config          use this stanza too; a,b
 -  no-rc-file           -         no_rc_file=Y          read no rc file
 -  no-home-dir          -         no_home_dir=Y         do not look for a home directory
 -  stanza-list          -         stanza_list=Y         list the stanzas of the rc file
+-  import               -         import=Y              add pasted stanzas (stdin) to the rc file
 G  get-key              FILE      KEY_FILE
 -  get-hmac-key         FILE      HMAC_KEY_FILE
 -  stdin                -         stdin=Y
@@ -1868,6 +1869,35 @@ def stanza_names(text: str) -> "List[str]":
             if content == HEADER and name.lower() != DEFAULT_STANZA]
 
 
+def add_pasted(text: str, pasted: str) -> "Tuple[str, List[str]]":
+    """Return the text of an rc file with all stanzas of another text, and the options to use them.
+
+    Raise ConfigError for anything but new stanzas and comments. A directive that names a program is
+    refused: a user may trust the sender with a door, but not with his host.
+    """
+    used = []
+    for number, line, name, content in scan(pasted):
+        where, header = f"standard input:{number}", line.strip(" \t\r")[1:-1].upper()
+        if content and not name:
+            raise ConfigError(f"{where}: {explain_line(content)}", "a stanza begins with [NAME]")
+        if content != HEADER:
+            continue
+        if header == "DEFAULT" or header[0] in "-." or header.strip(NAME_CHARACTERS + ".-@"):
+            raise ConfigError(f"{where}: expected [NAME] alone, of letters, digits and . _ - @")
+        given = parse_stanza(pasted, "standard input", name) or {}
+        Settings(given)  # which checks the values
+        if not given or not given.keys().isdisjoint(("GPG_EXE", "WGET_CMD")):
+            raise ConfigError(f"{where}: expected directives, none of them GPG_EXE or WGET_CMD")
+        if header in map(str.upper, stanza_names(text)):
+            raise ConfigError(f"{where}: [{name}] is there already", "nothing was changed")
+        values = {each: value.text for each, value in given.items()}
+        text = edit_stanza(text, name, values, set())
+        used.append(f"-n {name}" + (" --wait 10" if "tcp/" in values.get("ACCESS", "") else ""))
+    if not used:
+        raise ConfigError("standard input: expected a stanza, which begins with [NAME]")
+    return text, used
+
+
 def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
     """Return the values of these options for an rc file, in fwknop's order (fwknop.md 2.3)."""
     if not given.keys().isdisjoint(("HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64")):
@@ -2223,6 +2253,23 @@ def change_rc_file(path: str, edit: "Callable[[str], Tuple[str, T]]") -> "T":
             new, result = edit(text)
             if replace_file(real, text, new):
                 return result
+
+
+def import_stanzas(given: "Dict[str, Given]", operands: "List[str]") -> None:
+    """Add the stanzas on standard input to the rc file, all of them or none; say how to knock."""
+    path = rc_path(given)
+    if path is None:
+        raise UsageError("--import needs an rc file, and a home directory or --rc-file for it")
+    if operands:
+        raise UsageError("--import reads standard input", "--import < FILE")
+    if os.isatty(0):
+        note("paste the stanza, then press Ctrl-D (on Windows Ctrl-Z and Enter)")
+    with open(0, "rb", closefd=False) as stream:
+        pasted = decode_text(stream.read())
+    used = change_rc_file(path, lambda text: add_pasted(text, pasted))
+    rc_file = f"--rc-file {path} " if "rc_file" in given else ""
+    say(f"[+] Wrote to {path}. To knock:" + "".join(
+        f"\n  spa_client.py {rc_file}{options}" for options in used))
 
 
 def confirm(question: str) -> bool:
@@ -3687,6 +3734,8 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
         say(format_completion(given["completion"].text))
     elif "stanza_list" in given:
         print_stanzas(given)
+    elif "import" in given:
+        import_stanzas(given, operands)
     else:
         several = read_settings(given)
         first = several[0]  # values that only the command line sets are the same in all of them

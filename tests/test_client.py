@@ -12,6 +12,7 @@ import unittest
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 from unittest import mock
 
+import keygen
 import spa_client as client
 import spa_server as server
 from tests.support import (TIMEOUT, TOP, DirectoryCase, captured, find_pythons,
@@ -444,7 +445,7 @@ class Options(Case):
         self.assertEqual(len(shorts), len(set(shorts)))
         known = set(client.ROWS) | {
             "help", "version", "stanza_list", "named_config", "rc_file", "no_rc_file",
-            "no_home_dir", "last_command", "show_last", "man", "completion", "knock"}
+            "no_home_dir", "import", "last_command", "show_last", "man", "completion", "knock"}
         self.assertLessEqual({option.name for option in client.OPTIONS}, known)
         self.assertLessEqual({name for name in client.ROWS if name.islower()},
                              {option.name for option in client.OPTIONS})
@@ -680,6 +681,89 @@ class RcFile(Case):
         self.environment = {"USERPROFILE": self.home, "LOGNAME": "ann"}
         self.assertEqual(self.dump(*KNOCK, *KEYS)["Client Timeout"], "9")
         self.assertEqual(self.dump(*KNOCK, *KEYS, "--no-home-dir")["Client Timeout"], "0")
+
+
+class Import(Case):
+    """--import."""
+
+    STANZA = ("[guest]\nACCESS tcp/22\nSPA_SERVER gate\nKEY_BASE64 a2V5a2V5a2V5\n"
+              "HMAC_KEY_BASE64 aG1hY2htYWM=\n")
+
+    def give(self, text: str, *words: str, code: int = 0) -> str:
+        """Return what is said when this text is on standard input."""
+        data = text.encode()
+        if code:
+            return self.failure(code, "--import", *words, stdin=data)
+        got, out, err = self.run_main("--import", *words, stdin=data)
+        self.assertEqual((0, ""), (got, err))
+        return out
+
+    def rc(self) -> str:
+        """Return the rc file; only its owner can read it."""
+        path = os.path.join(self.home, ".fwknoprc")
+        self.assertEqual(0o600, os.stat(path).st_mode & 0o777)
+        with open(path, newline="") as file:
+            return file.read()
+
+    def test_pasted(self) -> None:
+        """What keygen.py prints, with all that mail and terminals do to it, makes the same file."""
+        made = captured(lambda: keygen.main(["guest", "--server", "gate", "--access", "tcp/22",
+                                             "--expires", "8h"]))[1].split("\n\n")[0] + "\n"
+        texts = set()
+        for text in (made, made.replace("\n", "\r\n"), "\ufeff" + made, "\n\n" + made + "\n\n",
+                     "\n".join("    " + line for line in made.split("\n")), made.rstrip("\n")):
+            said = self.give(text)
+            self.assertEqual(f"[+] Wrote to {self.home}/.fwknoprc. To knock:\n"
+                             "  spa_client.py -n guest --wait 10\n", said)
+            self.assertEqual("192.0.2.7,tcp/22", self.dump("-n", "guest", "-a", "192.0.2.7")[
+                "Message String"])
+            texts.add(self.rc())
+            os.unlink(os.path.join(self.home, ".fwknoprc"))
+        self.assertEqual(1, len(texts))
+
+    def test_other_stanzas_stay(self) -> None:
+        """Several at once come after them; the command to type fits what they open."""
+        old = self.write("\ufeff[old]\r\nACCESS tcp/1 # x\r\n", mode=0o640)
+        said = self.give(self.STANZA + "[b.c]\nACCESS udp/53\n", "--rc-file", old)
+        self.assertEqual(["  spa_client.py --rc-file %s -n guest --wait 10" % old,
+                          "  spa_client.py --rc-file %s -n b.c" % old], said.splitlines()[1:])
+        self.assertRegex(self.rc(), r"\A\[old\]\r\nACCESS tcp/1 # x\r\n\n?\[guest\]\n(?s:.*)"
+                         r"\n\[b\.c\]\nACCESS +udp/53\n\Z")
+
+    def test_refused(self) -> None:
+        """Anything else: the error names the line, the file stays as it is, no key is shown."""
+        self.write("[Old]\nACCESS tcp/1\n")
+        before, stanza = self.rc(), self.STANZA
+        for text, expected in (
+                ("", ": expected a stanza, which begins with [NAME]"),
+                ("# nothing\n\n", ": expected a stanza"),
+                ("Hello,\n" + stanza, ":1: expected the name of a directive (a stanza begins"),
+                ("[]\nACCESS tcp/1\n", ":1: expected"),
+                ("KEY s3cret\n" + stanza, ":1: KEY: expected a line [NAME] first"),
+                (stanza + "Regards\n", ":6: expected the name of a directive"),
+                (stanza.replace("\n", "\n> "), ":2: ACCESS: expected nothing before it, not '>'"),
+                ("> " + stanza, ":1: expected nothing before [NAME]"),
+                (stanza + "\nSOURCE ANY\n", ":7: SOURCE: this belongs in access.conf on"),
+                (stanza + "ACCESS tcp\n", ":6: ACCESS: expected tcp/PORT"),
+                (stanza + "KEY_BASE64 s3cre\n", ":6: KEY_BASE64: expected base64, 5 characters"),
+                (stanza + "GPG_EXE /tmp/x\n", ":1: expected directives, none of them GPG_EXE"),
+                (stanza + "WGET_CMD /tmp/x\n", ":1: expected directives, none of them GPG_EXE"),
+                ("[guest]\n# cut\n", ":1: expected directives"),
+                (stanza.replace("\n", "\r"), ":1: expected [NAME] alone"),
+                ("[guest] x\nACCESS tcp/1\n", ":1: expected [NAME] alone"),
+                *(("[%s]\nACCESS tcp/1\n" % name, ":1: expected [NAME] alone, of letters")
+                  for name in ("default", "a b", "a;b", "$(a)", "a,b", "\xe4", "-a", "[a"))):
+            with self.subTest(text):
+                found = self.give(text, code=3)
+                self.assertTrue(found.startswith("standard input" + expected), found)
+                self.assertNotIn("s3cre", found)
+        for text in ("[old]\nACCESS tcp/2\n", self.STANZA + "[OLD]\nACCESS tcp/2\n"):
+            self.assertRegex(self.give(text, code=3), r"\[(?i:old)\] is there already \(nothing")
+        self.assertIn(":6: [guest] is there already", self.give(stanza + stanza, code=3))
+        self.assertEqual("--import reads standard input (--import < FILE)",
+                         self.give(stanza, "guest.txt", code=2))
+        self.assertIn("--import needs an rc file", self.give(stanza, "--no-rc-file", code=2))
+        self.assertEqual(([".fwknoprc"], before), (os.listdir(self.home), self.rc()))
 
 
 class Keys(Case):
