@@ -9507,11 +9507,11 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
             if port_list(settings.guard_ports) not in state:  # as guard_text() lists them
                 yield Finding(WRONG, f"The server's guard is an older one ({state}): -R lets it "
                               "read its files again")
-    grants = firewall.grants()
+    guarded, grants = firewall.guarded(), firewall.grants()  # a trial that is over drops nothing
     for port in sorted(ports):
         found: Dict[Finding, List[str]] = {}
         for version in check.versions:
-            for finding in (guard_findings(bool(drops)) if port in settings.guard_ports else
+            for finding in (guard_findings(guarded) if port in settings.guard_ports else
                             host_findings(check.chains, version, port)):
                 found.setdefault(finding, []).append(f"IPv{version}")
         for finding, names in found.items():
