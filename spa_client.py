@@ -3136,10 +3136,10 @@ class Answers:
             if any(is_done for is_done, _ in self.told.values()):
                 end = min(end, time.monotonic() + TRY[1])
 
-    def refusals(self, is_final: bool) -> "List[str]":
-        """Return the reasons of addresses that refused; if `is_final`, unless another did not."""
+    def refusals(self, unanimous: bool) -> "List[str]":
+        """Return the reasons of addresses that refused; if `unanimous`, only if all that told."""
         reasons = [f"{host}: {text}" for host, (is_done, text) in self.told.items() if not is_done]
-        return reasons if not is_final or len(reasons) == len(self.told) else []
+        return [] if unanimous and len(reasons) < len(self.told) else reasons
 
 
 def our_clock() -> str:
@@ -3163,7 +3163,7 @@ def wait_until_open(addresses: "List[Address]", seconds: int, knock: "Callable[[
     try:
         while now < seconds:
             knocking = now >= knock_at
-            if (knocking or not answers.links) and answers.refusals(True) and not alone:
+            if (knocking or not answers.links) and answers.refusals(unanimous=True) and not alone:
                 break
             for link, end in list(waiting.items()):
                 if end < now or (knocking and alone):
@@ -3546,9 +3546,9 @@ class Knock:
         self.answers.gather(self.settings.answer or 0)
         if not self.answers.told:
             raise self.silence(self.host)
-        for refusal in self.answers.refusals(True):
+        for refusal in self.answers.refusals(unanimous=True):
             raise SpaError(refusal)
-        for refusal in self.answers.refusals(False):
+        for refusal in self.answers.refusals(unanimous=False):
             warn(refusal)
 
     def begin(self, addresses: "List[Address]") -> None:
@@ -3582,10 +3582,10 @@ class Knock:
         if not self.answers.told:
             keep(FACT, settings.label + with_hint(self.silence(self.host)))
         if link is None:
-            raise SpaError((self.answers.refusals(True) or [
+            raise SpaError((self.answers.refusals(unanimous=True) or [
                 f"tcp/{peer[1]} of {peer[0]} did not open in {seconds} seconds:"
                 f" {self.explain(error, addresses)}"])[0])
-        for refusal in self.answers.refusals(False):
+        for refusal in self.answers.refusals(unanimous=False):
             warn(refusal)
         if settings.wait is not None:
             self.report(f"tcp/{peer[1]} of {link.getpeername()[0]} " + (
@@ -3595,14 +3595,12 @@ class Knock:
     def explain(self, error: int, addresses: "List[Address]") -> str:
         """Return why none of these addresses took a connection; `error` is an errno or 0."""
         import errno
-        families = {":" in (peer[0] if own == SOURCE_ADDRESS else own)
-                    for peer, own in self.chosen.items()} or {
-                        family == socket.AF_INET6 for family, _ in self.knock_at}
-        waited = {family == socket.AF_INET6 for family, _ in addresses}
-        if families.isdisjoint(waited) and not self.settings.http_proxy:
-            names = ("IPv6", "IPv4") if True in families else ("IPv4", "IPv6")
-            return ("the knock was for {}, and the wait went by {}, for which it may be closed:"
-                    " choose one with -4, -6 or -a").format(*names)
+        knocked = {"IPv6" if ":" in (peer[0] if own == SOURCE_ADDRESS else own) else "IPv4"
+                   for peer, own in self.chosen.items()}
+        waited = {"IPv6" if ":" in address[0] else "IPv4" for _, address in addresses}
+        if knocked and knocked.isdisjoint(waited) and not self.settings.http_proxy:
+            return (f"the knock was for {knocked.pop()}, and the wait went by {waited.pop()}, for"
+                    " which it may be closed: -4, -6 or -a choose")
         if error:
             return os.strerror(error) if error != errno.ECONNREFUSED else (
                 "connections are refused. The port may be open, but no service listens on it")
@@ -3680,17 +3678,17 @@ def knock_at_all(several: "List[Settings]", operands: "List[str]", command: "Lis
             elif knock.listens and not settings.unanswered():
                 knock.confirm()
         except SpaError as error:
-            if len(several) == 1 and Notes.found is None:
-                raise
             line = settings.label + with_hint(error)
             if not keep(WRONG, line):
+                if len(several) == 1:
+                    raise
                 tell(line)
-            failed += 1
+                failed += 1
         finally:
             knock.close()
         if link is not None and not settings.relay:
             link.close()
-    if failed and Notes.found is None:
+    if failed:
         raise SpaError(f"{failed} of {len(several)} knocks failed")
     return link
 

@@ -276,6 +276,14 @@ class WaitTest(Case):
             self.assertLess(time.monotonic() - begin, 20)
             self.assertEqual(2, len(server.packets))
 
+    def test_one_connection(self) -> None:
+        """A port that must not be tried: with --answer the server's word is enough for --exec."""
+        for reply, code, said in ((says(OPENED), 0, b"yes"), (says(REFUSED), 1, b"")):
+            with Server(reply) as server:
+                done = self.script(["-A", "tcp/" + server.port, "-s", *KEYS, *server.options,
+                                    "--one-connection", "--answer", "--exec", "echo", "yes"])
+                self.assertEqual((code, said), (done.returncode, done.stdout.strip()))
+
     def test_later_answers(self) -> None:
         """A lost packet is followed by another; a sequence may be broken, and is tried again."""
         def second(server: Server, *_: Any) -> Optional[Tuple[int, str]]:
