@@ -224,7 +224,8 @@ def make_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> Tuple[
         ("USE_HMAC", "", "Y"),
         ("", "FW_ACCESS_TIMEOUT", options.timeout or 30),
         ("ONE_CONNECTION", "ONE_CONNECTION", "Y" if options.one_connection else ""),
-        ("", "REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"))
+        ("", "REQUIRE_SOURCE_ADDRESS", "N" if options.any_source else "Y"),
+        ("", "ANSWER", "Y" if options.answer else ""))
     client, server = ("".join(DIRECTIVE.format(row[side], row[2]) + "\n"
                               for row in rows if row[side] and row[2]) for side in (0, 1))
     return f"[{options.name}]\n{client}", f"# {options.name}\n{server}"
@@ -841,6 +842,7 @@ OPTIONS: Tuple[Tuple[str, str, Callable[[str], object], str], ...] = (
      "the user name in the packet, which the server then requires"),
     ("--one-connection", "", str, "end a grant with its first connection, which takes nftables"),
     ("--any-source", "", str, "let the server open for the packet's source address"),
+    ("--answer", "", str, "let spa_server.py answer packets; fwknopd has no such directive"),
 )
 OPENSPA_ONLY = "--openspa-dir --config-file --rsa-bits --adk"
 # The options that these may be combined with, those that they need first; a NAME takes all others.

@@ -1874,6 +1874,12 @@ class ServerSettings(Settings):
                            "it belongs to another build of fwknopd")
 
     @property
+    def packet_port(self) -> int:
+        """Return the UDP port of packets: that of PCAP_FILTER if it is used, or UDPSERV_PORT."""
+        named = self.texts.get("PCAP_FILTER", "").partition("port ")[2].partition(" ")[0]
+        return self.udp_port if self.udp_server or not is_port(named) else int(named)
+
+    @property
     def nat(self) -> bool:
         """Return whether NAT of any kind is enabled."""
         return self.forwarding or self.local_nat
@@ -7129,7 +7135,8 @@ class Grants:
                         and other.overlaps(door)
                         and (other.target, other.target_port) != (door.target, door.target_port)):
                     raise PacketRejected("NAT", f"{other} leads to {other.target_text()} already, "
-                                         "by another stanza", "{stanza}{text}")
+                                         "by another stanza", "{stanza}{text}",
+                                         "the port leads elsewhere already, by another stanza")
         new = sum(door not in self.live for door in doors)
         if len(self.live) + new <= MAX_GRANTS:
             return
@@ -7743,10 +7750,12 @@ class Configuration(NamedTuple):
 
     def answer_ports(self, captures: Iterable[Capture]) -> Set[int]:
         """Return the UDP ports at which packets and OpenSPA requests are answered."""
-        kinds, settings = {type(each) for each in captures}, self.settings
-        found = {settings.ospa_port} if kinds & {OspaCapture, OspaUdpCapture} else set()
-        if self.answers and kinds & {PacketCapture, UdpCapture}:
-            found.add(settings.udp_port)
+        found: Set[int] = set()
+        for each in captures:
+            if isinstance(each, (OspaCapture, OspaUdpCapture)):
+                found.add(self.settings.ospa_port)
+            elif self.answers and type(each) in (PacketCapture, UdpCapture):
+                found.add(getattr(each, "port", self.settings.packet_port))
         return found
 
     def choose_firewall(self, log: Log, clocks: Clocks = CLOCKS) -> Firewall:
@@ -8265,16 +8274,12 @@ class Gate:
 
     def ask_and_answer(self, request: Request, stanza: Stanza) -> None:
         """Ask for access, and answer the packet after the doors are open."""
-        verdict = self.ask(request, stanza)
-        if verdict is None:  # ask_again() answers
-            return
-        told = f"opened {port_list(request.ports)} for {verdict.seconds} seconds"
-        if verdict.by_commands:  # they run beside the loop
-            told = "command started"
-        if self.access.commands.test:
-            self.answer(request.datagram, (stanza, "--test mode: nothing is opened"))
-        else:
-            self.answer(request.datagram, (stanza, told), done=True)
+        verdict, is_test = self.ask(request, stanza), self.access.commands.test
+        if verdict is not None:  # else ask_again() answers
+            told = ("--test mode: nothing is opened" if is_test else
+                    "command started" if verdict.by_commands else  # nobody waits for its end
+                    f"opened {port_list(request.ports)} for {verdict.seconds} seconds")
+            self.answer(request.datagram, (stanza, told), not is_test)
 
     def answer(self, datagram: Datagram, told: Optional[Tuple[Stanza, str]],
                done: bool = False) -> None:
@@ -9305,13 +9310,12 @@ def client_stanza(settings: ServerSettings, stanza: Stanza) -> str:
                               or stanza.openspa_clients else "only a knock sequence")
         raise SpaError(f"stanza #{stanza.number} has no KEY to print: {why}")
     hmac_key = stanza.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
-    looked_at = settings.texts.get("PCAP_FILTER", "").partition("port ")[2].partition(" ")[0]
-    port = str(settings.udp_port) if settings.udp_server else looked_at
+    port = settings.packet_port
     rows = (("ALLOW_IP", "" if stanza.require_source else "source"),
             ("SPOOF_USER", stanza.require_username),
             ("ACCESS", port_list(stanza.open_ports).replace(" ", "")),
             ("SPA_SERVER", own_address()),
-            ("SPA_SERVER_PORT", port if port.isdigit() and port != "62201" else ""),
+            ("SPA_SERVER_PORT", port if port != 62201 else ""),
             ("KEY_BASE64", base64(stanza.only_one(Stanza.key, Stanza.key_base64))),
             ("ENCRYPTION_MODE", stanza.mode if stanza.mode != "CBC" else ""),
             ("HMAC_DIGEST_TYPE", stanza.hmac_type.name if hmac_key else ""),

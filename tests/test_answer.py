@@ -224,6 +224,23 @@ class TextTest(GateCase):
         made.gate.receive(datagram(self.packet()))
         self.assertEqual([["10.55.0.2 -> 0.0.0.0/0 tcp/22"]], seen)
 
+    def test_ports(self) -> None:
+        """Each kind of socket has its port; without ANSWER, and for a file, there is none."""
+        everything = [kind.__new__(kind) for kind in (
+            server.PacketCapture, server.UdpCapture, server.OspaCapture, server.KnockCapture,
+            server.FileCapture)]  # type: List[Any]
+        packet, udp, _, knock, file = everything
+        udp.port = 7000
+        for access, conf, captures, ports in (
+                (ACCESS, "", [packet], {62201}), (ACCESS, "PCAP_FILTER udp port 5000;\n", [packet],
+                                                  {5000}),
+                (ACCESS, "PCAP_FILTER udp;\nUDPSERV_PORT 6000;\n", [packet], {6000}),
+                (ACCESS, "PCAP_FILTER udp dst portrange 1-9;\n", [packet], {62201}),
+                (ACCESS, "", everything, {62201, 7000, 22211}), (ACCESS, "", [knock, file], set()),
+                (ACCESS.replace("ANSWER Y", ""), "", everything, {22211})):
+            made = self.gate(access, conf)
+            self.assertEqual(ports, made.configuration.answer_ports(captures), conf)
+
     def test_configuration(self) -> None:
         """ANSWER needs both keys; an error names the line."""
         gpg = "GPG_DECRYPT_ID AB\nGPG_ALLOW_NO_PW Y\nGPG_DISABLE_SIG Y\nHMAC_KEY h\n"

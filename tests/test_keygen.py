@@ -168,7 +168,7 @@ class StanzaTest(unittest.TestCase):
         """Each option is found where it belongs, and the client's and the server's agree."""
         client, server = map(dict, map(directives, self.stanzas(
             "--port", "4000", "--source", "10.1.2.3/8,192.0.2.0/255.255.255.0,2001:db8::/32",
-            "--timeout", "60", "--username", "joe", "--any-source",
+            "--timeout", "60", "--username", "joe", "--any-source", "--answer",
             "--hmac-digest-type", "sha512")))
         self.assertEqual("4000", client["SPA_SERVER_PORT"])
         self.assertEqual("source", client["ALLOW_IP"])
@@ -177,6 +177,7 @@ class StanzaTest(unittest.TestCase):
         self.assertEqual("10.0.0.0/8,192.0.2.0/24,2001:db8::/32", server["SOURCE"])
         self.assertEqual("60", server["FW_ACCESS_TIMEOUT"])
         self.assertEqual("N", server["REQUIRE_SOURCE_ADDRESS"])
+        self.assertEqual(("Y", False), (server["ANSWER"], "ANSWER" in client))
         for name in ("KEY_BASE64", "HMAC_KEY_BASE64", "HMAC_DIGEST_TYPE"):
             self.assertEqual(client[name], server[name])
         self.assertEqual("SHA512", client["HMAC_DIGEST_TYPE"])
@@ -265,7 +266,7 @@ class WrongOptionTest(unittest.TestCase):
         for arguments, expected in (
                 (["work"], "--server"), (["work", "--server", "x"], "--access"),
                 (["work", "--access", "tcp/22"], "--server"), (["--timeout", "3"], "NAME"),
-                (["--any-source"], "NAME"), (["--rc-file", "x"], "NAME"),
+                (["--any-source"], "NAME"), (["--rc-file", "x"], "NAME"), (["--answer"], "NAME"),
                 (WORK + ["--rc-file", "x", "--access-file", "./x"], "two files"),
                 (WORK + ["more"], "one NAME"), (["--nonsense"], "unknown option --nonsense"),
                 (["--expires", "8h"], "NAME"), (["\u2013V"], "'\u2013V': is that dash a hyphen?"),

@@ -388,7 +388,8 @@ REQUIRE_SOURCE_ADDRESS      Y
                  [*JOE, "--access-file", self.access, "--config-file", self.access]),
                 *(("and nothing else", [*JOE, *more]) for more in (
                     ["ann"], ["--qr"], ["--key-len", "32"], ["--rc-file", "rc"], ["--any-source"],
-                    ["--username", "joe"], ["--rotate", "joe"], ["--hmac-digest-type", "md5"])),
+                    ["--answer"], ["--username", "joe"], ["--rotate", "joe"],
+                    ["--hmac-digest-type", "md5"])),
                 *(("need --openspa", [*name, *more])
                   for name in ([], ["joe", "--server", "gate.example", "--access", "tcp/22"])
                   for more in (["--adk"], ["--rsa-bits", "2048"], ["--config-file", "f"], here))):
