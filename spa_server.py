@@ -4498,7 +4498,7 @@ NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 12, NFT | 13, NFT | 14
 NESTED = 0x8000
 TABLE_NAME, TABLE_FLAGS, TABLE_OWNER_PORT = 1, 2, 7
 TABLE_DORMANT, TABLE_OWNER, TABLE_PERSIST = 1, 2, 4  # flags
-CHAIN_NAME, CHAIN_HOOK, HOOK_NUMBER = 3, 4, 1
+CHAIN_NAME, CHAIN_HOOK = 3, 4
 RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_EXPRESSIONS, RULE_USERDATA = 1, 2, 3, 4, 7
 EXPRESSION_NAME, EXPRESSION_DATA, MATCH_NAME, MATCH_INFO = 1, 2, 1, 3
 IMMEDIATE_DATA, DATA_VERDICT, VERDICT_CHAIN = 2, 2, 2
@@ -6579,7 +6579,6 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log
 GRANTS, REST, GUARD = "grants", "rest", "guard"  # parts of ours; the rest is chains, sets, jumps
 CHANGES_AT_ONCE = 500  # in one netlink message
 NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables, or no such table
-HOOK_PREROUTING, HOOK_INPUT = struct.pack(">I", 0), struct.pack(">I", 1)  # linux/netfilter.h
 
 
 class Rule(NamedTuple):
@@ -6774,13 +6773,13 @@ HOST_ENDS = (r" (-j|-g|jump|goto) (\S+).*"
 HOST_EFFECTLESS = r" (counter packets \d+ bytes \d+|counter|-m \w+|log( level \w+)?)"
 VERDICTS = {"accept": "accept", "drop": "drop", "reject": "drop", "return": "return",
             "dnat": "dnat", "redirect": "dnat", "queue": "queue", "nfqueue": "queue"}
+SSH = frozenset([("tcp", 22)])  # stands for every port, where a stanza names none
 
 
 class HostChain(NamedTuple):
     """A chain of the host that all packets to this host come through, or its NAT for them."""
 
     where: str  # `inet filter input`, `iptables-legacy filter INPUT`
-    kind: str  # nft, iptables or legacy
     versions: Tuple[int, ...]  # of IP
     policy: str
     name: str
@@ -6858,24 +6857,26 @@ def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
     return [(tests, "jump", target)] + ([(tests, "return", "")] if how in ("-g", "goto") else [])
 
 
-def iptables_host_chain(program: str, table: str, legacy: bool) -> HostChain:
+def iptables_host_chain(program: str, version: int, table: str, hook: str,
+                        legacy: bool) -> HostChain:
     """Return the chain of a table of iptables that packets to this host come through."""
     lines = Iptables(program).list(table)
-    hook = "PREROUTING" if table == "nat" else "INPUT"
     rules: Dict[str, List[HostRule]] = {
         line.split()[1]: [] for line in lines if line.startswith(("-N ", "-P "))}
     for _, name, text in [line.split(" ", 2) for line in lines if line.startswith("-A ")]:
         rules[name] += host_rules(text, rules)
-    name = os.path.basename(program)
-    version = 6 if "ip6" in name else 4
     owner = " of ufw" if any(each.startswith("ufw-") for each in rules) else ""
-    return HostChain(f"{name if legacy else nft_family(version)} {table} {hook}{owner}",
-                     "legacy" if legacy else "iptables", (version,),
+    return HostChain(f"{iptables_family(version, legacy)} {table} {hook}{owner}", (version,),
                      "drop" if f"-P {hook} DROP" in lines else "accept", hook, rules)
 
 
-def nft_host_chains(text: str, done: List[str]) -> Iterator[HostChain]:
-    """Find the chains in the output of `nft list ruleset`, but for tables that are done."""
+def iptables_family(version: int, legacy: bool) -> str:
+    """Return what the tables of iptables are called here: the newer one's are also nft's."""
+    return nft_family(version) + ("tables-legacy" if legacy else "")
+
+
+def nft_host_chains(text: str) -> Iterator[HostChain]:
+    """Find the chains in the output of `nft list ruleset`, but for those of our own tables."""
     tables: Dict[str, Dict[str, List[str]]] = {}
     table = chain = ""
     for words in [line.split() for line in text.splitlines()]:
@@ -6887,46 +6888,30 @@ def nft_host_chains(text: str, done: List[str]) -> Iterator[HostChain]:
             tables.setdefault(table, {}).setdefault(chain, []).append(" ".join(words))
     for table, chains in tables.items():
         rules = {name: [rule for line in lines if not line.startswith("type ")
-                        for rule in host_rules(line, chains)]
-                 for name, lines in chains.items()}
+                        for rule in host_rules(line, chains)] for name, lines in chains.items()}
+        versions = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}.get(table.split()[0], ())
         for name, lines in chains.items():
-            family = table.split()[0]
-            if table not in done and family in NFT_FAMILIES and lines[0].startswith(
+            if table not in [" ".join(own[:2]) for own in OWN_CHAINS] and lines[0].startswith(
                     ("type filter hook input ", "type nat hook prerouting ")):
-                yield HostChain(f"{table} {name}", "nft", {"ip": (4,), "ip6": (6,)}.get(
-                    family, (4, 6)), "drop" if "policy drop" in lines[0] else "accept", name, rules)
+                yield HostChain(f"{table} {name}", versions,
+                                "drop" if "policy drop" in lines[0] else "accept", name, rules)
 
 
 def host_chains(settings: ServerSettings) -> List[HostChain]:
-    """Read what every firewall of this host does with packets to it, without our rules.
-
-    Raise CommandError if there is no program to read one with.
-    """
-    found = [iptables_host_chain(firewall.program, table, True)
-             for firewall, table in legacy_tables(settings) if table in ("nat", "filter")]
-    done, others = [" ".join(chain[:2]) for chain in OWN_CHAINS], False
-    try:
-        listed = [(family, each) for family, number in NFT_FAMILIES.items()
-                  for each in Netlink.open().dump(GET_CHAIN, number, b"")]
-    except CommandError as error:
-        if error.number and error.number not in NOTHING_THERE:  # 0: the kernel has no netlink
-            raise
-        return found
-    for family, each in listed:
-        table, name = text_of(each[TABLE_NAME]), text_of(each[CHAIN_NAME])
-        if family != "inet" and (table, name) in (("filter", "INPUT"), ("nat", "PREROUTING")):
-            program = find_iptables(settings, family + "tables", legacy=False)
+    """Read what every firewall of this host does with packets to it, without our rules."""
+    nft, hooks = find_program("nft"), {"filter": "INPUT", "nat": "PREROUTING"}
+    text = run_program([nft, "-t", "list", "ruleset"]) if nft else ""  # -t: without sets' elements
+    found = {chain.where: chain for chain in nft_host_chains(text)}
+    for version in (4, 6):
+        for table, hook in hooks.items():
+            where = f"{nft_family(version)} {table} {hook}"  # nft does not print all of its matches
+            program = (find_iptables(settings, nft_family(version) + "tables", legacy=False)
+                       if where in found or not nft else None)
             if program:
-                found.append(iptables_host_chain(program, table, False))
-                done.append(f"{family} {table}")
-        hook = attributes(each.get(CHAIN_HOOK, b"")).get(HOOK_NUMBER)
-        others = others or (hook in (HOOK_PREROUTING, HOOK_INPUT)
-                            and f"{family} {table}" not in done)
-    program = find_program("nft")
-    if others and not program:
-        raise CommandError("there is no nft to read the host's rules with")
-    return found + (list(nft_host_chains(run_program([program, "list", "ruleset"]), done))
-                    if others and program else [])
+                found[where] = iptables_host_chain(program, version, table, hook, False)
+    return list(found.values()) + [
+        iptables_host_chain(each.program, 6 if "ip6" in each.program else 4, table, hooks[table],
+                            True) for each, table in legacy_tables(settings) if table in hooks]
 
 
 def host_ends(chains: List[HostChain], version: int, port: Port, state: str = "new") -> Set[str]:
@@ -6938,12 +6923,14 @@ def host_ends(chains: List[HostChain], version: int, port: Port, state: str = "n
 
 def is_opened_by(firewall: Firewall, chain: HostChain) -> bool:
     """Tell whether a firewall of ours puts grants into a table of the host."""
+    tables: List[str] = []
     if isinstance(firewall, NftFirewall):
-        return any(chain.where.startswith(f"{each.family} {each.table} ")
-                   for each in firewall.accept)
-    return isinstance(firewall, IptablesFirewall) and (
-        chain.kind == ("legacy" if firewall.legacy else "iptables")
-        and any((each.table, each.kind) == ("filter", INPUT) for each in firewall.access))
+        tables = [f"{each.family} {each.table} " for each in firewall.accept]
+    elif isinstance(firewall, IptablesFirewall):
+        tables = [f"{iptables_family(version, firewall.legacy)} {each.table} "
+                  for version in firewall.programs for each in firewall.access
+                  if each.kind == INPUT]
+    return chain.where.startswith(tuple(tables))
 
 
 def closed_twice(settings: ServerSettings, firewall: Firewall, ports: Iterable[Port]
@@ -6977,9 +6964,8 @@ def obstacles(settings: ServerSettings, stanzas: List[Stanza],
         if chains:
             yield (f"Rules turn connection tracking off ({', '.join(sorted(chains))}): a connection"
                    " to a guarded port that they concern ends with its grant")
-    # Ssh stands for all ports.
-    opened = [stanza.open_ports or frozenset([("tcp", 22)]) for stanza in stanzas]
-    yield from closed_twice(settings, firewall, settings.guard_ports or frozenset().union(*opened))
+    yield from closed_twice(settings, firewall, settings.guard_ports or frozenset().union(
+        *[stanza.open_ports or SSH for stanza in stanzas]))
 
 
 def leftovers(part: str, settings: ServerSettings, log: Log,
@@ -9399,59 +9385,53 @@ def own_address() -> str:
 # ======================================================================================
 
 
-class Finding(NamedTuple):
-    """A line of --check: what is, and what to do about it."""
-
-    rank: int
-    text: str
-
-
+Finding = Tuple[int, str]  # a line: its rank, and what is, and what to do about it
 WRONG, ODD, FACT = range(3)  # a port is open or stays closed; worth a look; nothing to do
 MARKS = ("[!] ", "[-] ", "[+] ")
 FIRST_SECOND = 1763856000  # 2025-11-23: no clock of a host with this program is behind that
 # What starts a program after a boot: of systemd, OpenWrt, SysV, OpenRC, runit, BusyBox and cron.
 STARTERS = """etc/systemd/system/*.wants/* usr/lib/systemd/system/*.wants/* etc/rc.d/S* etc/rc?.d/S*
 etc/rc.d/rc?.d/S* etc/runlevels/*/* etc/service/*/run etc/rc.local etc/rc.d/rc.local etc/inittab
-etc/crontab etc/cron.d/* var/spool/cron/* var/spool/cron/crontabs/*""".split()
+etc/crontab etc/cron.d/* var/spool/cron/root var/spool/cron/crontabs/root""".split()
 # Words of warnings of a start that weigh more here, or less: about a choice that many make.
 WORSE = ("no knock opens", "a knock changes nothing", "has expired", "writable by others",
-         "does not exist", "there is no chain")
+         "does not exist", "there is no chain", "going on without this")
 CHOICES = ("REQUIRE_SOURCE_ADDRESS not enabled", "Including key file", "no OPEN_PORTS:")
 
 
-class GatheredLog(Log):
-    """A log that keeps its errors and warnings as findings."""
+class Checkup(Log):
+    """What the checks look at; a log that keeps errors and warnings as findings."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: "Arguments", root: str = "/") -> None:
         super().__init__()
         self.findings: List[Finding] = []
+        self.root, self.clocks = root, CLOCKS
+        self.server: Optional[int] = None  # its pid, if one runs
+        self.firewall = Firewall("", self)
+        self.chains: List[HostChain] = []
+        self.versions = (4, 6) if read_proc("net/if_inet6") else (4,)
+        self.settings = read_settings(arguments, self)[0]
+        self.usable = not self.findings
+        self.configuration: Optional[Configuration] = None
+        with self.noting_failure():
+            self.configuration = read_configuration(arguments) if self.usable else None
+        self.stanzas = self.configuration.stanzas if self.configuration else []
 
     def write(self, severity: int, text: str) -> None:
         """Keep a line."""
         if severity <= WARNING:
             rank = (WRONG if severity <= ERROR or any(each in text for each in WORSE) else
                     FACT if any(each in text for each in CHOICES) else ODD)
-            self.findings.append(Finding(rank, text.replace("[-] ", "").translate(SHOWN)))
+            self.findings.append((rank, text.replace("[-] ", "").translate(SHOWN)))
 
-
-class Checkup:
-    """What the checks look at: the files, the running server, and the rules of this host."""
-
-    def __init__(self, settings: ServerSettings, configuration: Optional[Configuration],
-                 log: GatheredLog, root: str = "/") -> None:
-        self.settings, self.configuration, self.log = settings, configuration, log
-        self.stanzas = configuration.stanzas if configuration else []
-        self.root, self.clocks = root, CLOCKS
-        self.server: Optional[int] = None  # its pid, if one runs
-        self.firewall = Firewall("", log)
-        self.chains: List[HostChain] = []
-        self.usable = configuration is not None
-        self.versions = (4, 6) if read_proc("net/if_inet6") else (4,)
-
-    def note_failure(self, error: Exception) -> None:
-        """Make an error a finding, and remember whether the settings can't be used."""
-        self.log.error("; ".join(filter(None, (explain(error), getattr(error, "hint", "")))))
-        self.usable = self.usable and not isinstance(error, ConfigError)
+    @contextlib.contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Make an error inside of the `with` a finding, too."""
+        try:
+            yield
+        except (SpaError, OSError, ValueError) as error:
+            self.error("; ".join(filter(None, (explain(error), getattr(error, "hint", "")))))
+            self.usable = self.usable and not isinstance(error, ConfigError)
 
     def ask(self, name: str, *arguments: str) -> str:
         """Return what a program says; "" if there is none, or if it fails."""
@@ -9464,8 +9444,8 @@ class Checkup:
 def check_server(check: Checkup) -> Iterator[Finding]:
     """Look for the server of these settings, and for others beside it."""
     check.server = running_server(check.settings.pid_file)
-    yield (Finding(FACT, f"A server runs (pid={check.server})") if check.server else
-           Finding(WRONG, "No server runs with these files: no knock is heard; start it"))
+    yield ((FACT, f"A server runs (pid={check.server})") if check.server else
+           (WRONG, "No server runs with these files: no knock is heard; start it"))
     for pid in filter(str.isdigit, os.listdir("/proc")):
         words = read_proc(pid + "/cmdline").split("\0")
         words = words[1:4] if os.path.basename(words[0]).startswith("python") else words[:1]
@@ -9475,22 +9455,22 @@ def check_server(check: Checkup) -> Iterator[Finding]:
         with contextlib.suppress(OSError):  # it has ended, or is in another container
             here = os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
             if names and here and not ours & {pid, *parent}:
-                yield Finding(ODD, f"Another {names.pop()} runs (pid={pid}), and hears the same "
-                              "knocks: end it, unless it opens other ports")
+                yield ODD, (f"Another {names.pop()} runs (pid={pid}), and hears the same knocks: "
+                            "end it, unless it opens other ports")
 
 
 def check_firewall(check: Checkup) -> Iterator[Finding]:
     """Gather the warnings of a start about the firewall, and look for the chains of grants."""
     if not check.configuration:
-        check.firewall = choose_firewall(check.settings, None, False, check.log)
+        check.firewall = choose_firewall(check.settings, None, False, check)
     else:
         load_gpg(check.settings, check.stanzas)
-        check.firewall = check.configuration.choose_firewall(check.log)
-        warn_of_host(check.configuration, check.firewall, check.log)
+        check.firewall = check.configuration.choose_firewall(check)
+        warn_of_host(check.configuration, check.firewall, check)
     if isinstance(check.firewall, NftFirewall):
         for chain in check.firewall.host_chains:
             explain_failure(check.firewall.program, chain, chain in check.firewall.accept)
-    yield Finding(FACT, "Grants go to: " + check.firewall.describe())
+    yield FACT, "Grants go to: " + check.firewall.describe()
 
 
 def check_ports(check: Checkup) -> Iterator[Finding]:
@@ -9498,58 +9478,61 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
     settings, firewall = check.settings, check.firewall
     ports = set(settings.guard_ports)
     if not ports or settings.nft_accept_chains or settings.is_set(ServerSettings.input_access):
-        ports = ports.union(*[stanza.open_ports for stanza in check.stanzas])
+        ports = ports.union(*[stanza.open_ports or SSH for stanza in check.stanzas])
     check.chains = host_chains(settings)
     drops = [line for line in firewall.listing().splitlines()
              if COMMENT in line and "drop" in line.lower()]
     if any("@trial" in line or "TIME" in line for line in drops):
-        yield Finding(WRONG, "The guard is on trial: it opens again, or has, unless a knock "
-                      "opened one of its ports in time; the log says until when")
+        yield WRONG, ("The guard is on trial: it opens again, or has, unless a knock opened one of "
+                      "its ports in time; the log says until when")
     if drops and check.server:
         with contextlib.suppress(OSError):  # it has no control socket
             state = ask_server(settings.pid_file, "guard")
             if port_list(settings.guard_ports) not in state:  # as guard_text() lists them
-                yield Finding(WRONG, f"The server's guard is an older one ({state}): -R lets it "
-                              "read its files again")
-    guarded, grants = firewall.guarded(), firewall.grants()  # a trial that is over drops nothing
+                yield WRONG, (f"The server's guard is an older one ({state}): -R lets it read its "
+                              "files again")
+    grants = firewall.grants()
+    # In iptables each family has a guard of its own. One whose trial is over closes nothing.
+    guarded = firewall.guarded() and len(drops) >= (
+        len(check.versions) if isinstance(firewall, IptablesFirewall) else 1)
     for port in sorted(ports):
         found: Dict[Finding, List[str]] = {}
         for version in check.versions:
-            for finding in (guard_findings(guarded) if port in settings.guard_ports else
-                            host_findings(check.chains, version, port)):
+            for finding in port_findings(check, guarded, version, port):
                 found.setdefault(finding, []).append(f"IPv{version}")
-        for finding, names in found.items():
+        for (rank, text), names in found.items():
             family = "" if len(names) == len(check.versions) else f" ({names[0]})"
-            yield Finding(finding.rank, f"{port_list([port])}{family}: {finding.text}")
+            yield rank, f"{port_list([port])}{family}: {text}"
         opened = [time.strftime(f"{each.door.source} until %X", time.localtime(each.expires))
                   for each in grants if each.door.port in (0, port[1])
                   and each.door.protocol in ("*", port[0])]
-        if opened:
-            yield Finding(FACT, f"{port_list([port])}: open now for {', '.join(opened)}")
+        openers = [f"#{each.number}" for each in check.stanzas if not each.void
+                   and port in (each.open_ports or {port}) - each.restrict_ports]
+        if check.stanzas:
+            yield FACT if openers else ODD, (
+                f"{port_list([port])}: opened by stanza {', '.join(openers) or '(none)'}; "
+                f"open now for {', '.join(opened) or 'nobody'}")
 
 
-def guard_findings(guarded: bool) -> Iterator[Finding]:
-    """Say whether the guard closes a port."""
-    yield (Finding(FACT, "closed by the guard to everybody without a grant") if guarded else
-           Finding(WRONG, "no guard closes it: the host's own firewall alone decides who gets in; "
-                   "start the server, or --guard"))
-
-
-def host_findings(chains: List[HostChain], version: int, port: Port) -> Iterator[Finding]:
-    """Say what the host's own firewall does with a port that the guard leaves alone."""
-    ends = host_ends(chains, version, port)
-    if "dnat" in ends:
-        yield Finding(WRONG, "led elsewhere by NAT, as Docker does, before the host's firewall can "
-                      "drop it; GUARD_PORTS hides it")
+def port_findings(check: Checkup, guarded: bool, version: int, port: Port) -> Iterator[Finding]:
+    """Say who reaches a port, and whether a grant would work there."""
+    ends = host_ends(check.chains, version, port)
+    if port in check.settings.guard_ports:
+        yield ((FACT, "closed by the guard to everybody without a grant") if guarded else
+               (WRONG, "no guard closes it: the host's own firewall alone decides who gets in; "
+                "start the server, or --guard"))
+    elif "dnat" in ends:
+        yield WRONG, ("led elsewhere by NAT, as Docker does, before the host's firewall can drop "
+                      "it; GUARD_PORTS hides it")
     elif ends == {"accept"}:
-        yield Finding(WRONG, "open to everybody, since the host's firewall does not drop it; drop "
-                      "it there, or set GUARD_PORTS")
+        yield WRONG, ("open to everybody, since the host's firewall does not drop it; drop it "
+                      "there, or set GUARD_PORTS")
     else:
-        yield Finding(FACT, "closed to everybody without a grant" if ends == {"drop"} else
-                      "closed without a grant, but for those whom rules of the host let in")
-        if host_ends(chains, version, port, "established") == {"drop"}:
-            yield Finding(WRONG, "no rule lets established connections go on: they end with the "
-                          "grant; accept `ct state established` first")
+        yield FACT, ("closed to everybody without a grant" if ends == {"drop"} else
+                     "closed without a grant, but for those whom rules of the host let in")
+        if host_ends(check.chains, version, port, "established") == {"drop"}:
+            yield WRONG, ("no rule lets established connections go on: they end with the grant; "
+                          "accept `ct state established` first")
 
 
 def check_capture(check: Checkup) -> Iterator[Finding]:
@@ -9559,12 +9542,12 @@ def check_capture(check: Checkup) -> Iterator[Finding]:
     try:
         if configuration and not settings.capture_file:
             if configuration.takes_packets and not settings.udp_server:
-                captures += open_packet_captures(settings, check.log)
-            open_knock_captures(configuration.listenings(), check.log, captures)
+                captures += open_packet_captures(settings, check)
+            open_knock_captures(configuration.listenings(), check, captures)
         for line in capture_lines(settings, captures):
-            yield Finding(FACT, line)
+            yield FACT, line
     except PermissionError:
-        yield Finding(WRONG, "No CAP_NET_RAW: packets can't be captured; let the server have it")
+        yield WRONG, "No CAP_NET_RAW: packets can't be captured; let the server have it"
     finally:
         close_captures(captures, ())
     for used, port in ((settings.udp_server, ("udp", settings.udp_port)),
@@ -9572,30 +9555,29 @@ def check_capture(check: Checkup) -> Iterator[Finding]:
         for version in check.versions if used else ():
             if port in settings.guard_ports or (
                     host_ends(check.chains, version, port) == {"drop"}):
-                yield Finding(WRONG, f"{port_list([port])}: no SPA packet reaches this socket, "
+                yield WRONG, (f"{port_list([port])}: no SPA packet reaches this socket, "
                               f"since IPv{version} is dropped before; let it in")
 
 
 def check_stanzas(check: Checkup) -> Iterator[Finding]:
     """Look for stanzas that can't open anything, and for keys that can be guessed."""
     if check.configuration:
-        check.configuration.tell(check.log)
+        check.configuration.tell(check)
     for stanza in check.stanzas:
         name = f"(stanza #{stanza.number}) "
         if stanza.open_ports and stanza.open_ports <= stanza.restrict_ports:
-            yield Finding(WRONG, name + "RESTRICT_PORTS has all of OPEN_PORTS: it opens nothing")
+            yield WRONG, name + "RESTRICT_PORTS has all of OPEN_PORTS: it opens nothing"
         for row, here in ((Stanza.source, False), (Stanza.destination, True)):
             networks = getattr(stanza, row.attribute).networks
             if networks and not any(each.num_addresses > 1 or (
                     may_be_host(each[0]) and (not here or is_own_address(each[0])))
                                     for each in networks):
-                yield Finding(WRONG, f"{name}{row.name} {stanza.texts[row.name]}: no packet can "
-                              + ("be sent there, since it is no address of this host" if here else
-                                 "come from there; ANY means everybody"))
+                yield WRONG, f"{name}{row.name} {stanza.texts[row.name]}: no packet can " + (
+                    "be sent there, since it is no address of this host" if here else
+                    "come from there; ANY means everybody")
         for key in (stanza.key or b"", stanza.hmac_key or b""):
             if key and (len(set(key)) < 5 or b"change" in key.lower()):
-                yield Finding(WRONG, name + "KEY or HMAC_KEY is easy to guess; keygen.py makes "
-                              "one")
+                yield WRONG, name + "KEY or HMAC_KEY is easy to guess; keygen.py makes one"
 
 
 def check_run_directory(check: Checkup) -> Iterator[Finding]:
@@ -9606,10 +9588,10 @@ def check_run_directory(check: Checkup) -> Iterator[Finding]:
             there = os.path.dirname(there)
         full = os.statvfs(there).f_bavail == 0
         if full or not os.access(there, os.W_OK):
-            yield Finding(WRONG, f"{there}: " + ("the disk is full" if full else "not writable")
-                          + ": a restart forgets which packets were seen; make it writable")
+            yield WRONG, (f"{there}: {'the disk is full' if full else 'not writable'}: a restart "
+                          "forgets which packets were seen; let the server write there")
         for text in folder_warnings(path):
-            check.log.warning(text)
+            check.warning(text)
 
 
 def check_clock(check: Checkup) -> Iterator[Finding]:
@@ -9618,16 +9600,16 @@ def check_clock(check: Checkup) -> Iterator[Finding]:
     offset = (check.ask("chronyc", "-c", "tracking") + ",,,,").split(",")[4].strip("-")
     synchronised = check.ask("timedatectl", "show", "-p", "NTPSynchronized")
     if check.clocks.wall() < FIRST_SECOND:
-        yield Finding(WRONG, time.strftime("The clock is wrong: %Y-%m-%d", time.gmtime(
+        yield WRONG, (time.strftime("The clock is wrong: %Y-%m-%d", time.gmtime(
             check.clocks.wall())) + "; set it, else every packet is rejected by its age")
     elif offset and float(offset) >= limit / 2:
-        yield Finding(WRONG, f"The clock is off by {float(offset):.0f} s, says chronyc; packets "
-                      f"may differ by {limit} s")
+        yield WRONG, (f"The clock is off by {float(offset):.0f} s, says chronyc, where a client's "
+                      f"may differ by {limit} s: let chronyd step it")
     elif synchronised.endswith("=no"):
-        yield Finding(ODD, f"The clock is not synchronised; from {limit} s on, every packet of a "
-                      "client whose clock is right is rejected: start an NTP client")
+        yield ODD, (f"The clock is not synchronised; once it is off by {limit} s, every packet is "
+                    "rejected: start an NTP client")
     else:
-        yield Finding(FACT, "The clock is synchronised" if offset or synchronised else
+        yield FACT, ("The clock is synchronised" if offset or synchronised else
                       "Nothing here knows whether the clock is right: compare it with the client's")
 
 
@@ -9640,9 +9622,9 @@ def check_boot(check: Checkup) -> Iterator[Finding]:
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 text = file.read(1 << 16)
                 if any(name in text for name in names):
-                    yield Finding(FACT, f"Starts after a boot: {path}")
+                    yield FACT, f"Starts after a boot: {path}"
                     return
-    yield Finding(ODD, "Nothing starts this server after a boot; README has a unit for systemd")
+    yield ODD, "Nothing starts this server after a boot; README has a unit for systemd"
 
 
 # Each check, and whether only root can do it.
@@ -9651,19 +9633,17 @@ CHECKS: List[Tuple[Callable[[Checkup], Iterator[Finding]], bool]] = [
     (check_stanzas, False), (check_run_directory, True), (check_clock, False), (check_boot, False)]
 
 
-def find_all(check: Checkup, is_root: bool) -> List[Finding]:
-    """Return the findings of all checks, worst first; a check that fails is one."""
-    found = check.log.findings
+def find_all(check: Checkup, is_root: bool) -> List[str]:
+    """Return the lines of all checks, worst first; a check that fails is one."""
     if not is_root:
-        found.append(Finding(ODD, "Only root can look at the firewall, the capture and the run "
-                             "directory; run this as root"))
+        check.warning("Only root can look at the firewall, the capture and the run directory; run "
+                      "this as root")
     for look in [look for look, for_root in CHECKS if is_root or not for_root]:
-        try:
+        with check.noting_failure():
             for finding in look(check):
-                found.append(finding)
-        except (SpaError, OSError) as error:
-            check.note_failure(error)
-    return sorted(dict.fromkeys(found), key=lambda finding: finding.rank)
+                check.findings.append(finding)
+    found = sorted(dict.fromkeys(check.findings), key=lambda finding: finding[0])
+    return [MARKS[rank] + text for rank, text in found]
 
 
 # ======================================================================================
@@ -10202,18 +10182,10 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
 
 def check_host(arguments: Arguments) -> int:
     """Do --check; return 3 if the settings can't be used, 1 if there is anything to do, else 0."""
-    log = GatheredLog()
-    settings, _ = read_settings(arguments, log)
-    log.findings = [each._replace(rank=WRONG) for each in log.findings]
-    check = Checkup(settings, None, log)
-    if not log.findings:
-        try:
-            check = Checkup(settings, read_configuration(arguments), log)
-        except (SpaError, OSError) as error:
-            check.note_failure(error)
-    found = find_all(check, os.geteuid() == 0)
-    say("\n".join(MARKS[finding.rank] + finding.text for finding in found))
-    return 3 if not check.usable else 1 if found[0].rank < FACT else 0
+    check = Checkup(arguments)
+    lines = find_all(check, os.geteuid() == 0)
+    say("\n".join(lines))
+    return 3 if not check.usable else 0 if lines[0].startswith(MARKS[FACT]) else 1
 
 
 def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:

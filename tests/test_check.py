@@ -113,7 +113,7 @@ def chain_of(kind: str, lines: str) -> Any:
     texts = {"in": lines, **{name: both[kind] for name, both in OTHER_CHAINS.items()}}
     rules = {name: [rule for line in text.splitlines() for rule in server.host_rules(line, texts)]
              for name, text in texts.items()}
-    return server.HostChain("a b in", kind, (4,), "drop", "in", rules)
+    return server.HostChain("a b in", (4,), "drop", "in", rules)
 
 
 class FirewallTest(unittest.TestCase):
@@ -129,8 +129,8 @@ class FirewallTest(unittest.TestCase):
                         chain.ends(("tcp", 22)), chain.ends(("tcp", 22), "established")))
 
     def test_ruleset(self) -> None:
-        """The chains of nft's output: not ours, not those of done tables, not other hooks."""
-        chains = {each.where: each for each in server.nft_host_chains(RULESET, ["inet spa"])}
+        """The chains of nft's output: not ours, not those of other hooks."""
+        chains = {each.where: each for each in server.nft_host_chains(RULESET)}
         self.assertEqual({"inet filter input": (4, 6), "ip nat pre": (4,)},
                          {name: each.versions for name, each in chains.items()})
         ends = [server.host_ends(list(chains.values()), version, ("tcp", port))
@@ -138,34 +138,15 @@ class FirewallTest(unittest.TestCase):
         # Our own rule is a grant's, and no rule of the host.
         self.assertEqual([DROP, ACCEPT, {"accept", "drop", "dnat"}, DROP, ACCEPT, DROP], ends)
         self.assertEqual({"dnat"}, chains["ip nat pre"].ends(("tcp", 8080)))
-        self.assertEqual(["ip nat pre"], [each.where for each in server.nft_host_chains(
-            RULESET, ["inet spa", "inet filter"])])
-        self.assertEqual([], list(server.nft_host_chains("", [])))
+        self.assertEqual([], list(server.nft_host_chains("")))
         self.assertEqual(ACCEPT, server.host_ends([], 4, ("tcp", 22)))
-
-    def test_findings_of_a_port(self) -> None:
-        """A port that the guard leaves alone: what is said of it."""
-        nat = chain_of("iptables", IPTABLES_RULES[-1][0])._replace(policy="accept")
-        related = "ct state established accept\n"
-        for chains, expected in (
-                ([], ["[!] open to everybody"]),
-                ([chain_of("nft", related)], ["[+] closed to everybody without a grant"]),
-                ([chain_of("nft", "")], ["[+] closed to", "[!] no rule lets established"]),
-                ([chain_of("nft", related + "ip saddr 192.0.2.1 accept")],
-                 ["[+] closed without a grant, but for those"]),
-                ([nat], ["[!] led elsewhere by NAT"])):
-            found = [server.MARKS[each.rank] + each.text
-                     for each in server.host_findings(chains, 4, ("tcp", 22))]
-            self.assertEqual(len(expected), len(found), found)
-            for begin, line in zip(expected, found):
-                self.assertTrue(line.startswith(begin), found)
 
 
 class Checked(server.Checkup):
     """A context whose programs and clock are the test's."""
 
-    def __init__(self, *arguments: Any, says: Dict[str, str], wall: float) -> None:
-        super().__init__(*arguments)
+    def __init__(self, options: List[str], root: str, says: Dict[str, str], wall: float) -> None:
+        super().__init__(server.Arguments(options), root)
         self.says, self.clocks = says, server.Clocks(wall=lambda: wall)
 
     def ask(self, name: str, *arguments: str) -> str:
@@ -181,12 +162,8 @@ class CheckCase(DirectoryCase):
         """Return the lines."""
         write(self.place("access.conf"), access)
         write(self.place("fwknopd.conf"), NO_FIREWALL + config)
-        arguments = server.Arguments(self.options())
-        log = server.GatheredLog()
-        configuration = server.read_configuration(arguments)
-        check = Checked(configuration.settings, configuration, log, self.directory, says=says,
-                        wall=wall or time.time())
-        return [server.MARKS[each.rank] + each.text for each in server.find_all(check, root)]
+        check = Checked(self.options(), self.directory, says, wall or time.time())
+        return list(server.find_all(check, root))
 
     def options(self) -> List[str]:
         """The options that name the files."""
@@ -288,16 +265,36 @@ class CheckTest(CheckCase):
         expected = "[-] Another spa_server.py runs (pid=%d)" % grandchild
         wait_for(lambda: any(each.startswith(expected) for each in self.check()), expected)
 
+    def test_findings_of_a_port(self) -> None:
+        """A port that the guard leaves alone: what is said of it."""
+        write(self.place("fwknopd.conf"), NO_FIREWALL)
+        write(self.place("access.conf"), KEYED)
+        check = Checked(self.options(), self.directory, {}, 0.0)
+        nat = chain_of("iptables", IPTABLES_RULES[-1][0])._replace(policy="accept")
+        related = "ct state established accept\n"
+        for chains, expected in (
+                ([], ["[!] open to everybody"]),
+                ([chain_of("nft", related)], ["[+] closed to everybody without a grant"]),
+                ([chain_of("nft", "")], ["[+] closed to", "[!] no rule lets established"]),
+                ([chain_of("nft", related + "ip saddr 192.0.2.1 accept")],
+                 ["[+] closed without a grant, but for those"]),
+                ([nat], ["[!] led elsewhere by NAT"])):
+            check.chains = chains
+            found = [server.MARKS[rank] + text
+                     for rank, text in server.port_findings(check, False, 4, ("tcp", 22))]
+            self.assertEqual(len(expected), len(found), found)
+            for begin, line in zip(expected, found):
+                self.assertTrue(line.startswith(begin), found)
+
     @needs_root
     def test_run_directory(self) -> None:
         """Others may not write there; the server must be able to."""
         def found() -> List[str]:
             """Return the lines about it."""
-            settings = server.read_settings(server.Arguments(self.options()))[0]
-            check = server.Checkup(settings, None, server.GatheredLog())
-            return [each.text for each in list(server.check_run_directory(check))
-                    + check.log.findings]
+            check = Checked(self.options(), self.directory, {}, time.time())
+            return [text for _, text in [*server.check_run_directory(check), *check.findings]]
 
+        write(self.place("access.conf"), KEYED)
         write(self.place("fwknopd.conf"), NO_FIREWALL)
         self.assertEqual([], found())
         os.mkdir(self.place("run"))

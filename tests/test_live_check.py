@@ -13,7 +13,7 @@ from tests.firewalls import (BACKENDS, IPTABLES_NFT, NFT, Setup, close_host, nee
 from tests.netns import CLIENT4, SERVER4, STANZA, Cable, Server, in_parallel
 from tests.support import TOP, skip
 
-ACCESS = STANZA + "OPEN_PORTS tcp/22\nREQUIRE_SOURCE_ADDRESS Y\n"
+ACCESS = STANZA + "OPEN_PORTS tcp/22, tcp/24\nREQUIRE_SOURCE_ADDRESS Y\n"
 # These depend on the machine that the tests run on.
 ITS_OWN = re.compile(r"\[.\] (The clock|Nothing here knows|Nothing starts|Starts after)")
 DROPS = ("add table ip host; add chain ip host in { type filter hook input priority 5; "
@@ -54,7 +54,8 @@ class LiveCheckTest(unittest.TestCase):
                 self.assertFalse([line for line in lines if line[1] != "+"], lines)
                 server.knock(cable.client, "-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4)
                 self.assert_lines(check(server)[1],
-                                  r"\[\+\] tcp/22: open now for %s/32 until \d" % CLIENT4)
+                                  r"\[\+\] tcp/22: opened by stanza #1; open now for "
+                                  r"%s/32 until \d" % CLIENT4)
                 before = cable.server.run("nft", "list", "ruleset")
                 cable.server.run("nft", DROPS)
                 code, lines = check(server)
@@ -71,7 +72,8 @@ class LiveCheckTest(unittest.TestCase):
                                   % other.running().popen.pid)
                 other.stop()
                 server.configure(setup.config() + "GUARD_PORTS tcp/22, tcp/80;\n")
-                self.assert_lines(check(server)[1], r"\[!\] The server's guard is an older one")
+                self.assert_lines(check(server)[1], r"\[!\] The server's guard is an older one",
+                                  r"\[-\] tcp/80: opened by stanza \(none\); open now for nobody")
                 server.configure(setup.config())
                 # It has changed nothing.
                 counters = re.compile(r"packets \d+ bytes \d+|expires \d\S+")
@@ -125,7 +127,7 @@ class LiveCheckTest(unittest.TestCase):
                              "filter hook input priority 0; policy accept; }")
                     assert_found(r"\[!\] tcp/22 \(IPv6\): open to everybody",
                                  r"\[\+\] tcp/22 \(IPv4\): closed to everybody without a grant",
-                                 r"\[!\] The host's own firewall \(ip host in\) closes tcp/22 as")
+                                 r"\[!\] The host's own firewall \(ip host in\) closes tcp/22, tc")
                     return
                 host.run(v4, "-F", "INPUT")
                 assert_found(r"\[!\] tcp/22 \(IPv4\): no rule lets established connections go on")
