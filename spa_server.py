@@ -1304,6 +1304,16 @@ def parse_ports(text: str) -> FrozenSet[Port]:
     return frozenset(parse_port(item.strip().lower()) for item in text.split(",") if text)
 
 
+def parse_time(text: str) -> int:
+    """Parse `30`, `10m`, `1h` or `2d` to seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
+    digits = text[:-1] if unit else text
+    expect(0 < len(digits) <= 7 and not digits.strip("0123456789")
+           and 0 < int(digits) * (unit or 1) <= 8388608,
+           "a time like 30, 10m, 1h or 2d, up to 97 days")
+    return int(digits) * (unit or 1)
+
+
 class Networks:
     """The addresses of a SOURCE or DESTINATION directive; `ANY` is everything of both families."""
 
@@ -2653,11 +2663,16 @@ def mark_shared_keys(stanzas: List[Stanza]) -> List[str]:
             for stanza, keys in keyed if not keys.has_hmac and keys.secret in protected]
 
 
+def only_guarded(settings: ServerSettings) -> bool:
+    """Return whether a grant changes nothing for ports outside of GUARD_PORTS."""
+    return bool(settings.guard_ports) and not (settings.nft_accept_chains
+                                               or settings.is_set(ServerSettings.input_access))
+
+
 def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
     """Warn about ports that nothing closes: only the guard could, and GUARD_PORTS lacks them."""
     texts = []  # with NAT, a port that is not closed can still lead elsewhere after a knock
-    only_guard = settings.guard_ports and not (
-        settings.nft_accept_chains or settings.is_set(ServerSettings.input_access) or settings.nat)
+    only_guard = only_guarded(settings) and not settings.nat
     for stanza in stanzas if only_guard else ():
         ports = stanza.open_ports - settings.guard_ports
         if ports and not stanza.cycle_open:
@@ -2871,6 +2886,11 @@ class Request(NamedTuple):
     nat: Optional[Tuple[str, int]] = None
     command: str = ""
 
+    @property
+    def who(self) -> str:
+        """Who asks, for the log and --fw-list."""
+        return "a knock sequence" if self.user is None else f"user '{escape_user(self.user)}'"
+
     @classmethod
     def of_packet(cls, packet: Packet, datagram: Datagram) -> "Request":
         """Return the request that a packet makes."""
@@ -3053,6 +3073,32 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
     if own != local:
         raise no_nat(request, f"{address} is {'no' if local else 'an'} address of this host")
     return address
+
+
+def parse_hand(ports: str, address: str, lasting: str) -> Tuple[List[Door], int]:
+    """Parse ports, address and time of --open to doors and seconds; raise ValueError."""
+    host = parse_address(address)
+    expect(may_be_host(host), "the IP address of a host")
+    source = ipaddress.ip_network(str(host))
+    return [Door(source, None, *port) for port in sorted(parse_ports(ports))], parse_time(lasting)
+
+
+def is_meant(who: str, source: Network, opener: str) -> bool:
+    """Tell whether --close WHO means what this opener has opened for `source`.
+
+    WHO is a stanza (`#2`), an address, a network, a user, or an opener that has no user.
+    """
+    try:
+        parse_address(who.partition("/")[0])
+        return source.overlaps(ipaddress.ip_network(who, strict=False)) and source.prefixlen > 0
+    except ValueError:
+        return source.prefixlen > 0 and (opener.startswith(f"stanza {who}, ") or who == opener
+                                         or opener.endswith(f", user '{escape_user(who)}'"))
+
+
+def escape_user(user: str) -> str:
+    """Return a user's name for quotes in the log: it may try to look like our text."""
+    return user.replace("'", "\\x27")
 
 
 def socket_text(packed: bytes) -> str:
@@ -5419,6 +5465,55 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
     return [each for each in found if not each[0].is_loopback][:500]
 
 
+CutTarget = Tuple[Network, str, str]  # source, protocol and port; "*" are all
+
+
+def cut_target(text: str) -> Optional[CutTarget]:
+    """Return what to cut when the door in this text (Door.describe()) is closed; None for none."""
+    words = text.replace(",", " ").split()
+    with contextlib.suppress(ValueError, IndexError):
+        at = words.index("->")
+        protocol, _, port = words[at + 2].partition("/")
+        source = ipaddress.ip_network(words[at - 1])
+        return (source, protocol, port) if source.prefixlen else None
+    return None
+
+
+def cut_connections(targets: Iterable[CutTarget], log: Log) -> int:
+    """Cut connections, and say which, or that they may go on; return how many were cut.
+
+    If the kernel only forgot a connection, its next packet from this host would begin it anew, and
+    the answers would pass the firewall. So `ss` ends the TCP sockets of this host first.
+    """
+    ss, conntrack, total = find_program("ss"), find_program("conntrack"), 0
+    for source, protocol, port in sorted(targets, key=str):
+        where, cut = f"connections from {source} to {protocol}/{port}", 0
+        match = [] if port == "*" else ["-p", protocol, "--dport", port]
+        try:
+            if ss and protocol == "tcp":
+                cut = run_program([ss, "-HtnK", "state", "established", "dst", str(source), "sport",
+                                   "=", ":" + port]).count("\n")
+                peers = established_connections(frozenset([(protocol, int(port))]))
+                if any(peer in source for peer, _, _ in peers):
+                    log.warning(f"{where} may go on: the kernel can't end sockets")
+            if conntrack:
+                flows = run_program([conntrack, "-D", "-f", f"ipv{source.version}", "-s",
+                                     str(source)] + match).splitlines()
+                cut = max(cut, sum({"TIME_WAIT", "CLOSE"}.isdisjoint(flow.split())
+                                   for flow in flows))
+        except CommandError as error:
+            if "0 flow entries" not in error.said:
+                log.error(str(error))
+        if cut:
+            say(f"Cut {cut} {where}")
+        total += cut
+    for program, text in ((ss, "ss: TCP connections of this host may go on"),
+                          (conntrack, "conntrack: forwarded connections and UDP may go on")):
+        if not program:
+            log.warning("There is no program " + text)
+    return total
+
+
 # ======================================================================================
 # 20. nftables
 #
@@ -6463,6 +6558,7 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
         raise ConfigError("FIREWALL_TYPE: there is no nft program", install_hint())
     set_types = (standing_set_types() if stanzas is None else
                  {each for stanza in stanzas for each in stanza_set_types(settings, stanza)})
+    set_types |= {SetType(4, 32, False), SetType(6, 128, False)}  # for --open
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(set_types),
                        Netlink.open(), log, settings.nft_forward_chains if settings.nat else (),
                        clocks)
@@ -7168,6 +7264,17 @@ class Grants:
             self.log.info(f"Removed rule 1 from {self.firewall.describe(grant.door)} "
                           f"with expire time of {grant.expires} ({grant.door})")
 
+    def close(self, ended: List[Grant]) -> None:
+        """Close grants before their time; if that fails, expire() goes on trying."""
+        now = self.clocks.monotonic()
+        for grant in ended:
+            self.enter(grant._replace(ends=now, early=True))
+        self.not_before = 0.0
+        self.expire()
+        left = [str(grant.door) for grant in ended if grant.door in self.live]
+        if left:
+            raise CommandError("still open: " + ", ".join(left))
+
     def restore(self) -> bool:
         """Put back rules, then grants, that somebody removed; return whether none was missing."""
         if not self.firewall.keeps:
@@ -7254,6 +7361,11 @@ def find_opener(openers: Dict[str, str], grant: Grant) -> str:
     return next((openers[key] for key in keys if openers.get(key)), "-")
 
 
+def grant_text(door: Door, seconds: float, opener: str) -> str:
+    """Return a line about an open door, for the administrator."""
+    return f"{door.describe()}, {int(max(0, seconds))} seconds left, {opener}"
+
+
 def read_openers(path: str) -> Dict[str, str]:
     """Return who opened which grant; empty if no server has written the file."""
     try:
@@ -7280,6 +7392,7 @@ GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL, for a shell's trap to clean up
 STOP_SECONDS = 5.0  # stop() waits this long for commands; switches then close the rest
 SWITCH_SECONDS = 2  # a switch fires this much later than the server, so the server comes first
 TIME_IS_OVER, SHUT_DOWN, FLUSHED = "Timer expired", "Shutting down", "Flushing"  # why it closes
+CLOSED_BY_HAND = "Closed by hand"
 
 # Popen() waits until the program has started. A user who owns the program could delay that, by a
 # lease of the file (fcntl(2)) or a file system of his own. So root's own shell starts first.
@@ -7390,7 +7503,9 @@ class Cycle:
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
     def __init__(self, kind: str, stanza_number: int, label: str, limit: int, seconds: int,
-                 opening: Command, closing: Command) -> None:
+                 opening: Command, closing: Command, door: Optional[Door] = None,
+                 opener: str = "") -> None:
+        self.door, self.opener = door, opener  # for --close
         self.kind, self.stanza_number, self.label, self.limit = kind, stanza_number, label, limit
         if kind == "CMD_EXEC":
             self.opening_line = ("{cycle.label}Running command '{cycle.opening}'"
@@ -7428,7 +7543,8 @@ class KnockdCycle(Cycle):
         start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None)
                        for text in self.texts]
         super().__init__(door.name, door.number, f"{address}: {door.name}: ", limit,
-                         door.stop_seconds, start, stop)
+                         door.stop_seconds, start, stop,
+                         Door(ipaddress.ip_network(str(address)), None, "*", 0), door.name)
         self.closing_kind = door.name
         self.key = door.number, address, stop
 
@@ -7888,17 +8004,16 @@ class Access:
             command = client_command(request.command, stanza, self.settings.sudo_program)
             self.log.info(f"{label}Processing SPA Command message: command='{request.command}'.")
             return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
-        return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds,
-                      *cycle_commands(stanza, door, request.datagram, verdict.seconds,
-                                      self.clocks.wall()))
-                for door in verdict.doors]
+        return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds, opening,
+                      closing, door, f"stanza #{stanza.number}, {request.who}")
+                for door in verdict.doors for opening, closing in [cycle_commands(
+                    stanza, door, request.datagram, verdict.seconds, self.clocks.wall())]]
 
     def tell(self, verdict: Verdict, request: Request, stanza_number: int) -> None:
         """Log what a request has opened or run, and note for --fw-list who asked."""
-        who = client = "a knock sequence"
+        client = request.who
         if request.user is not None:
-            user = request.user.replace("'", "\\x27")  # it may try to look like our text
-            who, client = f"user '{user}'", f"user '{user}' (client {request.version})"
+            client = f"user '{escape_user(request.user)}' (client {request.version})"
         done, names = "ran a command", ", ".join(door.describe() for door in verdict.doors)
         if names:
             done = f"opened {names} for {verdict.seconds} seconds"
@@ -7906,7 +8021,42 @@ class Access:
                 done += "; --test mode enabled, skipping firewall manipulation"
         self.log.info(f"(stanza #{stanza_number}) {client} {done}")
         if not verdict.by_commands:
-            self.note_opener(f"stanza #{stanza_number}, {who}", verdict.doors)
+            self.note_opener(f"stanza #{stanza_number}, {request.who}", verdict.doors)
+
+    def open_by_hand(self, doors: List[Door], seconds: int, who: str) -> List[str]:
+        """Open doors for the administrator (--open); return a line about each. CommandError if the
+        firewall fails."""
+        firewall, opener = self.grants.firewall, f"by hand, {who}"
+        if not firewall.keeps:
+            raise CommandError(f"no firewall to open it in ({firewall.why})")
+        try:
+            doors = self.grants.grant(doors, seconds)
+        except PacketRejected as rejection:  # too many are open
+            raise CommandError(str(rejection)) from None
+        self.log.info(f"{opener}: opened {', '.join(map(str, doors))} for {seconds} seconds")
+        self.note_opener(opener, doors)
+        now = self.clocks.monotonic() - 0.5
+        return [grant_text(door, self.grants.live[door].ends - now, opener) for door in doors]
+
+    def close_by_hand(self, who: str) -> List[str]:
+        """Close what `who` has open (--close); return a line about each door. CommandError if the
+        firewall fails."""
+        openers, now = read_openers(openers_file(self.settings)), self.clocks.monotonic()
+        there = {grant.door: grant for grant in self.grants.firewall.grants()}
+        found = [grant for grant in {**there, **self.grants.live}.values() if grant.ends > now
+                 and is_meant(who, grant.door.source, find_opener(openers, grant))]
+        cycles = [cycle for cycle in self.commands.cycles.values()
+                  if cycle.door and is_meant(who, cycle.door.source, cycle.opener)]
+        lines = [grant_text(grant.door, grant.ends - now, find_opener(openers, grant))
+                 for grant in found] + [
+            grant_text(cycle.door, min(cycle.ends - now, cycle.seconds), cycle.opener)
+            for cycle in cycles if cycle.door]
+        for line in lines:
+            self.log.info(f"{CLOSED_BY_HAND}: {line}")
+        for cycle in cycles:
+            self.commands.close(cycle, CLOSED_BY_HAND)
+        self.grants.close(found)
+        return lines
 
     def note_opener(self, opener: str, doors: List[Door]) -> None:
         """Write for --fw-list who opened doors; the kernel knows all else of a grant."""
@@ -8599,6 +8749,7 @@ class OspaGate:
 # The loop: it reads the captures, minds the firewall, and does in time whatever is due.
 # ======================================================================================
 
+MOST_LINES = 200  # of an answer, which has to fit into one packet of the control socket
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 CHECK_SHARE = 0.25  # of the time goes into these looks, while nothing is missing
 
@@ -8904,16 +9055,26 @@ class Server:
         """Do what root asks for, by a signal or the control socket; return the answer."""
         if request == "guard":
             return guard_text(self.grants.firewall)
-        if request != "flush":
-            return "error: no such request"
-        self.log.info("Closing all grants.")
+        name, *words = request.split(" ")
+        lines: List[str] = []
         try:
-            self.flush()
-        except (SpaError, OSError) as error:
-            again = "; trying again" if isinstance(error, CommandError) else ""
+            if name == "flush":
+                self.log.info("Closing all grants.")
+                self.flush()
+            elif name == "open":
+                opener, ports, address, lasting = words
+                lines = self.access.open_by_hand(*parse_hand(ports, address, lasting), opener)
+            elif name == "close":
+                lines = self.access.close_by_hand(" ".join(words))
+            else:
+                return "error: no such request"
+        except (SpaError, OSError, ValueError) as error:
+            closing = name != "open" and isinstance(error, CommandError)
+            again = "; trying again" if closing else ""
             self.log.error(f"{error}{again}")
             return f"error: {error}"
-        return "ok"
+        lines[MOST_LINES:] = ["(and more)"] if len(lines) > MOST_LINES else []
+        return "\n".join(["ok"] + lines)
 
     def report(self) -> str:
         """Return how many packets were accepted and rejected, and how many grants are open."""
@@ -9025,7 +9186,8 @@ def running_server(path: str) -> Optional[int]:
 class Control:
     """A Unix socket beside the pid file, through which root sends the running server requests.
 
-    A request is one line in one packet. So is the answer: `ok`, or `error:` and the reason.
+    A request is one line in one packet. The answer is one packet, too: `ok`, perhaps with lines
+    behind it, or `error:` and the reason.
     """
 
     def __init__(self, pid_file: str, selector: selectors.BaseSelector,
@@ -9088,7 +9250,7 @@ def ask_server(pid_file: str, request: str) -> str:
         server.settimeout(ANSWER_SECONDS)
         server.connect(pid_file + CONTROL_SUFFIX)
         server.send(request.encode())
-        return server.recv(4096).decode("ascii", "replace").strip()
+        return server.recv(1 << 18).decode("ascii", "replace").strip()
 
 
 def catch_signals(selector: selectors.BaseSelector) -> List[int]:
@@ -9787,6 +9949,8 @@ R restart           -      restart              make the running server read its
 - fw-list           -      list                 list what is open, for how long, and who opened it
 - fw-list-all       -      list_all             list this, and all that stands in our tables
 - fw-flush          -      flush                close all that is open; a guard stays
+- open              PORTS  open                 open PORTS by hand: PORTS ADDRESS [30, 10m, 1h, 2d]
+- close             WHO    close                cut off a user, an address or a stanza (#2)
 - guard             -      guard                close GUARD_PORTS, and end; for early at boot
 - unguard           -      unguard              take the guard away
 - key-gen           -      key_gen              print new keys; keygen.py prints whole stanzas
@@ -9822,7 +9986,8 @@ KNOCKD_FILE = "/etc/knockd.conf"
 MAX_TRIAL = 7 * 86400  # seconds: a week
 LOOK_AGAIN_SECONDS = 0.5  # a server restores within SETTLE_SECONDS; legacy iptables takes longer
 ACTIONS = {"init", "dump", "check", "check_host", "check_digests", "codes", "status", "kill",
-           "restart", "list", "list_all", "flush", "guard", "unguard", "key_gen", "print_client"}
+           "restart", "list", "list_all", "flush", "open", "close", "guard", "unguard", "key_gen",
+           "print_client"}
 
 HELP = """Usage: spa_server.py [options]
 
@@ -9872,9 +10037,10 @@ class Arguments:
                 self.lines.append(Line(name, 0, row.name, text))
         if "trial" in self.values and ACTIONS & set(self.values) - {"init"}:
             raise UsageError("--trial: only a server that hears knocks can try its guard")
-        self.name = others.pop() if "print_client" in self and len(others) == 1 else ""
-        if others:
-            raise UsageError(f"unexpected argument '{others[0]}'", "--help lists the options")
+        most = 2 if "open" in self else 1 if "print_client" in self else 0
+        if len(others) > most:
+            raise UsageError(f"unexpected argument '{others[most]}'", "--help lists the options")
+        self.others = others  # an address and perhaps a time, or a name
         self.config_file = self.values.get("config_file", CONFIG_FILE)
 
     def __contains__(self, name: str) -> bool:
@@ -10011,21 +10177,91 @@ def signal_server(arguments: Arguments) -> int:
 def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> None:
     """Close all that is open (--fw-flush), by the running server if there is one."""
     write_to(sys.stdout, "Deleting any existing firewall rules...\n")
-    name = f"the server (pid={pid})" if pid else "the server"
-    try:  # a running server would put grants back; ask also one whose pid is not known
-        answer = ask_server(settings.pid_file, "flush")
-    except OSError as error:
-        if pid:
-            raise SpaError(f"{name} does not answer: {error}",
-                           "see its log, or end it with -K and try again") from None
+    if have_server_do("flush", settings, pid) is None:
         remove_for_good([GRANTS, REST], settings, log)  # also our rules in the host's chains
         guarded = leftovers(GUARD, settings, log)
         say("Nothing is open now." + (
             " The guard stays until --unguard, or the end of its trial." if guarded else ""))
         return
-    if answer != "ok":
-        raise SpaError(f"{name} could not close all: {answer}")
-    say(name.capitalize() + " has closed all that was open.")
+    say(f"The server{f' (pid={pid})' if pid else ''} has closed all that was open.")
+
+
+def have_server_do(request: str, settings: ServerSettings, pid: Optional[int]
+                   ) -> Optional[List[str]]:
+    """Return the lines of the server's answer, None if no server runs; SpaError if it fails."""
+    name = f"the server (pid={pid})" if pid else "the server"
+    try:  # it would put grants back; ask also one whose pid is not known
+        done, *lines = ask_server(settings.pid_file, request).split("\n")
+    except OSError as error:
+        if pid:
+            raise SpaError(f"{name} does not answer: {error}",
+                           "see its log, or end it with -K and try again") from None
+        return None
+    if done != "ok":
+        raise SpaError(f"{name} could not do it: {done}")
+    return lines
+
+
+def open_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[int], log: Log
+                 ) -> None:
+    """Open ports for an address (--open), by the running server if there is one."""
+    others = arguments.others + [Stanza.grant_seconds.default]
+    try:
+        expect(len(others) > 1, "PORTS ADDRESS [TIME]")
+        doors, seconds = parse_hand(arguments.values["open"], *others[:2])
+    except ValueError as error:
+        raise UsageError(f"--open: {error}") from None
+    wanted = {(door.protocol, door.port) for door in doors}
+    idle = wanted - settings.guard_ports if only_guarded(settings) else ()
+    if idle:
+        log.warning(f"{port_list(idle)} is not in GUARD_PORTS: --open changes nothing for it")
+    who = os.environ.get("SUDO_USER") or "root"
+    lines = have_server_do(f"open {who} {port_list(wanted).replace(' ', '')} "
+                           f"{doors[0].source.network_address} {seconds}", settings, pid)
+    if lines is None:
+        access = access_alone(arguments, settings, log)
+        firewall = access.grants.firewall
+        if firewall.guard_ports and not firewall.guarded():
+            raise SpaError("no server runs and no guard stands: nothing is closed",
+                           "start the server, or close GUARD_PORTS with --guard")
+        if isinstance(firewall, IptablesFirewall) and not all(
+                program.ends_grants() for program in firewall.programs.values()):
+            raise SpaError("iptables has no time match here: only a running server would close it")
+        if not firewall.guard_ports:  # else the sets stand: to make the guard anew ends its trial
+            firewall.prepare()
+        lines = access.open_by_hand(doors, seconds, who)
+    say("\n".join(lines))
+
+
+def close_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[int], log: Log
+                  ) -> None:
+    """Close what somebody has open (--close), and cut connections; SpaError if there is nothing."""
+    who = arguments.values["close"]
+    lines = have_server_do(f"close {who}", settings, pid)
+    if lines is None:
+        lines = access_alone(arguments, settings, log).close_by_hand(who)
+    for line in lines:
+        say("Closed " + line)
+    # Grants that are over may have connections, too. An address loses those to guarded ports.
+    old = [(cut_target(text), opener) for text, opener in read_openers(
+        openers_file(settings)).items()]
+    targets = {target for target, opener in old if target and is_meant(who, target[0], opener)}
+    targets.update(filter(None, map(cut_target, lines)))
+    with contextlib.suppress(ValueError):
+        network = ipaddress.ip_network(who, strict=False)
+        targets |= {(network, protocol, str(port)) for protocol, port in settings.guard_ports}
+    if not cut_connections(targets, log) and not lines:
+        raise SpaError(f"nothing that is open or connected belongs to '{who}'",
+                       "--fw-list shows who opened what")
+
+
+def access_alone(arguments: Arguments, settings: ServerSettings, log: Log) -> Access:
+    """Return what opens and closes grants in the kernel while no server runs."""
+    grants = Grants(firewall_there(arguments, settings, log, "test" in arguments), log)
+    log.level = WARNING
+    grants.adopt()
+    commands = Commands(selectors.DefaultSelector(), log, "test" in arguments)
+    return Access(settings, grants, commands, Tally(log), log)
 
 
 def remove_for_good(parts: List[str], settings: ServerSettings, log: Log) -> List[str]:
@@ -10081,8 +10317,19 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
         say("Closed to everybody without a grant: " + port_list(settings.guard_ports))
 
 
+def firewall_there(arguments: Arguments, settings: ServerSettings, log: Log, test: bool
+                   ) -> Firewall:
+    """Return the firewall, with the sets that it has if access.conf is broken."""
+    stanzas: Optional[List[Stanza]] = None
+    try:
+        stanzas = read_configuration(arguments).stanzas
+    except ConfigError as error:
+        log.warning(f"{error}; listing what the kernel has")
+    return choose_firewall(settings, stanzas, test, log)
+
+
 def run_on_firewall(arguments: Arguments, log: Log) -> None:
-    """Do --fw-list, --fw-list-all, --fw-flush or --unguard; skip wrong lines of fwknopd.conf."""
+    """Do --fw-list, --fw-flush, --open, --close or --unguard; skip wrong lines of fwknopd.conf."""
     settings = read_settings(arguments, log)[0]
     try:
         pid = running_server(settings.pid_file)
@@ -10092,15 +10339,14 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
     if "unguard" in arguments:
         remove_guard(settings, pid, log)
         return
+    for name, do in (("open", open_by_hand), ("close", close_by_hand)):
+        if name in arguments:
+            do(arguments, settings, pid, log)
+            return
     if "flush" in arguments:
         flush_firewall(settings, pid, log)
         return
-    stanzas: Optional[List[Stanza]] = None
-    try:
-        stanzas = read_configuration(arguments).stanzas
-    except ConfigError as error:
-        log.warning(f"{error}; listing what the kernel has")
-    firewall = choose_firewall(settings, stanzas, False, log)
+    firewall = firewall_there(arguments, settings, log, False)
     say(list_grants(firewall, read_openers(openers_file(settings))))
     if "list_all" in arguments:
         say("\nListing all rules in our tables...\n" + firewall.listing())
@@ -10132,7 +10378,8 @@ def print_client(arguments: Arguments) -> None:
     """Print the client's stanza again (--print-client), the only one or that of a name."""
     settings, stanzas = read_configuration(arguments)[:2]
     named = [(str(each.number), stanza_name(each), each) for each in stanzas]
-    found = [each for *names, each in named if arguments.name.lstrip("#") in ("", *names)]
+    name = "".join(arguments.others).lstrip("#")
+    found = [each for *names, each in named if name in ("", *names)]
     if len(found) != 1:
         raise SpaError(f"--print-client: {len(found) or 'no'} stanzas fit", "number or name of: "
                        + ", ".join(f"{number} {name}".rstrip() for number, name, _ in named))
@@ -10259,7 +10506,7 @@ def run(arguments: Arguments, log: Log) -> int:
         print_client(arguments)
     elif "guard" in arguments:
         put_guard_up(arguments, log)
-    elif {"list", "list_all", "flush", "unguard"} & asked:
+    elif {"list", "list_all", "flush", "open", "close", "unguard"} & asked:
         run_on_firewall(arguments, log)
     elif "check_host" in arguments:
         return check_host(arguments)
