@@ -6,8 +6,8 @@ It speaks fwknop's single packet authorization (SPA), reads ~/.fwknoprc and take
 one UDP datagram to each address of the server. It needs no root and starts no program. Only your
 options make it do more: other carriers (the raw ones need root), gpg for GPG, a web server, wget
 or a STUN server that knows our address, the command of --exec. It writes the files that you name,
-and ~/.fwknoprc for --save-rc-stanza. After a knock it keeps its options, but no keys, in
-~/.fwknop.run for -l; --no-save-args prevents that.
+and ~/.fwknoprc for --save-rc-stanza and --import. After a knock it keeps its options, but no
+keys, in ~/.fwknop.run for -l; --no-save-args prevents that.
 
 It also knocks on ports in their order, as `knock` does for knockd: before the packet if
 KNOCK_SEQUENCE is set, and instead of the packet if there are no keys. --knock takes the command
@@ -1407,6 +1407,7 @@ DIRECTIVE_NAMES = [name for name in ROWS if name.isupper()]
 # The first of these that a layer has counts, and hides all of them in lower layers (fwknop.md 2.5).
 KEY_SOURCES = (("KEY", "KEY_BASE64", "KEY_FILE"), ("HMAC_KEY", "HMAC_KEY_BASE64", "HMAC_KEY_FILE"),
                ("GPG_SIGNING_PW", "GPG_SIGNING_PW_BASE64"))
+RUNS = ("GPG_EXE", "GPG_HOMEDIR", "WGET_CMD")  # they name a program, or where gpg.conf names one
 SERVER_NAMES = ("SOURCE", "OPEN_PORTS", "FW_ACCESS_TIMEOUT", "REQUIRE_SOURCE_ADDRESS")
 SECRET_NAMES = {name for name, row in ROWS.items() if row.parse in SECRET}
 PACKET_NAMES = sum(KEY_SOURCES, ("USE_HMAC", "ALLOW_IP", "OSPA_FILE"))  # only packets need them
@@ -1872,8 +1873,8 @@ def stanza_names(text: str) -> "List[str]":
 def add_pasted(text: str, pasted: str) -> "Tuple[str, List[str]]":
     """Return the text of an rc file with all stanzas of another text, and the options to use them.
 
-    Raise ConfigError for anything but new stanzas and comments. A directive that names a program is
-    refused: a user may trust the sender with a door, but not with his host.
+    Raise ConfigError for anything but new stanzas and comments, and for a directive of RUNS: a user
+    may trust the sender with a door, but not with his host.
     """
     used = []
     for number, line, name, content in scan(pasted):
@@ -1886,8 +1887,8 @@ def add_pasted(text: str, pasted: str) -> "Tuple[str, List[str]]":
             raise ConfigError(f"{where}: expected [NAME] alone, of letters, digits and . _ - @")
         given = parse_stanza(pasted, "standard input", name) or {}
         Settings(given)  # which checks the values
-        if not given or not given.keys().isdisjoint(("GPG_EXE", "WGET_CMD")):
-            raise ConfigError(f"{where}: expected directives, none of them GPG_EXE or WGET_CMD")
+        if not given or not given.keys().isdisjoint(RUNS):
+            raise ConfigError(f"{where}: expected directives, but not " + " ".join(RUNS))
         if header in map(str.upper, stanza_names(text)):
             raise ConfigError(f"{where}: [{name}] is there already", "nothing was changed")
         values = {each: value.text for each, value in given.items()}

@@ -746,8 +746,8 @@ class Import(Case):
                 (stanza + "\nSOURCE ANY\n", ":7: SOURCE: this belongs in access.conf on"),
                 (stanza + "ACCESS tcp\n", ":6: ACCESS: expected tcp/PORT"),
                 (stanza + "KEY_BASE64 s3cre\n", ":6: KEY_BASE64: expected base64, 5 characters"),
-                (stanza + "GPG_EXE /tmp/x\n", ":1: expected directives, none of them GPG_EXE"),
-                (stanza + "WGET_CMD /tmp/x\n", ":1: expected directives, none of them GPG_EXE"),
+                *((f"{stanza}{name} /tmp/x\n", ":1: expected directives, but not GPG_EXE GPG_HOM"
+                   "EDIR WGET_CMD") for name in ("GPG_EXE", "GPG_HOMEDIR", "WGET_CMD")),
                 ("[guest]\n# cut\n", ":1: expected directives"),
                 (stanza.replace("\n", "\r"), ":1: expected [NAME] alone"),
                 ("[guest] x\nACCESS tcp/1\n", ":1: expected [NAME] alone"),

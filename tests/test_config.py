@@ -976,6 +976,15 @@ class CommandLineTest(ConfigCase):
             self.assertEqual((2, ""), (code, out))
             self.assertIn("does not go with", err)
 
+    def test_dashes(self) -> None:
+        """An option with a dash that an editor has made of a hyphen; else it is no option."""
+        for word, said in (("\u2013t", "'\\x2013t': is that dash a hyphen?"), (
+                "\u2014fw-list", "'\\x2014fw-list': is that dash a hyphen?"),
+                ("\u2013tx", "unexpected argument"), ("\u2013", "unexpected argument")):
+            code, out, err = self.main(word)
+            self.assertEqual((2, ""), (code, out))
+            self.assertIn(said, err)
+
     def test_init_with_bad_ports(self) -> None:
         """--init with bad ports is a wrong command line, and makes no file."""
         conf, access = (os.path.join(self.directory, "new", name) for name in ("f.conf", "a.conf"))
