@@ -9469,6 +9469,7 @@ def client_stanza(settings: ServerSettings, stanza: Stanza) -> str:
             ("HMAC_DIGEST_TYPE", stanza.hmac_type.name if hmac_key else ""),
             ("HMAC_KEY_BASE64", base64(hmac_key)),
             ("USE_HMAC", "Y" if hmac_key else ""),
+            ("ONE_CONNECTION", "Y" if stanza.one_connection else ""),
             ("KNOCK_SEQUENCE", stanza.texts.get("KNOCK_SEQUENCE") if stanza.require_knock else ""))
     return CLIENT_HEAD.format(name=stanza_name(stanza) or "server") + "".join(
         f"{name:<27} {value}\n" for name, value in rows if value)

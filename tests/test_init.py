@@ -36,6 +36,7 @@ SOURCE ANY
 
 SOURCE ANY
 REQUIRE_USERNAME ann
+ONE_CONNECTION Y
 KEY a raw key
 ENCRYPTION_MODE CTR
 
@@ -94,7 +95,7 @@ class StanzaTest(ConfigCase):
                 ("joe", "joe", f"ALLOW_IP source|SPOOF_USER joseph|KEY_BASE64 {KEY32}|"
                  f"HMAC_DIGEST_TYPE SHA512|HMAC_KEY_BASE64 {HMAC64}|USE_HMAC Y"),
                 ("ann", "ann", "ALLOW_IP source|SPOOF_USER ann|KEY_BASE64 YSByYXcga2V5|"
-                 "ENCRYPTION_MODE CTR"),
+                 "ENCRYPTION_MODE CTR|ONE_CONNECTION Y"),
                 ("both", "both", f"ALLOW_IP source|KEY_BASE64 {KEY32}|HMAC_DIGEST_TYPE SHA256|"
                  f"HMAC_KEY_BASE64 {HMAC64}|USE_HMAC Y|KNOCK_SEQUENCE 7000, 8000:udp")):
             numbers = {"gate": "1", "joe": "#2", "ann": "#4", "both": "7"}
@@ -122,12 +123,27 @@ class StanzaTest(ConfigCase):
         for words, text in (([], f"7 stanzas fit\n{names}"), (["jo"], f"no stanzas fit\n{names}"),
                             (["knocks"], "#5 has no KEY to print: only a knock sequence"),
                             (["gpg"], "#6 has no KEY to print: its client alone has the key"),
-                            (["a", "b"], "unexpected argument 'a'")):
+                            (["a", "b"], "unexpected argument 'b'")):
             with self.subTest(words=words):
                 code, out, err = self.printed(*words)
                 self.assertEqual((2 if len(words) > 1 else 1, ""), (code, out))
                 self.assertIn(text, err)
         self.assertEqual(2, self.main("gate", "--init", "tcp/22")[0])
+
+    def test_no_key_goes_to_the_journal(self) -> None:
+        """Where others can read it."""
+        access = self.write("access.conf", ACCESS)
+        for words in (["--print-client", "gate"], ["--init", "tcp/22"]):
+            with open(self.place("journal"), "wb") as file:
+                status = os.fstat(file.fileno())
+                stream = f"{status.st_dev}:{status.st_ino}"
+                done = subprocess.run([*SPA_SERVER, "-a", access, "-c", self.place("new"), *words],
+                                      env={**os.environ, "JOURNAL_STREAM": stream}, stdout=file,
+                                      stderr=subprocess.PIPE)
+            self.assertEqual((2, b"spa_server.py: expected a terminal or file to print the keys "
+                              b"to\n"), (done.returncode, done.stderr))
+            self.assertEqual("", read(self.place("journal")))
+        self.assertFalse(os.path.exists(self.place("new")))
 
     def test_other_systems(self) -> None:
         """One line on Windows and macOS, whatever their Python lacks, and no file."""
@@ -262,7 +278,8 @@ class InitTest(CableCase):
                 (self.hiding("nft", "iptables"), (), 3,
                  "there is no nft and no iptables program\nhint: apt install nftables\n"),
                 (AS_USER, (), 1, "Operation not permitted\nhint: run it as root\n"),
-                ((*self.hiding("nft"), *AS_USER), (), 1, "(you must be root)\nhint: run it as root\n"),
+                (self.hiding("nft") + AS_USER, (), 1,
+                 "(you must be root)\nhint: run it as root\n"),
                 (("setpriv", "--bounding-set", "-net_admin"), (), 1, "Operation not permitted\n"),
                 (small, (), 1, "access.conf: No space left on device\n"),
                 ((), ("--trial", "300", "-t"), 3, "--trial: there is no guard to try\n"
