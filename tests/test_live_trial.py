@@ -92,6 +92,8 @@ class TrialTest(unittest.TestCase):
                 self.assertLess(abs(ends - time.time() - seconds), seconds)
                 self.assertEqual(CLOSED, site.strangers())
                 site.server.stop(signal.SIGKILL)
+                self.assertIn("The guard stays until --unguard, or the end of its trial.",
+                              site.server.command("--fw-flush")[1])
                 self.assertEqual(CLOSED, site.strangers())
                 site.wait_open(ends)
                 self.assertIn("no guard closes it", site.server.command("--check")[1])
@@ -111,7 +113,7 @@ class TrialTest(unittest.TestCase):
 
     def test_an_open_end(self) -> None:
         """Flush and reload keep the time that is left, and close nothing once it is up."""
-        seconds = long_enough(8)
+        seconds = long_enough(10)
 
         def check(setup: Setup) -> None:
             """One backend."""
@@ -124,6 +126,7 @@ class TrialTest(unittest.TestCase):
                     site.host.run("nft", "flush set inet spa trial")
                     wait_for(lambda: site.strangers() == CLOSED, "the guard's elements")
                 site.reload("Trial: closed until ")
+                self.assertEqual(0, site.server.command("--fw-flush")[0])
                 self.assertEqual(CLOSED, site.strangers())
                 self.assertIn(until, site.server.command("--guard")[1])
                 self.assertEqual(ends, site.end(), site.server.log())
@@ -147,7 +150,7 @@ class TrialTest(unittest.TestCase):
     @needs_programs("fwknop", "knock")
     def test_closed_for_good(self) -> None:
         """A knock for a guarded port ends the trial, and no command or other port does."""
-        seconds = long_enough(8)
+        seconds = long_enough(10)
 
         def check(setup: Setup) -> None:
             """One backend; a packet or a sequence."""
