@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import os
 import random
@@ -223,6 +224,28 @@ class TextTest(GateCase):
         self.socket.sendmsg = lambda *_: seen.append(self.firewall.doors())
         made.gate.receive(datagram(self.packet()))
         self.assertEqual([["10.55.0.2 -> 0.0.0.0/0 tcp/22"]], seen)
+
+    def test_a_refused_packet_is_on_file_first(self) -> None:
+        """A crash after the answer must not let a copy be answered."""
+        made, seen = self.gate(), []  # type: Tuple[Any, List[str]]
+        self.socket.sendmsg = lambda *_: seen.append(read(self.path))
+        payload = self.packet(ahead=-600)
+        made.gate.receive(datagram(payload))
+        self.assertEqual(1, len(seen))
+        self.assertIn("\n# refused %s %d stale\n" % (
+            server.digest_of(payload), int(self.clock.wall_time) - 600), seen[0])
+
+    def test_a_nat_target_of_others(self) -> None:
+        """The log names the other stanza's door; the answer does not."""
+        made = self.gate()
+        door = server.Door(ipaddress.ip_network("10.9.9.9"), None, "tcp", 22, server.DNAT,
+                           server.parse_address("10.66.0.2"), 22)
+        made.grants.enter(server.Grant(door, NOW + 60, self.clock.mono_time + 60, 2))
+        with mock.patch.object(server, "judge", lambda *_: server.Verdict(
+                [door._replace(target_port=23)], 30)):
+            self.assertEqual((1, "the port leads elsewhere already, by another stanza"),
+                             self.take(made, self.packet()))
+        self.assertIn("10.9.9.9 -> 0.0.0.0/0 tcp/22 leads to 10.66.0.2:22 already", self.logged())
 
     def test_ports(self) -> None:
         """Each kind of socket has its port; without ANSWER, and for a file, there is none."""
