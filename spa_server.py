@@ -6859,11 +6859,13 @@ def is_untracked(rule: Dict[int, bytes]) -> bool:
 HostTest = Tuple[str, List[str], bool]  # a field, its values, and whether it must have none of them
 HostRule = Tuple[List[HostTest], str, str]  # tests, verdict, and the chain that a jump leads to
 UNKNOWN = ("?", [""], False)  # a test that a packet may pass or not
-# The names that nft and iptables give the fields of a packet.
-HOST_FIELDS = {"interface": "-i|iif|iifname", "state": "--ctstate|--state|ct state",
-               "protocol": "-p|meta l4proto|ip protocol|ip6 nexthdr",
-               "port": "--dports?|th dport", "destination": "--dst-type|fib daddr type",
-               "status": "ct status"}
+# The fields of a packet, by the names that nft and iptables give them.
+HOST_FIELDS = {name: field for field, names in (
+    ("interface", "-i|iif|iifname"), ("state", "--ctstate|--state|ct state"),
+    ("protocol", "-p|meta l4proto|ip protocol|ip6 nexthdr"), ("status", "ct status"),
+    ("port", "--dport|--dports|th dport"), ("destination", "--dst-type|fib daddr type"))
+               for name in names.split("|")}
+HOST_TEST = rf"( !)? ({'|'.join(HOST_FIELDS)})( !=)? ({{[^}}]*}}|\S+)"
 HOST_ENDS = (r" (-j|-g|jump|goto) (\S+).*"
              r"| (accept|drop|reject|return|queue|redirect|dnat(?= to| ip))\b.*")
 HOST_EFFECTLESS = r" (counter packets \d+ bytes \d+|counter|-m \w+|log( level \w+)?)"
@@ -6935,12 +6937,10 @@ def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
         return [rule for each in mapped.group(2).split(",")
                 for rule in host_rules(mapped.group(1) + each.replace(" :", ""), chains)]
     text = re.sub(r" (tcp|udp) (dport|sport|flags)", r" meta l4proto \1 th \2", text)
-    tests = []
-    for field, names in HOST_FIELDS.items():
-        pattern = rf"( !)? ({names})( !=)? ({{[^}}]*}}|\S+)"
-        tests += [(field, values.strip("{}").replace(" ", "").replace('"', "").lower().split(","),
-                   bool(before or after)) for before, _, after, values in re.findall(pattern, text)]
-        text = re.sub(pattern, "", text)
+    tests = [(HOST_FIELDS[name], values.strip("{}").replace(" ", "").replace('"', "").lower()
+              .split(","), bool(before or after))
+             for before, name, after, values in re.findall(HOST_TEST, text)]
+    text = re.sub(HOST_TEST, "", text)
     found = re.search(HOST_ENDS, text)
     if not found:
         return []

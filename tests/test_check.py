@@ -108,6 +108,71 @@ table netdev t {
 """
 
 
+# As firewalld and OpenWrt's fw4 make them, shortened.
+MANAGED = """
+table inet firewalld {
+	chain filter_INPUT {
+		type filter hook input priority filter + 10; policy accept;
+		ct state { established, related } accept
+		ct status dnat accept
+		iifname "lo" accept
+		jump filter_INPUT_ZONES
+		ct state invalid drop
+		reject with icmpx admin-prohibited
+	}
+	chain filter_INPUT_ZONES {
+		iifname "eth1" goto filter_IN_trusted
+		goto filter_IN_public
+	}
+	chain filter_IN_trusted {
+		accept
+	}
+	chain filter_IN_public {
+		jump filter_IN_public_allow
+		meta l4proto { icmp, ipv6-icmp } accept
+		reject with icmpx admin-prohibited
+	}
+	chain filter_IN_public_allow {
+		tcp dport 22 accept
+		ip6 daddr fe80::/64 udp dport 546 accept
+	}
+}
+table inet fw4 {
+	chain input {
+		type filter hook input priority filter; policy drop;
+		iifname "lo" accept comment "!fw4: Accept traffic from loopback"
+		ct state vmap { established : accept, related : accept } comment "!fw4: Handle inbound"
+		tcp flags syn / fin,syn,rst,ack jump syn_flood comment "!fw4: Rate limit TCP syn packets"
+		iifname "br-lan" jump input_lan comment "!fw4: Handle lan IPv4/IPv6 input traffic"
+		iifname "wan" jump input_wan comment "!fw4: Handle wan IPv4/IPv6 input traffic"
+		jump handle_reject
+	}
+	chain syn_flood {
+		limit rate 25/second burst 50 packets return comment "!fw4: Accept SYN packets below limit"
+		drop comment "!fw4: Drop excess packets"
+	}
+	chain input_lan {
+		jump accept_from_lan
+	}
+	chain accept_from_lan {
+		iifname "br-lan" counter packets 4 bytes 240 accept comment "!fw4: accept lan traffic"
+	}
+	chain input_wan {
+		meta nfproto ipv4 udp dport 68 counter packets 0 bytes 0 accept
+		tcp dport 8443 counter packets 0 bytes 0 accept
+		jump reject_from_wan
+	}
+	chain reject_from_wan {
+		iifname "wan" counter packets 0 bytes 0 jump handle_reject
+	}
+	chain handle_reject {
+		meta l4proto tcp reject with tcp reset comment "!fw4: Reject TCP traffic"
+		reject comment "!fw4: Reject any other traffic"
+	}
+}
+"""
+
+
 def chain_of(kind: str, lines: str) -> Any:
     """Return a chain of these rules whose policy is to drop."""
     texts = {"in": lines, **{name: both[kind] for name, both in OTHER_CHAINS.items()}}
@@ -127,6 +192,15 @@ class FirewallTest(unittest.TestCase):
                     chain = chain_of(kind, lines)
                     self.assertEqual((new, established), (
                         chain.ends(("tcp", 22)), chain.ends(("tcp", 22), "established")))
+
+    def test_managed(self) -> None:
+        """What firewalld lets in where no interface has a zone of its own; fw4 knows of a LAN."""
+        firewalld, fw4 = server.nft_host_chains(MANAGED)
+        firewalld.rules["filter_INPUT_ZONES"].pop(0)
+        for port, state, expected in ((22, "new", ACCEPT), (80, "new", DROP),
+                                      (80, "established", ACCEPT), (80, "invalid", DROP)):
+            self.assertEqual(expected, firewalld.ends(("tcp", port), state))
+        self.assertEqual([BOTH, ACCEPT], [fw4.ends(("tcp", 22)), fw4.ends(("tcp", 22), "related")])
 
     def test_ruleset(self) -> None:
         """The chains of nft's output: not ours, not those of other hooks."""
