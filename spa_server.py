@@ -6882,12 +6882,13 @@ class HostChain(NamedTuple):
     policy: str
     name: str
     rules: Dict[str, List[HostRule]]  # of this chain, and of those that it leads to
+    interface: str = ""  # that packets from elsewhere come by, if that is known
 
     def ends(self, port: Port, state: str = "new") -> Set[str]:
-        """Return what may become of a packet from another host: accept, drop or dnat."""
+        """Return what may become of a packet from elsewhere: accept, drop or dnat."""
         found = chain_ends(self.rules, self.name, {
             "protocol": port[0], "port": str(port[1]), "state": state, "destination": "local",
-            "status": ""})
+            "status": "", "interface": self.interface})
         return {self.policy if end == "next" else end for end in found}
 
 
@@ -6910,7 +6911,9 @@ def chain_ends(rules: Dict[str, List[HostRule]], name: str, packet: Dict[str, st
 def holds(field: str, values: List[str], negated: bool, packet: Dict[str, str]) -> Optional[bool]:
     """Tell whether a packet passes a test; None if that depends on more than is known of it."""
     if field == "interface":
-        found = [False if value == "lo" else None for value in values]
+        known = packet[field]
+        found = [value == known if value == "lo" or (known and value[-1:] not in "*+") else None
+                 for value in values]
     elif field not in packet:
         return None
     elif field == "port":
@@ -6980,7 +6983,7 @@ def nft_host_chains(text: str) -> Iterator[HostChain]:
             table = " ".join(words[1:3])
         elif words[:1] in (["chain"], ["set"], ["map"]):
             chain = words[1] if words[0] == "chain" else ""
-        elif words[1:] and chain:
+        elif chain and words not in ([], ["}"]):
             tables.setdefault(table, {}).setdefault(chain, []).append(" ".join(words))
     for table, chains in tables.items():
         rules = {name: [rule for line in lines if not line.startswith("type ")
@@ -7005,9 +7008,18 @@ def host_chains(settings: ServerSettings) -> List[HostChain]:
                        if where in found or not nft else None)
             if program:
                 found[where] = iptables_host_chain(program, version, table, hook, False)
-    return list(found.values()) + [
+    chains = list(found.values()) + [
         iptables_host_chain(each.program, 6 if "ip6" in each.program else 4, table, hooks[table],
                             True) for each, table in legacy_tables(settings) if table in hooks]
+    return [chain._replace(interface=outside(settings)) for chain in chains]
+
+
+def outside(settings: ServerSettings) -> str:
+    """Return the interface that packets from elsewhere come by: PCAP_INTF, or the one of the
+    default route (proc_net(5), /proc/net/route); "" if there is none."""
+    routes = [line.split() for line in read_proc("net/route").splitlines()]
+    default = [each[0] for each in routes if each[1:2] == ["00000000"] == each[7:8]]
+    return settings.interface if settings.interface != "any" else (default + [""])[0]
 
 
 def host_ends(chains: List[HostChain], version: int, port: Port, state: str = "new") -> Set[str]:
@@ -7043,9 +7055,10 @@ def closed_twice(settings: ServerSettings, firewall: Firewall, ports: Iterable[P
         if where:
             closed.setdefault(", ".join(where), []).append(port)
     for names, some in closed.items():
-        yield (f"The host's own firewall ({names}) closes {port_list(some)} as well, and no knock "
-               "opens that: accept it there" + (", since the guard closes it" if
-                                                firewall.guard_ports else ""))
+        by = f" to what comes by {outside(settings)}" if outside(settings) else ""
+        yield (f"The host's own firewall ({names}) closes {port_list(some)} as well{by}, and no "
+               "knock opens that: accept it there" + (", since the guard closes it" if
+                                                      firewall.guard_ports else ""))
 
 
 def obstacles(settings: ServerSettings, stanzas: List[Stanza],
@@ -9633,7 +9646,9 @@ def check_firewall(check: Checkup) -> Iterator[Finding]:
     if isinstance(check.firewall, NftFirewall):
         for chain in check.firewall.host_chains:
             explain_failure(check.firewall.program, chain, chain in check.firewall.accept)
-    yield FACT, "Grants go to: " + check.firewall.describe()
+    by = outside(check.settings)
+    yield FACT, f"Grants go to: {check.firewall.describe()}" + (
+        f"; the next lines are about packets that come by {by}" if by else "")
 
 
 def check_ports(check: Checkup) -> Iterator[Finding]:

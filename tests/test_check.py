@@ -194,13 +194,18 @@ class FirewallTest(unittest.TestCase):
                         chain.ends(("tcp", 22)), chain.ends(("tcp", 22), "established")))
 
     def test_managed(self) -> None:
-        """What firewalld lets in where no interface has a zone of its own; fw4 knows of a LAN."""
+        """What firewalld and fw4 let in depends on the interface, which may be known."""
         firewalld, fw4 = server.nft_host_chains(MANAGED)
-        firewalld.rules["filter_INPUT_ZONES"].pop(0)
+        self.assertEqual([BOTH, BOTH], [firewalld.ends(("tcp", 80)), fw4.ends(("tcp", 22))])
+        firewalld = firewalld._replace(interface="eth0")
         for port, state, expected in ((22, "new", ACCEPT), (80, "new", DROP),
                                       (80, "established", ACCEPT), (80, "invalid", DROP)):
             self.assertEqual(expected, firewalld.ends(("tcp", port), state))
-        self.assertEqual([BOTH, ACCEPT], [fw4.ends(("tcp", 22)), fw4.ends(("tcp", 22), "related")])
+        for interface, port, state, expected in (
+                ("wan", 22, "new", DROP), ("wan", 22, "related", ACCEPT),
+                ("br-lan", 22, "new", BOTH), ("wan", 8443, "new", BOTH)):  # both: not more than 25 SYN each second
+            self.assertEqual(expected, fw4._replace(interface=interface).ends(("tcp", port), state))
+        self.assertEqual(ACCEPT, firewalld._replace(interface="eth1").ends(("tcp", 80)))
 
     def test_ruleset(self) -> None:
         """The chains of nft's output: not ours, not those of other hooks."""

@@ -66,6 +66,13 @@ class LiveCheckTest(unittest.TestCase):
                 cable.server.run("nft", "add rule ip host in tcp dport { 22, 24 } accept")
                 self.assertEqual((0, []), (check(server)[0], [
                     line for line in check(server)[1] if "as well" in line]))
+                cable.server.run("nft", "flush chain ip host in; add rule ip host in iifname "
+                                 "eth7 accept")
+                self.assertFalse([line for line in check(server)[1] if "as well" in line])
+                cable.server.run("ip", "route", "add", "default", "via", CLIENT4)
+                self.assert_lines(check(server)[1], r"\[!\] The host's own firewall \(ip host in\) "
+                                  "closes tcp/22, tcp/24 as well to what comes by eth0, and")
+                cable.server.run("ip", "route", "del", "default")
                 cable.server.run("nft", "delete table ip host")
                 other = Server(cable.server, "GUARD_PORTS tcp/99;\n", ACCESS, "-t").start()
                 self.assert_lines(check(server)[1], r"\[-\] Another spa_server.py runs \(pid=%d\)"
