@@ -203,7 +203,7 @@ class FirewallTest(unittest.TestCase):
             self.assertEqual(expected, firewalld.ends(("tcp", port), state))
         for interface, port, state, expected in (
                 ("wan", 22, "new", DROP), ("wan", 22, "related", ACCEPT),
-                ("br-lan", 22, "new", BOTH), ("wan", 8443, "new", BOTH)):  # both: not more than 25 SYN each second
+                ("br-lan", 22, "new", BOTH), ("wan", 8443, "new", BOTH)):  # fw4 limits SYNs, too
             self.assertEqual(expected, fw4._replace(interface=interface).ends(("tcp", port), state))
         self.assertEqual(ACCEPT, firewalld._replace(interface="eth1").ends(("tcp", 80)))
 
