@@ -9484,8 +9484,11 @@ def client_stanza(settings: ServerSettings, stanza: Stanza) -> str:
             ("USE_HMAC", "Y" if hmac_key else ""),
             ("ONE_CONNECTION", "Y" if stanza.one_connection else ""),
             ("KNOCK_SEQUENCE", stanza.texts.get("KNOCK_SEQUENCE") if stanza.require_knock else ""))
-    return CLIENT_HEAD.format(name=stanza_name(stanza) or "server") + "".join(
-        f"{name:<27} {value}\n" for name, value in rows if value)
+    name = stanza_name(stanza)
+    if not name or name.lower() == "default" or name.upper().strip(NAME_CHARACTERS + "-.@"):
+        name = "server"  # the other one is no name for an rc file, or not as it is for a shell
+    return CLIENT_HEAD.format(name=name) + "".join(
+        f"{directive:<27} {value}\n" for directive, value in rows if value)
 
 
 def stanza_name(stanza: Stanza) -> str:

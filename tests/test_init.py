@@ -109,6 +109,14 @@ class StanzaTest(ConfigCase):
                         re.sub(" {2,}", " ", line) for line in lines if "SPA_SERVER" not in line])
                     self.assertEqual(1, sum(line.startswith("SPA_SERVER  ") for line in lines))
 
+    def test_names(self) -> None:
+        """One that a shell or an rc file would take for something else is not used."""
+        for name, wanted in (("joe_2.x@y-z", "joe_2.x@y-z"), ("old joe", "server"),
+                             ("Default", "server"), ("a;reboot", "server"), ("$(x)", "server"),
+                             ("a]", "server"), ("\xe9", "server"), ("", "server")):
+            out = self.printed(access=f"# {name}\nSOURCE ANY\n{KEYS}")[1]
+            self.assertIn(f"-n {wanted} --wait 10\n\n[{wanted}]\n", out)
+
     def test_the_port(self) -> None:
         """It is the one that the server looks at."""
         for conf, wanted in (("PCAP_FILTER udp dst port 7000;\n", "7000"),
@@ -210,10 +218,10 @@ class InitTest(CableCase):
         return ["unshare", "-m", "sh", "-ec", "; ".join(mounts) + '; exec "$@"', "sh"]
 
     def import_stanza(self, text: str) -> List[str]:
-        """Return the client with the stanza in a text as its rc file."""
-        name = re.findall(r"(?m)^\[(.*)\]$", text)[-1]
-        rc_file = write(self.client.path("rc"), text[text.index("# On the client"):])
-        return [*SPA_CLIENT[:2], "--rc-file", rc_file, "-n", name]
+        """Return the client's command with an rc file that took the stanza in a text."""
+        client = [*SPA_CLIENT[:2], "--rc-file", self.client.path("rc")]
+        self.client.run(*client, "--import", input=text[text.index("# On the client"):])
+        return [*client, "-n", re.findall(r"(?m)^\[(.*)\]$", text)[-1]]
 
     def test_a_client_gets_in(self) -> None:
         """By the stanza of --init, on both kinds of firewalls, and by that of --print-client."""
