@@ -3341,7 +3341,7 @@ def print_found(found: "Dict[str, int]", path: "Optional[str]", quiet: bool) -> 
     for line in sorted(findings if quiet else found, key=lambda line: found[line]):
         say(MARKS[found[line]] + line)
     if findings:
-        raise SpaError(f"{len(findings)} of these lines need a look")
+        raise SpaError(f"lines that need a look: {len(findings)}")
 
 
 def print_version() -> None:
@@ -3580,8 +3580,9 @@ class Knock:
         if link is not None and settings.wait is not None:
             self.early.pop(link, None)  # it is the caller's now
             self.answers.gather(settings.answer or TRY[early])  # the server opens, then it answers
-        if not self.answers.told:
-            keep(FACT, settings.label + with_hint(self.silence(self.host)))
+        if not self.answers.told and not settings.unanswered():
+            keep(ODD if early or link is None else FACT,
+                 settings.label + with_hint(self.silence(self.host)))
         if link is None:
             raise SpaError((self.answers.refusals(unanimous=True) or [
                 f"tcp/{peer[1]} of {peer[0]} did not open in {seconds} seconds:"

@@ -378,7 +378,7 @@ class CheckTest(Case):
         lines = out.splitlines()
         findings = [line for line in lines if not line.startswith("[+] ")]
         self.assertEqual(lines, sorted(lines, key=lambda line: "!-+".index(line[1])))
-        self.assertEqual((code, f"spa_client.py: {len(findings)} of these lines need a look\n" if
+        self.assertEqual((code, f"spa_client.py: lines that need a look: {len(findings)}\n" if
                           code else ""), (got, err), lines)
         self.assertEqual(bool(code), bool(findings))
         self.assertFalse(os.path.exists(self.place(".fwknop.run")))
@@ -419,7 +419,12 @@ class CheckTest(Case):
         with Server(says(None)) as server:
             lines = self.check(1, *self.at(server, "--wait", "1", "--answer=1"))
             self.assertRegex(lines[0], r"^\[!\] tcp/\d+ of 127\.0\.0\.1 did not open in 1 seconds:")
+            self.assert_lines(lines, "[-] 127.0.0.1: no answer (perhaps udp/")
+            server.reply = lambda *_: server.tcp.listen(9)  # type: ignore[func-returns-value]
+            lines = self.check(0, *self.at(server, "--answer=1"))
             self.assert_lines(lines, "[+] 127.0.0.1: no answer (perhaps udp/")
+            lines = self.check(1, *self.at(server, "--answer=1"))
+            self.assert_lines(lines, "[-] 127.0.0.1: no answer (perhaps udp/", "[-] tcp/")
             lines = self.check(1, "-A", "udp/9", *KEYS, *server.options, "--answer=1")
             self.assertIn("[!] 127.0.0.1: no answer (perhaps udp/", lines[0])
         rc = ("[default]\nALLOW_IP source\nKEY k\nHMAC_KEY h\nACCESS udp/9\n[a]\nSPA_SERVER "
@@ -459,6 +464,7 @@ class CheckTest(Case):
             lines = self.check(1, "-D", "127.0.0.1", "-A", "tcp/" + server.port, "--wait", "1",
                                "--knock-sequence", ports.options[3] + ":udp", rc="[x]\n")
             self.assertIn(" did not open in 1 seconds", lines[0])
+            self.assertNotIn("no answer", "".join(lines))
         for code, words, expected in (
                 (2, ["-T"], "--check knocks by itself: no -T, --proxy, --exec, --save-rc-stanza"),
                 (2, ["--exec", "true"], "--check knocks by itself"),
