@@ -7927,8 +7927,8 @@ class Lifecycle(NamedTuple):
 # 26. Access
 #
 # From a request to what it changes: judge it (section 11), then open doors (section 23) or run
-# commands (section 24), and tell the log, the counters and --fw-list. Packets and knock
-# sequences both end here.
+# commands (section 24), and tell the log, the counters and --fw-list. Packets, knock sequences,
+# --open and --close all end here.
 # ======================================================================================
 
 
@@ -10249,7 +10249,8 @@ def open_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[i
         if not firewall.guard_ports:  # else the sets stand: to make the guard anew ends its trial
             firewall.prepare()
         lines = access.open_by_hand(doors, seconds, who)
-    say("\n".join(lines))
+    for line in lines:
+        say("Opened " + line)
 
 
 def close_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[int], log: Log

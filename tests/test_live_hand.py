@@ -68,7 +68,7 @@ class HandTest(HandCase):
                                                (CLIENT6, OTHER6, SERVER6)):
                     mark = site.server.mark()
                     text = self.done(site, "--open", "TCP/22, udp/53", source, "10m")
-                    line = r"%s -> \S+ tcp/22, (600|599) seconds left, by hand, root\n" % source
+                    line = r"ed %s -> \S+ tcp/22, (600|599) seconds left, by hand, root\n" % source
                     self.assertRegex(text, line)
                     self.assertIn("udp/53, ", text)
                     self.assertRegex(self.done(site, "--fw-list"), "seconds left, by hand, root")
@@ -76,7 +76,7 @@ class HandTest(HandCase):
                         (source, address, 22), (other, address, 22), (source, address, 24)))
                     kept = site.client.connect(address, 22, source)
                     text = self.done(site, "--close", source)
-                    self.assertRegex(text, "Closed " + line.replace("(600|599)", r"\d+"))
+                    self.assertRegex(text, "Clos" + line.replace("(600|599)", r"\d+"))
                     self.assertIn("Cut 1 connections from %s" % source, text)
                     self.assertFalse(kept.answers(0.3))
                     self.assertFalse(site.client.reaches(address, 22, source))
@@ -232,6 +232,31 @@ class HandTest(HandCase):
                 self.refused(site, 1, "no firewall to open it in (FIREWALL_TYPE none", "--open",
                              "tcp/22", CLIENT4)
                 site.server.stop()
+
+    def test_without_a_server(self) -> None:
+        """A broken access.conf hinders nothing; where no kernel ends a grant, none is given."""
+        with Site(Setup("iptables-nft", "accept")) as site:
+            site.server.stop()
+            site.server.configure(access="KEY a\n")
+            self.assertIn("expected a SOURCE line first",
+                          self.done(site, "--open", "tcp/22", CLIENT4))
+            self.assertIn("Closed ", self.done(site, "--close", CLIENT4))
+            code, text = site.host.run_code(
+                *launcher("spa_server.Iptables.ends_grants = lambda self: False"), *SPA_SERVER,
+                *site.server.files, "--open", "tcp/22", CLIENT4)
+            self.assertEqual(1, code)
+            self.assertIn("iptables has no time match here", text)
+            self.assertEqual(0, site.count_grants())
+
+    def test_trial(self) -> None:
+        """To open by hand does not show that a knock opens."""
+        with Site(Setup(NFT, "guard")) as site:
+            site.server.stop()
+            site.server.start("--trial", "100")
+            self.done(site, "--open", "tcp/22", CLIENT4)
+            self.assertNotIn("closed for good", site.server.log())
+            site.server.knock(site.client, "-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4,
+                              expect="closed for good")
 
     def test_what_can_not_be_cut(self) -> None:
         """It says which connections may go on: without a program, or if the kernel ends none."""
