@@ -9082,8 +9082,8 @@ class Server:
             else:
                 return "error: no such request"
         except (SpaError, OSError, ValueError) as error:
-            closing = name != "open" and isinstance(error, CommandError)
-            again = "; trying again" if closing else ""
+            flushing = name == "flush" and isinstance(error, CommandError)
+            again = "; trying again" if flushing else ""  # expire() says so of others
             self.log.error(f"{error}{again}")
             return f"error: {error}"
         lines[MOST_LINES:] = ["(and more)"] if len(lines) > MOST_LINES else []

@@ -1276,6 +1276,19 @@ class GrantsTest(ServerCase):
         self.assertEqual([], self.later(1))
         self.assertEqual({}, self.grants.live)
 
+    def test_close_before_the_time(self) -> None:
+        """At once, and nothing puts it back; a failure is told, and it is tried again."""
+        self.grants.grant([self.ssh, self.dns], 100)
+        self.grants.close([self.grants.live[self.ssh]])
+        self.grants.restore()
+        self.assertEqual(["udp/53"], self.later(1))
+        self.firewall.failing_closes = 1
+        with self.assertRaisesRegex(server.CommandError, "still open: .* udp/53"):
+            self.grants.close([self.grants.live[self.dns]])
+        self.assertEqual(["udp/53"], self.later(0.5))
+        self.assertEqual([], self.later(1))
+        self.assertEqual({}, self.grants.live)
+
     def test_open_while_close_fails(self) -> None:
         """A knock in between extends the door that could not be closed."""
         self.grants.grant([self.ssh], 10)
