@@ -6888,7 +6888,7 @@ class HostChain(NamedTuple):
         """Return what may become of a packet from elsewhere: accept, drop or dnat."""
         found = chain_ends(self.rules, self.name, {
             "protocol": port[0], "port": str(port[1]), "state": state, "destination": "local",
-            "status": "", "interface": self.interface})
+            "status": "", "interface": self.interface.lower()})
         return {self.policy if end == "next" else end for end in found}
 
 
@@ -6912,7 +6912,8 @@ def holds(field: str, values: List[str], negated: bool, packet: Dict[str, str]) 
     """Tell whether a packet passes a test; None if that depends on more than is known of it."""
     if field == "interface":
         known = packet[field]
-        found = [value == known if value == "lo" or (known and value[-1:] not in "*+") else None
+        found = [value == known if value == "lo" or (
+            known and value[:1] not in "@." and value[-1:] not in "*+") else None
                  for value in values]
     elif field not in packet:
         return None
@@ -6939,6 +6940,8 @@ def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
     if mapped:
         return [rule for each in mapped.group(2).split(",")
                 for rule in host_rules(mapped.group(1) + each.replace(" :", ""), chains)]
+    if " vmap " in text:  # a named one, whose verdicts stand elsewhere
+        return [([UNKNOWN], "accept", "")]
     text = re.sub(r" (tcp|udp) (dport|sport|flags)", r" meta l4proto \1 th \2", text)
     tests = [(HOST_FIELDS[name], values.strip("{}").replace(" ", "").replace('"', "").lower()
               .split(","), bool(before or after))

@@ -32,7 +32,7 @@ NFT_RULES: Tuple[Tuple[str, Any, Any], ...] = (
     ("ct state vmap { established : accept, related : accept, invalid : drop }", DROP, ACCEPT),
     ("ct state new tcp dport 22 accept", ACCEPT, DROP),
     ("tcp dport vmap { 22 : accept, 23 : drop }", ACCEPT, ACCEPT),
-    ("tcp dport vmap @ports", DROP, DROP),
+    ("tcp dport vmap @ports", BOTH, BOTH),
     ("ip saddr 192.0.2.0/24 tcp dport 22 accept", BOTH, BOTH),
     ("tcp dport 22 limit rate 3/minute burst 5 packets accept", BOTH, BOTH),
     ("iifname \"lo\" accept", DROP, DROP),
@@ -192,6 +192,20 @@ class FirewallTest(unittest.TestCase):
                     chain = chain_of(kind, lines)
                     self.assertEqual((new, established), (
                         chain.ends(("tcp", 22)), chain.ends(("tcp", 22), "established")))
+
+    def test_interface(self) -> None:
+        """Where packets come by WAN0."""
+        for rule, expected in (
+                ("iifname \"WAN0\" accept", ACCEPT), ("iifname \"eth1\" accept", DROP),
+                ("iifname != { \"lo\", \"eth1\" } accept", ACCEPT), ("iifname @lans accept", BOTH),
+                ("iifname \"wan*\" accept", BOTH), ("iifname . ip saddr @lans accept", BOTH),
+                ("iifname vmap { \"lo\" : accept, \"WAN0\" : jump ssh }", ACCEPT)):
+            chain = chain_of("nft", rule)._replace(interface="WAN0")
+            self.assertEqual(expected, chain.ends(("tcp", 22)), rule)
+        for rule, expected in (("-i WAN0 -j ACCEPT", ACCEPT), ("! -i WAN0 -j ACCEPT", DROP),
+                               ("-i eth+ -j ACCEPT", BOTH)):
+            chain = chain_of("iptables", rule)._replace(interface="WAN0")
+            self.assertEqual(expected, chain.ends(("tcp", 22)), rule)
 
     def test_managed(self) -> None:
         """What firewalld and fw4 let in depends on the interface, which may be known."""
