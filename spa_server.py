@@ -4252,8 +4252,9 @@ class ReplayMemory:
 
     Whoever captured a packet must not get an answer to it, now or later: a packet that came before
     is not answered, and would_know() says whether the memory would know. So refused packets are on
-    file, too (`# refused DIGEST TIMESTAMP REASON`), and SILENT, the last number of the second line,
-    is for these what FORGOTTEN is for accepted ones (tests/spec/answer.md 3).
+    file, too (`# refused DIGEST TIMESTAMP REASON`), and two more numbers follow in the second line:
+    SILENT is for these what FORGOTTEN is for accepted ones. WHOLE is a monotonic time: since then
+    the memory misses no packet (tests/spec/answer.md 3).
     """
 
     def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
@@ -4265,7 +4266,7 @@ class ReplayMemory:
         self.refused: Dict[str, Tuple[int, str]] = {}  # timestamp (or 0) and reason, by digest
         self.began, self.forgotten = clocks.monotonic(), 0
         # A packet that came before this memory may have had a clock that is ahead.
-        self.silent = int(clocks.wall()) + CLOCK_SECONDS
+        self.whole, self.silent = self.began, int(clocks.wall()) + CLOCK_SECONDS
         self.answers = False  # whether accepted packets are to be known for longer
         self.lines_in_file = 0
         self.file: Optional[int] = None
@@ -4327,8 +4328,8 @@ class ReplayMemory:
         self.forgotten = forgotten
         if boot_id == self.boot_id and 0 <= began <= self.began + 1:
             self.began = began
-            if fields[5:] and fields[5].isdigit():  # earlier versions wrote none
-                self.silent = int(fields[5])
+            with contextlib.suppress(ValueError, IndexError):  # earlier versions wrote none
+                self.silent, self.whole = int(fields[5]), float(fields[6])
 
     def check_unseen(self, datagram: Datagram) -> None:
         """Raise NotFresh if this very packet came before: it need not be decrypted again."""
@@ -4363,8 +4364,8 @@ class ReplayMemory:
     def would_know(self, timestamp: int) -> bool:
         """Return whether this memory has every packet with this timestamp that ever came here from
         a client whose clock was off by up to CLOCK_SECONDS."""
-        began = self.clocks.wall() - (self.clocks.monotonic() - self.began)
-        return timestamp > max(self.forgotten, self.silent, began + CLOCK_SECONDS)
+        whole = self.clocks.wall() - (self.clocks.monotonic() - self.whole)
+        return timestamp > max(self.forgotten, self.silent, whole + CLOCK_SECONDS)
 
     def check_fresh(self, timestamp: int) -> None:
         """Raise NotFresh if a packet is too old or too new, by this host's clock."""
@@ -4469,7 +4470,8 @@ class ReplayMemory:
         """Write all that is remembered to a new file, and keep this open to append to."""
         assert self.path is not None
         temporary = self.path + ".new"
-        began = f"# began {self.began:.3f} {self.boot_id} {self.forgotten} {self.silent}\n"
+        began = (f"# began {self.began:.3f} {self.boot_id} {self.forgotten} {self.silent} "
+                 f"{self.whole:.3f}\n")
         refused = "".join(f"# refused {digest} {timestamp} {reason}\n" for digest, (
             timestamp, reason) in self.refused.items() if timestamp)
         text = DIGEST_HEADER + began + refused + "".join(
@@ -4506,8 +4508,23 @@ def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> 
         except OSError as error:
             log.error(explain(error))
     memory = ReplayMemory(path, settings.max_packet_age if settings.aging else None, log, clocks)
+    if is_first_memory(settings):  # so nothing came since the boot
+        memory.whole = -CLOCK_SECONDS
+        memory.silent = int(clocks.wall() - clocks.monotonic())
     memory.open_file()
     return memory
+
+
+def is_first_memory(settings: ServerSettings) -> bool:
+    """Return whether no server has run here since the boot, or ever, if the directory survives
+    boots. A file beside DIGEST_FILE says it, which stays when that one is lost."""
+    try:
+        os.makedirs(os.path.dirname(settings.digest_file), 0o700, exist_ok=True)
+        os.close(os.open(settings.digest_file + "-began", os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+                         0o600))
+    except OSError:  # it is there, or can't be made
+        return False
+    return settings.digest_persistence and not os.path.lexists(settings.digest_file)
 
 
 def rotate_digest_cache(path: str) -> None:

@@ -1,5 +1,6 @@
 """The answer to a packet: its bytes, its texts, and above all when there is none."""
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -358,12 +359,27 @@ class SilenceTest(GateCase):
                     expected = (1, "the clock is " + text) if passed + ahead > HOUR else None
                     self.assertEqual(expected, self.take(made, self.packet(ahead=ahead)), how)
 
+    def test_the_first_memory_answers_at_once(self) -> None:
+        """Nothing came since the boot; the boot itself may have lost a memory."""
+        for uptime, text in ((601, "600 s behind"), (599, "")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + "-began")
+            self.clock.mono_time = uptime + 1
+            made = self.gate(seconds=1)
+            behind, ahead = self.packet(ahead=-600), self.packet(ahead=600)
+            self.assertEqual((1, "the clock is " + text) if text else None, self.take(made, behind))
+            self.assertEqual((1, "the clock is 600 s ahead"), self.take(made, ahead))
+            for how in ("killed", "deleted", "deleted", "no file", "killed"):
+                made = self.lose(made, how)
+                for payload in (behind, ahead):
+                    self.assertIsNone(self.take(made, payload), how)
+
     def test_a_memory_of_an_earlier_version(self) -> None:
         """Its file lacks the time of silence: the memory is as a new one, and rejects no more."""
         made = self.gate()
         made.gate.memory.rewrite()
         text = read(self.path).split("\n")
-        text[1] = text[1].rpartition(" ")[0]
+        text[1] = text[1].rsplit(" ", 2)[0]
         made.gate.memory.close()
         write(self.path, "\n".join(text))
         made = self.gate(seconds=0)

@@ -5,7 +5,6 @@ from typing import Tuple
 
 from tests.firewalls import IPTABLES_NFT, NFT, Setup, Site, needs_firewalls
 from tests.netns import CLIENT6, KEYS, SERVER4, SERVER6, SPA_CLIENT, STANZA
-from tests.test_live_answer import AnsweredSite
 
 ALREADY = "answers without a knock: nothing hides it, or an earlier knock still holds"
 ACCESS = STANZA + "ANSWER Y\nOPEN_PORTS tcp/22, udp/53\n"
@@ -42,9 +41,8 @@ class AnswerTest(unittest.TestCase):
                               said)
 
     def test_clock(self) -> None:
-        """A server with an old memory says by how much; --wait and --check pass it on."""
-        with AnsweredSite(SETUPS[0], access=ACCESS) as site:
-            site.remember_since_boot()
+        """The server says by how much; --wait and --check pass it on."""
+        with Site(SETUPS[0], access=ACCESS) as site:
             for words in (["--answer", "300"], ["--wait", "300"], ["--check"]):
                 for option, word in (("--time-offset-minus", "behind"),
                                      ("--time-offset-plus", "ahead")):

@@ -927,7 +927,7 @@ class MemoryTest(ServerCase):
         digest = b64(hashlib.sha256(b"a").digest()).decode()
         self.assertEqual("# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>",
                          lines[0])
-        self.assertRegex(lines[1], r"^# began [0-9.]+ boot-1 0 [0-9]+$")
+        self.assertRegex(lines[1], r"^# began [0-9.]+ boot-1 0 [0-9]+ [0-9.]+$")
         self.assertEqual(["%s 17 10.55.0.2 60208 10.55.0.1 62201 %d" % (digest, NOW)], lines[2:])
         self.assertEqual(43, len(digest))
         self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
