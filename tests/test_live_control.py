@@ -405,13 +405,12 @@ class SignalTest(ControlTest):
         self.assertEqual(1, code, text)  # not while a server writes it
         self.client.send(SERVER4, 62201, packet)
         server.wait_for("Replay detected", mark)
-        self.assertEqual(["digest.cache", "fwknopd.pid", "fwknopd.pid.sock"],
-                             self.state(server))
+        names = ["digest.cache", "digest.cache-began", "fwknopd.pid", "fwknopd.pid.sock"]
+        self.assertEqual(names, self.state(server))
         server.stop()
         wait_for(lambda: int(time.time()) > made, "the next second, in which a memory can begin")
         server.start("--rotate-digest-cache")
-        self.assertEqual(["digest.cache", "digest.cache-old", "fwknopd.pid", "fwknopd.pid.sock"],
-                         self.state(server))
+        self.assertEqual([*names[:2], "digest.cache-old", *names[2:]], self.state(server))
         self.client.send(SERVER4, 62201, packet)
         server.wait_for("before this replay memory began")
         self.knock(server, "-A", "tcp/22")
