@@ -1028,10 +1028,10 @@ class GuardTest(unittest.TestCase):
 
     def test_a_reload_without_a_place_for_a_grant(self) -> None:
         """The reload closes the grant and says so; the server goes on."""
-        with Site(Setup(NFT, "guard")) as site:
+        with Site(Setup(NFT, "guard"), access=STANZA + "ACCESS_PREFIX4 24\n") as site:
             site.knock_both()
             mark = site.server.mark()
-            site.server.configure(access=STANZA + "ACCESS_PREFIX4 24\n")
+            site.server.configure(access=STANZA)
             site.server.send_signal(signal.SIGHUP)
             site.server.wait_for("the new settings have no place for it", mark)
             wait_for(lambda: not site.client.reaches(SERVER4, 22), "a closed port")
