@@ -4254,12 +4254,12 @@ class ReplayMemory:
     is not answered, and would_know() says whether the memory would know. So refused packets are on
     file, too (`# refused DIGEST TIMESTAMP REASON`), and two more numbers follow in the second line:
     SILENT is for these what FORGOTTEN is for accepted ones. WHOLE is a monotonic time: since then
-    the memory misses no packet (tests/spec/answer.md 3).
+    the memory misses no packet (tests/spec/answer.md 3). The last number of that line is WIDEST.
     """
 
     def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
                  clocks: Clocks = CLOCKS) -> None:
-        self.path, self.max_age, self.log, self.clocks = path, max_age, log, clocks
+        self.path, self.log, self.clocks = path, log, clocks
         self.boot_id = clocks.boot_id()
         # By digest, oldest first: the packet's line in the file, and its time, monotonic.
         self.seen: Dict[str, Tuple[str, float]] = {}
@@ -4272,6 +4272,15 @@ class ReplayMemory:
         self.file: Optional[int] = None
         self.written = (0, 0, 0)  # device, inode and size of the file as this process wrote it
         self.rewrite_due = 0.0  # when the next attempt to write the file anew may be made
+        self.widest = 0.0  # the greatest MAX_SPA_PACKET_AGE that a packet in here was judged by
+        self.set_age(max_age)
+
+    def set_age(self, max_age: Optional[int]) -> None:
+        """Judge packets by this MAX_SPA_PACKET_AGE from now on; None is no limit."""
+        self.max_age, widest = max_age, FOR_EVER if max_age is None else max_age
+        if widest > self.widest:
+            self.widest = widest
+            self.close()  # the next packet writes the file anew, with this, before it opens
 
     def open_file(self) -> None:
         """Read the file, if there is to be one, and write it anew."""
@@ -4308,7 +4317,8 @@ class ReplayMemory:
             fields = line.split()
             if fields[:2] == ["#", "began"]:
                 self.load_beginning(fields)
-            elif fields[:2] == ["#", "refused"] and len(fields) > 4 and fields[3].isdigit():
+            elif (fields[:2] == ["#", "refused"] and len(fields) > 4 and fields[3].isdigit()
+                  and len(fields[3]) < 12):
                 self.enter_refused(fields[2], int(fields[3]), " ".join(fields[4:]))
             elif (len(fields) == 7 and fields[6].isdigit() and len(fields[6]) < 12
                   and not line.startswith("#")):
@@ -4326,9 +4336,11 @@ class ReplayMemory:
         except (ValueError, IndexError):
             return
         self.forgotten = forgotten
+        with contextlib.suppress(ValueError, IndexError):  # earlier versions wrote fewer
+            self.widest = max(self.widest, float(fields[7]))
         if boot_id == self.boot_id and 0 <= began <= self.began + 1:
             self.began = began
-            with contextlib.suppress(ValueError, IndexError):  # earlier versions wrote none
+            with contextlib.suppress(ValueError, IndexError):
                 self.silent, self.whole = int(fields[5]), float(fields[6])
 
     def check_unseen(self, datagram: Datagram) -> None:
@@ -4451,11 +4463,11 @@ class ReplayMemory:
         empty_file(self.path)
 
     def prune(self) -> None:
-        """Forget packets that are too old even by a clock that is off by MAX_SPA_PACKET_AGE."""
+        """Forget packets that no clock which is off by MAX_SPA_PACKET_AGE takes for fresh."""
         if self.max_age is None:
             return
         while self.seen:
-            keep = 2 * self.max_age + 1
+            keep = self.widest + self.max_age + 1
             if self.answers and len(self.seen) <= ANSWERED_KNOWN:
                 keep = max(keep, CLOCK_SECONDS + self.max_age)
             now, wall = self.clocks.monotonic() - keep, self.clocks.wall() - keep
@@ -4463,7 +4475,7 @@ class ReplayMemory:
             created = int(line.split()[-1])
             if came >= now or created >= wall:  # a clock set back makes old packets fresh again
                 break
-            self.forgotten = max(self.forgotten, created + self.max_age)
+            self.forgotten = max(self.forgotten, created + int(self.widest))
             del self.seen[digest]
 
     def rewrite(self) -> None:
@@ -4471,7 +4483,7 @@ class ReplayMemory:
         assert self.path is not None
         temporary = self.path + ".new"
         began = (f"# began {self.began:.3f} {self.boot_id} {self.forgotten} {self.silent} "
-                 f"{self.whole:.3f}\n")
+                 f"{self.whole:.3f} {self.widest}\n")
         refused = "".join(f"# refused {digest} {timestamp} {reason}\n" for digest, (
             timestamp, reason) in self.refused.items() if timestamp)
         text = DIGEST_HEADER + began + refused + "".join(
@@ -9027,7 +9039,7 @@ class Server:
         self.configuration, self.settings, self.access.settings = configuration, settings, settings
         if memory:  # before there are keys and captures, should one of the next steps fail
             self.gate.memory, self.remembers = memory, True
-        self.gate.memory.max_age = settings.max_packet_age if settings.aging else None
+        self.gate.memory.set_age(settings.max_packet_age if settings.aging else None)
         self.gate.memory.answers = configuration.answers
         self.gate.configure(configuration)
         self.ospa.configure(configuration)

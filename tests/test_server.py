@@ -927,7 +927,7 @@ class MemoryTest(ServerCase):
         digest = b64(hashlib.sha256(b"a").digest()).decode()
         self.assertEqual("# <digest> <proto> <src_ip> <src_port> <dst_ip> <dst_port> <time>",
                          lines[0])
-        self.assertRegex(lines[1], r"^# began [0-9.]+ boot-1 0 [0-9]+ [0-9.]+$")
+        self.assertRegex(lines[1], r"^# began [0-9.]+ boot-1 0 [0-9]+ [0-9.]+ 120$")
         self.assertEqual(["%s 17 10.55.0.2 60208 10.55.0.1 62201 %d" % (digest, NOW)], lines[2:])
         self.assertEqual(43, len(digest))
         self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
@@ -958,6 +958,8 @@ class MemoryTest(ServerCase):
                      line.encode() + b"\xb2\n",
                      # more than time.localtime() or a float can hold
                      line.encode() + b"9" * 18 + b"\n", line.encode() + b"9" * 400 + b"\n",
+                     b"# refused a " + b"9" * 5000 + b" stale\n", b"# refused a \xb2 b\n",
+                     b"# began 1 boot-1 0 0 nan nan\n",
                      b"# began -inf boot-1 0\n", b"# at 12 boot-1 99999999999\n"):
             with self.subTest(text=text[-30:]):
                 with open(self.path, "wb") as stream:
@@ -1005,6 +1007,29 @@ class MemoryTest(ServerCase):
         self.assertEqual(1503, len(memory.seen))
         self.assertEqual("replay", self.accept(memory, "0", NOW))
         self.assertEqual("replay", self.accept(self.memory("boot-2", max_age=None), "0", NOW))
+
+    def test_another_age(self) -> None:
+        """What came by a greater MAX_SPA_PACKET_AGE opens once, after a reload or kill -9."""
+        for first, ahead in ((120, 100), (3600, 3500), (None, 5000)):
+            for starts in (False, True):
+                memory, name = self.memory(max_age=10), "%s %s" % (first, starts)
+                self.assertEqual("", self.accept(memory, name + " before"))
+                memory.set_age(first)
+                sent = int(self.clock.wall_time) + ahead
+                self.assertEqual("", self.accept(memory, name, sent))
+                if starts:
+                    memory = self.memory(max_age=10)
+                memory.set_age(10)
+                for _ in range(ahead // 10):
+                    self.clock.pass_seconds(10)
+                    self.assertEqual("", self.accept(memory, str(self.clock.wall_time)))
+                with self.subTest(name):
+                    self.assertEqual("replay", self.accept(memory, name, sent))
+                if first:  # in the end it forgets, but for what came by no age
+                    self.clock.pass_seconds(4000)
+                    self.assertEqual("", self.accept(memory, name + " after"))
+                    self.assertEqual(1, len(memory.seen))
+                    self.assertEqual("stale", self.accept(memory, name, sent))
 
     def test_persistence_off(self) -> None:
         """ENABLE_DIGEST_PERSISTENCE N: no file, replays are still told, older ones are rejected."""
