@@ -9294,7 +9294,7 @@ def ask_server(pid_file: str, request: str) -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.settimeout(ANSWER_SECONDS)
         server.connect(pid_file + CONTROL_SUFFIX)
-        server.send(request.encode())
+        server.send(request.encode("ascii", "replace"))
         return server.recv(1 << 18).decode("ascii", "replace").strip()
 
 
@@ -10266,7 +10266,8 @@ def open_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[i
     idle = wanted - settings.guard_ports if only_guarded(settings) else ()
     if idle:
         log.warning(f"{port_list(idle)} is not in GUARD_PORTS: --open changes nothing for it")
-    who = os.environ.get("SUDO_USER") or "root"
+    who = "".join(each if "!" <= each <= "~" else "?"  # one word of a request
+                  for each in os.environ.get("SUDO_USER") or "root")
     lines = have_server_do(f"open {who} {port_list(wanted).replace(' ', '')} "
                            f"{doors[0].source.network_address} {seconds}", settings, pid)
     if lines is None:

@@ -5,6 +5,7 @@ import signal
 import sys
 import unittest
 from typing import Tuple
+from unittest import mock
 
 import spa_server
 from tests.firewalls import BACKENDS, NFT, SETUPS, Setup, Site, launcher, needs_firewalls
@@ -91,6 +92,17 @@ class HandTest(HandCase):
         for backend in BACKENDS:
             in_parallel(self, [(setup, serves) for setup in SETUPS if setup.backend == backend
                                for serves in (True, False)], check)
+
+    def test_odd_names(self) -> None:
+        """Whoever opens and closes may have a name with blanks, or with bytes that are no text."""
+        with Site(Setup(NFT, "guard")) as site:
+            for name in (b"DOM\\john doe", b"x tcp/24 10.9.9.9 5", b"a\x1b[31m", b"\xff", b""):
+                with mock.patch.dict(os.environ, SUDO_USER=os.fsdecode(name)):
+                    shown = "".join(chr(each) if 32 < each < 127 else "?" for each in name)
+                    self.assertIn("seconds left, by hand, %s\n" % (shown or "root"),
+                                  self.done(site, "--open", "tcp/22", CLIENT4))
+                    self.done(site, "--close", CLIENT4)
+            self.refused(site, 1, NOTHING, "--close", os.fsdecode(b"\xff joe"))
 
     def test_whose(self) -> None:
         """A user's, a stanza's, an address's and a network's; others stay open."""
