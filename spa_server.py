@@ -6994,7 +6994,7 @@ def iptables_host_chain(program: str, version: int, table: str, hook: str,
     lines = Iptables(program).list(table)
     rules: Dict[str, List[HostRule]] = {
         line.split()[1]: [] for line in lines if line.startswith(("-N ", "-P "))}
-    for _, name, text in [line.split(" ", 2) for line in lines if line.startswith("-A ")]:
+    for _, name, text in [(line + " ").split(" ", 2) for line in lines if line.startswith("-A ")]:
         rules[name] += host_rules(text, rules)
     owner = " of ufw" if any(each.startswith("ufw-") for each in rules) else ""
     return HostChain(f"{iptables_family(version, legacy)} {table} {hook}{owner}", (version,),
@@ -7013,9 +7013,9 @@ def nft_host_chains(text: str) -> Iterator[HostChain]:
     for words in [line.split() for line in text.splitlines()]:
         if words[:1] == ["table"]:
             table = " ".join(words[1:3])
-        elif words[:1] in (["chain"], ["set"], ["map"]):
-            chain = words[1] if words[0] == "chain" else ""
-        elif chain and words not in ([], ["}"]):
+        elif words[:1] == ["chain"] or words == ["}"]:
+            chain = "".join(words[1:2])
+        elif chain and words and words[0] != "comment":
             tables.setdefault(table, {}).setdefault(chain, []).append(" ".join(words))
     for table, chains in tables.items():
         rules = {name: [rule for line in lines if not line.startswith("type ")
@@ -9396,8 +9396,8 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
             log.warning(text)
     except ConfigError as error:  # of a program that these settings do not use
         log.warning(str(error))
-    except CommandError as error:  # serve without having looked
-        log.debug(f"{error}; whether the host's rules are in the way is not known")
+    except Exception as error:  # serve without having looked, whatever text that firewall has
+        log.debug(f"{error!r}; whether the host's rules are in the way is not known")
     for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
         if settings.forwarding and read_proc("sys/" + name) == "0":
             setting = name.replace("/", ".")

@@ -78,6 +78,7 @@ table inet filter {
 		elements = { 22, 80 }
 	}
 	chain input {
+		comment "is printed first"
 		type filter hook input priority filter; policy drop;
 		tcp dport 22 accept comment "spa_server.py:12345678"
 		jump more
@@ -90,7 +91,11 @@ table inet filter {
 	}
 }
 table ip nat {
-	chain pre {
+	counter forward {
+		packets 0 bytes 0
+	}
+
+	chain forward {
 		type nat hook prerouting priority dstnat; policy accept;
 		tcp dport 8080 dnat to 172.17.0.2:80
 	}
@@ -224,13 +229,13 @@ class FirewallTest(unittest.TestCase):
     def test_ruleset(self) -> None:
         """The chains of nft's output: not ours, not those of other hooks."""
         chains = {each.where: each for each in server.nft_host_chains(RULESET)}
-        self.assertEqual({"inet filter input": (4, 6), "ip nat pre": (4,)},
+        self.assertEqual({"inet filter input": (4, 6), "ip nat forward": (4,)},
                          {name: each.versions for name, each in chains.items()})
         ends = [server.host_ends(list(chains.values()), version, ("tcp", port))
                 for version in (4, 6) for port in (22, 80, 8080)]
         # Our own rule is a grant's, and no rule of the host.
         self.assertEqual([DROP, ACCEPT, {"accept", "drop", "dnat"}, DROP, ACCEPT, DROP], ends)
-        self.assertEqual({"dnat"}, chains["ip nat pre"].ends(("tcp", 8080)))
+        self.assertEqual({"dnat"}, chains["ip nat forward"].ends(("tcp", 8080)))
         self.assertEqual([], list(server.nft_host_chains("")))
         self.assertEqual(ACCEPT, server.host_ends([], 4, ("tcp", 22)))
 

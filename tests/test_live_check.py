@@ -97,6 +97,20 @@ class LiveCheckTest(unittest.TestCase):
 
         in_parallel(self, BACKENDS, run)
 
+    def test_rules_without_a_target(self) -> None:
+        """Such a rule only counts; the server starts beside it, and the check understands it."""
+        def run(backend: str) -> None:
+            """Have one in each backend's table."""
+            with Cable() as cable:
+                program = backend if backend != NFT else IPTABLES_NFT
+                cable.server.run(program, "-A", "INPUT")
+                cable.server.run(program, "-A", "INPUT", "-p", "tcp", "--dport", "24", "-j", "DROP")
+                server = Server(cable.server, Setup(backend, "guard").config(), ACCESS).start()
+                self.assert_lines(check(server)[1], r"\[!\] The host's own firewall \(\S+ filter "
+                                                    r"INPUT\) closes tcp/24 as well")
+
+        in_parallel(self, BACKENDS, run)
+
     def test_accept(self) -> None:
         """The host drops; it drops nothing; it cuts connections; it lets some in; NAT; both."""
         closed = r"\[\+\] tcp/22: closed to everybody without a grant"
