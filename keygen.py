@@ -911,7 +911,7 @@ def picture(keys: Keys) -> str:
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no terminal
         size, side = os.get_terminal_size(sys.stdout.fileno()), len(rows) + 8
         columns, lines = (side, side // 2 + 2) if blocks else (2 * side, side + 1)
-        if columns > size.columns or lines > size.lines:
+        if 0 < size.columns < columns or 0 < size.lines < lines:  # 0: it is not known
             text += (f"# The picture needs {columns} columns and {lines} lines; this terminal has"
                      f" {size.columns} and {size.lines}. Enlarge it, or take a smaller font\n")
     return text
@@ -1050,8 +1050,9 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
     check_options(options)
     if options.expires:
         options.ends = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(options.expires))
-        tell(f"[+] The pass ends at {options.ends}")
     change(options, random)
+    if options.expires:
+        tell(f"[+] The pass ends at {options.ends}")
     if options.access_file or options.config_file:
         tell("[+] Now have the server read its files again: spa_server.py -R")
     return None

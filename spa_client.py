@@ -1372,7 +1372,7 @@ NAME_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
 def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str]":
     """Return the directive that a line was meant to set, and what is wrong; "" if it is unclear.
 
-    No other character of the line is shown, but `>`, `=` and `:`: it may be a part of a key.
+    Of the rest of the line it shows `>`, `=` and `:` at most: the rest may be a part of a key.
     """
     plain = "".join(each if each.upper() in NAME_CHARACTERS else " " for each in line)
     name = (plain.split() or ["?"])[0]
@@ -1890,7 +1890,8 @@ def add_pasted(text: str, pasted: str) -> "Tuple[str, List[str]]":
         if not given or not given.keys().isdisjoint(RUNS):
             raise ConfigError(f"{where}: expected directives, but not " + " ".join(RUNS))
         if header in map(str.upper, stanza_names(text)):
-            raise ConfigError(f"{where}: [{name}] is there already", "nothing was changed")
+            raise ConfigError(f"{where}: [{name}] is there already",
+                              "nothing was changed: rename it, or delete the old one")
         values = {each: value.text for each, value in given.items()}
         text = edit_stanza(text, name, values, set())
         used.append(f"-n {name}" + (" --wait 10" if "tcp/" in values.get("ACCESS", "") else ""))
@@ -2133,8 +2134,9 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
     if named is not None:
         layers.append(parse_stanza(text, path, named.text))
         if layers[1] is None and not new:
+            names = ", ".join(stanza_names(text))
             raise ConfigError(f"{path}: named configuration stanza [{named.text}] was not found",
-                              "there are: " + (", ".join(stanza_names(text)) or "none"))
+                              f"there are: {names}" if names else "there is none")
     return [layer for layer in layers if layer is not None]
 
 

@@ -1010,7 +1010,7 @@ NAME_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
 def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str]":
     """Return the directive that a line was meant to set, and what is wrong; "" if it is unclear.
 
-    No other character of the line is shown, but `>`, `=` and `:`: it may be a part of a key.
+    Of the rest of the line it shows `>`, `=` and `:` at most: the rest may be a part of a key.
     """
     plain = "".join(each if each.upper() in NAME_CHARACTERS else " " for each in line)
     name = (plain.split() or ["?"])[0]
@@ -4529,7 +4529,7 @@ def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> 
 
 def is_first_memory(settings: ServerSettings) -> bool:
     """Return whether no server has run here since the boot, or ever, if the directory survives
-    boots. A file beside DIGEST_FILE says it, which stays when that one is lost."""
+    boots. A file beside DIGEST_FILE records that one has; it stays when DIGEST_FILE is lost."""
     try:
         os.makedirs(os.path.dirname(settings.digest_file), 0o700, exist_ok=True)
         os.close(os.open(settings.digest_file + "-began", os.O_WRONLY | os.O_CREAT | os.O_EXCL,
@@ -5200,6 +5200,7 @@ class AnswerSockets:
         self.close()
         nothing = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
         program = struct.pack("HL", 1, nothing.buffer_info()[0])
+        failed = set()  # both families fail alike
         for port in sorted(ports):
             for size, family in ((4, socket.AF_INET), (16, socket.AF_INET6)):
                 same = [each.socket for each in captures if isinstance(each, UdpCapture)
@@ -5212,8 +5213,9 @@ class AnswerSockets:
                         opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
                 except OSError as error:
                     if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                        self.log.warning(explain(error, f"UDP port {port}")
-                                         + "; its clients get no answer")
+                        failed.add(explain(error, f"UDP port {port}"))
+        for text in sorted(failed):
+            self.log.warning(text + "; its clients get no answer")
 
     def send(self, answer: bytes, datagram: Datagram) -> None:
         """Send an answer to where a datagram came from, from the address that it was sent to."""
@@ -7089,7 +7091,7 @@ def closed_twice(settings: ServerSettings, firewall: Firewall, ports: Iterable[P
     for names, some in closed.items():
         by = f" to what comes by {outside(settings)}" if outside(settings) else ""
         yield (f"The host's own firewall ({names}) closes {port_list(some)} as well{by}, and no "
-               "knock opens that: accept it there" + (", since the guard closes it" if
+               "knock opens that: accept it there" + ("; the guard goes on hiding it" if
                                                       firewall.guard_ports else ""))
 
 
@@ -9452,7 +9454,7 @@ CLIENT_HEAD = """# On the client: python3 spa_client.py --import
 """
 NEXT_STEPS = """# Here: stay logged in until the client has got in. Then type Ctrl-C, and:
 # python3 spa_server.py --daemon
-# If this host is far away, type Ctrl-C before that, and:
+# If this host is far away, do not wait: type Ctrl-C now, and:
 # python3 spa_server.py --trial 300    # opens again after 300 seconds without a knock
 # Give each the same -c, -a and -r as now. To undo it all: -K, then --unguard.
 """
@@ -9696,8 +9698,8 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
     drops = [line for line in firewall.listing().splitlines()
              if COMMENT in line and "drop" in line.lower()]
     if any("@trial" in line or "TIME" in line for line in drops):
-        yield WRONG, ("The guard is on trial: it opens again, or has, unless a knock opened one of "
-                      "its ports in time; the log says until when")
+        yield WRONG, ("The guard is on trial: it opens again, or is open by now, unless a knock "
+                      "opens one of its ports in time; the log says until when")
     if drops and check.server:
         with contextlib.suppress(OSError):  # it has no control socket
             state = ask_server(settings.pid_file, "guard")
@@ -9733,7 +9735,7 @@ def port_findings(check: Checkup, guarded: bool, version: int, port: Port) -> It
     if port in check.settings.guard_ports:
         yield ((FACT, "closed by the guard to everybody without a grant") if guarded else
                (WRONG, "no guard closes it: the host's own firewall alone decides who gets in; "
-                "start the server, or --guard"))
+                "start the server anew, or --guard"))
     elif "dnat" in ends:
         yield WRONG, ("led elsewhere by NAT, as Docker does, before the host's firewall can drop "
                       "it; GUARD_PORTS hides it")
@@ -10261,7 +10263,7 @@ def open_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[i
         expect(len(others) > 1, "PORTS ADDRESS [TIME]")
         doors, seconds = parse_hand(arguments.values["open"], *others[:2])
     except ValueError as error:
-        raise UsageError(f"--open: {error}") from None
+        raise UsageError(f"--open: {error}", "such as --open tcp/22 192.0.2.7 1h") from None
     wanted = {(door.protocol, door.port) for door in doors}
     idle = wanted - settings.guard_ports if only_guarded(settings) else ()
     if idle:
@@ -10351,7 +10353,8 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
     """Close GUARD_PORTS (--guard). That needs no network, and no file but fwknopd.conf."""
     settings = read_settings(arguments)[0]
     if not settings.guard_ports:
-        raise settings.error(ServerSettings.guard_ports, "expected the ports that --guard closes")
+        raise ConfigError("GUARD_PORTS: expected the ports that --guard closes",
+                          f"set GUARD_PORTS tcp/22 in {arguments.config_file}")
     pid = running_server(settings.pid_file)
     if pid and not leftovers(GUARD, settings, log):
         raise SpaError(f"a server is running (pid={pid}), and no guard stands",
@@ -10377,7 +10380,7 @@ def firewall_there(arguments: Arguments, settings: ServerSettings, log: Log, tes
     try:
         stanzas = read_configuration(arguments).stanzas
     except ConfigError as error:
-        log.warning(f"{error}; listing what the kernel has")
+        log.warning(f"{error}; going on with what the kernel has")
     return choose_firewall(settings, stanzas, test, log)
 
 
@@ -10415,7 +10418,7 @@ def run_init(arguments: Arguments, settings: ServerSettings, trial: int = 0) -> 
         raise UsageError("--init: expected ports")
     there = [path for path in (arguments.config_file, settings.access_file) if may_exist(path)]
     if there and not ports <= settings.guard_ports:
-        raise ConfigError(f"--init: {' and '.join(there)} there already", "set GUARD_PORTS "
+        raise ConfigError(f"--init: already there: {' and '.join(there)}", "set GUARD_PORTS "
                           f"{port_list(ports)} in fwknopd.conf, or move what is there away")
     if settings.access_file in there or settings.access_folder:
         write_to(sys.stdout, "There is a configuration already; serving it. --print-client prints "
@@ -10434,7 +10437,7 @@ def print_client(arguments: Arguments) -> None:
     name = "".join(arguments.others).lstrip("#")
     found = [each for *names, each in named if name in ("", *names)]
     if len(found) != 1:
-        raise SpaError(f"--print-client: {len(found) or 'no'} stanzas fit", "number or name of: "
+        raise SpaError("--print-client: expected the number or the name of one stanza", "there are "
                        + ", ".join(f"{number} {name}".rstrip() for number, name, _ in named))
     say(client_stanza(settings, found[0]))
 

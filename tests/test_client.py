@@ -581,10 +581,11 @@ class RcFile(Case):
         nowhere = none + "HOME is not set, or --no-rc-file is given"
         self.assertEqual(f"{none}{self.home}/.fwknoprc", self.failure(2, *words))
         self.assertEqual(nowhere, self.failure(2, *words, "--no-rc-file"))
-        for text, names in (("[default]\n[ x ]\n[Gate]\n", " x , Gate"), ("[default]\n", "none")):
+        for text, names in (("[default]\n[ x ]\n[Gate]\n", "there are:  x , Gate"),
+                            ("[default]\n", "there is none")):
             self.write(text)
             self.assertTrue(self.failure(3, *words).endswith(
-                f": named configuration stanza [x] was not found (there are: {names})"))
+                f": named configuration stanza [x] was not found ({names})"))
         del self.environment["HOME"]
         self.assertEqual(nowhere, self.failure(2, *words))
 

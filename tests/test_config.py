@@ -1002,7 +1002,7 @@ class CommandLineTest(ConfigCase):
                              (missing, self.write("a.conf", KEYED))):
             code, out, err = self.main("--init", "tcp/22", "-c", conf, "-a", access)
             self.assertEqual((3, ""), (code, out))
-            self.assertRegex(err, r"--init: \S+ there already\nhint: set GUARD_PORTS tcp/22 in")
+            self.assertRegex(err, r"--init: already there: \S+\nhint: set GUARD_PORTS tcp/22 in")
             self.assertFalse(os.path.exists(missing))
 
     def test_directives_without_effect(self) -> None:

@@ -127,8 +127,9 @@ class StanzaTest(ConfigCase):
 
     def test_no_or_many_stanzas(self) -> None:
         """The names that there are, or why there is nothing to print, and never a key."""
-        names = "hint: number or name of: 1 gate, 2 joe, 3 old joe, 4 ann, 5 knocks, 6 gpg, 7 both"
-        for words, text in (([], f"7 stanzas fit\n{names}"), (["jo"], f"no stanzas fit\n{names}"),
+        names = ("--print-client: expected the number or the name of one stanza\nhint: there are "
+                 "1 gate, 2 joe, 3 old joe, 4 ann, 5 knocks, 6 gpg, 7 both")
+        for words, text in (([], names), (["jo"], names),
                             (["knocks"], "#5 has no KEY to print: only a knock sequence"),
                             (["gpg"], "#6 has no KEY to print: its client alone has the key"),
                             (["a", "b"], "unexpected argument 'b'")):

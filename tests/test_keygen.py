@@ -435,7 +435,8 @@ class AppendTest(FileTestCase):
             with self.subTest(rc_text + access_text):
                 self.path("rc", rc_text)
                 self.path("access", access_text)
-                code, out, err = call(*WORK, "--rc-file", rc, "--access-file", access)
+                code, out, err = call(*WORK, "--rc-file", rc, "--access-file", access,
+                                      "--expires", "8h")  # and no word of a pass
                 self.assertEqual((3, ""), (code, out))
                 self.assertRegex(err, rf"\Akeygen.py: \S+: has a stanza .* in line {line}\n\Z")
                 self.assertEqual((rc_text, access_text), (self.read(rc), self.read(access)))

@@ -359,7 +359,7 @@ class TerminalTest(FileTestCase):
         for encoding, columns, lines, needed in (
                 ("utf-8", 80, 30, ""), ("utf-8", 57, 30, ""),
                 ("utf-8", 80, 24, "57 columns and 30"), ("utf-8", 56, 50, "57 columns and 30"),
-                ("ascii", 114, 58, ""),
+                ("ascii", 114, 58, ""), ("utf-8", 0, 0, ""),
                 ("ascii", 80, 24, "114 columns and 58"), ("ascii", 113, 99, "114 columns and 58")):
             with self.subTest(encoding=encoding, columns=columns, lines=lines):
                 master, slave = pty.openpty()

@@ -155,7 +155,9 @@ class AnswerTest(unittest.TestCase):
         other = site.host.start(sys.executable, "-c", TAKE)
         other.wait_for("taken")
         site.server.start()
-        site.server.wait_for("UDP port 62201: Address already in use; its clients get no answer")
+        line = "UDP port 62201: Address already in use; its clients get no answer"
+        site.server.wait_for(line)
+        self.assertEqual(1, site.server.log().count(line))
         mark = site.server.mark()
         self.assertEqual("silence", site.ask(site.packet(), seconds=0.3))
         site.server.wait_opened(CLIENT4, 22, mark)

@@ -1321,7 +1321,7 @@ class BrakeTest(unittest.TestCase):
         with Cable() as cable:
             server = Server(cable.server, "FIREWALL_TYPE iptables;\n").start()
             for config, expected, message in (
-                    ("", 3, "GUARD_PORTS: expected the ports that --guard closes"),
+                    ("", 3, "the ports that --guard closes\nhint: set GUARD_PORTS tcp/22 in /"),
                     ("GUARD_PORTS 22;\n", 3, "fwknopd.conf:1: GUARD_PORTS: expected"),
                     ("GUARD_PORTS tcp/22;\n", 1, "is running (pid=")):
                 server.configure(config)

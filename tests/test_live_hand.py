@@ -210,7 +210,7 @@ class HandTest(HandCase):
         """Nothing is opened, and the error says what was expected."""
         with Site(Setup(NFT, "guard")) as site:
             for options, said in (
-                    (["tcp/22"], "--open: expected PORTS ADDRESS [TIME]"),
+                    (["tcp/22"], "--open: expected PORTS ADDRESS [TIME]\nhint: such as --open"),
                     (["tcp/22", "gate.example"], "--open: expected an IP address"),
                     (["tcp/22", "10.55.0.0/24"], "--open: expected an IP address"),
                     (["tcp/22", "010.55.0.2"], "without leading zeros"),
