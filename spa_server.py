@@ -3088,12 +3088,14 @@ def is_meant(who: str, source: Network, opener: str) -> bool:
 
     WHO is a stanza (`#2`), an address, a network, a user, or an opener that has no user.
     """
+    if source.prefixlen == 0:  # open to everybody
+        return False
     try:
         parse_address(who.partition("/")[0])
-        return source.overlaps(ipaddress.ip_network(who, strict=False)) and source.prefixlen > 0
+        return source.overlaps(ipaddress.ip_network(who, strict=False))
     except ValueError:
-        return source.prefixlen > 0 and (opener.startswith(f"stanza {who}, ") or who == opener
-                                         or opener.endswith(f", user '{escape_user(who)}'"))
+        return (opener.startswith(f"stanza {who}, ") or who == opener
+                or opener.endswith(f", user '{escape_user(who)}'"))
 
 
 def escape_user(user: str) -> str:
@@ -9100,12 +9102,12 @@ class Server:
 
     def command(self, request: str) -> str:
         """Do what root asks for, by a signal or the control socket; return the answer."""
-        if request == "guard":
-            return guard_text(self.grants.firewall)
         name, *words = request.split(" ")
         lines: List[str] = []
         try:
-            if name == "flush":
+            if name == "guard":
+                lines = [guard_text(self.grants.firewall)]
+            elif name == "flush":
                 self.log.info("Closing all grants.")
                 self.flush()
             elif name == "open":
@@ -9692,7 +9694,7 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
     """Say of each port who reaches it now, and what a knock would change."""
     settings, firewall = check.settings, check.firewall
     ports = set(settings.guard_ports)
-    if not ports or settings.nft_accept_chains or settings.is_set(ServerSettings.input_access):
+    if not only_guarded(settings):
         ports = ports.union(*[stanza.open_ports or SSH for stanza in check.stanzas])
     check.chains = host_chains(settings)
     drops = [line for line in firewall.listing().splitlines()
@@ -9701,8 +9703,8 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
         yield WRONG, ("The guard is on trial: it opens again, or is open by now, unless a knock "
                       "opens one of its ports in time; the log says until when")
     if drops and check.server:
-        with contextlib.suppress(OSError):  # it has no control socket
-            state = ask_server(settings.pid_file, "guard")
+        with contextlib.suppress(SpaError):  # it has no control socket
+            state = " ".join(have_server_do("guard", settings, check.server) or ())
             if port_list(settings.guard_ports) not in state:  # as guard_text() lists them
                 yield WRONG, (f"The server's guard is an older one ({state}): -R lets it read its "
                               "files again")
@@ -10360,17 +10362,13 @@ def put_guard_up(arguments: Arguments, log: Log) -> None:
         raise SpaError(f"a server is running (pid={pid}), and no guard stands",
                        "-R lets it read its files again")
     if pid:
-        try:
-            answer = ask_server(settings.pid_file, "guard")
-        except OSError as error:
-            raise SpaError(f"a server is running (pid={pid}), and does not answer: {error}",
-                           "its log says whether its guard closes") from None
-        say(f"A server is running (pid={pid}). {answer}")
+        said = have_server_do("guard", settings, pid) or ()
+        say(" ".join([f"A server is running (pid={pid}).", *said]))
         return
-    # A guard that stands keeps its grants and sets.
-    choose_firewall(settings, None, "test" in arguments, log).prepare_guard()
-    if "test" not in arguments:
-        say("Closed to everybody without a grant: " + port_list(settings.guard_ports))
+    firewall = choose_firewall(settings, None, "test" in arguments, log)
+    firewall.prepare_guard()  # one that stands keeps its grants and sets
+    if firewall.guard_ports:
+        say(guard_text(firewall))
 
 
 def firewall_there(arguments: Arguments, settings: ServerSettings, log: Log, test: bool
@@ -10394,18 +10392,17 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
         pid = None
     if "unguard" in arguments:
         remove_guard(settings, pid, log)
-        return
-    for name, do in (("open", open_by_hand), ("close", close_by_hand)):
-        if name in arguments:
-            do(arguments, settings, pid, log)
-            return
-    if "flush" in arguments:
+    elif "flush" in arguments:
         flush_firewall(settings, pid, log)
-        return
-    firewall = firewall_there(arguments, settings, log, False)
-    say(list_grants(firewall, read_openers(openers_file(settings))))
-    if "list_all" in arguments:
-        say("\nListing all rules in our tables...\n" + firewall.listing())
+    elif "open" in arguments:
+        open_by_hand(arguments, settings, pid, log)
+    elif "close" in arguments:
+        close_by_hand(arguments, settings, pid, log)
+    else:
+        firewall = firewall_there(arguments, settings, log, False)
+        say(list_grants(firewall, read_openers(openers_file(settings))))
+        if "list_all" in arguments:
+            say("\nListing all rules in our tables...\n" + firewall.listing())
 
 
 def run_init(arguments: Arguments, settings: ServerSettings, trial: int = 0) -> ServerSettings:
