@@ -9064,8 +9064,8 @@ class Server:
         """Log what stays closed now that this server does not serve, and what opens it."""
         firewall = self.grants.firewall
         if firewall.guard_ports and firewall.guarded():
-            self.log.warning("Closed to everybody from now on, until "
-                             f"{firewall.trial or 'a server runs'} or --unguard: "
+            until = firewall.trial if firewall.trial_left() < FOR_EVER else "a server runs"
+            self.log.warning(f"Closed to everybody from now on, until {until} or --unguard: "
                              + port_list(firewall.guard_ports))
 
     def flush(self) -> None:

@@ -1574,6 +1574,19 @@ class LifeTest(ServerCase):
             self.assertEqual(left, len(self.firewall.rules))
             self.firewall.whole = True
 
+    def test_stop_behind_a_guard(self) -> None:
+        """It says until when the guard stays; one that somebody else made outlasts the trial."""
+        soon = server.Trial(NOW + 300, self.clock.mono_time + 300)
+        for trial, until in ((None, "a server runs"), (server.TRIAL_OVER, "a server runs"),
+                             (soon, str(soon))):
+            made = self.serve("SOURCE ANY\n" + KEYS)
+            self.firewall.trial, self.firewall.guard_ports = trial, frozenset([("tcp", 22)])
+            self.logged()
+            with mock.patch.object(self.firewall, "guarded", return_value=True):
+                made.stop()
+            self.assertIn("Closed to everybody from now on, until %s or --unguard: tcp/22" % until,
+                          self.logged())
+
     def test_start_adopts_or_flushes(self) -> None:
         """FLUSH_IPT_AT_INIT decides."""
         for flush, left in ((False, 1), (True, 0)):
