@@ -2460,26 +2460,22 @@ class Stanza(Settings):
     def check_needs(self) -> None:
         """Raise ConfigError for a directive that stands without another one that it needs."""
         has = self.is_set
-        cycle, knock = has(Stanza.cycle_open), has(Stanza.knock_steps) or has(Stanza.knock_file)
-        for condition, row, needed in (
-                (has(Stanza.command_user), Stanza.command_group, "CMD_EXEC_USER"),
-                (has(Stanza.enable_sudo), Stanza.sudo_user, "ENABLE_CMD_SUDO_EXEC"),
-                (has(Stanza.enable_sudo), Stanza.sudo_group, "ENABLE_CMD_SUDO_EXEC"),
-                (cycle, Stanza.cycle_close, "CMD_CYCLE_OPEN"),
-                (cycle, Stanza.cycle_seconds, "CMD_CYCLE_OPEN"),
-                (has(Stanza.cycle_close), Stanza.cycle_open, "CMD_CYCLE_CLOSE"),
-                (self.cycle_seconds or not self.cycle_close, Stanza.cycle_open, "CMD_CYCLE_TIMER"),
-                (knock, Stanza.knock_seconds, "KNOCK_SEQUENCE"),
-                (knock, Stanza.knock_flags, "KNOCK_SEQUENCE"),
-                (knock, Stanza.knock_strict, "KNOCK_SEQUENCE"),
-                (knock, Stanza.knock_exact, "KNOCK_SEQUENCE"),
-                (knock, Stanza.require_knock, "KNOCK_SEQUENCE")):
-            self.require(condition or not has(row), row, needed + " with it")
-        elsewhere: Tuple[Directive[Any], ...] = (
-            Stanza.cycle_open, Stanza.force_nat, Stanza.force_snat, Stanza.force_masquerade,
-            Stanza.forward_all, Stanza.disable_dnat)
-        for row in elsewhere if self.one_connection else ():
-            self.require(not has(row), row, "no ONE_CONNECTION with it")
+        needs: Tuple[Tuple[str, object, Tuple[Directive[Any], ...]], ...] = (
+            ("CMD_EXEC_USER", has(Stanza.command_user), (Stanza.command_group,)),
+            ("ENABLE_CMD_SUDO_EXEC", has(Stanza.enable_sudo),
+             (Stanza.sudo_user, Stanza.sudo_group)),
+            ("CMD_CYCLE_OPEN", has(Stanza.cycle_open), (Stanza.cycle_close, Stanza.cycle_seconds)),
+            ("CMD_CYCLE_CLOSE", has(Stanza.cycle_close), (Stanza.cycle_open,)),
+            ("CMD_CYCLE_TIMER", self.cycle_seconds or not self.cycle_close, (Stanza.cycle_open,)),
+            ("KNOCK_SEQUENCE", has(Stanza.knock_steps) or has(Stanza.knock_file),
+             (Stanza.knock_seconds, Stanza.knock_flags, Stanza.knock_strict, Stanza.knock_exact,
+              Stanza.require_knock)),
+            ("no ONE_CONNECTION", not self.one_connection,
+             (Stanza.cycle_open, Stanza.force_nat, Stanza.force_snat, Stanza.force_masquerade,
+              Stanza.forward_all, Stanza.disable_dnat)))
+        for needed, condition, rows in needs:
+            for row in rows:
+                self.require(condition or not has(row), row, needed + " with it")
 
     def validate_knock(self) -> List[str]:
         """Check and make the stanza's sequence, if it has one, and return warnings."""
@@ -5200,7 +5196,7 @@ class AnswerSockets:
     def open(self, ports: Iterable[int], captures: Iterable[Capture]) -> None:
         """Open a socket of each family at these ports; go on without one where that fails."""
         self.close()
-        nothing = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
+        nothing = array.array("B", SOCK_FILTER.pack(RETURN, 0, 0, 0))
         program = struct.pack("HL", 1, nothing.buffer_info()[0])
         failed = set()  # both families fail alike
         for port in sorted(ports):
@@ -5503,11 +5499,11 @@ CutTarget = Tuple[Network, str, str]  # source, protocol and port; "*" are all
 
 def cut_target(text: str) -> Optional[CutTarget]:
     """Return what to cut when the door in this text (Door.describe()) is closed; None for none."""
-    words = text.replace(",", " ").split()
+    fields = text.replace(",", " ").split()
     with contextlib.suppress(ValueError, IndexError):
-        at = words.index("->")
-        protocol, _, port = words[at + 2].partition("/")
-        source = ipaddress.ip_network(words[at - 1])
+        arrow = fields.index("->")
+        protocol, _, port = fields[arrow + 2].partition("/")
+        source = ipaddress.ip_network(fields[arrow - 1])
         return (source, protocol, port) if source.prefixlen else None
     return None
 
@@ -6880,6 +6876,47 @@ def iptables_rule(line: str) -> Rule:
                 values.get("--comment", "").strip('"'), line)
 
 
+def leftovers(part: str, settings: ServerSettings, log: Log,
+              netlink: Optional[Netlink] = None) -> List[Leftover]:
+    """Find a part of ours in the kernel, whichever backend made it."""
+    values = [getattr(settings, row.attribute) for row in ServerSettings.rows()]
+    named = {(each.table, each.chain) for each in values if isinstance(each, IptablesChain)}
+    found = []
+    try:
+        found = list(nft_leftovers(netlink or Netlink.open(), named, part))
+    except CommandError as error:
+        if error.number and error.number not in NOTHING_THERE:  # 0: the kernel has no netlink
+            raise
+    return found + list(legacy_leftovers(settings, named, part, log))
+
+
+def remove_leftovers(part: str, settings: ServerSettings, log: Log,
+                     netlink: Optional[Netlink] = None) -> List[str]:
+    """Remove what leftovers() finds, and return texts about it. Log what can't be removed."""
+    removed = []
+    for leftover in leftovers(part, settings, log, netlink):
+        try:
+            leftover.remove()
+            removed += leftover.texts
+        except CommandError as error:
+            log.error(f"{error}; left: {', '.join(leftover.texts)}")
+    return removed
+
+
+def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
+    """Remove the grants of earlier settings, and their table for NAT if `firewall` has none."""
+    netlink = firewall.netlink  # it may own a table, which nobody else can change
+    try:
+        remove_leftovers(GRANTS, settings, log, netlink)
+        if NAT_TABLE not in firewall.chains:
+            (netlink or Netlink.open()).commit([(
+                DELETE_TABLE, NFT_FAMILIES[NAT_TABLE.family],
+                name_attribute(TABLE_NAME, NAT_TABLE.table))])
+    except CommandError as error:
+        if error.number not in NOTHING_THERE:
+            log.warning(f"{error}; what earlier settings opened may be left")
+
+
 def is_untracked(rule: Dict[int, bytes]) -> bool:
     """Return whether a rule that the kernel listed turns connection tracking off."""
     return any(name == "notrack" or (name == "target" and (  # struct xt_ct_target_info
@@ -6917,28 +6954,28 @@ class HostChain(NamedTuple):
     rules: Dict[str, List[HostRule]]  # of this chain, and of those that it leads to
     interface: str = ""  # that packets from elsewhere come by, if that is known
 
-    def ends(self, port: Port, state: str = "new") -> Set[str]:
+    def verdicts(self, port: Port, state: str = "new") -> Set[str]:
         """Return what may become of a packet from elsewhere: accept, drop or dnat."""
-        found = chain_ends(self.rules, self.name, {
+        found = chain_verdicts(self.rules, self.name, {
             "protocol": port[0], "port": str(port[1]), "state": state, "destination": "local",
             "status": "", "interface": self.interface.lower()})
-        return {self.policy if end == "next" else end for end in found}
+        return {self.policy if each == "next" else each for each in found}
 
 
-def chain_ends(rules: Dict[str, List[HostRule]], name: str, packet: Dict[str, str]) -> Set[str]:
+def chain_verdicts(rules: Dict[str, List[HostRule]], name: str, packet: Dict[str, str]) -> Set[str]:
     """Return how a packet may leave a chain; `next` goes on behind it."""
     found: Set[str] = set()
     for tests, verdict, target in rules.get(name, ()):
         held = [holds(*test, packet) for test in tests]
         if False in held:
             continue
-        ends = chain_ends(rules, target, packet) if verdict == "jump" else {verdict}
-        found |= ends - {"next"}
-        if None not in held and "next" not in ends:
+        met = chain_verdicts(rules, target, packet) if verdict == "jump" else {verdict}
+        found |= met - {"next"}
+        if None not in held and "next" not in met:
             break
     else:
         found.add("next")
-    return {"next" if end == "return" else end for end in found}
+    return {"next" if each == "return" else each for each in found}
 
 
 def holds(field: str, values: List[str], negated: bool, packet: Dict[str, str]) -> Optional[bool]:
@@ -6983,8 +7020,8 @@ def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
     found = re.search(HOST_ENDS, text)
     if not found:
         return []
-    how, target, word = found.groups()
-    verdict = VERDICTS.get((word or target).lower(), "next")
+    how, target, name = found.groups()
+    verdict = VERDICTS.get((name or target).lower(), "next")
     if verdict == "queue" or re.sub(HOST_EFFECTLESS, "", text[:found.start()]).strip():
         tests.append(UNKNOWN)
     if target not in chains:
@@ -7014,13 +7051,13 @@ def nft_host_chains(text: str) -> Iterator[HostChain]:
     """Find the chains in the output of `nft list ruleset`, but for those of our own tables."""
     tables: Dict[str, Dict[str, List[str]]] = {}
     table = chain = ""
-    for words in [line.split() for line in text.splitlines()]:
-        if words[:1] == ["table"]:
-            table = " ".join(words[1:3])
-        elif words[:1] == ["chain"] or words == ["}"]:
-            chain = "".join(words[1:2])
-        elif chain and words and words[0] != "comment":
-            tables.setdefault(table, {}).setdefault(chain, []).append(" ".join(words))
+    for fields in [line.split() for line in text.splitlines()]:
+        if fields[:1] == ["table"]:
+            table = " ".join(fields[1:3])
+        elif fields[:1] == ["chain"] or fields == ["}"]:
+            chain = "".join(fields[1:2])
+        elif chain and fields and fields[0] != "comment":
+            tables.setdefault(table, {}).setdefault(chain, []).append(" ".join(fields))
     for table, chains in tables.items():
         rules = {name: [rule for line in lines if not line.startswith("type ")
                         for rule in host_rules(line, chains)] for name, lines in chains.items()}
@@ -7058,11 +7095,12 @@ def outside(settings: ServerSettings) -> str:
     return settings.interface if settings.interface != "any" else (default + [""])[0]
 
 
-def host_ends(chains: List[HostChain], version: int, port: Port, state: str = "new") -> Set[str]:
+def host_verdicts(chains: List[HostChain], version: int, port: Port, state: str = "new"
+                  ) -> Set[str]:
     """Return what the host may do with a packet to this port: accept, drop or dnat."""
-    ends = [chain.ends(port, state) for chain in chains if version in chain.versions]
-    together = set().union({"accept"}, *ends)
-    return {"drop"} if {"drop"} in ends and "dnat" not in together else together
+    found = [chain.verdicts(port, state) for chain in chains if version in chain.versions]
+    together = set().union({"accept"}, *found)
+    return {"drop"} if {"drop"} in found and "dnat" not in together else together
 
 
 def is_opened_by(firewall: Firewall, chain: HostChain) -> bool:
@@ -7084,10 +7122,10 @@ def closed_twice(settings: ServerSettings, firewall: Firewall, ports: Iterable[P
     closed: Dict[str, List[Port]] = {}
     for port in sorted(ports):
         # What NAT leads elsewhere, as Docker does, does not come in.
-        led = {version for chain in chains if "dnat" in chain.ends(port)
+        led = {version for chain in chains if "dnat" in chain.verdicts(port)
                for version in chain.versions}
         where = [chain.where for chain in chains if not is_opened_by(firewall, chain)
-                 and chain.ends(port) == {"drop"} and not led.issuperset(chain.versions)]
+                 and chain.verdicts(port) == {"drop"} and not led.issuperset(chain.versions)]
         if where:
             closed.setdefault(", ".join(where), []).append(port)
     for names, some in closed.items():
@@ -7111,47 +7149,6 @@ def obstacles(settings: ServerSettings, stanzas: List[Stanza],
                    " to a guarded port that they concern ends with its grant")
     yield from closed_twice(settings, firewall, settings.guard_ports or frozenset().union(
         *[stanza.open_ports or SSH for stanza in stanzas]))
-
-
-def leftovers(part: str, settings: ServerSettings, log: Log,
-              netlink: Optional[Netlink] = None) -> List[Leftover]:
-    """Find a part of ours in the kernel, whichever backend made it."""
-    values = [getattr(settings, row.attribute) for row in ServerSettings.rows()]
-    named = {(each.table, each.chain) for each in values if isinstance(each, IptablesChain)}
-    found = []
-    try:
-        found = list(nft_leftovers(netlink or Netlink.open(), named, part))
-    except CommandError as error:
-        if error.number and error.number not in NOTHING_THERE:  # 0: the kernel has no netlink
-            raise
-    return found + list(legacy_leftovers(settings, named, part, log))
-
-
-def remove_leftovers(part: str, settings: ServerSettings, log: Log,
-                     netlink: Optional[Netlink] = None) -> List[str]:
-    """Remove what leftovers() finds, and return texts about it. Log what can't be removed."""
-    removed = []
-    for leftover in leftovers(part, settings, log, netlink):
-        try:
-            leftover.remove()
-            removed += leftover.texts
-        except CommandError as error:
-            log.error(f"{error}; left: {', '.join(leftover.texts)}")
-    return removed
-
-
-def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> None:
-    """Remove the grants of earlier settings, and their table for NAT if `firewall` has none."""
-    netlink = firewall.netlink  # it may own a table, which nobody else can change
-    try:
-        remove_leftovers(GRANTS, settings, log, netlink)
-        if NAT_TABLE not in firewall.chains:
-            (netlink or Netlink.open()).commit([(
-                DELETE_TABLE, NFT_FAMILIES[NAT_TABLE.family],
-                name_attribute(TABLE_NAME, NAT_TABLE.table))])
-    except CommandError as error:
-        if error.number not in NOTHING_THERE:
-            log.warning(f"{error}; what earlier settings opened may be left")
 
 
 # ======================================================================================
@@ -7343,7 +7340,7 @@ class Grants:
             # Nobody knows which of the two happened. To open it again might let somebody else in.
             del self.live[door]
             self.log.info(f"{door} is closed: its one connection has come, or somebody flushed it")
-        lost = [grant for grant in lost if grant.door.kind != ONCE]
+        lost = [grant for grant in lost if grant.door in self.live]
         for start in range(0, len(lost), GRANTS_AT_ONCE):
             # Somebody else changes the firewall as well, so that this may take long; see grant().
             again = [each._replace(early=True) for each in lost[start:start + GRANTS_AT_ONCE]]
@@ -9102,7 +9099,7 @@ class Server:
 
     def command(self, request: str) -> str:
         """Do what root asks for, by a signal or the control socket; return the answer."""
-        name, *words = request.split(" ")
+        name, *arguments = request.split(" ")
         lines: List[str] = []
         try:
             if name == "guard":
@@ -9111,10 +9108,10 @@ class Server:
                 self.log.info("Closing all grants.")
                 self.flush()
             elif name == "open":
-                opener, ports, address, lasting = words
+                opener, ports, address, lasting = arguments
                 lines = self.access.open_by_hand(*parse_hand(ports, address, lasting), opener)
             elif name == "close":
-                lines = self.access.close_by_hand(" ".join(words))
+                lines = self.access.close_by_hand(" ".join(arguments))
             else:
                 return "error: no such request"
         except (SpaError, OSError, ValueError) as error:
@@ -9562,7 +9559,7 @@ def write_new_files(texts: Dict[str, str]) -> None:
 
 
 def ssh_connection() -> List[str]:
-    """Return the words of SSH_CONNECTION. If sudo or su dropped it, a parent process has it."""
+    """Return the fields of SSH_CONNECTION. If sudo or su dropped it, a parent process has it."""
     process = "self"
     while process.strip("0"):  # the first one has the parent 0
         environment = "\0" + read_proc(f"{process}/environ")
@@ -9580,11 +9577,11 @@ def own_address() -> str:
             here, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
         with socket.socket(family, kind) as probe:
             probe.bind(address)
-        theirs, ours = (ipaddress.ip_address(each.partition("%")[0]) for each in (peer, here))
-        if not (ours.is_loopback or ours.is_unspecified):
+        other, own = (ipaddress.ip_address(each.partition("%")[0]) for each in (peer, here))
+        if not (own.is_loopback or own.is_unspecified):
             return here + ("    # put the client's interface after the %" if "%" in here else
                            "    # behind a NAT, put its public address here"
-                           if ours.is_private and not theirs.is_private else "")
+                           if own.is_private and not other.is_private else "")
     for family, known in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((known, 62201))  # sends nothing
@@ -9662,9 +9659,9 @@ def check_server(check: Checkup) -> Iterator[Finding]:
     yield ((FACT, f"A server runs (pid={check.server})") if check.server else
            (WRONG, "No server runs with these files: no knock is heard; start it"))
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        words = read_proc(pid + "/cmdline").split("\0")
-        words = words[1:4] if os.path.basename(words[0]).startswith("python") else words[:1]
-        names = {"spa_server.py", "fwknopd", "knockd"} & set(map(os.path.basename, words))
+        argv = read_proc(pid + "/cmdline").split("\0")
+        argv = argv[1:4] if os.path.basename(argv[0]).startswith("python") else argv[:1]
+        names = {"spa_server.py", "fwknopd", "knockd"} & set(map(os.path.basename, argv))
         parent = read_proc(pid + "/stat").rpartition(")")[2].split()[1:2]
         ours = {str(os.getpid()), str(check.server)}
         with contextlib.suppress(OSError):  # it has ended, or is in another container
@@ -9733,21 +9730,21 @@ def check_ports(check: Checkup) -> Iterator[Finding]:
 
 def port_findings(check: Checkup, guarded: bool, version: int, port: Port) -> Iterator[Finding]:
     """Say who reaches a port, and whether a grant would work there."""
-    ends = host_ends(check.chains, version, port)
+    verdicts = host_verdicts(check.chains, version, port)
     if port in check.settings.guard_ports:
         yield ((FACT, "closed by the guard to everybody without a grant") if guarded else
                (WRONG, "no guard closes it: the host's own firewall alone decides who gets in; "
                 "start the server anew, or --guard"))
-    elif "dnat" in ends:
+    elif "dnat" in verdicts:
         yield WRONG, ("led elsewhere by NAT, as Docker does, before the host's firewall can drop "
                       "it; GUARD_PORTS hides it")
-    elif ends == {"accept"}:
+    elif verdicts == {"accept"}:
         yield WRONG, ("open to everybody, since the host's firewall does not drop it; drop it "
                       "there, or set GUARD_PORTS")
     else:
-        yield FACT, ("closed to everybody without a grant" if ends == {"drop"} else
+        yield FACT, ("closed to everybody without a grant" if verdicts == {"drop"} else
                      "closed without a grant, but for those whom rules of the host let in")
-        if host_ends(check.chains, version, port, "established") == {"drop"}:
+        if host_verdicts(check.chains, version, port, "established") == {"drop"}:
             yield WRONG, ("no rule lets established connections go on: they end with the grant; "
                           "accept `ct state established` first")
 
@@ -9771,7 +9768,7 @@ def check_capture(check: Checkup) -> Iterator[Finding]:
                        (settings.tcp_server, ("tcp", settings.tcp_port))):
         for version in check.versions if used else ():
             if port in settings.guard_ports or (
-                    host_ends(check.chains, version, port) == {"drop"}):
+                    host_verdicts(check.chains, version, port) == {"drop"}):
                 yield WRONG, (f"{port_list([port])}: no SPA packet reaches this socket, "
                               f"since IPv{version} is dropped before; let it in")
 
@@ -9855,9 +9852,9 @@ def find_all(check: Checkup, is_root: bool) -> List[str]:
     if not is_root:
         check.warning("Only root can look at the firewall, the capture and the run directory; run "
                       "this as root")
-    for look in [look for look, for_root in CHECKS if is_root or not for_root]:
+    for find in [find for find, for_root in CHECKS if is_root or not for_root]:
         with check.noting_failure():
-            for finding in look(check):
+            for finding in find(check):
                 check.findings.append(finding)
     found = sorted(dict.fromkeys(check.findings), key=lambda finding: finding[0])
     return [MARKS[rank] + text for rank, text in found]

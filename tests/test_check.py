@@ -196,7 +196,7 @@ class FirewallTest(unittest.TestCase):
                 with self.subTest(kind=kind, rules=lines):
                     chain = chain_of(kind, lines)
                     self.assertEqual((new, established), (
-                        chain.ends(("tcp", 22)), chain.ends(("tcp", 22), "established")))
+                        chain.verdicts(("tcp", 22)), chain.verdicts(("tcp", 22), "established")))
 
     def test_interface(self) -> None:
         """Where packets come by WAN0."""
@@ -206,38 +206,39 @@ class FirewallTest(unittest.TestCase):
                 ("iifname \"wan*\" accept", BOTH), ("iifname . ip saddr @lans accept", BOTH),
                 ("iifname vmap { \"lo\" : accept, \"WAN0\" : jump ssh }", ACCEPT)):
             chain = chain_of("nft", rule)._replace(interface="WAN0")
-            self.assertEqual(expected, chain.ends(("tcp", 22)), rule)
+            self.assertEqual(expected, chain.verdicts(("tcp", 22)), rule)
         for rule, expected in (("-i WAN0 -j ACCEPT", ACCEPT), ("! -i WAN0 -j ACCEPT", DROP),
                                ("-i eth+ -j ACCEPT", BOTH)):
             chain = chain_of("iptables", rule)._replace(interface="WAN0")
-            self.assertEqual(expected, chain.ends(("tcp", 22)), rule)
+            self.assertEqual(expected, chain.verdicts(("tcp", 22)), rule)
 
     def test_managed(self) -> None:
         """What firewalld and fw4 let in depends on the interface, which may be known."""
         firewalld, fw4 = server.nft_host_chains(MANAGED)
-        self.assertEqual([BOTH, BOTH], [firewalld.ends(("tcp", 80)), fw4.ends(("tcp", 22))])
+        self.assertEqual([BOTH, BOTH], [firewalld.verdicts(("tcp", 80)), fw4.verdicts(("tcp", 22))])
         firewalld = firewalld._replace(interface="eth0")
         for port, state, expected in ((22, "new", ACCEPT), (80, "new", DROP),
                                       (80, "established", ACCEPT), (80, "invalid", DROP)):
-            self.assertEqual(expected, firewalld.ends(("tcp", port), state))
+            self.assertEqual(expected, firewalld.verdicts(("tcp", port), state))
         for interface, port, state, expected in (
                 ("wan", 22, "new", DROP), ("wan", 22, "related", ACCEPT),
                 ("br-lan", 22, "new", BOTH), ("wan", 8443, "new", BOTH)):  # fw4 limits SYNs, too
-            self.assertEqual(expected, fw4._replace(interface=interface).ends(("tcp", port), state))
-        self.assertEqual(ACCEPT, firewalld._replace(interface="eth1").ends(("tcp", 80)))
+            self.assertEqual(
+                expected, fw4._replace(interface=interface).verdicts(("tcp", port), state))
+        self.assertEqual(ACCEPT, firewalld._replace(interface="eth1").verdicts(("tcp", 80)))
 
     def test_ruleset(self) -> None:
         """The chains of nft's output: not ours, not those of other hooks."""
         chains = {each.where: each for each in server.nft_host_chains(RULESET)}
         self.assertEqual({"inet filter input": (4, 6), "ip nat forward": (4,)},
                          {name: each.versions for name, each in chains.items()})
-        ends = [server.host_ends(list(chains.values()), version, ("tcp", port))
+        ends = [server.host_verdicts(list(chains.values()), version, ("tcp", port))
                 for version in (4, 6) for port in (22, 80, 8080)]
         # Our own rule is a grant's, and no rule of the host.
         self.assertEqual([DROP, ACCEPT, {"accept", "drop", "dnat"}, DROP, ACCEPT, DROP], ends)
-        self.assertEqual({"dnat"}, chains["ip nat forward"].ends(("tcp", 8080)))
+        self.assertEqual({"dnat"}, chains["ip nat forward"].verdicts(("tcp", 8080)))
         self.assertEqual([], list(server.nft_host_chains("")))
-        self.assertEqual(ACCEPT, server.host_ends([], 4, ("tcp", 22)))
+        self.assertEqual(ACCEPT, server.host_verdicts([], 4, ("tcp", 22)))
 
 
 class Checked(server.Checkup):
