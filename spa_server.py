@@ -6941,6 +6941,7 @@ HOST_ENDS = (r" (-j|-g|jump|goto) (\S+).*"
 HOST_EFFECTLESS = r" (counter packets \d+ bytes \d+|counter|-m \w+|log( level \w+)?)"
 VERDICTS = {"accept": "accept", "drop": "drop", "reject": "drop", "return": "return",
             "dnat": "dnat", "redirect": "dnat", "queue": "queue", "nfqueue": "queue"}
+HOST_HOOKS = {"filter": "INPUT", "nat": "PREROUTING"}  # of iptables' tables that matter here
 SSH = frozenset([("tcp", 22)])  # stands for every port, where a stanza names none
 
 
@@ -7029,15 +7030,15 @@ def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
     return [(tests, "jump", target)] + ([(tests, "return", "")] if how in ("-g", "goto") else [])
 
 
-def iptables_host_chain(program: str, version: int, table: str, hook: str,
-                        legacy: bool) -> HostChain:
+def iptables_host_chain(firewall: Iptables, table: str, legacy: bool) -> HostChain:
     """Return the chain of a table of iptables that packets to this host come through."""
-    lines = Iptables(program).list(table)
+    lines, hook = firewall.list(table), HOST_HOOKS[table]
     rules: Dict[str, List[HostRule]] = {
         line.split()[1]: [] for line in lines if line.startswith(("-N ", "-P "))}
     for _, name, text in [(line + " ").split(" ", 2) for line in lines if line.startswith("-A ")]:
         rules[name] += host_rules(text, rules)
     owner = " of ufw" if any(each.startswith("ufw-") for each in rules) else ""
+    version = 6 if "ip6" in os.path.basename(firewall.program) else 4
     return HostChain(f"{iptables_family(version, legacy)} {table} {hook}{owner}", (version,),
                      "drop" if f"-P {hook} DROP" in lines else "accept", hook, rules)
 
@@ -7071,20 +7072,19 @@ def nft_host_chains(text: str) -> Iterator[HostChain]:
 
 def host_chains(settings: ServerSettings) -> List[HostChain]:
     """Read what every firewall of this host does with packets to it, without our rules."""
-    nft, hooks = find_program("nft"), {"filter": "INPUT", "nat": "PREROUTING"}
+    nft = find_program("nft")
     text = run_program([nft, "-t", "list", "ruleset"]) if nft else ""  # -t: without sets' elements
     found = {chain.where: chain for chain in nft_host_chains(text)}
     for version in (4, 6):
-        for table, hook in hooks.items():
+        for table, hook in HOST_HOOKS.items():
             where = f"{nft_family(version)} {table} {hook}"  # nft does not print all of its matches
             program = (find_iptables(settings, nft_family(version) + "tables", legacy=False)
                        if where in found or not nft else None)
             if program:
-                found[where] = iptables_host_chain(program, version, table, hook, False)
-    chains = list(found.values()) + [
-        iptables_host_chain(each.program, 6 if "ip6" in each.program else 4, table, hooks[table],
-                            True) for each, table in legacy_tables(settings) if table in hooks]
-    return [chain._replace(interface=outside(settings)) for chain in chains]
+                found[where] = iptables_host_chain(Iptables(program), table, legacy=False)
+    older = [iptables_host_chain(program, table, legacy=True)
+             for program, table in legacy_tables(settings) if table in HOST_HOOKS]
+    return [chain._replace(interface=outside(settings)) for chain in [*found.values(), *older]]
 
 
 def outside(settings: ServerSettings) -> str:
@@ -7222,7 +7222,7 @@ class Grants:
                           f"expires at {self.live[door].expires}")
         return doors
 
-    def prove(self, doors: List[Door]) -> None:
+    def keep_guard(self, doors: List[Door]) -> None:
         """Let a guard on trial stay if a knock has opened one of its ports."""
         ports = self.firewall.guard_ports & {(door.protocol, door.port) for door in doors
                                              if door.kind in (INPUT, ONCE)}
@@ -8039,7 +8039,7 @@ class Access:
         self.tally.counts["accepted"] += 1
         self.tell(verdict, request, stanza.number)
         if not verdict.by_commands:
-            self.grants.prove(verdict.doors)
+            self.grants.keep_guard(verdict.doors)
         return verdict
 
     def cycles(self, verdict: Verdict, request: Request, stanza: Stanza) -> List[Cycle]:

@@ -276,7 +276,7 @@ class EndTest(unittest.TestCase):
                 spa_server.start_trial(firewall, 300)
                 now[0] = at
                 door = spa_server.Door(any4, None, protocol, port, kind)
-                spa_server.Grants(firewall, spa_server.Log(), clocks).prove([door])
+                spa_server.Grants(firewall, spa_server.Log(), clocks).keep_guard([door])
                 self.assertEqual(ends, firewall.trial is None)
 
     def test_a_wall_clock_that_jumps(self) -> None:
