@@ -9760,8 +9760,9 @@ def check_capture(check: Checkup) -> Iterator[Finding]:
             open_knock_captures(configuration.listenings(), check, captures)
         for line in capture_lines(settings, captures):
             yield FACT, line
-    except PermissionError:
-        yield WRONG, "No CAP_NET_RAW: packets can't be captured; let the server have it"
+    except (PermissionError, AttributeError):
+        yield ODD, ("No CAP_NET_RAW or no packet sockets here: only UDP port "
+                    f"{settings.udp_port} hears knocks, and no sequence; let the server have them")
     finally:
         close_captures(captures, ())
     for used, port in ((settings.udp_server, ("udp", settings.udp_port)),
@@ -10579,8 +10580,9 @@ def main(argv: Optional[List[str]] = None) -> int:
                              os.path.basename(sys.argv[0])), log)
     except (SpaError, OSError) as error:
         text, hint = explain(error), getattr(error, "hint", "")
-        if os.geteuid() and any(os.strerror(each) in text for each in (errno.EACCES, errno.EPERM)):
-            hint = hint or "run it as root"
+        if any(os.strerror(each) in text for each in (errno.EACCES, errno.EPERM)):
+            hint = hint or ("run it as root" if os.geteuid() else
+                            "even root may not do that here; a container needs CAP_NET_ADMIN")
         log.error(f"spa_server.py: {text}")
         if hint:
             log.error("hint: " + hint)

@@ -10,8 +10,8 @@ from typing import List, Tuple
 
 from tests.firewalls import (BACKENDS, IPTABLES_NFT, NFT, Setup, close_host, needs_firewalls,
                              six)
-from tests.netns import CLIENT4, SERVER4, STANZA, Cable, Server, in_parallel
-from tests.support import TOP, skip
+from tests.netns import CLIENT4, SERVER4, SPA_SERVER, STANZA, Cable, Server, in_parallel
+from tests.support import TOP, needs_programs, skip
 
 ACCESS = STANZA + "OPEN_PORTS tcp/22, tcp/24\nREQUIRE_SOURCE_ADDRESS Y\n"
 # These depend on the machine that the tests run on.
@@ -202,6 +202,15 @@ class LiveCheckTest(unittest.TestCase):
                 if command:
                     cable.server.run("nft", command)
                 self.assert_lines(check(server)[1], r"\[!\] udp/62201: no SPA packet reaches this")
+
+    @needs_programs("setpriv")
+    def test_no_right_to_capture(self) -> None:
+        """The server then listens on a UDP port, and --check says so."""
+        with Cable() as cable:
+            server = Server(cable.server, "GUARD_PORTS tcp/22;\n", ACCESS)
+            text = cable.server.run_code("setpriv", "--bounding-set", "-net_raw", *SPA_SERVER,
+                                         *server.files, "--check")[1]
+            self.assert_lines(text.splitlines(), r"\[-\] No CAP_NET_RAW .* only UDP port 62201 hears")
 
     def test_an_ordinary_user(self) -> None:
         """The files and the clock are looked at; the rest needs root."""
