@@ -72,7 +72,7 @@ From here on the machine is touched.
   19. Firewall
   20. nftables
   21. iptables
-  22. Choice of a firewall, and leftovers
+  22. Choice of a firewall, leftovers, and the host's rules
   23. Grants
   24. Commands
   25. Configuration
@@ -2865,7 +2865,8 @@ def read_knockd(path: str) -> KnockdFile:
 # 11. Judgement
 #
 # Decide what a request may open: pure functions of request, stanza, settings, time and this host's
-# addresses, in the order of tests/spec/fwknop.md 3.4. Freshness and replay are in section 16.
+# addresses, in the order of tests/spec/fwknop.md 3.4, and what --open and --close mean. Freshness
+# and replay are in section 16.
 # ======================================================================================
 
 
@@ -4788,7 +4789,7 @@ def drain_socket(events: Optional[socket.socket]) -> None:
 #
 # The server gets datagrams from a packet socket if it has CAP_NET_RAW: then no port listens, and
 # the host's firewall may drop the packets. Else it opens UDP sockets. TCP sockets can be added to
-# either. A capture file replaces all of these.
+# either. A capture file replaces all of these. Answers leave from UDP sockets at the same ports.
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
@@ -5295,7 +5296,7 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log, captures: Lis
 # ======================================================================================
 # 19. Firewall
 #
-# The base of all backends, and what a guard has to know of the host.
+# The base of all backends, the trial of a guard, and what a guard has to know of the host.
 # ======================================================================================
 
 PATIENCE = 5.0  # seconds that one change may keep the loop waiting, all its programs together
@@ -5492,55 +5493,6 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
                               for start in range(0, len(address), 8))
             found.append((parse_address(socket_text(packed)), int(peer_port, 16), port))
     return [each for each in found if not each[0].is_loopback][:500]
-
-
-CutTarget = Tuple[Network, str, str]  # source, protocol and port; "*" are all
-
-
-def cut_target(text: str) -> Optional[CutTarget]:
-    """Return what to cut when the door in this text (Door.describe()) is closed; None for none."""
-    fields = text.replace(",", " ").split()
-    with contextlib.suppress(ValueError, IndexError):
-        arrow = fields.index("->")
-        protocol, _, port = fields[arrow + 2].partition("/")
-        source = ipaddress.ip_network(fields[arrow - 1])
-        return (source, protocol, port) if source.prefixlen else None
-    return None
-
-
-def cut_connections(targets: Iterable[CutTarget], log: Log) -> int:
-    """Cut connections, and say which, or that they may go on; return how many were cut.
-
-    If the kernel only forgot a connection, its next packet from this host would begin it anew, and
-    the answers would pass the firewall. So `ss` ends the TCP sockets of this host first.
-    """
-    ss, conntrack, total = find_program("ss"), find_program("conntrack"), 0
-    for source, protocol, port in sorted(targets, key=str):
-        where, cut = f"connections from {source} to {protocol}/{port}", 0
-        match = [] if port == "*" else ["-p", protocol, "--dport", port]
-        try:
-            if ss and protocol == "tcp":
-                cut = run_program([ss, "-HtnK", "state", "established", "dst", str(source), "sport",
-                                   "=", ":" + port]).count("\n")
-                peers = established_connections(frozenset([(protocol, int(port))]))
-                if any(peer in source for peer, _, _ in peers):
-                    log.warning(f"{where} may go on: the kernel can't end sockets")
-            if conntrack:
-                flows = run_program([conntrack, "-D", "-f", f"ipv{source.version}", "-s",
-                                     str(source)] + match).splitlines()
-                cut = max(cut, sum({"TIME_WAIT", "CLOSE"}.isdisjoint(flow.split())
-                                   for flow in flows))
-        except CommandError as error:
-            if "0 flow entries" not in error.said:
-                log.error(str(error))
-        if cut:
-            say(f"Cut {cut} {where}")
-        total += cut
-    for program, text in ((ss, "ss: TCP connections of this host may go on"),
-                          (conntrack, "conntrack: forwarded connections and UDP may go on")):
-        if not program:
-            log.warning("There is no program " + text)
-    return total
 
 
 # ======================================================================================
@@ -6530,11 +6482,11 @@ class IptablesFirewall(Firewall):
 
 
 # ======================================================================================
-# 22. Choice of a firewall, and leftovers
+# 22. Choice of a firewall, leftovers, and the host's rules
 #
-# Which backend the settings mean, which rules of the host get in its way, and what any backend
-# has left in the kernel. All that we make carries a mark, its name or a rule's comment, so this
-# program finds it without a configuration.
+# Which backend the settings mean, what any backend has left in the kernel, and which rules of the
+# host get in the way. All that we make carries a mark, its name or a rule's comment, so this
+# program finds it without a configuration. It only reads the host's rules.
 # ======================================================================================
 
 
@@ -10308,6 +10260,55 @@ def close_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[
     if not cut_connections(targets, log) and not lines:
         raise SpaError(f"nothing that is open or connected belongs to '{who}'",
                        "--fw-list shows who opened what")
+
+
+CutTarget = Tuple[Network, str, str]  # source, protocol and port; "*" are all
+
+
+def cut_target(text: str) -> Optional[CutTarget]:
+    """Return what to cut when the door in this text (Door.describe()) is closed; None for none."""
+    fields = text.replace(",", " ").split()
+    with contextlib.suppress(ValueError, IndexError):
+        arrow = fields.index("->")
+        protocol, _, port = fields[arrow + 2].partition("/")
+        source = ipaddress.ip_network(fields[arrow - 1])
+        return (source, protocol, port) if source.prefixlen else None
+    return None
+
+
+def cut_connections(targets: Iterable[CutTarget], log: Log) -> int:
+    """Cut connections, and say which, or that they may go on; return how many were cut.
+
+    If the kernel only forgot a connection, its next packet from this host would begin it anew, and
+    the answers would pass the firewall. So `ss` ends the TCP sockets of this host first.
+    """
+    ss, conntrack, total = find_program("ss"), find_program("conntrack"), 0
+    for source, protocol, port in sorted(targets, key=str):
+        where, cut = f"connections from {source} to {protocol}/{port}", 0
+        match = [] if port == "*" else ["-p", protocol, "--dport", port]
+        try:
+            if ss and protocol == "tcp":
+                cut = run_program([ss, "-HtnK", "state", "established", "dst", str(source), "sport",
+                                   "=", ":" + port]).count("\n")
+                peers = established_connections(frozenset([(protocol, int(port))]))
+                if any(peer in source for peer, _, _ in peers):
+                    log.warning(f"{where} may go on: the kernel can't end sockets")
+            if conntrack:
+                flows = run_program([conntrack, "-D", "-f", f"ipv{source.version}", "-s",
+                                     str(source)] + match).splitlines()
+                cut = max(cut, sum({"TIME_WAIT", "CLOSE"}.isdisjoint(flow.split())
+                                   for flow in flows))
+        except CommandError as error:
+            if "0 flow entries" not in error.said:
+                log.error(str(error))
+        if cut:
+            say(f"Cut {cut} {where}")
+        total += cut
+    for program, text in ((ss, "ss: TCP connections of this host may go on"),
+                          (conntrack, "conntrack: forwarded connections and UDP may go on")):
+        if not program:
+            log.warning("There is no program " + text)
+    return total
 
 
 def access_alone(arguments: Arguments, settings: ServerSettings, log: Log) -> Access:
