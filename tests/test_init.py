@@ -289,8 +289,8 @@ class InitTest(CableCase):
                 (AS_USER, (), 1, "Operation not permitted\nhint: run it as root\n"),
                 (self.hiding("nft") + AS_USER, (), 1,
                  "(you must be root)\nhint: run it as root\n"),
-                (("setpriv", "--bounding-set", "-net_admin"), (), 1, "Operation not permitted\nhint: "
-                 "even root may not do that here; a container needs CAP_NET_ADMIN\n"),
+                (("setpriv", "--bounding-set", "-net_admin"), (), 1, "Operation not permitted\n"
+                 "hint: even root may not do that here; a container needs CAP_NET_ADMIN\n"),
                 (small, (), 1, "access.conf: No space left on device\n"),
                 ((), ("--trial", "300", "-t"), 3, "--trial: there is no guard to try\n"
                  "hint: set GUARD_PORTS tcp/22, and leave --test out\n"),

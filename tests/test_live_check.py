@@ -210,7 +210,7 @@ class LiveCheckTest(unittest.TestCase):
             server = Server(cable.server, "GUARD_PORTS tcp/22;\n", ACCESS)
             text = cable.server.run_code("setpriv", "--bounding-set", "-net_raw", *SPA_SERVER,
                                          *server.files, "--check")[1]
-            self.assert_lines(text.splitlines(), r"\[-\] No CAP_NET_RAW .* only UDP port 62201 hears")
+            self.assert_lines(text.splitlines(), r"\[-\] No CAP_NET_RAW .* only UDP port 62201 ")
 
     def test_an_ordinary_user(self) -> None:
         """The files and the clock are looked at; the rest needs root."""
