@@ -179,7 +179,7 @@ class CommandError(SpaError):
 
 class PacketRejected(Exception):
     """A packet's rejection. The server counts by the constant `reason`, and logs `template`. If it
-    answers the packet, it does so with `told`; without that with the text of the log."""
+    answers the packet, it sends `told`, or else the text of the log."""
 
     def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}",
                  told: str = "") -> None:
@@ -193,8 +193,8 @@ class WrongKey(PacketRejected):
 
 
 class NotFresh(PacketRejected):
-    """The rejection of a packet that is too old, too new, or a repetition: for every stanza. It is
-    not answered, unless it has a text `told`."""
+    """The rejection of a packet that is too old, too new, or a repetition: for every stanza. The
+    server answers only if there is a text `told`."""
 
     def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}",
                  told: str = "", timestamp: int = 0) -> None:
@@ -4249,11 +4249,11 @@ class ReplayMemory:
     FORGOTTEN is an epoch second: packets up to that timestamp may have been forgotten, so they are
     rejected. Unless the clock jumped, all of those are too old anyway.
 
-    Whoever captured a packet must not get an answer to it, now or later: a packet that came before
-    is not answered, and would_know() says whether the memory would know. So refused packets are on
-    file, too (`# refused DIGEST TIMESTAMP REASON`), and two more numbers follow in the second line:
-    SILENT is for these what FORGOTTEN is for accepted ones. WHOLE is a monotonic time: since then
-    the memory misses no packet (tests/spec/answer.md 3). The last number of that line is WIDEST.
+    Whoever captured a packet must not get an answer to it, now or later. So the server does not
+    answer a packet that came before; would_know() tells whether this memory would know it. Refused
+    packets are on file, too (`# refused DIGEST TIMESTAMP REASON`). More numbers follow in the
+    second line: SILENT is to refused packets what FORGOTTEN is to accepted ones. WHOLE is a
+    monotonic time: since then the memory misses no packet (tests/spec/answer.md 3). Then WIDEST.
     """
 
     def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
@@ -9564,7 +9564,7 @@ CHOICES = ("REQUIRE_SOURCE_ADDRESS not enabled", "Including key file", "no OPEN_
 
 
 class Checkup(Log):
-    """What the checks look at; a log that keeps errors and warnings as findings."""
+    """The state that the checks share; a log that keeps errors and warnings as findings."""
 
     def __init__(self, arguments: "Arguments", root: str = "/") -> None:
         super().__init__()
@@ -9941,7 +9941,7 @@ f foreground        -      foreground           stay in the foreground, even whe
 t test              -      test                 judge and log packets, leave the firewall alone
 v verbose           -      VERBOSE=1            log more
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
-- trial             SECONDS trial               end the guard then, unless a knock opened its ports
+- trial             SECONDS trial               open the guard again then, unless a knock came
 - print-client      -      print_client         print a client's stanza; [NAME] may follow
 D dump-config       -      dump                 print the configuration, without secrets
 - check             -      check_host           say who may reach the ports, and what is wrong here
@@ -10001,7 +10001,8 @@ Hide ports, and open them for a while to clients that hold a key.
 {options}
 
 First steps: `spa_server.py --init tcp/22` makes keys and files in /etc/fwknop if there are none,
-prints the client's stanza, hides ssh and serves. SIGHUP makes a server read its files again.
+prints the client's stanza, hides ssh and serves; on a far host add `--trial 300`. If something does
+not open, `--check` says why. SIGHUP makes a server read its files again.
 """
 
 KNOCKD_HELP = """Usage: knockd [options]
