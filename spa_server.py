@@ -6965,7 +6965,8 @@ def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
                 for rule in host_rules(mapped.group(1) + each.replace(" :", ""), chains)]
     if " vmap " in text:  # a named one, whose verdicts stand elsewhere
         return [([UNKNOWN], "accept", "")]
-    text = re.sub(r" (tcp|udp) (dport|sport|flags)", r" meta l4proto \1 th \2", text)
+    text = re.sub(r"(?<! with) (tcp|udp|icmp|icmpv6|esp|ah) (dport|sport|flags|type|code|spi)",
+                  r" meta l4proto \1 th \2", text)
     tests = [(HOST_FIELDS[name], values.strip("{}").replace(" ", "").replace('"', "").lower()
               .split(","), bool(before or after))
              for before, name, after, values in re.findall(HOST_TEST, text)]
