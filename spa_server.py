@@ -4332,15 +4332,13 @@ class ReplayMemory:
         """Continue the memory of `# began MONOTONIC BOOT_ID FORGOTTEN`, if it is of this boot."""
         try:
             began, boot_id, forgotten = float(fields[2]), fields[3], int(fields[4])
+            silent, whole, widest = (int(fields[5]), float(fields[6]), float(fields[7])) if (
+                len(fields) > 7) else (self.silent, self.whole, 0.0)  # by an earlier version
         except (ValueError, IndexError):
             return
-        self.forgotten = forgotten
-        with contextlib.suppress(ValueError, IndexError):  # earlier versions wrote fewer
-            self.widest = max(self.widest, float(fields[7]))
+        self.forgotten, self.widest = forgotten, max(self.widest, widest)
         if boot_id == self.boot_id and 0 <= began <= self.began + 1:
-            self.began = began
-            with contextlib.suppress(ValueError, IndexError):
-                self.silent, self.whole = int(fields[5]), float(fields[6])
+            self.began, self.silent, self.whole = began, silent, whole
 
     def check_unseen(self, datagram: Datagram) -> None:
         """Raise NotFresh if this very packet came before: it need not be decrypted again."""
@@ -5325,7 +5323,6 @@ class Firewall:
     """
 
     keeps = False  # whether grants() tells what is open
-    legacy = False  # whether it is the iptables from before nf_tables
     quickly_intact = False  # whether intact() takes no longer for many grants
     poll_seconds = POLL_SECONDS
     guard_poll_seconds = float("inf")  # between two looks at a guard whose changes nobody announces

@@ -959,7 +959,7 @@ class MemoryTest(ServerCase):
                      # more than time.localtime() or a float can hold
                      line.encode() + b"9" * 18 + b"\n", line.encode() + b"9" * 400 + b"\n",
                      b"# refused a " + b"9" * 5000 + b" stale\n", b"# refused a \xb2 b\n",
-                     b"# began 1 boot-1 0 0 nan nan\n",
+                     b"# began 1 boot-1 0 0 nan nan\n", b"# began 1 boot-1 0 0 nan nan nan\n",
                      b"# began -inf boot-1 0\n", b"# at 12 boot-1 99999999999\n"):
             with self.subTest(text=text[-30:]):
                 with open(self.path, "wb") as stream:
