@@ -246,6 +246,8 @@ def encode_text(text: str) -> bytes:
 
 def decode_text(data: bytes) -> str:
     """Return the text of a file without a byte order mark; encode_text() makes bytes of it."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # PowerShell's `>` writes UTF-16
+        return data.decode("utf-16", "replace")
     data = data[3:] if data.startswith(b"\xef\xbb\xbf") else data
     return data.decode(sys.getfilesystemencoding(), "surrogateescape")
 
@@ -1854,7 +1856,7 @@ def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given
         name, value, suspicious = parse_line(content)
         if name not in DIRECTIVE_NAMES:
             raise ConfigError(f"{path}:{number}: {explain_line(content)}")
-        if value in ("", "=", ":"):
+        if value in ("", "=", ":", "\xa0"):  # a no-break space
             why = f"expected a value, not '{value}'" if value else "expected a value"
             raise ConfigError(f"{path}:{number}: {name}: {why}")
         if suspicious and name in SECRET_NAMES:

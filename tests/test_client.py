@@ -514,6 +514,7 @@ class RcFile(Case):
                 ("SPA_SERVER=host", "SPA_SERVER: expected a blank after it, not '='"),
                 ("KEY=half/of+a7key", "KEY: expected a blank after it, not '='"),
                 ("KEY = half/of+a7key", "KEY: expected a value, not '='"),
+                ("KEY \xa0 half/of+a7key", "KEY: expected a value, not '\\xa0'"),
                 ("KEY\xa0half/of+a7key", "KEY: expected a blank after it, not a no-break space"),
                 ("\xa0KEY half/of+a7key", "KEY: expected nothing before it, not a no-break space"),
                 ("> KEY half/of+a7key", "KEY: expected nothing before it, not '>'"),
@@ -616,8 +617,13 @@ class RcFile(Case):
     def test_byte_order_mark(self) -> None:
         """Windows begins a text with one; what is saved then is found again."""
         path = self.write("\ufeff[work]\nACCESS tcp/7\n")
-        self.assertEqual("192.0.2.7,tcp/7", self.dump("-n", "work", "-a", "192.0.2.7", *KEYS)[
-            "Message String"])
+        with open(path, "rb") as old:
+            texts = ("\ufeff[work]\r\nACCESS tcp/7\r\n".encode("utf-16-le"), old.read())
+        for data in texts:
+            with open(path, "wb") as new:
+                new.write(data)
+            self.assertEqual("192.0.2.7,tcp/7", self.dump("-n", "work", "-a", "192.0.2.7", *KEYS)[
+                "Message String"])
         self.run_main("-T", "-n", "work", "-A", "tcp/8", "-s", *KEYS, "--save-rc-stanza")
         with open(path) as file:
             self.assertRegex(file.read(), r"\A\[work\]\nACCESS +tcp/8\n(?s:.*)\Z")
