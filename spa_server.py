@@ -2424,8 +2424,7 @@ class Stanza(Settings):
 
     def validate(self) -> List[str]:
         """Check the stanza as a whole, make its keys and its sequence, and return warnings."""
-        key: Secret = self.only_one(Stanza.key, Stanza.key_base64)
-        hmac_key: Secret = self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
+        key, hmac_key = self.secrets()
         gpg = bool(self.gpg_decrypt_id)
         self.takes_packets = bool(key) or gpg
         self.check_needs()
@@ -2537,11 +2536,10 @@ class Stanza(Settings):
         self.void = self.void or str(error)
         self.keys = self.gpg = self.sequence = None
 
-    def seal_answer(self, packet: bytes, done: bool, text: str) -> bytes:
-        """Return the answer to a packet that this stanza's keys have made."""
-        return seal_answer(packet, self.only_one(Stanza.key, Stanza.key_base64),
-                           self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64), done, text,
-                           os.urandom(8))
+    def secrets(self) -> Tuple[Secret, Secret]:
+        """Return the encryption key and the HMAC key, in whichever form they are given."""
+        return (self.only_one(Stanza.key, Stanza.key_base64),
+                self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64))
 
     @property
     def only_same_address(self) -> bool:
@@ -8418,7 +8416,8 @@ class Gate:
         """Answer a packet that was made with a stanza's keys and did not come before, if the
         stanza wants that. KEY has not made a packet of GPG."""
         if told and told[0].answer and told[1] and not is_gpg(datagram.payload):
-            self.answer_sockets.send(told[0].seal_answer(datagram.payload, done, told[1]), datagram)
+            self.answer_sockets.send(seal_answer(datagram.payload, *told[0].secrets(), done,
+                                                 told[1], os.urandom(8)), datagram)
 
     def ask(self, request: Request, stanza: Stanza) -> Optional[Verdict]:
         """Ask for access, and return the verdict; None if the address of the packet's NAT host has
@@ -9453,14 +9452,13 @@ def client_stanza(settings: ServerSettings, stanza: Stanza) -> str:
         why = stanza.void or ("its client alone has the key that opens it" if stanza.takes_packets
                               or stanza.openspa_clients else "only a knock sequence")
         raise SpaError(f"stanza #{stanza.number} has no KEY to print: {why}")
-    hmac_key = stanza.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
-    port = settings.packet_port
+    (key, hmac_key), port = stanza.secrets(), settings.packet_port
     rows = (("ALLOW_IP", "" if stanza.require_source else "source"),
             ("SPOOF_USER", stanza.require_username),
             ("ACCESS", port_list(stanza.open_ports).replace(" ", "")),
             ("SPA_SERVER", own_address()),
             ("SPA_SERVER_PORT", port if port != 62201 else ""),
-            ("KEY_BASE64", base64(stanza.only_one(Stanza.key, Stanza.key_base64))),
+            ("KEY_BASE64", base64(key)),
             ("ENCRYPTION_MODE", stanza.mode if stanza.mode != "CBC" else ""),
             ("HMAC_DIGEST_TYPE", stanza.hmac_type.name if hmac_key else ""),
             ("HMAC_KEY_BASE64", base64(hmac_key)),
@@ -10407,10 +10405,9 @@ def run_init(arguments: Arguments, settings: ServerSettings, trial: int = 0) -> 
     """Write files where there are none (--init); return the settings to serve with."""
     try:
         ports = parse_ports(arguments.values["init"])
+        expect(bool(ports), "ports")
     except ValueError as error:
         raise UsageError(f"--init: {error}") from None
-    if not ports:
-        raise UsageError("--init: expected ports")
     there = [path for path in (arguments.config_file, settings.access_file) if may_exist(path)]
     if there and not ports <= settings.guard_ports:
         raise ConfigError(f"--init: already there: {' and '.join(there)}", "set GUARD_PORTS "
