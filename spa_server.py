@@ -1900,7 +1900,7 @@ class ServerSettings(Settings):
         return folder + [text for applies, text in (
             (not self.aging and not self.capture_file,
              "ENABLE_SPA_PACKET_AGING N: packets of any age are accepted, the replay memory is "
-             "never pruned, and packets older than it are accepted again"),
+             "never pruned, and packets older than it, or forgotten, are accepted again"),
             (not self.digest_persistence,
              "ENABLE_DIGEST_PERSISTENCE N: packets are remembered only while this process lives. "
              "Those made before it started are rejected; one of a client whose clock is ahead "
@@ -4269,14 +4269,14 @@ class ReplayMemory:
         self.file: Optional[int] = None
         self.written = (0, 0, 0)  # device, inode and size of the file as this process wrote it
         self.rewrite_due = 0.0  # when the next attempt to write the file anew may be made
-        self.widest = 0.0  # the greatest MAX_SPA_PACKET_AGE that a packet in here was judged by
+        self.widest = 0.0  # seconds: so far ahead of its arrival may a packet's timestamp be
         self.set_age(max_age)
 
-    def set_age(self, max_age: Optional[int]) -> None:
-        """Judge packets by this MAX_SPA_PACKET_AGE from now on; None is no limit."""
-        self.max_age, widest = max_age, FOR_EVER if max_age is None else max_age
+    def set_age(self, max_age: Optional[int], ahead: float = 0) -> None:
+        """Judge packets by this MAX_SPA_PACKET_AGE from now on; None lets any pass, also `ahead`."""
+        self.max_age, widest = max_age, max_age or ahead
         if widest > self.widest:
-            self.widest = widest
+            self.widest = max(widest, 2 * self.widest)  # not for each packet a bit
             self.close()  # the next packet writes the file anew, with this, before it opens
 
     def open_file(self) -> None:
@@ -4376,7 +4376,8 @@ class ReplayMemory:
 
     def check_fresh(self, timestamp: int) -> None:
         """Raise NotFresh if a packet is too old or too new, by this host's clock."""
-        if self.max_age is None:
+        if self.max_age is None:  # prune() has to know it if there is a limit later
+            self.set_age(None, timestamp + 1 - self.clocks.wall())
             return
         age = self.clocks.wall() - timestamp
         if abs(age) > self.max_age:
@@ -4478,7 +4479,7 @@ class ReplayMemory:
         assert self.path is not None
         temporary = self.path + ".new"
         began = (f"# began {self.began:.3f} {self.boot_id} {self.forgotten} {self.silent} "
-                 f"{self.whole:.3f} {self.widest}\n")
+                 f"{self.whole:.3f} {self.widest:.0f}\n")
         refused = "".join(f"# refused {digest} {timestamp} {reason}\n" for digest, (
             timestamp, reason) in self.refused.items() if timestamp)
         text = DIGEST_HEADER + began + refused + "".join(
