@@ -4273,7 +4273,7 @@ class ReplayMemory:
         self.set_age(max_age)
 
     def set_age(self, max_age: Optional[int], ahead: float = 0) -> None:
-        """Judge packets by this MAX_SPA_PACKET_AGE from now on; None lets any pass, also `ahead`."""
+        """Judge packets by this MAX_SPA_PACKET_AGE now; None lets all pass, however far `ahead`."""
         self.max_age, widest = max_age, max_age or ahead
         if widest > self.widest:
             self.widest = max(widest, 2 * self.widest)  # not for each packet a bit
