@@ -2926,13 +2926,12 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
         return Verdict([], 0, True)
     wanted = set(request.ports)
     unknown = wanted - stanza.open_ports if stanza.open_ports else set()
-    restricted = wanted & stanza.restrict_ports
-    if unknown or restricted:
-        row = Stanza.open_ports if unknown else Stanza.restrict_ports
-        raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
-                             f"access.conf. ({port_list(request.ports)})", told=(
-                                 f"{port_list(unknown or restricted)} is "
-                                 f"{'not ' if unknown else ''}in {row.name}"))
+    for denied, where in ((unknown, "not in OPEN_PORTS"),
+                          (wanted & stanza.restrict_ports, "in RESTRICT_PORTS")):
+        if denied:
+            raise PacketRejected("ports", "One or more requested protocol/ports was denied per "
+                                 f"access.conf. ({port_list(request.ports)})",
+                                 told=f"{port_list(denied)} is {where}")
     seconds = grant_seconds(request.timeout, stanza, now)
     address = request.address or parse_address(socket_text(request.datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
