@@ -2519,7 +2519,7 @@ class Stanza(Settings):
             (self.mode == "LEGACY" and len(key) > LEGACY_KEY_BYTES,
              "Warning: truncating encryption key in legacy mode to 16 bytes"),
             (self.expires is not None and time.time() >= self.expires,
-             "has expired (ACCESS_EXPIRE)"),
+             "has expired (ACCESS_EXPIRE): delete it, or let it end later"),
             (not self.open_ports, "no OPEN_PORTS: every port may be opened"),
             (self.takes_packets and not self.require_source,
              "Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "

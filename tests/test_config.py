@@ -1020,7 +1020,8 @@ class CommandLineTest(ConfigCase):
     def test_warnings_of_what_is_over_or_meant_so(self) -> None:
         """An expired stanza is warned of; old packets in a capture file are not."""
         stanza = self.stanza("ACCESS_EXPIRE 01/01/2020")
-        self.assertIn("(stanza #1) has expired (ACCESS_EXPIRE)", stanza.validate())
+        self.assertIn("(stanza #1) has expired (ACCESS_EXPIRE): delete it, or let it end "
+                      "later", stanza.validate())
         self.assertNotIn("expired", "".join(self.stanza("ACCESS_EXPIRE 01/01/2037").validate()))
         for lines, warned in (("", True), ("PCAP_FILE /x;\n", False)):
             found = self.settings("ENABLE_SPA_PACKET_AGING N;\n" + lines)
