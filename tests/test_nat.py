@@ -614,6 +614,8 @@ class NameTest(NatCase):
         self.gate.set()
         while self.made.gate.resolver.busy:
             self.turn()
+        for thread in set(threading.enumerate()) - {threading.main_thread()}:
+            thread.join()  # an answer may be taken before its thread has written to the socket
         for each in self.made.gate.resolver.sockets:
             each.close()
 
