@@ -25,7 +25,7 @@ CLOSED, OPEN = [False] * len(STRANGERS), [True] * len(STRANGERS)
 TO4 = ["-a", CLIENT4, "-D", SERVER4]
 ENDED = "Trial: no knock opened a guarded port in time. Open to everybody until a new start: "
 STAYS = ": closed for good. Closed to everybody without a grant: tcp/22, tcp/24"
-SESAME = "SOURCE ANY\nOPEN_PORTS tcp/24\nKNOCK_SEQUENCE 7000,8000\n"
+SESAME = "SOURCE ANY\nOPEN_PORTS tcp/24\nKNOCK_SEQUENCE 7000,8000\nFW_ACCESS_TIMEOUT 300\n"
 
 
 class TrialSite(Site):
