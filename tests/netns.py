@@ -432,10 +432,10 @@ class Gateway(Cable):
         """Let `ip` do these lines on a host."""
         host.run("ip", "-batch", "-", input="\n".join(lines) + "\n")
 
-    def forward(self, flag: int) -> None:
-        """Let the gateway's kernel forward, or not."""
+    def forward(self, flag: int, host: Optional[Host] = None) -> None:
+        """Let the kernel of the gateway, or of another host, forward, or not."""
         names = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
-        self.server.run("sysctl", "-qw", *["%s=%d" % (name, flag) for name in names])
+        (host or self.server).run("sysctl", "-qw", *["%s=%d" % (name, flag) for name in names])
 
     def close(self) -> None:
         """Take all three hosts away."""
