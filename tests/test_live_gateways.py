@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 import unittest
 from typing import List
 
@@ -178,10 +179,12 @@ class GatewaysTest(unittest.TestCase):
         first.wait_opened(CLIENT4, 22, mark)
         self.assertEqual([True], self.client.probe(("", SERVER4, 22)))
         second.host.run("ip", "link", "set", "eth0", "up")
+        time.sleep(1)  # a packet says in which second it was made
         second.start()
-        mark = second.mark()
         self.client.send(PEER4, 62201, packet)
-        second.wait_for("replay memory began", mark)
+        second.wait_for("before this replay memory began")
+        self.assertEqual([False], self.client.probe(("", PEER4, 22)))
+        self.assertNotIn(" opened ", second.log())
 
     def test_names(self) -> None:
         """Without any rule the client sends a packet of its own to each address of a name."""
