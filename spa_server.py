@@ -1847,6 +1847,8 @@ class ServerSettings(Settings):
                                 "how long a command may run until it is ended")
     sudo_program = Directive("SUDO_EXE", parse_path, "/usr/bin/sudo",
                              "program through which ENABLE_CMD_SUDO_EXEC runs commands")
+    metrics_file = NoDefault("METRICS_FILE", parse_path,
+                             "write counters for Prometheus to this file every 15 seconds")
     syslog_identity = Directive("SYSLOG_IDENTITY", str, "fwknopd", "name in syslog")
     syslog_facility = Directive("SYSLOG_FACILITY", choice(*FACILITIES), "LOG_DAEMON",
                                 "LOG_DAEMON, LOG_LOCAL0 to LOG_LOCAL7")
@@ -3622,13 +3624,13 @@ class Outlet:
     """A destination of log lines. While it takes no more, lines are dropped, and knocks go on."""
 
     def __init__(self) -> None:
-        self.dropped = 0
+        self.dropped = self.reported = 0  # lines: those that no line of the log counts yet, others
 
     def write(self, severity: int, text: str) -> None:
         """Write a line or drop it; first tell how many lines were dropped."""
         if self.dropped and self.send(
                 WARNING, f"{self.dropped} lines of the log were dropped: nothing took them"):
-            self.dropped = 0
+            self.reported, self.dropped = self.reported + self.dropped, 0
         if self.dropped or not self.send(severity, text):
             self.dropped += 1
 
@@ -4789,7 +4791,7 @@ def drain_socket(events: Optional[socket.socket]) -> None:
 # ======================================================================================
 
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 0x0003, 0x0800, 0x86DD
-SO_ATTACH_FILTER, SO_RCVBUFFORCE, IP_PKTINFO = 26, 33, 8
+SO_ATTACH_FILTER, SO_RCVBUFFORCE, SO_MEMINFO, IP_PKTINFO = 26, 33, 55, 8
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC = 263, 1, 1
 RECEIVE_BUFFER = 4 << 20  # holds 6,500 small packets: 65 ms of a flood of 100,000 a second
 MAX_PACKET = 4096  # the kernel cuts a longer one, and what is left is no datagram
@@ -4820,6 +4822,14 @@ class Capture:
     def receive(self) -> Optional[Datagram]:
         """Return the next datagram; None if it is not one; raise BlockingIOError if none waits."""
         raise NotImplementedError
+
+    def lost(self) -> float:
+        """Return how many packets the kernel dropped because the socket's buffer was full."""
+        try:  # SK_MEMINFO_DROPS, the ninth number (linux/sock_diag.h)
+            return float(struct.unpack(
+                "=32xI", self.socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))[0])
+        except (OSError, AttributeError):  # before Linux 4.12; a file has no socket
+            return float("nan")
 
     def close(self) -> None:
         """Close the socket."""
@@ -7120,6 +7130,17 @@ class Grants:
         self.count = 0  # of all grants so far: the heap never has to compare two of them
         self.not_before = 0.0  # when to try a failed close again
         self.doubtful = False  # whether the firewall failed and may lack grants: restore() is due
+        self.failed = 0  # how many times it failed so far
+
+    @contextlib.contextmanager
+    def patience(self) -> Iterator[None]:
+        """Limit the time of the firewall's programs inside of the `with`; count a failure."""
+        try:
+            with self.firewall.within(PATIENCE):
+                yield
+        except CommandError:
+            self.failed += 1
+            raise
 
     def enter(self, grant: Grant) -> None:
         """Record a grant that the firewall has."""
@@ -7155,7 +7176,7 @@ class Grants:
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
         if opened:
-            with self.firewall.within(PATIENCE):
+            with self.patience():
                 self.add_new(opened, replaced)
         for grant in rivals:
             self.live.pop(grant.door, None)
@@ -7170,6 +7191,10 @@ class Grants:
                           f"expires at {self.live[door].expires}")
         return doors
 
+    def count_open(self) -> int:
+        """Return how many doors are open in the firewall."""
+        return len(self.live) if self.firewall.keeps else 0
+
     def keep_guard(self, doors: List[Door]) -> None:
         """Let a guard on trial stay if a knock has opened one of its ports."""
         ports = self.firewall.guard_ports & {(door.protocol, door.port) for door in doors
@@ -7181,7 +7206,7 @@ class Grants:
         """Let a guard on trial stay (None), or leave it open until a new start (TRIAL_OVER)."""
         self.firewall.trial = trial
         try:
-            with self.firewall.within(PATIENCE):
+            with self.patience():
                 self.firewall.prepare_guard()
         except CommandError:
             self.doubtful = True  # restore() is next: it tries again, and says why it can't
@@ -7245,7 +7270,7 @@ class Grants:
         if not ended:
             return
         try:
-            with self.firewall.within(PATIENCE):
+            with self.patience():
                 self.firewall.remove(ended)
         except CommandError as error:
             self.log.error(f"{error}; trying to close {len(ended)} grants again")
@@ -7306,6 +7331,7 @@ class Grants:
         try:
             self.firewall.flush()
         except CommandError:  # some may still be open: expire() tries to close them again
+            self.failed += 1
             with contextlib.suppress(CommandError):
                 ended += self.firewall.grants()
             for grant in ended:
@@ -7913,12 +7939,24 @@ class Lifecycle(NamedTuple):
 # ======================================================================================
 
 
+# All that may become of a packet. METRICS_FILE has these alone: digest.cache may have other texts.
+REASONS = (
+    "accepted", "length", "not an SPA packet", "source", "wrong HMAC", "wrong key",
+    "encryption type", "malformed", "replay", "stale", "from the future", "before memory",
+    "forgotten", "no knock", "knock", "user", "no address", "other address", "family", "ports",
+    "no time", "NAT", "command", "expired stanza", "grants", "firewall", "HTTP", "X-Forwarded-For",
+    "gpg decryption", "gpg signature", "gpg signer", "gpg too fast", "gpg failed",
+    "OpenSPA length", "OpenSPA header", "OpenSPA ADK", "OpenSPA too fast", "OpenSPA decryption",
+    "OpenSPA signature", "protocol", "target", "error")
+
+
 class Tally:
     """What became of packets and knocks: a count for each reason, and a line for each rejection."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.counts: Dict[str, int] = collections.defaultdict(int)
+        self.sequences = 0  # knock sequences that were completed
 
     def reject(self, datagram: Datagram, why: Exception, stanza_number: int = 0) -> None:
         """Count a rejection by this stanza. Log it, unless too many lines came before."""
@@ -8160,6 +8198,7 @@ class KnockListener:
             if last:
                 self.log.info(f"{source}: {name}: OPEN SESAME")
         if last:
+            self.tally.sequences += 1
             try:
                 self.complete(sequence, owner, knock, name)
             except SpaError as error:
@@ -8758,6 +8797,7 @@ class FirewallWatch:
         self.check_due = self.check_rest = 0.0  # when a look is due, and until when there is none
         self.check_wait = RETRY_SECONDS
         self.guard_due = 0.0
+        self.looked = clocks.wall()  # when the last look that did not fail was
 
     def hear(self) -> None:
         """Look at the firewall soon after somebody changed it, once for a series of changes."""
@@ -8788,7 +8828,7 @@ class FirewallWatch:
         """Put the guard back at once if somebody removed it: until then everybody gets in."""
         firewall = self.grants.firewall
         try:
-            with firewall.within(PATIENCE):
+            with self.grants.patience():
                 if firewall.trial is not TRIAL_OVER and firewall.mend_guard():
                     self.log.warning("Somebody changed our rules in the firewall "
                                      f"({firewall.describe()}); put the guard back")
@@ -8801,9 +8841,10 @@ class FirewallWatch:
         began, doubtful = self.clocks.monotonic(), self.grants.doubtful
         self.grants.doubtful = False  # what fails below is tried again
         try:
-            with self.grants.firewall.within(PATIENCE):
+            with self.grants.patience():
                 if began < self.check_rest and not doubtful and self.grants.firewall.intact():
                     self.check_due = self.check_rest  # rules are looked at at once, grants then
+                    self.looked = self.clocks.wall()
                     return
                 all_well = self.grants.restore()
         except CommandError as error:
@@ -8813,6 +8854,7 @@ class FirewallWatch:
             self.check_due = self.clocks.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
         else:
+            self.looked = self.clocks.wall()
             now = self.clocks.monotonic()
             self.check_due = now + self.grants.firewall.poll_seconds
             rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
@@ -8840,9 +8882,11 @@ class Server:
         self.takers = dict.fromkeys((OspaCapture, OspaUdpCapture), self.ospa.receive)
         self.remembers = False  # whether the gate has the settings' replay memory
         self.captures: List[Capture] = []
+        self.lost = 0.0  # packets, by the captures that are closed
         self.link_events: Optional[socket.socket] = None
         self.since = self.clocks.wall()
         self.running, self.exit_code = True, 0
+        self.metrics = Metrics(self)
 
     def start(self, flush: bool) -> None:
         """Make the firewall ready, go on with the grants it has or close them, and listen."""
@@ -8867,6 +8911,7 @@ class Server:
                 self.selector.register(events, selectors.EVENT_READ, react)
         self.listen(captures)
         self.watch.check_due = self.clocks.monotonic() + self.grants.firewall.poll_seconds
+        self.metrics.write()
 
     def listen(self, captures: List[Capture]) -> None:
         """Read from `captures` from now on; close the others that were read before."""
@@ -8882,6 +8927,7 @@ class Server:
                 if isinstance(capture, OspaCapture):  # the reference's client sends once
                     self.drain(capture)
                 self.selector.unregister(capture)
+                self.lost += capture.lost()
                 capture.close()
         self.open_answer_sockets()
         for capture in captures:
@@ -9005,6 +9051,7 @@ class Server:
                             ServerSettings.pid_file, ServerSettings.syslog_identity,
                             ServerSettings.syslog_facility):
             self.log.warning(f"{name} takes effect at the next start")
+        self.metrics.write()
 
     def tell_guard(self) -> None:
         """Log what stays closed now that this server does not serve, and what opens it."""
@@ -9025,7 +9072,8 @@ class Server:
 
     def turn(self) -> None:
         """Wait for the next thing to do, and do it."""
-        due = min([self.watch.check_due, self.watch.guard_due, self.grants.next_due(),
+        due = min([self.watch.check_due, self.watch.guard_due, self.metrics.due,
+                   self.grants.next_due(),
                    self.clocks.monotonic() + self.grants.firewall.trial_left(),
                    self.commands.next_due(), *(capture.due for capture in self.captures),
                    *(run.due for run in self.gate.runs),
@@ -9045,6 +9093,8 @@ class Server:
             self.watch.mend_guard()
         if self.clocks.monotonic() >= self.watch.check_due or self.grants.doubtful:
             self.watch.restore()
+        if self.clocks.monotonic() >= self.metrics.due:
+            self.metrics.write()
 
     def command(self, request: str) -> str:
         """Do what root asks for, by a signal or the control socket; return the answer."""
@@ -9073,9 +9123,9 @@ class Server:
 
     def report(self) -> str:
         """Return how many packets were accepted and rejected, and how many grants are open."""
-        count = len(self.grants.live) if self.grants.firewall.keeps else 0
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"Packets seen: {self.tally}; {count} grants are open; since {since}"
+        return (f"Packets seen: {self.tally}; {self.grants.count_open()} grants are open; "
+                f"since {since}")
 
     def stop(self) -> None:
         """End cleanly: close the grants, unless FLUSH_IPT_AT_EXIT is N; a guard stays."""
@@ -9095,6 +9145,68 @@ class Server:
                 self.grants.flush()
             finally:
                 self.grants.firewall.withdraw()
+
+
+METRICS_SECONDS = 15  # between two METRICS_FILE: as often as Prometheus usually asks
+
+# Name, help, and the values by their label. A name with _total counts up from the start on.
+METRICS: Tuple[Tuple[str, str, Callable[[Server], Dict[str, float]]], ...] = (
+    ("spa_up", "1 while the server runs, 0 once it has stopped",
+     lambda server: {f'version="{VERSION}"': int(server.running)}),
+    ("spa_start_time_seconds", "when the server started, in epoch seconds",
+     lambda server: {"": server.since}),
+    ("spa_packets_total", "packets, and knock sequences that opened, by what became of them",
+     lambda server: {f'verdict="{each}"': server.tally.counts.get(each, 0) for each in REASONS}),
+    ("spa_knocks_total", "knock sequences that were completed",
+     lambda server: {"": server.tally.sequences}),
+    ("spa_grants", "doors that are open in the firewall",
+     lambda server: {"": server.grants.count_open()}),
+    ("spa_kernel_dropped_packets_total", "packets that came faster than the server read them",
+     lambda server: {"": server.lost + sum(each.lost() for each in server.captures)}),
+    ("spa_firewall_failures_total", "changes of the firewall, or looks at it, that failed",
+     lambda server: {"": server.grants.failed}),
+    ("spa_firewall_checked_timestamp_seconds", "when the server last saw that its rules stand",
+     lambda server: {"": server.watch.looked}),
+    ("spa_log_dropped_lines_total", "lines that nothing took",
+     lambda server: {f'to="{name}"': each.dropped + each.reported for name, each in (
+         ("stderr", server.log.stream), ("syslog", server.log.syslog), ("file", server.log.file))
+         if each}),
+)
+
+
+class Metrics:
+    """METRICS_FILE: how the server fares, in Prometheus's text format (node_exporter reads it)."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.due, self.failed = server, FOR_EVER, False
+
+    def text(self) -> str:
+        """Return the contents of the file."""
+        return "".join(
+            f"# HELP {name} {help}\n# TYPE {name} {'counter' if '_total' in name else 'gauge'}\n"
+            + "".join(f"{name}{{{label}}} {value}\n".replace("{}", "")
+                      for label, value in values(self.server).items())
+            for name, help, values in METRICS)
+
+    def write(self) -> None:
+        """Write the file, if there is to be one, under another name, so that nobody reads half of
+        it. A failure stops nothing, and is logged once."""
+        path, failed = self.server.settings.metrics_file, self.failed
+        self.due = self.server.clocks.monotonic() + METRICS_SECONDS if path else FOR_EVER
+        if not path:
+            return
+        flags, self.failed = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, True
+        try:
+            if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+                raise OSError(errno.EINVAL, "expected a regular file", path)
+            with open(open_itself(path + ".new", flags), "w", encoding="ascii") as file:
+                os.fchmod(file.fileno(), 0o644)  # node_exporter is not root
+                file.write(self.text())
+            os.rename(path + ".new", path)
+            self.failed = False
+        except OSError as error:
+            if not failed:
+                self.server.log.error(f"{explain(error, path)}; METRICS_FILE is not written")
 
 
 # ======================================================================================
@@ -9325,6 +9437,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     try:
         server.stop()
     finally:
+        server.metrics.write()
         control.close()
         log.info(server.configuration.lifecycle.ended)
     return server.exit_code

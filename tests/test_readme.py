@@ -51,6 +51,8 @@ def generated(text):
     for name in ("ServerSettings", "Stanza", "KnockdOptions", "KnockdDoor"):
         settings = getattr(server, name)
         parts["table: " + name] = table(server_rows(settings))
+    parts["table: METRICS"] = "\n| metric | |\n|---|---|\n%s\n" % "\n".join(
+        "| `%s` | %s |" % (name, help) for name, help, _ in server.METRICS)
     parts["ignored: ServerSettings"] = names(server.ServerSettings, server.Ignored)
     for mark, part in parts.items():
         kind = mark.partition(":")[0]
