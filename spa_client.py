@@ -1556,6 +1556,21 @@ class Option:
         return f"  {left:<35} {help}"
 
 
+def roff(text: str) -> str:
+    """Return a text for a manual page (man(7))."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\n".join("\\&" + line if line[:1] in (".", "'") else line
+                     for line in text.strip("\n").split("\n"))
+
+
+def roff_section(title: str, rows: "Iterable[Tuple[str, str]]") -> "List[str]":
+    """Return the lines of a section of a manual page that explains names."""
+    lines = [".SH " + roff(title)]
+    for name, text in rows:
+        lines += [".TP", ".B " + roff(name), roff(text)]
+    return lines
+
+
 def find_option(options: "List[Option]", name: str) -> Option:
     """Return the option of a letter, a long name, or the beginning of just one long name."""
     if not name.startswith("--"):
@@ -1730,20 +1745,14 @@ def format_help(as_knock: bool) -> str:
 
 def format_man() -> str:
     """Return the manual page in roff (man(7)), made of the docstring and the options."""
-    def roff(text: str) -> str:
-        text = text.replace("\\", "\\e").replace("-", "\\-")
-        return "\n".join("\\&" + line if line[:1] in (".", "'") else line
-                         for line in text.strip("\n").split("\n"))
-
     about = (__doc__ or "\n\n").split("\n\n")
     lines = [f'.TH SPA_CLIENT 1 "" "spa_client.py {VERSION}"', ".SH NAME",
              roff(about[0].replace(":", " -", 1)), ".SH SYNOPSIS", ".B spa_client.py",
              roff(USAGE), ".br", ".B spa_client.py", roff(KNOCK_USAGE), ".SH DESCRIPTION",
              roff(about[1]), ".PP", roff(about[2])]
     for title, options in (("OPTIONS", OPTIONS), ("OPTIONS OF --knock", KNOCK_OPTIONS)):
-        lines.append(".SH " + roff(title))
-        for option in options:
-            lines += [".TP", ".B " + roff(option.format("").strip()), roff(help_text(option))]
+        lines += roff_section(title, ((option.format("").strip(), help_text(option))
+                                      for option in options))
     return "\n".join(lines + [".SH EXAMPLES", ".nf", roff(EXAMPLES), ".fi", ".SH EXIT STATUS",
                               roff(about[-1].partition(": ")[2])])
 

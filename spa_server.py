@@ -9954,6 +9954,21 @@ class Option:
         return f"  {left:<35} {help}"
 
 
+def roff(text: str) -> str:
+    """Return a text for a manual page (man(7))."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\n".join("\\&" + line if line[:1] in (".", "'") else line
+                     for line in text.strip("\n").split("\n"))
+
+
+def roff_section(title: str, rows: "Iterable[Tuple[str, str]]") -> "List[str]":
+    """Return the lines of a section of a manual page that explains names."""
+    lines = [".SH " + roff(title)]
+    for name, text in rows:
+        lines += [".TP", ".B " + roff(name), roff(text)]
+    return lines
+
+
 def find_option(options: "List[Option]", name: str) -> Option:
     """Return the option of a letter, a long name, or the beginning of just one long name."""
     if not name.startswith("--"):
@@ -10078,6 +10093,7 @@ l locale            NAME   LOCALE               for fwknopd alone; ignored
 - no-firewd-check-support - nothing             for fwknopd alone; ignored
 V version           -      version              print version and SHA-256 of this file
 h help              -      help                 print this help
+- man               -      man                  print this, and all directives, for `man -l -`
 """
 OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
 
@@ -10121,6 +10137,26 @@ spa_server.py under the name knockd; under its own name it does more.
 
 {options}
 """
+
+
+def format_man() -> str:
+    """Return the manual page in roff (man(7)), made of the docstring and the tables."""
+    paragraphs = (__doc__ or "").split("\n\n")
+    changes, codes = (next(each for each in paragraphs if each.startswith(begin))
+                      for begin in ("Changes on this host", "Exit codes"))
+    lines = [f'.TH SPA_SERVER 8 "" "spa_server.py {VERSION}"', ".SH NAME",
+             "spa_server.py \\- " + roff(paragraphs[0]), ".SH SYNOPSIS", ".B spa_server.py",
+             "[options]", ".SH DESCRIPTION", roff(paragraphs[1].partition(" Comments cite")[0]),
+             ".PP", roff(changes), ".PP", roff(HELP.rpartition("\n\n")[2])]
+    lines += roff_section("OPTIONS", (
+        (option.format("").strip(), option.help) for option in OPTIONS))
+    for title, table in (("FWKNOPD.CONF", ServerSettings), ("ACCESS.CONF", Stanza),
+                         ("KNOCKD.CONF, [options]", KnockdOptions),
+                         ("KNOCKD.CONF, A DOOR", KnockdDoor)):
+        lines += roff_section(title, (
+            (" / ".join(row.names), row.help + (f" (default: {row.default})" if row.default else "")
+             + (" (ignored)" if isinstance(row, Ignored) else "")) for row in table.rows()))
+    return "\n".join(lines + [".SH EXIT STATUS", roff(codes.partition(": ")[2])])
 
 
 class Arguments:
@@ -10656,6 +10692,8 @@ def run(arguments: Arguments, log: Log) -> int:
         say(text.format(options="\n".join(each.format(each.help) for each in arguments.options)))
     elif "version" in arguments:
         say(f"spa_server.py {VERSION}, FKO protocol version 3.0.0\nsha256 {own_hash()}")
+    elif "man" in arguments:
+        say(format_man())
     elif "codes" in arguments:
         say("\n".join(f"err code: {code}, err string: '{text}'"
                       for code, text in ERROR_CODES.items()))

@@ -42,7 +42,7 @@ BLOCKS: Dict[str, Block] = {
     "output": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset(("os", "Any"))),
     "files": Block(("spa_server.py", "spa_client.py"), frozenset(("errno", "os", "stat"))),
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
-        "UsageError", "os", "List", "Optional", "Tuple"))),
+        "UsageError", "os", "Iterable", "List", "Optional", "Tuple"))),
     "hints": Block(("spa_server.py", "spa_client.py"), frozenset(("Callable", "Tuple"))),
 }
 

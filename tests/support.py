@@ -230,6 +230,18 @@ def run(command: List[str], **more: Any) -> "subprocess.CompletedProcess[str]":
                           stderr=subprocess.PIPE, universal_newlines=True, timeout=TIMEOUT, **more)
 
 
+def manual_complaints(page: str) -> List[bytes]:
+    """Return what mandoc and groff have against a manual page; skip where there is neither."""
+    commands = [command for command in (["mandoc", "-T", "lint", "-W", "warning"],
+                                        ["groff", "-man", "-Tascii", "-ww", "-z"])
+                if shutil.which(command[0])]
+    if not commands:
+        skip("neither mandoc nor groff is here")
+    return [line for command in commands for line in subprocess.run(
+        command, input=page.encode("ascii"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=TIMEOUT).stdout.splitlines() if b"missing date" not in line]
+
+
 @contextlib.contextmanager
 def hearing_interrupts() -> Iterator[None]:
     """Let programs that are started meanwhile take SIGINT, which a shell's background ignores."""

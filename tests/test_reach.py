@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
 import spa_client as client
-from tests.support import (TIMEOUT, find_pythons, hearing_interrupts, nearest_python,
-                           skip, wait_for, write)
+from tests.support import (TIMEOUT, find_pythons, hearing_interrupts, manual_complaints,
+                           nearest_python, skip, wait_for, write)
 from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver, fields, python,
                                unseal)
 
@@ -622,16 +622,7 @@ class Documents(Case):
             self.assertIn(option.format("").strip(), plain)
         for text in ('.TH SPA_CLIENT 1', "crontab", "130 interrupted", "It speaks fwknop's"):
             self.assertIn(text, plain)
-        checkers = [command for command in (["mandoc", "-T", "lint", "-W", "warning"],
-                                            ["groff", "-man", "-Tascii", "-ww", "-z"])
-                    if shutil.which(command[0])]
-        if not checkers:
-            skip("neither mandoc nor groff is here")
-        for command in checkers:
-            done = subprocess.run(command, input=page.encode("ascii"), stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, timeout=TIMEOUT)
-            complaints = [line for line in done.stdout.splitlines() if b"missing date" not in line]
-            self.assertEqual([], complaints, command)
+        self.assertEqual([], manual_complaints(page))
 
     def completions(self, shell: str, script: str) -> List[str]:
         """Return the output of a shell for a script that follows our completions."""

@@ -1,4 +1,4 @@
-"""What watches the server: METRICS_FILE, and the README's filter for fail2ban."""
+"""What watches the server: METRICS_FILE, and the README's filter for fail2ban; and --man."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Tuple
 from unittest import mock
 
 import spa_server as server
-from tests.support import TOP, read, run, skip, write
+from tests.support import TOP, captured, manual_complaints, read, run, skip, write
 from tests.test_log import PACKETS, STANZA, LogCase
 from tests.test_packet import Sender
 from tests.test_server import datagram
@@ -294,6 +294,26 @@ class FailtobanTest(LogCase):
         done = run(["fail2ban-regex", log, write(self.place("spa.conf"), self.filter)])
         self.assertRegex(done.stdout, r"Lines: %d lines, 0 ignored, %d matched, %d missed" % (
             len(bad + good), len(bad), len(good)))
+
+
+class ManualTest(unittest.TestCase):
+    """spa_server.py --man."""
+
+    def test_man(self) -> None:
+        """Every option and directive; no complaint of a formatter."""
+        code, page, err = captured(lambda: server.main(["--man"]))
+        self.assertEqual((0, ""), (code, err))
+        plain = page.replace("\\-", "-")
+        names = [option.format("").strip() for option in server.OPTIONS]
+        for table in (server.ServerSettings, server.Stanza, server.KnockdOptions,
+                      server.KnockdDoor):
+            names += [" / ".join(row.names) for row in table.rows()]
+        for name in names:
+            self.assertIn("\n.B %s\n" % name, plain)
+        for text in ("port of that socket (default: 62201)", "is needed (ignored)", "1 failed; 2 w",
+                     "To undo them: -K, then --fw-flush", "--init tcp/22` makes keys and files"):
+            self.assertIn(text.replace("is needed", "is always needed"), plain)
+        self.assertEqual([], manual_complaints(page))
 
 
 if __name__ == "__main__":
