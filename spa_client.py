@@ -1484,6 +1484,7 @@ q  quiet                -         quiet=Y
 -  wait-port            PORT      wait_port
 -  proxy                -         relay=Y
 -  exec                 -         exec=Y
+-  print-ssh-config     NAME      print_ssh_config      print what makes `ssh NAME` knock by itself
 -  one-connection       -         ONE_CONNECTION=Y      do not try the port: that would use it up
 -  ospa                 FILE      OSPA_FILE
 -  resolve-stun         HOST      ALLOW_IP=stun:        find our address with this STUN server
@@ -2985,8 +2986,11 @@ def parse_ospa(text: str, path: str) -> "Dict[str, Any]":
     return values
 
 
-def use_ospa(settings: Settings, path: str) -> None:
-    """Read the OSPA file; its server and port hold where the settings have none."""
+def use_ospa(settings: Settings) -> None:
+    """Read the OSPA file, if any; its server and port hold where the settings have none."""
+    path = settings.ospa_file
+    if path is None:
+        return
     settings.ospa = ospa = parse_ospa(read_private(path), path)
     settings.server = settings.server or ospa["serverHost"]
     settings.port = settings.port if "SPA_SERVER_PORT" in settings.given else ospa["serverPort"]
@@ -3375,6 +3379,29 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
         say(" - " + name)
 
 
+def print_ssh_config(given: "Dict[str, Given]") -> None:
+    """Print the lines of ~/.ssh/config with which `ssh NAME` knocks by the stanza NAME."""
+    def quote(text: str) -> str:  # for a shell; ssh itself replaces % and a letter
+        text = text.replace("%", "%%")
+        if os.name == "nt":
+            return f'"{text}"'
+        plain = not text.upper().strip(NAME_CHARACTERS + "./-")
+        return text if plain else "'" + text.replace("'", "'\\''") + "'"
+
+    name = given["print_ssh_config"].text
+    if name[:1] in ("", "-") or name.upper().strip(NAME_CHARACTERS + ".-"):
+        raise UsageError("--print-ssh-config: expected a name of letters, digits and . _ -")
+    settings = read_settings(dict(given, named_config=Given(name, "-n")))[0]
+    use_ospa(settings)
+    port = find_port(settings)
+    if settings.server is None or not port or settings.nat_rand_port:
+        raise ConfigError(f"[{name}]: expected SPA_SERVER, and a TCP port in ACCESS")
+    files = [sys.executable or "python3", os.path.abspath(__file__)]
+    files += ["--rc-file", os.path.abspath(given["rc_file"].text)] if "rc_file" in given else []
+    say(f"Host {name}\n    HostName {settings.server.replace('%', '%%')}\n    Port {port}\n"
+        f"    ProxyCommand {' '.join(map(quote, files))} -q -n {name} --proxy %h %p")
+
+
 # ======================================================================================
 # 20. Run
 #
@@ -3747,6 +3774,8 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
         say(format_completion(given["completion"].text))
     elif "stanza_list" in given:
         print_stanzas(given)
+    elif "print_ssh_config" in given:
+        print_ssh_config(given)
     elif "import" in given:
         import_stanzas(given, operands)
     else:
@@ -3759,8 +3788,7 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
             generate_keys(first, given)
             return False
         for settings in several:
-            if settings.ospa_file is not None:
-                use_ospa(settings, settings.ospa_file)
+            use_ospa(settings)
             settings.check(lambda: hint_at_stanzas(given, operands))
             draw_ports(settings)
             settings.save_append |= settings is not first  # -B keeps the packets of all

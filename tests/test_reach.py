@@ -624,6 +624,43 @@ class Documents(Case):
             self.assertIn(text, plain)
         self.assertEqual([], manual_complaints(page))
 
+    def test_ssh_config(self) -> None:
+        """ssh reads what we mean, and its shell too, wherever the files are."""
+        gate = ("[gate]\nKEY k\nHMAC_KEY h\nALLOW_IP source\nACCESS udp/53,tcp/2222,tcp/22\n"
+                "SPA_SERVER 192.0.2.1\n[nat]\nKEY k\nACCESS tcp/22\nNAT_PORT 2022\n"
+                "SPA_SERVER fe80::1%eth0\n[udp]\nKEY k\nACCESS udp/53\nSPA_SERVER gate\n")
+        self.write(gate)
+        odd = os.path.join(self.home, "a 'b' $HOME;%h")
+        os.mkdir(odd)
+        shutil.copy(SCRIPT, os.path.join(odd, "spa_client.py"))
+        script, rc = os.path.join(odd, "spa_client.py"), write(os.path.join(odd, "rc"), gate)
+        for name, host, port, options in (("gate", "192.0.2.1", "2222", []),
+                                          ("nat", "fe80::1%eth0", "2022", ["--rc-file", rc])):
+            done = subprocess.run([python(), script, *options, "--print-ssh-config", name],
+                                  env=self.environment, stdout=subprocess.PIPE, timeout=TIMEOUT)
+            config = write(self.place("config"), done.stdout)
+            self.assertEqual([b"Host %s" % name.encode(), b"    Port %s" % port.encode()],
+                             done.stdout.splitlines()[::2])
+            command = done.stdout.decode().partition("ProxyCommand ")[2].strip()
+            if shutil.which("ssh"):
+                said = subprocess.run(["ssh", "-G", "-F", config, name], stderr=subprocess.PIPE,
+                                      stdout=subprocess.PIPE,
+                                      universal_newlines=True, timeout=TIMEOUT).stdout.split("\n")
+                for line in (f"hostname {host}", f"port {port}", f"proxycommand {command}"):
+                    self.assertIn(line, said)
+            expanded = "%".join(part.replace("%h", host).replace("%p", port)
+                                for part in command.split("%%"))
+            words = subprocess.run(["sh", "-c", r"printf '%s\n' " + expanded],
+                                   stdout=subprocess.PIPE, universal_newlines=True).stdout
+            self.assertEqual([python(), script, *options, "-q", "-n", name, "--proxy", host, port],
+                             words.splitlines())
+        for name, code, error in (("udp", 3, r"\[udp\]: expected SPA_SERVER, and a TCP"),
+                                  ("a,b", 2, "expected a name of letters"), ("-n", 2, "a name of"),
+                                  ("foo", 3, r"\[foo\] was not found")):
+            found, out, err = self.run_main("--print-ssh-config=" + name)
+            self.assertEqual((code, ""), (found, out), err)
+            self.assertRegex(err, error)
+
     def completions(self, shell: str, script: str) -> List[str]:
         """Return the output of a shell for a script that follows our completions."""
         if not shutil.which(shell):
