@@ -359,10 +359,10 @@ class Relays(Case):
 @needs_root
 @needs_programs("ip", "nft", "ssh", "sshd", "ssh-keygen")
 class Ssh(Case):
-    """The line for ~/.ssh/config."""
+    """The lines for ~/.ssh/config."""
 
     def test_proxy_command(self) -> None:
-        """ssh, told nothing but the ProxyCommand of --help, runs a command behind the guard.
+        """ssh, told nothing but what --print-ssh-config prints, runs a command behind the guard.
 
         The client behind it does not stay.
         """
@@ -382,12 +382,12 @@ class Ssh(Case):
               "[gate]\nKEY testkey\nHMAC_KEY hmackey\nALLOW_IP source\nACCESS tcp/22\n"
               "SPA_SERVER %s\n" % SERVER4)
         with open(os.path.join(directory, "config"), "w") as file:
-            file.write("Host inside\n HostName %s\n User root\n IdentityFile %s/user\n"
-                       " StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
-                       " ProxyCommand %s %s -q -n gate --proxy %%h %%p\n"
-                       % (SERVER4, directory, sys.executable, os.path.join(TOP, "spa_client.py")))
+            file.write(self.client.run(sys.executable, os.path.join(TOP, "spa_client.py"),
+                                       "--print-ssh-config", "gate") +
+                       "    User root\n    IdentityFile %s/user\n    StrictHostKeyChecking no\n"
+                       "    UserKnownHostsFile /dev/null\n    LogLevel ERROR\n" % directory)
         self.assertFalse(self.client.reaches(SERVER4, 22))
-        code, text = self.client.run_code("ssh", "-F", os.path.join(directory, "config"), "inside",
+        code, text = self.client.run_code("ssh", "-F", os.path.join(directory, "config"), "gate",
                                           "wc -c; exit 5", input="x" * 100000)
         self.assertEqual((5, "100000\n"), (code, text))
         wait_for(lambda: " 01 " not in self.host.run("cat", "/proc/net/tcp"),
