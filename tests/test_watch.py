@@ -230,12 +230,6 @@ class MetricsTest(LogCase):
         self.assertIn("has another name, in a directory of another user's", self.logged())
         self.assertEqual("kept", read(kept))
 
-    def test_the_directive(self) -> None:
-        """An absolute path."""
-        with self.assertRaisesRegex(server.ConfigError, r"fwknopd.conf:2: METRICS_FILE: expected "
-                                    "an absolute path, not 'spa.prom'"):
-            self.serve(STANZA, "METRICS_FILE spa.prom;\n")
-
 
 class FailtobanTest(LogCase):
     """The README's filter for fail2ban."""
