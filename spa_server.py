@@ -4828,7 +4828,7 @@ class Capture:
         try:  # SK_MEMINFO_DROPS, the ninth number (linux/sock_diag.h)
             return float(struct.unpack(
                 "=32xI", self.socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))[0])
-        except (OSError, AttributeError):  # before Linux 4.12; a file has no socket
+        except (OSError, struct.error, AttributeError):  # before Linux 4.12; a file has no socket
             return float("nan")
 
     def close(self) -> None:
@@ -9155,7 +9155,7 @@ METRICS: Tuple[Tuple[str, str, Callable[[Server], Dict[str, float]]], ...] = (
      lambda server: {f'version="{VERSION}"': int(server.running)}),
     ("spa_start_time_seconds", "when the server started, in epoch seconds",
      lambda server: {"": server.since}),
-    ("spa_packets_total", "packets, and knock sequences that opened, by what became of them",
+    ("spa_packets_total", "packets and knock sequences, by what became of them",
      lambda server: {f'verdict="{each}"': server.tally.counts.get(each, 0) for each in REASONS}),
     ("spa_knocks_total", "knock sequences that were completed",
      lambda server: {"": server.tally.sequences}),
@@ -9191,7 +9191,8 @@ class Metrics:
     def write(self) -> None:
         """Write the file, if there is to be one, under another name, so that nobody reads half of
         it. A failure stops nothing, and is logged once."""
-        path, failed = self.server.settings.metrics_file, self.failed
+        settings, failed = self.server.settings, self.failed
+        path = None if settings.capture_file else settings.metrics_file  # it is a service's
         self.due = self.server.clocks.monotonic() + METRICS_SECONDS if path else FOR_EVER
         if not path:
             return

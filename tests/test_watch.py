@@ -183,6 +183,11 @@ class MetricsTest(LogCase):
             write(self.file, "")
             self.assertEqual(there, made.metrics.due < server.FOR_EVER)
 
+    def test_a_capture_file(self) -> None:
+        """Whoever has a file judged does not write over what the service says."""
+        self.serve(STANZA, "METRICS_FILE %s;\nPCAP_FILE /capture;\n" % self.file).metrics.write()
+        self.assertFalse(os.path.exists(self.file))
+
     def test_what_can_fail(self) -> None:
         """One line in the log, the server goes on, and so does the file once it can."""
         made, kept = self.watched(), write(self.place("kept"), "kept")
