@@ -1493,6 +1493,7 @@ V  version              -         version=Y             print version and SHA-25
 h  help                 -         help=Y                print this
 -  man                  -         man=Y                 print this as a manual page
 -  completion           SHELL     completion            print completions for bash, zsh or fish
+-  print-launcher       -         print_launcher=Y      print what starts the compiled form
 S  source-port          PORT      SPA_SOURCE_PORT
 Q  spoof-source         ADDRESS   SPOOF_SOURCE_IP
 -  spoof-src            ADDRESS   SPOOF_SOURCE_IP       as -Q
@@ -3361,6 +3362,29 @@ def print_found(found: "Dict[str, int]", path: "Optional[str]", quiet: bool) -> 
         raise SpaError(f"lines that need a look: {len(findings)}")
 
 
+# --- shared: launcher -- the same text in spa_server.py and spa_client.py --
+
+LAUNCHER = """#!{python} -IS
+# This starts the compiled form of {name}. To install it, say as root, and again after an update:
+#   mkdir -p /usr/local/lib/spa && cp {script} /usr/local/lib/spa/{name}.py
+#   {python} -m py_compile /usr/local/lib/spa/{name}.py
+#   chmod -R a+rX,go-w /usr/local/lib/spa
+#   {python} {script} --print-launcher > {path} && chmod 755 {path}
+import sys
+sys.path.insert(0, "/usr/local/lib/spa")
+from {name} import main
+sys.exit(main())"""
+
+
+def launcher(path: str) -> str:
+    """Return a program to install as `path`, which imports the compiled form of this script."""
+    return LAUNCHER.format(python=sys.executable or "/usr/bin/python3", path=path,
+                           script=os.path.realpath(__file__), name=os.path.basename(path))
+
+
+# --- end shared: launcher --
+
+
 def print_version() -> None:
     """Print version, protocol, and the SHA-256 of this file, to compare with a published one."""
     with open(__file__, "rb") as file:
@@ -3747,6 +3771,17 @@ def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
             for name, layer in zip(names or [""], layers)]
 
 
+def find_text(given: "Dict[str, Given]", as_knock: bool) -> str:
+    """Return the text that an option asks for, "" if none does."""
+    if "help" in given:
+        return format_help(as_knock)
+    if "man" in given:
+        return format_man()
+    if "completion" in given:
+        return format_completion(given["completion"].text)
+    return launcher("/usr/local/bin/spa_client") if "print_launcher" in given else ""
+
+
 def run(arguments: "List[str]", as_knock: bool) -> bool:
     """Do the task of a command line, or raise SpaError; return whether a packet was sent."""
     given, operands, command = (parse_knock_line if as_knock else parse_command_line)(arguments)
@@ -3764,14 +3799,11 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
             say("Last fwknop client command line: " + format_arguments(parse_command_line(kept)[0]))
             return False
         given, operands, command = parse_command_line(kept + arguments)
-    if "help" in given:
-        say(format_help(as_knock))
+    text = find_text(given, as_knock)
+    if text:
+        say(text)
     elif "version" in given:
         print_version()
-    elif "man" in given:
-        say(format_man())
-    elif "completion" in given:
-        say(format_completion(given["completion"].text))
     elif "stanza_list" in given:
         print_stanzas(given)
     elif "print_ssh_config" in given:

@@ -83,8 +83,9 @@ From here on the machine is touched.
   30. Server
   31. Process
   32. First configuration
-  33. Check
-  34. Command line
+  33. Units
+  34. Check
+  35. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -108,8 +109,8 @@ import sys
 import time
 from _operator import _compare_digest as compare_digest  # hmac's, which small Pythons lack
 from functools import lru_cache, partial
-from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, NamedTuple,
-                    Optional, Set, Tuple, Type, TypeVar, Union, overload)
+from typing import (Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, Mapping,
+                    NamedTuple, Optional, Set, Tuple, Type, TypeVar, Union, overload)
 
 try:
     import fcntl
@@ -8862,6 +8863,33 @@ class FirewallWatch:
             self.check_wait = RETRY_SECONDS
 
 
+class ServiceManager:
+    """Tell systemd what becomes of this server, if it asks for that (sd_notify(3))."""
+
+    def __init__(self, clocks: Clocks, environment: Mapping[str, str] = os.environ) -> None:
+        address, pid = environment.get("NOTIFY_SOCKET", ""), str(os.getpid())
+        self.address = "\0" + address[1:] if address.startswith("@") else address
+        self.clocks, self.due = clocks, FOR_EVER  # when to say the next time that the loop goes on
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        self.seconds = int(microseconds) / 2e6 if microseconds.isdigit() else 0.0
+        if self.seconds and environment.get("WATCHDOG_PID", pid) == pid:
+            self.due = clocks.monotonic()
+
+    def tell(self, *lines: str) -> None:
+        """Send these assignments. Give up after a second, since knocks may be waiting."""
+        if self.address:
+            with contextlib.suppress(OSError), socket.socket(
+                    socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+                link.settimeout(1.0)
+                link.sendto("\n".join(lines).encode(), self.address)
+
+    def keep_alive(self) -> None:
+        """Say that the loop goes on, twice in the time after which systemd would end it."""
+        if self.clocks.monotonic() >= self.due:
+            self.due = self.clocks.monotonic() + self.seconds
+            self.tell("WATCHDOG=1")
+
+
 class Server:
     """The loop, and all that it drives: captures, gate, knock listener, grants and commands."""
 
@@ -8873,6 +8901,7 @@ class Server:
         self.tally = Tally(log)
         self.grants = Grants(firewall, log, clocks)
         self.watch = FirewallWatch(self.grants, log, clocks)
+        self.manager = ServiceManager(clocks)
         self.commands = Commands(self.selector, log, configuration.test, clocks)
         self.access = Access(self.settings, self.grants, self.commands, self.tally, log, clocks)
         self.knocks = KnockListener(configuration, self.access)
@@ -9072,8 +9101,9 @@ class Server:
 
     def turn(self) -> None:
         """Wait for the next thing to do, and do it."""
+        self.manager.keep_alive()
         due = min([self.watch.check_due, self.watch.guard_due, self.metrics.due,
-                   self.grants.next_due(),
+                   self.manager.due, self.grants.next_due(),
                    self.clocks.monotonic() + self.grants.firewall.trial_left(),
                    self.commands.next_due(), *(capture.due for capture in self.captures),
                    *(run.due for run in self.gate.runs),
@@ -9422,6 +9452,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     if firewall.guard_ports:
         log.info(guard_text(firewall))
     log.info(configuration.lifecycle.started)
+    server.manager.tell("READY=1")
     if ready is not None:
         if firewall.trial:
             write_to(sys.stdout, guard_text(firewall) + "\n")
@@ -9435,6 +9466,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
         server.turn()
         while signals:
             obey_signal(signals.pop(0), server, read)
+    server.manager.tell("STOPPING=1")
     try:
         server.stop()
     finally:
@@ -9485,6 +9517,7 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
     """Read the files again; keep the old settings if the new ones are bad."""
     log = server.log
     log.info(server.configuration.lifecycle.rereading)
+    server.manager.tell("RELOADING=1", f"MONOTONIC_USEC={server.clocks.monotonic() * 1e6:.0f}")
     try:
         configuration = read()
         configuration.tell(log)
@@ -9499,6 +9532,7 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
         known = isinstance(error, (SpaError, OSError))
         text = explain(error) if known else internal_error(error, log.level >= DEBUG)
         log.error(f"{text}; going on with the old settings")
+    server.manager.tell("READY=1")
 
 
 # ======================================================================================
@@ -9652,7 +9686,211 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 33. Check
+# 33. Units
+#
+# `--print-unit` prints the files with which an init system puts the guard up before the network,
+# and starts the server; the first lines install and remove them. `--print-launcher` prints the
+# program that starts the compiled form of this script.
+# ======================================================================================
+
+HOST_RULES = ("nftables.service netfilter-persistent.service iptables.service ufw.service "
+              "firewalld.service")  # each loads its own rules; some remove all others first
+UNIT_STEPS = """# To install these files, read them, and run as root:
+#   mkdir -p {folders}
+#   {command} --print-unit {kind} | awk '/^# [/]/ {{file = $2; next}} file {{print > file}}'
+#   {enable}
+# To remove them:
+#   {disable}; rm -r {paths}
+#   {command} --unguard"""
+SYSTEMD_GUARD = """[Unit]
+Description=Close GUARD_PORTS to everybody without a grant
+DefaultDependencies=no
+Conflicts=shutdown.target
+Wants=network-pre.target
+Before=network-pre.target
+Before=shutdown.target
+After=local-fs.target {rules}
+PartOf={rules}
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart={command} --guard
+
+[Install]
+WantedBy=multi-user.target"""
+SYSTEMD_SERVER = """[Unit]
+Description=Open ports to whoever knocks with a key
+After=network.target spa_guard.service docker.service {rules}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart={command}
+ExecReload={command} -R
+Restart=on-failure
+RestartSec=5
+WatchdogSec=120
+KillMode=process
+LimitCORE=0
+UMask=0077
+RuntimeDirectory={run}
+RuntimeDirectoryMode=0700
+RuntimeDirectoryPreserve=yes
+
+[Install]
+WantedBy=multi-user.target"""
+SANDBOX = """{notes}
+[Service]
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW
+ReadWritePaths={writable} -/run/xtables.lock
+ProtectHome={home}
+RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_PACKET AF_UNIX
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+""" + "\n".join("""LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
+PrivateDevices=yes PrivateTmp=yes ProtectClock=yes ProtectControlGroups=yes ProtectHostname=yes
+ProtectKernelLogs=yes ProtectKernelModules=yes ProtectKernelTunables=yes ProtectProc=invisible
+ProtectSystem=strict RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
+SystemCallArchitectures=native SystemCallErrorNumber=EPERM""".split())
+ROOT_NOTES = """\
+# Commands of stanzas and of knockd.conf run in here, and so does gpg. Leave this file out if they
+# need other users, sudo, or files of users (%include_keys). Else take out the line in the way:
+# gpg's keys below root's home need ProtectHome=no, files elsewhere ReadWritePaths, and legacy
+# iptables whose modules are not loaded neither ProtectKernelModules nor CapabilityBoundingSet."""
+USER_NOTES = """\
+# The server runs as the user spa. It can't use legacy iptables, run commands as others or through
+# sudo, use up lines of KNOCK_ONE_TIME_FILE, or read keys and gpg's home of other users. It warns
+# that the group spa can read its files. Root's -K, -R, --fw-list, --open and --close work.
+[Service]
+User=spa
+AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW"""
+USER_STEPS = """useradd --system --no-create-home --shell /usr/sbin/nologin spa
+#   chgrp spa {read} && chmod g=rX {read}
+#   """
+OPENRC_GUARD = """#!/sbin/openrc-run
+description="Close GUARD_PORTS to everybody without a grant"
+depend() {{ after localmount iptables ip6tables nftables firewall; before net; }}
+start() {{ ebegin "Closing GUARD_PORTS"; {command} --guard; eend $?; }}"""
+OPENRC_SERVER = """#!/sbin/openrc-run
+description="Open ports to whoever knocks with a key"
+supervisor=supervise-daemon
+command={program}
+command_args="{arguments} --syslog-enable"
+respawn_delay=5
+respawn_max=0
+retry=TERM/30
+extra_started_commands=reload
+depend() {{ use logger; after net iptables ip6tables nftables firewall spa_guard; }}
+reload() {{ {command} -R; }}"""
+PROCD_GUARD = """#!/bin/sh /etc/rc.common
+START=19  # after `firewall`, which has the same number, and before `network`
+start() {{ {command} --guard; }}"""
+PROCD_SERVER = """#!/bin/sh /etc/rc.common
+START=95
+USE_PROCD=1
+start_service() {{
+    procd_open_instance
+    procd_set_param command {command}
+    procd_set_param respawn 3600 5 0
+    procd_set_param term_timeout 30
+    procd_set_param stdout 1
+    procd_set_param stderr 1
+    procd_close_instance
+}}
+reload_service() {{ {command} -R; }}"""
+SYSTEMD = {"/etc/systemd/system/spa_guard.service": SYSTEMD_GUARD,
+           "/etc/systemd/system/spa_server.service": SYSTEMD_SERVER,
+           "/etc/systemd/system/spa_server.service.d/sandbox.conf": SANDBOX}
+ENABLE = "systemctl daemon-reload; systemctl enable --now {names}"
+DISABLE = "systemctl disable --now {names}"
+# Files by their paths, what enables and disables them, and notes.
+UNITS: Dict[str, Tuple[Dict[str, str], str, str, str]] = {
+    "systemd": (SYSTEMD, ENABLE, DISABLE, ROOT_NOTES),
+    "systemd-unprivileged": (SYSTEMD, USER_STEPS + ENABLE, DISABLE, USER_NOTES),
+    "openrc": (
+        {"/etc/init.d/spa_guard": OPENRC_GUARD, "/etc/init.d/spa_server": OPENRC_SERVER},
+        "cd /etc/init.d; chmod 755 {names}; "
+        "for each in {names}; do rc-update add $each boot; rc-service $each start; done",
+        "for each in {names}; do rc-service $each stop; rc-update del $each boot; done", ""),
+    "procd": (
+        {"/etc/init.d/spa_guard": PROCD_GUARD, "/etc/init.d/spa_server": PROCD_SERVER},
+        "cd /etc/init.d; chmod 755 {names}; for each in {names}; do ./$each enable; ./$each start; "
+        "done", "cd /etc/init.d; for each in {names}; do ./$each stop; ./$each disable; done", "")}
+
+
+def own_command(arguments: "Arguments", log: Log) -> List[str]:
+    """Return the words that start this program with the same files and directives."""
+    script, started = map(os.path.realpath, (__file__, sys.argv[0]))
+    words = [started] if os.path.basename(started) == "spa_server" else [  # the launcher
+        sys.executable or "/usr/bin/python3", "-I", script]
+    for word in words + arguments.kept:
+        if word.upper().strip(NAME_CHARACTERS + "/.,:=@+-") or not word:
+            raise SpaError(f"--print-unit: '{word}' would need quotes in a unit",
+                           "take another path, or fwknopd.conf instead of an option")
+    for path in {words[0], script, os.path.dirname(script)}:
+        status = os.stat(path)
+        if status.st_uid or status.st_mode & 0o022:
+            log.warning(f"{path} is not root's alone: whoever can write there becomes root; "
+                        "--print-launcher says where to install it")
+    return words + arguments.kept
+
+
+def print_unit(arguments: "Arguments", kind: str, log: Log) -> None:
+    """Print what installs and removes the files of a unit, then each file behind its path."""
+    if kind not in UNITS:
+        raise UsageError("--print-unit: expected " + ", ".join(UNITS))
+    settings, words = read_settings(arguments)[0], own_command(arguments, log)
+    files, enable, disable, notes = UNITS[kind]
+    if may_exist(arguments.config_file) and not settings.guard_ports:
+        files = {path: text for path, text in files.items() if "guard" not in path}
+    read = {arguments.config_file, settings.access_file}
+    written = {os.path.dirname(path) for path in (
+        *read, settings.digest_file, settings.pid_file, settings.metrics_file) if path}
+    homes = "/home/", os.path.expanduser("~root/")
+    in_homes = any(path.startswith(homes) for path in (*words, *written))
+    run = os.path.realpath(settings.run_directory)
+    texts = {
+        "kind": kind, "notes": notes, "rules": HOST_RULES, "command": " ".join(words),
+        "program": words[0], "arguments": " ".join(words[1:]),
+        "home": "read-only" if in_homes else "yes",
+        "run": run[5:] if run.startswith("/run/") else "fwknop",
+        "writable": " ".join("-" + path for path in sorted(written)),
+        "read": " ".join(sorted(read | {*map(os.path.dirname, read)} - {"/etc"})),
+        "folders": " ".join(sorted({*map(os.path.dirname, files)})),
+        "paths": " ".join(path.partition("/sandbox")[0] for path in files),
+        "names": " ".join(os.path.basename(path).partition(".")[0] for path in files
+                          if "/sandbox" not in path)}
+    texts.update(enable=enable.format(**texts), disable=disable.format(**texts))
+    for text in (UNIT_STEPS, *(f"# {path}\n{text}" for path, text in files.items())):
+        say(text.format(**texts))
+
+
+# --- shared: launcher -- the same text in spa_server.py and spa_client.py --
+
+LAUNCHER = """#!{python} -IS
+# This starts the compiled form of {name}. To install it, say as root, and again after an update:
+#   mkdir -p /usr/local/lib/spa && cp {script} /usr/local/lib/spa/{name}.py
+#   {python} -m py_compile /usr/local/lib/spa/{name}.py
+#   chmod -R a+rX,go-w /usr/local/lib/spa
+#   {python} {script} --print-launcher > {path} && chmod 755 {path}
+import sys
+sys.path.insert(0, "/usr/local/lib/spa")
+from {name} import main
+sys.exit(main())"""
+
+
+def launcher(path: str) -> str:
+    """Return a program to install as `path`, which imports the compiled form of this script."""
+    return LAUNCHER.format(python=sys.executable or "/usr/bin/python3", path=path,
+                           script=os.path.realpath(__file__), name=os.path.basename(path))
+
+
+# --- end shared: launcher --
+
+
+# ======================================================================================
+# 34. Check
 #
 # `--check` says who may reach the ports now, what a knock would change, and what is in the way.
 # It changes nothing.
@@ -9891,17 +10129,18 @@ def check_clock(check: Checkup) -> Iterator[Finding]:
 
 
 def check_boot(check: Checkup) -> Iterator[Finding]:
-    """Look for anything that starts this program after a boot."""
+    """Look for anything that starts this server after a boot; a line with --guard does not."""
     import glob
     names = {b"spa_server", os.path.basename(sys.argv[0]).encode()} - {b"", b"-c"}
     for pattern in STARTERS:
         for path in glob.glob(os.path.join(check.root, pattern)):
             with contextlib.suppress(OSError), open(path, "rb") as file:
-                text = file.read(1 << 16)
-                if any(name in text for name in names):
+                lines = [line for line in file.read(1 << 16).splitlines()
+                         if line.lstrip()[:1] != b"#" and b"--guard" not in line]
+                if any(name in line for line in lines for name in names):
                     yield FACT, f"Starts after a boot: {path}"
                     return
-    yield ODD, "Nothing starts this server after a boot; README has a unit for systemd"
+    yield ODD, "Nothing starts this server after a boot; --print-unit prints what does"
 
 
 # Each check, and whether only root can do it.
@@ -9924,7 +10163,7 @@ def find_all(check: Checkup, is_root: bool) -> List[str]:
 
 
 # ======================================================================================
-# 34. Command line
+# 35. Command line
 #
 # Options with fwknopd's names (tests/spec/fwknop.md 3.1), what each of them does, and exit codes.
 # ======================================================================================
@@ -10068,6 +10307,8 @@ v verbose           -      VERBOSE=1            log more
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
 - trial             SECONDS trial               open the guard again then, unless a knock came
 - print-client      -      print_client         print a client's stanza; [NAME] may follow
+- print-unit        KIND   print_unit           systemd, systemd-unprivileged, openrc or procd
+- print-launcher    -      print_launcher       print a program that starts the compiled form
 D dump-config       -      dump                 print the configuration, without secrets
 - check             -      check_host           say who may reach the ports, and what is wrong here
 - exit-parse-config -      check                check the configuration, and end
@@ -10118,7 +10359,7 @@ MAX_TRIAL = 7 * 86400  # seconds: a week
 LOOK_AGAIN_SECONDS = 0.5  # a server restores within SETTLE_SECONDS; legacy iptables takes longer
 ACTIONS = {"init", "dump", "check", "check_host", "check_digests", "codes", "status", "kill",
            "restart", "list", "list_all", "flush", "open", "close", "guard", "unguard", "key_gen",
-           "print_client"}
+           "print_client", "print_unit", "print_launcher"}
 
 HELP = """Usage: spa_server.py [options]
 
@@ -10173,6 +10414,7 @@ class Arguments:
         self.options = KNOCKD_OPTIONS if self.as_knockd else OPTIONS
         self.lines: List[Line] = []
         self.values: Dict[str, str] = {}  # by option; without a value its own name
+        self.kept: List[str] = []  # what a unit's command line has, too
         if self.as_knockd:
             self.lines.append(Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE))
         given, others = parse_options(self.options, arguments)
@@ -10180,6 +10422,8 @@ class Arguments:
             if option.argument in ("FILE", "FILES", "DIR"):  # a daemon has another directory
                 paths = text.split(",") if option.argument == "FILES" else [text]
                 text = ",".join(map(os.path.abspath, paths))
+            if option.name not in ("print_unit", "daemon"):
+                self.kept += [name] + [text] * bool(option.argument)
             row = ServerSettings.row(option.name)
             if row is None:
                 self.values[option.name] = text or name
@@ -10704,6 +10948,10 @@ def run(arguments: Arguments, log: Log) -> int:
         return signal_server(arguments)
     elif "print_client" in asked:
         print_client(arguments)
+    elif "print_unit" in asked:
+        print_unit(arguments, arguments.values["print_unit"], log)
+    elif "print_launcher" in asked:
+        say(launcher("/usr/local/sbin/spa_server"))
     elif "guard" in arguments:
         put_guard_up(arguments, log)
     elif {"list", "list_all", "flush", "open", "close", "unguard"} & asked:

@@ -43,6 +43,7 @@ BLOCKS: Dict[str, Block] = {
     "files": Block(("spa_server.py", "spa_client.py"), frozenset(("errno", "os", "stat"))),
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
         "UsageError", "os", "Iterable", "List", "Optional", "Tuple"))),
+    "launcher": Block(("spa_server.py", "spa_client.py"), frozenset(("os", "sys"))),
     "hints": Block(("spa_server.py", "spa_client.py"), frozenset(("Callable", "Tuple"))),
 }
 

@@ -446,7 +446,7 @@ class Options(Case):
         known = set(client.ROWS) | {
             "help", "version", "stanza_list", "named_config", "rc_file", "no_rc_file",
             "no_home_dir", "import", "last_command", "show_last", "man", "completion", "knock",
-            "print_ssh_config"}
+            "print_launcher", "print_ssh_config"}
         self.assertLessEqual({option.name for option in client.OPTIONS}, known)
         self.assertLessEqual({name for name in client.ROWS if name.islower()},
                              {option.name for option in client.OPTIONS})
