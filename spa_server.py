@@ -9961,7 +9961,8 @@ def check_server(check: Checkup) -> Iterator[Finding]:
     for pid in filter(str.isdigit, os.listdir("/proc")):
         argv = read_proc(pid + "/cmdline").split("\0")
         argv = argv[1:4] if os.path.basename(argv[0]).startswith("python") else argv[:1]
-        names = {"spa_server.py", "fwknopd", "knockd"} & set(map(os.path.basename, argv))
+        names = {"spa_server.py", "spa_server", "fwknopd", "knockd"} & set(
+            map(os.path.basename, argv))
         parent = read_proc(pid + "/stat").rpartition(")")[2].split()[1:2]
         ours = {str(os.getpid()), str(check.server)}
         with contextlib.suppress(OSError):  # it has ended, or is in another container

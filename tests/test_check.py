@@ -359,12 +359,13 @@ class CheckTest(CheckCase):
         expected = "[-] Another spa_server.py runs (pid=%d)" % other.pid
         # Our own children are our commands and switches.
         self.assertFalse([each for each in self.check() if each.startswith(expected)])
+        launcher = write(self.place("spa_server"), "import time; time.sleep(600)\n")
         script_text = ("import subprocess, sys; print(subprocess.Popen(sys.argv[1:], "
                        "stdout=subprocess.DEVNULL).pid)")
         grandchild = int(subprocess.check_output([sys.executable, "-c", script_text,
-                                                  sys.executable, script]))
+                                                  sys.executable, "-IS", launcher]))
         self.addCleanup(os.kill, grandchild, 9)
-        expected = "[-] Another spa_server.py runs (pid=%d)" % grandchild
+        expected = "[-] Another spa_server runs (pid=%d)" % grandchild
         wait_for(lambda: any(each.startswith(expected) for each in self.check()), expected)
 
     def test_findings_of_a_port(self) -> None:
