@@ -491,6 +491,57 @@ OTHER_REASON = {
 }
 
 
+def page_packet(vector: Dict[str, Any]) -> bytes:
+    """Return the packet that spec/packet.md describes; the comments are its headings."""
+    told = vector["decoded"]
+    secret, hmac_secret, salt = [bytes.fromhex(text) for text in (
+        vector["key_hex"], vector["hmac_key_hex"], told["salt"])]
+    # 1. The message
+    fields = [told["rand"].encode(), b64(told["username"].encode()), b"%d" % told["timestamp"],
+              told["version"].encode(), b"%d" % told["msg_type"], b64(told["message"].encode())]
+    if told["msg_type"] == 3:
+        fields.append(b"%d" % told["client_timeout"])
+    message = b":".join(fields)
+    # 2. The plaintext
+    plaintext = message + b":" + b64(hashlib.sha256(message).digest())
+    # 3. The body
+    d1 = hashlib.md5(secret + salt).digest()
+    d2 = hashlib.md5(d1 + secret + salt).digest()
+    d3 = hashlib.md5(d2 + secret + salt).digest()
+    count = 16 - len(plaintext) % 16
+    cipher = encrypt("CBC", d1 + d2, d3, plaintext + bytes([count]) * count)
+    body = b64(b"Salted__" + salt + cipher)
+    # 4. The tag
+    tag = b64(hmac.new(hmac_secret, body, "sha256").digest())
+    # 5. The packet
+    assert body[:10] == b"U2FsdGVkX1"
+    return body[10:] + tag
+
+
+class PageTest(unittest.TestCase):
+    """What a client's author reads: spec/packet.md."""
+
+    def test_its_words_make_the_packets_of_the_real_client(self) -> None:
+        """Those that the page tells the author to take; each is as long as the page says."""
+        vectors = [each for each in symmetric_vectors() if each["mode"] == "CBC"
+                   and each["digest_type"] == each["hmac_type"] == "SHA256"
+                   and each["decoded"]["msg_type"] in (1, 3)]
+        self.assertGreater(len(vectors), 30)
+        self.assertEqual({1, 3}, {each["decoded"]["msg_type"] for each in vectors})
+        for vector in vectors:
+            with self.subTest(name=vector["name"]):
+                payload = page_packet(vector)
+                self.assertEqual(vector["packet"].encode(), payload)
+                self.assertIn(payload[:1], b"89+/")
+                self.assertTrue(140 <= len(payload) < 400)
+
+    def test_the_longest_plaintext(self) -> None:
+        """One more byte is too long."""
+        for size, fits in ((255, True), (256, False)):
+            with self.subTest(size=size):
+                self.assertEqual(fits, len(Sender().seal(b"x" * size)) < 400)
+
+
 class VerdictTest(unittest.TestCase):
     """Hand-made packets, judged by the real fwknopd and by ours."""
 

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import unittest
 
 import spa_client as client
@@ -14,6 +15,8 @@ import spa_server as server
 from tests.support import TOP
 
 README = os.path.join(TOP, "README.md")
+WIDTH = 110
+MAX_GUIDE = 250  # lines before the contents
 
 
 def server_rows(settings):
@@ -41,13 +44,32 @@ def table(rows):
 
 def names(settings, kind):
     """The names in the rows of one kind, each with its reason."""
-    return "\n" + ";\n".join("%s (%s)" % (", ".join("`%s`" % name for name in row.names), row.help)
-                             for row in settings.rows() if isinstance(row, kind)) + ".\n"
+    lines = ["%s (%s)" % (", ".join("`%s`" % name for name in row.names), row.help)
+             for row in settings.rows() if isinstance(row, kind)]
+    return "\n" + textwrap.fill(";\n".join(lines) + ".", WIDTH, break_on_hyphens=False) + "\n"
+
+
+def headings(text):
+    """The level and text of every heading outside of code."""
+    text = re.sub("(?ms)^```.*?^```$", "", text)
+    return [(len(found[1]), found[2]) for found in re.finditer("(?m)^(#+) (.*)", text)]
+
+
+def anchor(heading):
+    """The name by which a page that shows Markdown links to a heading."""
+    return re.sub("[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+
+
+def contents(text):
+    """The reference's sections, each with a link."""
+    return "\n" + "\n".join("%s* [%s](#%s)" % ("  " * (level - 3), heading, anchor(heading))
+                            for level, heading in headings(text.partition("\n## Reference\n")[2])
+                            ) + "\n"
 
 
 def generated(text):
     """`text` with every marked part replaced by what the code says."""
-    parts = {"table: client": table(client_rows())}
+    parts = {"table: client": table(client_rows()), "contents: Reference": contents(text)}
     for name in ("ServerSettings", "Stanza", "KnockdOptions", "KnockdDoor"):
         settings = getattr(server, name)
         parts["table: " + name] = table(server_rows(settings))
@@ -78,9 +100,22 @@ class ReadmeTest(unittest.TestCase):
         text = read()
         self.assertEqual(generated(text), text, "run: python3 -m tests.test_readme --write")
 
+    def test_a_short_guide_comes_before_the_contents(self):
+        """Every link leads to a heading, and no two headings have the same link."""
+        text = read()
+        self.assertLessEqual(len(text.partition("\n## Contents\n")[0].splitlines()), MAX_GUIDE)
+        anchors = [anchor(heading) for _, heading in headings(text)]
+        self.assertEqual(sorted(set(anchors)), sorted(anchors))
+        self.assertLessEqual(set(re.findall(r"\]\(#([^)]*)\)", text)), set(anchors))
+
+    def test_width(self):
+        """A terminal shows every line but those of tables and of code that must not be broken."""
+        self.assertEqual([], [line for line in read().splitlines()
+                              if len(line) > WIDTH and not line.startswith(("|", "    "))])
+
     def test_files_that_it_names_exist(self):
         """Tests, scripts and commands."""
-        found = set(re.findall(r"`(tests/\w+\.py|\.ci/\w+|\w+\.py)`", read()))
+        found = set(re.findall(r"`(tests/[\w/]+\.\w+|\.ci/\w+|\w+\.py)`", read()))
         self.assertIn("tests/test_live.py", found)
         missing = [name for name in found if not os.path.exists(os.path.join(TOP, name))]
         self.assertEqual([], missing)
