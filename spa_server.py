@@ -9552,6 +9552,7 @@ NEXT_STEPS = """# Here: stay logged in until the client has got in. Then type Ct
 # python3 spa_server.py --daemon
 # If this host is far away, do not wait: type Ctrl-C now, and:
 # python3 spa_server.py --trial 300    # opens again after 300 seconds without a knock
+# For after a boot: python3 spa_server.py --print-unit systemd    # or openrc, procd
 # Give each the same -c, -a and -r as now. To undo it all: -K, then --unguard.
 """
 
