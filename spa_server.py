@@ -9267,6 +9267,7 @@ def lock_pid_file(path: str, log: Log, program: str = "fwknopd") -> int:
         return os.open(os.devnull, os.O_RDWR)  # the caller closes this instead
     for wait in (0.05, 0.1, 0.2, 0):  # --status holds the lock for a moment, too
         try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kind of lock that fwknopd has
             # Whoever sees the exclusive lock reads our pid, so write it under a shared one first.
             # Another start may do the same at that time, so write it once more.
             for lock in (fcntl.LOCK_SH, fcntl.LOCK_EX):

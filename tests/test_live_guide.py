@@ -93,6 +93,7 @@ class Reader:
         "python3 spa_server.py --print-client": "print_client",
         "python3 spa_server.py --unguard": "unguard",
         "rm -r /etc/fwknop": "begin_again",
+        "python3 spa_server.py --print-unit systemd": "install_units",
         "python3 spa_client.py --print-ssh-config ": "ssh_config",
         "*/5 * * * * ": "cron",
         "python3 keygen.py joe ": "add_joe",
@@ -207,6 +208,14 @@ class Reader:
         self.pasted = text
         self.import_stanza("python3 spa_client.py --import")
 
+    def install_units(self, line: str) -> None:
+        """The printed lines make the files; the service's command serves."""
+        steps = re.findall("(?m)^#   (mkdir .*|.* [|] awk .*)$", self.gate.type(line))
+        self.gate.type("\n".join(steps))
+        self.expect(False)
+        unit = self.gate.type("cat /etc/systemd/system/spa_server.service")
+        self.gate.type(re.findall("(?m)^ExecStart=(.*)", unit)[0] + " --daemon")
+
     def ssh_config(self, line: str) -> None:
         """The command in it opens a connection through which ssh would speak."""
         self.client.type(line)
@@ -263,8 +272,7 @@ class Reader:
         assert "opened tcp/22 for 30 seconds" in self.client.type(line)
 
     def judge_only(self, line: str) -> None:
-        """Packets are judged, and nothing opens."""
-        self.gate.type("python3 spa_server.py -K")
+        """Packets are judged beside another server."""
         process = self.gate.start(line)
         self.client.type("python3 spa_client.py -n gate")
         process.wait_for("--test mode enabled")

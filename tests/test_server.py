@@ -20,6 +20,7 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -1609,8 +1610,9 @@ HOLDER = """
 import fcntl, os, sys
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    print("free")
+    getattr(fcntl, sys.argv[2])(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("free", flush=True)
+    sys.stdin.read()
 except OSError:
     print("locked")
 """
@@ -1634,10 +1636,24 @@ class PidFileTest(ServerCase):
             self.lock(path)
         self.assertEqual("An instance of fwknopd is already running: (PID=%d)." % os.getpid(),
                          str(caught.exception))
-        answer = run([sys.executable, "-c", HOLDER, path])
+        answer = run([sys.executable, "-c", HOLDER, path, "flock"])
         self.assertEqual("locked\n", answer.stdout)
         os.close(file)
         self.assertIsNone(server.running_server(path))
+        os.close(self.lock(path))
+
+    def test_the_lock_of_fwknopd(self) -> None:
+        """Is of another kind, and keeps a server away from the pid in its file as well."""
+        path = os.path.join(self.directory, "fwknopd.pid")
+        write(path, "4711\n")
+        with subprocess.Popen([sys.executable, "-c", HOLDER, path, "lockf"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdin and holder.stdout
+            self.assertEqual(b"free\n", holder.stdout.readline())
+            with self.assertRaisesRegex(server.SpaError, "already running: [(]PID=4711[)]"):
+                self.lock(path)
+            self.assertEqual("4711\n", read(path))
+            holder.stdin.close()
         os.close(self.lock(path))
 
     def test_a_file_left_by_a_dead_server(self) -> None:
