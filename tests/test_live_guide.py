@@ -95,7 +95,7 @@ class Reader:
         "rm -r /etc/fwknop": "begin_again",
         "python3 spa_server.py --print-unit systemd": "install_units",
         "python3 spa_client.py --print-ssh-config ": "ssh_config",
-        "*/5 * * * * ": "cron",
+        "0 3 * * * ": "cron",
         "python3 keygen.py joe ": "add_joe",
         "python3 keygen.py --rotate ": "rotate_joe",
         "python3 keygen.py --retire ": "retire_joe",
@@ -225,8 +225,8 @@ class Reader:
         assert self.client.type(command, answer="hello\n") == "hello\n"
 
     def cron(self, line: str) -> None:
-        """It says nothing, so that cron has nothing to mail."""
-        assert self.client.type(line.split(None, 5)[5]) == ""
+        """The knock says nothing, so that cron has nothing to mail."""
+        assert self.client.type(line.split(None, 5)[5]) == f"rsync -a docs/ {self.address}:\n"
 
     def add_joe(self, line: str) -> None:
         """Joe gets in with the stanza that is printed, once the server has read its files."""
