@@ -3420,6 +3420,9 @@ def print_ssh_config(given: "Dict[str, Given]") -> None:
     port = find_port(settings)
     if settings.server is None or not port or settings.nat_rand_port:
         raise ConfigError(f"[{name}]: expected SPA_SERVER, and a TCP port in ACCESS")
+    if settings.server[:1] == "-" or settings.server.upper().strip(NAME_CHARACTERS + ".:%-"):
+        raise ConfigError(f"[{name}]: SPA_SERVER: expected a name or an address for ssh, which "
+                          "gives it to a shell")
     files = [sys.executable or "python3", os.path.abspath(__file__)]
     files += ["--rc-file", os.path.abspath(given["rc_file"].text)] if "rc_file" in given else []
     say(f"Host {name}\n    HostName {settings.server.replace('%', '%%')}\n    Port {port}\n"

@@ -9226,11 +9226,13 @@ class Metrics:
         self.due = self.server.clocks.monotonic() + METRICS_SECONDS if path else FOR_EVER
         if not path:
             return
-        flags, self.failed = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, True
+        flags, self.failed = os.O_WRONLY | os.O_CREAT | os.O_EXCL, True
         try:
             if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
                 raise OSError(errno.EINVAL, "expected a regular file", path)
-            with open(open_itself(path + ".new", flags), "w", encoding="ascii") as file:
+            with contextlib.suppress(FileNotFoundError):  # it may be another user's, or a link
+                os.unlink(path + ".new")
+            with open(open_ours(path + ".new", flags), "w", encoding="ascii") as file:
                 os.fchmod(file.fileno(), 0o644)  # node_exporter is not root
                 file.write(self.text())
             os.rename(path + ".new", path)

@@ -629,7 +629,9 @@ class Documents(Case):
         gate = ("[gate]\nKEY k\nHMAC_KEY h\nALLOW_IP source\nACCESS udp/53,tcp/2222,tcp/22\n"
                 "SPA_SERVER 192.0.2.1\n[nat]\nKEY k\nACCESS tcp/22\nNAT_PORT 2022\n"
                 "SPA_SERVER fe80::1%eth0\n[udp]\nKEY k\nACCESS udp/53\nSPA_SERVER gate\n")
-        self.write(gate)
+        hostile = ("$(id)", "`id`", "a|id", "-oProxyCommand=id", "a&id", "a'b")
+        self.write(gate + "".join(f"[evil{number}]\nKEY k\nACCESS tcp/22\nSPA_SERVER {host}\n"
+                                  for number, host in enumerate(hostile)))
         odd = os.path.join(self.home, "a 'b' $HOME;%h")
         os.mkdir(odd)
         shutil.copy(SCRIPT, os.path.join(odd, "spa_client.py"))
@@ -654,7 +656,9 @@ class Documents(Case):
                                    stdout=subprocess.PIPE, universal_newlines=True).stdout
             self.assertEqual([python(), script, *options, "-q", "-n", name, "--proxy", host, port],
                              words.splitlines())
-        for name, code, error in (("udp", 3, r"\[udp\]: expected SPA_SERVER, and a TCP"),
+        evil = [(f"evil{number}", 3, "SPA_SERVER: expected a name or an address for ssh")
+                for number in range(len(hostile))]
+        for name, code, error in (*evil, ("udp", 3, r"\[udp\]: expected SPA_SERVER, and a TCP"),
                                   ("a,b", 2, "expected a name of letters"), ("-n", 2, "a name of"),
                                   ("foo", 3, r"\[foo\] was not found")):
             found, out, err = self.run_main("--print-ssh-config=" + name)
