@@ -8871,7 +8871,7 @@ class ServiceManager:
         self.address = "\0" + address[1:] if address.startswith("@") else address
         self.clocks, self.due = clocks, FOR_EVER  # when to say the next time that the loop goes on
         microseconds = environment.get("WATCHDOG_USEC", "")
-        self.seconds = int(microseconds) / 2e6 if microseconds.isdigit() else 0.0
+        self.seconds = int(microseconds) / 2e6 if microseconds.isdecimal() else 0.0
         if self.seconds and environment.get("WATCHDOG_PID", pid) == pid:
             self.due = clocks.monotonic()
 
@@ -9219,20 +9219,18 @@ class Metrics:
             for name, help, values in METRICS)
 
     def write(self) -> None:
-        """Write the file, if there is to be one, under another name, so that nobody reads half of
-        it. A failure stops nothing, and is logged once."""
-        settings, failed = self.server.settings, self.failed
-        path = None if settings.capture_file else settings.metrics_file  # it is a service's
+        """Write the file, if there is to be one, under another name first; log a failure once."""
+        path = None if self.server.settings.capture_file else self.server.settings.metrics_file
         self.due = self.server.clocks.monotonic() + METRICS_SECONDS if path else FOR_EVER
-        if not path:
+        if not path:  # the settings with which a capture file is judged are a service's
             return
-        flags, self.failed = os.O_WRONLY | os.O_CREAT | os.O_EXCL, True
+        failed, self.failed = self.failed, True
         try:
             if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
                 raise OSError(errno.EINVAL, "expected a regular file", path)
             with contextlib.suppress(FileNotFoundError):  # it may be another user's, or a link
                 os.unlink(path + ".new")
-            with open(open_ours(path + ".new", flags), "w", encoding="ascii") as file:
+            with open(path + ".new", "x", opener=open_ours, encoding="ascii") as file:
                 os.fchmod(file.fileno(), 0o644)  # node_exporter is not root
                 file.write(self.text())
             os.rename(path + ".new", path)
@@ -9832,9 +9830,11 @@ def own_command(arguments: "Arguments", log: Log) -> List[str]:
         if word.upper().strip(NAME_CHARACTERS + "/.,:=@+-") or not word:
             raise SpaError(f"--print-unit: '{word}' would need quotes in a unit",
                            "take another path, or fwknopd.conf instead of an option")
-    for path in {words[0], script, os.path.dirname(script)}:
-        status = os.stat(path)
-        if status.st_uid or status.st_mode & 0o022:
+    paths = sorted({words[0], os.path.realpath(words[0]), script})
+    for path in paths:
+        folder, status = os.path.dirname(path), os.stat(path)
+        paths += [folder] * (folder not in paths)  # its owner can put another file there
+        if status.st_uid or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
             log.warning(f"{path} is not root's alone: whoever can write there becomes root; "
                         "--print-launcher says where to install it")
     return words + arguments.kept

@@ -127,6 +127,17 @@ class PrintUnitTest(UnitCase):
             self.assertEqual(0, done.returncode)
             self.assertEqual(expected or os.geteuid() != 0, warned, done.stderr)
 
+    def test_a_directory_of_others_above(self) -> None:
+        """Whoever has a directory above can put another one in place of the script's."""
+        theirs = self.place("theirs")
+        os.makedirs(os.path.join(theirs, "a/b"))
+        script = shutil.copy(SCRIPT, os.path.join(theirs, "a/b/spa_server.py"))
+        for mode, expected in ((0o755, False), (0o1777, False), (0o777, True)):
+            os.chmod(theirs, mode)
+            done = run([sys.executable, script, "--print-unit", "procd", *self.options])
+            self.assertEqual(expected or os.geteuid() != 0,
+                             f"{theirs} is not root's alone" in done.stderr, done.stderr)
+
     def test_the_steps_of_installing(self) -> None:
         """The pipe that the steps name makes just these files."""
         for kind in KINDS:
@@ -301,7 +312,8 @@ class ManagerTest(DirectoryCase):
     def test_nobody_asks(self) -> None:
         """Without a socket, and with one that is gone, the server goes on."""
         gone = {"NOTIFY_SOCKET": self.place("none")}
-        for environment in ({}, gone, dict(gone, WATCHDOG_USEC="0"), dict(gone, WATCHDOG_USEC="x"),
+        for environment in ({}, gone, dict(gone, WATCHDOG_USEC="0"),
+                            dict(gone, WATCHDOG_USEC="\xb2"),
                             {**gone, "WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}):
             told = server.ServiceManager(server.CLOCKS, environment)
             told.tell("READY=1")

@@ -265,6 +265,8 @@ class FailtobanTest(LogCase):
         """Return both kinds of lines, with the beginning that syslog gives them."""
         prefix = "Nov 29 13:31:55 gate fwknopd[77]: "
         bad, good = ([prefix + line for line in group] for group in self.syslog())
+        bad += [bad[0].replace("fwknopd", name) for name in ("spa_server", "python3.11")]
+        good.append(bad[0].replace("fwknopd", "webapp"))  # a line of which others may say the text
         return bad, good
 
     def test_regex(self) -> None:
