@@ -1560,9 +1560,8 @@ class Option:
 
 def roff(text: str) -> str:
     """Return a text for a manual page (man(7))."""
-    text = text.replace("\\", "\\e").replace("-", "\\-")
-    return "\n".join("\\&" + line if line[:1] in (".", "'") else line
-                     for line in text.strip("\n").split("\n"))
+    text = text.strip("\n").replace("\\", "\\e").replace("-", "\\-")
+    return ("\n" + text).replace("\n.", "\n\\&.").replace("\n'", "\n\\&'")[1:]
 
 
 def roff_section(title: str, rows: "Iterable[Tuple[str, str]]") -> "List[str]":
@@ -2989,10 +2988,9 @@ def parse_ospa(text: str, path: str) -> "Dict[str, Any]":
 
 def use_ospa(settings: Settings) -> None:
     """Read the OSPA file, if any; its server and port hold where the settings have none."""
-    path = settings.ospa_file
-    if path is None:
+    if settings.ospa_file is None:
         return
-    settings.ospa = ospa = parse_ospa(read_private(path), path)
+    settings.ospa = ospa = parse_ospa(read_private(settings.ospa_file), settings.ospa_file)
     settings.server = settings.server or ospa["serverHost"]
     settings.port = settings.port if "SPA_SERVER_PORT" in settings.given else ospa["serverPort"]
 
@@ -3774,15 +3772,20 @@ def read_settings(given: "Dict[str, Given]") -> "List[Settings]":
             for name, layer in zip(names or [""], layers)]
 
 
-def find_text(given: "Dict[str, Given]", as_knock: bool) -> str:
-    """Return the text that an option asks for, "" if none does."""
-    if "help" in given:
-        return format_help(as_knock)
-    if "man" in given:
-        return format_man()
-    if "completion" in given:
-        return format_completion(given["completion"].text)
-    return launcher("/usr/local/bin/spa_client") if "print_launcher" in given else ""
+def do_locally(given: "Dict[str, Given]", operands: "List[str]", as_knock: bool) -> bool:
+    """Do what an option asks for without a packet, and return True; False if none does."""
+    tasks: "Dict[str, Callable[[], None]]" = {
+        "help": lambda: say(format_help(as_knock)), "version": print_version,
+        "man": lambda: say(format_man()),
+        "completion": lambda: say(format_completion(given["completion"].text)),
+        "print_launcher": lambda: say(launcher("/usr/local/bin/spa_client")),
+        "stanza_list": lambda: print_stanzas(given),
+        "print_ssh_config": lambda: print_ssh_config(given),
+        "import": lambda: import_stanzas(given, operands)}
+    asked = [do for name, do in tasks.items() if name in given]
+    for do in asked[:1]:
+        do()
+    return bool(asked)
 
 
 def run(arguments: "List[str]", as_knock: bool) -> bool:
@@ -3802,18 +3805,7 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
             say("Last fwknop client command line: " + format_arguments(parse_command_line(kept)[0]))
             return False
         given, operands, command = parse_command_line(kept + arguments)
-    text = find_text(given, as_knock)
-    if text:
-        say(text)
-    elif "version" in given:
-        print_version()
-    elif "stanza_list" in given:
-        print_stanzas(given)
-    elif "print_ssh_config" in given:
-        print_ssh_config(given)
-    elif "import" in given:
-        import_stanzas(given, operands)
-    else:
+    if not do_locally(given, operands, as_knock):
         several = read_settings(given)
         first = several[0]  # values that only the command line sets are the same in all of them
         if operands and not first.relay:

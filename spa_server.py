@@ -5342,17 +5342,20 @@ class Firewall:
     chains: Iterable[Any] = ()  # that grants go to
     identity: Tuple[Any, ...] = ()  # backends with the same identity share their rules
     due = FOR_EVER  # when the time of its programs is up, on the monotonic clock
+    failed = 0  # how many times it failed while the server ran
 
     def __init__(self, why: str, log: Log, clocks: Clocks = CLOCKS) -> None:
         self.why, self.log, self.clocks = why, log, clocks
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Limit the time of all programs that run inside of the `with`."""
-        before = self.due
-        self.due = min(before, self.clocks.monotonic() + seconds)
+        """Limit the time of all programs that run inside of the `with`; count a failure."""
+        before, self.due = self.due, min(self.due, self.clocks.monotonic() + seconds)
         try:
             yield
+        except CommandError:
+            self.failed += 1
+            raise
         finally:
             self.due = before
 
@@ -5389,11 +5392,8 @@ class Firewall:
         self.grants()
 
     def intact(self) -> bool:
-        """Return whether the rules that prepare() makes stand, and no others among them.
-
-        These are computed: if read back after prepare(), they could have somebody else's change.
-        """
-        return True
+        """Return whether the rules that prepare() makes stand, and no others among them."""
+        return True  # others compute the rules: if read back, they could have somebody's change
 
     def succeed(self, old: "Firewall") -> None:
         """Take over from another backend; call this before prepare()."""
@@ -7131,17 +7131,6 @@ class Grants:
         self.count = 0  # of all grants so far: the heap never has to compare two of them
         self.not_before = 0.0  # when to try a failed close again
         self.doubtful = False  # whether the firewall failed and may lack grants: restore() is due
-        self.failed = 0  # how many times it failed so far
-
-    @contextlib.contextmanager
-    def patience(self) -> Iterator[None]:
-        """Limit the time of the firewall's programs inside of the `with`; count a failure."""
-        try:
-            with self.firewall.within(PATIENCE):
-                yield
-        except CommandError:
-            self.failed += 1
-            raise
 
     def enter(self, grant: Grant) -> None:
         """Record a grant that the firewall has."""
@@ -7177,7 +7166,7 @@ class Grants:
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
         if opened:
-            with self.patience():
+            with self.firewall.within(PATIENCE):
                 self.add_new(opened, replaced)
         for grant in rivals:
             self.live.pop(grant.door, None)
@@ -7207,7 +7196,7 @@ class Grants:
         """Let a guard on trial stay (None), or leave it open until a new start (TRIAL_OVER)."""
         self.firewall.trial = trial
         try:
-            with self.patience():
+            with self.firewall.within(PATIENCE):
                 self.firewall.prepare_guard()
         except CommandError:
             self.doubtful = True  # restore() is next: it tries again, and says why it can't
@@ -7271,7 +7260,7 @@ class Grants:
         if not ended:
             return
         try:
-            with self.patience():
+            with self.firewall.within(PATIENCE):
                 self.firewall.remove(ended)
         except CommandError as error:
             self.log.error(f"{error}; trying to close {len(ended)} grants again")
@@ -7332,7 +7321,7 @@ class Grants:
         try:
             self.firewall.flush()
         except CommandError:  # some may still be open: expire() tries to close them again
-            self.failed += 1
+            self.firewall.failed += 1
             with contextlib.suppress(CommandError):
                 ended += self.firewall.grants()
             for grant in ended:
@@ -7341,7 +7330,7 @@ class Grants:
 
     def move(self, firewall: Firewall) -> None:
         """Go on in another firewall, which is prepared; close the grants that it can't hold."""
-        old, self.firewall = self.firewall, firewall
+        old, self.firewall, firewall.failed = self.firewall, firewall, self.firewall.failed
         for grant in list(self.live.values()):
             self.enter(grant._replace(stanza_number=0))  # another stanza may have its number now
         homeless = [grant for grant in self.live.values() if not firewall.chains_for(grant.door)]
@@ -7940,15 +7929,14 @@ class Lifecycle(NamedTuple):
 # ======================================================================================
 
 
-# All that may become of a packet. METRICS_FILE has these alone: digest.cache may have other texts.
-REASONS = (
-    "accepted", "length", "not an SPA packet", "source", "wrong HMAC", "wrong key",
-    "encryption type", "malformed", "replay", "stale", "from the future", "before memory",
-    "forgotten", "no knock", "knock", "user", "no address", "other address", "family", "ports",
-    "no time", "NAT", "command", "expired stanza", "grants", "firewall", "HTTP", "X-Forwarded-For",
-    "gpg decryption", "gpg signature", "gpg signer", "gpg too fast", "gpg failed",
-    "OpenSPA length", "OpenSPA header", "OpenSPA ADK", "OpenSPA too fast", "OpenSPA decryption",
-    "OpenSPA signature", "protocol", "target", "error")
+# All verdicts. METRICS_FILE has no others, although digest.cache may name other reasons.
+REASONS = """\
+accepted, length, not an SPA packet, source, wrong HMAC, wrong key, encryption type, malformed,
+replay, stale, from the future, before memory, forgotten, no knock, knock, user, no address,
+other address, family, ports, no time, NAT, command, expired stanza, grants, firewall, HTTP,
+X-Forwarded-For, gpg decryption, gpg signature, gpg signer, gpg too fast, gpg failed,
+OpenSPA length, OpenSPA header, OpenSPA ADK, OpenSPA too fast, OpenSPA decryption,
+OpenSPA signature, protocol, target, error""".replace(",\n", ", ").split(", ")
 
 
 class Tally:
@@ -8829,7 +8817,7 @@ class FirewallWatch:
         """Put the guard back at once if somebody removed it: until then everybody gets in."""
         firewall = self.grants.firewall
         try:
-            with self.grants.patience():
+            with firewall.within(PATIENCE):
                 if firewall.trial is not TRIAL_OVER and firewall.mend_guard():
                     self.log.warning("Somebody changed our rules in the firewall "
                                      f"({firewall.describe()}); put the guard back")
@@ -8842,7 +8830,7 @@ class FirewallWatch:
         began, doubtful = self.clocks.monotonic(), self.grants.doubtful
         self.grants.doubtful = False  # what fails below is tried again
         try:
-            with self.grants.patience():
+            with self.grants.firewall.within(PATIENCE):
                 if began < self.check_rest and not doubtful and self.grants.firewall.intact():
                     self.check_due = self.check_rest  # rules are looked at at once, grants then
                     self.looked = self.clocks.wall()
@@ -8864,7 +8852,7 @@ class FirewallWatch:
 
 
 class ServiceManager:
-    """Tell systemd what becomes of this server, if it asks for that (sd_notify(3))."""
+    """Report the server's state to systemd, if systemd asks for that (sd_notify(3))."""
 
     def __init__(self, clocks: Clocks, environment: Mapping[str, str] = os.environ) -> None:
         address, pid = environment.get("NOTIFY_SOCKET", ""), str(os.getpid())
@@ -9194,7 +9182,7 @@ METRICS: Tuple[Tuple[str, str, Callable[[Server], Dict[str, float]]], ...] = (
     ("spa_kernel_dropped_packets_total", "packets that came faster than the server read them",
      lambda server: {"": server.lost + sum(each.lost() for each in server.captures)}),
     ("spa_firewall_failures_total", "changes of the firewall, or looks at it, that failed",
-     lambda server: {"": server.grants.failed}),
+     lambda server: {"": server.grants.firewall.failed}),
     ("spa_firewall_checked_timestamp_seconds", "when the server last saw that its rules stand",
      lambda server: {"": server.watch.looked}),
     ("spa_log_dropped_lines_total", "lines that nothing took",
@@ -9205,7 +9193,7 @@ METRICS: Tuple[Tuple[str, str, Callable[[Server], Dict[str, float]]], ...] = (
 
 
 class Metrics:
-    """METRICS_FILE: how the server fares, in Prometheus's text format (node_exporter reads it)."""
+    """METRICS_FILE: the server's counters in Prometheus's text format, for node_exporter."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.due, self.failed = server, FOR_EVER, False
@@ -9707,10 +9695,8 @@ UNIT_STEPS = """# To install these files, read them, and run as root:
 SYSTEMD_GUARD = """[Unit]
 Description=Close GUARD_PORTS to everybody without a grant
 DefaultDependencies=no
-Conflicts=shutdown.target
 Wants=network-pre.target
 Before=network-pre.target
-Before=shutdown.target
 After=local-fs.target {rules}
 PartOf={rules}
 
@@ -9771,11 +9757,9 @@ USER_STEPS = """useradd --system --no-create-home --shell /usr/sbin/nologin spa
 #   chgrp spa {read} && chmod g=rX {read}
 #   """
 OPENRC_GUARD = """#!/sbin/openrc-run
-description="Close GUARD_PORTS to everybody without a grant"
 depend() {{ after localmount iptables ip6tables nftables firewall; before net; }}
 start() {{ ebegin "Closing GUARD_PORTS"; {command} --guard; eend $?; }}"""
 OPENRC_SERVER = """#!/sbin/openrc-run
-description="Open ports to whoever knocks with a key"
 supervisor=supervise-daemon
 command={program}
 command_args="{arguments} --syslog-enable"
@@ -9796,7 +9780,6 @@ start_service() {{
     procd_set_param command {command}
     procd_set_param respawn 3600 5 0
     procd_set_param term_timeout 30
-    procd_set_param stdout 1
     procd_set_param stderr 1
     procd_close_instance
 }}
@@ -9824,9 +9807,9 @@ UNITS: Dict[str, Tuple[Dict[str, str], str, str, str]] = {
 def own_command(arguments: "Arguments", log: Log) -> List[str]:
     """Return the words that start this program with the same files and directives."""
     script, started = map(os.path.realpath, (__file__, sys.argv[0]))
-    words = [started] if os.path.basename(started) == "spa_server" else [  # the launcher
-        sys.executable or "/usr/bin/python3", "-I", script]
-    for word in words + arguments.kept:
+    is_launcher = os.path.basename(started) == "spa_server"
+    words = ([started] if is_launcher else [sys.executable, "-I", script]) + arguments.kept
+    for word in words:
         if word.upper().strip(NAME_CHARACTERS + "/.,:=@+-") or not word:
             raise SpaError(f"--print-unit: '{word}' would need quotes in a unit",
                            "take another path, or fwknopd.conf instead of an option")
@@ -9837,7 +9820,7 @@ def own_command(arguments: "Arguments", log: Log) -> List[str]:
         if status.st_uid or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
             log.warning(f"{path} is not root's alone: whoever can write there becomes root; "
                         "--print-launcher says where to install it")
-    return words + arguments.kept
+    return words
 
 
 def print_unit(arguments: "Arguments", kind: str, log: Log) -> None:
@@ -9852,7 +9835,7 @@ def print_unit(arguments: "Arguments", kind: str, log: Log) -> None:
     written = {os.path.dirname(path) for path in (
         *read, settings.digest_file, settings.pid_file, settings.metrics_file) if path}
     homes = "/home/", os.path.expanduser("~root/")
-    in_homes = any(path.startswith(homes) for path in (*words, *written))
+    in_homes = any((path + "/").startswith(homes) for path in (*words, *written))
     run = os.path.realpath(settings.run_directory)
     texts = {
         "kind": kind, "notes": notes, "rules": HOST_RULES, "command": " ".join(words),
@@ -10201,9 +10184,8 @@ class Option:
 
 def roff(text: str) -> str:
     """Return a text for a manual page (man(7))."""
-    text = text.replace("\\", "\\e").replace("-", "\\-")
-    return "\n".join("\\&" + line if line[:1] in (".", "'") else line
-                     for line in text.strip("\n").split("\n"))
+    text = text.strip("\n").replace("\\", "\\e").replace("-", "\\-")
+    return ("\n" + text).replace("\n.", "\n\\&.").replace("\n'", "\n\\&'")[1:]
 
 
 def roff_section(title: str, rows: "Iterable[Tuple[str, str]]") -> "List[str]":
@@ -10389,8 +10371,7 @@ spa_server.py under the name knockd; under its own name it does more.
 def format_man() -> str:
     """Return the manual page in roff (man(7)), made of the docstring and the tables."""
     paragraphs = (__doc__ or "").split("\n\n")
-    changes, codes = (next(each for each in paragraphs if each.startswith(begin))
-                      for begin in ("Changes on this host", "Exit codes"))
+    changes = next(each for each in paragraphs if each.startswith("Changes on this host"))
     lines = [f'.TH SPA_SERVER 8 "" "spa_server.py {VERSION}"', ".SH NAME",
              "spa_server.py \\- " + roff(paragraphs[0]), ".SH SYNOPSIS", ".B spa_server.py",
              "[options]", ".SH DESCRIPTION", roff(paragraphs[1].partition(" Comments cite")[0]),
@@ -10403,7 +10384,7 @@ def format_man() -> str:
         lines += roff_section(title, (
             (" / ".join(row.names), row.help + (f" (default: {row.default})" if row.default else "")
              + (" (ignored)" if isinstance(row, Ignored) else "")) for row in table.rows()))
-    return "\n".join(lines + [".SH EXIT STATUS", roff(codes.partition(": ")[2])])
+    return "\n".join(lines + [".SH EXIT STATUS", roff(paragraphs[-1].partition(": ")[2])])
 
 
 class Arguments:
