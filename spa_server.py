@@ -7181,10 +7181,6 @@ class Grants:
                           f"expires at {self.live[door].expires}")
         return doors
 
-    def count_open(self) -> int:
-        """Return how many doors are open in the firewall."""
-        return len(self.live) if self.firewall.keeps else 0
-
     def keep_guard(self, doors: List[Door]) -> None:
         """Let a guard on trial stay if a knock has opened one of its ports."""
         ports = self.firewall.guard_ports & {(door.protocol, door.port) for door in doors
@@ -7327,6 +7323,10 @@ class Grants:
             for grant in ended:
                 self.enter(grant._replace(ends=now, early=True))
             raise
+
+    def count_open(self) -> int:
+        """Return how many doors are open in the firewall."""
+        return len(self.live) if self.firewall.keeps else 0
 
     def move(self, firewall: Firewall) -> None:
         """Go on in another firewall, which is prepared; close the grants that it can't hold."""
