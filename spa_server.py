@@ -9804,12 +9804,12 @@ UNITS: Dict[str, Tuple[Dict[str, str], str, str, str]] = {
         "done", "cd /etc/init.d; for each in {names}; do ./$each stop; ./$each disable; done", "")}
 
 
-def own_command(arguments: "Arguments", log: Log) -> List[str]:
+def own_command(arguments: "Arguments", others: Iterable[str], log: Log) -> List[str]:
     """Return the words that start this program with the same files and directives."""
     script, started = map(os.path.realpath, (__file__, sys.argv[0]))
     is_launcher = os.path.basename(started) == "spa_server"
     words = ([started] if is_launcher else [sys.executable, "-I", script]) + arguments.kept
-    for word in words:
+    for word in (*words, *others):  # paths that the unit has, too
         if word.upper().strip(NAME_CHARACTERS + "/.,:=@+-") or not word:
             raise SpaError(f"--print-unit: '{word}' would need quotes in a unit",
                            "take another path, or fwknopd.conf instead of an option")
@@ -9827,13 +9827,13 @@ def print_unit(arguments: "Arguments", kind: str, log: Log) -> None:
     """Print what installs and removes the files of a unit, then each file behind its path."""
     if kind not in UNITS:
         raise UsageError("--print-unit: expected " + ", ".join(UNITS))
-    settings, words = read_settings(arguments)[0], own_command(arguments, log)
-    files, enable, disable, notes = UNITS[kind]
+    settings, (files, enable, disable, notes) = read_settings(arguments)[0], UNITS[kind]
     if may_exist(arguments.config_file) and not settings.guard_ports:
         files = {path: text for path, text in files.items() if "guard" not in path}
     read = {arguments.config_file, settings.access_file}
     written = {os.path.dirname(path) for path in (
         *read, settings.digest_file, settings.pid_file, settings.metrics_file) if path}
+    words = own_command(arguments, sorted({*read, *written, settings.run_directory}), log)
     homes = "/home/", os.path.expanduser("~root/")
     in_homes = any((path + "/").startswith(homes) for path in (*words, *written))
     run = os.path.realpath(settings.run_directory)

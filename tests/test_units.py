@@ -108,6 +108,13 @@ class PrintUnitTest(UnitCase):
                 done = self.run_server(*options)
                 self.assertEqual((code, ""), (done.returncode, done.stdout), done.stderr)
                 self.assertIn(text, done.stderr)
+        for line, path in (("METRICS_FILE /var/a b/c", "/var/a b"),
+                           ("DIGEST_FILE /x/%n/c", "/x/%n"),
+                           ("FWKNOP_RUN_DIR /run/x y", "/run/x y")):
+            write(self.options[1], line + ";\n")
+            done = self.run_server("--print-unit", "systemd", *self.options[:4])
+            self.assertEqual((1, ""), (done.returncode, done.stdout), line)
+            self.assertIn(f"'{path}' would need quotes", done.stderr)
 
     def test_no_guard(self) -> None:
         """Where the settings close no ports there is no unit that would; later there may be."""
