@@ -300,6 +300,7 @@ class GuideTest(unittest.TestCase):
         self.addCleanup(cable.close)
         cable.server.listen(22)
         reader = Reader(cable, *case)
+        self.addCleanup(reader.gate.type, "python3 spa_server.py -K; true")
         used = {reader.follow(line) for line in read_commands()}
         self.assertEqual(set(reader.steps), used - {""})
 
