@@ -7,23 +7,23 @@ and drives nftables or iptables. It needs nothing but Python's standard library,
 iptables. Comments cite tests/spec/fwknop.md, knockd.md and openspa.md by section. These files
 describe the formats and the behaviour of fwknop, knockd and OpenSPA.
 
-The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 28:
+The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 29:
 
   capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 18
   check      length and alphabet, before any key is touched                 section 4
   unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 15
   fresh      too old? seen before? from before this memory began?           section 16
   remember   on file before a door opens: a crash must not allow a replay   section 16
-  judge      user, address, ports, expiry: what may this packet open?       sections 11, 26, 28
-  open       the firewall gets the grant, and ends it by itself             sections 23, 19 to 21
-  or run     instead of opening, where a stanza says so: commands           section 24
-  answer     once and encrypted, where a stanza says so: opened, or why not sections 3, 18, 28
-  close      by the kernel when its time has come; by this server too       section 23
+  judge      user, address, ports, expiry: what may this packet open?       sections 11, 27, 29
+  open       the firewall gets the grant, and ends it by itself             sections 24, 19 to 21
+  or run     instead of opening, where a stanza says so: commands           section 25
+  answer     once and encrypted, where a stanza says so: opened, or why not sections 3, 18, 29
+  close      by the kernel when its time has come; by this server too       section 24
 
 A packet for GPG waits at `unlock` while gpg runs beside the loop. When gpg has answered, the packet
-starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 27 instead.
+starts again. A packet that may be a knock goes to KnockListener.take_knock() in section 28 instead.
 The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
-requests go to OspaGate.receive() in section 29; RSA (section 12) proves their keys.
+requests go to OspaGate.receive() in section 30; RSA (section 12) proves their keys.
 
 Until a packet's key is proven, 20 functions of 195 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
@@ -72,20 +72,21 @@ From here on the machine is touched.
   19. Firewall
   20. nftables
   21. iptables
-  22. Choice of a firewall, leftovers, and the host's rules
-  23. Grants
-  24. Commands
-  25. Configuration
-  26. Access
-  27. Knock listener
-  28. Gate
-  29. OpenSPA gate
-  30. Server
-  31. Process
-  32. First configuration
-  33. Units
-  34. Check
-  35. Command line
+  22. Choice of a firewall, and leftovers
+  23. The host's rules
+  24. Grants
+  25. Commands
+  26. Configuration
+  27. Access
+  28. Knock listener
+  29. Gate
+  30. OpenSPA gate
+  31. Server
+  32. Process
+  33. First configuration
+  34. Units
+  35. Check
+  36. Command line
 
 Exit codes: 0 done or stopped by a signal; 1 failed; 2 wrong command line; 3 unusable configuration.
 """
@@ -2210,7 +2211,7 @@ def read_one_time_file(path: str) -> OneTimeFile:
 # 9. access.conf
 #
 # A stanza says which clients may open which ports, and for how long (tests/spec/fwknop.md 3.3).
-# fwknopd.conf has a say in NAT and destinations only. Section 28 tries the stanzas in their order.
+# fwknopd.conf has a say in NAT and destinations only. Section 29 tries the stanzas in their order.
 # ======================================================================================
 
 
@@ -6488,11 +6489,10 @@ class IptablesFirewall(Firewall):
 
 
 # ======================================================================================
-# 22. Choice of a firewall, leftovers, and the host's rules
+# 22. Choice of a firewall, and leftovers
 #
-# Which backend the settings mean, what any backend has left in the kernel, and which rules of the
-# host get in the way. All that we make carries a mark, its name or a rule's comment, so this
-# program finds it without a configuration. It only reads the host's rules.
+# Which backend the settings mean, and what any backend has left in the kernel. All that we make
+# carries a mark, its name or a rule's comment, so this program finds it without a configuration.
 # ======================================================================================
 
 
@@ -6875,6 +6875,13 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
             log.warning(f"{error}; what earlier settings opened may be left")
 
 
+# ======================================================================================
+# 23. The host's rules
+#
+# Which rules of the host get in the way: this program only reads them. It follows a packet through
+# the host's chains, and takes a test that it does not know for one that some packets pass.
+# ======================================================================================
+
 def is_untracked(rule: Dict[int, bytes]) -> bool:
     """Return whether a rule that the kernel listed turns connection tracking off."""
     return any(name == "notrack" or (name == "target" and (  # struct xt_ct_target_info
@@ -7111,7 +7118,7 @@ def obstacles(settings: ServerSettings, stanzas: List[Stanza],
 
 
 # ======================================================================================
-# 23. Grants
+# 24. Grants
 #
 # The register of open doors. The kernel keeps one too, and ends each grant by itself. Ours closes
 # grants that the kernel can't end, prolongs them, and puts back what somebody flushed.
@@ -7387,7 +7394,7 @@ def read_openers(path: str) -> Dict[str, str]:
 
 
 # ======================================================================================
-# 24. Commands
+# 25. Commands
 #
 # Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
 # open and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors). The
@@ -7809,7 +7816,7 @@ class Commands:
 
 
 # ======================================================================================
-# 25. Configuration
+# 26. Configuration
 #
 # All settings together: where the server listens, and its lines about start and stop.
 # ======================================================================================
@@ -7921,10 +7928,10 @@ class Lifecycle(NamedTuple):
 
 
 # ======================================================================================
-# 26. Access
+# 27. Access
 #
-# From a request to what it changes: judge it (section 11), then open doors (section 23) or run
-# commands (section 24), and tell the log, the counters and --fw-list. Packets, knock sequences,
+# From a request to what it changes: judge it (section 11), then open doors (section 24) or run
+# commands (section 25), and tell the log, the counters and --fw-list. Packets, knock sequences,
 # --open and --close all end here.
 # ======================================================================================
 
@@ -8002,9 +8009,9 @@ class Access:
             return verdict
         try:
             if verdict.by_commands:
-                self.commands.run(self.cycles(verdict, request, stanza))  # section 24
+                self.commands.run(self.cycles(verdict, request, stanza))  # section 25
             else:
-                verdict = verdict._replace(doors=self.grants.grant(  # section 23
+                verdict = verdict._replace(doors=self.grants.grant(  # section 24
                     verdict.doors, verdict.seconds, stanza.number))
         except CommandError as error:
             self.log.error(str(error))
@@ -8102,7 +8109,7 @@ class Access:
 
 
 # ======================================================================================
-# 27. Knock listener
+# 28. Knock listener
 #
 # The way of a knock packet: is it the next step of a sequence (section 8)? The last one opens,
 # runs a command, or lets a packet follow.
@@ -8258,7 +8265,7 @@ class KnockListener:
 
 
 # ======================================================================================
-# 28. Gate
+# 29. Gate
 #
 # The way of a packet, from a datagram to access. authentic_stanzas() proves the HMAC; for a stanza
 # without HMAC, unlock() proves the key. The first lines of this file name what runs before that.
@@ -8451,7 +8458,7 @@ class Gate:
         """Ask for access, and return the verdict; None if the address of the packet's NAT host has
         to be found first."""
         knocks = self.knocks_needed(request, stanza)
-        verdict = self.access.allow(request, stanza)  # section 26
+        verdict = self.access.allow(request, stanza)  # section 27
         if isinstance(verdict, Verdict):
             self.knocks.use_up(knocks)
             return verdict
@@ -8533,7 +8540,7 @@ class Gate:
 
 
 # ======================================================================================
-# 29. OpenSPA gate
+# 30. OpenSPA gate
 #
 # The way of an OpenSPA request (tests/spec/openspa.md 1.7, with the gaps of 1.14 closed). Length
 # and ADK come before RSA, which has a ration; the client's signature comes before all else.
@@ -8767,7 +8774,7 @@ class OspaGate:
 
 
 # ======================================================================================
-# 30. Server
+# 31. Server
 #
 # The loop: it reads the captures, minds the firewall, and does in time whatever is due.
 # ======================================================================================
@@ -9229,7 +9236,7 @@ class Metrics:
 
 
 # ======================================================================================
-# 31. Process
+# 32. Process
 #
 # Pid file, control socket, signals, background and reload.
 # ======================================================================================
@@ -9525,7 +9532,7 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
 
 
 # ======================================================================================
-# 32. First configuration
+# 33. First configuration
 #
 # `--init tcp/22` tries what a server needs, makes keys and the files that are missing, and prints
 # the client's stanza; `--print-client` prints it again. More stanzas are keygen.py's work.
@@ -9676,7 +9683,7 @@ def own_address() -> str:
 
 
 # ======================================================================================
-# 33. Units
+# 34. Units
 #
 # `--print-unit` prints the files with which an init system puts the guard up before the network,
 # and starts the server; the first lines install and remove them. `--print-launcher` prints the
@@ -9877,7 +9884,7 @@ def launcher(path: str) -> str:
 
 
 # ======================================================================================
-# 34. Check
+# 35. Check
 #
 # `--check` says who may reach the ports now, what a knock would change, and what is in the way.
 # It changes nothing.
@@ -10151,7 +10158,7 @@ def find_all(check: Checkup, is_root: bool) -> List[str]:
 
 
 # ======================================================================================
-# 35. Command line
+# 36. Command line
 #
 # Options with fwknopd's names (tests/spec/fwknop.md 3.1), what each of them does, and exit codes.
 # ======================================================================================
