@@ -967,6 +967,13 @@ def parse_text(text: str) -> str:
     return text
 
 
+def parse_server(text: str) -> str:
+    """Return a host name or an address: no resolver knows it with a port, or as a URL."""
+    if "/" in text or (text.count(":") == 1 and is_decimal(text.partition(":")[2])):
+        raise ValueError("expected a name or an address, without port or path")
+    return parse_text(text)
+
+
 def parse_yes_no(text: str) -> bool:
     """Parse Y or N, or the level that VERBOSE may have: 0 to 3."""
     if text.upper() not in ("Y", "N", "YES", "NO", "0", "1", "2", "3"):
@@ -1230,7 +1237,7 @@ class Settings:
     user = optional("SPOOF_USER", parse_short_user, "user name in the packet")
     spoof_source = optional("SPOOF_SOURCE_IP", parse_spoof, "source address of the raw carriers")
     access = optional("ACCESS", parse_access, "ports to open, such as tcp/22,udp/53")
-    server = optional("SPA_SERVER", parse_text, "the server, a name or an address")
+    server = optional("SPA_SERVER", parse_server, "the server, a name or an address")
     rand_port = flag("RAND_PORT", "a random port of the server, 10000 and up")
     key = optional("KEY", encode_text, "encryption key")
     key_base64 = optional("KEY_BASE64", decode_base64, "encryption key in base64")

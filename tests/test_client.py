@@ -513,6 +513,10 @@ class RcFile(Case):
                 ("SPOOF_USER:joe", "SPOOF_USER: expected a blank after it, not ':'"),
                 ("SPOOF_USER : joe", "SPOOF_USER: expected a value, not ':'"),
                 ("SPA_SERVER=host", "SPA_SERVER: expected a blank after it, not '='"),
+                ("SPA_SERVER host:62201", "SPA_SERVER: expected a name or an address, without port "
+                 "or path, not 'host:62201'"),
+                ("SPA_SERVER https://h", "SPA_SERVER: expected a name or an address, without port "
+                 "or path, not 'https://h'"),
                 ("KEY=half/of+a7key", "KEY: expected a blank after it, not '='"),
                 ("KEY = half/of+a7key", "KEY: expected a value, not '='"),
                 ("KEY \xa0 half/of+a7key", "KEY: expected a value, not '\\xa0'"),
