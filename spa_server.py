@@ -9546,10 +9546,11 @@ CLIENT_HEAD = """# On the client: python3 spa_client.py --import
 """
 NEXT_STEPS = """# Here: stay logged in until the client has got in. Then type Ctrl-C, and:
 # python3 spa_server.py --daemon
-# If this host is far away, do not wait: type Ctrl-C now, and:
-# python3 spa_server.py --trial 300    # opens again after 300 seconds without a knock
-# For after a boot: python3 spa_server.py --print-unit systemd    # or openrc, procd
+{far}# For after a boot: python3 spa_server.py --print-unit systemd    # or openrc, procd
 # Give each the same -c, -a and -r as now. To undo it all: -K, then --unguard.
+"""
+FAR_STEPS = """# If this host is far away, do not wait: type Ctrl-C now, and:
+# python3 spa_server.py --trial 300    # opens again after 300 seconds without a knock
 """
 
 # Without an address in the packet, so that it works for a client behind NAT, too.
@@ -9584,7 +9585,11 @@ def first_configuration(ports: FrozenSet[Port], settings: ServerSettings, config
     firewall.check_guard()
     if trial:
         start_trial(firewall, trial)
-    close_captures(Configuration(settings, [stanza], []).open_captures(quiet), ())
+    captures = Configuration(settings, [stanza], []).open_captures(quiet)
+    close_captures(captures, ())
+    if not captures:
+        raise SpaError(f"Interface {settings.interface} does not exist, so no knock would be heard",
+                       "`ip link` lists those that there are")
     texts[settings.access_file] = SERVER_STANZA.format(
         name=socket.gethostname().partition(".")[0] or "server", access=access,
         key=base64(os.urandom(32)), hmac_key=base64(os.urandom(64)))
@@ -10426,6 +10431,8 @@ class Arguments:
                 self.lines.append(Line(name, 0, row.name, text))
         if "trial" in self.values and ACTIONS & set(self.values) - {"init"}:
             raise UsageError("--trial: only a server that hears knocks can try its guard")
+        if {"check_host", "test"} <= set(self.values):
+            raise UsageError("--check: it looks at the firewall, which -t leaves alone")
         most = 2 if "open" in self else 1 if "print_client" in self else 0
         if len(others) > most:
             raise UsageError(f"unexpected argument '{others[most]}'", "--help lists the options")
@@ -10805,7 +10812,8 @@ def run_init(arguments: Arguments, settings: ServerSettings, trial: int = 0) -> 
     else:
         first_configuration(ports, settings, arguments.config_file, "test" in arguments, trial)
         print_client(arguments)
-        say("" if "daemon" in arguments else NEXT_STEPS)
+        far = "" if trial else FAR_STEPS
+        say("" if "daemon" in arguments else NEXT_STEPS.format(far=far))
     return read_settings(arguments)[0]
 
 

@@ -294,6 +294,8 @@ class InitTest(CableCase):
                 (small, (), 1, "access.conf: No space left on device\n"),
                 ((), ("--trial", "300", "-t"), 3, "--trial: there is no guard to try\n"
                  "hint: set GUARD_PORTS tcp/22, and leave --test out\n"),
+                ((), ("-i", "nosuch0"), 1, "Interface nosuch0 does not exist, so no knock would be "
+                 "heard\nhint: `ip link` lists those that there are\n"),
                 ((), ("-i", "any", "-U", "-O", "/nonexistent"), 3, "No such file or directory\n")):
             with self.subTest(text=text):
                 process = self.init(*words, before=before)

@@ -187,8 +187,9 @@ class LiveCheckTest(unittest.TestCase):
             self.assertEqual(1, code)
             self.assert_lines(lines, r"\[!\] Interface eth7 does not exist",
                               r"\[-\] file: .*access.conf permissions should only be user")
-            code, text = server.command("--check", "--fw-list")
-            self.assertEqual(2, code, text)
+            for word in ("--fw-list", "-t"):
+                code, text = server.command("--check", word)
+                self.assertEqual(2, code, text)
             missing = server.command("--check", "-c", "/nonexistent")
             self.assertEqual(3, missing[0], missing)
 

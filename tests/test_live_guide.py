@@ -162,6 +162,7 @@ class Reader:
         self.server = self.gate.start(line)
         self.expect(False)
         self.pasted = self.server.output()
+        assert "far away" not in self.pasted  # that is where --trial is what to type next
 
     def import_stanza(self, line: str) -> None:
         """Paste the stanza out of what was printed last."""
