@@ -21,8 +21,7 @@ from typing import Any, List, Tuple
 from unittest import mock
 
 import spa_client as client
-from tests.support import (TIMEOUT, TOP, find_pythons, needs_programs, needs_root, skip,
-                           wait_for)
+from tests.support import (TIMEOUT, find_pythons, needs_programs, needs_root, skip, wait_for)
 from tests.test_client import (BLOCK, HERE, HMAC_KEY, KEY, KEYS, KNOCK, SCRIPT, Case, Receiver,
                                fields, python, unseal)
 
@@ -1190,22 +1189,21 @@ class Systems(Case):
             self.assertIn("1:", unseal(receiver.packet(), KEY))
 
     def test_the_fastest_start(self) -> None:
-        """The line of the README, with the file compiled; exit codes and errors are the same."""
-        with open(os.path.join(TOP, "README.md")) as file:
-            line = next(line for line in file if line.startswith("    PYTHONPATH="))
-        place, _, _, *start = shlex.split(line)
+        """The launcher, with the file compiled: exit codes and errors are those of the script."""
         shutil.copy(SCRIPT, self.home)
-        environment = dict(self.environment, PYTHONPATH=self.home)
-        self.assertEqual(("PYTHONPATH=/usr/local/lib/spa", ["-q", "-n", "gate"]),
-                         (place, start[-3:]))
+        start = os.path.join(self.home, "bin", "spa_client")
+        os.mkdir(os.path.dirname(start))
+        with open(start, "w") as file:
+            file.write(client.launcher(start).replace("/usr/local/lib/spa", self.home))
         with Receiver() as receiver:
             self.write("[gate]\nKEY k\nACCESS tcp/22\nSPA_SERVER 127.0.0.1\n"
                        f"SPA_SERVER_PORT {receiver.options[3]}\n")
             for more, expected in ((["-s"], (0, b"", b"")),
                                    (["-p", "0"], (2, b"", b"spa_client.py: -p: expected a port "
                                                           b"number, 1 to 65535, not '0'\n"))):
-                done = subprocess.run([python(), "-S", *start, *more], env=environment, timeout=60,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.home)
+                done = subprocess.run([python(), "-S", start, "-q", "-n", "gate", *more],
+                                      env=self.environment, timeout=60, cwd=self.home,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                 self.assertEqual(expected, (done.returncode, done.stdout, done.stderr))
             self.assertTrue(unseal(receiver.packet(), "k", 0))
         self.assertIn("__pycache__", os.listdir(self.home))

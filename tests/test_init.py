@@ -173,7 +173,8 @@ class StanzaTest(ConfigCase):
             with self.subTest(name=name):
                 done = subprocess.run(
                     [*launcher(f"spa_server.find_program = {({name: '/x'})!r}.get"), *SPA_SERVER,
-                     "-c", self.place("f.conf"), "--init", "tcp/22", "-a", self.place("a.conf")],
+                     "-c", self.place("f.conf"), "--init", "tcp/22", "-a", self.place("a.conf"),
+                     "-r", self.place("run")],
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
                 self.assertEqual((3, "spa_server.py: there is no nft and no iptables program\n"
                                   f"hint: {wanted} nftables\n"),

@@ -155,7 +155,7 @@ class ReadmeTest(unittest.TestCase):
             settings = server.ServerSettings()
             settings.set_defaults()
             text = server.client_stanza(settings, server.read_stanzas(path)[0][0])
-        text += "\n" + server.NEXT_STEPS
+        text += "\n" + server.NEXT_STEPS.format(far=server.FAR_STEPS)
         for name, value in (("SPA_SERVER", "192.0.2.10"), ("KEY_BASE64", "(a key)"),
                             ("HMAC_KEY_BASE64", "(another)")):
             text = re.sub("(?m)^(%s +).*" % name, lambda match: match.group(1) + value,  # noqa: B023

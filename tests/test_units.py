@@ -105,7 +105,7 @@ class PrintUnitTest(UnitCase):
                 (["--print-unit", "systemd", "-c", "none"], 3, "none: No such file"),
                 (["--print-launcher", "-S"], 2, "does not go with")):
             with self.subTest(options=options):
-                done = self.run_server(*options)
+                done = self.run_server("-c", write(self.place("empty"), ""), *options)
                 self.assertEqual((code, ""), (done.returncode, done.stdout), done.stderr)
                 self.assertIn(text, done.stderr)
         for line, path in (("METRICS_FILE /var/a b/c", "/var/a b"),
