@@ -4,8 +4,8 @@
 This is a server for fwknop's single packet authorization (SPA), OpenSPA's knocks by public key, and
 port knocking. It reads fwknopd.conf, access.conf and knockd.conf, understands the fwknop clients,
 and drives nftables or iptables. It needs nothing but Python's standard library, and nft or
-iptables. Comments cite tests/spec/fwknop.md, knockd.md and openspa.md by section. These files
-describe the formats and the behaviour of fwknop, knockd and OpenSPA.
+iptables. Comments cite tests/spec/fwknop.md, knockd.md, openspa.md and answer.md by section: the
+formats and the behaviour of fwknop, knockd and OpenSPA, and our own answers.
 
 The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 29:
 
@@ -40,9 +40,10 @@ KnockListener.take_knock() and all that they call. OpenSPA adds OspaGate.receive
 unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes last.
 
 Changes on this host: the firewall (sections 20 and 21: tables `inet spa` and `inet spa_nat`, rules
-with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, and by --init the two
-files in /etc/fwknop. To undo them: -K, then --fw-flush, then --unguard. When the server is killed,
-the kernel ends the grants; a guard stays until a server runs, --unguard or the end of its trial.
+with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, METRICS_FILE, and by
+--init the two files in /etc/fwknop. To undo them: -K, then --fw-flush, then --unguard. When the
+server is killed, the kernel ends the grants; a guard stays until a server runs, --unguard or the
+end of its trial.
 
 Contents. Sections 1 to 13 compute: bytes, text and time go in, values come out; they read the
 configuration and touch nothing else, apart from the user database, PATH, an optional import of
