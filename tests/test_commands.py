@@ -64,6 +64,8 @@ class CommandCase(ServerCase):
             child.closes = False
             server.end_group(child.popen, signal.SIGKILL)
         self.wait_for(lambda: not commands.running and not commands.switches, "an end of all")
+        for child in commands.survived:  # another process of its group had the pipe a moment longer
+            commands.read(child, last=True)
 
     def script(self, text: str, name: str = "script") -> str:
         """Return the path of a program that /bin/sh runs."""
