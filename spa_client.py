@@ -1970,7 +1970,7 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
 
 
 class Notes:
-    """Whether to print warnings and notes, why say() failed, what --check found; see run()."""
+    """The state of the output: its level, why say() failed, what --check found; see run()."""
 
     wanted = True
     unsaid = ""

@@ -2548,7 +2548,7 @@ class Stanza(Settings):
 
     @property
     def only_same_address(self) -> bool:
-        """Whether it opens only to the address that a packet came from."""
+        """Return whether it opens only to the address that a packet came from."""
         return bool(self.openspa_clients) if self.same_address is None else self.same_address
 
     @property
@@ -2874,7 +2874,7 @@ def read_knockd(path: str) -> KnockdFile:
 
 
 class Request(NamedTuple):
-    """What a client asks for, by an SPA packet or by a complete knock sequence."""
+    """The wish of a client, by an SPA packet or by a complete knock sequence."""
 
     datagram: Datagram  # the packet's, or the last one of the sequence
     address: Optional[Address]  # to open to; None: the packet names none
@@ -2888,7 +2888,7 @@ class Request(NamedTuple):
 
     @property
     def who(self) -> str:
-        """Who asks, for the log and --fw-list."""
+        """Return the name of the asker, for the log and --fw-list."""
         return "a knock sequence" if self.user is None else f"user '{escape_user(self.user)}'"
 
     @classmethod
@@ -2899,7 +2899,7 @@ class Request(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a request may do: open doors for some seconds; a command message has no doors."""
+    """The rights of a request: doors for some seconds; a command message has no doors."""
 
     doors: List[Door]
     seconds: int
@@ -5561,7 +5561,7 @@ class SetType(NamedTuple):
 
     @property
     def has_target_port(self) -> bool:
-        """Whether the values of a map have a port: where the key has none, every port stays."""
+        """Return whether a map's values have a port: where the key has none, every port stays."""
         return self.kind == DNAT and self.has_ports
 
     def creation(self, chain: NftChain) -> str:
@@ -6094,7 +6094,7 @@ class GrantChain(NamedTuple):
 
     @property
     def is_primary(self) -> bool:
-        """Whether its rules are grants by themselves, and not parts of those of another chain."""
+        """Return whether its rules are grants by themselves, not parts of another chain's."""
         return not (self.outgoing or self.match)
 
 
@@ -7855,17 +7855,17 @@ class Configuration(NamedTuple):
 
     @property
     def takes_packets(self) -> bool:
-        """Whether a stanza opens by packets."""
+        """Return whether a stanza opens by packets."""
         return any(stanza.takes_packets for stanza in self.stanzas)
 
     @property
     def needs_memory(self) -> bool:
-        """Whether there are packets or OpenSPA requests to remember."""
+        """Return whether there are packets or OpenSPA requests to remember."""
         return self.takes_packets or self.ospa_key is not None
 
     @property
     def answers(self) -> bool:
-        """Whether a stanza has ANSWER."""
+        """Return whether a stanza has ANSWER."""
         return any(stanza.answer for stanza in self.stanzas)
 
     def answer_ports(self, captures: Iterable[Capture]) -> Set[int]:
@@ -7948,7 +7948,7 @@ OpenSPA signature, protocol, target, error""".replace(",\n", ", ").split(", ")
 
 
 class Tally:
-    """What became of packets and knocks: a count for each reason, and a line for each rejection."""
+    """Counts of packets and knocks by what became of them, and a line for each rejection."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
