@@ -25,19 +25,19 @@ starts again. A packet that may be a knock goes to KnockListener.take_knock() in
 The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
 requests go to OspaGate.receive() in section 30; RSA (section 12) proves their keys.
 
-Until a packet's key is proven, 20 functions of 195 lines have run, all of them together. The list
+Until a packet's key is proven, 20 functions of 198 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
-  Gate.authentic_stanzas, is_gpg, Keys.authentic, Hmac.__call__, encode_base64, Gate.no_keys,
-  Tally.reject, Throttle.allows, socket_text, Log.write, Outlet.write, StreamOutlet.send,
-  StreamOutlet.write_part, Gate.is_full
+  Gate.authentic_stanzas, is_gpg, Keys.authentic, Hmac.__call__, encode_base64, Throttle.allows,
+  socket_text, Log.write, Outlet.write, StreamOutlet.send, StreamOutlet.write_part, Gate.no_keys,
+  Tally.reject, Gate.is_full
 
 A UDP or TCP socket has its own receive() (section 18). HTTP adds Gate.unwrap(), a SOURCE other than
-ANY adds Stanza.admits(). Junk of another form makes a NotSpa. If a stanza has no HMAC, decryption
-proves the key: unlock() and all that it calls. A knock sequence has no key: decode_knock(),
-KnockListener.take_knock() and all that they call. OpenSPA adds OspaGate.receive() and admit(),
-unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes last.
+ANY adds Stanza.admits() and Gate.no_stanza(). Junk of another form makes a NotSpa. If a stanza has
+no HMAC, decryption proves the key: unlock() and all that it calls. A knock sequence has no key:
+decode_knock(), KnockListener.take_knock() and all that they call. OpenSPA adds OspaGate.receive()
+and admit(), unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes last.
 
 Changes on this host: the firewall (sections 20 and 21: tables `inet spa` and `inet spa_nat`, rules
 with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, METRICS_FILE, and by
@@ -3500,6 +3500,7 @@ PROGRAM_SECONDS = 30.0  # limit of a program while no knock waits: iptables may 
 BURST = 20
 STEP_BURST = 1000  # the same for further steps, which take a part of the sequence: 100 kB
 MORE_KNOCKS = "more knocks came without a line in the log"
+SOURCE_MATCH = "(stanza #{}) SPA Packet from IP: {} received with access source match"
 
 
 class Shown(Dict[int, str]):
@@ -3782,6 +3783,7 @@ class Log:
         self.usual = INFO  # the severity that syslog gets for usual lines
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
+        self.matches = Throttle(self, "more packets had an access source match", monotonic)
         self.first_steps = Throttle(self, MORE_KNOCKS, monotonic)
         self.further_steps = Throttle(self, MORE_KNOCKS, monotonic, STEP_BURST)
 
@@ -4054,6 +4056,7 @@ class Entry:
         self.datagram = datagram
         self.remembered = False  # by a stanza that decrypted it, in the replay memory
         self.proven_by: Optional[Stanza] = None  # the last stanza whose keys have made it
+        self.matches: List[Stanza] = []  # of whose addresses the log has a line
 
 
 class GpgRun:
@@ -7167,6 +7170,7 @@ class Grants:
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
         self.check_stanza(doors, stanza_number)
+        known = [door for door in doors if door in self.live]
         opened = [Grant(door, expires, ends,
                         self.live[door].stanza_number if door in self.live else stanza_number)
                   for door in doors if door not in self.live or self.live[door].ends < ends
@@ -7184,9 +7188,10 @@ class Grants:
         if opened and self.clocks.monotonic() >= ends:
             raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
         for door in doors:
-            chain = self.firewall.describe(door)
-            self.log.info(f"Added {door.rule_name} rule to {chain} for {door}, "
-                          f"expires at {self.live[door].expires}")
+            chain, expires = self.firewall.describe(door), self.live[door].expires
+            done = (f"{door.rule_name} rule already exists in" if door in known else
+                    f"Added {door.rule_name} rule to")
+            self.log.info(f"{done} {chain} for {door}, expires at {expires}")
         return doors
 
     def keep_guard(self, doors: List[Door]) -> None:
@@ -8277,6 +8282,12 @@ AnyKeys = Union[PacketKeys, GpgKeys]
 MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
 
 
+def filtered_text(stanza: Stanza, datagram: Datagram) -> str:
+    """Return fwknopd's line about a packet that a stanza does not admit."""
+    return (f"(stanza #{stanza.number}) SPA packet ({socket_text(datagram.source)} -> "
+            f"{socket_text(datagram.destination)}) filtered by SOURCE and/or DESTINATION criteria")
+
+
 def resolve_name(name: str, version: int,
                  monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
     """Return the address of a host, or None: it has none, or the answer took too long."""
@@ -8355,7 +8366,7 @@ class Gate:
             if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
                 datagram = self.unwrap(datagram)
             check_payload(datagram.payload)  # section 4
-            passed = self.authentic_stanzas(datagram)
+            passed = self.authentic_stanzas(datagram, entry is None)
             if entry is None:  # else it comes again after gpg; the stanzas may be others by then
                 self.candidates += 1
             if passed:
@@ -8368,15 +8379,21 @@ class Gate:
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.tally.reject(datagram, error)
 
-    def authentic_stanzas(self, datagram: Datagram) -> List[Tuple[Stanza, AnyKeys]]:
-        """Return the stanzas whose HMAC the packet has, in the file's order, and their keys.
+    def authentic_stanzas(self, datagram: Datagram, is_new: bool) -> List[Tuple[Stanza, AnyKeys]]:
+        """Return the stanzas whose HMAC the packet has, or that have no HMAC key, and their keys.
 
-        A stanza without an HMAC key passes, too.
+        Of the stanzas before these, log which ones the packet's addresses fit, if it `is_new`.
         """
         payload, passed = datagram.payload, []
         for stanza, keys in self.keyed[is_gpg(payload)]:
-            if (stanza.for_all or stanza.admits(datagram)) and keys.authentic(payload):  # section 3
-                passed.append((stanza, keys))
+            if stanza.for_all or stanza.admits(datagram):
+                if keys.authentic(payload):  # section 3
+                    passed.append((stanza, keys))
+                elif is_new and not passed and self.log.matches.allows():
+                    self.log.write(INFO, SOURCE_MATCH.format(stanza.number,
+                                                             socket_text(datagram.source)))
+                else:
+                    is_new = False
         return passed
 
     def no_keys(self, datagram: Datagram) -> PacketRejected:
@@ -8384,9 +8401,21 @@ class Gate:
         for stanza, _ in self.keyed[is_gpg(datagram.payload)]:
             if stanza.for_all or stanza.admits(datagram):
                 return stanza.wrong_hmac
-        if any(stanza.admits(datagram) for stanza in self.stanzas if stanza.takes_packets):
-            return wrong_type(datagram.payload)
+        return self.no_stanza(datagram)
+
+    def no_stanza(self, datagram: Datagram) -> PacketRejected:
+        """Return the rejection of a packet when no stanza has addresses and keys that fit it."""
         source = socket_text(datagram.source)
+        near = [stanza for stanza in self.stanzas
+                if stanza.takes_packets and datagram.source in stanza.source]
+        for stanza in near:
+            if stanza.admits(datagram):
+                self.tell_match(Entry(datagram), stanza)
+                rejection = wrong_type(datagram.payload)
+                rejection.stanza_number = stanza.number
+                return rejection
+        if near:
+            return PacketRejected("source", filtered_text(near[0], datagram), "{text}")
         return PacketRejected("source", f"No access data found for source IP: {source}", "{text}")
 
     def admit(self, entry: Entry, passed: List[Tuple[Stanza, AnyKeys]]) -> None:
@@ -8397,10 +8426,19 @@ class Gate:
         reasons: List[PacketRejected] = []
         told: Optional[Tuple[Stanza, str]] = None
         is_proven, is_final, datagram = False, True, entry.datagram
+        if self.log.level >= DEBUG:
+            for stanza in self.stanzas[:passed[0][0].number - 1]:
+                if not stanza.admits(datagram):
+                    self.log.debug(filtered_text(stanza, datagram))
         for stanza, keys in passed:
             is_proven = is_proven or keys.has_hmac
             try:
                 self.let_in(entry, stanza, keys)
+                for denial in reasons:
+                    if not isinstance(denial, WrongKey):
+                        self.log.info(denial.template.format(
+                            source=socket_text(datagram.source), text=denial,
+                            stanza=f"(stanza #{denial.stanza_number}) "))
                 return
             except PacketRejected as reason:
                 reason.stanza_number = stanza.number
@@ -8423,6 +8461,7 @@ class Gate:
         datagram, prefix = entry.datagram, f"(stanza #{stanza.number}) "
         if not entry.remembered:
             self.memory.check_unseen(datagram)  # section 16; a replay costs no decryption
+        self.tell_match(entry, stanza)
         packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 15
         entry.proven_by = stanza
         if not entry.remembered:
@@ -8433,10 +8472,16 @@ class Gate:
             keys.mark_genuine()
             if keys.signed:
                 self.log.info(prefix + keys.signed)
-            self.log.info(f"{prefix}SPA Packet from IP: {socket_text(datagram.source)} received "
-                          "with access source match")
+        self.tell_match(entry, stanza, is_genuine=True)
         self.log.debug(f"{prefix}{packet._replace(server_auth=None)!r}")
         self.ask_and_answer(Request.of_packet(packet, datagram), stanza)
+
+    def tell_match(self, entry: Entry, stanza: Stanza, is_genuine: bool = False) -> None:
+        """Log that a stanza's addresses fit a packet, once; only a genuine one is never held
+        back."""
+        if stanza not in entry.matches and (is_genuine or self.log.matches.allows()):
+            entry.matches.append(stanza)
+            self.log.info(SOURCE_MATCH.format(stanza.number, socket_text(entry.datagram.source)))
 
     def ask_and_answer(self, request: Request, stanza: Stanza) -> None:
         """Ask for access, and answer the packet after the doors are open."""

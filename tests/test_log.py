@@ -28,6 +28,9 @@ PACKETS: Tuple[Tuple[str, str, Dict[str, Any], str, str], ...] = (
     ("opened", STANZA, {}, r"Added access rule to FWKNOP_INPUT for %s, expires at \d+" % DOOR, ""),
     ("received", STANZA, {},
      r"\(stanza #1\) SPA Packet from IP: 10\.55\.0\.2 received with access source match", ""),
+    ("destination", STANZA + "DESTINATION 192.0.2.1\n", {},
+     r"\(stanza #1\) SPA packet \(10\.55\.0\.2 -> 10\.55\.0\.1\) filtered by SOURCE and/or "
+     r"DESTINATION criteria", ""),
     ("no stanza", "SOURCE 192.0.2.1\n" + KEYS, {},
      r"No access data found for source IP: 10\.55\.0\.2", ""),
     ("wrong HMAC", STANZA, {"sender": Sender(hmac_key=b"wrong")},
@@ -150,6 +153,71 @@ class PacketLineTest(LogCase):
         self.assert_line(r"\(stanza #1\) user 'bob' \(client \S+\) opened %s for 30 seconds" % DOOR,
                          self.after("opened"))
 
+    def test_source_match(self) -> None:
+        """The line stands once for each stanza whose SOURCE fits, before its keys are looked at."""
+        other = "SOURCE ANY\nKEY a\nHMAC_KEY b\n"
+        match = "(stanza #%d) SPA Packet from IP: 10.55.0.2 received with access source match"
+        for access, fields, numbers, then in (
+                (STANZA, {}, [1], "Added"),
+                (other + "SOURCE 192.0.2.1\n" + KEYS + STANZA + STANZA, {}, [1, 3], "Added"),
+                (STANZA + "OPEN_PORTS tcp/1\n" + STANZA, {}, [1, 2], "Added"),
+                (STANZA, {"timestamp": NOW - 500}, [1], "time difference"),
+                (STANZA, {"sender": Sender(hmac_key=b"x")}, [1], "HMAC_COMPAREFAIL"),
+                (STANZA, {"sender": Sender(key=b"x")}, [1], "Decryption failed"),
+                ("SOURCE ANY\n" + KEYS.splitlines()[0], {"sender": Sender(hmac_key=b"")}, [1],
+                 "Added"),
+                (STANZA, {"payload": b"A" * 1200}, [1], "(stanza #1) No stanza encryption mode"),
+                ("SOURCE 192.0.2.1\n" + KEYS, {}, [], "No access data"),
+                (STANZA, {"payload": b"!" * 200}, [], "error 4098")):
+            with self.subTest(access=access, fields=fields):
+                self.firewall.flush()
+                made = self.serve(access)
+                self.packet(made, **fields)
+                lines = [line for line in self.lines() if " enabled" not in line]
+                found = [number for line in lines for number in range(9) if line == match % number]
+                self.assertEqual(numbers, found, lines)
+                last = max([0] + [lines.index(match % number) for number in numbers])
+                self.assertTrue([line for line in lines[last:] if then in line], lines)
+
+    def test_source_match_in_a_flood(self) -> None:
+        """Junk gets some of the lines, a packet that is genuine always has its own."""
+        made = self.serve(STANZA)
+        for _ in range(1000):
+            self.packet(made, b"A" * 200)
+        self.assertEqual(server.BURST, self.logged().count("source match"))
+        self.packet(made)
+        self.assertEqual(1, self.logged().count("source match\n"))
+        self.clock.pass_seconds(1)
+        self.packet(made, b"A" * 200)
+        self.assertIn("%d more packets had an access source match" % (1001 - server.BURST),
+                      self.logged())
+
+    def test_stanzas_before_the_one_that_opens(self) -> None:
+        """Their denials are told, too, but not counted; -v tells of those whose SOURCE is wrong."""
+        made = self.serve("SOURCE 192.0.2.1\n" + KEYS + STANZA + "OPEN_PORTS tcp/1\n" + STANZA)
+        for level in (server.INFO, server.DEBUG):
+            self.log.level = level
+            self.packet(made)
+            lines = self.lines()
+            self.assert_line(r"\[10\.55\.0\.2\] \(stanza #2\) One or more requested protocol/ports "
+                             r"was denied per access\.conf\. .*", lines)
+            self.assertEqual(level == server.DEBUG, (
+                "(stanza #1) SPA packet (10.55.0.2 -> 10.55.0.1) filtered by SOURCE and/or "
+                "DESTINATION criteria") in lines, lines)
+        self.assertEqual({"accepted": 2}, made.tally.counts)
+
+    def test_what_is_open_already(self) -> None:
+        """Is not added, whether it stays open for longer or not."""
+        made = self.serve(STANZA)
+        self.packet(made)
+        for seconds in (0, 5):
+            self.lines()
+            self.clock.pass_seconds(seconds)
+            self.packet(made, timestamp=NOW + seconds)
+            lines = self.lines()
+            self.assert_line(r"access rule already exists in FWKNOP_INPUT for %s, expires at %d"
+                             % (DOOR, NOW + seconds + 30), lines)
+            self.assertNotIn("Added", "\n".join(lines))
 
     def test_a_user_with_words_of_ours(self) -> None:
         """A name can't end its quotes."""
