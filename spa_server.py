@@ -739,6 +739,7 @@ ERROR_CODES = {4096: "Data is not a valid SPA message format",
                4097: "Not enough data to be a valid SPA message",
                4098: "Data is not an SPA message",
                4099: "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set"}
+GPG_PREFIX_CAME = "Error creating fko context: Args contain invalid data: it begins with hQ"
 
 
 class NotSpa(PacketRejected):
@@ -755,9 +756,10 @@ def check_payload(payload: bytes) -> None:
         raise NotSpa("length", 4097)
     if payload.translate(None, ALPHABET_AND_PADDING):
         raise NotSpa("not an SPA packet", 4098)
-    if payload.startswith(SALTED_PREFIX) or (
-            len(payload) > GPG_LENGTH and payload.startswith(GPG_PREFIX)):
+    if payload.startswith(SALTED_PREFIX):
         raise NotSpa("not an SPA packet", 4096)
+    if len(payload) > GPG_LENGTH and payload.startswith(GPG_PREFIX):
+        raise PacketRejected("not an SPA packet", GPG_PREFIX_CAME)
 
 
 def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
@@ -1329,7 +1331,8 @@ class Networks:
                 parse_address(item.partition("/")[0].strip())
                 network = ipaddress.ip_network(item.strip(), strict=False)
             except ValueError:
-                raise ValueError("expected ANY, or IP addresses and networks with commas") from None
+                raise ValueError("expected ANY, or IP addresses and networks with commas "
+                                 "(Fatal error parsing IP to int)") from None
             self.networks.append(network)
             pair = int(network.netmask), int(network.network_address)
             self.masks[network.max_prefixlen // 8].append(pair)
@@ -2264,9 +2267,9 @@ def parse_date(text: str) -> int:
     try:
         month, day, year = [integer(1, 9999)(part) for part in parts]
         seconds = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
+        expect(time.localtime(seconds)[:3] == (year, month, day), "one that exists")
     except (ValueError, OverflowError):
-        raise ValueError("expected a date MM/DD/YYYY") from None
-    expect(time.localtime(seconds)[:3] == (year, month, day), "a date MM/DD/YYYY that exists")
+        raise ValueError("invalid date value, expected MM/DD/YYYY") from None
     return seconds
 
 
@@ -2304,7 +2307,8 @@ def parse_group(text: str) -> int:
 def parse_template(text: str) -> Tuple[str, ...]:
     """Split a CMD_CYCLE command at blanks, before values of variables can bring other blanks in."""
     argv = text.encode("latin-1").split()  # as bytes: 0xA0 is no blank
-    expect(len(argv) <= MAX_ARGUMENTS, f"at most {MAX_ARGUMENTS} words")
+    expect(len(argv) <= MAX_ARGUMENTS, f"at most {MAX_ARGUMENTS} words "
+           "(Error converting cmd str to argv)")
     expect(not argv or find_program(os.fsdecode(argv[0])) is not None, "a program that can be run")
     template = tuple(argument.decode("latin-1") for argument in argv)
     for argument in template:
@@ -3053,7 +3057,7 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
         address = parse_address(host)
     except ValueError:
         if host and not is_plain_name(host):
-            raise no_nat(request, "expected a host name") from None
+            raise no_nat(request, "Invalid Hostname in NAT SPA message") from None
         if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
                                  "disabled.", "{stanza}{text}") from None
@@ -3131,8 +3135,9 @@ def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
     words, prefix = command.encode("latin-1").split(), [sudo]
     if (not 0 < len(words) <= MAX_ARGUMENTS or "\0" in command
             or (words[0].startswith(b"-") and not stanza.enable_sudo)):
-        raise PacketRejected("command", f"A command has 1 to {MAX_ARGUMENTS} words without zero "
-                             "bytes, and begins with a program.")
+        raise PacketRejected("command", "Error converting cmd str to argv: a command has 1 to "
+                             f"{MAX_ARGUMENTS} words without zero bytes, and begins with a "
+                             "program.")
     for option, row in (("-u", Stanza.sudo_user), ("-g", Stanza.sudo_group)):
         prefix += [option, stanza.texts[row.name]] if stanza.is_set(row) else []
     if stanza.enable_sudo:  # behind `--`, it takes no word for an option or a variable
@@ -8828,6 +8833,8 @@ class OspaGate:
 MOST_LINES = 200  # of an answer, which has to fit into one packet of the control socket
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
 CHECK_SHARE = 0.25  # of the time goes into these looks, while nothing is missing
+COUNT_LIMIT = ("Incoming packet count limit of {0} reached. "
+               "Packet count limit ({0}) reached. Exiting...")
 
 
 class FirewallWatch:
@@ -9020,8 +9027,7 @@ class Server:
                 if datagram is not None:
                     take(datagram)
                     if self.gate.is_full():
-                        self.end_loop(f"Packet count limit ({self.settings.packet_limit}) reached. "
-                                      "Exiting...")
+                        self.end_loop(COUNT_LIMIT.format(self.settings.packet_limit))
         except BlockingIOError:
             pass
         except EOFError as error:

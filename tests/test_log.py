@@ -61,6 +61,9 @@ PACKETS: Tuple[Tuple[str, str, Dict[str, Any], str, str], ...] = (
     ("alphabet", STANZA, {"payload": b"!" * 200},
      r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4098: 'Data is not an SPA message' "
      r"for incoming packet\.", ""),
+    ("GnuPG prefix", STANZA, {"payload": b"hQ" + b"A" * 400},
+     r"\[10\.55\.0\.2\] Error creating fko context: Args contain invalid data",
+     ": it begins with hQ"),
     ("prefix", STANZA, {"payload": b"U2FsdGVkX1" + b"A" * 200},
      r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4096: 'Data is not a valid SPA "
      r"message format' for incoming packet\.", ""),
