@@ -975,8 +975,8 @@ def parse_server(text: str) -> str:
 
 
 def parse_yes_no(text: str) -> bool:
-    """Parse Y or N, or the level that VERBOSE may have: 0 to 3."""
-    if text.upper() not in ("Y", "N", "YES", "NO", "0", "1", "2", "3"):
+    """Parse Y or N, or the level that VERBOSE may have: 0 to 4."""
+    if text.upper() not in ("Y", "N", "YES", "NO", "0", "1", "2", "3", "4"):
         raise ValueError("expected Y or N" + (" (RESOLVE_URL takes it)" if "://" in text else ""))
     return text[0] not in "nN0"
 
@@ -999,8 +999,9 @@ parse_port = number_parser(1, 65535, "a port number")
 
 
 def parse_offset(text: str) -> int:
-    """Parse `90`, `90s`, `5m`, `2hours` or `1d`, with or without `-`, into seconds."""
+    """Parse `90`, `90s`, `5m`, `2hours` or `1d`, perhaps with a sign, into seconds."""
     sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
+    digits = digits.lstrip("+")  # also behind the sign that an option stands for
     unit = digits.lstrip("0123456789")
     count = digits[:len(digits) - len(unit)]
     factor = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}.get(unit[:1].lower())
@@ -1395,6 +1396,22 @@ def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str
     return name.upper(), f"expected {where} it, not {shown}"
 
 
+SLIPS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # letters in one name, and in the other there
+
+
+def near_name(name: str, names: "Iterable[str]") -> str:
+    """Return which of `names` this one was meant to be, with one slip in it; "" for none."""
+    name = name.upper().replace("-", "_")
+    for known in names:
+        swapped = sorted(name) == sorted(known)
+        for at in range(len(name) + 1 if abs(len(name) - len(known)) < 3 else 0):
+            if name[:at] == known[:at] and (
+                    (swapped and name[at + 2:] == known[at + 2:])
+                    or any(name[at + one:] == known[at + other:] for one, other in SLIPS)):
+                return known
+    return ""
+
+
 def doubt_key(name: str, text: str) -> str:
     """Return what is odd about the value of a key's directive, without it; "" if nothing is."""
     digits, whole = text.rstrip("="), len(text) % 4 == 0
@@ -1469,12 +1486,13 @@ G  get-key              FILE      KEY_FILE
 -  key-base64-rijndael  BASE64    KEY_BASE64
 -  key-hmac             KEY       HMAC_KEY              HMAC key (others can see it in `ps`)
 -  key-base64-hmac      BASE64    HMAC_KEY_BASE64
+-  hmac-key-base64      BASE64    HMAC_KEY_BASE64       as --key-base64-hmac
 -  use-hmac             -         USE_HMAC=Y
 -  hmac-digest-type     NAME      HMAC_DIGEST_TYPE
 m  digest-type          NAME      DIGEST_TYPE
 M  encryption-mode      NAME      ENCRYPTION_MODE
 U  spoof-user           NAME      SPOOF_USER
--  time-offset-plus     TIME      TIME_OFFSET
+-  time-offset-plus     TIME      TIME_OFFSET=+         add this to the time in the packet
 -  time-offset-minus    TIME      TIME_OFFSET=-         subtract this from the time
 k  key-gen              -         key_gen=Y
 K  key-gen-file         FILE      key_gen_file
@@ -1691,6 +1709,8 @@ def parse_command_line(arguments: "List[str]", options: "List[Option]" = OPTIONS
     found, operands = parse_options(options, arguments[:end + 1])
     given = {}  # type: Dict[str, Given]
     for option, name, text in found:
+        if option.name == "VERBOSE" and "VERBOSE" in given:  # -v -v: as fwknop saves it
+            text = str(min(4, 1 + int(given["VERBOSE"].text.replace("Y", "1"))))
         if option.text not in (RESOLVE, STUN) or option.name not in given:  # -a and -s go before -R
             typed = (name, text[len(option.text):]) if option.argument else (name,)
             given[option.name] = Given(text, name, 0, typed)
@@ -1811,6 +1831,7 @@ def format_completion(shell: str) -> str:
 DEFAULT_STANZA = "default"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"  # names that errors may show; others may be half a key
 HEADER = "[]"
+NO_DIRECTIVE = "expected the name of a directive"
 
 
 def scan(text: str) -> "Iterator[Tuple[int, str, str, str]]":
@@ -1854,13 +1875,14 @@ def explain_line(content: str) -> str:
         "expected a line [NAME] first" if first in DIRECTIVE_NAMES else
         "this belongs in access.conf on the server" if first in SERVER_NAMES else
         "expected nothing before [NAME]" if content[0] in ">\xa0" and "[" in content else
-        "expected the name of a directive"))
+        NO_DIRECTIVE))
 
 
 def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given]]":
     """Return the directives of the stanza `wanted`, in any case; None if there is no such stanza.
 
-    Raise ConfigError for a line that is no directive. Warn of a key that may have lost its end,
+    Raise ConfigError for a line that is no directive, but only warn of the name of one that nobody
+    knows and that is no slip. Warn of a key that may have lost its end,
     but show no part of it.
     """
     given = None  # type: Optional[Dict[str, Given]]
@@ -1872,7 +1894,11 @@ def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given
             continue
         name, value, suspicious = parse_line(content)
         if name not in DIRECTIVE_NAMES:
-            raise ConfigError(f"{path}:{number}: {explain_line(content)}")
+            problem = explain_line(content)
+            if problem != f"{name}: {NO_DIRECTIVE}" or near_name(name, DIRECTIVE_NAMES):
+                raise ConfigError(f"{path}:{number}: {problem}")
+            warn(f"{path}:{number}: {name} is ignored: this client has no such directive")
+            continue
         if value in ("", "=", ":", "\xa0"):  # a no-break space
             why = f"expected a value, not '{value}'" if value else "expected a value"
             raise ConfigError(f"{path}:{number}: {name}: {why}")
@@ -2143,7 +2169,11 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
             raise UsageError("-n needs an rc file, and there is none: " + (
                 path or "HOME is not set, or --no-rc-file is given"))
         return []
-    text = read_private(path)
+    try:
+        text = read_private(path)
+    except ConfigError as error:
+        error.hint = "" if os.path.exists(path) else "--save-rc-stanza with -n, -D and -A makes it"
+        raise
     for number, _, stanza, content in scan(text):
         if content and not stanza:
             warn(f"{path}:{number}: ignored, since it stands before the first [stanza]: "

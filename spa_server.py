@@ -600,11 +600,16 @@ def next_counter(counter: bytes) -> bytes:
     return ((int.from_bytes(counter, "big") + 1) % (1 << 128)).to_bytes(16, "big")
 
 
-def strip_padding(plain: bytes) -> bytes:
-    """Return `plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError without one."""
+def strip_padding(plain: bytes, optional: bool = False) -> bytes:
+    """Return `plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError without one.
+
+    If it is `optional`, the last block may end in another byte than a padding does.
+    """
     # fwknopd lets wrong padding pass. Here every byte counts: else an attacker could change the
     # padding of a captured packet without HMAC, and send it again as a new one.
     length = plain[-1]
+    if optional and length > 16:
+        return plain
     expect(1 <= length <= 16 and plain[-length:] == bytes([length]) * length, "padding")
     return plain[:-length]
 
@@ -613,6 +618,7 @@ class Keys:
     """The HMAC of a stanza. `prefix` returns what the client left off the base64 of a packet."""
 
     signed = ""  # the log line about the signer of the last packet
+    respelt = True  # whether one plaintext has many spellings: then it is remembered as well
     accepts_bare = False  # whether another stanza accepts these packets without their tag
 
     def __init__(self, compute_tag: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
@@ -642,7 +648,7 @@ class PacketKeys(Keys):
     def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
         super().__init__(Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None, hmac_type,
                          lambda body: SALTED_PREFIX)
-        self.secret, self.mode = key, mode
+        self.secret, self.mode, self.respelt = key, mode, mode == "LEGACY"
         if mode == "LEGACY":  # cut the key, or fill it up with the digit zero (fwknop.md 1.7)
             self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
         self.cipher = AesInverse if hmac_key else fastest_cipher()
@@ -657,7 +663,8 @@ class PacketKeys(Keys):
         cipher = self.cipher(key)
         try:  # a plaintext begins with sixteen digits: one block is enough to tell a wrong key
             expect(decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit(), "digits")
-            return strip_padding(decrypt(cipher, self.mode, iv, ciphertext[16:]))
+            plain = decrypt(cipher, self.mode, iv, ciphertext[16:])
+            return strip_padding(plain, self.respelt)  # libfko 2.0.3 sends whole blocks without
         except ValueError:
             raise WrongKey("wrong key", NOT_DECRYPTED) from None
 
@@ -815,8 +822,9 @@ def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, 
     The last text is the one that a real client sends, so that its digest is the one in fwknopd's
     digest.cache. An attacker who changes spare bits of a captured packet (fwknop.md 1.13) gets the
     same text. With OpenPGP he can do more: write the lengths of a captured message in other ways,
-    or put packets before it that mean nothing. So the plaintext, which only a key holder can make,
-    is a text as well. So is the packet without its tag, if another stanza accepts that.
+    or put packets before it that mean nothing. In legacy mode he can leave out a block of padding.
+    So the plaintext, which only a key holder can make, is a text as well. So is the packet without
+    its tag, if another stanza accepts that.
     """
     body = keys.body(payload)
     prefix = keys.prefix(body)
@@ -826,7 +834,7 @@ def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, 
         raise keys.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_DECODEFAIL")) from None
     plain = keys.decrypt(ciphertext)
     bare = encode_base64(ciphertext)[len(prefix):]
-    texts = [] if prefix == SALTED_PREFIX else [plain]
+    texts = [plain] if keys.respelt else []
     texts += [bare] if keys.accepts_bare else []
     return decode_packet(plain), texts + [bare + payload[len(body):].strip(b"=")]
 
@@ -966,6 +974,7 @@ class Directive(Generic[T]):
     def __init__(self, names: str, parse: Callable[[str], T], default: str, help: str) -> None:
         self.names = names.split()  # dumps and errors write the first one
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
+        self.is_path = parse in (parse_path, parse_home)
 
     def __set_name__(self, owner: type, attribute: str) -> None:
         """Note the attribute's name."""
@@ -997,7 +1006,7 @@ class NoDefault(Directive[Optional[T]]):
     def __init__(self, names: str, parse: Callable[[str], T], help: str,
                  secret: bool = False) -> None:
         super().__init__(names, lambda text: parse(text) if text else None, "", help)
-        self.secret = secret
+        self.secret, self.is_path = secret, parse in (parse_path, parse_home)
 
 
 class Ignored(Directive[str]):
@@ -1027,6 +1036,22 @@ def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str
         "a no-break space or the like" if odd > "~" else "another character")
     where = "nothing before" if before.strip(" \t") else "a blank after"
     return name.upper(), f"expected {where} it, not {shown}"
+
+
+SLIPS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # letters in one name, and in the other there
+
+
+def near_name(name: str, names: "Iterable[str]") -> str:
+    """Return which of `names` this one was meant to be, with one slip in it; "" for none."""
+    name = name.upper().replace("-", "_")
+    for known in names:
+        swapped = sorted(name) == sorted(known)
+        for at in range(len(name) + 1 if abs(len(name) - len(known)) < 3 else 0):
+            if name[:at] == known[:at] and (
+                    (swapped and name[at + 2:] == known[at + 2:])
+                    or any(name[at + one:] == known[at + other:] for one, other in SLIPS)):
+                return known
+    return ""
 
 
 def doubt_key(name: str, text: str) -> str:
@@ -1083,7 +1108,10 @@ def file_of(name: str) -> str:
 class Settings:
     """The directives of one file or stanza. Subclasses are tables of rows."""
 
+    skips = False  # whether a name that nobody knows is a warning only, as in fwknopd
     expands = False  # whether `$NAME` at the start of a value stands for another directive's value
+
+    directory = ""  # where relative paths begin; "": the process's, as in fwknopd
 
     def __init__(self) -> None:
         self.texts: Dict[str, str] = {}  # values that a file or an option set, by the row's name
@@ -1108,13 +1136,13 @@ class Settings:
         """Set the directive of a line, or raise ConfigError; return warnings."""
         row = self.row(line.name)
         if row is None:
-            near, file = self.row(line.name.upper()), file_of(line.name)
-            raise line.misread(f"this belongs in {file}" if file else "unknown directive" + (
-                f", expected {near.name}" if near else ""))
+            return [self.skip(line)]
         value = line.value if row.secret else line.value.rstrip()
         doubt = doubt_key(row.name, value.strip()) if isinstance(row, Key) else ""
         try:
             value = self.expand(value)
+            if row.is_path and value[:1] not in ("", "/", "~"):
+                value = os.path.join(self.directory or os.getcwd(), value)
             self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
             shown = doubt if row.secret else f"not '{value}'"
@@ -1122,6 +1150,20 @@ class Settings:
         self.texts[row.name], self.lines[row.name] = value, line
         warning = f" is ignored: {row.help}" if isinstance(row, Ignored) else doubt and ": " + doubt
         return [f"{line.file}:{line.number}: {line.name}{warning}"] if warning else []
+
+    def skip(self, line: Line) -> str:
+        """Return the warning that a line is ignored; ConfigError if it can have a meaning here."""
+        name, file = line.name, file_of(line.name)
+        # RESTRICT_PORT was meant to close something, in the wrong file, too.
+        tables = (type(self), Stanza) if self.skips else (type(self),)
+        near = near_name(name, [
+            known for table in tables for row in table.rows() for known in row.names])
+        if file or near or not self.skips or name.strip(KNOCKD_CHARACTERS) or len(name) > 32:
+            raise line.misread(f"this belongs in {file}" if file else "unknown directive" + (
+                f", expected {near}" if near else ""))
+        return f"{line.file}:{line.number}: {name} is ignored: " + (
+            "GUARD_PORTS and NFT_ACCEPT_CHAINS say where nftables closes and opens"
+            if "NFT" in name.upper() else "this server has no such directive; delete the line")
 
     def set_defaults(self) -> None:
         """Give each unset directive its default. Call this after the last file is read."""
@@ -1277,9 +1319,10 @@ def folder_files(folder: str) -> List[str]:
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
     """Return a parser of decimal numbers from `least` to `most`."""
     def parse(text: str) -> int:
-        expect(0 < len(text) <= 12 and not text.strip("0123456789") and least <= int(text) <= most,
-               f"{unit}, {least} to {most}")
-        return int(text)
+        digits = text[text.startswith("+"):]
+        expect(0 < len(digits) <= 12 and not digits.strip("0123456789")
+               and least <= int(digits) <= most, f"{unit}, {least} to {most}")
+        return int(digits)
     return parse
 
 
@@ -1294,13 +1337,13 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 def parse_path(text: str) -> str:
-    """Parse an absolute path."""
-    expect(text.startswith("/"), "an absolute path")
+    """Parse a path; set_line() has put the directory before a relative one."""
+    expect(text.startswith("/"), "a path that does not begin with ~")
     return text
 
 
 def parse_home(text: str) -> str:
-    """Parse an absolute path, or one below the home of this user (~/)."""
+    """Parse a path, perhaps one below the home of this user (~/)."""
     return parse_path(os.path.expanduser(text))
 
 
@@ -1786,7 +1829,8 @@ def parse_adk_secret(text: str) -> bytes:
 class ServerSettings(Settings):
     """fwknopd.conf: how this server listens, remembers and drives the firewall."""
 
-    expands = True
+    skips = expands = True
+    overridden: Set[str] = set()  # directives that the command line sets; no file is judged by them
 
     verbose = Directive("VERBOSE", integer(0, 9), "0", "1 and more: say more in the log")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
@@ -1886,6 +1930,7 @@ class ServerSettings(Settings):
     comment_check = Ignored("ENABLE_IPT_COMMENT_CHECK", "the match is always needed")
     locale = Ignored("LOCALE FAULT_INJECTION_TAG", "nothing here depends on it")
     legacy = Ignored("ALLOW_LEGACY_ACCESS_REQUESTS", "fwknopd 2.6 has none: ports must be named")
+    no_nat = Ignored("DISABLE_NAT", "NAT is off unless ENABLE_IPT_FORWARDING or _LOCAL_NAT is Y")
     other_builds = Ignored("DIGEST_DB_FILE ENABLE_EXTERNAL_CMDS ENABLE_EXT_CMD_PREFIX "
                            "EXTERNAL_CMD_* EXT_CMD_PREFIX ENABLE_NFQ_CAPTURE NFQ_* FIREWD_* "
                            "ENABLE_FIREWD_* FLUSH_FIREWD_* IPFW_* FLUSH_IPFW_* PF_*",
@@ -1932,7 +1977,8 @@ def read_server_settings(path: str, settings: ServerSettings,
         for number, raw in numbered_lines(path):
             try:
                 line = parse_line(path, number, raw, colon=False)
-                warnings += settings.set_line(line) if line else []
+                if line and line.name not in settings.overridden:
+                    warnings += settings.set_line(line)
             except ConfigError as error:
                 if not skipping:
                     raise
@@ -2011,6 +2057,7 @@ class Sequence:
         self.seconds, self.flags = seconds, flags
         self.strict, self.exact, self.target = strict, exact, target
         self.most = MAX_ATTEMPTS
+        self.cooldown, self.deaf_until = 0, 0.0  # seconds to ignore everybody after it was complete
         # By source: the number of steps done, and the time at which it is over; the oldest first.
         self.attempts: "collections.OrderedDict[bytes, Tuple[int, float]]" = (
             collections.OrderedDict())
@@ -2028,7 +2075,8 @@ class Sequence:
                     for before, after in zip(self.steps, self.steps[1:])]
             if all(gap == 1 or (gap > 1 and not self.strict) for gap in gaps):
                 return texts + ["a scan of all ports opens it: let its ports rise and fall"
-                                + ("" if self.strict else ", or make it strict")]
+                                + ("" if self.strict else ", or make it strict (knockd.conf: the "
+                                   "line `Strict` below [options])")]
         return texts
 
     @property
@@ -2069,7 +2117,8 @@ class Sequence:
 
     def follow(self, knock: Datagram, now: float) -> int:
         """Return how many steps a knock packet's source has now done; 0 if it does not count."""
-        if knock.protocol == TCP and (knock.flags & self.flags[0]) != self.flags[1]:
+        if now < self.deaf_until or (
+                knock.protocol == TCP and (knock.flags & self.flags[0]) != self.flags[1]):
             return 0
         step, source = (knock.protocol, knock.destination_port), knock.source
         done, due = self.attempts.get(source, (0, 0.0))
@@ -2295,13 +2344,28 @@ def parse_account(text: str) -> Account:
     return Account(text, group, uid, gid, tuple(os.getgrouplist(text, gid)))
 
 
-def parse_group(text: str) -> int:
-    """Parse the name of a group of this host; return its number."""
+def find_group(text: str) -> Optional[int]:
+    """Return the number of the group of this name, None if this host has none."""
     import grp
     try:
         return grp.getgrnam(text).gr_gid
     except KeyError:
-        raise ValueError("expected a group of this host") from None
+        return None
+
+
+def parse_group(text: str) -> int:
+    """Parse the name of a group of this host; return its number."""
+    number = find_group(text)
+    if number is None:
+        raise ValueError("expected a group of this host")
+    return number
+
+
+def parse_command_group(text: str) -> int:
+    """Parse the name of a group, or else of a user: fwknopd takes the main group of that."""
+    with contextlib.suppress(ValueError):
+        return parse_group(text) if find_group(text) is not None else parse_account(text).gid
+    raise ValueError("expected a group of this host")
 
 
 def parse_template(text: str) -> Tuple[str, ...]:
@@ -2387,7 +2451,7 @@ class Stanza(Settings):
     enable_commands = Flag("ENABLE_CMD_EXEC", "run the commands of command messages")
     command_user = NoDefault("CMD_EXEC_USER", parse_account,
                              "user that this stanza's commands run as; without it the server's")
-    command_group = NoDefault("CMD_EXEC_GROUP", parse_group,
+    command_group = NoDefault("CMD_EXEC_GROUP", parse_command_group,
                               "their only group; without it all of that user's")
     enable_sudo = Flag("ENABLE_CMD_SUDO_EXEC", "run the commands of command messages through sudo")
     sudo_user = NoDefault("CMD_SUDO_EXEC_USER", parse_account, "sudo's -u")
@@ -2416,6 +2480,10 @@ class Stanza(Settings):
     force_masquerade = Flag("FORCE_MASQUERADE", "the same with the outgoing interface's address")
     forward_all = Flag("FORWARD_ALL", "with NAT, forward every protocol and port")
     disable_dnat = Flag("DISABLE_DNAT", "with NAT, forward only what is sent to the inner host")
+
+    of_tools = Ignored("keytype hkeytype DATA_COLLECT_MODE",
+                       "tools and older releases of fwknop write it, and nothing reads it")
+    sudo_program = Ignored("SUDO_EXE", "as in fwknopd, it has an effect in fwknopd.conf only")
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -2469,7 +2537,6 @@ class Stanza(Settings):
         """Raise ConfigError for a directive that stands without another one that it needs."""
         has = self.is_set
         needs: Tuple[Tuple[str, object, Tuple[Directive[Any], ...]], ...] = (
-            ("CMD_EXEC_USER", has(Stanza.command_user), (Stanza.command_group,)),
             ("ENABLE_CMD_SUDO_EXEC", has(Stanza.enable_sudo),
              (Stanza.sudo_user, Stanza.sudo_group)),
             ("CMD_CYCLE_OPEN", has(Stanza.cycle_open), (Stanza.cycle_close, Stanza.cycle_seconds)),
@@ -2506,7 +2573,7 @@ class Stanza(Settings):
 
     def warnings(self, key: Secret, hmac_key: Secret) -> List[str]:
         """Return what the administrator may not expect of this stanza."""
-        gpg = bool(self.gpg_decrypt_id)
+        gpg, group = bool(self.gpg_decrypt_id), self.texts.get("CMD_EXEC_GROUP", "")
         return [text for applies, text in (
             (gpg and not hmac_key,
              "no HMAC_KEY: anybody can make this server start gpg, and while somebody does, knocks "
@@ -2520,6 +2587,9 @@ class Stanza(Settings):
              "GPG_REQUIRE_SIG N has no effect, as in fwknopd: GPG_DISABLE_SIG has"),
             (key and self.mode == ASYMMETRIC,
              "ENCRYPTION_MODE Asymmetric: the KEY of this stanza opens nothing"),
+            (group and not self.command_user, "CMD_EXEC_GROUP has no effect without CMD_EXEC_USER"),
+            (group and find_group(group) is None,
+             f"CMD_EXEC_GROUP: there is no group {group}; the main group of that user is taken"),
             (self.enable_commands and not (self.command_user or self.enable_sudo),
              "ENABLE_CMD_EXEC Y without CMD_EXEC_USER: holders of its keys run commands as root"),
             (self.keys and not hmac_key,
@@ -2580,7 +2650,7 @@ class AccessFiles:
     """The stanzas of access.conf and of the files it includes, in the order of SOURCE lines."""
 
     def __init__(self, directory: str = "") -> None:
-        self.directory = directory  # where relative paths begin; "": the process's, as in fwknopd
+        self.directory = directory  # where relative paths begin
         self.stanzas: List[Stanza] = []
         self.warnings: List[str] = []
 
@@ -2594,6 +2664,7 @@ class AccessFiles:
                 continue
             if line.name == Stanza.source.name:
                 stanza = Stanza(len(self.stanzas) + 1)
+                stanza.directory = self.directory
                 self.stanzas.append(stanza)
             if stanza is None:
                 raise line.misread("expected a SOURCE line first: it begins a stanza")
@@ -2777,6 +2848,8 @@ class KnockdDoor(KnockdSettings):
     knock_file = NoDefault("One_Time_Sequences", str, "file of such sequences that open once each")
     knock_seconds = Directive("Seq_Timeout Timeout", leading_seconds(1, 86400), "25",
                               "time from the first port to the last")
+    cooldown = Directive("Seq_Cooldown", leading_seconds(0, 86400), "0",
+                         "time for which nobody can knock again after it (of a fork of knockd)")
     knock_flags = Directive("TCPFlags", parse_flags, "",
                             "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
     target = NoDefault("Target", lambda text: parse_address(text).packed,
@@ -2807,7 +2880,8 @@ class KnockdDoor(KnockdSettings):
         if bool(self.knock_steps) == bool(self.knock_file):
             raise self.line.error("expected Sequence or One_Time_Sequences, and only one of them")
         self.sequence = make_sequence(self, options.strict, options.exact, self.target or b"")
-        return [f"[{self.name}] {text}" for text in self.sequence.warnings(alone=True)]
+        self.sequence.cooldown = self.cooldown
+        return self.sequence.warnings(alone=True)
 
     def commands(self, address: Address) -> List[str]:
         """Return the commands that open and close for a client: no closing without an opening."""
@@ -2862,9 +2936,12 @@ def read_knockd(path: str) -> KnockdFile:
         else:
             section.set_line(line)
     made.options.set_defaults()
+    named: Dict[str, str] = {}  # the doors that a warning is about: one line for all of them
     for door in made.doors:
         door.set_defaults()
-        made.warnings.extend(door.validate(made.options))
+        for text in door.validate(made.options):
+            named[text] = named.get(text, "") + f"[{door.name}]"
+    made.warnings.extend(f"{names} {text}" for text, names in named.items())
     return made
 
 
@@ -7375,7 +7452,7 @@ OPENERS_BYTES = 65536  # some 800 grants: a smaller file is not worth tidying up
 
 def openers_file(settings: ServerSettings) -> str:
     """Return the path of the file that says who opened each grant."""
-    return os.path.join(settings.run_directory, "grants")
+    return os.path.join(os.path.dirname(settings.pid_file), "grants")
 
 
 def grant_key(grant: Grant) -> str:
@@ -8158,6 +8235,7 @@ class KnockListener:
             if same:
                 known, number = same.pop(0)
                 sequence.attempts, sequence.further = known.attempts, known.further
+                sequence.deaf_until = known.deaf_until
                 numbers[number] = owner.number
         # One for each, for the lines about its end: no other sequence can hold those back.
         self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.clocks.monotonic)
@@ -8208,6 +8286,7 @@ class KnockListener:
             self.tally.sequences += 1
             try:
                 self.complete(sequence, owner, knock, name)
+                sequence.deaf_until = self.clocks.monotonic() + sequence.cooldown
             except SpaError as error:
                 self.tally.counts["knock"] += 1
                 if self.log.rejections.allows():
@@ -10501,7 +10580,7 @@ def read_configuration(arguments: Arguments, directory: str = "") -> Configurati
 
     Relative paths in the files begin at `directory`.
     """
-    settings, warnings = read_settings(arguments)
+    settings, warnings = read_settings(arguments, directory=directory)
     knockd = read_knockd(settings.knockd_file) if settings.knockd_file else None
     if knockd:
         warnings += knockd.warnings
@@ -10547,14 +10626,15 @@ def access_files(settings: ServerSettings) -> List[str]:
     return [settings.access_file]
 
 
-def read_settings(arguments: Arguments,
-                  skipping: Optional[Log] = None) -> Tuple[ServerSettings, List[str]]:
+def read_settings(arguments: Arguments, skipping: Optional[Log] = None,
+                  directory: str = "") -> Tuple[ServerSettings, List[str]]:
     """Read fwknopd.conf, the files that override it, and the command line; the last one wins.
 
     fwknopd.conf may be missing if nobody named it. With `skipping`, log a wrong line and go on
     without it.
     """
     settings = ServerSettings()
+    settings.directory, settings.overridden = directory, {line.name for line in arguments.lines}
     warnings = []
     named = "config_file" in arguments and "init" not in arguments
     reads = not arguments.as_knockd and (named or may_exist(arguments.config_file))

@@ -44,7 +44,8 @@ BLOCKS: Dict[str, Block] = {
     "options": Block(("spa_server.py", "spa_client.py"), frozenset((
         "UsageError", "os", "Iterable", "List", "Optional", "Tuple"))),
     "launcher": Block(("spa_server.py", "spa_client.py"), frozenset(("os", "sys"))),
-    "hints": Block(("spa_server.py", "spa_client.py"), frozenset(("Callable", "Tuple"))),
+    "hints": Block(("spa_server.py", "spa_client.py"),
+                   frozenset(("Callable", "Iterable", "Tuple"))),
 }
 
 BEGIN = re.compile(r"# --- shared: (\S+) -- the same text in (.+) --\n")

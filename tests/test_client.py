@@ -531,7 +531,7 @@ class RcFile(Case):
                 ("RESOLVE_IP_HTTPS https://x/y", "RESOLVE_IP_HTTPS: expected Y or N (RESOLVE_URL "
                  "takes it), not 'https://x/y'"),
                 ("spoof_user joe", "spoof_user: expected the name of a directive"),
-                ("BOGUS 1", "BOGUS: expected the name of a directive"),
+                ("ACESS tcp/22", "ACESS: expected the name of a directive"),
                 ("[default", "expected the name of a directive"),
                 ("half/of+a7key", "expected the name of a directive"),
                 ("SPA_SERVER_PORT 0", "SPA_SERVER_PORT: expected a port number, 1 to 65535, not"

@@ -349,9 +349,10 @@ class OverrideTest(FilesCase):
 
     def test_bad_files(self) -> None:
         """Are named with the line; one that is missing stops the start."""
-        self.put(a_conf=QUIET, f_conf="", one="\nMAX_SPA_PACKET_AGE soon;\n", two="NO 1;\n")
+        self.put(a_conf=QUIET, f_conf="", one="\nMAX_SPA_PACKET_AGE soon;\n", two="VERBOS 1;\n")
         self.assertIn("one:2: MAX_SPA_PACKET_AGE: expected", self.refusal("-O", self.place("one")))
-        self.assertEqual("two:1: NO: unknown directive", self.refusal("-O", self.place("two")))
+        self.assertEqual("two:1: VERBOS: unknown directive, expected VERBOSE",
+                         self.refusal("-O", self.place("two")))
         self.assertEqual("three: No such file or directory",
                          self.refusal("-O", self.place("three")))
         self.assertEqual(3, self.main("-c", self.place("f.conf"), "-O", self.place("x"), "-S")[0])

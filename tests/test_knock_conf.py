@@ -100,6 +100,7 @@ GRAMMAR = (
     (DOOR + "Command = a = b; c # d\n", None, True), (DOOR + "TCPFlags = syn,!ack\n", None, True),
     (DOOR + "TCPFlags = syn, ack\n", "3: TCPFlags: expected fin, syn, rst", False),
     (DOOR + "TCPFlags =\n", "3: TCPFlags: expected `name = value`", False),
+    (DOOR + "Seq_Cooldown = 60 # x\n", None, False),  # a fork's
     (DOOR + "timeout = 5 # x\n", None, True), (DOOR + "Cmd_Timeout = 0\n", None, True),
     ("[d]\nSequence = 7000,70000\n", "2: Sequence: expected ports such as", False),
     ("[d]\nSequence = 7000:sctp\n", "2: Sequence: expected ports such as", False),

@@ -1,0 +1,258 @@
+"""What people have in files and scripts: an input, what fwknop or knockd does, what ours does.
+
+Each row of a table is shown to the real program too, where it is installed, so that no row rots.
+Here is what a file or option may look like; what it does is in the tests of that part.
+"""
+
+import os
+import re
+import time
+import unittest
+from typing import Any, List
+from unittest import mock
+
+import spa_client as client
+import spa_server as server
+from tests import test_client
+from tests.support import needs_programs, needs_root, run
+from tests.test_config import KEYED, ConfigCase
+from tests.test_knock_open import KnockCase
+from tests.test_packet import Sender
+
+TAKEN, SKIPPED, REFUSED = "taken", "skipped", "refused"
+FWKNOPD, ACCESS = "fwknopd.conf", "access.conf"
+
+# (file, line, what fwknopd 2.6.10 does with it, ours): ours takes it without a word (""), with a
+# warning that has these words, or refuses it with an error that has the words behind a "!".
+LINES = (
+    (FWKNOPD, "ACCESS_FILE access.conf;", TAKEN, ""),
+    (FWKNOPD, "ACCESS_FILE /no/such/file;", TAKEN, ""),  # -a names another one
+    (FWKNOPD, "ACCESS_FILE ~nobody;", TAKEN, ""),
+    (FWKNOPD, "GPG_HOME_DIR gh;", TAKEN, ""), (FWKNOPD, "DIGEST_FILE x/dig;", TAKEN, ""),
+    (FWKNOPD, "MAX_SPA_PACKET_AGE +20;", TAKEN, ""),
+    (FWKNOPD, "MAX_SPA_PACKET_AGE 20m;", TAKEN, "!1 to 100000"),  # 20 seconds there
+    (FWKNOPD, "NFT_TABLE inet fw4;", SKIPPED, "NFT_TABLE is ignored: GUARD_PORTS and NFT_ACCEPT"),
+    (FWKNOPD, "ENABLE_NFT_FIREWALL Y;", SKIPPED, "ENABLE_NFT_FIREWALL is ignored: GUARD_PORTS"),
+    (FWKNOPD, "ENABLE_NFT_FORWARDING Y;", SKIPPED, "ENABLE_NFT_FORWARDING is ignored: GUARD_"),
+    (FWKNOPD, "DISABLE_NAT Y;", SKIPPED, "DISABLE_NAT is ignored: NAT is off unless"),
+    (FWKNOPD, "AUTH_MODE FKO_PCAP;", SKIPPED, "AUTH_MODE is ignored: this server has no such"),
+    (FWKNOPD, "product_mode 7;", SKIPPED, "product_mode is ignored: this server has no such"),
+    (FWKNOPD, "RESTRICT_PORT tcp/25;", SKIPPED, "!unknown directive, expected RESTRICT_PORTS"),
+    (FWKNOPD, "RESTRICT_PORTS tcp/25;", SKIPPED, "!this belongs in access.conf"),
+    (FWKNOPD, "GUARDPORTS tcp/25;", SKIPPED, "!unknown directive, expected GUARD_PORTS"),
+    (FWKNOPD, "NFT_ACCEPT_CHAIN inet x y;", SKIPPED, "!expected NFT_ACCEPT_CHAINS"),
+    (FWKNOPD, "PACP_INTF lo;", SKIPPED, "!unknown directive, expected PCAP_INTF"),
+    (FWKNOPD, "PCAP_INTF: lo;", SKIPPED, "!PCAP_INTF: expected a blank after it, not ':'"),
+    (ACCESS, "GPG_HOME_DIR gh", TAKEN, ""), (ACCESS, "FW_ACCESS_TIMEOUT +60", TAKEN, ""),
+    (ACCESS, "keytype Base 64 key", TAKEN, "keytype is ignored: tools and older releases"),
+    (ACCESS, "hkeytype Base 64 key", TAKEN, "hkeytype is ignored"),
+    (ACCESS, "DATA_COLLECT_MODE: PCAP;", TAKEN, "DATA_COLLECT_MODE is ignored"),
+    (ACCESS, "SUDO_EXE /usr/bin/sudo", TAKEN, "it has an effect in fwknopd.conf only"),
+    (ACCESS, "CMD_EXEC_GROUP root", TAKEN, "CMD_EXEC_GROUP has no effect without CMD_EXEC_USER"),
+    (ACCESS, "CMD_EXEC_GROUP daemon\nCMD_EXEC_USER nobody", TAKEN, ""),
+    (ACCESS, "CMD_EXEC_GROUP nobody\nCMD_EXEC_USER nobody", TAKEN, None),  # test_command_groups
+    (ACCESS, "CMD_EXEC_GROUP no-such", REFUSED, "!expected a group of this host"),
+    (ACCESS, "RESTRICT_PORT tcp/25", TAKEN, "!unknown directive, expected RESTRICT_PORTS"),
+    (ACCESS, "NO_SUCH_NAME 1", TAKEN, "!NO_SUCH_NAME: unknown directive"),
+)
+PATHS = (  # relative ones, all of which begin where the server was started
+    (FWKNOPD, "GPG_HOME_DIR", "gpg_home"), (FWKNOPD, "ACCESS_FILE", "access_file"),
+    (FWKNOPD, "FWKNOP_RUN_DIR", "run_directory"), (FWKNOPD, "FIREWALL_EXE", "firewall_program"),
+    (ACCESS, "GPG_HOME_DIR", "gpg_home"), (ACCESS, "GPG_EXE", "gpg_program"),
+)
+
+
+class ServerLineTest(ConfigCase):
+    """Lines of fwknopd.conf and access.conf."""
+
+    def files(self, file: str, line: str) -> List[str]:
+        """Write the two files, one with this line, and return the options that name them."""
+        os.makedirs(self.place("gh"), exist_ok=True)
+        texts = {FWKNOPD: "PCAP_INTF lo;\n", ACCESS: KEYED + "OPEN_PORTS tcp/22\n"}
+        texts[file] += line + "\n"
+        return ["-c", self.write(FWKNOPD, texts[FWKNOPD]), "-a", self.write("a", texts[ACCESS])]
+
+    def test_ours(self) -> None:
+        """Each line is taken in silence, with its warning, or refused."""
+        for file, line, _, wanted in LINES:
+            if wanted is None:  # it depends on the host
+                continue
+            with self.subTest(line=line):
+                code, _, said = self.main(*self.files(file, line), "--exit-parse-config")
+                self.assertEqual(3 if wanted[:1] == "!" else 0, code, said)
+                self.assertIn(wanted.lstrip("!"), said)
+                names = re.split(r"[ :]", line)[0]
+                self.assertEqual(bool(wanted), names in said, said)
+
+    @needs_programs("fwknopd")
+    @needs_root
+    def test_fwknopd(self) -> None:
+        """fwknopd does with each line what the table says."""
+        for file, line, wanted, _ in LINES:
+            with self.subTest(line=line):
+                ended = run(["fwknopd", "-D", *self.files(file, line)], cwd=self.directory)
+                said = ended.stdout + ended.stderr
+                self.assertEqual(wanted, REFUSED if ended.returncode else SKIPPED if re.search(
+                    r"Ignoring unknown configuration param|\[\*\] Ignor", said) else TAKEN, said)
+
+    def test_relative_paths(self) -> None:
+        """They begin where the server was started, also when it reads them again as a daemon."""
+        for file, name, attribute in PATHS:
+            for directory, begins in (("", os.getcwd()), ("/srv", "/srv")):
+                with self.subTest(name=name, directory=directory):
+                    options = self.files(file, name + " sub/x")
+                    options = options[:2] if name == "ACCESS_FILE" else options
+                    arguments = server.Arguments(options)
+                    found: Any = server.read_settings(arguments, directory=directory)[0]
+                    if file == ACCESS:
+                        found = server.read_configuration(arguments, directory).stanzas[0]
+                    self.assertEqual(begins + "/sub/x", getattr(found, attribute))
+
+    def test_command_groups(self) -> None:
+        """Where no group has that name, a user's stands for that user's main group; with a warning.
+        """
+        user = server.Account("nobody", "nogroup", 65534, 65534, (65534,))
+        with mock.patch.object(server, "find_group", lambda text: None), \
+                mock.patch.object(server, "parse_account", lambda text: user):
+            stanzas, said = server.read_stanzas(self.write(
+                "a", KEYED + "CMD_EXEC_USER nobody\nCMD_EXEC_GROUP nobody\n"))
+        self.assertEqual(65534, stanzas[0].command_group)
+        self.assertIn("there is no group nobody; the main group of that user", "\n".join(said))
+
+
+class PacketTest(unittest.TestCase):
+    """Packets of older clients."""
+
+    def test_legacy_packets_without_padding(self) -> None:
+        """libfko 2.0.3 sends 112 bytes without padding. With and without it, it is one packet."""
+        sender, fields = Sender(b"k3y", b"", "LEGACY"), b""
+        for length in range(1, 17):
+            fields = sender.plain(b":".join((b"1234567890123456", server.encode_base64(
+                b"u" * length), b"1", b"1.9.12", b"1", server.encode_base64(b"1.2.3.4,tcp/22"))))
+            if len(fields) % 16 == 0:
+                break
+        self.assertEqual(0, len(fields) % 16)
+        keys = server.PacketKeys(b"k3y", "LEGACY", b"", server.DIGESTS["SHA256"])
+        bare, texts = server.unlock(sender.seal_blocks(fields), keys)
+        padded, more = server.unlock(sender.seal(fields), keys)
+        self.assertEqual(bare, padded)
+        self.assertEqual(fields, texts[0])
+        self.assertEqual(texts[0], more[0])  # so that it opens once, in whichever spelling
+        self.assertNotEqual(texts[-1], more[-1])
+        for end in (b"\x11" * 16, b"a" * 16, b"\0" * 16, b"\x03" * 2 + b"x" * 14):
+            with self.assertRaises(server.PacketRejected):
+                server.unlock(sender.seal_blocks(fields + end), keys)
+        with self.assertRaises(server.WrongKey):
+            server.unlock(Sender(b"k3y", b"", "CBC").seal_blocks(fields), server.PacketKeys(
+                b"k3y", "CBC", b"", server.DIGESTS["SHA256"]))
+
+
+# ------------------------------------------------------------------------- the client
+
+# (TIME_OFFSET, seconds that fwknop 2.6.10 adds, seconds that ours adds or None: refused)
+OFFSETS = (
+    ("+1h", 3600, 3600), ("+90", 90, 90), ("+1H", 3600, 3600), ("-1h", -3600, -3600),
+    ("-+5", -5, -5), ("++7", 7, 7), ("60M", 3600, 3600), ("010", 10, 10),
+    ("+-5", 5, None), ("--5", -5, None), ("5x", 5, None), ("1week", 1, None), ("1.5h", 54000, None),
+)
+RC = ("[default]\nSPA_SERVER 127.0.0.1\nALLOW_IP 10.0.0.1\nACCESS tcp/22\nNO_SAVE_ARGS Y\n"
+      "KEY abc\nHMAC_KEY def\n")
+
+
+class ClientTest(test_client.Case):
+    """~/.fwknoprc and options."""
+
+    def test_offsets(self) -> None:
+        """TIME_OFFSET may have a sign; what fwknop reads as another time is refused."""
+        for text, _, seconds in OFFSETS:
+            with self.subTest(text=text):
+                if seconds is None:
+                    self.assertRaises(ValueError, client.parse_offset, text)
+                else:
+                    self.assertEqual(seconds, client.parse_offset(text))
+        for name, seconds in (("plus", 3600), ("minus", -3600)):
+            given = client.parse_command_line([f"--time-offset-{name}=+1h"])[0]["TIME_OFFSET"]
+            self.assertEqual(seconds, client.parse_offset(given.text))
+
+    @needs_programs("fwknop")
+    def test_offsets_of_fwknop(self) -> None:
+        """fwknop reads the offsets as the table says."""
+        for text, seconds, _ in OFFSETS:
+            with self.subTest(text=text):
+                self.write(RC + f"TIME_OFFSET {text}\n")
+                said = run(["fwknop", "-T", "-v"], env=self.environment).stdout
+                stamp = re.search(r"Timestamp: (\d+)", said)
+                self.assertTrue(stamp, said)
+                self.assertAlmostEqual(int(stamp.group(1)) if stamp else 0,
+                                       time.time() + seconds, delta=30)
+
+    def test_names_that_nobody_knows(self) -> None:
+        """fwknop refuses them; ours warns, unless one is a slip or belongs to the server."""
+        for line, code, wanted in (
+                ("CLIENT_MODE x", 0, ":8: CLIENT_MODE is ignored: this client has no such"),
+                ("ALOW_IP 1.2.3.4", 3, ":8: ALOW_IP: expected the name of a directive"),
+                ("OPEN_PORTS tcp/22", 3, "this belongs in access.conf on the server")):
+            self.write(RC + line + "\n")
+            found, _, said = self.run_main("-T")
+            self.assertEqual(code, found, said)
+            self.assertIn(wanted, said)
+
+    def test_options(self) -> None:
+        """-v -v is saved as 2, the HMAC's option has a second name, and a missing file a hint."""
+        options = ("-n", "gate", "-D", "127.0.0.1", "-A", "tcp/22", "-a", "10.0.0.1", "-T",
+                   "--key-base64-rijndael", "YWJj", "--hmac-key-base64", "ZGVm", "--save-rc-stanza")
+        for count, level in ((1, "Y"), (2, "2"), (5, "4")):
+            path = self.write("[default]\n")
+            self.assertEqual(0, self.run_main(*options, *["-v"] * count)[0])
+            with open(path) as file:
+                text = file.read()
+            self.assertRegex(text, f"\nVERBOSE +{level}\n")
+            self.assertRegex(text, "\nHMAC_KEY_BASE64 +ZGVm\n")
+        self.assertIn("--save-rc-stanza with -n, -D and -A makes it", self.run_main(
+            "--rc-file", self.place("new"), "-T")[2])
+
+
+# ------------------------------------------------------------------------- knockd
+
+class KnockdTest(KnockCase):
+    """knockd.conf as it is published, and what its forks read."""
+
+    def test_seq_cooldown(self) -> None:
+        """After it has opened, a door ignores everybody for that long; a reload keeps that."""
+        knockd = ("[a]\nSequence = 7000,8000\nSeq_CoolDown = 60 # s\n"
+                  "[b]\nSequence = 9000\n")
+        made = self.serve_for(knockd=knockd)
+        self.assertIn("a: OPEN SESAME", self.hit(7000, 8000))
+        for source in ("10.55.0.2", "10.55.0.3"):
+            self.assertNotIn("a: ", self.hit(7000, 8000, source=source))
+        self.assertIn("b: OPEN SESAME", self.hit(9000))
+        self.assertIn("b: OPEN SESAME", self.hit(9000))
+        made.knocks.configure(made.configuration)
+        self.assertNotIn("a: ", self.hit(7000, 8000))
+        self.clock.pass_seconds(60)
+        self.assertIn("a: OPEN SESAME", self.hit(7000, 8000))
+
+    def test_scans(self) -> None:
+        """One line says which doors a scan opens, and which line prevents it."""
+        path = os.path.join(self.directory, "knockd.conf")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write("[open]\nSequence = 7000,8000,9000\n[close]\nSequence = 9000,8000,7000\n"
+                       "[one]\nSequence = 25565\n")
+        self.assertEqual(
+            ["[open][close] a scan of all ports opens it: let its ports rise and fall, or make it "
+             "strict (knockd.conf: the line `Strict` below [options])",
+             "[one] one port is no secret: a scan of all ports opens it"],
+            server.read_knockd(path).warnings)
+
+
+class LifeTest(ConfigCase):
+    """Files that scripts look at."""
+
+    def test_pid_and_grants(self) -> None:
+        """The pid stays after a stop; `grants` is beside the pid file, whose directory is made."""
+        path, log = self.place("x/d.pid"), server.Log()
+        os.close(server.lock_pid_file(path, log))
+        with open(path) as file:
+            self.assertEqual(f"{os.getpid()}\n", file.read())
+        found = self.settings_of("-c", self.write(FWKNOPD, ""), "-p", path)
+        self.assertEqual(self.place("x/grants"), server.openers_file(found))
