@@ -2340,7 +2340,7 @@ def save_arguments(given: "Dict[str, Given]", path: "Optional[str]") -> None:
             write_private(path, format_arguments(given) + "\n", os.O_TRUNC)
     except SpaError as error:
         if "save_args_file" in given:
-            warn(with_hint(error))
+            warn("Could not open args file: " + with_hint(error))
 
 
 def read_key_file(path: str, server: "Optional[str]") -> bytes:
@@ -3378,9 +3378,8 @@ def format_dump(message: Message, settings: Settings, packet: str, tag_length: i
         sum=message_digest(text, settings.digest_type),
         tag=packet[len(packet) - tag_length:] or null, packet=packet)
     if settings.verbose:
-        raw = settings.protocol in RAW_CARRIERS
         dump += WAY_DUMP.format(
-            protocol=settings.protocol, source=settings.source_port if raw else "<OS assigned>",
+            protocol=settings.protocol, source=settings.source_port or "<OS assigned>",
             port=settings.port, host=settings.server or "")
     return dump
 
@@ -3616,7 +3615,7 @@ class Knock:
         else:
             data = encrypt_salted(settings.mode, key or b"", os.urandom(SALT_LENGTH), plaintext)
         packet = seal(data, hmac_key, settings.hmac_type)
-        tag_length = 0 if hmac_key is None else DIGESTS[settings.hmac_type].text_size
+        tag_length = self.tag_length()
         check_length(packet, message, settings.digest_type, tag_length, settings.mode)
         if settings.save_packet is not None:
             write_private(settings.save_packet, packet + "\n",
@@ -3624,6 +3623,10 @@ class Knock:
             settings.save_append = True  # the packet for the next address follows it
         dumped = settings.test or settings.verbose
         return packet, format_dump(message, settings, packet, tag_length) if dumped else ""
+
+    def tag_length(self) -> int:
+        """Return the length of the HMAC in a packet."""
+        return 0 if self.keys[1] is None else DIGESTS[self.settings.hmac_type].text_size
 
     def show(self) -> None:
         """Print the sequence and a packet, and send nothing (-T)."""
@@ -3633,10 +3636,12 @@ class Knock:
         if not settings.only_knocks:
             links = open_links(self.host, self.send_to)
             link = next(links) if self.send_to else None
-            say(self.build(choose_address(settings, link), link)[1])
-            say("test mode enabled, SPA packet not actually sent.")
-            if settings.verbose:
-                say("send_spa_packet: bytes sent: 0")
+            packet, dump = self.build(choose_address(settings, link), link)
+            say(dump + "\ntest mode enabled, SPA packet not actually sent.")
+            if settings.verbose:  # fwknop decodes its packet for the last dump; ours has no need
+                body = packet[:len(packet) - self.tag_length()]
+                say("send_spa_packet: bytes sent: 0\n\nDump of the Decoded Data\n"
+                    + dump[:-len(dump.partition(packet)[2])].replace(packet, body) + "\n")
 
     def silence(self, host: str, why: str = "it does not know these keys; its stanza has no ANSWER"
                 " Y, and may have opened all the same") -> SpaError:
@@ -3837,7 +3842,10 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
     if "last_command" in given or "show_last" in given:
         if saved is None:
             raise UsageError("-l needs a home directory, or -E")
-        kept = split_arguments(read_private(saved))
+        try:
+            kept = split_arguments(read_private(saved))
+        except ConfigError as error:
+            raise ConfigError(f"Could not open args file: {error}", error.hint) from None
         if "show_last" in given:
             say("Last fwknop client command line: " + format_arguments(parse_command_line(kept)[0]))
             return False
@@ -3860,7 +3868,10 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
                 settings.answer = settings.answer or 3
                 settings.wait = settings.wait or (3 if find_port(settings) else None)
         if first.save_stanza:
-            save_stanza(given, first.force_stanza)
+            for name, value in save_stanza(given, first.force_stanza)[1].items():
+                if first.verbose:
+                    say(f"Updating param {name} to "
+                        f"{'a new key' if name in SECRET_NAMES else value}")
         path = None if first.test or first.no_save_args or first.diagnose else saved
         link = knock_at_all(several, operands, command, lambda: save_arguments(given, path))
         if Notes.found is not None:

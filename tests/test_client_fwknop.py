@@ -309,15 +309,18 @@ class Messages(Case):
                             self.assertEqual(two, one)
 
     @needs_programs("fwknop")
-    def test_a_verbose_test_begins_like_that_of_the_real_client(self) -> None:
-        """-T -v, as far as both make the packet; only fwknop decodes it again."""
-        words = ["--no-rc-file", "--no-save-args", *KNOCK, *KEYS, "-T", "-v", "-D", "127.0.0.1"]
+    def test_a_verbose_test_looks_like_that_of_the_real_client(self) -> None:
+        """-T -v: where it would go, and the second dump, whose packet has no HMAC."""
+        words = ["--no-rc-file", "--no-save-args", *KNOCK, *KEYS, "-T", "-v", "-D", "127.0.0.1",
+                 "-S", "40000"]
         real = subprocess.run(["fwknop"] + words, stdout=subprocess.PIPE, check=True,
                               env=self.environment).stdout.decode("ascii")
         ours = self.run_main(*words)[1]
-        self.assertTrue(ours.endswith("\nsend_spa_packet: bytes sent: 0\n"))
-        part = real[real.index("\nGenerating SPA packet"):real.index("\n\nDump of the Decoded")]
-        self.assertEqual(part + "\n", ours[ours.index("\nGenerating SPA packet"):])
+        for begin, end in (("\nGenerating", "   Random Value"),
+                           ("   FKO Version", "   Encoded Data")):
+            one, two = [text[text.index("\nGenerating"):] for text in (real, ours)]
+            self.assertEqual(*[text[text.index(begin):text.index(end)] for text in (one, two)])
+        self.assertEqual(*[[len(line) for line in text.splitlines()] for text in (real, ours)])
 
 
 def add_up(data: bytes) -> int:
@@ -861,7 +864,8 @@ class Files(Case):
             self.failure(130, *KNOCK, *KEYS, *receiver.options, "--wait", "9", "-E", path,
                          "--no-rc-file")
         self.assertIn(" --wait 9", self.read("args"))
-        self.assertIn(".fwknop.run: cannot be read", self.failure(3, "-l"))
+        self.assertRegex(self.failure(3, "-l"),
+                         r"Could not open args file: \S+\.fwknop\.run: cannot be read")
         self.assertIn("-l needs a home directory, or -E", self.failure(2, "-l", "--no-home-dir"))
         os.mkdir(os.path.join(self.home, ".fwknop.run"))
         self.knock(*KNOCK, *KEYS, "--no-rc-file")
@@ -869,7 +873,7 @@ class Files(Case):
             code, _, err = self.run_main(*KNOCK, *KEYS, *receiver.options, "--no-rc-file", "-E",
                                          "/no/args")
             self.assertEqual(0, code)
-            self.assertIn("warning: /no/args: No such file", err)
+            self.assertIn("warning: Could not open args file: /no/args: No such file", err)
             receiver.packet()
 
     STANZA = ["-T", "--save-rc-stanza", "-n", "work"]
@@ -901,6 +905,14 @@ NO_SAVE_ARGS                Y
         self.assertEqual(("10.1.2.3,tcp/22", "joe", "5 (SHA512)", "3 (CFB)", "60"), tuple(
             shown[name] for name in ("Message String", "Username", "HMAC Type", "Encryption Mode",
                                      "Client Timeout")))
+
+    def test_save_stanza_says_what_it_writes(self) -> None:
+        """With -v, but not what a key is."""
+        out = self.run_main(*self.STANZA, "-v", *KNOCK, "--key-rijndael", "TheSecret", "-D", "h")[1]
+        lines = [line for line in out.splitlines() if line.startswith("Updating param ")]
+        for text in ("ACCESS to tcp/22", "SPA_SERVER to h", "KEY to a new key"):
+            self.assertIn("Updating param " + text, lines)
+        self.assertNotIn("TheSecret", out)
 
     def test_save_stanza_keeps_the_file(self) -> None:
         """Comments, order, other stanzas, odd bytes and line ends stay; values change in place."""
@@ -1095,7 +1107,8 @@ NO_SAVE_ARGS                Y
         path = os.path.join(self.home, ".fwknoprc")
         os.mkfifo(path, 0o600)
         for words in (["-T"], self.STANZA, ["--stanza-list"], ["-l", "-E", path]):
-            self.assertEqual(path + ": expected a file", self.failure(3, *KNOCK, *KEYS, *words))
+            self.assertEqual(("Could not open args file: " if "-l" in words else "") + path
+                             + ": expected a file", self.failure(3, *KNOCK, *KEYS, *words))
         for device in ("/dev/zero", "/dev/null"):
             for words in (["--rc-file", device], ["-D", "h", "--no-rc-file", "-G", device]):
                 self.assertEqual(device + ": expected a file", self.failure(3, *KNOCK, *words))
