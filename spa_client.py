@@ -2732,7 +2732,7 @@ def choose_address(settings: Settings, link: "Optional[socket.socket]") -> str:
     if settings.ospa and link is not None and allow_ip in (None, SOURCE_ADDRESS):
         return str(link.getsockname()[0])  # no answer comes if it is wrong
     if allow_ip == RESOLVE:
-        return resolve_address(settings, family)
+        return resolve_address(settings, family, link)
     if allow_ip is not None:
         return ask_stun(allow_ip[len(STUN):], family) if allow_ip.startswith(STUN) else allow_ip
     hidden = settings.spoof_source or settings.http_proxy
@@ -2808,20 +2808,29 @@ def own_address(link: "socket.socket") -> "Optional[str]":
     return names[0]
 
 
-def check_own(text: str, where: str) -> str:
-    """Return our address as others tell it, IPv4 instead of IPv4 in IPv6; raise SpaError."""
+def is_loopback(text: str) -> bool:
+    """Return whether an address is one that no other host reaches: 127.0.0.0/8 or ::1."""
+    return text.startswith("127.") or text == "::1"
+
+
+def check_own(text: str, where: str, link: "Optional[socket.socket]" = None) -> str:
+    """Return our address as others tell it, IPv4 instead of IPv4 in IPv6; raise SpaError.
+
+    Only a server that this `link` reaches by a loopback address can see us by one.
+    """
     own = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
     if own[:12] == MAPPED:
         own = own[12:]
         text = socket.inet_ntop(socket.AF_INET, own)
     # Nobody has an address in 0.0.0.0/8, 127.0.0.0/8, from 224.0.0.0 on, ::, ::1 or ff00::/8.
-    if (own[0] in (0, 127) or own[0] >= 224) if len(own) == 4 else (
-            own[:15] == bytes(15) or own[0] == 255):
+    near = link is not None and is_loopback(text) and is_loopback(str(link.getpeername()[0]))
+    if not near and ((own[0] in (0, 127) or own[0] >= 224) if len(own) == 4 else (
+            own[:15] == bytes(15) or own[0] == 255)):
         raise SpaError(f"{where}: it says that our address is {text}, which can't be")
     return text
 
 
-def resolve_address(settings: Settings, family: int) -> str:
+def resolve_address(settings: Settings, family: int, link: "Optional[socket.socket]") -> str:
     """Return our address: the first line of RESOLVE_URL that is one (fwknop.md 2.6)."""
     secure = "" if settings.resolve_http_only else "s"
     page = settings.resolve_url or parse_url(f"http{secure}://www.cipherdyne.org/cgi-bin/myip")
@@ -2841,7 +2850,7 @@ def resolve_address(settings: Settings, family: int) -> str:
             found = parse_address(line.strip())
         except ValueError:
             continue
-        return check_own(found, url)
+        return check_own(found, url, link)
     raise SpaError(f"{url}: no line of the answer is an address")
 
 

@@ -791,6 +791,14 @@ def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str
             None if forwarded is None else forwarded.rpartition(b",")[2].strip().decode("latin-1"))
 
 
+def parse_forwarded(text: str) -> Address:
+    """Parse an address of X-Forwarded-For; some proxies write the client's port behind it."""
+    host, _, port = text.rpartition(":")
+    if is_port(port) and (":" not in host or host.endswith("]")):
+        text = host
+    return parse_address(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
+
+
 def gpg_prefix(payload: bytes) -> bytes:
     """Return what the client left off the base64 text of a GPG packet: `hQ`, or nothing.
 
@@ -3138,9 +3146,11 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
         if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
                                  "disabled.", "{stanza}{text}") from None
-    if address is not None and (
-            address.is_loopback or address.is_link_local or not may_be_host(address)):
+    if address is not None and (address.is_link_local or not may_be_host(address)):
         raise no_nat(request, f"{address} is not the address of one host")
+    client = request.address or parse_address(socket_text(request.datagram.source))
+    if address is not None and address.is_loopback and not (local and client.is_loopback):
+        raise no_nat(request, f"{address} is a loopback address, which no other host reaches")
     if local and (address is None or is_own_address(address) is False):
         address = parse_address(socket_text(request.datagram.destination))
     if address is None:
@@ -8635,7 +8645,7 @@ class Gate:
             raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: there "
                                  "is none, or the request has no end")
         try:
-            return datagram._replace(payload=payload, source=parse_address(forwarded).packed)
+            return datagram._replace(payload=payload, source=parse_forwarded(forwarded).packed)
         except ValueError:
             raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
                                  f"'{forwarded[:60]}' is not an IP address") from None

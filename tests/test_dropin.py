@@ -120,8 +120,26 @@ class ServerLineTest(ConfigCase):
         self.assertIn("there is no group nobody; the main group of that user", "\n".join(said))
 
 
+# (an address of X-Forwarded-For, what ours makes of it); fwknopd rejects those with a port
+FORWARDED = (
+    ("10.0.0.2", "10.0.0.2"), ("10.0.0.2:53211", "10.0.0.2"), ("fd99::2", "fd99::2"),
+    ("[fd99::2]:4000", "fd99::2"), ("[fd99::2]", "fd99::2"), ("fd99::2:4000", "fd99::2:4000"),
+    ("10.0.0.2:", None), ("10.0.0.2:0", None), ("10.0.0.2:65536", None), ("[fd99::2]:", None),
+    ("[fd99::2]x:4000", None), ("10.0.0.2:80:80", None), (":80", None), ("[]:80", None), ("", None),
+)
+
+
 class PacketTest(unittest.TestCase):
-    """Packets of older clients."""
+    """Packets of older clients, and through proxies."""
+
+    def test_forwarded(self) -> None:
+        """A proxy may write the client's port behind the address."""
+        for text, address in FORWARDED:
+            with self.subTest(text=text):
+                if address is None:
+                    self.assertRaises(ValueError, server.parse_forwarded, text)
+                else:
+                    self.assertEqual(address, str(server.parse_forwarded(text)))
 
     def test_legacy_packets_without_padding(self) -> None:
         """libfko 2.0.3 sends 112 bytes without padding. With and without it, it is one packet."""
@@ -210,6 +228,22 @@ class ClientTest(test_client.Case):
             self.assertRegex(text, "\nHMAC_KEY_BASE64 +ZGVm\n")
         self.assertIn("--save-rc-stanza with -n, -D and -A makes it", self.run_main(
             "--rc-file", self.place("new"), "-T")[2])
+
+
+    def test_a_page_that_sees_the_loopback(self) -> None:
+        """-R takes a loopback address where the server is reached by one, and only there."""
+        for name, page, server_address, taken in (
+                ("::1 there", "::1", "::1", True), ("both 127", "127.0.0.1", "127.0.0.1", True),
+                ("mapped", "::ffff:127.0.0.1", "127.0.0.1", True),
+                ("nobody's", "0.0.0.0", "127.0.0.1", False),
+                ("far", "127.0.0.1", "192.0.2.1", False)):
+            link = mock.Mock()
+            link.getpeername.return_value = (server_address, 62201)
+            with self.subTest(name):
+                if taken:
+                    self.assertEqual(page.replace("::ffff:", ""), client.check_own(page, "", link))
+                else:
+                    self.assertRaises(client.SpaError, client.check_own, page, "", link)
 
 
 # ------------------------------------------------------------------------- knockd

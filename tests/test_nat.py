@@ -17,8 +17,8 @@ from tests.test_config import KEYED, NO_FIREWALL, ConfigCase
 from tests.test_packet import NOW, Sender, b64
 from tests.test_server import KEYS, ServerCase, datagram, door
 
-OWN = {"10.55.0.1": True, "10.66.0.1": True, "fd55::1": True,  # addresses of this host
-       "10.66.0.0": None}  # and one that no host has
+OWN = {"10.55.0.1": True, "10.66.0.1": True, "fd55::1": True, "127.0.0.1": True,
+       "10.66.0.0": None}  # addresses of this host, and one that no host has
 FORWARDING, LOCAL = "ENABLE_IPT_FORWARDING Y;\n", "ENABLE_IPT_LOCAL_NAT Y;\n"
 BOTH, SNAT = FORWARDING + LOCAL, "ENABLE_IPT_SNAT Y;\n"
 TRANSLATE = SNAT + "SNAT_TRANSLATE_IP 10.55.0.9;\n"
@@ -118,9 +118,11 @@ JUDGED = (
     (FORWARDING, "", 6, "10.55.0.2,tcp/22", "192.168.10.55,80", REFUSED),
     (FORWARDING, "FORCE_NAT 10.1.1.1 80", 5, "10.55.0.2,tcp/22", "10.55.0.1,80", REFUSED),
     # what nobody may be led to
-    (BOTH, "", 2, "10.55.0.2,tcp/22", "127.0.0.1,80", REFUSED + " (127.0.0.1 is not"),
-    (BOTH, "", 5, "10.55.0.2,tcp/22", "127.0.0.1,80", REFUSED + " (127.0.0.1 is not"),
-    (BOTH, "", 2, "10.55.0.2,tcp/22", "::ffff:127.0.0.1,80", REFUSED + " (127.0.0.1 is not"),
+    (BOTH, "", 2, "10.55.0.2,tcp/22", "127.0.0.1,80", REFUSED + " (127.0.0.1 is a"),
+    (BOTH, "", 5, "10.55.0.2,tcp/22", "127.0.0.1,80", REFUSED + " (127.0.0.1 is a"),
+    (BOTH, "", 5, "127.0.0.1,tcp/22", "127.0.0.1,80",  # a client on this host
+     ["127.0.0.1 -> 0.0.0.0/0 tcp/80", "DNAT 127.0.0.1 -> 0.0.0.0/0 tcp/22 to 127.0.0.1:80"]),
+    (BOTH, "", 2, "10.55.0.2,tcp/22", "::ffff:127.0.0.1,80", REFUSED + " (127.0.0.1 is a"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "0.0.0.0,80", REFUSED + " (0.0.0.0 is not"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "224.0.0.1,80", REFUSED + " (224.0.0.1 is not"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "255.255.255.255,80", REFUSED + " (255.255.255.255 is not"),
@@ -129,7 +131,7 @@ JUDGED = (
     (BOTH, "", 2, "10.55.0.2,tcp/22", "10.66.0.0,80", REFUSED + " (10.66.0.0 is not"),
     (BOTH, "", 5, "10.55.0.2,tcp/22", "10.66.0.0,80", REFUSED + " (10.66.0.0 is not"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "169.254.169.254,80", REFUSED + " (169.254.169.254 is not"),
-    (BOTH, "", 2, "fd55::2,tcp/22", "::1,80", REFUSED + " (::1 is not"),
+    (BOTH, "", 2, "fd55::2,tcp/22", "::1,80", REFUSED + " (::1 is a"),
     (BOTH, "", 2, "fd55::2,tcp/22", "ff02::1,80", REFUSED + " (ff02::1 is not"),
     (BOTH, "", 2, "fd55::2,tcp/22", "fe80::1,80", REFUSED + " (fe80::1 is not"),
     (BOTH, "", 2, "10.55.0.2,tcp/22", "10.55.0.1,80", REFUSED + " (10.55.0.1 is an address of"),
@@ -678,7 +680,7 @@ class NameTest(NatCase):
         said = self.logged()
         self.assertEqual(server.MAX_LOOKUPS,
                          said.count("Unable to resolve Hostname in NAT SPA message"))
-        self.assertIn("(127.0.0.1 is not the address of one host)", said)
+        self.assertIn("(127.0.0.1 is a loopback address, which no other host reaches)", said)
         self.assertEqual([], self.firewall.doors())
         self.knock("inner.example")
         self.turn()
