@@ -730,6 +730,17 @@ class Packet(NamedTuple):
     ports: Tuple[Port, ...]
     command: str
 
+    def dump(self, payload: bytes) -> List[str]:
+        """Return the fields as fwknop prints them, for VERBOSE; server_auth is a password."""
+        fields = (("Random Value", self.random), ("Username", self.user),
+                  ("Timestamp", self.timestamp), ("FKO Version", self.version),
+                  ("Message Type", self.type), ("Message String", self.message),
+                  ("Nat Access", ",".join(map(str, self.nat)) if self.nat else "<NULL>"),
+                  ("Server Auth", "(not shown)" if self.server_auth else "<NULL>"),
+                  ("Client Timeout", self.timeout), ("Digest Type", self.digest_type),
+                  ("Final SPA Data", payload.decode("ascii")))
+        return ["SPA Field Values:", "=" * 17] + [f"{name:>15}: {value}" for name, value in fields]
+
 
 def invalid_data(name: str) -> str:
     """Return the log text for fwknop's name of an error (fwknop.md Appendix A)."""
@@ -1840,7 +1851,8 @@ class ServerSettings(Settings):
     skips = expands = True
     overridden: Set[str] = set()  # directives that the command line sets; no file is judged by them
 
-    verbose = Directive("VERBOSE", integer(0, 9), "0", "1 and more: say more in the log")
+    verbose = Directive("VERBOSE", integer(0, 9), "0",
+                        "1 and more: log stanzas, packets and the firewall's commands")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
                               "packets to look at, in tcpdump's language; see Carriers")
@@ -5877,6 +5889,7 @@ class NftFirewall(Firewall):
         if lines:
             run_program([self.program, *options, "-f", "-"], "\n".join(lines) + "\n",
                         self.seconds_left())
+            self.log.debug(f"nft '{'; '.join(lines)}'")
 
     def rule_removal(self, chain: NftChain) -> List[str]:
         """Return the lines that delete our rules in a chain of the host's."""
@@ -6372,6 +6385,11 @@ class IptablesFirewall(Firewall):
                 self.log.warning(f"{chain.from_chain} drops nothing ({program.program}): "
                                  "without GUARD_PORTS no port is hidden")
         program.commit({table: changes})
+        for change in changes:
+            line = "-N " + change[1:].partition(" ")[0] if change[0] == ":" else change
+            self.log.debug(f"{os.path.basename(program.program)} -t {table} {line}")
+        for chain in access:
+            self.log.debug(f"'{chain.name}' chain exists")
         jumps = [change for change in changes if change.startswith("-I")]
         for chain in access if version == 4 else []:  # once, not for IPv6 again
             if any(jump.endswith(f" -j {chain.name}") for jump in jumps):
@@ -6476,13 +6494,17 @@ class IptablesFirewall(Firewall):
         """Add and delete the rules of grants, those of a table all or none."""
         changes: Dict[Iptables, Dict[str, List[str]]] = {}
         for grant, new in [(each, True) for each in added] + [(each, False) for each in deleted]:
-            for chain in self.chains_for(grant.door):
-                program = self.programs[grant.door.source.version]
-                adding = f"-I {chain.name} 1" if chain.first else f"-A {chain.name}"
-                rule = adding if new else f"-D {chain.name}"
-                lines = changes.setdefault(program, {}).setdefault(chain.table, [])
-                lines.append(f"{rule} {program.rule(chain, grant)}")
+            for program, table, line in self.rule_changes(grant, new):
+                changes.setdefault(program, {}).setdefault(table, []).append(line)
         do_all(Iptables.commit, changes.items())
+
+    def rule_changes(self, grant: Grant, is_new: bool) -> Iterator[Tuple[Iptables, str, str]]:
+        """Return program, table and line of each rule that a grant adds or deletes."""
+        program = self.programs[grant.door.source.version]
+        for chain in self.chains_for(grant.door):
+            adding = f"-I {chain.name} 1" if chain.first else f"-A {chain.name}"
+            yield program, chain.table, (f"{adding if is_new else '-D ' + chain.name} "
+                                         f"{program.rule(chain, grant)}")
 
     def add(self, grants: List[Grant], replaced: List[Grant]) -> None:
         """Add the rules of `grants` in all tables or none, and delete those of `replaced`."""
@@ -7224,6 +7246,23 @@ RETRY_SECONDS = 1.0  # between two tries: little for an open door, enough for a 
 MAX_GRANTS = 10000  # for a stanza: twice a busy host's; each look at the firewall reads them all
 
 
+def grant_commands(firewall: Firewall, grant: Grant, is_new: bool, now: float) -> List[str]:
+    """Return the commands that would add or delete a grant; none if it ends by itself."""
+    door, seconds = grant.door, max(0, grant.ends - now)
+    if isinstance(firewall, IptablesFirewall):
+        return [f"{os.path.basename(program.program)} -t {table} {line}"
+                for program, table, line in firewall.rule_changes(grant, is_new)]
+    if not isinstance(firewall, NftFirewall) or not (is_new or grant.early or seconds):
+        return []
+    fields = [door.source.network_address] + ([door.destination] if door.destination else [])
+    key = " . ".join(map(str, fields + ([door.protocol, door.port] if door.port else [])))
+    verb, timeout = ("add", f" timeout {seconds:.0f}s") if is_new else ("delete", "")
+    target = f" : {door.target}" + (f" . {door.target_port}" if door.target_port else "")
+    return [f"nft {verb} element {chain.family} {chain.table} {set_type_of(door).name} "
+            f"{{ {key}{timeout}{target if door.target and chain == NAT_TABLE else ''} }}"
+            for chain in firewall.chains_for(door)]
+
+
 class Grants:
     """The doors that are open now, and the firewall that has them open."""
 
@@ -7272,6 +7311,7 @@ class Grants:
         if opened:
             with self.firewall.within(PATIENCE):
                 self.add_new(opened, replaced)
+            self.show(opened, is_new=True)
         for grant in rivals:
             self.live.pop(grant.door, None)
         slow = self.clocks.monotonic() - now > LAST_MOMENT  # the kernel counts from the change on
@@ -7285,6 +7325,12 @@ class Grants:
                     f"Added {door.rule_name} rule to")
             self.log.info(f"{done} {chain} for {door}, expires at {expires}")
         return doors
+
+    def show(self, grants: List[Grant], is_new: bool) -> None:
+        """Log, with VERBOSE, the commands that add or delete grants in the firewall."""
+        for grant in grants if self.log.level >= DEBUG else ():
+            for line in grant_commands(self.firewall, grant, is_new, self.clocks.monotonic()):
+                self.log.debug(line)
 
     def keep_guard(self, doors: List[Door]) -> None:
         """Let a guard on trial stay if a knock has opened one of its ports."""
@@ -7369,6 +7415,7 @@ class Grants:
             for grant in ended:
                 self.enter(grant)
             return
+        self.show(ended, is_new=False)
         for grant in ended:
             del self.live[grant.door]
             self.log.info(f"Removed rule 1 from {self.firewall.describe(grant.door)} "
@@ -8010,6 +8057,11 @@ class Configuration(NamedTuple):
             log.error(text)
         for text in dict.fromkeys(self.warnings):
             log.warning(text)
+        for stanza in self.stanzas if log.level >= DEBUG else ():
+            log.debug(f"(stanza #{stanza.number})")
+            for name, value in [line.split(None, 1) for line in stanza.dump().splitlines()]:
+                if name[0] != "#":  # a default
+                    log.debug(f"{name}: {value[:-1]}")
 
 
 class Lifecycle(NamedTuple):
@@ -8567,7 +8619,8 @@ class Gate:
             if keys.signed:
                 self.log.info(prefix + keys.signed)
         self.tell_match(entry, stanza, is_genuine=True)
-        self.log.debug(f"{prefix}{packet._replace(server_auth=None)!r}")
+        for line in packet.dump(datagram.payload) if self.log.level >= DEBUG else ():
+            self.log.debug(line)
         self.ask_and_answer(Request.of_packet(packet, datagram), stanza)
 
     def tell_match(self, entry: Entry, stanza: Stanza, is_genuine: bool = False) -> None:

@@ -15,7 +15,7 @@ import spa_server as server
 from tests.support import skip
 from tests.test_config import KEYED, NO_FIREWALL, ConfigCase
 from tests.test_packet import NOW, Sender, b64
-from tests.test_server import KEYS, ServerCase, datagram, door
+from tests.test_server import KEYS, Clock, ServerCase, datagram, door
 
 OWN = {"10.55.0.1": True, "10.66.0.1": True, "fd55::1": True, "127.0.0.1": True,
        "10.66.0.0": None}  # addresses of this host, and one that no host has
@@ -307,6 +307,42 @@ MASQUERADE_CHAIN = server.GrantChain("nat", "FWKNOP_MASQUERADE", "MASQUERADE",
                                      kind=server.MASQUERADE)
 GUARD_CHAIN = server.GrantChain("mangle", "FWKNOP_GUARDED", "RETURN", first=True)
 PASS_CHAIN = GUARD_CHAIN._replace(kind=server.DNAT, match=server.GUARD_PASS)
+
+
+class WordsTest(NatCase):
+    """What VERBOSE shows of a grant: the command that would add or delete it."""
+
+    def test_iptables(self) -> None:
+        """A command for each rule."""
+        firewall = server.IptablesFirewall({4: "/sbin/iptables"}, False, [DNAT_CHAIN],
+                                           frozenset(), mock.Mock())
+        firewall.programs[4].dated = False
+        grant = server.Grant(nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.2", 80), 9, 0.0)
+        for is_new, option in ((True, "-A"), (False, "-D")):
+            self.assertEqual(
+                ["iptables -t nat %s FWKNOP_PREROUTING -s 10.55.0.2/32 -p tcp -m tcp --dport 22 "
+                 "-m comment --comment _exp_9 -j DNAT --to-destination 10.66.0.2:80" % option],
+                server.grant_commands(firewall, grant, is_new, 0.0))
+
+    def test_nft(self) -> None:
+        """A command for each element; none for one that has ended by itself."""
+        clock = Clock()
+        first = nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.2", 80)
+        second = door("fd55::2/128 udp/53")
+        firewall = server.NftFirewall(
+            "nft", server.parse_nft_chains("inet filter input"), frozenset(),
+            [server.set_type_of(each) for each in (first, second)], mock.Mock(), mock.Mock(),
+            clocks=clock.clocks())
+        for made, name, key, target in (
+                (first, "inet spa_nat spa4_dnat", "10.55.0.2 . tcp . 22", " : 10.66.0.2 . 80"),
+                (second, "inet filter spa6", "fd55::2 . udp . 53", "")):
+            grant = server.Grant(made, 9, clock.mono() + 30)
+            self.assertEqual(["nft add element %s { %s timeout 30s%s }" % (name, key, target)],
+                             server.grant_commands(firewall, grant, True, clock.mono()))
+            self.assertEqual(["nft delete element %s { %s%s }" % (name, key, target)],
+                             server.grant_commands(firewall, grant, False, clock.mono()))
+            self.assertEqual([], server.grant_commands(firewall, grant._replace(ends=0.0), False,
+                                                       clock.mono()))
 
 
 class IptablesTest(NatCase):

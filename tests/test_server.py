@@ -861,8 +861,21 @@ class LogTest(ServerCase):
         self.log.level = server.DEBUG
         made.gate.receive(datagram(Sender().packet(timestamp=NOW, extra=(b64(b"s3cret"),))))
         text = self.logged()
-        self.assertIn("message='10.55.0.2,tcp/22'", text)
+        for line in ("       Username: bob", " Message String: 10.55.0.2,tcp/22",
+                     "    Server Auth: (not shown)"):
+            self.assertIn("\n" + line + "\n", text)
         self.assertNotIn("s3cret", text)
+        self.assertNotIn("SPA Field", self.logged())
+
+    def test_verbose_stanzas(self) -> None:
+        """VERBOSE shows the stanzas in force, without keys."""
+        made = self.serve("SOURCE ANY\n" + KEYS + "OPEN_PORTS tcp/22\n")
+        for level in (server.INFO, server.DEBUG):
+            self.log.level = level
+            server.Configuration(made.settings, made.gate.stanzas, []).tell(self.log)
+            lines = self.logged().splitlines()
+            self.assertEqual(level == server.DEBUG, "OPEN_PORTS: tcp/22" in lines, lines)
+            self.assertNotIn("s3cret", "".join(lines))
 
     def test_internal_error(self) -> None:
         """VERBOSE shows message and frames of a mistake of ours, without what it quotes."""
@@ -2141,7 +2154,7 @@ class NftTest(unittest.TestCase):
         firewall = server.NftFirewall("nft", server.parse_nft_chains("inet filter input"),
                                       frozenset(), [server.set_type_of(first)], netlink,
                                       mock.Mock(), clocks=clock.clocks())
-        grants = server.Grants(firewall, mock.Mock(), clock.clocks())
+        grants = server.Grants(firewall, mock.Mock(level=server.INFO), clock.clocks())
         for seconds, took, again, closes in ((9, 0.01, False, 0), (9, 3.0, False, 1),
                                              (2, 3.0, False, 1), (9, 0.01, True, 1)):
             with self.subTest(seconds=seconds, took=took, again=again):
