@@ -6385,13 +6385,11 @@ class IptablesFirewall(Firewall):
                 self.log.warning(f"{chain.from_chain} drops nothing ({program.program}): "
                                  "without GUARD_PORTS no port is hidden")
         program.commit({table: changes})
-        for change in changes:
-            line = "-N " + change[1:].partition(" ")[0] if change[0] == ":" else change
+        for line in ["-N " + each[1:-8] if each[0] == ":" else each for each in changes]:
             self.log.debug(f"{os.path.basename(program.program)} -t {table} {line}")
-        for chain in access:
-            self.log.debug(f"'{chain.name}' chain exists")
         jumps = [change for change in changes if change.startswith("-I")]
         for chain in access if version == 4 else []:  # once, not for IPv6 again
+            self.log.debug(f"'{chain.name}' chain exists")
             if any(jump.endswith(f" -j {chain.name}") for jump in jumps):
                 self.log.info(f"Added jump rule from chain: {chain.from_chain} "
                               f"to chain: {chain.name}")
