@@ -1031,8 +1031,8 @@ class NoDefault(Directive[Optional[T]]):
 class Ignored(Directive[str]):
     """Directives of fwknopd that change nothing here; a file that sets one causes a warning."""
 
-    def __init__(self, names: str, why: str) -> None:
-        super().__init__(names, str, "", why)
+    def __init__(self, names: str, why: str, parse: Callable[[str], str] = str) -> None:
+        super().__init__(names, parse, "", why)
 
 
 # --- shared: hints -- the same text in spa_server.py and spa_client.py --
@@ -1336,9 +1336,9 @@ def folder_files(folder: str) -> List[str]:
 
 
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
-    """Return a parser of decimal numbers from `least` to `most`."""
+    """Return a parser of decimal numbers from `least` to `most`; a # comment may follow one."""
     def parse(text: str) -> int:
-        digits = text[text.startswith("+"):]
+        digits = text[text.startswith("+"):].partition("#")[0].rstrip(" \t")
         expect(0 < len(digits) <= 12 and not digits.strip("0123456789")
                and least <= int(digits) <= most, f"{unit}, {least} to {most}")
         return int(digits)
@@ -1368,7 +1368,9 @@ def parse_home(text: str) -> str:
 
 def parse_ports(text: str) -> FrozenSet[Port]:
     """Parse a comma list of ports: `tcp/22, udp/53`. Naming one twice changes nothing."""
-    return frozenset(parse_port(item.strip().lower()) for item in text.split(",") if text)
+    ports, _, comment = text.partition("#")
+    expect("," not in comment, "no comma in the comment: fwknopd reads on behind it")
+    return frozenset(parse_port(item.strip().lower()) for item in ports.split(",") if text)
 
 
 def parse_time(text: str) -> int:
@@ -2320,6 +2322,12 @@ def parse_user(text: str) -> str:
     return text
 
 
+def parse_permission(text: str) -> str:
+    """Parse the Y of an old directive, which changes nothing; N would have kept clients from it."""
+    expect(text[:1] in ("", "Y", "y"), "Y: here, OPEN_PORTS and MAX_FW_TIMEOUT limit clients")
+    return text
+
+
 def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
     """Return a parser of comma lists of key ids that have so many hex digits."""
     def parse(text: str) -> FrozenSet[str]:
@@ -2335,6 +2343,7 @@ def parse_date(text: str) -> int:
     parts = text.split("/")
     try:
         month, day, year = [integer(1, 9999)(part) for part in parts]
+        year += 2000 if year < 100 else 0  # as fwknopd reads it
         seconds = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
         expect(time.localtime(seconds)[:3] == (year, month, day), "one that exists")
     except (ValueError, OverflowError):
@@ -2503,6 +2512,8 @@ class Stanza(Settings):
 
     of_tools = Ignored("keytype hkeytype DATA_COLLECT_MODE",
                        "tools and older releases of fwknop write it, and nothing reads it")
+    permissions = Ignored("PERMIT_CLIENT_PORTS PERMIT_CLIENT_TIMEOUT",
+                          "as in fwknopd 2.6, clients may", parse_permission)
     sudo_program = Ignored("SUDO_EXE", "as in fwknopd, it has an effect in fwknopd.conf only")
 
     def __init__(self, number: int) -> None:
@@ -2807,11 +2818,6 @@ MAX_COMMAND = 4095  # bytes, with addresses in it (knockd.md 1.2)
 KNOCKD_CHARACTERS = NAME_CHARACTERS + NAME_CHARACTERS.lower()  # of names; no line has a key
 
 
-def leading_seconds(least: int, most: int) -> Callable[[str], int]:
-    """Return a parser of seconds that lets a comment follow: knockd reads a number to its end."""
-    return lambda text: integer(least, most, "seconds")(text.partition("#")[0].rstrip())
-
-
 def parse_shell(text: str) -> str:
     """Parse a command for /bin/sh that is short enough with any address for %IP%."""
     longest = len(text) + text.count(IP_VARIABLE) * (LONGEST_IP - len(IP_VARIABLE))
@@ -2866,9 +2872,9 @@ class KnockdDoor(KnockdSettings):
 
     knock_steps = NoDefault("Sequence", parse_steps, "ports: 7000,8000:udp,9000", secret=True)
     knock_file = NoDefault("One_Time_Sequences", str, "file of such sequences that open once each")
-    knock_seconds = Directive("Seq_Timeout Timeout", leading_seconds(1, 86400), "25",
+    knock_seconds = Directive("Seq_Timeout Timeout", integer(1, 86400, "seconds"), "25",
                               "time from the first port to the last")
-    cooldown = Directive("Seq_Cooldown", leading_seconds(0, 86400), "0",
+    cooldown = Directive("Seq_Cooldown", integer(0, 86400, "seconds"), "0",
                          "time for which nobody can knock again after it (of a fork of knockd)")
     knock_flags = Directive("TCPFlags", parse_flags, "",
                             "TCP segments that count: fin, syn, rst, psh, ack, urg, ! for without")
@@ -2877,7 +2883,7 @@ class KnockdDoor(KnockdSettings):
     start = Directive("Start_Command Command", parse_shell, "",
                       "shell command to run when all were hit; %IP% is the client's address")
     start6 = NoDefault("Start_Command_6 Command_6", parse_shell, "instead, for an IPv6 address")
-    stop_seconds = Directive("Cmd_Timeout", leading_seconds(0, 8388608), "10",
+    stop_seconds = Directive("Cmd_Timeout", integer(0, 8388608, "seconds"), "10",
                              "time from the end of that command to Stop_Command")
     stop = Directive("Stop_Command", parse_shell, "", "shell command to run then")
     stop6 = NoDefault("Stop_Command_6", parse_shell, "instead, for an IPv6 address")

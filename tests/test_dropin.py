@@ -29,7 +29,7 @@ LINES = (
     (FWKNOPD, "ACCESS_FILE /no/such/file;", TAKEN, ""),  # -a names another one
     (FWKNOPD, "ACCESS_FILE ~nobody;", TAKEN, ""),
     (FWKNOPD, "GPG_HOME_DIR gh;", TAKEN, ""), (FWKNOPD, "DIGEST_FILE x/dig;", TAKEN, ""),
-    (FWKNOPD, "MAX_SPA_PACKET_AGE +20;", TAKEN, ""),
+    (FWKNOPD, "MAX_SPA_PACKET_AGE +20;", TAKEN, ""), (FWKNOPD, "VERBOSE 1 # x", TAKEN, ""),
     (FWKNOPD, "MAX_SPA_PACKET_AGE 20m;", TAKEN, "!1 to 100000"),  # 20 seconds there
     (FWKNOPD, "NFT_TABLE inet fw4;", SKIPPED, "NFT_TABLE is ignored: GUARD_PORTS and NFT_ACCEPT"),
     (FWKNOPD, "ENABLE_NFT_FIREWALL Y;", SKIPPED, "ENABLE_NFT_FIREWALL is ignored: GUARD_PORTS"),
@@ -47,6 +47,15 @@ LINES = (
     (ACCESS, "keytype Base 64 key", TAKEN, "keytype is ignored: tools and older releases"),
     (ACCESS, "hkeytype Base 64 key", TAKEN, "hkeytype is ignored"),
     (ACCESS, "DATA_COLLECT_MODE: PCAP;", TAKEN, "DATA_COLLECT_MODE is ignored"),
+    (ACCESS, "PERMIT_CLIENT_PORTS: Y;", TAKEN, "PERMIT_CLIENT_PORTS is ignored: as in fwknopd 2.6"),
+    (ACCESS, "PERMIT_CLIENT_TIMEOUT N", TAKEN, "!expected Y: here, OPEN_PORTS and"),
+    (ACCESS, "FW_ACCESS_TIMEOUT 60 # s", TAKEN, ""), (ACCESS, "OPEN_PORTS tcp/22 # x", TAKEN, ""),
+    (ACCESS, "ACCESS_EXPIRE 1/1/99", TAKEN, ""),
+    (ACCESS, "RESTRICT_PORTS tcp/25 # x, tcp/26", TAKEN, "!no comma in the comment"),
+    (ACCESS, "OPEN_PORTS tcp/22 udp/53", TAKEN, "!expected tcp/PORT or udp/PORT"),  # 22 alone there
+    (ACCESS, "OPEN_PORTS tcp/22;udp/53", TAKEN, "!behind the semicolon"),  # 22 alone there
+    (ACCESS, "REQUIRE_SOURCE_ADDRESS 1", TAKEN, "!expected Y or N"),  # N there
+    (ACCESS, "ACCESS_EXPIRE 31/12/2030", TAKEN, "!MM/DD/YYYY"),  # in July 2032 there
     (ACCESS, "SUDO_EXE /usr/bin/sudo", TAKEN, "it has an effect in fwknopd.conf only"),
     (ACCESS, "CMD_EXEC_GROUP root", TAKEN, "CMD_EXEC_GROUP has no effect without CMD_EXEC_USER"),
     (ACCESS, "CMD_EXEC_GROUP daemon\nCMD_EXEC_USER nobody", TAKEN, ""),
