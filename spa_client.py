@@ -989,9 +989,10 @@ def is_decimal(text: str) -> bool:
 def number_parser(low: int, high: int, what: str) -> "Callable[[str], int]":
     """Return a parse_ function for decimal numbers; its error says that they count `what`."""
     def parse(text: str) -> int:
-        if not is_decimal(text) or not low <= int(text) <= high:
+        digits = text[text.startswith("+"):]
+        if not is_decimal(digits) or not low <= int(digits) <= high:
             raise ValueError(f"expected {what}, {low} to {high}")
-        return int(text)
+        return int(digits)
     return parse
 
 
@@ -1053,6 +1054,7 @@ def parse_proxy(text: str) -> "Tuple[str, int]":
 
 def parse_url(text: str) -> "Tuple[str, str, int, str]":
     """Parse a URL of HTTP or HTTPS without user name: itself, host, port and path."""
+    text = text if "://" in text or "." not in text else "http://" + text  # as fwknop and wget
     scheme, _, rest = text.partition("://")
     peer, _, path = rest.partition("/")
     path = "/" + path
@@ -1067,7 +1069,8 @@ def parse_access(text: str) -> str:
     for entry in entries:
         protocol, slash, port = entry.partition("/")
         first, dash, last = port.partition("-")
-        if protocol not in ("tcp", "udp") or not slash or max(len(first), len(last)) > 5:
+        if (protocol not in ("tcp", "udp") or not slash or "+" in port
+                or max(len(first), len(last)) > 5):
             raise ValueError("expected tcp/PORT or udp/PORT, several with commas in between")
         if parse_port(last if dash else first) < parse_port(first):
             raise ValueError("expected the lower port first")

@@ -182,6 +182,14 @@ OFFSETS = (
     ("-+5", -5, -5), ("++7", 7, 7), ("60M", 3600, 3600), ("010", 10, 10),
     ("+-5", 5, None), ("--5", -5, None), ("5x", 5, None), ("1week", 1, None), ("1.5h", 54000, None),
 )
+# (line of ~/.fwknoprc that both programs take, attribute of our settings, value)
+RC_LINES = (
+    ("FW_TIMEOUT +30", "timeout", 30), ("SPA_SERVER_PORT +62202", "port", 62202),
+    ("NAT_PORT +22", "nat_port", 22), ("ENCRYPTION_MODE Legacy", "mode", "legacy"),
+    ("RESOLVE_URL x.example/ip", "resolve_url", ("http://x.example/ip", "x.example", 80, "/ip")),
+    ("SPA_SERVER: 127.0.0.1", "server", "127.0.0.1"), ("VERBOSE 4", "verbose", True),
+    ("SPOOF_USER bob;", "user", "bob"), ("ACCESS tcp/22 # x", "access", "tcp/22"),
+)
 RC = ("[default]\nSPA_SERVER 127.0.0.1\nALLOW_IP 10.0.0.1\nACCESS tcp/22\nNO_SAVE_ARGS Y\n"
       "KEY abc\nHMAC_KEY def\n")
 
@@ -212,6 +220,25 @@ class ClientTest(test_client.Case):
                 self.assertTrue(stamp, said)
                 self.assertAlmostEqual(int(stamp.group(1)) if stamp else 0,
                                        time.time() + seconds, delta=30)
+
+    def test_rc_lines(self) -> None:
+        """Each line has its value here."""
+        for line, attribute, value in RC_LINES:
+            with self.subTest(line=line):
+                given = client.parse_stanza(RC + line, "rc", "default")
+                self.assertEqual(value, getattr(client.Settings(given or {}), attribute))
+        for text in ("tcp/+22", "tcp/22-+25", "tcp/-22"):
+            self.assertRaises(ValueError, client.parse_access, text)
+
+    @needs_programs("fwknop")
+    def test_rc_lines_of_fwknop(self) -> None:
+        """fwknop takes these lines without a word."""
+        for line, _, _ in RC_LINES:
+            with self.subTest(line=line):
+                legacy = RC.replace("HMAC_KEY def\n", "")
+                self.write((legacy if "Legacy" in line else RC) + line + "\n")
+                ended = run(["fwknop", "-T"], env=self.environment)
+                self.assertEqual((0, ""), (ended.returncode, ended.stderr), ended.stdout)
 
     def test_names_that_nobody_knows(self) -> None:
         """fwknop refuses them; ours warns, unless one is a slip or belongs to the server."""
