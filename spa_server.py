@@ -10723,24 +10723,60 @@ def own_hash() -> str:
         return binascii.hexlify(DIGESTS["SHA256"](file.read())).decode()
 
 
+LIST_HEADS = "num  target     prot opt source               destination"
+
+
 def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
-    """Return a line for each grant in the firewall, in the columns of `iptables -L -n`."""
-    now = firewall.clocks.monotonic()
-    lines = [f"Listing rules in fwknopd ({firewall.describe()})...", "",
-             "num  target     prot opt source               destination"]
-    for number, grant in enumerate(sorted(firewall.grants(), key=lambda grant: grant.ends), 1):
+    """Return the rules in our chains, in the shape of fwknopd and `iptables -L -n`; a grant ends
+    with its seconds left and its opener."""
+    grants, now = firewall.grants(), firewall.clocks.monotonic()
+
+    def row(number: int, grant: Grant) -> str:
         door = grant.door
         source, _, destination, port = str(door).split(" ", 3)
         protocol, _, port = port.partition("/")
         target = "ACCEPT" if door.kind in (INPUT, ONCE) else door.kind
-        # All chains are in one list here, so each line has the target of its NAT.
         extra = (f" to:{door.target_text()}" if door.target else
                  " for one connection" if door.kind == ONCE else "")
-        seconds, opener = int(max(0, grant.ends - now)), find_opener(openers, grant)
-        lines.append(f"{number:<4} {target:<10} {protocol:<4} --  {source:<20} {destination:<20} "
-                     f"{protocol} dpt:{port} /* {MARK}{grant.expires} */{extra} "
-                     f"{seconds} seconds left, {opener}")
+        return (f"{number:<4} {target:<10} {protocol:<4} --  {source:<20} {destination:<20} "
+                f"{protocol} dpt:{port} /* {MARK}{grant.expires} */{extra} "
+                f"{int(max(0, grant.ends - now))} seconds left, {find_opener(openers, grant)}")
+
+    if isinstance(firewall, IptablesFirewall):
+        lines = ["Listing rules in fwknopd iptables chains...", *list_chains(firewall, row)]
+    else:
+        lines = ["Listing rules in fwknopd chains..."]
+        chains: Dict[str, List[Grant]] = {firewall.describe(): []}
+        for grant in sorted(grants, key=lambda grant: grant.ends):
+            chains.setdefault(firewall.describe(grant.door), []).append(grant)
+        for name, found in chains.items():
+            lines += ["", f"Chain {name} (1 references)", LIST_HEADS]
+            lines += [row(number, grant) for number, grant in enumerate(found, 1)]
     return "\n".join(lines)
+
+
+def list_chains(firewall: IptablesFirewall, row: Callable[[int, Grant], str]) -> Iterator[str]:
+    """Return head and rules of each chain of ours; rules that are no grants as iptables prints
+    them. A grant in several chains is a `row` in the first only."""
+    known: Set[Tuple[Door, int]] = set()
+    wall, now = firewall.clocks.wall(), firewall.clocks.monotonic()
+    names = dict.fromkeys((chain.table, chain.name) for chain in firewall.chains)
+    for program in firewall.programs.values():
+        for table, name in names:
+            if f"-N {name}" not in program.list(table):
+                continue  # before the first start
+            head, _, *printed = program.run([program.program, "-t", table, "-L", name, "-n",
+                                             "--line-numbers"]).splitlines()
+            yield from ("", head, LIST_HEADS)
+            rules = [line for line in program.list(table, name) if line.startswith("-A")]
+            for number, (text, rule) in enumerate(zip(printed, rules), 1):
+                found = next(filter(None, (parse_rule(rule, chain) for chain in firewall.chains
+                                           if chain.name == name)), None)
+                if found and found not in known:
+                    known.add(found)
+                    door, expires = found
+                    text = row(number, Grant(door, expires, now + expires - wall))
+                yield text.rstrip()
 
 
 def signal_server(arguments: Arguments) -> int:

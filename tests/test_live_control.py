@@ -260,6 +260,22 @@ class ListTest(ControlTest):
                          sorted(rule[1:] for rule in rules(mine)))
         self.assertEqual([rule[0] for rule in rules(theirs)], [rule[0] for rule in rules(mine)])
 
+    def test_foreign_rules(self) -> None:
+        """Each chain has a head, and rules of others in it; they are no change of ours."""
+        server = Server(self.host, "FIREWALL_TYPE iptables;\n").start()
+        mark = server.mark()
+        for rule in ("-I FWKNOP_INPUT -s 10.9.9.9 -p tcp --dport 99 -j ACCEPT",
+                     "-A FWKNOP_INPUT -s 10.9.9.8 -j DROP"):
+            self.host.run("iptables", *rule.split())
+            self.knock(server, "-A", "tcp/22")
+        text = server.command("--fw-list")[1]
+        self.assertRegex(text, r"(?m)^Listing rules in fwknopd iptables chains\.\.\.\n\n"
+                         r"Chain FWKNOP_INPUT \(1 references\)\nnum  target +prot opt source +"
+                         r"destination\n1 +ACCEPT +\w+ +-- +10\.9\.9\.9 .*dpt:99\n"
+                         r"2 +ACCEPT .*dpt:22 /\* _exp_\d+ \*/ .*seconds left, stanza #1.*\n"
+                         r"3 +DROP +\w+ +-- +10\.9\.9\.8 ")
+        self.assertNotIn("Somebody changed", server.log(mark))
+
     def test_list_all(self) -> None:
         """The list also has what the firewall prints: chains, sets and the rules around them."""
         for config, expected in zip(BACKENDS, (

@@ -115,7 +115,7 @@ class Site(firewalls.Site):
         code, text = self.server.command("--fw-list")
         assert code == 0, text
         found = []
-        for line in text.splitlines()[3:]:
+        for line in re.findall("(?m)^.* seconds left, .*$", text):
             _, kind, _, _, source, destination, protocol, port, rest = line.split(None, 8)
             leads = re.search(r"\*/ to:(\S+) \d+ seconds left", rest)
             found.append("%s%s -> %s %s/%s%s" % (

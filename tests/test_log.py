@@ -329,7 +329,7 @@ class OpenersTest(LogCase):
         """Return source and opener of each grant in the listing."""
         text = server.list_grants(made.grants.firewall,
                                   server.read_openers(server.openers_file(made.settings)))
-        return [(line.split()[4], line.rpartition("left, ")[2]) for line in text.splitlines()[3:]]
+        return [(line.split()[4], line.rpartition("left, ")[2]) for line in text.splitlines()[4:]]
 
     def test_it_stays_small(self) -> None:
         """However often it is written, and without a word of what is open being lost."""
