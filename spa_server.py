@@ -10771,7 +10771,7 @@ def list_chains(firewall: IptablesFirewall, row: Callable[[int, Grant], str]) ->
             rules = [line for line in program.list(table, name) if line.startswith("-A")]
             for number, (text, rule) in enumerate(zip(printed, rules), 1):
                 found = next(filter(None, (parse_rule(rule, chain) for chain in firewall.chains
-                                           if chain.name == name)), None)
+                                           if chain.name == name and chain.is_primary)), None)
                 if found and found not in known:
                     known.add(found)
                     door, expires = found

@@ -272,8 +272,8 @@ class ListTest(ControlTest):
         self.assertRegex(text, r"(?m)^Listing rules in fwknopd iptables chains\.\.\.\n\n"
                          r"Chain FWKNOP_INPUT \(1 references\)\nnum  target +prot opt source +"
                          r"destination\n1 +ACCEPT +\w+ +-- +10\.9\.9\.9 .*dpt:99\n"
-                         r"2 +ACCEPT .*dpt:22 /\* _exp_\d+ \*/ .*seconds left, stanza #1.*\n"
-                         r"3 +DROP +\w+ +-- +10\.9\.9\.8 ")
+                         r"2 +DROP +\w+ +-- +10\.9\.9\.8 .*\n"
+                         r"3 +ACCEPT .*dpt:22 /\* _exp_\d+ \*/ .*seconds left, stanza #1")
         self.assertNotIn("Somebody changed", server.log(mark))
 
     def test_list_all(self) -> None:
