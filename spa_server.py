@@ -6395,7 +6395,7 @@ class IptablesFirewall(Firewall):
             self.log.debug(f"{os.path.basename(program.program)} -t {table} {line}")
         jumps = [change for change in changes if change.startswith("-I")]
         for chain in access if version == 4 else []:  # once, not for IPv6 again
-            self.log.debug(f"'{chain.name}' chain exists")
+            self.log.debug(f"'{table}' table '{chain.name}' chain exists")
             if any(jump.endswith(f" -j {chain.name}") for jump in jumps):
                 self.log.info(f"Added jump rule from chain: {chain.from_chain} "
                               f"to chain: {chain.name}")
@@ -8062,10 +8062,11 @@ class Configuration(NamedTuple):
         for text in dict.fromkeys(self.warnings):
             log.warning(text)
         for stanza in self.stanzas if log.level >= DEBUG else ():
-            log.debug(f"(stanza #{stanza.number})")
             for name, value in [line.split(None, 1) for line in stanza.dump().splitlines()]:
-                if name[0] != "#":  # a default
-                    log.debug(f"{name}: {value[:-1]}")
+                if name == Stanza.source.name:
+                    log.debug(f"{name} ({stanza.number}):  {value[:-1]}")
+                elif name[0] != "#":  # a default
+                    log.debug(f"{name:>27}:  {value[:-1]}")
 
 
 class Lifecycle(NamedTuple):
@@ -8623,8 +8624,10 @@ class Gate:
             if keys.signed:
                 self.log.info(prefix + keys.signed)
         self.tell_match(entry, stanza, is_genuine=True)
-        for line in packet.dump(datagram.payload) if self.log.level >= DEBUG else ():
-            self.log.debug(line)
+        if self.log.level >= DEBUG:
+            self.log.debug(f"[{socket_text(datagram.source)}] {prefix}SPA Decode (res=0):")
+            for line in packet.dump(datagram.payload):
+                self.log.debug(line)
         self.ask_and_answer(Request.of_packet(packet, datagram), stanza)
 
     def tell_match(self, entry: Entry, stanza: Stanza, is_genuine: bool = False) -> None:

@@ -874,7 +874,8 @@ class LogTest(ServerCase):
             self.log.level = level
             server.Configuration(made.settings, made.gate.stanzas, []).tell(self.log)
             lines = self.logged().splitlines()
-            self.assertEqual(level == server.DEBUG, "OPEN_PORTS: tcp/22" in lines, lines)
+            for line in ("SOURCE (1):  ANY", "                 OPEN_PORTS:  tcp/22"):
+                self.assertEqual(level == server.DEBUG, line in lines, lines)
             self.assertNotIn("s3cret", "".join(lines))
 
     def test_internal_error(self) -> None:
