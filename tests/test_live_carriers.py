@@ -418,7 +418,7 @@ class ProxyTest(CarrierTest):
                 (on,
                  ["X-Forwarded-For: 198.51.100.1", "X-Forwarded-For: 203.0.113.11"],
                  "203.0.113.11"),
-                (on, ["X-Forwarded-For: 198.51.100.1, 2001:db8::7"], "2001:db8::7")):
+                (on, ["X-Forwarded-For: 198.51.100.1:40000, [2001:db8::7]:80"], "2001:db8::7")):
             with self.subTest(headers=headers, opened=opened):
                 server = self.serve(config)
                 path = self.client.path("packet")
@@ -446,7 +446,8 @@ class ProxyTest(CarrierTest):
                      "1.2.3.4, ",
                      "1.2.3",
                      "010.1.1.1",
-                     "1.2.3.4:80",
+                     "1.2.3.4:0",
+                     "[1.2.3.4]x:80",
                      "a" * 900,
                      "\x1b["):
             mark = server.mark()

@@ -174,18 +174,19 @@ class LiveCheckTest(unittest.TestCase):
             for config, access, expected in (
                     (None, "SOURCE ANY\nKEY\n", r"\[!\] .*access.conf:2: KEY: expected a value"),
                     (None, "SOURCE ANY\nOPEN_PORTS tcp/0\n", r"\[!\] .*access.conf:2: OPEN_PORTS"),
-                    ("GUARD_PORTS tcp/22;\nNONSENSE 1;\n", ACCESS, r"\[!\] .*fwknopd.conf:2: "),
+                    ("GUARD_PORTS tcp/22;\nUDPSERV_PRT 1;\n", ACCESS, r"\[!\] .*fwknopd.conf:2: "),
                     ("FIREWALL_TYPE nft;\n", ACCESS, r"\[!\] GUARD_PORTS: expected it")):
                 with self.subTest(expected=expected):
                     server.configure(config or Setup(NFT, "guard").config(), access)
                     code, lines = check(server)
                     self.assertEqual(3, code, lines)
                     self.assert_lines(lines, expected, r"\[!\] No server runs")
-            server.configure("GUARD_PORTS tcp/22;\nPCAP_INTF eth7;\n", ACCESS)
+            server.configure("GUARD_PORTS tcp/22;\nPCAP_INTF eth7;\nNONSENSE 1;\n", ACCESS)
             os.chmod(server.access_file, 0o644)
             code, lines = check(server)
             self.assertEqual(1, code)
             self.assert_lines(lines, r"\[!\] Interface eth7 does not exist",
+                              r"\[-\] .*fwknopd.conf:3: NONSENSE is ignored",
                               r"\[-\] file: .*access.conf permissions should only be user")
             for word in ("--fw-list", "-t"):
                 code, text = server.command("--check", word)
