@@ -25,13 +25,12 @@ starts again. A packet that may be a knock goes to KnockListener.take_knock() in
 The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
 requests go to OspaGate.receive() in section 30; RSA (section 12) proves their keys.
 
-Until a packet's key is proven, 20 functions of 198 lines have run, all of them together. The list
+Until a packet's key is proven, 18 functions of 198 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
-  Gate.authentic_stanzas, is_gpg, Keys.authentic, Hmac.__call__, encode_base64, Throttle.allows,
-  socket_text, Log.write, Outlet.write, StreamOutlet.send, StreamOutlet.write_part, Gate.no_keys,
-  Tally.reject, Gate.is_full
+  Gate.authentic_stanzas, find_prefix, find_authentic, Gate.tell_near, Throttle.allows, socket_text,
+  Log.write, Outlet.write, StreamOutlet.send, StreamOutlet.write_part, Tally.reject, Gate.is_full
 
 A UDP or TCP socket has its own receive() (section 18). HTTP adds Gate.unwrap(), a SOURCE other than
 ANY adds Stanza.admits() and Gate.no_stanza(). Junk of another form makes a NotSpa. If a stanza has
@@ -135,6 +134,7 @@ VERSION = "0.1.0"
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Port = Tuple[str, int]  # ("tcp" or "udp", 1 to 65535)
+T = TypeVar("T")
 
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
 
@@ -614,25 +614,34 @@ def strip_padding(plain: bytes, optional: bool = False) -> bytes:
     return plain[:-length]
 
 
-class Keys:
-    """The HMAC of a stanza. `prefix` returns what the client left off the base64 of a packet."""
+# With many stanzas this is most of what junk costs, so Hmac.__call__ stands here without its call.
+# All are computed: the time does not tell which one was right.
+def find_authentic(locks: List[Tuple[Hmac, List[T]]], payload: bytes, length: int) -> List[T]:
+    """Return what stands beside each HMAC that is the packet's tag, so long: a key's first use."""
+    found, encode = [], binascii.b2a_base64  # type: List[T], Callable[..., bytes]
+    body, tag = payload[:-length], payload[-length:] + b"=" * (-length % 4) + b"\n"
+    for hmac, owners in locks:
+        inner, outer = hmac.inner.copy(), hmac.outer.copy()
+        inner.update(body)
+        outer.update(inner.digest())
+        if compare_digest(encode(outer.digest()), tag):
+            found += owners
+    return found
 
+
+class Keys:
+    """The HMAC of a stanza, by what the client left off the base64 of a packet: its prefix."""
+
+    prefixes: Tuple[bytes, ...] = (SALTED_PREFIX,)
     signed = ""  # the log line about the signer of the last packet
     respelt = True  # whether one plaintext has many spellings: then it is remembered as well
     accepts_bare = False  # whether another stanza accepts these packets without their tag
 
-    def __init__(self, compute_tag: Optional[Callable[[bytes], bytes]], hmac_type: Digest,
-                 prefix: Callable[[bytes], bytes]) -> None:
-        self.compute_tag, self.has_hmac = compute_tag, compute_tag is not None
-        self.tag_length, self.prefix = hmac_type.text_size, prefix
-        self.malformed = PacketRejected if compute_tag else WrongKey  # it may have another's tag
-
-    def authentic(self, payload: bytes) -> bool:
-        """Tell whether a packet's tag is right, the first use of a key; True without HMAC."""
-        if self.compute_tag is None:
-            return True
-        return compare_digest(encode_base64(self.compute_tag(payload[:-self.tag_length])),
-                              payload[-self.tag_length:])
+    def __init__(self, hmac_type: Digest, hmac_key: bytes) -> None:
+        self.has_hmac, self.tag_length = bool(hmac_key), hmac_type.text_size if hmac_key else 0
+        self.lock = hmac_type.name, hmac_key  # the same in all stanzas that share an HMAC key
+        self.hmacs = {prefix: Hmac(hmac_type, hmac_key, prefix) for prefix in self.prefixes}
+        self.malformed = PacketRejected if hmac_key else WrongKey  # it may have another's tag
 
     def mark_genuine(self) -> None:
         """Take a packet that proved genuine and new off the rate limit, where one holds (GPG)."""
@@ -646,8 +655,7 @@ class PacketKeys(Keys):
     """The keys of one stanza, prepared to unlock its packets fast."""
 
     def __init__(self, key: bytes, mode: str, hmac_key: bytes, hmac_type: Digest) -> None:
-        super().__init__(Hmac(hmac_type, hmac_key, SALTED_PREFIX) if hmac_key else None, hmac_type,
-                         lambda body: SALTED_PREFIX)
+        super().__init__(hmac_type, hmac_key)
         self.secret, self.mode, self.respelt = key, mode, mode == "LEGACY"
         if mode == "LEGACY":  # cut the key, or fill it up with the digit zero (fwknop.md 1.7)
             self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
@@ -700,7 +708,13 @@ def seal_answer(packet: bytes, key: bytes, hmac_key: bytes, done: bool, text: st
 MIN_PAYLOAD, MAX_PAYLOAD = 140, 1500  # tests/spec/fwknop.md 1.10
 GPG_LENGTH = 400  # from here on a packet is GPG's (tests/spec/fwknop.md 1.9)
 GPG_PREFIX = b"hQ"  # no client sends it before its GPG packet, but the HMAC covers it
-GPG_WHOLE = (b"h", b"w")  # a GPG packet sent whole begins so; one of AES with 8, 9, + or /
+# An OpenPGP message begins with the packet of a session key: tag octet, length, version 3 (RFC 4880
+# sections 4.2 and 5.1). For RSA keys of 2048 bits and more gpg writes the old format with a length
+# of two octets, 85 0x xx 03; no client sends the first two characters of that, `hQ`. It sends all
+# other messages whole, and they begin with `h` or `w`: `hF4D` is 84 5E 03, Curve25519's with a
+# length of one octet; `w` is the new format, C1. A text without its `hQ` begins with the rest of
+# the length. There, `h` would mean 2,112 octets or more; 1,500 characters hold 1,125.
+GPG_WHOLE = (b"h", b"w")  # a packet of AES begins with 8, 9, + or /
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
 NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
@@ -810,22 +824,16 @@ def parse_forwarded(text: str) -> Address:
     return parse_address(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
 
 
-def gpg_prefix(payload: bytes) -> bytes:
-    """Return what the client left off the base64 text of a GPG packet: `hQ`, or nothing.
-
-    An OpenPGP message begins with the packet of a session key: tag octet, length, version 3 (RFC
-    4880 sections 4.2 and 5.1). For RSA keys of 2048 bits and more gpg writes the old format with a
-    length of two octets, 85 0x xx 03; no client sends the first two characters of that, `hQ`. It
-    sends all other messages whole, and they begin with `h` or `w`: `hF4D` is 84 5E 03, Curve25519's
-    with a length of one octet; `w` is the new format, C1. A text without its `hQ` begins with the
-    rest of the length. There, `h` would mean 2,112 octets or more; 1,500 characters hold 1,125.
-    """
-    return b"" if payload.startswith(GPG_WHOLE) else GPG_PREFIX
+def find_prefix(payload: bytes) -> bytes:
+    """Return what the client left off the base64 text of a packet (see GPG_WHOLE)."""
+    if payload.startswith(GPG_WHOLE):
+        return b""
+    return GPG_PREFIX if len(payload) >= GPG_LENGTH else SALTED_PREFIX
 
 
 def is_gpg(payload: bytes) -> bool:
     """Tell whether it is a GPG packet: by its length, or by its beginning if it is short."""
-    return len(payload) >= GPG_LENGTH or payload.startswith(GPG_WHOLE)
+    return find_prefix(payload) != SALTED_PREFIX
 
 
 def wrong_type(payload: bytes) -> WrongKey:
@@ -845,8 +853,7 @@ def unlock(payload: bytes, keys: Union[PacketKeys, "GpgKeys"]) -> Tuple[Packet, 
     So the plaintext, which only a key holder can make, is a text as well. So is the packet without
     its tag, if another stanza accepts that.
     """
-    body = keys.body(payload)
-    prefix = keys.prefix(body)
+    body, prefix = keys.body(payload), find_prefix(payload)
     try:
         ciphertext = decode_base64(prefix + body)
     except ValueError:
@@ -981,9 +988,6 @@ def parse_address(text: str) -> Address:
 # help. Reading, the dump and the README's tables walk the rows. A directive that the
 # server ignores, because it can't widen access, has a row as well.
 # ======================================================================================
-
-T = TypeVar("T")
-
 
 class Directive(Generic[T]):
     """A row: `settings.attribute` is its value, parsed from a file's text or from the default."""
@@ -4247,12 +4251,11 @@ def read_pipe(end: int) -> bytes:
 class GpgKeys(Keys):
     """The keys that unlock the GPG packets of one stanza: `fingerprints` and their `command`."""
 
+    prefixes = (GPG_PREFIX, b"")
+
     def __init__(self, stanza: Stanza, gpg: Gpg, command: List[str],
                  fingerprints: FrozenSet[str]) -> None:
-        hmac_key = stanza.only_one(Stanza.hmac_key, Stanza.hmac_key_base64)
-        hmacs = {prefix: Hmac(stanza.hmac_type, hmac_key, prefix) for prefix in (GPG_PREFIX, b"")}
-        super().__init__((lambda text: hmacs[gpg_prefix(text)](text)) if hmac_key else None,
-                         stanza.hmac_type, gpg_prefix)
+        super().__init__(stanza.hmac_type, stanza.secrets()[1])
         self.stanza, self.gpg, self.command = stanza, gpg, command
         self.fingerprints = fingerprints
         self.key_ids = [binascii.unhexlify(each[-16:]) for each in fingerprints]
@@ -8429,6 +8432,8 @@ class KnockListener:
 # ======================================================================================
 
 AnyKeys = Union[PacketKeys, GpgKeys]
+Keyed = Tuple[Stanza, AnyKeys]
+Lock = Tuple[Hmac, List[Keyed]]  # the stanzas that share an HMAC key
 
 MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
 
@@ -8488,6 +8493,25 @@ class Resolver:
             answer()
 
 
+def group_by_lock(keyed: List[Keyed], prefix: bytes) -> Dict[Tuple[int, bool], List[Lock]]:
+    """Return the locks of packets with this prefix, by the length of their tags (0: no HMAC) and by
+    whether all of their stanzas admit every address."""
+    groups: Dict[Tuple[str, bytes], List[Keyed]] = {}
+    for each in keyed:
+        groups.setdefault(each[1].lock, []).append(each)
+    locks: Dict[Tuple[int, bool], List[Lock]] = {}
+    for group in groups.values():
+        keys, for_all = group[0][1], all(stanza.for_all for stanza, _ in group)
+        locks.setdefault((keys.tag_length, for_all), []).append((keys.hmacs[prefix], group))
+    return locks
+
+
+def admitting(locks: List[Lock], datagram: Datagram) -> List[Lock]:
+    """Return the locks without the stanzas whose SOURCE or DESTINATION keeps a packet out."""
+    found = [(hmac, [each for each in keyed if each[0].admits(datagram)]) for hmac, keyed in locks]
+    return [lock for lock in found if lock[1]]
+
+
 class Gate:
     """Unlock packets, keep replays out, and let the rest ask for access."""
 
@@ -8506,10 +8530,11 @@ class Gate:
         """Go on with the settings and stanzas of a configuration."""
         self.settings, self.stanzas = configuration.settings, configuration.stanzas
         takers = [stanza for stanza in self.stanzas if stanza.takes_packets]
-        # By whether a packet is GPG's: the stanzas that have keys for it, in the file's order.
-        self.keyed: Dict[bool, List[Tuple[Stanza, AnyKeys]]] = {
-            False: [(stanza, stanza.keys) for stanza in takers if stanza.keys is not None],
-            True: [(stanza, stanza.gpg) for stanza in takers if stanza.gpg is not None]}
+        # By the prefix of a packet: the stanzas that have keys for it, in the file's order.
+        self.keyed: Dict[bytes, List[Keyed]] = {prefix: [
+            (stanza, keys) for stanza in takers for keys in (stanza.keys, stanza.gpg)
+            if keys and prefix in keys.prefixes] for prefix in (SALTED_PREFIX, GPG_PREFIX, b"")}
+        self.locks = {prefix: group_by_lock(keyed, prefix) for prefix, keyed in self.keyed.items()}
 
     def receive(self, datagram: Datagram, entry: Optional[Entry] = None) -> None:
         """Take a datagram through check, unlock, judge and open; or reject it."""
@@ -8517,42 +8542,44 @@ class Gate:
             if datagram.protocol == TCP and datagram.payload[:4].upper() == b"GET ":
                 datagram = self.unwrap(datagram)
             check_payload(datagram.payload)  # section 4
-            passed = self.authentic_stanzas(datagram, entry is None)
+            passed = self.authentic_stanzas(datagram)
+            near = self.tell_near(datagram, passed, entry is None)
             if entry is None:  # else it comes again after gpg; the stanzas may be others by then
                 self.candidates += 1
             if passed:
                 entry = entry or Entry(datagram)
                 self.admit(entry, passed)
             else:
-                self.tally.reject(datagram, self.no_keys(datagram))
+                self.tally.reject(datagram, near.wrong_hmac if near else self.no_stanza(datagram))
         except GpgNeeded as needed:
             self.wait_for_gpg(needed.run, entry)
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.tally.reject(datagram, error)
 
-    def authentic_stanzas(self, datagram: Datagram, is_new: bool) -> List[Tuple[Stanza, AnyKeys]]:
-        """Return the stanzas whose HMAC the packet has, or that have no HMAC key, and their keys.
-
-        Of the stanzas before these, log which ones the packet's addresses fit, if it `is_new`.
-        """
+    def authentic_stanzas(self, datagram: Datagram) -> List[Keyed]:
+        """Return the stanzas whose HMAC the packet has, or that have no HMAC key; and the keys."""
         payload, passed = datagram.payload, []
-        for stanza, keys in self.keyed[is_gpg(payload)]:
-            if stanza.for_all or stanza.admits(datagram):
-                if keys.authentic(payload):  # section 3
-                    passed.append((stanza, keys))
-                elif is_new and not passed and self.log.matches.allows():
-                    self.log.write(INFO, SOURCE_MATCH.format(stanza.number,
-                                                             socket_text(datagram.source)))
-                else:
-                    is_new = False
+        for (length, for_all), locks in self.locks[find_prefix(payload)].items():
+            locks = locks if for_all else admitting(locks, datagram)
+            passed += (find_authentic(locks, payload, length) if length else
+                       [each for _, keyed in locks for each in keyed])
+        passed.sort(key=lambda each: each[0].number)
         return passed
 
-    def no_keys(self, datagram: Datagram) -> PacketRejected:
-        """Return the rejection of a packet that no stanza passes."""
-        for stanza, _ in self.keyed[is_gpg(datagram.payload)]:
-            if stanza.for_all or stanza.admits(datagram):
-                return stanza.wrong_hmac
-        return self.no_stanza(datagram)
+    def tell_near(self, datagram: Datagram, passed: List[Keyed], is_new: bool) -> Optional[Stanza]:
+        """Return the first stanza that admits a packet, before the first that this passes; log all
+        of these, if it `is_new`."""
+        first: Optional[Stanza] = None
+        for each in self.keyed[find_prefix(datagram.payload)]:
+            if each in passed[:1]:
+                break
+            if each[0].for_all or each[0].admits(datagram):
+                first = first or each[0]
+                if not (is_new and self.log.matches.allows()):
+                    break
+                self.log.write(INFO, SOURCE_MATCH.format(each[0].number,
+                                                         socket_text(datagram.source)))
+        return first
 
     def no_stanza(self, datagram: Datagram) -> PacketRejected:
         """Return the rejection of a packet when no stanza has addresses and keys that fit it."""
@@ -8569,7 +8596,7 @@ class Gate:
             return PacketRejected("source", filtered_text(near[0], datagram), "{text}")
         return PacketRejected("source", f"No access data found for source IP: {source}", "{text}")
 
-    def admit(self, entry: Entry, passed: List[Tuple[Stanza, AnyKeys]]) -> None:
+    def admit(self, entry: Entry, passed: List[Keyed]) -> None:
         """Let the first of the stanzas that a packet has passed open something, if it can.
 
         If none can, raise the reason of the first whose keys were right; or else of the last.

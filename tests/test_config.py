@@ -819,7 +819,7 @@ class SecretTest(ConfigCase):
         """repr() and str() of stanzas, keys and settings show no secret."""
         for stanza in self.stanzas(self.stanza_text):
             for each in (stanza, stanza.keys, stanza.key, stanza.hmac_key, stanza.key_base64,
-                         stanza.keys.secret, stanza.keys.compute_tag):
+                         stanza.keys.secret, stanza.keys.hmacs, stanza.keys.lock):
                 with self.subTest(object=type(each).__name__, stanza=stanza.number):
                     self.clean("%r %s %s" % (each, each, [each]))
                     self.clean("{} {!r}".format(each, each))

@@ -318,8 +318,9 @@ class StanzaTest(KnockCase):
         new = made.configuration._replace(stanzas=self.stanzas(KEYED))
         with mock.patch.object(made.grants, "move", side_effect=OSError("no")):
             self.assertRaises(OSError, made.reload, new, self.firewall)
+        gate = made.gate
         self.assertEqual((1, 120, made.settings.digest_file), (
-            len(made.gate.keyed[False]), made.gate.memory.max_age, made.gate.memory.path))
+            len(gate.keyed[server.SALTED_PREFIX]), gate.memory.max_age, gate.memory.path))
 
     def test_captures(self) -> None:
         """A hit meets the sequences of the socket that heard it, and no others, so that it counts

@@ -670,6 +670,26 @@ class ReceiveTest(ServerCase):
                     made.gate.receive(datagram(form))
                 self.assertEqual({"accepted": 1, "replay": 3}, made.tally.counts, self.logged())
 
+    def test_stanzas_that_share_an_hmac_key(self) -> None:
+        """One look is for all of them; the first that can opens, in the file's order."""
+        mac = KEYS.partition("\n")[2]
+        access = ["SOURCE 10.55.0.9\n" + KEYS, "SOURCE ANY\nKEY other\n" + mac,
+                  "SOURCE ANY\n" + KEYS + "HMAC_DIGEST_TYPE SHA3_256\n",
+                  "SOURCE ANY\nHMAC_DIGEST_TYPE SHA512\n" + KEYS, "SOURCE ANY\nKEY bare\n",
+                  "SOURCE ANY\n" + KEYS]
+        for order, opened_by in ((1, 6), (-1, 1)):
+            made = self.serve("".join(access[::order]))
+            self.assertEqual({(43, False): 1, (43, True): 1, (86, True): 1, (0, True): 1}, {
+                kind: len(locks) for kind, locks in
+                made.gate.locks[server.SALTED_PREFIX].items()})
+            self.logged()
+            self.knock(made)
+            self.assertIn("(stanza #%d) user 'bob'" % opened_by, self.logged())
+            for kind, number in (("SHA3_256", 3), ("SHA512", 4)):
+                self.knock(made, Sender(hmac_type=kind))
+                self.assertIn("(stanza #%d)" % (number if order > 0 else 7 - number),
+                              self.logged().splitlines()[-1])
+
     def test_junk_does_not_stop_the_server(self) -> None:
         """Random datagrams, and whatever a holder of the keys may put into a packet."""
         draw = random.Random(7)
