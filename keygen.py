@@ -48,6 +48,7 @@ import os
 import stat
 import sys
 import time
+from functools import lru_cache
 from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 VERSION = "0.1.0"
@@ -261,6 +262,7 @@ FORMAT_MODULES = tuple(zip(
     [(8, j) for j in range(-1, -9, -1)] + [(i, 8) for i in range(-7, 0)]))
 
 
+@lru_cache(maxsize=None)
 def multiply(left: int, right: int) -> int:
     """Return a product in GF(2^8) modulo x^8 + x^4 + x^3 + x^2 + 1 (7.5.2)."""
     product = 0

@@ -12,9 +12,9 @@ import sys
 import time
 from typing import Iterable, List, Optional
 
-from tests.netns import (OTHER4, SERVER4, SPA_SERVER, STANZA, Host, Process, Server,
-                         compiled)
-from tests.support import read, wait_for, write
+from tests.netns import (COMPILE_BEFORE, OTHER4, SERVER4, SPA_SERVER, STANZA, Host, Process,
+                         Server)
+from tests.support import compiled, read, wait_for, write
 
 REAL, NAMED = "knockd", "ours, called knockd"
 ALONE, BESIDE = "ours, --knockd-conf", "ours, --knockd-conf beside a stanza"
@@ -75,7 +75,8 @@ class Knockd:
         if self.kind == NAMED:
             name = os.path.join(self.directory, "knockd")
             if not os.path.exists(name):
-                os.symlink(compiled(SPA_SERVER[-1]), name)
+                script = SPA_SERVER[-1]
+                os.symlink(compiled(script) if script in COMPILE_BEFORE else script, name)
             return [sys.executable, name, "-c", self.conf]
         if self.kind == ALONE:
             hidden = ["unshare", "-m", "sh", "-c", NO_FILES, "sh", *SPA_SERVER]

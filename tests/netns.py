@@ -14,14 +14,11 @@ TCP and UDP are done by one agent for each host, a small program that lives as l
 is told what to do in lines of JSON: a probe then costs no start of an interpreter.
 """
 
-import atexit
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import json
 import os
-import py_compile
 import shutil
 import signal
 import subprocess
@@ -31,7 +28,7 @@ import threading
 import unittest
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
-from tests.support import TIMEOUT, TOP, wait_for, write
+from tests.support import TIMEOUT, TOP, compiled, wait_for, write
 
 T = TypeVar("T")
 
@@ -155,29 +152,6 @@ for line in sys.stdin:
         answer = {"error": repr(error)}
     print(json.dumps(answer), flush=True)
 """
-
-
-@functools.lru_cache(maxsize=None)
-def compiled(script: str) -> str:
-    """Return the path of a file of the same name, with the script as Python compiles it.
-
-    Live tests start the scripts many hundred times, and most of a start is to compile the text.
-    Python runs what begins with the magic number of compiled code, whatever the file's name is.
-    """
-    if script not in COMPILE_BEFORE:
-        return script
-    directory, pid = tempfile.mkdtemp(prefix="spa-compiled-"), os.getpid()
-
-    def remove() -> None:
-        """Remove the directory, unless this is a child that a test has forked."""
-        if os.getpid() == pid:
-            shutil.rmtree(directory)
-
-    atexit.register(remove)
-    os.chmod(directory, 0o755)  # some tests run a script as an ordinary user
-    path = os.path.join(directory, os.path.basename(script))
-    py_compile.compile(script, path, doraise=True)
-    return path
 
 
 def in_parallel(test: unittest.TestCase, cases: Iterable[T], check: Callable[[T], None]) -> None:

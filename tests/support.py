@@ -230,6 +230,36 @@ def run(command: List[str], **more: Any) -> "subprocess.CompletedProcess[str]":
                           stderr=subprocess.PIPE, universal_newlines=True, timeout=TIMEOUT, **more)
 
 
+@functools.lru_cache(maxsize=None)
+def compiled(script: str, python: str = sys.executable) -> str:
+    """Return the path of a file of the same name, with the script as this Python compiles it.
+
+    Tests start the scripts many hundred times, and most of a start is to compile the text. Python
+    runs what begins with the magic number of compiled code, whatever the file's name is.
+    """
+    directory, pid = tempfile.mkdtemp(prefix="spa-compiled-"), os.getpid()
+
+    def remove() -> None:
+        """Remove the directory, unless this is a child that a test has forked."""
+        if os.getpid() == pid:
+            shutil.rmtree(directory)
+
+    atexit.register(remove)
+    os.chmod(directory, 0o755)  # some tests run a script as an ordinary user
+    path = os.path.join(directory, os.path.basename(script))
+    code = "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
+    subprocess.check_call([python, "-I", "-c", code, script, path])
+    return path
+
+
+def as_main(script: str, python: str = sys.executable) -> str:
+    """Return statements that run what compiled() makes of a script, behind others in one -c."""
+    return (f"\nimport marshal, sys\nsys.argv[0] = {script!r}\n"
+            f"with open({compiled(script, python)!r}, 'rb') as stream: code = stream.read()\n"
+            "code = marshal.loads(code[12 if sys.version_info < (3, 7) else 16:])\n"
+            f"exec(code, {{'__name__': '__main__', '__file__': {script!r}}})")
+
+
 def manual_complaints(page: str) -> List[bytes]:
     """Return what mandoc and groff have against a manual page; skip where there is neither."""
     commands = [command for command in (["mandoc", "-T", "lint", "-W", "warning"],
@@ -253,7 +283,8 @@ def hearing_interrupts() -> Iterator[None]:
 
 
 BLOCKED_RUN = """
-import sys
+import marshal, sys
+from _frozen_importlib_external import MAGIC_NUMBER
 missing, script = frozenset(sys.argv[1].split(",")), sys.argv[2]
 class Missing:
     @staticmethod
@@ -267,7 +298,11 @@ for name in list(sys.modules):
         del sys.modules[name]
 sys.argv[:] = sys.argv[2:]
 with open(script, "rb") as stream:
-    code = compile(stream.read(), script, "exec")
+    code = stream.read()
+if code[:4] == MAGIC_NUMBER:
+    code = marshal.loads(code[12 if sys.version_info < (3, 7) else 16:])
+else:
+    code = compile(code, script, "exec")
 main = type(sys)("__main__")
 main.__file__ = script
 sys.modules["__main__"] = main
@@ -278,7 +313,7 @@ exec(code, main.__dict__)
 def run_blocked(script: str, arguments: Iterable[str], missing: Iterable[str],
                 python: str = sys.executable,
                 **more: Any) -> "subprocess.CompletedProcess[str]":
-    """Run a script with `python -I -S` as if the modules `missing` were not installed."""
+    """Run a script, or one that is compiled, with `python -I -S` and without some modules."""
     return run([python, "-I", "-S", "-c", BLOCKED_RUN, ",".join(missing), script, *arguments],
                **more)
 

@@ -15,8 +15,8 @@ from unittest import mock
 import keygen
 import spa_client as client
 import spa_server as server
-from tests.support import (TIMEOUT, TOP, DirectoryCase, captured, find_pythons,
-                           nearest_python, needs_programs, skip, wait_for, write)
+from tests.support import (TIMEOUT, TOP, DirectoryCase, as_main, captured, compiled,
+                           find_pythons, nearest_python, needs_programs, skip, wait_for, write)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(TOP, "spa_client.py")
@@ -113,11 +113,9 @@ class Case(DirectoryCase):
         """Run the script in its own process; `before` is Python to run ahead of it."""
         command = [interpreter or python(), "-I", "-S"]
         if before:
-            command += ["-c", before + f"\nimport sys\nsys.argv[0] = {SCRIPT!r}\n"
-                        f"exec(compile(open({SCRIPT!r}).read(), {SCRIPT!r}, 'exec'),"
-                        f" {{'__name__': '__main__', '__file__': {SCRIPT!r}}})"]
+            command += ["-c", before + as_main(SCRIPT, command[0])]
         else:
-            command.append(SCRIPT)
+            command.append(compiled(SCRIPT, command[0]))
         extra.setdefault("stdout", subprocess.PIPE)
         return subprocess.run(command + words, env=self.environment, stderr=subprocess.PIPE,
                               stdin=subprocess.DEVNULL, cwd=self.home, timeout=TIMEOUT, **extra)
@@ -1307,34 +1305,6 @@ class Systems(Case):
 
 class Shape(unittest.TestCase):
     """The promises of the docstring about the file."""
-
-    def test_contents(self) -> None:
-        """The numbered contents are the banners."""
-        with open(SCRIPT) as file:
-            lines = file.read().split("\n")
-        banners = [lines[i + 1][2:] for i, line in enumerate(lines)
-                   if line == "# " + "=" * 86 and lines[i + 1][2:3].isdigit()]
-        contents = [line.strip() for line in client.__doc__.split("\n")
-                    if line.startswith("  ") and line.strip()[:1].isdigit()]
-        self.assertEqual(banners, contents)
-        self.assertGreater(len(banners), 9)
-
-    def test_text(self) -> None:
-        """ASCII, at most 100 columns, a docstring for everything, no function over 60 lines."""
-        import ast
-        with open(SCRIPT, "rb") as file:
-            text = file.read().decode("ascii")
-        self.assertLessEqual(max(map(len, text.split("\n"))), 100)
-        tree = ast.parse(text)
-        bodies = [tree.body] + [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
-        for body in bodies:
-            for node in body:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    last = max(getattr(child, "lineno", 0) for child in ast.walk(node))
-                    limit = 60 if isinstance(node, ast.FunctionDef) else 300
-                    self.assertLessEqual(last - node.lineno, limit, node.name)
-                    if node.name != "__init__":
-                        self.assertTrue(ast.get_docstring(node), node.name)
 
     def test_posix_only_modules(self) -> None:
         """They are imported where they are used, if at all."""

@@ -175,13 +175,15 @@ class AnswerTest(Case):
 
         def flood(server: Server, _: bytes, peer: Any) -> None:
             end = time.monotonic() + 3
-            while time.monotonic() < end:
+            while time.monotonic() < end and not ended.is_set():
                 server.socket.sendto(b"\1" * 99, peer)
 
+        ended = threading.Event()
         with Server(flood) as server:
             begin = time.monotonic()
             self.assertEqual(1, self.ask(server, "-q", "--answer", "1")[0])
             self.assertLess(time.monotonic() - begin, 2.5)
+            ended.set()
 
     def test_two_addresses(self) -> None:
         """One that opens is enough, and the other's reason is a warning."""

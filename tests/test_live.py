@@ -722,7 +722,7 @@ class LifeTest(LiveTest):
         directory = host.path("fresh")
         files = [os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf")]
         state = os.path.join(directory, "run")
-        # Other live tests start what was compiled before (see netns.compiled), this one the text.
+        # Other live tests start what was compiled before (see support.compiled), this one the text.
         script = shutil.copy(SPA_SERVER[1], host.path("spa_server.py"))
         init = [sys.executable, script, "--init", "tcp/22", "-c", files[0], "-a", files[1], "-r",
                 state]

@@ -17,8 +17,8 @@ from typing import Any, Dict, List, Tuple
 
 import spa_server
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
-                         SPA_SERVER, STANZA, Cable, CableCase, Server, compiled, in_parallel)
-from tests.support import needs_programs, needs_root, read, wait_for, write
+                         SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel)
+from tests.support import compiled, needs_programs, needs_root, read, wait_for, write
 
 TWO_STANZAS = STANZA + "OPEN_PORTS tcp/22\n" + STANZA.replace("KEY ", "KEY other") + \
     "OPEN_PORTS tcp/22, tcp/80\n"

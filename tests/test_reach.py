@@ -11,12 +11,13 @@ import subprocess
 import threading
 import time
 import unittest
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
 import spa_client as client
-from tests.support import (TIMEOUT, find_pythons, hearing_interrupts, manual_complaints,
-                           nearest_python, skip, wait_for, write)
+from tests.support import (TIMEOUT, as_main, compiled, find_pythons, hearing_interrupts,
+                           manual_complaints, nearest_python, needs_programs, skip, wait_for, write)
 from tests.test_client import (BLOCK, HERE, KEYS, KNOCK, SCRIPT, Case, Receiver, fields, python,
                                unseal)
 
@@ -458,9 +459,8 @@ class Waiting(Case):
         with Door(1) as door:
             words = ["-A", "tcp/" + door.port, "-s", *KEYS, *door.options, "--proxy", "127.0.0.1",
                      door.port]
-            command = [interpreter or python(), "-I", "-S", "-c", before + (
-                f"\nimport sys\nexec(compile(open({SCRIPT!r}).read(), {SCRIPT!r}, 'exec'), "
-                f"{{'__name__': '__main__', '__file__': {SCRIPT!r}}})"), *words]
+            command = [interpreter or python(), "-I", "-S", "-c"]
+            command += [before + as_main(SCRIPT, command[0]), *words]
             done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=TIMEOUT,
                                   stderr=subprocess.PIPE, env=self.environment)
             self.assertEqual((0, b""), (done.returncode, done.stderr))
@@ -578,6 +578,25 @@ class Terminal:
         """Press these keys."""
         os.write(self.ours, keys.encode())
 
+    def enter(self, line: str) -> None:
+        """Type a line, and wait until the next one begins."""
+        length = len(self.shown)
+        self.type(line + "\r")
+        self.wait(lambda: b"\n" in self.shown[length:])
+
+    def press(self, keys: str, shown: str) -> None:
+        """Press these keys, each second again, until this is shown: ^C may take keys away."""
+        begin, times = time.monotonic(), 0
+
+        def look() -> bool:
+            nonlocal times
+            if time.monotonic() >= begin + times:
+                self.type(keys)
+                times += 1
+            return shown.encode() in self.shown
+
+        self.wait(look)
+
     def wait(self, done: Callable[[], bool]) -> None:
         """Read what it prints until something is done."""
         def look() -> bool:
@@ -670,7 +689,7 @@ class Documents(Case):
         if not shutil.which(shell):
             skip(f"{shell} is not here")
         write(self.place("spa_client.py"),
-              f'#!/bin/sh\nexec {python()} -I -S {SCRIPT} "$@"\n', 0o755)
+              f'#!/bin/sh\nexec {python()} -I -S {compiled(SCRIPT, python())} "$@"\n', 0o755)
         environment = dict(self.environment, PATH=self.home + ":" + os.environ["PATH"])
         text = self.run_main("--completion", shell)[1]
         done = subprocess.run([shell, "-c", text + script], env=environment, cwd=self.home,
@@ -712,13 +731,14 @@ class Documents(Case):
     NAMES = ["we ird  name", "do$(touch evil)", "back`touch evil`", "it's $(touch evil) isn't",
              'quo"te $(touch evil) "', "semi;touch evil", "amp&touch evil", "less>evil", "tilde~*?"]
 
+    @needs_programs("bash")  # a peer, of which all Pythons have the same
     def test_completed_names(self) -> None:
         """Typed at the shells themselves: a name is one word, and never a command."""
         self.write("".join(f"[{name}]\nKEY k\n" for name in self.NAMES))
-        log = os.path.join(self.home, "log")
         program = self.write(
-            f'#!/bin/sh\n[ "$1" = --stanza-list ] && exec {python()} -I -S {SCRIPT} "$@"\n'
-            f'printf "%s\\n" "$@" >{log}.new; mv {log}.new {log}\n', "spa_client.py", 0o700)
+            '#!/bin/sh\n[ "$1" = --stanza-list ] && '
+            f'exec {python()} -I -S {compiled(SCRIPT, python())} "$@"\n'
+            'printf "%s\\n" "$@" >$LOG.new; mv $LOG.new $LOG\n', "spa_client.py", 0o700)
         environment = dict(self.environment, TERM="dumb", ZDOTDIR=self.home,
                            PATH=os.path.dirname(program) + ":" + os.environ["PATH"])
         for shell, words, begin in (
@@ -729,20 +749,20 @@ class Documents(Case):
                 if not shutil.which(shell):
                     skip(f"{shell} is not here")
                 completion = self.write(self.run_main("--completion", shell)[1], "completion")
+                environment["LOG"] = log = os.path.join(self.home, "log-" + shell)
                 with Terminal([shell, *words], environment, self.home) as terminal:
                     terminal.type(f"{begin}source {completion}; echo rea''dy\r")
                     terminal.wait(lambda: b"ready" in terminal.shown)
                     for name in self.NAMES:
                         terminal.type(f"spa_client.py -n {name[:2]}\t\r")
-                        terminal.wait(lambda: os.path.exists(log))
+                        terminal.wait(partial(os.path.exists, log))
                         with open(log) as file:
                             self.assertEqual(f"-n\n{name}\n", file.read())
                         os.unlink(log)
-                    for name in self.NAMES:
-                        for quote in "'\"":  # what is offered there need not be the name
-                            terminal.type(f"spa_client.py -n {quote}{name[:2]}\t\r\x03")
-                    terminal.type("\recho en''d\r")
-                    terminal.wait(lambda: b"end" in terminal.shown)
+                    for number, name in enumerate(self.NAMES * 2):
+                        quote = "'\""[number % 2]  # what is offered there need not be the name
+                        terminal.enter(f"spa_client.py -n {quote}{name[:2]}\t")
+                        terminal.press(f"\x03\recho en''d{number}\r", f"end{number}\r")
                 self.assertFalse(os.path.exists(os.path.join(self.home, "evil")))
 
 

@@ -10,7 +10,7 @@ import tempfile
 from typing import Dict, List, Tuple
 
 import spa_server as server
-from tests.support import TOP, DirectoryCase, needs_programs, read, run, write
+from tests.support import TOP, DirectoryCase, compiled, needs_programs, read, run, write
 
 SCRIPT = os.path.join(TOP, "spa_server.py")
 KINDS = ("systemd", "systemd-unprivileged", "openrc", "procd")
@@ -49,8 +49,8 @@ class UnitCase(DirectoryCase):
                         "-a", write(self.place("access.conf"), STANZA), "-r", self.place("run")]
 
     def run_server(self, *options: str) -> "subprocess.CompletedProcess[str]":
-        """Run the script itself."""
-        return run([sys.executable, SCRIPT, *options], cwd=self.directory)
+        """Run the script itself, as Python compiles it."""
+        return run([sys.executable, compiled(SCRIPT), *options], cwd=self.directory)
 
     def printed(self, kind: str, *options: str) -> Tuple[str, Dict[str, str]]:
         """Return the steps, and each file by its path."""
@@ -65,7 +65,7 @@ class PrintUnitTest(UnitCase):
 
     def test_paths_and_options(self) -> None:
         """The commands have this Python, this script and the options; the files are all there."""
-        expected = [sys.executable, "-I", os.path.realpath(SCRIPT), *self.options]
+        expected = [sys.executable, "-I", os.path.realpath(compiled(SCRIPT)), *self.options]
         for kind in KINDS:
             with self.subTest(kind=kind):
                 steps, files = self.printed(kind)
@@ -126,7 +126,7 @@ class PrintUnitTest(UnitCase):
 
     def test_a_script_of_others(self) -> None:
         """Whoever can write to the script is named."""
-        script = shutil.copy(SCRIPT, self.place("spa_server.py"))
+        script = shutil.copy(compiled(SCRIPT), self.place("spa_server.py"))
         for mode, expected in ((0o755, False), (0o775, True), (0o757, True)):
             os.chmod(script, mode)
             done = run([sys.executable, script, "--print-unit", "procd", *self.options])
@@ -138,7 +138,7 @@ class PrintUnitTest(UnitCase):
         """Whoever has a directory above can put another one in place of the script's."""
         theirs = self.place("theirs")
         os.makedirs(os.path.join(theirs, "a/b"))
-        script = shutil.copy(SCRIPT, os.path.join(theirs, "a/b/spa_server.py"))
+        script = shutil.copy(compiled(SCRIPT), os.path.join(theirs, "a/b/spa_server.py"))
         for mode, expected in ((0o755, False), (0o1777, False), (0o777, True)):
             os.chmod(theirs, mode)
             done = run([sys.executable, script, "--print-unit", "procd", *self.options])
