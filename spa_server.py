@@ -3987,14 +3987,19 @@ def find_program(name: str) -> Optional[str]:
     return None
 
 
-def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_SECONDS) -> str:
-    """Return the output of a program that reads `text`; raise CommandError if it fails."""
+def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_SECONDS,
+                started: Callable[[int], None] = lambda pid: None) -> str:
+    """Return the output of a program that reads `text`; raise CommandError if it fails.
+
+    `started` gets its process id.
+    """
     try:
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, env=PROGRAM_ENVIRONMENT,
                                    start_new_session=True)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise CommandError(explain(error, arguments[0])) from None
+    started(process.pid)
     with process.stdin, process.stdout, process.stderr:  # type: ignore[union-attr]
         try:
             output, errors = process.communicate(text.encode(), seconds)
@@ -4726,6 +4731,13 @@ def attributes(data: bytes) -> Dict[int, bytes]:
     return dict(attribute_list(data))
 
 
+def announced_table(kind: int, body: bytes) -> Optional[Tuple[int, bytes]]:
+    """Return family and name of the table if nf_tables announces a change of one, or in one."""
+    if NFT <= kind <= DELETE_RULE:
+        return body[0], attributes(body[4:]).get(TABLE_NAME, b"")
+    return None
+
+
 def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
     """Return type, port id and body of each message of the kernel; CommandError if one is cut."""
     while data:
@@ -5427,6 +5439,8 @@ def open_knock_captures(listenings: Iterable[Listening], log: Log, captures: Lis
 PATIENCE = 5.0  # seconds that one change may keep the loop waiting, all its programs together
 LEAST_SECONDS = 0.05  # less time is not enough for a program to start and do something
 POLL_SECONDS = 30.0  # between two looks at a firewall whose changes netlink announces
+GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
+CHANGES_AT_ONCE = 500  # deletions in one netlink message, which are shorter
 
 
 class Trial(NamedTuple):
@@ -5454,7 +5468,11 @@ class Firewall:
     poll_seconds = POLL_SECONDS
     guard_poll_seconds = float("inf")  # between two looks at a guard whose changes nobody announces
     guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # the guard's in nf_tables
+    tables_heard: Optional[FrozenSet[Tuple[int, bytes]]] = None  # whose changes matter; None: all
     netlink: Optional[Netlink] = None  # set if the backend itself changes nf_tables
+    own_ports: "collections.deque[int]" = collections.deque(maxlen=100)  # of who changed it for us
+    settled: Optional[bool] = None  # all is as a look found it right; None: intact() can't tell
+    grants_at_once = GRANTS_AT_ONCE  # in one add()
     guard_ports: FrozenSet[Port] = frozenset()
     trial: Optional[Trial] = None  # None: the guard stays
     chains: Iterable[Any] = ()  # that grants go to
@@ -5522,11 +5540,6 @@ class Firewall:
         running = self.trial if self.guard_ports else None
         return running.ends - self.clocks.monotonic() if running else FOR_EVER
 
-    def concerns_guard(self, kind: int, body: bytes) -> bool:
-        """Return whether nf_tables announces a change of the guard's rules, and not of a grant."""
-        return (NFT <= kind <= DELETE_RULE and MARK.encode() not in body and
-                (body[0], attributes(body[4:]).get(TABLE_NAME, b"")) in self.guard_tables)
-
     def mend_guard(self) -> bool:
         """Repair the guard if somebody changed it; return whether anything was wrong."""
         return False
@@ -5588,6 +5601,11 @@ def guard_text(firewall: Firewall) -> str:
             f"of these: {ports}")
 
 
+def blocks(items: List[T], size: int) -> List[Tuple[List[T]]]:
+    """Return `items` in lists of at most `size`, for do_all()."""
+    return [(items[start:start + size],) for start in range(0, len(items), size)]
+
+
 def do_all(do: Callable[..., None], items: Iterable[Tuple[Any, ...]]) -> None:
     """Call `do` with each item, also after one that failed; then raise the first CommandError."""
     failed: Optional[CommandError] = None
@@ -5629,7 +5647,6 @@ def established_connections(ports: FrozenSet[Port]) -> List[Tuple[Address, int, 
 # where its connections lead.
 # ======================================================================================
 
-GRANTS_AT_ONCE = 100  # grants in one transaction: a netlink message has its limit
 LAST_MOMENT = 0.05  # seconds: the kernel counts in ticks of up to 10 ms, and ends elements late
 LOOKS = 5  # at a set, until no element of it ends while others are deleted
 GUARD_TABLE = NftChain("inet", "spa", "guard")  # the table, and in it the chain that comes first
@@ -5973,8 +5990,8 @@ class NftFirewall(Firewall):
             there = [element_message(DELETE_ELEMENT, chain, door)
                      for door, _ in self.read_set(chain, set_type) if door.match in matches]
             try:
-                for start in range(0, len(there), GRANTS_AT_ONCE):
-                    self.netlink.commit(there[start:start + GRANTS_AT_ONCE])
+                for (block,) in blocks(there, GRANTS_AT_ONCE):
+                    self.netlink.commit(block)
                 return
             except CommandError as error:
                 # A missing element aborts the transaction: if one has ended, look again.
@@ -6191,7 +6208,10 @@ GUARDED_CHAIN, PROBE_CHAIN = "FWKNOP_GUARDED", "FWKNOP_PROBE"
 GUARD_CHAINS = {"PREROUTING": "FWKNOP_GUARD", "INPUT": "FWKNOP_GUARD_INPUT"}  # jumped to from there
 LAST_DATE = 2145916800  # 2038-01-01; xt_time's dates end in that year
 GUARD_PASS = "-m conntrack --ctstate NEW"  # in the guard's rules for what NAT leads on
+LINES_AT_ONCE = 1000  # grants in one iptables-restore: it ends in time on a slow machine too
+SEARCHES = 10  # deletions by the rule's text: iptables-nft takes 15 ms for each in 5,000 rules
 TARGET_OPTIONS = {DNAT: "--to-destination", SNAT: "--to-source"}
+SLOW_POLL_SECONDS = 90.0  # between two looks at iptables-nft, which prints many grants slowly
 LEGACY_POLL_SECONDS = 5.0  # between two looks at the older iptables: nobody announces its changes
 GUARD_POLL_SECONDS = 1.0  # between two looks whether the guard there is jumped to
 
@@ -6218,16 +6238,19 @@ class GrantChain(NamedTuple):
 class Iptables:
     """The programs of one IP version, and the changes that they make."""
 
-    def __init__(self, program: str, seconds_left: Callable[[], float] = lambda: PROGRAM_SECONDS
-                 ) -> None:
-        self.program, self.restore = program, program + "-restore"
+    def __init__(self, program: str, seconds_left: Callable[[], float] = lambda: PROGRAM_SECONDS,
+                 changing: Callable[[int], None] = lambda port: None, family: int = 0) -> None:
+        self.program, self.restore, self.family = program, program + "-restore", family
         self.seconds_left = seconds_left  # for the next program to run
+        self.changing = changing  # gets the netlink port, a program's process id, before changes
         self.dated = True  # whether rules can end by themselves
 
-    def run(self, arguments: List[str], text: str = "") -> str:
+    def run(self, arguments: List[str], text: str = "",
+            started: Callable[[int], None] = lambda pid: None) -> str:
         """Run one of the programs, which waits for the xtables lock for most of its time."""
         seconds = self.seconds_left()
-        return run_program(arguments + ["-w", str(int(max(1, seconds - 0.2)))], text, seconds)
+        waiting = ["-w", str(int(max(1, seconds - 0.2)))]
+        return run_program(arguments + waiting, text, seconds, started)
 
     def list(self, table: str, *chain: str) -> List[str]:
         """Return the rules of a table, or of one chain in it, as `iptables -S` prints them."""
@@ -6238,7 +6261,44 @@ class Iptables:
         text = "".join("\n".join([f"*{table}", *lines, "COMMIT\n"])
                        for table, lines in changes.items() if lines)
         if text:
-            self.run([self.restore, "-n"], text)
+            self.run([self.restore, "-n"], text, self.changing)
+
+    def delete(self, table: str, wanted: Callable[[str], bool]) -> None:
+        """Delete the rules of a table that are `wanted`; many of nf_tables by their handles.
+
+        iptables-nft would search its chain for each of them. The rules that it prints are those
+        with these handles if the handles are the same before and after.
+        """
+        netlink = Netlink.open() if self.family else None
+        here = name_attribute(RULE_TABLE, table)
+
+        def handles() -> List[Tuple[str, bytes]]:
+            found = netlink.dump(GET_RULE, self.family, here) if netlink else []
+            return sorted(((text_of(rule[RULE_CHAIN]), rule[RULE_HANDLE]) for rule in found
+                           if text_of(rule[RULE_TABLE]) == table), key=lambda each: each[0])
+
+        before = handles()
+        lines = sorted((line for line in self.list(table) if line.startswith("-A ")),
+                       key=lambda line: line.split(" ")[1])
+        doomed = [number for number, line in enumerate(lines) if wanted(line)]
+        if not netlink or len(doomed) <= SEARCHES:
+            self.commit({table: ["-D" + lines[number][2:] for number in doomed]})
+            return
+        if before != handles() or [chain for chain, _ in before] != [
+                line.split(" ")[1] for line in lines]:
+            raise CommandError(f"somebody else changes the table {table}")
+        self.changing(netlink.port)
+        do_all(netlink.commit, blocks([
+            (DELETE_RULE, self.family, here + name_attribute(RULE_CHAIN, before[number][0])
+             + attribute(RULE_HANDLE, before[number][1])) for number in doomed], CHANGES_AT_ONCE))
+
+    def remove_chains(self, table: str, from_chain: str, names: List[str]) -> None:
+        """Remove chains, and the jumps to the first of them."""
+        lines = self.list(table)
+        present = [name for name in names if f"-N {name}" in lines]
+        self.commit({table: ["-D" + line[2:] for line in jumps_to(names[0], from_chain, lines)]
+                     + [f"-F {name}" for name in present]
+                     + [f"-X {name}" for name in present]})
 
     def probe_time_match(self, table: str) -> None:
         """Find out whether the kernel has the time match, in a chain that is gone at once."""
@@ -6326,10 +6386,33 @@ def jumps_to(name: str, from_chain: str, lines: List[str]) -> List[str]:
             if line.startswith(f"-A {from_chain} ") and line.endswith(f" -j {name}")]
 
 
+def iptables_guard_rules(guarded: FrozenSet[Port], trial: Optional[Trial], version: int
+                         ) -> Dict[str, List[str]]:
+    """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP."""
+    # For IPv6 the match calls this host's own addresses UNICAST as well.
+    routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
+              "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
+    translated = "-m conntrack --ctstate DNAT"
+    older = [f"-s {peer} -p tcp -m tcp --sport {peer_port} --dport {port} ! --syn"
+             for peer, peer_port, port in established_connections(guarded)
+             if peer.version == version]
+    rules = {GUARDED_CHAIN: [] if trial is TRIAL_OVER else [
+        f"{match_until(trial.expires)} -j DROP" if trial else "-j DROP"]}
+    # Two chains lead there, for the same reasons as in nft_guard_rules().
+    for hook, passing in (("PREROUTING", routed), ("INPUT", translated)):
+        matches = ["-i lo", "-m conntrack --ctstate ESTABLISHED", passing] + older
+        rules[GUARD_CHAINS[hook]] = [f"{match} -j RETURN" for match in matches] + [
+            f"-p {protocol} -m {protocol} --dport {port} -j {GUARDED_CHAIN}"
+            for protocol, port in sorted(guarded)]
+    return rules
+
+
 class IptablesFirewall(Firewall):
     """Grants as rules of iptables and ip6tables."""
 
     keeps = True
+    settled: Optional[bool] = False
+    grants_at_once = LINES_AT_ONCE
 
     def __init__(self, programs: Dict[int, str], legacy: bool, access: List[GrantChain],
                  guard_ports: FrozenSet[Port], log: Log, clocks: Clocks = CLOCKS) -> None:
@@ -6342,18 +6425,22 @@ class IptablesFirewall(Firewall):
                 self.chains.append(guarded._replace(kind=DNAT, match=GUARD_PASS))
         self.chains += access
         self.tables = list(dict.fromkeys(chain.table for chain in self.chains))  # the guard's first
-        self.programs = {version: Iptables(program, self.seconds_left)
-                         for version, program in programs.items()}
+        self.programs = {
+            version: Iptables(program, self.seconds_left, self.changes_through,
+                              0 if legacy else NFT_FAMILIES[nft_family(version)])
+            for version, program in programs.items()}
         self.identity = ("iptables", programs[4], self.chains)
         self.rules: Dict[int, Dict[str, List[str]]] = {}  # of the guard's chains, once prepared
+        self.listed: Dict[Tuple[int, str], List[str]] = {}  # what intact() found right
         self.legacy = legacy
-        if legacy:
-            self.poll_seconds = LEGACY_POLL_SECONDS
-        if guard_ports and legacy:
-            self.guard_poll_seconds = GUARD_POLL_SECONDS
-        elif guard_ports:
-            self.guard_tables = frozenset((NFT_FAMILIES[family], b"mangle\0")
-                                          for family in ("ip", "ip6"))
+        self.poll_seconds = LEGACY_POLL_SECONDS if legacy else SLOW_POLL_SECONDS
+        self.tables_heard = frozenset((program.family, f"{table}\0".encode())
+                                      for program in self.programs.values() if not legacy
+                                      for table in self.tables)
+        if guard_ports:
+            self.guard_tables = frozenset(each for each in self.tables_heard
+                                          if each[1] == b"mangle\0")
+            self.guard_poll_seconds = GUARD_POLL_SECONDS if legacy else self.guard_poll_seconds
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Return the chains that this door, or access, goes to."""
@@ -6373,7 +6460,7 @@ class IptablesFirewall(Firewall):
 
     def prepare_guard(self) -> None:
         """Make the guard's chains alone."""
-        self.rules.clear()  # after a trial they are others
+        self.rules, self.listed = {}, {}  # after a trial they are others
         do_all(self.prepare_table, [(version, "mangle") for version in self.programs])
 
     def trial_left(self) -> float:
@@ -6425,36 +6512,19 @@ class IptablesFirewall(Firewall):
                         if chain.kind == DNAT and line.replace('"', "") != wanted]
         return changes
 
-    def guard_rules(self, version: int) -> Dict[str, List[str]]:
-        """Return the rules of the guard's chains: guarded ports go to a chain that ends in DROP."""
-        # For IPv6 the match calls this host's own addresses UNICAST as well.
-        routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
-                  "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
-        translated = "-m conntrack --ctstate DNAT"
-        older = [f"-s {peer} -p tcp -m tcp --sport {peer_port} --dport {port} ! --syn"
-                 for peer, peer_port, port in established_connections(self.guard_ports)
-                 if peer.version == version]
-        rules = {GUARDED_CHAIN: [] if self.trial is TRIAL_OVER else [
-            f"{match_until(self.trial.expires)} -j DROP" if self.trial else "-j DROP"]}
-        # Two chains lead there, for the same reasons as in nft_guard_rules().
-        for hook, passing in (("PREROUTING", routed), ("INPUT", translated)):
-            matches = ["-i lo", "-m conntrack --ctstate ESTABLISHED", passing] + older
-            rules[GUARD_CHAINS[hook]] = [f"{match} -j RETURN" for match in matches] + [
-                f"-p {protocol} -m {protocol} --dport {port} -j {GUARDED_CHAIN}"
-                for protocol, port in sorted(self.guard_ports)]
-        return rules
-
     def guard_changes(self, version: int, lines: List[str]) -> List[str]:
         """Return the changes that the guard needs. A chain that somebody changed is written anew,
         with the grants that it has."""
         if version not in self.rules:
-            self.rules[version] = self.guard_rules(version)
+            self.rules[version] = iptables_guard_rules(self.guard_ports, self.trial, version)
         changes = []
         for name, rules in self.rules[version].items():
-            there = [line for line in lines if line.startswith(f"-A {name} ")]
-            grants = [line for line in there if name == GUARDED_CHAIN and MARK in line]
-            if f"-N {name}" not in lines or list(map(tag, rules)) != [
-                    tag_in(line) for line in there if line not in grants]:
+            parts: Tuple[List[str], List[str]] = ([], [])  # others, grants
+            for line in lines:
+                if line.startswith(f"-A {name} "):
+                    parts[name == GUARDED_CHAIN and MARK in line].append(line)
+            others, grants = parts
+            if f"-N {name}" not in lines or list(map(tag, rules)) != list(map(tag_in, others)):
                 changes += [f":{name} - [0:0]"] + grants
                 changes += [f"-A {name} -m comment --comment {tag(rule)} {rule}" for rule in rules]
         return changes + [f"-I {hook} 1 -j {name}" for hook, name in GUARD_CHAINS.items()
@@ -6479,10 +6549,20 @@ class IptablesFirewall(Firewall):
 
     def intact(self) -> bool:
         """Return whether no table needs a change."""
+        before, self.listed = self.listed, {}
         with contextlib.suppress(CommandError):
-            return not any(self.missing(version, table, program.list(table))
-                           for table in self.tables for version, program in self.programs.items())
-        return False
+            listed = {(version, table): program.list(table) for table in self.tables
+                      for version, program in self.programs.items()}
+            if listed == before or not any(self.missing(*key, lines)
+                                           for key, lines in listed.items()):
+                self.listed = listed
+        self.settled = bool(self.settled) and self.listed == before
+        return bool(self.listed)
+
+    def changes_through(self, port: int) -> None:
+        """Note that somebody with this netlink port is about to change rules for us."""
+        self.own_ports.append(port)
+        self.settled = False
 
     def chains_for(self, door: Door) -> List[GrantChain]:
         """Return the chains for doors of this kind, if there is a program for the IP version."""
@@ -6530,15 +6610,16 @@ class IptablesFirewall(Firewall):
 
     def remove(self, grants: List[Grant]) -> None:
         """Delete the rules of `grants`, also if somebody deleted or changed one of them."""
-        def remove_through(version: int, program: Iptables) -> None:
+        def remove_through(version: int) -> None:
             found = [grant for grant in grants if grant.door.source.version == version]
-            try:
-                self.change([], found)
-            except CommandError:
-                matches = {grant.door.match for grant in found}
-                self.delete_rules(lambda door, expires: door.match in matches, [program])
+            if len(found) <= SEARCHES:
+                with contextlib.suppress(CommandError):
+                    self.change([], found)
+                    return
+            matches = {grant.door.match for grant in found}
+            self.delete_rules(lambda door, expires: door.match in matches, [version])
 
-        do_all(remove_through, self.programs.items())
+        do_all(remove_through, [(version,) for version in self.programs])
 
     def parse(self, table: str, line: str) -> Iterator[Tuple[GrantChain, Door, int]]:
         """Return chain, door and expiry of the grant in a line of `iptables -S`, if it has one."""
@@ -6552,14 +6633,14 @@ class IptablesFirewall(Firewall):
         return [rule for program in self.programs.values() for table in self.tables
                 for line in program.list(table) for rule in self.parse(table, line)]
 
-    def delete_rules(self, wanted: Callable[[Door, int], bool],
-                     programs: Iterable[Iptables] = ()) -> None:
-        """Delete rules that `wanted(door, expires)` selects, through these programs or else all."""
-        def delete_in(program: Iptables, table: str) -> None:
-            program.commit({table: ["-D" + line[2:] for line in program.list(table) if any(
-                wanted(door, expires) for _, door, expires in self.parse(table, line))]})
+    def delete_rules(self, wanted: Callable[[Door, int], bool], versions: Iterable[int] = ()
+                     ) -> None:
+        """Delete rules that `wanted(door, expires)` selects, of these IP versions or else all."""
+        def delete_in(version: int, table: str) -> None:
+            self.programs[version].delete(table, lambda line: any(
+                wanted(door, expires) for _, door, expires in self.parse(table, line)))
 
-        do_all(delete_in, [(program, table) for program in programs or self.programs.values()
+        do_all(delete_in, [(version, table) for version in versions or self.programs
                            for table in self.tables])
 
     def grants(self) -> List[Grant]:
@@ -6583,18 +6664,9 @@ class IptablesFirewall(Firewall):
 
     def withdraw(self) -> None:
         """Remove our chains from the host's tables; the guard stays."""
-        do_all(self.remove_chains, [(program, chain.table, chain.from_chain, [chain.name])
-                                    for program in self.programs.values()
-                                    for chain in self.access])
-
-    @staticmethod
-    def remove_chains(program: Iptables, table: str, from_chain: str, names: List[str]) -> None:
-        """Remove chains, and the jumps to the first of them."""
-        lines = program.list(table)
-        present = [name for name in names if f"-N {name}" in lines]
-        program.commit({table: ["-D" + line[2:] for line in jumps_to(names[0], from_chain, lines)]
-                        + [f"-F {name}" for name in present]
-                        + [f"-X {name}" for name in present]})
+        do_all(Iptables.remove_chains, [(program, chain.table, chain.from_chain, [chain.name])
+                                        for program in self.programs.values()
+                                        for chain in self.access])
 
     def guarded(self) -> bool:
         """Return whether the guard's chain drops, whoever made it; False if nobody can tell."""
@@ -6607,7 +6679,7 @@ class IptablesFirewall(Firewall):
 
     def unguard(self) -> None:
         """Remove the guard's chains."""
-        do_all(self.remove_chains, [
+        do_all(Iptables.remove_chains, [
             (program, "mangle", hook, [GUARD_CHAINS[hook]] + more)
             for program in self.programs.values()
             for hook, more in (("INPUT", []), ("PREROUTING", [GUARDED_CHAIN]))])
@@ -6785,7 +6857,6 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log
 
 
 GRANTS, REST, GUARD = "grants", "rest", "guard"  # parts of ours; the rest is chains, sets, jumps
-CHANGES_AT_ONCE = 500  # in one netlink message
 NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables, or no such table
 
 
@@ -6864,9 +6935,8 @@ def nft_leftovers(netlink: Netlink, named: Set[Tuple[str, str]], part: str) -> I
                       for kind, dump in dumps.items()}
             texts, messages = nft_removal(netlink, family, table, listed, named, part)
             if messages:
-                yield Leftover(texts, partial(do_all, netlink.commit, [
-                    (messages[start:start + CHANGES_AT_ONCE],)
-                    for start in range(0, len(messages), CHANGES_AT_ONCE)]))
+                yield Leftover(texts, partial(do_all, netlink.commit,
+                                              blocks(messages, CHANGES_AT_ONCE)))
 
 
 def nft_removal(netlink: Netlink, family: str, table: bytes,
@@ -7249,6 +7319,7 @@ def obstacles(settings: ServerSettings, stanzas: List[Stanza],
 # grants that the kernel can't end, prolongs them, and puts back what somebody flushed.
 # ======================================================================================
 
+CHECK_SHARE = 0.25  # of the time goes into looks at the firewall, or into closing, at most
 RETRY_SECONDS = 1.0  # between two tries: little for an open door, enough for a busy firewall
 MAX_GRANTS = 10000  # for a stanza: twice a busy host's; each look at the firewall reads them all
 
@@ -7422,6 +7493,9 @@ class Grants:
             for grant in ended:
                 self.enter(grant)
             return
+        # Knocks wait meanwhile. If it takes long, the kernel ends more grants until the next time.
+        took = self.clocks.monotonic() - now
+        self.not_before = now + min(took / CHECK_SHARE, RETRY_SECONDS)
         self.show(ended, is_new=False)
         for grant in ended:
             del self.live[grant.door]
@@ -7444,6 +7518,8 @@ class Grants:
         if not self.firewall.keeps:
             return True
         intact = self.firewall.intact()
+        if intact and self.firewall.settled:
+            return True
         if not intact:
             self.log.warning("Somebody changed our rules in the firewall "
                              f"({self.firewall.describe()}); putting them back")
@@ -7459,15 +7535,27 @@ class Grants:
             del self.live[door]
             self.log.info(f"{door} is closed: its one connection has come, or somebody flushed it")
         lost = [grant for grant in lost if grant.door in self.live]
-        for start in range(0, len(lost), GRANTS_AT_ONCE):
-            # Somebody else changes the firewall as well, so that this may take long; see grant().
-            again = [each._replace(early=True) for each in lost[start:start + GRANTS_AT_ONCE]]
-            self.firewall.add(again, [])
-            for grant in again:
-                self.enter(grant)
+        # Somebody else changes the firewall as well, so that this may take long; see grant().
+        do_all(self.put_back, blocks([each._replace(early=True) for each in lost],
+                                     self.firewall.grants_at_once))
         if lost:
             self.log.warning(f"Put back {len(lost)} grants that were gone from the firewall")
+        if self.firewall.settled is not None:
+            self.firewall.settled = intact and not lost
         return intact and not lost
+
+    def put_back(self, lost: List[Grant]) -> None:
+        """Add grants again. If the firewall refuses some of them, it gets them half by half."""
+        try:
+            self.firewall.add(lost, [])
+        except CommandError:
+            if len(lost) == 1:
+                raise
+            self.firewall.seconds_left()  # raises if no time is left
+            do_all(self.put_back, blocks(lost, (len(lost) + 1) // 2))
+        else:
+            for grant in lost:
+                self.enter(grant)
 
     def flush(self) -> None:
         """Close every grant, also those that this server does not know."""
@@ -9008,7 +9096,6 @@ class OspaGate:
 
 MOST_LINES = 200  # of an answer, which has to fit into one packet of the control socket
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
-CHECK_SHARE = 0.25  # of the time goes into these looks, while nothing is missing
 COUNT_LIMIT = ("Incoming packet count limit of {0} reached. "
                "Packet count limit ({0}) reached. Exiting...")
 
@@ -9027,20 +9114,30 @@ class FirewallWatch:
     def hear(self) -> None:
         """Look at the firewall soon after somebody changed it, once for a series of changes."""
         if self.read_announcements():
-            due = self.clocks.monotonic() + SETTLE_SECONDS
-            if not self.grants.firewall.quickly_intact:
-                due = max(due, self.check_rest)
-            self.check_due = min(self.check_due, due)
+            self.look_soon()
+
+    def look_soon(self) -> None:
+        """Let the next look at the firewall be soon, once for a series of changes."""
+        due = self.clocks.monotonic() + SETTLE_SECONDS
+        if not self.grants.firewall.quickly_intact:
+            due = max(due, self.check_rest)
+        self.check_due = min(self.check_due, due)
 
     def read_announcements(self) -> bool:
         """Return whether somebody changed the firewall; a changed guard is put back at once."""
         changed = guard = False
-        netlink = self.grants.firewall.netlink
+        firewall = self.grants.firewall
+        # All that a program of ours changed waits here since before it ended.
+        own = {*firewall.own_ports, firewall.netlink.port if firewall.netlink else -1}
+        firewall.own_ports.clear()
         try:
             while self.events is not None:
                 for kind, port, body in netlink_messages(self.events.recv(65536)):
-                    changed = changed or netlink is None or port != netlink.port
-                    guard = guard or self.grants.firewall.concerns_guard(kind, body)
+                    table = announced_table(kind, body)
+                    changed = changed or (port not in own and (
+                        firewall.tables_heard is None or table in firewall.tables_heard))
+                    guard = guard or (table in firewall.guard_tables
+                                      and MARK.encode() not in body)  # such as a grant has
         except BlockingIOError:
             pass
         except (OSError, CommandError):  # more was announced than fits
@@ -9057,6 +9154,7 @@ class FirewallWatch:
                 if firewall.trial is not TRIAL_OVER and firewall.mend_guard():
                     self.log.warning("Somebody changed our rules in the firewall "
                                      f"({firewall.describe()}); put the guard back")
+                    self.look_soon()  # the grants may be gone as well
         except CommandError:  # restore() tries again, and says why it can't
             self.check_rest = 0.0
         self.guard_due = self.clocks.monotonic() + firewall.guard_poll_seconds
@@ -9082,6 +9180,7 @@ class FirewallWatch:
             self.looked = self.clocks.wall()
             now = self.clocks.monotonic()
             self.check_due = now + self.grants.firewall.poll_seconds
+            self.guard_due = now + self.grants.firewall.guard_poll_seconds  # it was seen as well
             rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
             self.check_rest = now + rest if all_well else now
             self.check_wait = RETRY_SECONDS

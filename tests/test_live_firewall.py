@@ -692,6 +692,86 @@ class CloseManyTest(unittest.TestCase):
         ), check)
 
 
+# The same for iptables and ip6tables in the mode that the arguments say, with rules of others among
+# ours. It also hears what nf_tables announces, and counts the programs that a look takes.
+MANY_RULES = """
+import ipaddress, subprocess, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import spa_server as server
+variant, mode, legacy = sys.argv[2], sys.argv[3], "legacy" in sys.argv[2]
+guarded = frozenset([("tcp", 22)] if mode == "guard" else [])
+table, chain = ("mangle", "FWKNOP_GUARDED") if guarded else ("filter", "FWKNOP_INPUT")
+access = [] if guarded else [
+    server.GrantChain(table, chain, "ACCEPT", from_chain="INPUT", position=1)]
+log = server.Log()
+programs = {4: variant, 6: variant.replace("iptables", "ip6tables")}
+firewall = server.IptablesFirewall(programs, legacy, access, guarded, log)
+left, runs = firewall.seconds_left, []
+for each in firewall.programs.values():
+    each.seconds_left = lambda: runs.append(1) or left()
+grants = server.Grants(firewall, log)
+watch = server.FirewallWatch(grants, log, server.CLOCKS)
+watch.events = server.open_netlink_events(12, 7)
+
+def others(*words):
+    for program in programs.values():
+        subprocess.check_call([program, *words])
+
+def looks():
+    before = len(runs)
+    assert grants.restore()
+    return len(runs) - before
+
+firewall.prepare()
+doors = [server.Door(ipaddress.ip_network(source), None, "tcp", port)
+         for port in range(1, 60) for source in ("10.55.0.2/32", "2001:db8::2/128")]
+grants.grant(doors[:100], 300)
+others("-t", table, "-A", "PREROUTING" if guarded else chain, "-p", "tcp", "-m", "comment",
+       "--comment", "theirs", "-j", "RETURN")
+grants.grant(doors[100:], 300)
+watch.read_announcements()
+print("looks", looks(), looks(), looks())
+grants.close([grants.live[door] for door in doors[10:80]])
+grants.grant(doors[10:12], 300)
+print("own changes heard", watch.read_announcements())
+print("looks", looks(), looks())
+others("-t", "raw", "-N", "THEIRS")
+print("changes of another table heard", watch.read_announcements())
+others("-t", table, "-N", "THEIRS")
+print("changes of the table heard", watch.read_announcements())
+assert {grant.door for grant in firewall.grants()} == set(doors[:12] + doors[80:])
+print("theirs", sum("theirs" in line for each in firewall.programs.values()
+                    for line in each.list(table)))
+others("-t", table, "-F", chain)
+grants.restore()
+assert {grant.door for grant in firewall.grants()} == set(doors[:12] + doors[80:])
+grants.close(list(grants.live.values()))
+print("left", len(firewall.grants()), firewall.intact())
+"""
+
+
+@needs_firewalls
+class ManyRulesTest(unittest.TestCase):
+    """Many rules of iptables: deleted together, put back together, and watched at little cost."""
+
+    def test_many(self) -> None:
+        """Ours go, those of others stay; own changes are no reason to look, and no change is one
+        program for each IP version."""
+
+        def check(setup: Setup) -> None:
+            """One variant in one mode."""
+            with Cable() as cable:
+                text = cable.server.run(sys.executable, "-I", "-S", "-c", MANY_RULES, TOP, *setup)
+                heard = str(setup.backend == IPTABLES_NFT)
+                self.assertEqual(
+                    ["looks 4 2 2", "own changes heard False", "looks 4 2",
+                     "changes of another table heard False", "changes of the table heard " + heard,
+                     "theirs 2", "left 0 True"], text.splitlines(), text)
+
+        in_parallel(self, [setup for setup in SETUPS if setup.backend != NFT], check)
+
+
 @needs_firewalls
 class ShapeTest(unittest.TestCase):
     """The texts of rules and elements, and what directives change in them."""

@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 import unittest
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 import spa_server
 from tests.firewalls import (IPTABLES_LEGACY, IPTABLES_NFT, NFT, OLD_KERNEL, Setup, Site, launcher,
@@ -290,16 +290,19 @@ class EndTest(unittest.TestCase):
         self.assertEqual(300.5, plain.trial_left())  # its end is a whole second
         firewall = spa_server.IptablesFirewall({4: "iptables"}, False, [], ports, log, clocks)
         firewall.succeed(plain)
-        self.assertEqual(["-m time --datestop 1970-01-01T00:21:40 -j DROP"],
-                         firewall.guard_rules(4)["FWKNOP_GUARDED"])
+
+        def guarded() -> Any:
+            """Return the rules of the chain that closes."""
+            return spa_server.iptables_guard_rules(ports, firewall.trial, 4)["FWKNOP_GUARDED"]
+
+        self.assertEqual(["-m time --datestop 1970-01-01T00:21:40 -j DROP"], guarded())
         wall += 200
         self.assertEqual((100.5, 300.5), (firewall.trial_left(), plain.trial_left()))
         without = spa_server.IptablesFirewall({4: "iptables"}, False, [], frozenset(), log, clocks)
         without.succeed(firewall)
         self.assertEqual(float("inf"), without.trial_left())
         firewall.trial = spa_server.TRIAL_OVER
-        self.assertEqual((float("inf"), []), (firewall.trial_left(),
-                                              firewall.guard_rules(4)["FWKNOP_GUARDED"]))
+        self.assertEqual((float("inf"), []), (firewall.trial_left(), guarded()))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
         super().__init__("", server.Log(), clock.clocks())
         self.clock, self.rules = clock, {}  # type: Tuple[Clock, Dict[Any, Any]]
         self.failures, self.failing_closes, self.failing_flushes, self.prepared = 0, 0, 0, 0
-        self.whole, self.most = True, 0
+        self.whole, self.most, self.slow = True, 0, 0.0
+        self.refused: Any = None
 
     def describe(self, door: Any = None) -> str:
         """Return where grants go."""
@@ -93,6 +94,8 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
             raise server.CommandError("fake-restore failed: no reason given")
         if not self.whole:
             raise server.CommandError("fake-restore failed: no such chain")
+        if self.refused in [grant.door for grant in grants]:
+            raise server.CommandError("fake-restore: line 2 failed")
         rules, self.most = dict(self.rules), max(self.most, len(grants))
         for grant in replaced:
             if rules.pop(grant.door, None) is None:
@@ -107,6 +110,7 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
         if self.failing_closes:
             self.failing_closes -= 1
             raise server.CommandError("fake failed: Resource temporarily unavailable")
+        self.clock.pass_seconds(self.slow)
         for grant in grants:
             self.rules.pop(grant.door, None)
 
@@ -1411,6 +1415,30 @@ class GrantsTest(ServerCase):
         self.grants.restore()
         self.assertEqual(set(doors), set(self.firewall.rules))
         self.assertIn(self.firewall.most, range(1, server.GRANTS_AT_ONCE + 1))
+
+    def test_one_that_is_refused_keeps_no_other_closed(self) -> None:
+        """Many go back together, the others half by half; the caller hears why one did not."""
+        doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(950)]
+        self.grants.grant(doors, 30)
+        for limit, most in ((server.GRANTS_AT_ONCE, server.GRANTS_AT_ONCE), (1000, 475)):
+            self.firewall.flush()
+            self.firewall.grants_at_once, self.firewall.most = limit, 0
+            self.firewall.refused = doors[700]
+            with self.assertRaisesRegex(server.CommandError, "line 2 failed"):
+                self.grants.restore()
+            self.assertEqual(set(doors) - {doors[700]}, set(self.firewall.rules))
+            self.assertEqual(most, self.firewall.most)
+        self.firewall.refused = None
+        self.grants.restore()
+        self.assertEqual(set(doors), set(self.firewall.rules))
+
+    def test_slow_closing_leaves_time_for_knocks(self) -> None:
+        """A firewall that takes long gets what ends meanwhile together, within a second."""
+        for slow, wait in ((0.0, 0.0), (0.01, 0.04), (0.2, 0.8), (5, 1.0)):
+            self.grants.grant([self.ssh, self.dns], 1)
+            self.firewall.slow, began = slow, self.clock.mono() + 1
+            self.assertEqual([], self.later(1))
+            self.assertAlmostEqual(began + wait, self.grants.not_before)
 
     def test_a_stanza_has_its_limit(self) -> None:
         """Many doors of one keep no other out, and what is open already may be extended."""
