@@ -986,10 +986,13 @@ def is_decimal(text: str) -> bool:
     return 0 < len(text) < 10 and not text.strip("0123456789")
 
 
+SECONDS = "a number of seconds"
+
+
 def number_parser(low: int, high: int, what: str) -> "Callable[[str], int]":
     """Return a parse_ function for decimal numbers; its error says that they count `what`."""
     def parse(text: str) -> int:
-        digits = text[text.startswith("+"):]
+        digits = text[text.startswith("+"):len(text) - (what == SECONDS and text.endswith("s"))]
         if not is_decimal(digits) or not low <= int(digits) <= high:
             raise ValueError(f"expected {what}, {low} to {high}")
         return int(digits)
@@ -1224,7 +1227,7 @@ class Settings:
     protocol = setting("SPA_SERVER_PROTO", parse_carrier, "udp", "carrier of the packet")
     port = setting("SPA_SERVER_PORT", parse_port, "62201", "port of the server")
     source_port = optional("SPA_SOURCE_PORT", parse_port, "source port of the raw carriers")
-    timeout = setting("FW_TIMEOUT", number_parser(0, TIMEOUT_LIMIT, "a number of seconds"), "0",
+    timeout = setting("FW_TIMEOUT", number_parser(0, TIMEOUT_LIMIT, SECONDS), "0",
                       "seconds to keep open (0: the server decides)")
     allow_ip = optional("ALLOW_IP", parse_allow, "address to open for")
     time_offset = setting("TIME_OFFSET", parse_offset, "0", "add to the time in the packet")
@@ -1275,10 +1278,10 @@ class Settings:
 
     test = flag("test", "print the packet, do not send it")
     quiet = flag("quiet", "print nothing but errors")
-    answer = optional("answer", number_parser(1, 3600, "a number of seconds"),
+    answer = optional("answer", number_parser(1, 3600, SECONDS),
                       "print the server's answer, or fail after 3 seconds or so many")
     diagnose = flag("check", "knock once, and say what is wrong with it and what is right")
-    wait = optional("wait", number_parser(1, 86400, "a number of seconds"),
+    wait = optional("wait", number_parser(1, 86400, SECONDS),
                     "knock until the TCP port answers, at most this long")
     wait_port = optional("wait_port", parse_port, "the TCP port to try (the first one of -A)")
     relay = flag("relay", "HOST PORT: wait, then relay stdin and stdout")
@@ -1367,9 +1370,7 @@ class Settings:
                  "--check knocks by itself: no -T, --proxy, --exec, --save-rc-stanza"),
                 (self.answer is not None and self.unanswered(),
                  f"--answer: none comes to {self.unanswered()}"),
-                (self.save_append and self.save_packet is None, "-b needs -B"),
-                (self.force_stanza and not self.save_stanza,
-                 "--force-stanza needs --save-rc-stanza")):
+                (self.save_append and self.save_packet is None, "-b needs -B")):
             if wrong:
                 named = self.given.get("named_config")
                 raise UsageError(f"[{named.text}] {message}" if named else message, hint())

@@ -1017,10 +1017,15 @@ class Directive(Generic[T]):
 
 
 class Flag(Directive[bool]):
-    """A row that is Y or N: only the first letter counts, as in fwknopd."""
+    """A row that is Y or N: only the first letter counts, and whatever says no is N in fwknopd."""
 
     def __init__(self, names: str, help: str, default: str = "N") -> None:
-        super().__init__(names, lambda text: choice("Y", "N")(text[:1]) == "Y", default, help)
+        super().__init__(names, self.parse_flag, default, help)
+
+    @staticmethod
+    def parse_flag(text: str) -> bool:
+        """Parse Y or N; a word for yes is refused, since fwknopd takes it for N."""
+        return choice("Y", "N")("N" if text.lower() in ("0", "false", "off") else text[:1]) == "Y"
 
 
 class NoDefault(Directive[Optional[T]]):
@@ -1340,13 +1345,22 @@ def folder_files(folder: str) -> List[str]:
 
 
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
-    """Return a parser of decimal numbers from `least` to `most`; a # comment may follow one."""
+    """Return a parser of decimal numbers from `least` to `most`; a # comment may follow one.
+
+    fwknopd and knockd read a number up to its end, so `30s` means 30, as it says; so does `20m`.
+    """
     def parse(text: str) -> int:
-        digits = text[text.startswith("+"):].partition("#")[0].rstrip(" \t")
-        expect(0 < len(digits) <= 12 and not digits.strip("0123456789")
-               and least <= int(digits) <= most, f"{unit}, {least} to {most}")
+        text = text[text.startswith("+"):].partition("#")[0].rstrip(" \t;")
+        word = text.lstrip("0123456789")
+        digits = text[:len(text) - len(word)]
+        expect(0 < len(digits) <= 12 and least <= int(digits) <= most
+               and word.strip(" \t").lower() in (SECOND_WORDS if unit == "seconds" else ("",)),
+               f"{unit}, {least} to {most}")
         return int(digits)
     return parse
+
+
+SECOND_WORDS = ("", "s", "sec", "secs", "second", "seconds")
 
 
 def choice(*names: str) -> Callable[[str], str]:
@@ -1374,7 +1388,8 @@ def parse_ports(text: str) -> FrozenSet[Port]:
     """Parse a comma list of ports: `tcp/22, udp/53`. Naming one twice changes nothing."""
     ports, _, comment = text.partition("#")
     expect("," not in comment, "no comma in the comment: fwknopd reads on behind it")
-    return frozenset(parse_port(item.strip().lower()) for item in ports.split(",") if text)
+    return frozenset(parse_port(item.strip().lower().replace("/ ", "/"))
+                     for item in ports.split(",") if text)
 
 
 def parse_time(text: str) -> int:
@@ -1388,16 +1403,17 @@ def parse_time(text: str) -> int:
 
 
 class Networks:
-    """The addresses of a SOURCE or DESTINATION directive; `ANY` is everything of both families."""
+    """The addresses of a SOURCE or DESTINATION; an `ANY` in the list is all of both families."""
 
     def __init__(self, text: str) -> None:
         self.masks: Dict[int, List[Tuple[int, int]]] = {4: [], 16: []}
         self.networks: List[Network] = []
-        self.everything = text.strip().upper() == "ANY"
-        for item in () if self.everything else text.split(","):
+        items = [item.strip() for item in text.split(",")]
+        self.everything = "ANY" in map(str.upper, items)
+        for item in [item for item in items if item.upper() != "ANY"]:
             try:
-                parse_address(item.partition("/")[0].strip())
-                network = ipaddress.ip_network(item.strip(), strict=False)
+                parse_address(item.partition("/")[0])
+                network = ipaddress.ip_network(item, strict=False)
             except ValueError:
                 raise ValueError("expected ANY, or IP addresses and networks with commas "
                                  "(Fatal error parsing IP to int)") from None
@@ -1857,7 +1873,7 @@ class ServerSettings(Settings):
     skips = expands = True
     overridden: Set[str] = set()  # directives that the command line sets; no file is judged by them
 
-    verbose = Directive("VERBOSE", integer(0, 9), "0",
+    verbose = Directive("VERBOSE", integer(0, 99), "0",
                         "1 and more: log stanzas, packets and the firewall's commands")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
@@ -1910,7 +1926,8 @@ class ServerSettings(Settings):
     local_nat = Flag("ENABLE_IPT_LOCAL_NAT", "NAT to ports of this host (message types 5 and 6)")
     snat = Flag("ENABLE_IPT_SNAT",
                 "give forwarded connections this host's address, so that answers come back to it")
-    snat_address = NoDefault("SNAT_TRANSLATE_IP", parse_nat_address,
+    snat_address = NoDefault("SNAT_TRANSLATE_IP",
+                             lambda text: None if text == PLACEHOLDER else parse_nat_address(text),
                              "that address; without it the outgoing interface's")
     nat_dns = Flag("ENABLE_NAT_DNS", "look up a host that a client wants NAT to by its name", "Y")
     enable_output = Flag("ENABLE_IPT_OUTPUT", "let answers out with rules of their own (iptables)")
@@ -1919,8 +1936,9 @@ class ServerSettings(Settings):
     flush_at_start = Flag("FLUSH_IPT_AT_INIT", "close all grants at start; N: go on with them")
     flush_at_stop = Flag("FLUSH_IPT_AT_EXIT",
                          "close all grants at a clean stop; N: the kernel ends them", "Y")
-    command_seconds = Directive("CMD_EXEC_TIMEOUT", integer(1, 86400, "seconds"), "60",
-                                "how long a command may run until it is ended")
+    command_seconds = Directive("CMD_EXEC_TIMEOUT",
+                                lambda text: integer(0, 86400, "seconds")(text) or 86400, "60",
+                                "how long a command may run until it is ended; 0: a day")
     sudo_program = Directive("SUDO_EXE", parse_path, "/usr/bin/sudo",
                              "program through which ENABLE_CMD_SUDO_EXEC runs commands")
     metrics_file = NoDefault("METRICS_FILE", parse_path,
@@ -2423,6 +2441,7 @@ def fill_in(argument: str, values: Dict[str, Any]) -> str:
     return filled
 
 
+SHELL_SIGNS = frozenset("| || & && > >> < 2>&1".split())
 MAX_ARGUMENTS = 30  # of a command, with its program: "words" in fwknop.md 3.8
 CYCLE_VARIABLES = ("IP", "SRC", "PKT_SRC", "DST", "PORT", "PROTO", "TIMEOUT", "CLIENT_TIMEOUT")
 
@@ -2457,8 +2476,7 @@ class Stanza(Settings):
                           "that nobody else behind the same NAT gets in; nftables only")
     require_source = Flag("REQUIRE_SOURCE_ADDRESS REQUIRE_SOURCE",
                           "the packet must name the address to open to")
-    same_address = NoDefault("REQUIRE_SAME_ADDRESS",
-                             lambda text: choice("Y", "N")(text[:1]) == "Y",
+    same_address = NoDefault("REQUIRE_SAME_ADDRESS", Flag.parse_flag,
                              "open only to the address that the packet came from; without it: Y "
                              "with OPENSPA_CLIENTS, else N")
     require_username = Directive("REQUIRE_USERNAME", parse_user, "",
@@ -2467,8 +2485,8 @@ class Stanza(Settings):
                                 "directory of OpenSPA clients' public keys, each file named by the "
                                 "client's UUID; read for each request")
     expire_date = NoDefault("ACCESS_EXPIRE", parse_date, "void from this day on, MM/DD/YYYY")
-    expire_epoch = NoDefault("ACCESS_EXPIRE_EPOCH", integer(1, 10 ** 11, "seconds"),
-                             "the same as epoch seconds")
+    expire_epoch = NoDefault("ACCESS_EXPIRE_EPOCH", integer(0, 10 ** 11, "seconds"),
+                             "the same as epoch seconds; 0: never")
     gpg_home = NoDefault("GPG_HOME_DIR", parse_home, "keys of gpg; without it fwknopd.conf's")
     gpg_program = NoDefault("GPG_EXE", parse_path, "the same for the program gpg")
     gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "", "secret key packets are encrypted to")
@@ -2559,7 +2577,7 @@ class Stanza(Settings):
         if key and self.mode != ASYMMETRIC:
             self.keys = PacketKeys(key, self.mode, hmac_key, self.hmac_type)
         self.for_all = self.source.everything and self.destination.everything
-        self.expires = min((end for end in (self.expire_epoch, self.expire_date)
+        self.expires = min((end for end in (self.expire_epoch or None, self.expire_date)
                             if end is not None), default=None)
         return [f"(stanza #{self.number}) {text}" for text in texts + self.warnings(key, hmac_key)]
 
@@ -2572,7 +2590,7 @@ class Stanza(Settings):
         """Raise ConfigError for a directive that stands without another one that it needs."""
         has = self.is_set
         needs: Tuple[Tuple[str, object, Tuple[Directive[Any], ...]], ...] = (
-            ("ENABLE_CMD_SUDO_EXEC", has(Stanza.enable_sudo),
+            ("ENABLE_CMD_SUDO_EXEC", has(Stanza.enable_sudo) or not self.enable_commands,
              (Stanza.sudo_user, Stanza.sudo_group)),
             ("CMD_CYCLE_OPEN", has(Stanza.cycle_open), (Stanza.cycle_close, Stanza.cycle_seconds)),
             ("CMD_CYCLE_CLOSE", has(Stanza.cycle_close), (Stanza.cycle_open,)),
@@ -2623,6 +2641,10 @@ class Stanza(Settings):
             (key and self.mode == ASYMMETRIC,
              "ENCRYPTION_MODE Asymmetric: the KEY of this stanza opens nothing"),
             (group and not self.command_user, "CMD_EXEC_GROUP has no effect without CMD_EXEC_USER"),
+            (SHELL_SIGNS.intersection(" ".join(self.cycle_open + self.cycle_close).split())
+             or set("'\"`").intersection("".join(self.cycle_open + self.cycle_close)),
+             "CMD_CYCLE_*: no shell reads it, so that quotes and signs such as > and && reach the "
+             "program as they are; let it run a script"),
             (group and find_group(group) is None,
              f"CMD_EXEC_GROUP: there is no group {group}; the main group of that user is taken"),
             (self.enable_commands and not (self.command_user or self.enable_sudo),
@@ -2795,6 +2817,8 @@ def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
 
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """Raise ConfigError for NAT in a stanza without a directive that it needs (fwknop.md 3.3)."""
+    settings.require(not settings.snat or settings.texts.get("SNAT_TRANSLATE_IP") != PLACEHOLDER,
+                     ServerSettings.snat_address, "an IP address instead of " + PLACEHOLDER)
     for stanza in stanzas:
         forced = stanza.force_nat or stanza.forward_all
         for row, possible, needed in (

@@ -534,8 +534,8 @@ class RcFile(Case):
                 ("half/of+a7key", "expected the name of a directive"),
                 ("SPA_SERVER_PORT 0", "SPA_SERVER_PORT: expected a port number, 1 to 65535, not"
                                       " '0'"),
-                ("FW_TIMEOUT 30s", "FW_TIMEOUT: expected a number of seconds, 0 to 65536, not"
-                                   " '30s'"),
+                ("FW_TIMEOUT 30m", "FW_TIMEOUT: expected a number of seconds, 0 to 65536, not"
+                                   " '30m'"),
                 ("USE_HMAC maybe", "USE_HMAC: expected Y or N, not 'maybe'"),
                 ("ALLOW_IP 1.2.3", "ALLOW_IP: expected an IPv4 or IPv6 address, not '1.2.3'"),
                 ("ACCESS tcp", "ACCESS: expected tcp/PORT or udp/PORT"),

@@ -248,7 +248,7 @@ class Messages(Case):
                     (["--resolve-url", "http://a@x/"], "expected a host"),
                     (["-g"], "Must specify --gpg-recipient-key"),
                     (["-M", "asymmetric"], "Must specify --gpg-recipient-key"),
-                    (["-b"], "-b needs -B"), (["--force-stanza"], "needs --save-rc-stanza")):
+                    (["-b"], "-b needs -B")):
                 with self.subTest(words):
                     line = self.failure(2, *KNOCK, *KEYS, *receiver.options, "-B", packet, *words) \
                         if words != ["-b"] else self.failure(2, *KNOCK, *KEYS, *words,

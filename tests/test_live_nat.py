@@ -394,6 +394,13 @@ class LocalTest(unittest.TestCase):
                 name = "gate.example"
                 site.knock("-A", "tcp/24", "--nat-local", "-N", name + ",24", "--nat-port", "2222")
                 self.assertTrue(site.client.connect(SERVER4, 2222).answers())
+                # A client on this host: the rules are there, though nothing here meets them.
+                mark = site.server.mark()
+                site.host.run(*FWKNOP, *KEYS, "-a", "127.0.0.1", "-D", "127.0.0.1", "-A", "tcp/22",
+                              "--nat-local", "--nat-port", "2203")
+                site.server.wait_for(
+                    "DNAT 127.0.0.1 -> 0.0.0.0/0 tcp/2203 to 127.0.0.1:22 for ", mark)
+                self.assertIn("DNAT 127.0.0.1 -> 0.0.0.0/0 tcp/2203 to 127.0.0.1:22", site.listed())
                 site.wait_closed(("", SERVER4, 2200), ("", SERVER6, 2200), ("", SERVER4, drawn))
                 self.assertEqual("listening\n", site.inner.output())
 

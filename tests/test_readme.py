@@ -13,6 +13,7 @@ import unittest
 import spa_client as client
 import spa_server as server
 from tests.support import TOP
+from tests.test_differences import KINDS
 
 README = os.path.join(TOP, "README.md")
 WIDTH = 110
@@ -75,6 +76,8 @@ def generated(text):
         parts["table: " + name] = table(server_rows(settings))
     parts["table: METRICS"] = "\n| metric | |\n|---|---|\n%s\n" % "\n".join(
         "| `%s` | %s |" % (name, help) for name, help, _ in server.METRICS)
+    parts["table: differences"] = "\n| an error here | fwknop's reading |\n|---|---|\n%s\n" % (
+        "\n".join("| %s | %s |" % kind for kind in KINDS.values()))
     parts["ignored: ServerSettings"] = names(server.ServerSettings, server.Ignored)
     for mark, part in parts.items():
         kind = mark.partition(":")[0]
