@@ -2420,7 +2420,8 @@ def parse_command_group(text: str) -> int:
 
 
 def parse_template(text: str) -> Tuple[str, ...]:
-    """Split a CMD_CYCLE command at blanks, before values of variables can bring other blanks in."""
+    """Split an administrator's command at blanks, before values of variables can bring others in.
+    """
     argv = text.encode("latin-1").split()  # as bytes: 0xA0 is no blank
     expect(len(argv) <= MAX_ARGUMENTS, f"at most {MAX_ARGUMENTS} words "
            "(Error converting cmd str to argv)")
@@ -2513,6 +2514,9 @@ class Stanza(Settings):
                             "command that closes again, or NONE")
     cycle_seconds = NoDefault("CMD_CYCLE_TIMER", integer(1, 8388608, "seconds"),
                               "how long to open, unless the client asks for a time")
+    on_open = Directive("ON_OPEN", parse_template, "",
+                        "command to run beside the firewall, once it has opened a port")
+    on_close = Directive("ON_CLOSE", parse_template, "", "the same, once that grant has ended")
 
     knock_steps = NoDefault("KNOCK_SEQUENCE", parse_steps,
                             "knocks that open OPEN_PORTS: 7000, 8000:udp, 100:icmp", secret=True)
@@ -2595,6 +2599,7 @@ class Stanza(Settings):
             ("CMD_CYCLE_OPEN", has(Stanza.cycle_open), (Stanza.cycle_close, Stanza.cycle_seconds)),
             ("CMD_CYCLE_CLOSE", has(Stanza.cycle_close), (Stanza.cycle_open,)),
             ("CMD_CYCLE_TIMER", self.cycle_seconds or not self.cycle_close, (Stanza.cycle_open,)),
+            ("no CMD_CYCLE_OPEN", not has(Stanza.cycle_open), (Stanza.on_open, Stanza.on_close)),
             ("KNOCK_SEQUENCE", has(Stanza.knock_steps) or has(Stanza.knock_file),
              (Stanza.knock_seconds, Stanza.knock_flags, Stanza.knock_strict, Stanza.knock_exact,
               Stanza.require_knock)),
@@ -3278,18 +3283,17 @@ def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
     return Command(tuple(words), stanza.account)
 
 
-def cycle_commands(stanza: Stanza, door: Door, datagram: Datagram, seconds: int,
-                   now: float) -> List[Command]:
-    """Return the commands that open a door and close it again; NONE is a command without argv."""
+def door_commands(stanza: Stanza, templates: Iterable[Tuple[str, ...]], door: Door,
+                  datagram: Datagram, seconds: int, now: float) -> List[Command]:
+    """Return the stanza's commands for a door; that of an empty template, or NONE, has no argv."""
     # Of a packet, only parsed addresses and numbers get into the commands.
     source = door.source if door.source.num_addresses > 1 else door.source.network_address
     values = {"IP": source, "SRC": source, "PKT_SRC": socket_text(datagram.source),
               "DST": socket_text(datagram.destination), "PORT": door.port,
-              "PROTO": PROTOCOL_NUMBERS[door.protocol], "TIMEOUT": int(now) + seconds,
+              "PROTO": PROTOCOL_NUMBERS.get(door.protocol, 0), "TIMEOUT": int(now) + seconds,
               "CLIENT_TIMEOUT": seconds}
     return [Command(tuple(fill_in(word, values).encode("latin-1") for word in words),
-                    stanza.account)
-            for words in (stanza.cycle_open, stanza.cycle_close)]
+                    stanza.account) for words in templates]
 
 
 # ======================================================================================
@@ -6730,6 +6734,9 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
     if settings.firewall == "none" and settings.guard_ports:
         raise settings.error(ServerSettings.guard_ports,
                              "nothing guards them with FIREWALL_TYPE none")
+    for stanza in stanzas or () if settings.firewall == "none" else ():
+        for row in (Stanza.on_open, Stanza.on_close):
+            stanza.require(not stanza.is_set(row), row, "a firewall, not FIREWALL_TYPE none")
     if test or settings.firewall == "none":
         return Firewall("--test mode enabled, skipping firewall manipulation." if test else
                         "FIREWALL_TYPE none: nothing is opened", log, clocks)
@@ -7375,12 +7382,18 @@ class Grants:
         self.count = 0  # of all grants so far: the heap never has to compare two of them
         self.not_before = 0.0  # when to try a failed close again
         self.doubtful = False  # whether the firewall failed and may lack grants: restore() is due
+        self.ended: Callable[[Door], None] = lambda door: None  # Access lets ON_CLOSE run
 
     def enter(self, grant: Grant) -> None:
         """Record a grant that the firewall has."""
         self.live[grant.door] = grant
         self.count += 1
         heapq.heappush(self.ends, (grant.ends, self.count, grant))
+
+    def forget(self, door: Door) -> None:
+        """Forget a door that is closed."""
+        del self.live[door]
+        self.ended(door)
 
     def adopt(self) -> None:
         """Go on with the grants that an earlier server left in the firewall."""
@@ -7402,6 +7415,9 @@ class Grants:
         doors = [door for door in map(self.firewall.normalise, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
+        if any(door.kind == ONCE and door in self.live for door in doors):
+            with self.firewall.within(PATIENCE):
+                self.restore()  # forget what a connection has ended
         self.check_stanza(doors, stanza_number)
         known = [door for door in doors if door in self.live]
         opened = [Grant(door, expires, ends,
@@ -7522,7 +7538,7 @@ class Grants:
         self.not_before = now + min(took / CHECK_SHARE, RETRY_SECONDS)
         self.show(ended, is_new=False)
         for grant in ended:
-            del self.live[grant.door]
+            self.forget(grant.door)
             self.log.info(f"Removed rule 1 from {self.firewall.describe(grant.door)} "
                           f"with expire time of {grant.expires} ({grant.door})")
 
@@ -7556,7 +7572,7 @@ class Grants:
                 and grant.ends > due and self.firewall.chains_for(grant.door)]
         for door in [grant.door for grant in lost if grant.door.kind == ONCE]:
             # Nobody knows which of the two happened. To open it again might let somebody else in.
-            del self.live[door]
+            self.forget(door)
             self.log.info(f"{door} is closed: its one connection has come, or somebody flushed it")
         lost = [grant for grant in lost if grant.door in self.live]
         # Somebody else changes the firewall as well, so that this may take long; see grant().
@@ -7594,6 +7610,8 @@ class Grants:
             for grant in ended:
                 self.enter(grant._replace(ends=now, early=True))
             raise
+        for grant in ended:
+            self.ended(grant.door)
 
     def count_open(self) -> int:
         """Return how many doors are open in the firewall."""
@@ -7619,7 +7637,7 @@ class Grants:
         if old.netlink and old.netlink is not firewall.netlink:  # else they share the socket
             old.netlink.close()
         for grant in homeless:
-            del self.live[grant.door]
+            self.forget(grant.door)
             self.log.warning(f"Closed {grant.door}: the new settings have no place for it")
 
 
@@ -7661,13 +7679,15 @@ def read_openers(path: str) -> Dict[str, str]:
 # 25. Commands
 #
 # Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
-# open and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors). The
-# server never waits for one. No kernel closes what a command opened. So a dead man's switch is
-# set first: a process that closes, should this server not live to do so.
+# open and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors), or run
+# beside it (ON_OPEN, ON_CLOSE). The server never waits for one. No kernel closes what a command
+# opened. So a dead man's switch is set first: a process that closes, should this server not live
+# to do so.
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 MAX_RUNNING, MAX_CYCLES = 32, 100  # for a stanza: 30 ports of one packet run, 90 of three wait
+MAX_NOTICES = 1000  # of a stanza that wait for others to end
 MAX_OUTPUT, MAX_OUTPUT_LINES = 4096, 20  # of a command, in the log: an error message fits
 GRACE_SECONDS = 2.0  # from SIGTERM to SIGKILL, for a shell's trap to clean up
 STOP_SECONDS = 5.0  # stop() waits this long for commands; switches then close the rest
@@ -7767,11 +7787,12 @@ class Child:
 class Cycle:
     """A command that opens, and one that closes after `seconds`; without argv if none has to.
 
+    A command message and a notice (ON_OPEN, ON_CLOSE) are one that opens, with none that closes.
     `limit` is how many seconds each may run. `stanza_number` and `label` say whose they are.
     """
 
     # Templates of log lines: what runs, what will run, why it closes, and how a command ended.
-    opening_line = ("{cycle.label}Running CMD_CYCLE_OPEN command: "
+    opening_line = ("{cycle.label}Running {cycle.kind} command: "
                     "{cycle.opening}{cycle.opening.runner}")
     waiting_line = ("{cycle.label}Running CMD_CYCLE_CLOSE command in {seconds} seconds: "
                     "{cycle.closing}")
@@ -7788,6 +7809,7 @@ class Cycle:
                  opener: str = "") -> None:
         self.door, self.opener = door, opener  # for --close
         self.kind, self.stanza_number, self.label, self.limit = kind, stanza_number, label, limit
+        self.owner = kind.startswith("ON_"), stanza_number  # notices have a limit of their own
         if kind == "CMD_EXEC":
             self.opening_line = ("{cycle.label}Running command '{cycle.opening}'"
                                  "{cycle.opening.runner}")
@@ -7842,12 +7864,17 @@ class Commands:
         self.switches: List["subprocess.Popen[bytes]"] = []  # about to end
         self.closing: List[Cycle] = []  # their close runs, or failed and will be tried again
         self.earlier: Optional[List[int]] = None  # pids of an earlier server's switches, once known
+        self.notices: Dict[Tuple[bool, int], "collections.deque[Cycle]"] = {}  # to run, by owner
+
+    def count_running(self, owner: Tuple[bool, int]) -> int:
+        """Return how many commands of a stanza or a door run: its notices, or all others."""
+        return sum(child.cycle.owner == owner for child in self.running)
 
     def check(self, cycles: List[Cycle]) -> None:
         """Raise CommandError if the stanza would exceed its limit. Prolonging does not count."""
         first = cycles[0]
-        run = sum(child.cycle.stanza_number == first.stanza_number for child in self.running)
-        wait = sum(cycle.stanza_number == first.stanza_number for cycle in self.cycles.values())
+        run = self.count_running(first.owner)
+        wait = sum(cycle.owner == first.owner for cycle in self.cycles.values())
         new = {cycle.key for cycle in cycles if cycle.closing.argv} - set(self.cycles)
         if (run + sum(not self.lasts(cycle) for cycle in cycles) > first.most_running
                 or wait + len(new) > first.most_open):
@@ -7862,6 +7889,32 @@ class Commands:
                 self.log.info(f"--test mode enabled, not running: {cycle.opening!s}")
             else:
                 self.start_open(cycle)
+
+    def notify(self, notice: Optional[Cycle]) -> None:
+        """Let a notice, if there is one, run when the server has done what it is about."""
+        if notice is None or not notice.opening.argv:
+            return
+        waiting = self.notices.setdefault(notice.owner, collections.deque())
+        if len(waiting) < MAX_NOTICES:
+            waiting.append(notice)
+        else:
+            self.log.warning(f"{notice.label}too many {notice.kind} commands wait; "
+                             f"not running: {notice.opening}")
+
+    def start_notices(self) -> None:
+        """Start a notice of each stanza that may run one more: a turn has time for knocks, too."""
+        for owner in [owner for owner in self.notices if self.count_running(owner) < MAX_RUNNING]:
+            notice = self.notices[owner].popleft()
+            if not self.notices[owner]:
+                del self.notices[owner]
+            if self.test:
+                self.log.info(f"--test mode enabled, not running: {notice.opening}")
+                continue
+            self.log.info(notice.opening_line.format(cycle=notice))
+            try:
+                self.start(notice, notice.opening, closes=False)
+            except CommandError as error:
+                self.log.error(str(error))
 
     def lasts(self, cycle: Cycle) -> bool:
         """Return whether the same command has opened already, and its switch has not closed."""
@@ -7925,6 +7978,7 @@ class Commands:
                 child.signal, child.due = signal.SIGKILL, now + GRACE_SECONDS
         for cycle in [cycle for cycle in self.cycles.values() if now >= cycle.ends]:
             self.close(cycle, TIME_IS_OVER)
+        self.start_notices()
         self.switches = [switch for switch in self.switches if switch.poll() is None]
         closing = {child.cycle for child in self.running if child.closes}
         self.closing = [cycle for cycle in self.closing
@@ -8061,7 +8115,9 @@ class Commands:
     def next_due(self) -> float:
         """Return when reap() is due, on the monotonic clock."""
         return min([child.due for child in self.running]
-                   + [cycle.ends for cycle in self.cycles.values()], default=FOR_EVER)
+                   + [cycle.ends for cycle in self.cycles.values()]
+                   + [0.0 for owner in self.notices if self.count_running(owner) < MAX_RUNNING],
+                   default=FOR_EVER)
 
     def close_all(self, why: str) -> None:
         """Start to close all cycles now."""
@@ -8069,14 +8125,17 @@ class Commands:
             self.close(cycle, why)
 
     def stop(self) -> None:
-        """Close all cycles now, and wait up to STOP_SECONDS for the commands that run."""
+        """Close all cycles now, and wait up to STOP_SECONDS for commands that run or are to run."""
         end = self.clocks.monotonic() + STOP_SECONDS
         self.close_all(SHUT_DOWN)
-        while self.running and self.clocks.monotonic() < end:
-            time.sleep(0.01)
+        while (self.running or self.notices) and self.clocks.monotonic() < end:
+            time.sleep(0.01 if self.next_due() else 0)
             for child in self.running:
                 self.read(child)
             self.reap()
+        if self.notices:
+            self.log.warning(f"{sum(map(len, self.notices.values()))} ON_OPEN and ON_CLOSE "
+                             "commands had no time left to run")
 
 
 # ======================================================================================
@@ -8268,6 +8327,8 @@ class Access:
         self.settings, self.grants, self.commands = settings, grants, commands
         self.tally, self.log, self.clocks = tally, log, clocks
         self.openers_limit = OPENERS_BYTES
+        self.notices: Dict[Door, Cycle] = {}  # ON_CLOSE of each grant whose stanza has a notice
+        grants.ended = lambda door: commands.notify(self.notices.pop(door, None))
 
     def allow(self, request: Request, stanza: Stanza) -> Union[Verdict, Lookup]:
         """Judge a request, do what the verdict says, and return it; PacketRejected if that is
@@ -8291,8 +8352,22 @@ class Access:
         self.tally.counts["accepted"] += 1
         self.tell(verdict, request, stanza.number)
         if not verdict.by_commands:
+            self.notify(verdict, request, stanza)
             self.grants.keep_guard(verdict.doors)
         return verdict
+
+    def notify(self, verdict: Verdict, request: Request, stanza: Stanza) -> None:
+        """Run ON_OPEN for each door that a request has opened, and keep ON_CLOSE for its end."""
+        label = f"[{socket_text(request.datagram.source)}] (stanza #{stanza.number}) "
+        for door in verdict.doors if stanza.on_open or stanza.on_close else ():
+            if door.kind in (INPUT, ONCE, FORWARD) and door not in self.notices:
+                opening, self.notices[door] = [
+                    Cycle(kind, stanza.number, label, self.settings.command_seconds, 0, command,
+                          Command((), None))
+                    for kind, command in zip(("ON_OPEN", "ON_CLOSE"), door_commands(
+                        stanza, (stanza.on_open, stanza.on_close), door, request.datagram,
+                        verdict.seconds, self.clocks.wall()))]
+                self.commands.notify(opening)
 
     def cycles(self, verdict: Verdict, request: Request, stanza: Stanza) -> List[Cycle]:
         """Return the run of a command message, or the cycles that open and close the doors."""
@@ -8304,8 +8379,9 @@ class Access:
             return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
         return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds, opening,
                       closing, door, f"stanza #{stanza.number}, {request.who}")
-                for door in verdict.doors for opening, closing in [cycle_commands(
-                    stanza, door, request.datagram, verdict.seconds, self.clocks.wall())]]
+                for door in verdict.doors for opening, closing in [door_commands(
+                    stanza, (stanza.cycle_open, stanza.cycle_close), door, request.datagram,
+                    verdict.seconds, self.clocks.wall())]]
 
     def tell(self, verdict: Verdict, request: Request, stanza_number: int) -> None:
         """Log what a request has opened or run, and note for --fw-list who asked."""
@@ -9515,12 +9591,14 @@ class Server:
         self.gate.memory.close()
         self.gate.answer_sockets.close()
         self.tell_guard()
-        self.commands.stop()  # closes what commands opened, even with FLUSH_IPT_AT_EXIT N
-        if self.settings.flush_at_stop:
-            try:
+        self.commands.close_all(SHUT_DOWN)  # what they opened, even with FLUSH_IPT_AT_EXIT N
+        try:
+            if self.settings.flush_at_stop:
                 self.grants.flush()
-            finally:
+        finally:
+            if self.settings.flush_at_stop:
                 self.grants.firewall.withdraw()
+            self.commands.stop()  # and what runs beside the end of a grant
 
 
 METRICS_SECONDS = 15  # between two METRICS_FILE: as often as Prometheus usually asks
@@ -10444,6 +10522,9 @@ def check_stanzas(check: Checkup) -> Iterator[Finding]:
         for key in (stanza.key or b"", stanza.hmac_key or b""):
             if key and (len(set(key)) < 5 or b"change" in key.lower()):
                 yield WRONG, name + "KEY or HMAC_KEY is easy to guess; keygen.py makes one"
+        for notice in filter(stanza.is_set, (Stanza.on_open, Stanza.on_close)):
+            yield FACT, (f"{name}{notice.name} runs beside the firewall: "
+                         + stanza.texts[notice.name] + Command((), stanza.account).runner)
 
 
 def check_run_directory(check: Checkup) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from unittest import mock
 import spa_server as server
 from tests.support import TIMEOUT, read, slowness, wait_for, write
 from tests.test_packet import NOW, Sender, judge
-from tests.test_server import CLIENT, KEYS, ServerCase, datagram
+from tests.test_server import CLIENT, DOOR22, KEYS, ServerCase, datagram
 
 SH = "/bin/sh"
 ROOT = os.geteuid() == 0
@@ -55,6 +55,7 @@ class CommandCase(ServerCase):
     def end_all(self, made: Any) -> None:
         """End all that a server still runs, and let it see that."""
         self.made, commands = made, made.commands
+        commands.notices.clear()
         commands.cycles, cycles = {}, commands.cycles
         for cycle in cycles.values():
             commands.end_switch(cycle)
@@ -236,7 +237,8 @@ class WordsTest(CommandCase):
                                      "CMD_CYCLE_TIMER 7\n%s" % (SH, template, SH, template, lines))
                 came = datagram(b"", source, "10.55.0.1" if "." in source else "::1")
                 doors, seconds, _ = judge(self.packet(text, 1), stanza, came)
-                made = server.cycle_commands(stanza, doors[0], came, seconds, NOW)
+                made = server.door_commands(
+                    stanza, (stanza.cycle_open, stanza.cycle_close), doors[0], came, seconds, NOW)
                 self.assertEqual([SH + " " + expected, SH + " x " + expected],
                                  [str(command) for command in made])
                 self.assertEqual(1 + len(template.partition(";")[0].split()), len(made[0].argv))
@@ -249,7 +251,8 @@ class WordsTest(CommandCase):
                           "CMD_CYCLE_CLOSE NONE\n").encode("utf-8"))
         stanza = server.read_stanzas(os.path.join(self.directory, "a"))[0][0]
         door = server.Door(ipaddress.ip_network("10.0.0.1"), None, "tcp", 22)
-        opening, closing = server.cycle_commands(stanza, door, datagram(), 7, NOW)
+        opening, closing = server.door_commands(
+            stanza, (stanza.cycle_open, stanza.cycle_close), door, datagram(), 7, NOW)
         self.assertEqual((path.encode("utf-8"), b"b"), opening.argv)
         self.assertEqual((), closing.argv)
 
@@ -447,13 +450,13 @@ class RunTest(CommandCase):
     def test_too_many(self) -> None:
         """A packet that would start too many is rejected, before it starts any."""
         made = self.serve(ALLOWED)
-        one = type("Child", (), {"cycle": mock.Mock(stanza_number=1)})  # type: Any
+        one = type("Child", (), {"cycle": mock.Mock(owner=(False, 1))})  # type: Any
         made.commands.running, running = [one] * server.MAX_RUNNING, made.commands.running
         text = self.knock("10.55.0.2,touch %s/got" % self.directory, 0)
         made.commands.running = running
         self.assertIn("too many commands: %d of stanza #1 run" % server.MAX_RUNNING, text)
         self.assertIn("a command could not be started", text)
-        one.cycle.stanza_number = 2  # others keep nobody out
+        one.cycle.owner = (False, 2)  # others keep nobody out
         made.commands.running = [one] * server.MAX_RUNNING
         self.knock("10.55.0.2,id", 0)
         del made.commands.running[:server.MAX_RUNNING]
@@ -742,7 +745,7 @@ class CycleTest(CommandCase):
         made = self.serve(self.cycle(seconds=60))
         self.knock()
         self.wait_until_ended()
-        one = type("Cycle", (), {"stanza_number": 1, "ends": 1e99})  # type: Any
+        one = type("Cycle", (), {"owner": (False, 1), "ends": 1e99})  # type: Any
         others = [(number,) for number in range(server.MAX_CYCLES - 2)]  # type: List[Any]
         made.commands.cycles.update(dict.fromkeys(others, one))
         text = self.knock("10.55.0.2,tcp/23,tcp/24")
@@ -751,7 +754,7 @@ class CycleTest(CommandCase):
         self.knock("10.55.0.2,tcp/22,tcp/23")
         self.assertEqual(server.MAX_CYCLES, len(made.commands.cycles))
         self.assertIn(" opened ", self.knock())
-        one.stanza_number = 2
+        one.owner = (False, 2)
         self.assertIn(" opened ", self.knock("10.55.0.2,tcp/24"))
         for key in others:
             del made.commands.cycles[key]
@@ -803,6 +806,186 @@ class CycleTest(CommandCase):
         self.assertTrue(group_of(int(self.read("pid"))))
         self.assertGreater(time.monotonic() - begin, server.STOP_SECONDS - 0.5)
         self.assertLess(time.monotonic() - begin, server.STOP_SECONDS + 10 * slowness())
+
+
+class NoticeTest(CommandCase):
+    """ON_OPEN and ON_CLOSE: commands beside the firewall."""
+
+    def notices(self, lines: str = "", opening: str = "", words: str = "$IP $PORT") -> str:
+        """Return a stanza that notes in the file `got` what it opens and closes."""
+        return "ON_OPEN %s %s\nON_CLOSE %s %s\nFW_ACCESS_TIMEOUT 5\n%s" % (
+            self.script('%s\necho "open $*" >> got' % opening, "open"), words,
+            self.script('echo "close $*" >> got', "close"), words, lines)
+
+    def got(self) -> List[str]:
+        """Let all commands run; return what they have done so far, in order."""
+        self.wait_for(lambda: not self.made.commands.running and not self.made.commands.notices,
+                      "the end of the commands")
+        return self.read("got").splitlines()
+
+    def test_each_end(self) -> None:
+        """It closes once: by the timer, by hand, by a flush, a stop or a reload."""
+        def pass_the_time(made: server.Server) -> None:
+            self.clock.pass_seconds(6)
+            made.grants.expire()
+            made.grants.expire()
+
+        def reload(made: server.Server) -> None:
+            with mock.patch.object(self.firewall, "chains_for", lambda door: []):
+                made.grants.move(self.firewall)
+
+        for name, end in (
+                ("timer", pass_the_time), ("flush", lambda made: made.grants.flush()),
+                ("--close", lambda made: made.access.close_by_hand("bob")),
+                ("stop", lambda made: made.stop()), ("reload", reload)):
+            with self.subTest(name):
+                made = self.serve(self.notices())
+                text = self.knock()
+                self.assertNotIn("ON_OPEN", text)  # not before the packet is done with
+                self.assertLess(text.index("Added access rule"), text.index("opened"))
+                self.assertEqual(["open 10.55.0.2 22"], self.got())
+                self.assertIn("[10.55.0.2] (stanza #1) Running ON_OPEN command: %s/open "
+                              "10.55.0.2 22\nON_OPEN: command returned 0" % self.directory,
+                              self.logged())
+                end(made)
+                self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+                self.assertEqual({}, made.access.notices)
+                self.assertEqual([], self.firewall.doors())
+                self.end_all(made)
+                os.unlink(self.place("got"))
+
+    def test_a_close_that_fails_is_no_end(self) -> None:
+        """As long as the firewall has the grant, nothing says that it is closed."""
+        made = self.serve(self.notices())
+        self.knock()
+        self.firewall.failing_flushes = self.firewall.failing_closes = 1
+        self.assertRaises(server.CommandError, made.grants.flush)
+        made.grants.expire()
+        self.assertEqual(["open 10.55.0.2 22"], self.got())
+        self.clock.pass_seconds(server.RETRY_SECONDS)
+        made.grants.expire()
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
+
+    def test_prolonged(self) -> None:
+        """A grant that lasts longer opens once and closes once; other doors have their own."""
+        made = self.serve(self.notices())
+        self.knock()
+        self.clock.pass_seconds(3)
+        self.knock("10.55.0.2,tcp/22,udp/53")
+        self.clock.pass_seconds(3)
+        made.grants.expire()
+        self.assertEqual(["open 10.55.0.2 22", "open 10.55.0.2 53"], sorted(self.got()))
+        self.clock.pass_seconds(3)
+        made.grants.expire()
+        self.assertEqual(["close 10.55.0.2 22", "close 10.55.0.2 53"], sorted(self.got())[:2])
+        self.knock()
+        self.assertEqual("open 10.55.0.2 22", self.got()[-1])
+
+    def test_the_door_never_depends_on_it(self) -> None:
+        """It opens and closes in time whatever its command does, and all of that is logged."""
+        for name, opening, said in (
+                ("fails", "echo no; exit 3", "ON_OPEN: no\nON_OPEN: command returned 3,"),
+                ("hangs", "sleep 60", "command runs for too long (CMD_EXEC_TIMEOUT)"),
+                ("is gone", "", "ON_OPEN: command returned 127,")):
+            with self.subTest(name):
+                made = self.serve(self.notices(opening=opening), "CMD_EXEC_TIMEOUT 1;")
+                if name == "is gone":
+                    os.unlink(self.place("open"))
+                self.knock()
+                self.assertEqual([DOOR22], self.firewall.doors())
+                made.commands.reap()
+                if name != "hangs":
+                    self.got()
+                self.clock.pass_seconds(6)
+                made.grants.expire()
+                self.assertEqual([], self.firewall.doors())
+                self.assertEqual("close 10.55.0.2 22", self.got()[-1])
+                self.assertIn(said, self.logged())
+        made = self.serve(self.notices())
+        with mock.patch.object(server, "RUN", (b"/no/such",)):
+            self.knock()
+            made.commands.reap()
+        self.assertIn("/open 10.55.0.2 22: No such file or directory\n", self.logged())
+        self.assertEqual([DOOR22], self.firewall.doors())
+
+    def test_many(self) -> None:
+        """Of a stanza only so many run, and the rest waits. They keep no other command waiting."""
+        self.hurry(MAX_RUNNING=2, MAX_NOTICES=3, STOP_SECONDS=0.2)
+        made = self.serve(self.notices(ALLOWED, "while [ ! -e go ]; do sleep 0.05; done"))
+        said = ""
+        for number in range(1, 7):
+            said += self.knock("10.55.0.2,tcp/%d" % number)
+            made.commands.reap()
+            made.commands.reap()
+            self.assertLessEqual(len(made.commands.running), 2)
+        self.assertEqual(6, len(self.firewall.doors()))
+        self.assertGreater(made.commands.next_due(), 0)
+        self.assertIn("(stanza #1) too many ON_OPEN commands wait; not running: %s/open 10.55.0.2 6"
+                      % self.directory, said)
+        self.knock("10.55.0.2,touch %s" % self.place("go"), 0)
+        self.assertEqual(["open 10.55.0.2 %d" % number for number in range(1, 6)],
+                         sorted(self.got()))
+        os.unlink(self.place("go"))
+        for number in range(1, 5):
+            self.knock("10.55.0.3,tcp/%d" % number)
+        made.commands.stop()
+        self.assertIn("1 ON_OPEN and ON_CLOSE commands had no time left to run", self.logged())
+
+    def test_a_client_s_text_reaches_no_shell(self) -> None:
+        """Only parsed addresses and numbers get into the words, each within its own."""
+        words = "$IP&$SRC|$PKT_SRC $DST $PORT $PROTO $CLIENT_TIMEOUT x$TIMEOUT `id` 'a b'"
+        self.serve(self.notices(words=words))
+        for text, user in (("10.55.0.2,tcp/22;id", "bob"), ("10.55.0.2$(id),tcp/22", "bob"),
+                           ("10.55.0.2,tcp/22", "$(id) `id`;")):
+            self.knock(text, user=user)
+        self.knock(kind=3, timeout=7)
+        (line,) = set(self.got())
+        self.assertRegex(line, r"^open 10.55.0.2&10.55.0.2\|10.55.0.2 10.55.0.1 22 6 (7|5) "
+                               r"x\d{10} `id` 'a b'$")
+
+    def test_test_mode(self) -> None:
+        """Nothing runs, and the log says what would run."""
+        made = self.serve(self.notices())
+        made.commands.test = True
+        self.knock()
+        made.grants.flush()
+        self.assertEqual([], self.got())
+        for name in ("open", "close"):
+            self.assertIn("--test mode enabled, not running: %s 10.55.0.2 22" % self.place(name),
+                          self.stream.getvalue())
+
+    def test_one_connection(self) -> None:
+        """The connection that ended a grant ends it here as well, at a look or the next knock."""
+        made = self.serve(self.notices("ONE_CONNECTION Y"))
+        self.knock()
+        self.assertEqual(["open 10.55.0.2 22"], self.got())
+        self.firewall.rules.clear()
+        self.knock()
+        self.assertEqual([DOOR22], self.firewall.doors())
+        self.assertEqual(["close 10.55.0.2 22", "open 10.55.0.2 22"], sorted(self.got()[1:]))
+        self.firewall.rules.clear()
+        made.grants.restore()
+        self.assertEqual("close 10.55.0.2 22", self.got()[-1])
+
+    def test_without_a_firewall(self) -> None:
+        """A notice of an opening that can't be is refused, with its line."""
+        settings = server.ServerSettings()
+        settings.set_line(server.Line("f", 1, "FIREWALL_TYPE", "none"))
+        settings.set_defaults()
+        with self.assertRaises(server.ConfigError) as caught:
+            server.choose_firewall(settings, self.stanzas(
+                "SOURCE ANY\n" + KEYS + "ON_CLOSE /bin/sh x\n"), True, self.log)
+        self.assertIn("access.conf:4: ON_CLOSE: expected a firewall, not FIREWALL_TYPE none",
+                      str(caught.exception))
+
+    def test_whose_grant(self) -> None:
+        """A grant that was adopted, or opened by hand, gets notices with the first knock for it."""
+        made = self.serve(self.notices())
+        made.access.open_by_hand(*server.parse_hand("tcp/22", "10.55.0.2", "60"), "root")
+        self.assertEqual([], self.got())
+        self.knock()
+        made.access.close_by_hand("10.55.0.2")
+        self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ OUR_NAMES = ("OPENSPA_PORT OPENSPA_PRIVATE_KEY OPENSPA_ADK_SECRET FIREWALL_TYPE 
              "NFT_ACCEPT_CHAINS NFT_FORWARD_CHAINS PACKET_LIMIT KNOCKD_CONF METRICS_FILE "
              "OPENSPA_CLIENTS REQUIRE_SAME_ADDRESS ONE_CONNECTION ACCESS_PREFIX4 ACCESS_PREFIX6 "
              "KNOCK_SEQUENCE KNOCK_ONE_TIME_FILE KNOCK_TIMEOUT KNOCK_TCPFLAGS KNOCK_STRICT "
-             "KNOCK_STRICT_DUPLICATES REQUIRE_KNOCK ANSWER").split()
+             "KNOCK_STRICT_DUPLICATES REQUIRE_KNOCK ANSWER ON_OPEN ON_CLOSE").split()
 
 # Defaults of fwknop.md 3.2 and 3.3 of the directives that are supported here; "" is unset.
 SPEC_DEFAULTS = {
@@ -446,6 +446,10 @@ BAD_STANZA = (
     ("CMD_CYCLE_OPEN NONE", "program that can be run"),
     ("CMD_CYCLE_CLOSE none", "program that can be run"),
     ("CMD_CYCLE_OPEN /bin/sh" + " x" * 30, "at most 30 words (Error converting cmd str to argv)"),
+    ("ON_OPEN /no/such/program", "program that can be run"), ("ON_OPEN", "expected a value"),
+    ("ON_CLOSE NONE", "program that can be run"), ("ON_CLOSE /bin/sh $NAME", "only $IP, $SRC"),
+    ("ON_OPEN /bin/sh\nCMD_CYCLE_OPEN /bin/sh\nCMD_CYCLE_CLOSE NONE",
+     "ON_OPEN: expected no CMD_CYCLE_OPEN with it"),
     ("FORCE_NAT 10.0.0.1", "IP PORT"), ("FORCE_NAT 10.0.0.1:22", "IP PORT"),
     ("FORCE_NAT 10.0.0.1 0", "IP PORT"), ("FORCE_NAT 10.0.0.1 22 23", "IP PORT"),
     ("FORCE_NAT inner 22", "an IP address"), ("FORCE_NAT 0.0.0.0 22", "the IP address of a host"),

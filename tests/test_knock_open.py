@@ -502,7 +502,7 @@ class DoorTest(KnockCase):
     def test_too_many(self) -> None:
         """Of one door: nothing is run, the door is named, and the log does not fill."""
         made = self.door()
-        one = type("Child", (), {"cycle": mock.Mock(stanza_number=-1)})  # type: Any
+        one = type("Child", (), {"cycle": mock.Mock(owner=(False, -1))})  # type: Any
         most = server.KnockdCycle.most_running
         made.commands.running = [one] * most
         text = "".join(self.hit(*ALL_THREE) for _ in range(50))

@@ -13,8 +13,10 @@ import time
 import unittest
 from typing import Iterator, List
 
+from tests.firewalls import IPTABLES_NFT, NFT, Setup, Site, needs_firewalls
+from tests.knockd import hit
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, OTHER4, OTHER6, SERVER4, SERVER6, STANZA,
-                         CableCase, Server)
+                         CableCase, Server, in_parallel)
 from tests.support import long_enough, needs_programs, needs_root, read, slowness, wait_for, write
 
 CONF = "FIREWALL_TYPE none;\n"
@@ -365,6 +367,87 @@ class CycleTest(CommandCase):
         wait_for(self.closes, "the close")
         self.assertGreater(time.monotonic() - began, second - 0.1)
         self.assertEqual(["open %s 22 6" % CLIENT4, "close %s 22 6" % CLIENT4], self.got())
+
+
+@needs_firewalls
+class NoticeTest(unittest.TestCase):
+    """ON_OPEN and ON_CLOSE, beside grants that real firewalls have."""
+
+    def check(self, setup: Setup) -> None:
+        """By packet and by sequence: the door opens whatever the command does."""
+        with Site(setup) as site:
+            server, client, seconds = site.server, site.client, long_enough(2)
+            directory = site.host.path("scripts")
+            os.chmod(site.cable.temporary.name, 0o755)
+            os.mkdir(directory)
+            os.chmod(directory, 0o777)
+
+            def script(name: str, file: str, text: str = "") -> str:
+                """Return a program that notes in a file what it is told, with its variables."""
+                return write(os.path.join(directory, name),
+                             '#!/bin/sh\necho "%s $*" >> %s/%s\n%s\n'
+                             % (name, directory, file, text), 0o755) + (
+                    " $IP $PORT $PROTO $PKT_SRC $DST $CLIENT_TIMEOUT\n")
+
+            def wait_got(name: str, *expected: str) -> None:
+                """Wait until scripts have noted just this in a file, and clear it."""
+                path = os.path.join(directory, name)
+                wait_for(lambda: read(path).splitlines() == list(expected),
+                         lambda: "%s in %s; log: %s" % (expected, read(path), server.log()))
+                os.unlink(path)
+
+            server.configure(
+                setup.config() + "CMD_EXEC_TIMEOUT 1;\n",
+                STANZA + "CMD_EXEC_USER nobody\nON_OPEN "
+                + script("hangs", "spa", "id -un; sleep 60") + "ON_CLOSE " + script("close", "spa")
+                + "SOURCE ANY\nKNOCK_SEQUENCE 7000,9000,8000\nOPEN_PORTS tcp/24\nON_OPEN "
+                + script("knocked", "knock") + "ON_CLOSE " + script("over", "knock")
+                + "FW_ACCESS_TIMEOUT %d\n" % seconds)
+            server.send_signal(signal.SIGHUP)
+            server.wait_for("Re-starting fwknopd")
+            hit(client, CLIENT4, "7000", "9000", "8000")
+            server.wait_opened(CLIENT4, 24)
+            self.assertTrue(client.reaches(SERVER4, 24, CLIENT4))
+            packet = " %s 22 6 %s %s 300" % (CLIENT4, CLIENT4, SERVER4)
+            for end in (["--close", CLIENT4 + "/32"], ["--fw-flush"]):
+                server.knock(client, *KNOCK)
+                self.assertTrue(client.reaches(SERVER4, 22, CLIENT4))  # while it hangs
+                server.knock(client, *KNOCK, expect="already exists")
+                wait_got("spa", "hangs" + packet)
+                if end[0] == "--close":  # after the other stanza's time
+                    times = " %s 24 6 %s %s %d" % (CLIENT4, CLIENT4, SERVER4, seconds)
+                    wait_got("knock", "knocked" + times, "over" + times)
+                    self.assertFalse(client.reaches(SERVER4, 24, CLIENT4))
+                self.assertEqual(0, server.command(*end)[0])
+                wait_got("spa", "close" + packet)
+                self.assertFalse(client.reaches(SERVER4, 22, CLIENT4))
+            server.knock(client, *KNOCK)
+            wait_got("spa", "hangs" + packet)
+            server.wait_for("ON_OPEN: nobody")
+            server.stop(signal.SIGKILL)  # nobody is left to say that it ends,
+            server.start()
+            server.knock(client, *KNOCK, expect="already exists")  # until somebody knocks again
+            wait_got("spa", "hangs" + packet)
+            self.assertEqual(0, server.stop())
+            wait_got("spa", "close" + packet)
+
+    def test_beside_the_firewall(self) -> None:
+        """On nftables with a guard, and on iptables with the host's own rules."""
+        in_parallel(self, [lambda: self.check(Setup(NFT, "guard")), self.one_connection,
+                           lambda: self.check(Setup(IPTABLES_NFT, "accept"))], lambda run: run())
+
+    def one_connection(self) -> None:
+        """The connection that uses a grant up ends it; the next knock sees that at the latest."""
+        with Site(Setup(NFT, "guard"), "", STANZA + "ONE_CONNECTION Y\n"
+                  "ON_OPEN /bin/echo up $PORT\nON_CLOSE /bin/echo down $PORT\n") as site:
+            for _ in range(2):
+                mark = site.server.mark()
+                site.server.knock(site.client, *KNOCK)
+                site.server.wait_for("ON_OPEN: up 22", mark)
+                self.assertTrue(site.client.reaches(SERVER4, 22, CLIENT4))
+            self.assertEqual(1, site.server.log().count("ON_CLOSE: down 22"))
+            self.assertEqual(0, site.server.stop())
+            self.assertEqual(2, site.server.log().count("ON_CLOSE: down 22"))
 
 
 if __name__ == "__main__":
