@@ -29,6 +29,21 @@ HOSTS = {"cloud": {"nftables": EARLY + BEFORE, "netfilter-persistent": EARLY + B
                                          "Before=sysinit.target\n"},
          "firewalld": {"firewalld": BEFORE, "iptables": BEFORE,
                        "NetworkManager": "After=network-pre.target\nBefore=network.target\n"}}
+# Debian's, of fwknop-server 2.6.10.
+FWKNOP_SERVER = """[Unit]
+Description=Firewall Knock Operator Daemon
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=forking
+ExecStart=/usr/sbin/fwknopd
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+
+[Install]
+WantedBy=multi-user.target
+"""
 
 
 def parse_unit(text: str) -> Dict[str, List[str]]:
@@ -227,6 +242,21 @@ class SystemdTest(UnitCase):
             units.append(self.put(folder, "all.target", f"[Unit]\nWants={wants}\n"))
             done = run(["systemd-analyze", "verify", "--man=no", *units])
             return done.returncode, done.stdout + done.stderr
+
+    @needs_programs("systemd-analyze")
+    def test_drop_in(self) -> None:
+        """README's lines for Debian's fwknop-server start ours; a slip in them is found."""
+        section = read(os.path.join(TOP, "README.md")).partition("#### In place of Debian's")[2]
+        text = section.partition("```ini\n")[2].partition("```")[0]
+        text = text.replace("/usr/bin/python3 -I /usr/local/sbin/spa_server.py",
+                            f"{sys.executable} -I {SCRIPT}")
+        for lines, code in ((text, 0), (text.replace("ExecStart=\n", ""), 1)):
+            with tempfile.TemporaryDirectory() as folder:
+                os.mkdir(folder + "/fwknop-server.service.d")
+                self.put(folder, "fwknop-server.service.d/override.conf", lines)
+                done = run(["systemd-analyze", "verify", "--man=no", self.put(
+                    folder, "fwknop-server.service", FWKNOP_SERVER)])
+                self.assertEqual((code, not code), (done.returncode, not done.stderr), done.stderr)
 
     @needs_programs("systemd-analyze")
     def test_security(self) -> None:
