@@ -25,7 +25,7 @@ starts again. A packet that may be a knock goes to KnockListener.take_knock() in
 The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
 requests go to OspaGate.receive() in section 30; RSA (section 12) proves their keys.
 
-Until a packet's key is proven, 18 functions of 198 lines have run, all of them together. The list
+Until a packet's key is proven, 18 functions of 197 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
@@ -451,7 +451,7 @@ ALPHABET_AND_PADDING = ALPHABET + b"="
 MAX_KEY_BYTES, LEGACY_KEY_BYTES, MAX_HMAC_KEY_BYTES = 32, 16, 128
 MAX_PASSPHRASE_BYTES = 255  # gpg's
 PLACEHOLDER = "__CHANGEME__"  # stands for a key in fwknop's sample files and in our dump
-MODES = ("CBC", "ECB", "CFB", "OFB", "CTR", "LEGACY")
+MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "LEGACY": 8}  # and fwknop's numbers
 ASYMMETRIC = "Asymmetric"  # the mode that is GPG
 NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data is invalid"
 
@@ -636,6 +636,7 @@ class Keys:
     signed = ""  # the log line about the signer of the last packet
     respelt = True  # whether one plaintext has many spellings: then it is remembered as well
     accepts_bare = False  # whether another stanza accepts these packets without their tag
+    mode = ASYMMETRIC
 
     def __init__(self, hmac_type: Digest, hmac_key: bytes) -> None:
         self.has_hmac, self.tag_length = bool(hmac_key), hmac_type.text_size if hmac_key else 0
@@ -663,18 +664,19 @@ class PacketKeys(Keys):
 
     def decrypt(self, ciphertext: bytes) -> bytes:
         """Return the plaintext of "Salted__", salt and encrypted blocks; WrongKey if it is none."""
-        if not ciphertext.startswith(b"Salted__"):
-            raise self.malformed("malformed", invalid_data("ENCRYPT_TYPE_UNKNOWN"))
         if len(ciphertext) % 16 or len(ciphertext) < 48:
             raise self.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = self.cipher(key)
-        try:  # a plaintext begins with sixteen digits: one block is enough to tell a wrong key
-            expect(decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit(), "digits")
-            plain = decrypt(cipher, self.mode, iv, ciphertext[16:])
+        # A plaintext begins with sixteen digits: one block is enough to tell a wrong key.
+        if (not ciphertext.startswith(b"Salted__")
+                or not decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit()):
+            raise WrongKey("wrong key", NOT_DECRYPTED)
+        plain = decrypt(cipher, self.mode, iv, ciphertext[16:])
+        try:
             return strip_padding(plain, self.respelt)  # libfko 2.0.3 sends whole blocks without
-        except ValueError:
-            raise WrongKey("wrong key", NOT_DECRYPTED) from None
+        except ValueError:  # fwknopd checks no padding, and finds characters that no field has
+            raise WrongKey("wrong key", invalid_data("DECODE_NON_ASCII")) from None
 
 
 def seal_answer(packet: bytes, key: bytes, hmac_key: bytes, done: bool, text: str,
@@ -717,6 +719,9 @@ GPG_PREFIX = b"hQ"  # no client sends it before its GPG packet, but the HMAC cov
 GPG_WHOLE = (b"h", b"w")  # a packet of AES begins with 8, 9, + or /
 
 COMMAND, ACCESS, NAT, ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT = range(7)
+MESSAGE_TYPES = (
+    "Command msg", "Access msg", "NAT access msg", "Client timeout access msg",
+    "Client timeout NAT access msg", "Local NAT access msg", "Client timeout local NAT access msg")
 NAT_TYPES = (NAT, NAT_TIMEOUT, LOCAL_NAT, LOCAL_NAT_TIMEOUT)
 LOCAL_NAT_TYPES = (LOCAL_NAT, LOCAL_NAT_TIMEOUT)
 TIMEOUT_TYPES = (ACCESS_TIMEOUT, NAT_TIMEOUT, LOCAL_NAT_TIMEOUT)
@@ -743,16 +748,29 @@ class Packet(NamedTuple):
     address: Optional[Address]  # None: the packet's source
     ports: Tuple[Port, ...]
     command: str
+    plain: bytes  # all of them as they came, and their digest
 
-    def dump(self, payload: bytes) -> List[str]:
+    def dump(self, payload: bytes, keys: Keys) -> List[str]:
         """Return the fields as fwknop prints them, for VERBOSE; server_auth is a password."""
-        fields = (("Random Value", self.random), ("Username", self.user),
-                  ("Timestamp", self.timestamp), ("FKO Version", self.version),
-                  ("Message Type", self.type), ("Message String", self.message),
-                  ("Nat Access", ",".join(map(str, self.nat)) if self.nat else "<NULL>"),
-                  ("Server Auth", "(not shown)" if self.server_auth else "<NULL>"),
-                  ("Client Timeout", self.timeout), ("Digest Type", self.digest_type),
-                  ("Final SPA Data", payload.decode("ascii")))
+        null, hidden, body = "<NULL>", "(not shown)", keys.body(payload)
+        text, _, digest = self.plain.decode("ascii").rpartition(":")
+        hmac_type = f"{DIGESTS[keys.lock[0]].number} ({keys.lock[0]})"
+        mode = keys.mode.replace("LEGACY", "legacy")
+        fields = (
+            ("Random Value", self.random), ("Username", self.user), ("Timestamp", self.timestamp),
+            ("FKO Version", self.version),
+            ("Message Type", f"{self.type} ({MESSAGE_TYPES[self.type]})"),
+            ("Message String", self.message),
+            ("Nat Access", ",".join(map(str, self.nat)) if self.nat else null),
+            ("Server Auth", hidden if self.server_auth else null),
+            ("Client Timeout", self.timeout),
+            ("Digest Type", f"{DIGESTS[self.digest_type].number} ({self.digest_type})"),
+            ("HMAC Type", hmac_type if keys.has_hmac else "0 (None)"),
+            ("Encryption Type", "2 (GPG)" if mode == ASYMMETRIC else "1 (Rijndael)"),
+            ("Encryption Mode", f"{MODES.get(keys.mode, 7)} ({mode})"),
+            ("Encoded Data", hidden if self.server_auth else text), ("SPA Data Digest", digest),
+            ("HMAC", payload[len(body):].decode("ascii") if keys.has_hmac else null),
+            ("Final SPA Data", body.decode("ascii")))
         return ["SPA Field Values:", "=" * 17] + [f"{name:>15}: {value}" for name, value in fields]
 
 
@@ -771,7 +789,6 @@ ERROR_CODES = {4096: "Data is not a valid SPA message format",
                4097: "Not enough data to be a valid SPA message",
                4098: "Data is not an SPA message",
                4099: "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set"}
-GPG_PREFIX_CAME = "Error creating fko context: Args contain invalid data: it begins with hQ"
 
 
 class NotSpa(PacketRejected):
@@ -788,10 +805,9 @@ def check_payload(payload: bytes) -> None:
         raise NotSpa("length", 4097)
     if payload.translate(None, ALPHABET_AND_PADDING):
         raise NotSpa("not an SPA packet", 4098)
-    if payload.startswith(SALTED_PREFIX):
+    if payload.startswith(SALTED_PREFIX) or (
+            len(payload) > GPG_LENGTH and payload.startswith(GPG_PREFIX)):
         raise NotSpa("not an SPA packet", 4096)
-    if len(payload) > GPG_LENGTH and payload.startswith(GPG_PREFIX):
-        raise PacketRejected("not an SPA packet", GPG_PREFIX_CAME)
 
 
 def decode_request(request: bytes, any_agent: bool) -> Tuple[bytes, Optional[str]]:
@@ -839,6 +855,9 @@ def is_gpg(payload: bytes) -> bool:
 def wrong_type(payload: bytes) -> WrongKey:
     """Return the rejection of a packet when no stanza has keys for its kind of encryption."""
     number, size = 2 if is_gpg(payload) else 1, len(payload)
+    if number == 2 and size < GPG_LENGTH:  # to fwknopd this is AES, which no client sends so
+        return WrongKey("encryption type", "Error creating fko context: Args contain invalid data: "
+                        f"{size} characters, which begin as a GPG packet does")
     return WrongKey("encryption type", "No stanza encryption mode match for encryption type: "
                     f"{number}. ({size} characters; from {GPG_LENGTH} on it is a GPG packet)")
 
@@ -889,7 +908,7 @@ def decode_packet(plain: bytes) -> Packet:
     name = decode_text(user, 64, "DECODE_USERNAME")
     check_field(set(name) <= set(USER_CHARACTERS), "DECODE_USERNAME_VALIDFAIL")  # fwknop.md 1.3
     return Packet(random.decode(), name, int(timestamp), version.decode(), message_type, text, nat,
-                  server_auth, timeout, digest_type, address, ports, command)
+                  server_auth, timeout, digest_type, address, ports, command, plain)
 
 
 def find_digest(message: bytes, text: bytes) -> str:
@@ -5951,9 +5970,9 @@ class NftFirewall(Firewall):
                 for handle, _ in self.our_rules(chain)]
 
     def our_rules(self, chain: NftChain) -> List[Tuple[int, str]]:
-        """Return handle and tag of all rules in a chain of ours, of our rules in the host's."""
+        """Return handle and tag of our rules; in the guard of all, as others could open ports."""
         return [(handle, tag_in(comment)) for handle, comment in self.netlink.rules(chain)
-                if chain not in self.host_chains or COMMENT in comment]
+                if chain[:2] == GUARD_TABLE[:2] or COMMENT in comment]
 
     def intact(self) -> bool:
         """Return whether our tables are awake and all our rules stand."""
@@ -7356,11 +7375,14 @@ MAX_GRANTS = 10000  # for a stanza: twice a busy host's; each look at the firewa
 
 
 def grant_commands(firewall: Firewall, grant: Grant, is_new: bool, now: float) -> List[str]:
-    """Return the commands that would add or delete a grant; none if it ends by itself."""
+    """Return the commands that would add or delete a grant; none if it ends by itself. Behind them
+    is the rule of a new grant as fwknopd's log has it."""
     door, seconds = grant.door, max(0, grant.ends - now)
+    rule = [f"create_rule() Rule: '{fwknopd_rule(grant)}' added to {firewall.describe(door)}"
+            ] if is_new else []
     if isinstance(firewall, IptablesFirewall):
         return [f"{os.path.basename(program.program)} -t {table} {line}"
-                for program, table, line in firewall.rule_changes(grant, is_new)]
+                for program, table, line in firewall.rule_changes(grant, is_new)] + rule
     if not isinstance(firewall, NftFirewall) or not (is_new or grant.early or seconds):
         return []
     fields = [door.source.network_address] + ([door.destination] if door.destination else [])
@@ -7369,7 +7391,22 @@ def grant_commands(firewall: Firewall, grant: Grant, is_new: bool, now: float) -
     target = f" : {door.target}" + (f" . {door.target_port}" if door.target_port else "")
     return [f"nft {verb} element {chain.family} {chain.table} {set_type_of(door).name} "
             f"{{ {key}{timeout}{target if door.target and chain == NAT_TABLE else ''} }}"
-            for chain in firewall.chains_for(door)]
+            for chain in firewall.chains_for(door)] + rule
+
+
+def fwknopd_rule(grant: Grant) -> str:
+    """Return the rule of a grant in the order of fwknopd's arguments for iptables."""
+    door = grant.door
+    source, _, destination, _ = str(door).split(" ", 3)
+    parts = ["-t nat" if door.kind in NAT_KINDS else "-t filter"]
+    parts += [f"-p {PROTOCOL_NUMBERS[door.protocol]}"] if door.port else []
+    parts += [f"-s {source}"] if door.kind not in (SNAT, MASQUERADE) else []
+    parts += [f"-d {destination}"] if door.kind != FORWARD or door.destination else []
+    parts += [f"--dport {door.port}"] if door.port else []
+    parts.append(f"-m comment --comment {MARK}{grant.expires} -j "
+                 + ("ACCEPT" if door.kind in (INPUT, ONCE, FORWARD) else door.kind))
+    parts += [f"{TARGET_OPTIONS[door.kind]} {door.target_text()}"] if door.target else []
+    return " ".join(parts)
 
 
 class Grants:
@@ -8240,7 +8277,8 @@ class Configuration(NamedTuple):
                 if name == Stanza.source.name:
                     log.debug(f"{name} ({stanza.number}):  {value[:-1]}")
                 elif name[0] != "#":  # a default
-                    log.debug(f"{name:>27}:  {value[:-1]}")
+                    value = value[:-1].replace(PLACEHOLDER, "<see the access.conf file>")
+                    log.debug(f"{name:>27}:  {value}")
 
 
 class Lifecycle(NamedTuple):
@@ -8632,6 +8670,12 @@ def filtered_text(stanza: Stanza, datagram: Datagram) -> str:
             f"{socket_text(datagram.destination)}) filtered by SOURCE and/or DESTINATION criteria")
 
 
+def denial_text(denial: PacketRejected, datagram: Datagram) -> str:
+    """Return the log line of one stanza about a packet that another may let in."""
+    return denial.template.format(source=socket_text(datagram.source), text=denial,
+                                  stanza=f"(stanza #{denial.stanza_number}) ")
+
+
 def resolve_name(name: str, version: int,
                  monotonic: Callable[[], float] = time.monotonic) -> Optional[Address]:
     """Return the address of a host, or None: it has none, or the answer took too long."""
@@ -8791,20 +8835,15 @@ class Gate:
         """
         reasons: List[PacketRejected] = []
         told: Optional[Tuple[Stanza, str]] = None
-        is_proven, is_final, datagram = False, True, entry.datagram
-        if self.log.level >= DEBUG:
-            for stanza in self.stanzas[:passed[0][0].number - 1]:
-                if not stanza.admits(datagram):
-                    self.log.debug(filtered_text(stanza, datagram))
+        is_proven, is_final, datagram, start = False, True, entry.datagram, 0
         for stanza, keys in passed:
-            is_proven = is_proven or keys.has_hmac
+            self.tell_not_passed(entry, start, stanza.number - 1)
+            is_proven, start = is_proven or keys.has_hmac, stanza.number
             try:
                 self.let_in(entry, stanza, keys)
                 for denial in reasons:
-                    if not isinstance(denial, WrongKey):
-                        self.log.info(denial.template.format(
-                            source=socket_text(datagram.source), text=denial,
-                            stanza=f"(stanza #{denial.stanza_number}) "))
+                    self.log.write(DEBUG if isinstance(denial, WrongKey) else INFO,
+                                   denial_text(denial, datagram))
                 return
             except PacketRejected as reason:
                 reason.stanza_number = stanza.number
@@ -8816,6 +8855,7 @@ class Gate:
                     raise
                 is_final = is_final and not isinstance(reason, TooFast)
                 reasons.append(reason)
+        self.tell_not_passed(entry, start, len(self.stanzas))
         main = next((each for each in reasons if not isinstance(each, WrongKey)), reasons[-1])
         if is_proven and is_final and not entry.remembered:
             self.memory.refuse(datagram.payload, main.reason)
@@ -8830,6 +8870,12 @@ class Gate:
         self.tell_match(entry, stanza)
         packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 15
         entry.proven_by = stanza
+        if self.log.level >= DEBUG:
+            source = socket_text(datagram.source)
+            for line in (f"SPA Packet: '{datagram.payload.decode('ascii')}'",
+                         f"[{source}] {prefix}SPA Decode (res=0):",
+                         *packet.dump(datagram.payload, keys)):
+                self.log.debug(line)
         if not entry.remembered:
             self.memory.check_fresh(packet.timestamp)
             for text in texts:  # before anything opens: a crash in between must not allow a replay
@@ -8839,11 +8885,24 @@ class Gate:
             if keys.signed:
                 self.log.info(prefix + keys.signed)
         self.tell_match(entry, stanza, is_genuine=True)
-        if self.log.level >= DEBUG:
-            self.log.debug(f"[{socket_text(datagram.source)}] {prefix}SPA Decode (res=0):")
-            for line in packet.dump(datagram.payload):
-                self.log.debug(line)
         self.ask_and_answer(Request.of_packet(packet, datagram), stanza)
+
+    def tell_not_passed(self, entry: Entry, start: int, end: int) -> None:
+        """Log, as fwknopd does, why a packet has not passed these stanzas. Whether its addresses
+        fit is told as well, but tell_near() told it of those before the first that it passed."""
+        datagram, is_for_gpg = entry.datagram, is_gpg(entry.datagram.payload)
+        for stanza in self.stanzas[start:end] if start or self.log.level >= DEBUG else ():
+            if not stanza.takes_packets:
+                continue
+            admits = stanza.for_all or stanza.admits(datagram)
+            if start and admits:
+                self.tell_match(entry, stanza)
+            if self.log.level >= DEBUG:
+                fits = stanza.gpg if is_for_gpg else stanza.keys
+                reason = stanza.wrong_hmac if fits else wrong_type(datagram.payload)
+                reason.stanza_number = stanza.number
+                self.log.debug(denial_text(reason, datagram) if admits else
+                               filtered_text(stanza, datagram))
 
     def tell_match(self, entry: Entry, stanza: Stanza, is_genuine: bool = False) -> None:
         """Log that a stanza's addresses fit a packet, once; only a genuine one is never held
@@ -9252,8 +9311,8 @@ class FirewallWatch:
         try:
             with firewall.within(PATIENCE):
                 if firewall.trial is not TRIAL_OVER and firewall.mend_guard():
-                    self.log.warning("Somebody changed our rules in the firewall "
-                                     f"({firewall.describe()}); put the guard back")
+                    self.log.warning(f"Somebody changed the guard ({firewall.describe()}); put "
+                                     "back as it was")
                     self.look_soon()  # the grants may be gone as well
         except CommandError:  # restore() tries again, and says why it can't
             self.check_rest = 0.0
@@ -10963,39 +11022,61 @@ LIST_HEADS = "num  target     prot opt source               destination"
 def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
     """Return the rules in our chains, in the shape of fwknopd and `iptables -L -n`; a grant ends
     with its seconds left and its opener."""
-    grants, now = firewall.grants(), firewall.clocks.monotonic()
-
-    def row(number: int, grant: Grant) -> str:
-        door = grant.door
-        source, _, destination, port = str(door).split(" ", 3)
-        protocol, _, port = port.partition("/")
-        target = "ACCEPT" if door.kind in (INPUT, ONCE) else door.kind
-        extra = (f" to:{door.target_text()}" if door.target else
-                 " for one connection" if door.kind == ONCE else "")
-        return (f"{number:<4} {target:<10} {protocol:<4} --  {source:<20} {destination:<20} "
-                f"{protocol} dpt:{port} /* {MARK}{grant.expires} */{extra} "
-                f"{int(max(0, grant.ends - now))} seconds left, {find_opener(openers, grant)}")
-
     if isinstance(firewall, IptablesFirewall):
-        lines = ["Listing rules in fwknopd iptables chains...", *list_chains(firewall, row)]
-    else:
-        lines = ["Listing rules in fwknopd chains..."]
-        chains: Dict[str, List[Grant]] = {firewall.describe(): []}
-        for grant in sorted(grants, key=lambda grant: grant.ends):
-            chains.setdefault(firewall.describe(grant.door), []).append(grant)
-        for name, found in chains.items():
-            lines += ["", f"Chain {name} (1 references)", LIST_HEADS]
-            lines += [row(number, grant) for number, grant in enumerate(found, 1)]
+        return "\n".join(list_chains(firewall, openers))
+    lines = ["Listing rules in fwknopd chains..."]
+    names = firewall.describe().split(", ") if firewall.keeps else []
+    chains: Dict[str, List[str]] = {name: [] for name in names[:1]}
+    for grant in sorted(firewall.grants(), key=lambda grant: (grant.expires, str(grant.door))):
+        names = firewall.describe(grant.door).split(", ")  # DNAT passes the guard before
+        chains.setdefault(names[-1 if grant.door.target else 0], []).append(
+            grant_row(firewall, grant, openers))
+    for name, rule in foreign_rules(firewall.listing()):
+        chains.setdefault(name, []).append(rule)
+    for name, rows in chains.items():
+        lines += ["", f"Chain {name} (1 references)", LIST_HEADS]
+        lines += [f"{number:<4} {row}" for number, row in enumerate(rows, 1)]
     return "\n".join(lines)
 
 
-def list_chains(firewall: IptablesFirewall, row: Callable[[int, Grant], str]) -> Iterator[str]:
+def foreign_rules(listing: str) -> Iterator[Tuple[str, str]]:
+    """Return chain and text of each rule of others in our own tables, from what nft printed."""
+    where: List[str] = []
+    for line in listing.splitlines():
+        words, indent = line.split(), len(line) - len(line.lstrip("\t"))
+        if indent < 2 and words[1:]:  # `table inet spa {`, `chain guard {`, `set spa4 {`
+            where[2 * indent:] = words[1:-1] if words[0] in ("table", "chain") else []
+        elif (any(where[:2] == list(own[:2]) for own in OWN_CHAINS) and where[2:] and words[1:]
+              and words[0] != "type" and COMMENT not in line):
+            yield " ".join(where), line.strip()
+
+
+def grant_row(firewall: Firewall, grant: Grant, openers: Dict[str, str]) -> str:
+    """Return the line of a grant behind its number."""
+    door, seconds = grant.door, max(0, grant.ends - firewall.clocks.monotonic())
+    source, _, destination, _ = str(door).split(" ", 3)
+    target = "ACCEPT" if door.kind in (INPUT, ONCE, FORWARD) else door.kind
+    protocol, match = (door.protocol, f"{door.protocol} dpt:{door.port} ") if door.port else (
+        "all", "")
+    # fwknopd's rule for MASQUERADE names the port once more, as the one that connections come from.
+    extra = (f" to:{door.target_text()}" if door.target else
+             " for one connection" if door.kind == ONCE else
+             f" masq ports: {door.port}" if door.kind == MASQUERADE and door.port else "")
+    left = f"{seconds:.0f} seconds left, {find_opener(openers, grant)}"
+    return (f"{target:<10} {protocol:<4} --  {source:<20} {destination:<20} {match}"
+            f"/* {MARK}{grant.expires} */{extra} {left}")
+
+
+def list_chains(firewall: IptablesFirewall, openers: Dict[str, str]) -> Iterator[str]:
     """Return head and rules of each chain of ours; rules that are no grants as iptables prints
-    them. A grant in several chains is a `row` in the first only."""
+    them. A grant in several chains has a line of ours in the first only."""
     known: Set[Tuple[Door, int]] = set()
     wall, now = firewall.clocks.wall(), firewall.clocks.monotonic()
     names = dict.fromkeys((chain.table, chain.name) for chain in firewall.chains)
+    names.update(dict.fromkeys(("mangle", name) for name in GUARD_CHAINS.values()
+                               if firewall.guard_ports))
     for program in firewall.programs.values():
+        yield f"Listing rules in fwknopd {os.path.basename(program.program)} chains..."
         for table, name in names:
             if f"-N {name}" not in program.list(table):
                 continue  # before the first start
@@ -11008,9 +11089,10 @@ def list_chains(firewall: IptablesFirewall, row: Callable[[int, Grant], str]) ->
                                            if chain.name == name and chain.is_primary)), None)
                 if found and found not in known:
                     known.add(found)
-                    door, expires = found
-                    text = row(number, Grant(door, expires, now + expires - wall))
+                    grant = Grant(*found, now + found[1] - wall)
+                    text = f"{number:<4} {grant_row(firewall, grant, openers)}"
                 yield text.rstrip()
+        yield ""
 
 
 def signal_server(arguments: Arguments) -> int:

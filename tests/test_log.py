@@ -61,9 +61,14 @@ PACKETS: Tuple[Tuple[str, str, Dict[str, Any], str, str], ...] = (
     ("alphabet", STANZA, {"payload": b"!" * 200},
      r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4098: 'Data is not an SPA message' "
      r"for incoming packet\.", ""),
-    ("GnuPG prefix", STANZA, {"payload": b"hQ" + b"A" * 400},
-     r"\[10\.55\.0\.2\] Error creating fko context: Args contain invalid data",
-     ": it begins with hQ"),
+    ("GnuPG prefix", STANZA, {"payload": b"hQ" + b"A" * 200},
+     FROM + "Error creating fko context: Args contain invalid data",
+     ": 202 characters, which begin as a GPG packet does"),
+    ("long GnuPG prefix", STANZA, {"payload": b"hQ" + b"A" * 400},
+     r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4096: 'Data is not a valid SPA "
+     r"message format' for incoming packet\.", ""),
+    ("a tag too much", "SOURCE ANY\n" + KEYS.splitlines()[0], {}, CONTEXT +
+     "Args contain invalid data: FKO_ERROR_INVALID_DATA_DECODE_NON_ASCII", ""),
     ("prefix", STANZA, {"payload": b"U2FsdGVkX1" + b"A" * 200},
      r"\[10\.55\.0\.2\] preprocess_spa_data\(\) returned error 4096: 'Data is not a valid SPA "
      r"message format' for incoming packet\.", ""),
@@ -158,12 +163,15 @@ class PacketLineTest(LogCase):
 
     def test_source_match(self) -> None:
         """The line stands once for each stanza whose SOURCE fits, before its keys are looked at."""
-        other = "SOURCE ANY\nKEY a\nHMAC_KEY b\n"
+        other, no_hmac = "SOURCE ANY\nKEY a\nHMAC_KEY b\n", "SOURCE ANY\nKEY a\n"
         match = "(stanza #%d) SPA Packet from IP: 10.55.0.2 received with access source match"
         for access, fields, numbers, then in (
                 (STANZA, {}, [1], "Added"),
                 (other + "SOURCE 192.0.2.1\n" + KEYS + STANZA + STANZA, {}, [1, 3], "Added"),
                 (STANZA + "OPEN_PORTS tcp/1\n" + STANZA, {}, [1, 2], "Added"),
+                (no_hmac + other + STANZA, {"sender": Sender(hmac_key=b"x")}, [1, 2, 3],
+                 "(stanza #1) Error creating"),
+                (no_hmac + other + STANZA, {}, [1, 2, 3], "Added"),
                 (STANZA, {"timestamp": NOW - 500}, [1], "time difference"),
                 (STANZA, {"sender": Sender(hmac_key=b"x")}, [1], "HMAC_COMPAREFAIL"),
                 (STANZA, {"sender": Sender(key=b"x")}, [1], "Decryption failed"),

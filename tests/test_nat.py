@@ -310,7 +310,26 @@ PASS_CHAIN = GUARD_CHAIN._replace(kind=server.DNAT, match=server.GUARD_PASS)
 
 
 class WordsTest(NatCase):
-    """What VERBOSE shows of a grant: the command that would add or delete it."""
+    """What VERBOSE shows of a grant: the command that would add or delete it, and what fwknopd's
+    arguments for iptables would be."""
+
+    RULE = ("create_rule() Rule: '-t nat -p 6 -s 10.55.0.2 -d 0.0.0.0/0 --dport 22 -m comment "
+            "--comment _exp_9 -j DNAT --to-destination 10.66.0.2:80' added to %s")
+
+    def test_rules_of_fwknopd(self) -> None:
+        """Their order, for each kind of door (tests/test_live_log.py has them from fwknopd)."""
+        for kind, text, target, words in (
+                ("access", "10.55.0.2/32 tcp/22", "", "filter -p 6 -s 10.55.0.2 -d 0.0.0.0/0 "
+                 "--dport 22 %s ACCEPT"),
+                ("access", "fd55::/56 udp/53", "", "filter -p 17 -s fd55::/56 -d ::/0 --dport 53 "
+                 "%s ACCEPT"),
+                ("FORWARD", "10.55.0.2/32 tcp/22", "", "filter -p 6 -s 10.55.0.2 --dport 22 "
+                 "%s ACCEPT"),
+                ("SNAT", "0.0.0.0/0 tcp/22", "10.66.0.1", "nat -p 6 -d 0.0.0.0/0 --dport 22 "
+                 "%s SNAT --to-source 10.66.0.1")):
+            made = nat_door(kind, text, target, 0) if target else door(text)._replace(kind=kind)
+            self.assertEqual("-t " + words % "-m comment --comment _exp_9 -j",
+                             server.fwknopd_rule(server.Grant(made, 9, 0.0)))
 
     def test_iptables(self) -> None:
         """A command for each rule."""
@@ -318,11 +337,12 @@ class WordsTest(NatCase):
                                            frozenset(), mock.Mock())
         firewall.programs[4].dated = False
         grant = server.Grant(nat_door("DNAT", "10.55.0.2/32 tcp/22", "10.66.0.2", 80), 9, 0.0)
-        for is_new, option in ((True, "-A"), (False, "-D")):
+        for is_new, option, more in ((True, "-A", [self.RULE % "FWKNOP_PREROUTING"]),
+                                     (False, "-D", [])):
             self.assertEqual(
                 ["iptables -t nat %s FWKNOP_PREROUTING -s 10.55.0.2/32 -p tcp -m tcp --dport 22 "
-                 "-m comment --comment _exp_9 -j DNAT --to-destination 10.66.0.2:80" % option],
-                server.grant_commands(firewall, grant, is_new, 0.0))
+                 "-m comment --comment _exp_9 -j DNAT --to-destination 10.66.0.2:80" % option,
+                 *more], server.grant_commands(firewall, grant, is_new, 0.0))
 
     def test_nft(self) -> None:
         """A command for each element; none for one that has ended by itself."""
@@ -337,8 +357,10 @@ class WordsTest(NatCase):
                 (first, "inet spa_nat spa4_dnat", "10.55.0.2 . tcp . 22", " : 10.66.0.2 . 80"),
                 (second, "inet filter spa6", "fd55::2 . udp . 53", "")):
             grant = server.Grant(made, 9, clock.mono() + 30)
-            self.assertEqual(["nft add element %s { %s timeout 30s%s }" % (name, key, target)],
-                             server.grant_commands(firewall, grant, True, clock.mono()))
+            added = server.grant_commands(firewall, grant, True, clock.mono())
+            self.assertEqual("nft add element %s { %s timeout 30s%s }" % (name, key, target),
+                             added[0])
+            self.assertEqual(target != "", added[1] == self.RULE % "inet spa_nat prerouting")
             self.assertEqual(["nft delete element %s { %s%s }" % (name, key, target)],
                              server.grant_commands(firewall, grant, False, clock.mono()))
             self.assertEqual([], server.grant_commands(firewall, grant._replace(ends=0.0), False,
