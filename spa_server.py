@@ -4501,6 +4501,7 @@ class ReplayMemory:
     def load_beginning(self, fields: List[str]) -> None:
         """Continue the memory of `# began MONOTONIC BOOT_ID FORGOTTEN`, if it is of this boot."""
         try:
+            expect(max(map(len, fields)) <= 36, "times")  # an identity of a boot has 36
             began, boot_id, forgotten = float(fields[2]), fields[3], int(fields[4])
             silent, whole, widest = (int(fields[5]), float(fields[6]), float(fields[7])) if (
                 len(fields) > 7) else (self.silent, self.whole, 0.0)  # by an earlier version
@@ -4773,9 +4774,17 @@ def attribute_list(data: bytes) -> Iterator[Tuple[int, bytes]]:
         data = data[(length + 3) & ~3:]
 
 
+class Attributes(Dict[int, bytes]):
+    """Attributes by their type."""
+
+    def __missing__(self, kind: int) -> bytes:
+        """Raise CommandError for one that is missing."""
+        raise CommandError(f"netlink: attribute {kind} is missing")
+
+
 def attributes(data: bytes) -> Dict[int, bytes]:
     """Return the attributes in `data` by type; the last one of a type counts."""
-    return dict(attribute_list(data))
+    return Attributes(attribute_list(data))
 
 
 def announced_table(kind: int, body: bytes) -> Optional[Tuple[int, bytes]]:
@@ -4789,7 +4798,7 @@ def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
     """Return type, port id and body of each message of the kernel; CommandError if one is cut."""
     while data:
         length, kind, _, _, port = struct.unpack_from("=IHHII", data.ljust(16, b"\0"))
-        if not (20 if kind == NLMSG_ERROR else 16) <= length <= len(data):
+        if not 20 <= length <= len(data):  # with struct nfgenmsg, or an error's number
             raise CommandError("netlink: a message is cut")
         yield kind, port, data[16:length]
         data = data[(length + 3) & ~3:]
@@ -4879,7 +4888,7 @@ class Netlink:
         """Return handle and user data of a chain's rules; an error or none if it is missing."""
         question = name_attribute(RULE_TABLE, chain.table) + name_attribute(RULE_CHAIN, chain.chain)
         found = self.dump(GET_RULE, NFT_FAMILIES[chain.family], question)
-        return [(struct.unpack(">Q", rule[RULE_HANDLE])[0],
+        return [(int.from_bytes(rule[RULE_HANDLE], "big"),
                  rule.get(RULE_USERDATA, b"").decode("latin-1")) for rule in found
                 if attributes(question).items() <= rule.items()]  # old kernels list all chains
 
@@ -4918,7 +4927,7 @@ def is_own_address(address: Address) -> Optional[bool]:
         asked.sendto(header + question, (0, 0))
         answer = asked.recv(65536, socket.MSG_DONTWAIT)  # the kernel answers within sendto()
     for kind, _, body in netlink_messages(answer):
-        if kind == NEW_ROUTE:  # struct rtmsg, and attributes
+        if kind == NEW_ROUTE and len(body) >= 12:  # struct rtmsg, and attributes
             _, prefix, _, _, _, maker, _, route = body[:8]
             network = (family == socket.AF_INET and prefix < 31 and maker == ROUTE_BY_KERNEL
                        and attributes(body[12:]).get(ROUTE_DESTINATION) == address.packed)
@@ -5820,7 +5829,7 @@ def parse_set_name(name: str) -> Optional[SetType]:
     head, *parts = name.split("_")
     if head not in ("spa4", "spa6"):
         return None
-    prefix = parts[0] if parts and parts[0].isdigit() else {"spa4": "32", "spa6": "128"}[head]
+    prefix = parts[0] if parts and parts[0].isdecimal() else {"spa4": "32", "spa6": "128"}[head]
     kind = next((kind for kind in (ONCE, FORWARD) + NAT_KINDS if kind.lower() in parts), INPUT)
     set_type = SetType(int(head[3]), int(prefix), "to" in parts, kind, "all" not in parts)
     return set_type if set_type.name == name else None
@@ -6072,7 +6081,7 @@ class NftFirewall(Firewall):
                 door = set_type.door(*[attributes(element.get(part, b"")).get(DATA_VALUE, b"")
                                        for part in (ELEMENT_KEY, ELEMENT_DATA)])
                 left = element.get(ELEMENT_EXPIRATION)
-                seconds = struct.unpack(">Q", left)[0] / 1000 if left else FOR_EVER
+                seconds = int.from_bytes(left[:8], "big") / 1000 if left else FOR_EVER
                 if door is not None and seconds > 0:
                     doors.append((door, seconds))
         return doors
@@ -7174,13 +7183,14 @@ class HostChain(NamedTuple):
 
 
 def chain_verdicts(rules: Dict[str, List[HostRule]], name: str, packet: Dict[str, str]) -> Set[str]:
-    """Return how a packet may leave a chain; `next` goes on behind it."""
+    """Return how a packet may leave a chain; `next` goes on behind it. A jump back ends there."""
     found: Set[str] = set()
     for tests, verdict, target in rules.get(name, ()):
         held = [holds(*test, packet) for test in tests]
         if False in held:
             continue
-        met = chain_verdicts(rules, target, packet) if verdict == "jump" else {verdict}
+        met = {verdict} if verdict != "jump" else chain_verdicts(
+            {**rules, name: []}, target, packet)
         found |= met - {"next"}
         if None not in held and "next" not in met:
             break
@@ -7200,8 +7210,8 @@ def holds(field: str, values: List[str], negated: bool, packet: Dict[str, str]) 
         return None
     elif field == "port":
         pairs = [value.replace(":", "-").partition("-") for value in values]
-        found = [int(low) <= int(packet[field]) <= int(high or low) if low.isdigit() else None
-                 for low, _, high in pairs]
+        found = [int(low) <= int(packet[field]) <= int(high or low)
+                 if low and (low + high).isdecimal() else None for low, _, high in pairs]
     else:
         found = [None if value[:1] in "@." else value == packet[field] for value in values]
     return not negated if True in found else None if None in found else negated
@@ -7273,7 +7283,7 @@ def nft_host_chains(text: str) -> Iterator[HostChain]:
     for table, chains in tables.items():
         rules = {name: [rule for line in lines if not line.startswith("type ")
                         for rule in host_rules(line, chains)] for name, lines in chains.items()}
-        versions = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}.get(table.split()[0], ())
+        versions = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}.get(table.partition(" ")[0], ())
         for name, lines in chains.items():
             if table not in [" ".join(own[:2]) for own in OWN_CHAINS] and lines[0].startswith(
                     ("type filter hook input ", "type nat hook prerouting ")):

@@ -564,26 +564,6 @@ class AnswerTest(OspaCase):
             count += 1
         self.assertEqual(9, count)
 
-    def test_mutations(self) -> None:
-        """An answer that is changed, cut or grown anywhere is a ValueError, and nothing else."""
-        raw, answer = (bytes.fromhex(each["hex"]) for each in FIRST["packets"])
-        decoded = FIRST["packets"][1]["decoded"]
-        session = bytes.fromhex(decoded["session_iv"] + decoded["session_key"])
-        values = client.parse_ospa(ospa(), "f")
-        request = client.OspaRequest.__new__(client.OspaRequest)
-        request.keys, request.header = (values[client.PRIVATE], values[client.SERVER_KEY]), raw[:8]
-        request.fields = client.decode_ospa(
-            server.unseal_ospa(raw, key(FIRST["server_private_pem"]))[1], False)
-        with mock.patch.object(client.RsaKey, "decrypt", return_value=session):
-            self.assertEqual(30, request.decode_answer(answer))
-            for position in range(0, 310, 3):  # up to the session, which is not decrypted here
-                byte = bytes([answer[position] ^ 1 << position % 8])
-                for bad in (answer[:position], answer[:position] + answer[position + 1:],
-                            answer[:position] + byte + answer[position + 1:],
-                            answer[:position] + byte + answer[position:]):
-                    with self.subTest(position=position), self.assertRaises(ValueError):
-                        request.decode_answer(bad)
-
     def test_wrong_calculation(self) -> None:
         """A signature that this machine got wrong is not sent: it could give the key away."""
         with FakeServer(answers) as fake, \
