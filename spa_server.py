@@ -1189,7 +1189,8 @@ class Settings:
         try:
             value = self.expand(value)
             if row.is_path and value[:1] not in ("", "/", "~"):
-                value = os.path.join(self.directory or os.getcwd(), value)
+                in_path = row.name.endswith("_EXE") and "/" not in value and find_program(value)
+                value = in_path or os.path.join(self.directory or os.getcwd(), value)
             self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
             shown = doubt if row.secret else f"not '{value}'"
@@ -2079,8 +2080,8 @@ def parse_steps(text: str) -> Tuple[Step, ...]:
     it needs a blank, because `7000#8000` may be half a sequence.
     """
     steps = []
-    ports, mark, _ = text.partition("#")
-    expect(not mark or ports[-1:] in ("", " ", "\t"), "a blank before the # of a comment")
+    ports, _, comment = text.replace(";", "#").partition("#")
+    expect(not comment or ports[-1:] in ("", " ", "\t"), "a blank before the # or ; of a comment")
     for item in ports.split(","):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
         number = STEP_PROTOCOLS.get(protocol if colon else "tcp")
@@ -2555,7 +2556,8 @@ class Stanza(Settings):
     forward_all = Flag("FORWARD_ALL", "with NAT, forward every protocol and port")
     disable_dnat = Flag("DISABLE_DNAT", "with NAT, forward only what is sent to the inner host")
 
-    of_tools = Ignored("keytype hkeytype DATA_COLLECT_MODE",
+    of_tools = Ignored("keytype hkeytype DATA_COLLECT_MODE GPG_PATH GPG_PREFIX_ADD GPG_NO_OPTIONS "
+                       "GPG_NO_REQUIRE_PREFIX",
                        "tools and older releases of fwknop write it, and nothing reads it")
     permissions = Ignored("PERMIT_CLIENT_PORTS PERMIT_CLIENT_TIMEOUT",
                           "as in fwknopd 2.6, clients may", parse_permission)

@@ -33,7 +33,7 @@ KINDS = {
               "the start goes well, and no packet ever fits"),
     "filter": ("`PCAP_FILTER` with more than ports, hosts, networks and protocols", "works there"),
 }
-RC_FILE, OPTIONS = "~/.fwknoprc", "options"
+DAEMON, RC_FILE, OPTIONS = "options of fwknopd", "~/.fwknoprc", "options of fwknop"
 
 # (kind, where the input is, the input, what our error has)
 ROWS = (
@@ -50,6 +50,7 @@ ROWS = (
     ("number", RC_FILE, "FW_TIMEOUT 5m", "a number of seconds, 0 to 65536"),
     ("number", RC_FILE, "SPA_SERVER_PORT 62201/udp", "a port number, 1 to 65535"),
     ("number", RC_FILE, "TIME_OFFSET 1x", "a time such as 90"),
+    ("number", DAEMON, "-C x", "a number, 0 to 1000000000"),
     ("number", OPTIONS, "-f abc", "a number of seconds, 0 to 65536"),
     ("number", OPTIONS, "-p 0", "a port number, 1 to 65535"),
     ("rest", FWKNOPD, "ENABLE_SPA_OVER_HTTP Y; ENABLE_TCP_SERVER Y;", "behind the semicolon"),
@@ -80,6 +81,7 @@ ROWS = (
     ("name", ACCESS, "CMD_REGEX ^ls", "CMD_REGEX: unknown directive"),
     ("name", ACCESS, "NO_SUCH_NAME 1", "NO_SUCH_NAME: unknown directive"),
     ("name", ACCESS, "PERMIT_CLIENT_TIMEOUT N", "expected Y: here, OPEN_PORTS and"),
+    ("name", DAEMON, "gate", "unexpected argument 'gate'"),
     ("keys", ACCESS, "%include_keys keys", "expected only keys here"),
     ("value", ACCESS, "SOURCE 010.0.0.1\nKEY x", "ANY, or IP addresses and networks"),
     ("value", ACCESS, "SOURCE 10.1\nKEY x", "ANY, or IP addresses and networks"),
@@ -142,6 +144,8 @@ BEHAVIOUR = (
      "test_server.test_a_key_with_and_without_hmac"),
     ("NAT translates every port of a request", "all were asked for",
      "test_live_nat.test_round_trip"),
+    ("NAT leads to 127.0.0.1 for clients on this host alone", "the kernel drops what others send",
+     "test_live_nat.test_what_is_not_enabled"),
     ("X-Forwarded-For may have more than one address, and ports", "proxies write them",
      "test_dropin.test_forwarded"),
     ("the client writes no rc file, and no keys to ~/.fwknop.run", "nobody asked for a copy",
@@ -163,25 +167,27 @@ class ServerDifferenceTest(ConfigCase):
         self.write("keys", "KEY k3y2\nRESTRICT_PORTS tcp/25\n")
         line = line.replace("%include_keys ", "%include_keys " + self.directory + "/")
         texts = {FWKNOPD: "PCAP_INTF lo;\n", ACCESS: KEYED}
-        texts[file] += line + "\n"
-        return ["-c", self.write(FWKNOPD, texts[FWKNOPD]), "-a", self.write("a", texts[ACCESS])]
+        options = shlex.split(line) if file == DAEMON else []
+        texts[file] = texts.get(file, "") + line + "\n"
+        return ["-c", self.write(FWKNOPD, texts[FWKNOPD]), "-a", self.write("a", texts[ACCESS]),
+                *options]
 
     def test_ours(self) -> None:
-        """Each stops the start, with its line."""
+        """Each stops the start, with its line or option."""
         for kind, file, line, expected in ROWS:
-            if file in (FWKNOPD, ACCESS):
+            if file in (FWKNOPD, ACCESS, DAEMON):
                 with self.subTest(kind=kind, line=line):
-                    code, _, said = self.main(*self.files(file, line), "--exit-parse-config")
-                    self.assertEqual(3, code, said)
+                    code, _, said = self.main("--exit-parse-config", *self.files(file, line))
+                    self.assertEqual(2 if file == DAEMON else 3, code, said)
                     self.assertIn(expected, said)
-                    self.assertRegex(said, r"(fwknopd\.conf|/a|/keys):\d+: ")
+                    self.assertRegex(said, r"(fwknopd\.conf|/a|/keys):\d+: |spa_server.py: ")
 
     @needs_programs("fwknopd")
     @needs_root
     def test_fwknopd(self) -> None:
         """fwknopd starts with each."""
         for kind, file, line, _ in ROWS:
-            if file in (FWKNOPD, ACCESS):
+            if file in (FWKNOPD, ACCESS, DAEMON):
                 with self.subTest(kind=kind, line=line):
                     ended = run(["fwknopd", "-D", *self.files(file, line)], cwd=self.directory)
                     self.assertEqual(0, ended.returncode, ended.stdout + ended.stderr)

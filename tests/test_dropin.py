@@ -46,6 +46,7 @@ LINES = (
     (ACCESS, "GPG_HOME_DIR gh", TAKEN, ""), (ACCESS, "FW_ACCESS_TIMEOUT +60", TAKEN, ""),
     (ACCESS, "keytype Base 64 key", TAKEN, "keytype is ignored: tools and older releases"),
     (ACCESS, "hkeytype Base 64 key", TAKEN, "hkeytype is ignored"),
+    (ACCESS, "GPG_NO_OPTIONS Y", TAKEN, "GPG_NO_OPTIONS is ignored: tools and older"),
     (ACCESS, "DATA_COLLECT_MODE: PCAP;", TAKEN, "DATA_COLLECT_MODE is ignored"),
     (ACCESS, "PERMIT_CLIENT_PORTS: Y;", TAKEN, "PERMIT_CLIENT_PORTS is ignored: as in fwknopd 2.6"),
     (ACCESS, "FW_ACCESS_TIMEOUT 60 # s", TAKEN, ""), (ACCESS, "OPEN_PORTS tcp/22 # x", TAKEN, ""),
@@ -115,6 +116,16 @@ class ServerLineTest(ConfigCase):
                     if file == ACCESS:
                         found = server.read_configuration(arguments, directory).stanzas[0]
                     self.assertEqual(begins + "/sub/x", getattr(found, attribute))
+
+    def test_programs_by_name(self) -> None:
+        """A name without a directory is a program of PATH; fwknopd runs FIREWALL_EXE so."""
+        os.environ["PATH"], before = self.directory, os.environ["PATH"]
+        self.addCleanup(os.environ.__setitem__, "PATH", before)
+        os.symlink("/bin/sh", self.place("iptables"))
+        for name, path in (("iptables", self.place("iptables")), ("./x", os.getcwd() + "/./x"),
+                           ("no-such", os.getcwd() + "/no-such")):
+            settings = self.settings_of(*self.files(FWKNOPD, f"FIREWALL_EXE {name};"))
+            self.assertEqual(path, settings.firewall_program)
 
     def test_command_groups(self) -> None:
         """Where no group has that name, a user's stands for that user's main group; with a warning.

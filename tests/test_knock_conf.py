@@ -23,7 +23,8 @@ STEPS = (
     ("7000,8000:udp,9000:tcp", ((TCP, 7000), (UDP, 8000), (TCP, 9000))),
     (" 7000 :\tUDP ,8000 : Tcp\t", ((UDP, 7000), (TCP, 8000))),
     ("7000,7000", ((TCP, 7000), (TCP, 7000))), ("07000", ((TCP, 7000),)),
-    ("7000 # comment, with commas", ((TCP, 7000),)),
+    ("7000 # comment, with commas", ((TCP, 7000),)), ("7000,8000;", ((TCP, 7000), (TCP, 8000))),
+    ("7000 ; comment", ((TCP, 7000),)), ("7000#", ((TCP, 7000),)),
     (":icmp, 0:icmp,100:ICMP,1452:icmp", ((ICMP, ANY), (ICMP, 0), (ICMP, 100), (ICMP, 1452))),
     (PORTS[:-5], tuple((TCP, port) for port in range(7001, 7033))),
 )
@@ -54,7 +55,8 @@ class ParserTest(ConfigCase):
                     server.parse_steps(text)
                 self.assertIn(str(caught.exception), (
                     "expected ports such as `7000, 8000:udp, 100:icmp`",
-                    "expected at most 32 ports", "expected a blank before the # of a comment"))
+                    "expected at most 32 ports",
+                    "expected a blank before the # or ; of a comment"))
 
     def test_flags(self) -> None:
         """Flags are set or clear, in any case; the last of two wins; there may be none."""
@@ -102,6 +104,8 @@ GRAMMAR = (
     (DOOR + "TCPFlags =\n", "3: TCPFlags: expected `name = value`", False),
     (DOOR + "Seq_Cooldown = 60 # x\n", None, False),  # a fork's
     (DOOR + "timeout = 5 # x\n", None, True), (DOOR + "Cmd_Timeout = 0\n", None, True),
+    (DOOR + "Seq_Timeout = 15;\n", None, True), (DOOR + "Cmd_Timeout = 10 sec\n", None, True),
+    ("[d]\nSequence = 7000,8000 ; x\n", None, True),
     ("[d]\nSequence = 7000,70000\n", "2: Sequence: expected ports such as", False),
     ("[d]\nSequence = 7000:sctp\n", "2: Sequence: expected ports such as", False),
     ("[d]\nSequence = %s\n" % PORTS, "2: Sequence: expected at most 32", False),
@@ -111,6 +115,8 @@ GRAMMAR = (
     ("[d]\nSequence = 7000,-1\n", "2: Sequence: expected ports such as", True),
     ("[d]\nSequence = 7000,\n", "2: Sequence: expected ports such as", True),
     ("[d]\nSequence = 7000:udp:x\n", "2: Sequence: expected ports such as", True),
+    ("[d]\nSequence = 7000;8000\n", "2: Sequence: expected a blank before the # or ;", True),
+    (DOOR + "Cmd_Timeout = 1h\n", "3: Cmd_Timeout: expected seconds, 0 to 8388608", True),
     (DOOR + "Seq_Timeout = 0\n", "3: Seq_Timeout: expected seconds, 1 to 86400", True),
     (DOOR + "Seq_Timeout = soon\n", "3: Seq_Timeout: expected seconds, 1 to 86400", True),
     (DOOR + "Cmd_Timeout = -1\n", "3: Cmd_Timeout: expected seconds, 0 to 8388608", True),
