@@ -280,7 +280,7 @@ def plaintext(ground: Ground) -> Work:
 
     def feed(data: bytes) -> None:
         found = server.decode_packet(sender.plain(data))
-        assert found.dump(b"") and found.timeout <= server.MAX_TIMEOUT
+        assert found.dump(b"", stanza.keys) and found.timeout <= server.MAX_TIMEOUT
         try:
             made.gate.ask_and_answer(server.Request.of_packet(found, came), stanza)
         finally:
