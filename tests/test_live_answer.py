@@ -9,7 +9,7 @@ from typing import Any, Optional, Tuple
 
 from tests.firewalls import IPTABLES_NFT, NFT, Setup, Site, needs_firewalls
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SERVER6,
-                         SPA_CLIENT, STANZA, start_fwknopd)
+                         SPA_CLIENT, STANZA, in_parallel, start_fwknopd)
 from tests.support import needs_programs, write
 from tests.test_answer import open_answer
 from tests.test_packet import Sender
@@ -101,22 +101,24 @@ class AnswerTest(unittest.TestCase):
 
     def test_opens_and_answers(self) -> None:
         """On each backend, over both families, from the address asked; a refusal as well."""
-        for setup in (Setup(NFT, "guard"), Setup(NFT, "accept"), Setup(IPTABLES_NFT, "guard"),
-                      Setup(IPTABLES_NFT, "accept")):
+        def check(setup: Setup) -> None:
+            """One backend in one mode."""
             site = self.site(setup)
             for target, client in ((SERVER4, CLIENT4), (SERVER6, CLIENT6), (SECOND4, CLIENT4),
                                    (SECOND6, CLIENT6)):
-                with self.subTest(setup=str(setup), target=target):
-                    packet = site.packet(client + ",tcp/22")
-                    self.assertEqual(OPENED, site.ask(packet, target), site.server.log())
-                    self.assertTrue(site.client.reaches(target, 22, client, 5))
-                    self.assertEqual((1, "tcp/25 is not in OPEN_PORTS"),
-                                     site.ask(site.packet(client + ",tcp/25"), target))
-                    self.assertTrue(site.is_silent(packet, target))
-                    self.assertTrue(site.is_silent(b"A" * 200, target))
+                packet = site.packet(client + ",tcp/22")
+                self.assertEqual(OPENED, site.ask(packet, target), site.server.log())
+                self.assertTrue(site.client.reaches(target, 22, client, 5))
+                self.assertEqual((1, "tcp/25 is not in OPEN_PORTS"),
+                                 site.ask(site.packet(client + ",tcp/25"), target))
+                self.assertTrue(site.is_silent(packet, target))
+                self.assertTrue(site.is_silent(b"A" * 200, target))
             said = site.client.run(*SPA_CLIENT, *KEYS, "-A", "tcp/24", "-a", CLIENT4, "-D", SERVER4,
                                    "--answer", "20")
             self.assertIn(SERVER4 + ": opened tcp/24 for 300 seconds", said)
+
+        in_parallel(self, [Setup(backend, mode) for backend in (NFT, IPTABLES_NFT)
+                           for mode in ("guard", "accept")], check)
 
     def test_a_captured_packet(self) -> None:
         """What opened, and what had a wrong clock: silence, also after kill -9."""
