@@ -982,8 +982,7 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
 
     access.conf comes first: after a crash in between, the client's old keys still work.
     """
-    name = options.rotate
-    keys: Keys = {}
+    name, keys = options.rotate, {}  # type: str, Keys
 
     def make_once(digest: str) -> Keys:
         if not keys:
