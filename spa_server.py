@@ -2084,10 +2084,11 @@ def parse_steps(text: str) -> Tuple[Step, ...]:
     expect(not comment or ports[-1:] in ("", " ", "\t"), "a blank before the # or ; of a comment")
     for item in ports.split(","):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
+        port = port[port.startswith("+"):]
         number = STEP_PROTOCOLS.get(protocol if colon else "tcp")
         sized = number == ICMP and (port in ("", "0") or (is_port(port) and int(port) <= MAX_ECHO))
         expect(sized or (number in (TCP, UDP) and is_port(port)),
-               "ports such as `7000, 8000:udp, 100:icmp`")
+               "ports such as `7000, 8000:udp, 100:icmp`, without quotes")
         steps.append((number or 0, int(port) if port else ANY_SIZE))
     expect(len(steps) <= MAX_STEPS, f"at most {MAX_STEPS} ports")
     return tuple(steps)
@@ -2653,6 +2654,7 @@ class Stanza(Settings):
     def warnings(self, key: Secret, hmac_key: Secret) -> List[str]:
         """Return what the administrator may not expect of this stanza."""
         gpg, group = bool(self.gpg_decrypt_id), self.texts.get("CMD_EXEC_GROUP", "")
+        words = self.cycle_open + self.cycle_close + self.on_open + self.on_close
         return [text for applies, text in (
             (gpg and not hmac_key,
              "no HMAC_KEY: anybody can make this server start gpg, and while somebody does, knocks "
@@ -2667,10 +2669,9 @@ class Stanza(Settings):
             (key and self.mode == ASYMMETRIC,
              "ENCRYPTION_MODE Asymmetric: the KEY of this stanza opens nothing"),
             (group and not self.command_user, "CMD_EXEC_GROUP has no effect without CMD_EXEC_USER"),
-            (SHELL_SIGNS.intersection(" ".join(self.cycle_open + self.cycle_close).split())
-             or set("'\"`").intersection("".join(self.cycle_open + self.cycle_close)),
-             "CMD_CYCLE_*: no shell reads it, so that quotes and signs such as > and && reach the "
-             "program as they are; let it run a script"),
+            (SHELL_SIGNS.intersection(words) or set("'\"`").intersection("".join(words)),
+             "CMD_CYCLE_* and ON_*: no shell reads them, so that quotes and signs such as > and && "
+             "reach the program as they are; let it run a script"),
             (group and find_group(group) is None,
              f"CMD_EXEC_GROUP: there is no group {group}; the main group of that user is taken"),
             (self.enable_commands and not (self.command_user or self.enable_sudo),
@@ -2926,7 +2927,7 @@ class KnockdDoor(KnockdSettings):
 
     knock_steps = NoDefault("Sequence", parse_steps, "ports: 7000,8000:udp,9000", secret=True)
     knock_file = NoDefault("One_Time_Sequences", str, "file of such sequences that open once each")
-    knock_seconds = Directive("Seq_Timeout Timeout", integer(1, 86400, "seconds"), "25",
+    knock_seconds = Directive("Seq_Timeout Timeout", integer(1, 8388608, "seconds"), "25",
                               "time from the first port to the last")
     cooldown = Directive("Seq_Cooldown", integer(0, 86400, "seconds"), "0",
                          "time for which nobody can knock again after it (of a fork of knockd)")
@@ -2990,7 +2991,7 @@ def read_knockd(path: str) -> KnockdFile:
     made = KnockdFile(KnockdOptions(), [], permission_warnings(path))
     section: Optional[KnockdSettings] = None
     for number, raw in numbered_lines(path):
-        text = raw.strip(" \t\r")
+        text = raw.strip(" \t\r\v\f")
         if not text or text.startswith("#"):
             continue
         name, equals, value = (part.strip(" \t") for part in text.partition("="))
@@ -11453,7 +11454,11 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
         log.error(f"{explain(error, path)}; it gets no lines")
     if options.use_syslog and not log.syslog:
         log.open_syslog("knockd", "LOG_DAEMON", with_pid=False)
-        log.stream_level = min(log.stream_level, DEBUG if log.level == DEBUG else WARNING)
+        if os.path.exists(SYSLOG):
+            log.stream_level = min(log.stream_level, DEBUG if log.level == DEBUG else WARNING)
+        else:
+            log.warning(f"UseSyslog: there is no {SYSLOG}, as in most containers: all lines go to "
+                        "stderr as well")
         log.usual = NOTICE
 
 

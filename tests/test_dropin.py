@@ -6,6 +6,7 @@ Here is what a file or option may look like; what it does is in the tests of tha
 
 import os
 import re
+import subprocess
 import time
 import unittest
 from typing import Any, List
@@ -60,8 +61,10 @@ LINES = (
     (ACCESS, "CMD_EXEC_GROUP nobody\nCMD_EXEC_USER nobody", TAKEN, None),  # test_command_groups
     (ACCESS, "CMD_EXEC_GROUP no-such", REFUSED, "!expected a group of this host"),
     (ACCESS, "CMD_CYCLE_OPEN sh -c \"echo $SRC\"\nCMD_CYCLE_CLOSE NONE", TAKEN,
-     "CMD_CYCLE_*: no shell reads it, so that quotes and signs"),
-    (ACCESS, "CMD_CYCLE_OPEN echo $IP > /tmp/x\nCMD_CYCLE_CLOSE NONE", TAKEN, "CMD_CYCLE_*: no"),
+     "CMD_CYCLE_* and ON_*: no shell reads them, so that quotes and"),
+    (ACCESS, "CMD_CYCLE_OPEN echo $IP > /tmp/x\nCMD_CYCLE_CLOSE NONE", TAKEN, "CMD_CYCLE_* and"),
+    (ACCESS, "ON_OPEN logger \"$IP is in\"", TAKEN, "CMD_CYCLE_* and ON_*"),
+    (ACCESS, "ON_CLOSE logger $IP out", TAKEN, ""),
     (ACCESS, "CMD_CYCLE_OPEN echo --a=$IP a&b\nCMD_CYCLE_CLOSE NONE", TAKEN, ""),
 )
 PATHS = (  # relative ones, all of which begin where the server was started
@@ -296,8 +299,134 @@ class ClientTest(test_client.Case):
 
 # ------------------------------------------------------------------------- knockd
 
+PORTS, NUMBER, ONLY_COMMANDS = "!without quotes", "!expected seconds", "!only a command may be"
+# (lines, what knockd 0.8 does with them, ours, which refuses them for the reason behind a "!").
+# Lines without a section stand in a door [a]; with Start_ or Cmd_ first, below its sequence. If
+# both take them, both show the same values.
+KNOCKD_LINES = (
+    ("Sequence = 7000,8000", TAKEN, ""), ("SEQUENCE=7000,8000", TAKEN, ""),
+    ("\tsequence\t=\t7000,\t8000 , 9000  ", TAKEN, ""), ("\v\fSequence = 7000", TAKEN, ""),
+    ("sequence = 2222:udp,3333:TCP,4444 : Udp", TAKEN, ""), ("sequence = 07000,+8000", TAKEN, ""),
+    ("sequence = 7000,8000 # x", TAKEN, ""), ("sequence = 7000\nsequence = 8000,9000", TAKEN, ""),
+    ("sequence = " + ",".join(map(str, range(7000, 7032))), TAKEN, ""),
+    ("sequence = " + ",".join(map(str, range(7000, 7033))), REFUSED, "!at most 32 ports"),
+    ("sequence: 7000,8000", REFUSED, ONLY_COMMANDS), ("sequence 7000", REFUSED, ONLY_COMMANDS),
+    # There these ports are 0, -1, or the number before the other characters.
+    ("sequence = \"7000,8000\"", TAKEN, PORTS), ("sequence == 7000,8000", TAKEN, PORTS),
+    ("sequence = 7000,8000,", TAKEN, PORTS), ("sequence = 7000,,8000", TAKEN, PORTS),
+    ("sequence = 7000 8000", TAKEN, PORTS), ("sequence = 7000;8000", TAKEN, "!a blank before"),
+    ("sequence = 7000 ; x\nTimeout = 5;", TAKEN, ""),
+    ("sequence = 7000-7005", TAKEN, PORTS), ("sequence = ssh,8000", TAKEN, PORTS),
+    ("sequence = \xa07000,8000", TAKEN, PORTS), ("sequence = 0x1b58", TAKEN, PORTS),
+    ("sequence = -1,8000", TAKEN, PORTS), ("sequence = 7000:udp:8000", TAKEN, PORTS),
+    ("sequence =", TAKEN, ONLY_COMMANDS), ("sequence = 7000:", REFUSED, PORTS),
+    ("sequence = 7000:sctp", REFUSED, PORTS), ("sequence = 65536", REFUSED, PORTS),
+    ("One_Time_Sequences = HERE/ones", TAKEN, ""), ("one_time_sequences = ones", TAKEN, ""),
+    ("One_Time_Sequences = \"ones\"", REFUSED, '!"ones": No such file'),
+    ("One_Time_Sequences = /no/such", REFUSED, "!/no/such: No such file"),
+    ("sequence = 7000\none_time_sequences = ones", TAKEN, "!only one of them"),
+    ("Start_Command = /sbin/iptables -I INPUT -s %IP% -j ACCEPT", TAKEN, ""),
+    ("Start_Command = \"/bin/echo\" a=b # c; d", TAKEN, ""), ("Start_Command =", TAKEN, ""),
+    ("Start_Command = a\nCommand = b\nCommand_6 = c\nStop_Command_6 =", TAKEN, ""),
+    ("Start_Command = voil\xe0 \\\nStop_Command = b", TAKEN, ""),
+    ("Start_Command a", REFUSED, ONLY_COMMANDS),
+    ("Start_Commands = a", REFUSED, "!unknown directive"),
+    ("Cmd_Timeout = 3600\nStop_Command = x\nTimeout = 5", TAKEN, ""),
+    ("Cmd_Timeout = 30s\nSeq_Timeout = 100000 # x", TAKEN, ""), ("Cmd_Timeout = +5", TAKEN, ""),
+    ("Cmd_Timeout = ten", TAKEN, NUMBER), ("Cmd_Timeout = 1.5", TAKEN, NUMBER),  # 0 and 1 there
+    ("Cmd_Timeout = 10m", TAKEN, NUMBER), ("Cmd_Timeout = -1", TAKEN, NUMBER),
+    ("Cmd_Timeout = 5\nSeq_Timeout = 0", TAKEN, NUMBER),  # it opens only if it has one port
+    ("Start_Command = a\nTCPFlags = syn,!ACK\ntcpflags = !rst,syn", TAKEN, ""),
+    ("Start_Command = a\nTCPFlags = syn, ack", REFUSED, "!with commas between, no blanks"),
+    ("Start_Command = a\nTCPFlags = syn|ack", REFUSED, "!with commas between"),
+    ("Start_Command = a\nTCPFlags = syn,ece", REFUSED, "!with commas between"),
+    ("Start_Command = a\nTCPFlags =", REFUSED, ONLY_COMMANDS),
+    ("Start_Command = a\nTarget = 127.0.0.1", TAKEN, ""),
+    ("Start_Command = a\nTarget = localhost", TAKEN, "!expected an IP address"),  # never opens
+    ("Start_Command = a\nSeq_Cooldown = 60", REFUSED, ""),  # its forks take it
+    ("[options]\nUseSyslog\nlogfile = HERE/log\n[open SSH]\nsequence = 7000", TAKEN, ""),
+    ("[a]\nsequence = 7000\nUseSyslog\n[options]\nPidFile = HERE/pid\ninterface = lo", TAKEN, ""),
+    ("[options]\n[options]\nusesyslog\n[a]\nsequence = 7000\n[a]\nsequence = 7000", TAKEN, ""),
+    ("[options]\nUseSyslog = yes\n[a]\nsequence = 7000", REFUSED, "!expected UseSyslog alone"),
+    ("[Options]\nUseSyslog\n[a]\nsequence = 7000", REFUSED, "!expected Sequence or One_Time"),
+    ("[a]\ncommand = x", REFUSED, "!expected Sequence or One_Time"),
+    ("[options]\ntimeout = 5\n[a]\nsequence = 7000", REFUSED, "!unknown directive"),
+    ("[a]\nsequence = 7000\npidfile = /x", REFUSED, "!expected in the section [options]"),
+    ("UseSyslog\n[a]\nsequence = 7000", REFUSED, "!alone, in a section"),
+    ("[a]b]\n  # x\n\nsequence = 7000\n#[c]", TAKEN, ""), ("[a]\r\nsequence = 7000\r", TAKEN, ""),
+    ("[a] # x\nsequence = 7000", REFUSED, "!its name between [ and ]"),
+    ("[]\nsequence = 7000", REFUSED, "!its name between [ and ]"),
+    ("; x\n[a]\nsequence = 7000", REFUSED, "!a section first"), ("#", TAKEN, ""),
+)
+
+
 class KnockdTest(KnockCase):
     """knockd.conf as it is published, and what its forks read."""
+
+    def write_lines(self, lines: str) -> str:
+        """Write a knockd.conf that the files of KNOCKD_LINES may stand in; return its path."""
+        head = "" if lines[0] in "[;#U" else (
+            "[a]\n" if re.match(r"\s*(one_time_)?sequence", lines, re.I) else
+            "[a]\nSequence = 7000,9000,8000\n")
+        path = os.path.join(self.directory, "knockd.conf")
+        for name, text in ((path, head + lines.replace("HERE", self.directory) + "\n"),
+                           (os.path.join(self.directory, "ones"), "7000,9000\n")):
+            with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w",
+                      encoding="latin-1", newline="") as file:
+                file.write(text)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.directory)
+        return path
+
+    def values(self, lines: str) -> List[str]:
+        """Return what ours makes of a file, in the words of knockd -D."""
+        said, file = [], server.read_knockd(self.write_lines(lines))
+        names = {server.TCP: "tcp", server.UDP: "udp"}
+        for door in file.doors:
+            steps = ",".join(f"{port}:{names[kind]}" for kind, port in door.sequence.steps)
+            said.append(f"config: {door.name}: sequence: {steps}")
+            for row in (server.KnockdDoor.start, server.KnockdDoor.start6, server.KnockdDoor.stop,
+                        server.KnockdDoor.stop6, server.KnockdDoor.knock_seconds,
+                        server.KnockdDoor.stop_seconds):
+                if door.is_set(row):
+                    value = getattr(door, row.attribute)
+                    said.append(f"config: {door.name}: {row.name.lower().split()[0]}: "
+                                f"{'' if value is None else value}")
+        return said
+
+    def test_lines(self) -> None:
+        """Ours takes each of the files, or refuses it with a reason."""
+        for lines, _, wanted in KNOCKD_LINES:
+            with self.subTest(lines):
+                try:
+                    self.values(lines)
+                    self.assertEqual("", wanted)
+                except server.ConfigError as error:
+                    self.assertEqual("!", wanted[:1], error)
+                    self.assertIn(wanted[1:], str(error))
+
+    @needs_root
+    @needs_programs("knockd", "unshare", "ip")
+    def test_lines_of_knockd(self) -> None:
+        """knockd does with each of them what the table says, and reads the same values."""
+        for lines, wanted, ours in KNOCKD_LINES:
+            with self.subTest(lines):
+                path = self.write_lines(lines)
+                with subprocess.Popen(
+                        ["unshare", "-n", "sh", "-c", "ip link set lo up; exec stdbuf -oL knockd "
+                         "-D -v -i lo -c " + path], stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT, encoding="latin-1") as process:
+                    assert process.stdout
+                    said: List[str] = []
+                    while "listening on lo" not in "".join(said[-1:]):
+                        said.append(process.stdout.readline())
+                        if not said[-1]:
+                            break
+                    process.terminate()
+                self.assertEqual(wanted, TAKEN if said[-1] else REFUSED, said)
+                if wanted == TAKEN and not ours:
+                    self.assertEqual([], [line for line in self.values(lines)
+                                          if line + "\n" not in said], said)
 
     def test_seq_cooldown(self) -> None:
         """After it has opened, a door ignores everybody for that long; a reload keeps that."""

@@ -332,14 +332,22 @@ class InitTest(CableCase):
                 self.assertNotIn("No such file", text)
 
     def test_knockd_with_syslog(self) -> None:
-        """Its warnings come to the terminal as well: of an interface that is not there."""
+        """Its warnings come to the terminal as well; without a syslog, all that it says."""
         program, conf = (os.path.join(self.directory, name) for name in ("knockd", "knockd.conf"))
         os.symlink(SPA_SERVER[1], program)
         write(conf, "[options]\nUseSyslog\n[door]\nSequence = 7000\nCommand = true\n")
-        process = self.host.start(sys.executable, program, "-c", conf, "-i", "nosuch0",
-                                  "-p", program + ".pid")
-        process.wait_for("Interface nosuch0 does not exist")
-        self.assertNotIn("starting up", process.output())
+        dev = ("mkdir -p $0 && mount --rbind /dev $0 && mount -t tmpfs dev /dev && "
+               "ln -s $0/null /dev && ")
+        for syslog in ("ln -s $0/null /dev/log; ", ""):
+            process = self.host.start(
+                "unshare", "-m", "sh", "-c", dev + syslog + 'exec "$@"', program + ".dev",
+                sys.executable, program, "-c", conf, "-i", "nosuch0", "-p", program + ".pid")
+            process.wait_for("Interface nosuch0 does not exist")
+            if syslog:
+                self.assertNotIn("starting up", process.output())
+                process.end()
+        process.wait_for("starting up, listening on nosuch0")
+        self.assertIn("UseSyslog: there is no /dev/log, as in most containers", process.output())
 
 
 if __name__ == "__main__":

@@ -516,8 +516,8 @@ class OneTimeTest(ServerCase):
         """Lines are used in order, each once; none is left after the last, nor after a restart."""
         path = self.write(b"# codes\n 1,2\nbad\n 3,4\n 5,6\n")
         made = server.Sequence((), 5, file=server.read_one_time_file(path))
-        told = (path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`; this line opens "
-                "nothing")
+        told = (path + ":3: expected ports such as `7000, 8000:udp, 100:icmp`, without quotes; "
+                "this line opens nothing")
         self.assertEqual([told], made.warnings(alone=False))
         self.assertEqual(told, made.warnings(alone=True)[0])
         self.assertIn("a scan of all ports opens it", made.warnings(alone=True)[1])
