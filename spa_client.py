@@ -990,7 +990,10 @@ SECONDS = "a number of seconds"
 
 
 def number_parser(low: int, high: int, what: str) -> "Callable[[str], int]":
-    """Return a parse_ function for decimal numbers; its error says that they count `what`."""
+    """Return a parse_ function for decimal numbers; its error says that they count `what`.
+
+    An `s` may follow SECONDS, as in fwknop.
+    """
     def parse(text: str) -> int:
         digits = text[text.startswith("+"):len(text) - (what == SECONDS and text.endswith("s"))]
         if not is_decimal(digits) or not low <= int(digits) <= high:

@@ -276,6 +276,22 @@ class ListTest(ControlTest):
                          r"3 +ACCEPT .*dpt:22 /\* _exp_\d+ \*/ .*seconds left, stanza #1")
         self.assertNotIn("Somebody changed", server.log(mark))
 
+    def test_two_servers_on_a_host(self) -> None:
+        """They share a chain, or have one each; what one closes when it ends is its own."""
+        for chains in (("FWKNOP_INPUT", "FWKNOP_INPUT"), ("FWKNOP_ONE", "FWKNOP_TWO")):
+            first, second = [Server(self.host, (
+                f"FIREWALL_TYPE iptables;\nPCAP_FILTER udp port {port};\n"
+                f"IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 1, {chain}, 1;\n")).start()
+                for port, chain in zip((6221, 6222), chains)]
+            self.knock(first, "-A", "tcp/22", "-p", "6221")
+            self.knock(second, "-A", "tcp/80", "-p", "6222")
+            first.stop()
+            wait_for(lambda: re.search(r"-A INPUT -j (\w+)\n(.*\n)*-A \1 .*--dport 80 ",
+                                       self.host.run("iptables", "-S")), "the rules of the second")
+            self.knock(second, "-A", "tcp/443", "-p", "6222")
+            second.stop()
+            self.assertNotIn("FWKNOP", self.host.run("iptables", "-S"))
+
     def test_list_all(self) -> None:
         """The list also has what the firewall prints: chains, sets and the rules around them."""
         for config, expected in zip(BACKENDS, (
