@@ -1,10 +1,11 @@
 """Speed, side by side with the peers that are installed, in one run on one machine.
 
     sudo python3 -m tests.bench            all rows
-    sudo python3 -m tests.bench client     one of: open junk flood stanzas grants knock openspa
-                                                   client proxy start
+    sudo python3 -m tests.bench client     one of: open junk rates flood fair stanzas grants
+                                                   knock openspa client proxy start
 
-`flood` counts the honest packets that open, each sent once, while junk comes. `stanzas` and
+`rates` shows the CPU that junk takes. `flood` counts the honest packets that open, each sent once,
+while junk comes; `fair` is for more junk than can be tried, from forged addresses. `stanzas` and
 `grants` show how cost grows with their number; `grants` also shows how late the last is closed when
 1,000 end together. `knock` is for knock sequences, ours beside knockd: from the last of three SYNs
 to the first answer, and the CPU for each first hit of a flood from many addresses. `openspa` is for
@@ -16,6 +17,7 @@ made for it.
 """
 
 import contextlib
+import glob
 import os
 import py_compile
 import shutil
@@ -31,7 +33,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import spa_client as client
 from spa_server import read_client_key
 from tests.knockd import FLOOD as FLOOD_OF_HITS
-from tests.knockd import NAMED, REAL, Knockd
+from tests.knockd import NAMED, REAL, SESAME, Knockd, hit
 from tests.netns import (CLIENT4, COMPILE_BEFORE, FWKNOP, HMAC_KEY, KEY, KEYS, SERVER4, SPA_CLIENT,
                          SPA_SERVER, Cable, Host, Process, Server)
 from tests.support import TIMEOUT, TOP, read, slowness, wait_for
@@ -72,6 +74,35 @@ for line in sys.stdin:
             pass
     else:
         print("never", flush=True)
+    time.sleep(0.2)
+"""
+
+# For each line, whose packets are separated by commas, sends one a second from an address, as
+# `spa_client.py --wait` does, until the UDP port answers. Prints milliseconds and how many it took.
+KNOCKS_AGAIN = """
+import select, socket, sys, time
+server = sys.argv[1]
+for line in sys.stdin:
+    source, port, packets = line.split()
+    probe, knocker = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+    for link, where in (probe, int(port)), (knocker, 62201):
+        link.bind((source, 0))
+        link.connect((server, where))
+    sent, begin, packets = 0, time.perf_counter(), packets.split(",")
+    while time.perf_counter() < begin + len(packets):
+        if time.perf_counter() >= begin + sent:
+            knocker.send(packets[sent].encode())
+            sent += 1
+        try:
+            probe.send(b"x")
+            if select.select([probe], [], [], 0.002)[0]:
+                probe.recv(10)
+                break
+        except ConnectionRefusedError:
+            pass
+    else:
+        sent += 1
+    print((time.perf_counter() - begin) * 1000, sent, flush=True)
     time.sleep(0.2)
 """
 
@@ -155,24 +186,35 @@ while time.monotonic() < end:
 print(sent)
 """
 
-# The same, so many a second, until it is ended.
+# Sends them so many a second until SIGTERM, and then prints how many a second these were. With a
+# fourth argument, each comes from an address of its own.
 PACED_FLOOD = """
-import socket, sys, time
+import os, signal, socket, struct, sys, time
 packets = [bytes.fromhex(line) for line in sys.stdin]
-flood = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-flood.connect((sys.argv[1], int(sys.argv[3])))
-rate, begin, sent = int(sys.argv[2]), time.monotonic(), 0
+server, rate, port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def forged(payload):
+    return struct.pack(">BBHHHBBH4s4sHHHH", 0x45, 0, 28 + len(payload), 0, 0, 64, 17, 0,
+                       b"\\x0b" + os.urandom(3), socket.inet_aton(server), 4000, port,
+                       8 + len(payload), 0) + payload
+flood, datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), bytes
+if len(sys.argv) > 4:
+    flood, datagram = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW), forged
+flood.connect((server, port))
+begin, sent = time.monotonic(), 0
+def stop(*_):
+    print(int(sent / (time.monotonic() - begin)), flush=True)
+    os._exit(0)
+signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
 while True:
-    if sent < rate * (time.monotonic() - begin):
-        for packet in packets[:50]:
-            try:
-                flood.send(packet)
-            except OSError:
-                pass
-        sent += 50
-    else:
-        time.sleep(0.0005)
+    due = int(rate * (time.monotonic() - begin))
+    while sent < due:
+        try:
+            flood.send(datagram(packets[sent % len(packets)]))
+        except OSError:
+            pass
+        sent += 1
+    time.sleep(max(0, (sent + 1) / rate - (time.monotonic() - begin)))
 """
 
 # Takes connections on two ports: fills those on the first, empties those on the second.
@@ -224,24 +266,25 @@ def show(title: str, rows: Dict[str, Optional[float]], unit: str) -> None:
     sys.stdout.flush()
 
 
-def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY, seconds: int = 0) -> str:
+def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY, seconds: int = 0,
+                source: str = CLIENT4) -> str:
     """An SPA packet of our client's, made now, that asks to open for so long."""
     message = client.Message(client.random_digits(), "bench", int(time.time()), 3 if seconds else 1,
-                             "%s,%s" % (CLIENT4, access), "", seconds)
+                             "%s,%s" % (source, access), "", seconds)
     plaintext = client.add_digest(client.encode_message(message), "SHA256")
     data = client.encrypt_salted("CBC", key.encode(), os.urandom(8), plaintext)
     return str(client.seal(data, hmac_key.encode(), "SHA256"))
 
 
-def start_fwknopd(host: Host, udp: bool) -> Process:
-    """The real fwknopd with our stanza, on iptables; its rules go in front of a policy of drop."""
+def start_fwknopd(host: Host, udp: bool, access: str = STANZA) -> Process:
+    """The real fwknopd with these stanzas, on iptables: its rules go before a policy of drop."""
     directory = host.path("fwknopd")
     os.mkdir(directory)
-    config, access = (os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf"))
-    for path, text in ((config, "PCAP_INTF eth0;\n"), (access, STANZA)):
+    config, stanzas = (os.path.join(directory, name) for name in ("fwknopd.conf", "access.conf"))
+    for path, text in ((config, "PCAP_INTF eth0;\n"), (stanzas, access)):
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.write(text)
-    process = host.start("fwknopd", "-f", "-c", config, "-a", access, "-r", directory,
+    process = host.start("fwknopd", "-f", "-c", config, "-a", stanzas, "-r", directory,
                          *["-U"] * udp)
     process.wait_for("Kicking off UDP server" if udp else "Starting fwknopd main event loop")
     return process
@@ -386,10 +429,13 @@ def drop_all(host: Host, rules: str) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far (proc(5))."""
-    with open("/proc/%d/stat" % pid) as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system time of a process so far; to the nanosecond where the kernel counts so."""
+    try:
+        return sum(int(read(path).split()[0]) for path in glob.glob(
+            "/proc/%d/task/*/schedstat" % pid)) / 1e9
+    except (OSError, IndexError):  # CONFIG_SCHED_INFO is off
+        fields = read("/proc/%d/stat" % pid).rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def bench_junk() -> None:
@@ -457,25 +503,112 @@ FLOODS = (3000, 30000, 100000)  # junk packets a second
 HONEST, HONEST_SECONDS = 20, 0.2  # knocks during a flood, and between two of them
 
 
+def servers(access: str = STANZA) -> Dict[str, Callable[[Host], Process]]:
+    """What starts each server, on iptables: ours and fwknopd where it is, each in two ways."""
+    found: Dict[str, Callable[[Host], Process]] = {
+        "spa_server.py, packet socket": partial(start_ours, "", access=access),
+        "spa_server.py, UDP server": partial(
+            start_ours, "ENABLE_UDP_SERVER Y;\n", access=access)}
+    if shutil.which("fwknopd"):
+        found["fwknopd, pcap"] = partial(start_fwknopd, udp=False, access=access)
+        found["fwknopd, UDP server"] = partial(start_fwknopd, udp=True, access=access)
+    return found
+
+
 def bench_flood() -> None:
     """How many of some honest packets, each sent once, open while junk with a wrong key comes."""
-    servers: Dict[str, Callable[[Host], Process]] = {
-        "spa_server.py, packet socket": partial(start_ours, ""),
-        "spa_server.py, UDP server": partial(start_ours, "ENABLE_UDP_SERVER Y;\n")}
-    if shutil.which("fwknopd"):
-        servers.update({"fwknopd, pcap": partial(start_fwknopd, udp=False),
-                        "fwknopd, UDP server": partial(start_fwknopd, udp=True)})
     for rate in FLOODS:
-        rows: Dict[str, Optional[float]] = {name: survive(rate, start)
-                                            for name, start in servers.items()}
+        rows: Dict[str, Optional[float]] = {}
+        for name, start in servers().items():
+            opened, reached = survive(rate, start)
+            rows["%s (%d a second)" % (name, reached)] = opened
+        rows["knockd, its sequences"] = survive_knocks(rate) if shutil.which("knockd") else None
         show("of %d knocks under %d junk packets a second opened" % (HONEST, rate), rows, "")
 
 
+RATES, RATE_SECONDS = (100, 1000, 10000), 5  # junk packets a second, and for how long
+
+
+def bench_rates() -> None:
+    """How much of a core junk takes, by its rate."""
+    for title, packets in (("well-formed", wrong_keys()),
+                           ("random bytes", [os.urandom(200) for _ in range(200)])):
+        for rate in RATES:
+            rows: Dict[str, Optional[float]] = {name: load(rate, packets, start)
+                                                for name, start in servers().items()}
+            show("%d junk packets a second, %s" % (rate, title), rows, "% of a core")
+
+
+def load(rate: int, packets: List[bytes], start: Callable[[Host], Process]) -> float:
+    """How much of a core a server takes while these packets come."""
+    with Cable() as cable:
+        drop_all(cable.server, "iptables")
+        cable.server.run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "62201", "-j", "ACCEPT")
+        pid = start(cable.server).popen.pid
+        with paced_flood(cable, rate, 62201, packets):
+            time.sleep(1.5)
+            before, begin = cpu_seconds(pid), time.perf_counter()
+            time.sleep(RATE_SECONDS)
+            return (cpu_seconds(pid) - before) / (time.perf_counter() - begin) * 100
+
+
+FAIR_RATE, FAIR_STANZAS, FAIR_KNOCKERS, FAIR_KNOCKS = 10000, 300, 10, 5
+
+
+def bench_fair() -> None:
+    """Knocks under more junk than can be tried, from forged addresses: of addresses for which a
+    port was opened before, and of others."""
+    rows: List[Dict[str, Optional[float]]] = [{} for _ in range(4)]
+    for name, start in servers(many_stanzas(FAIR_STANZAS)).items():
+        if "UDP server" in name:
+            continue  # Linux drops packets from forged addresses before a UDP socket
+        with Cable() as cable:
+            drop_all(cable.server, "iptables")
+            start(cable.server)
+            knock_often(cable, [CLIENT4], 20000)
+            with paced_flood(cable, FAIR_RATE, 62201, wrong_keys(), forged=True):
+                known = knock_often(cable, [CLIENT4] * FAIR_KNOCKERS, 20001)
+                unknown = knock_often(cable, ["10.55.0.%d" % (20 + number)
+                                              for number in range(FAIR_KNOCKERS)], 20000)
+        for row, figure in zip(rows, (
+                median([each[0] for each in known]), max(each[0] for each in known),
+                max(each[1] for each in known), max(each[1] for each in unknown))):
+            row[name] = figure
+    for row, title, unit in zip(rows, (
+            "known address: median of %d" % FAIR_KNOCKERS, "known address: worst",
+            "known address: most knocks, one a second (%d: never)" % (FAIR_KNOCKS + 1),
+            "unknown address: most knocks"), ("ms", "ms", "", "")):
+        show("%d stanzas, %d junk packets a second from forged addresses; %s"
+             % (FAIR_STANZAS, FAIR_RATE, title), row, unit)
+
+
+def knock_often(cable: Cable, sources: List[str], port: int) -> List[Tuple[float, int]]:
+    """Knocks from each address for a port of its own, once a second until the port answers;
+    returns milliseconds and how many knocks that took."""
+    for source in set(sources) - {CLIENT4}:
+        cable.client.run("ip", "addr", "add", source + "/24", "dev", "eth0")
+    echo = cable.server.start(sys.executable, "-I", "-S", "-c", ECHO, port, port + len(sources))
+    echo.wait_for("ready")
+    lines = cable.client.run(
+        sys.executable, "-I", "-S", "-c", KNOCKS_AGAIN, SERVER4,
+        input="".join("%s %d %s\n" % (source, port + number, ",".join(
+            make_packet("udp/%d" % (port + number), source=source) for _ in range(FAIR_KNOCKS)))
+            for number, source in enumerate(sources))).splitlines()
+    echo.end(signal.SIGKILL)
+    return [(float(line.split()[0]), int(line.split()[1])) for line in lines]
+
+
 @contextlib.contextmanager
-def paced_flood(cable: Cable, rate: int, port: int, packets: List[bytes]) -> Iterator[None]:
-    """Sends these packets to a port of the server meanwhile, so many a second."""
+def paced_flood(cable: Cable, rate: int, port: int, packets: List[bytes],
+                forged: bool = False) -> Iterator[List[float]]:
+    """Sends these packets to a port of the server meanwhile, so many a second.
+
+    The list that it gives has the rate that was reached, at the end.
+    """
+    reached: List[float] = []
     flood = subprocess.Popen(
-        cable.client.command([sys.executable, "-I", "-S", "-c", PACED_FLOOD, SERVER4, rate, port]),
+        cable.client.command([sys.executable, "-I", "-S", "-c", PACED_FLOOD, SERVER4, rate, port]
+                             + ["forged"] * forged),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
     assert flood.stdin and flood.stdout
     with flood:
@@ -483,41 +616,67 @@ def paced_flood(cable: Cable, rate: int, port: int, packets: List[bytes]) -> Ite
         flood.stdin.close()
         flood.stdout.readline()
         try:
-            yield
+            yield reached
         finally:
-            flood.kill()
+            flood.terminate()
+            reached.append(float(flood.stdout.readline()))
 
 
-def start_ours(config: str, host: Host) -> Process:
-    """Ours with our stanza, on iptables."""
-    return Server(host, "FIREWALL_TYPE iptables;\n" + config, STANZA).start().running()
+def start_ours(config: str, host: Host, access: str = STANZA) -> Process:
+    """Ours with these stanzas, on iptables."""
+    return Server(host, "FIREWALL_TYPE iptables;\n" + config, access).start().running()
 
 
-def survive(rate: int, start: Callable[[Host], Process]) -> float:
-    """How many honest knocks of HONEST opened their port on a server that `start` starts."""
+def survive(rate: int, start: Callable[[Host], Process]) -> Tuple[float, float]:
+    """How many honest knocks of HONEST opened their port on a server that `start` starts, and the
+    rate that the flood reached."""
     with Cable() as cable:
         drop_all(cable.server, "iptables")
         cable.server.run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "62201", "-j", "ACCEPT")
         process = start(cable.server)
-        with paced_flood(cable, rate, 62201, wrong_keys()):
+        with paced_flood(cable, rate, 62201, wrong_keys()) as reached:
             for port in range(20000, 20000 + HONEST):
                 cable.client.send(SERVER4, 62201, make_packet("udp/%d" % port))
                 time.sleep(HONEST_SECONDS)
         wait_until_idle(process.popen.pid)
         rules = cable.server.run("iptables", "-S")
         process.end()
-        return float(sum("--dport %d " % port in rules for port in range(20000, 20000 + HONEST)))
+        return (float(sum("--dport %d " % port in rules for port in range(20000, 20000 + HONEST))),
+                reached[0])
+
+
+def survive_knocks(rate: int) -> float:
+    """How many of HONEST sequences knockd heard under as much junk for our port."""
+    sources = ["10.55.0.%d" % (number + 20) for number in range(HONEST)]
+    with Cable() as cable:
+        drop_all(cable.server, "iptables")
+        for source in sources:
+            cable.client.run("ip", "addr", "add", source + "/24", "dev", "eth0")
+        knockd = Knockd(cable.server, REAL, KNOCK_DOOR).start(cable.client)
+        with paced_flood(cable, rate, 62201, wrong_keys()):
+            for source in sources:
+                hit(cable.client, source, "7000", "8000", "9000")
+                time.sleep(HONEST_SECONDS)
+        assert knockd.process is not None
+        wait_until_idle(knockd.process.popen.pid)
+        knockd.process.end(signal.SIGKILL)
+        return float(sum(SESAME % (source, "door") in knockd.log() for source in sources))
 
 
 STANZAS, OPENSPA_CLIENTS = (1, 10, 100, 1000), (100, 1000, 10000)
+
+
+def many_stanzas(count: int) -> str:
+    """So many stanzas, of which the last is STANZA."""
+    return "".join("SOURCE ANY\nKEY key%d\nHMAC_KEY hmac%d\n" % (number, number)
+                   for number in range(1, count)) + STANZA
 
 
 def bench_stanzas() -> None:
     """What a junk packet costs, and what a server needs, by the number of stanzas."""
     rows: List[Dict[str, Optional[float]]] = [{} for _ in range(4)]
     for count in STANZAS:
-        stanzas = "".join("SOURCE ANY\nKEY key%d\nHMAC_KEY hmac%d\n" % (number, number)
-                          for number in range(1, count)) + STANZA
+        stanzas = many_stanzas(count)
         with Cable() as cable:
             server = Server(cable.server, GUARD, stanzas).start()
             pid = server.running().popen.pid
@@ -813,8 +972,8 @@ def bench_start() -> None:
 
 
 ROWS: Dict[str, Callable[[], None]] = {
-    "open": bench_open, "junk": bench_junk, "flood": bench_flood,
-    "stanzas": bench_stanzas, "grants": bench_grants, "knock": bench_knock,
+    "open": bench_open, "junk": bench_junk, "rates": bench_rates, "flood": bench_flood,
+    "fair": bench_fair, "stanzas": bench_stanzas, "grants": bench_grants, "knock": bench_knock,
     "openspa": bench_openspa, "client": bench_client, "proxy": bench_proxy, "start": bench_start}
 
 
