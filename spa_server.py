@@ -25,16 +25,17 @@ starts again. A packet that may be a knock goes to KnockListener.take_knock() in
 The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
 requests go to OspaGate.receive() in section 30; RSA (section 12) proves their keys.
 
-Until a packet's key is proven, 18 functions of 197 lines have run, all of them together. The list
+Until a packet's key is proven, 18 functions of 199 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
   Gate.authentic_stanzas, find_prefix, find_authentic, Gate.tell_near, Throttle.allows, socket_text,
   Log.write, Outlet.write, StreamOutlet.send, StreamOutlet.write_part, Tally.reject, Gate.is_full
 
-A UDP or TCP socket has its own receive() (section 18). HTTP adds Gate.unwrap(), a SOURCE other than
-ANY adds Stanza.admits() and Gate.no_stanza(). Junk of another form makes a NotSpa. If a stanza has
-no HMAC, decryption proves the key: unlock() and all that it calls. A knock sequence has no key:
+A UDP or TCP socket has its own receive() (section 18). When packets come faster than they can be
+tried, Crowd chooses by their sources (section 31). HTTP adds Gate.unwrap(), a SOURCE other than ANY
+adds Stanza.admits() and Gate.no_stanza(). Junk of another form makes a NotSpa. If a stanza has no
+HMAC, decryption proves the key: unlock() and all that it calls. A knock sequence has no key:
 decode_knock(), KnockListener.take_knock() and all that they call. OpenSPA adds OspaGate.receive()
 and admit(), unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes last.
 
@@ -4991,6 +4992,9 @@ class Capture:
     """A socket and how to read a Datagram from it."""
 
     batch_seconds = 0.02  # of datagrams, before others have their turn
+    is_fair = False  # whether Crowd chooses from datagrams that come faster than they can be tried
+    waiting: Optional[List[Datagram]] = None  # those, while they do, oldest first
+    tries = 0  # how many could be tried in a batch
 
     def __init__(self, opened: socket.socket, name: str, buffer: int = RECEIVE_BUFFER) -> None:
         self.socket, self.name = opened, name
@@ -5007,7 +5011,7 @@ class Capture:
     @property
     def due(self) -> float:
         """When to call receive() even if there is nothing to read, on the monotonic clock."""
-        return FOR_EVER
+        return FOR_EVER if self.waiting is None else 0.0
 
     def receive(self) -> Optional[Datagram]:
         """Return the next datagram; None if it is not one; raise BlockingIOError if none waits."""
@@ -5034,6 +5038,7 @@ class PacketCapture(Capture):
     its packets, so that an interface inside a bridge works as well. The kernel removes VLAN tags.
     """
 
+    is_fair = True
     decode: Callable[[bytes], Any] = staticmethod(decode_ip)
 
     def __init__(self, opened: socket.socket, index: int, name: str) -> None:
@@ -5048,6 +5053,7 @@ class PacketCapture(Capture):
 class KnockCapture(PacketCapture):
     """A packet socket for the steps of some sequences; others may have one on this interface."""
 
+    is_fair = False  # the order of knock packets counts
     decode = staticmethod(decode_knock)
     sequences: Iterable[Sequence] = ()  # open_knock_captures() sets them
 
@@ -5095,7 +5101,7 @@ def open_port_socket(family: int, kind: int, port: int) -> socket.socket:
 class UdpCapture(Capture):
     """A UDP socket of one family. The packet info option brings the destination address."""
 
-    protocol, kind = "UDP", socket.SOCK_DGRAM
+    protocol, kind, is_fair = "UDP", socket.SOCK_DGRAM, True
 
     def __init__(self, opened: socket.socket, port: int) -> None:
         super().__init__(opened, f"UDP port {port}")
@@ -8323,7 +8329,8 @@ replay, stale, from the future, before memory, forgotten, no knock, knock, user,
 other address, family, ports, no time, NAT, command, expired stanza, grants, firewall, HTTP,
 X-Forwarded-For, gpg decryption, gpg signature, gpg signer, gpg too fast, gpg failed,
 OpenSPA length, OpenSPA header, OpenSPA ADK, OpenSPA too fast, OpenSPA decryption,
-OpenSPA signature, protocol, target, error""".replace(",\n", ", ").split(", ")
+OpenSPA signature, protocol, target, untried, error""".replace(",\n", ", ").split(", ")
+MOST_KNOWN = 1000  # networks that Tally remembers
 
 
 class Tally:
@@ -8333,6 +8340,17 @@ class Tally:
         self.log = log
         self.counts: Dict[str, int] = collections.defaultdict(int)
         self.sequences = 0  # knock sequences that were completed
+        # Where packets came from that opened or ran something, the latest last: an IPv4 address, or
+        # the /64 of an IPv6 one.
+        self.known: "collections.OrderedDict[bytes, None]" = collections.OrderedDict()
+
+    def accept(self, datagram: Datagram) -> None:
+        """Count a packet or a knock sequence that opened or ran something; remember its source."""
+        self.counts["accepted"] += 1
+        self.known[datagram.source[:8]] = None
+        self.known.move_to_end(datagram.source[:8])
+        if len(self.known) > MOST_KNOWN:
+            self.known.popitem(last=False)
 
     def reject(self, datagram: Datagram, why: Exception, stanza_number: int = 0) -> None:
         """Count a rejection by this stanza. Log it, unless too many lines came before."""
@@ -8400,7 +8418,7 @@ class Access:
             if verdict.by_commands:
                 raise PacketRejected("command", "a command could not be started") from None
             raise PacketRejected("firewall", "nothing was opened: the firewall failed") from None
-        self.tally.counts["accepted"] += 1
+        self.tally.accept(request.datagram)
         self.tell(verdict, request, stanza.number)
         if not verdict.by_commands:
             self.notify(verdict, request, stanza)
@@ -8617,7 +8635,7 @@ class KnockListener:
             return
         if cycles[0].opening.argv:
             commands.run(cycles)
-        self.tally.counts["accepted"] += 1
+        self.tally.accept(knock)
 
     def check_source(self, stanza: Stanza, knock: Datagram) -> None:
         """Reject a complete sequence that is not for this stanza, before it counts as used."""
@@ -9385,6 +9403,153 @@ class ServiceManager:
             self.tell("WATCHDOG=1")
 
 
+REST_MOST, REST_FREE, REST_DECAY = 30, 10, 50  # milliseconds; packets; packets a second
+REST_QUEUE = 1500  # packets that come meanwhile: half of RECEIVE_BUFFER, at 2,304 bytes each
+
+
+class Ears:
+    """The wait for events: those of captures, and all others.
+
+    To wake up costs ten times as much as to reject a packet. So after junk the captures rest a
+    while, and then the server reads many packets at once. Other events still wake it at once. Each
+    packet of junk makes the rest a millisecond longer, up to REST_MOST; REST_DECAY of them are
+    forgotten each second, and the first REST_FREE cause none.
+    """
+
+    def __init__(self, others: Any, clocks: Clocks) -> None:
+        self.others, self.clocks = others, clocks
+        self.captures = selectors.DefaultSelector()
+        self.captures.register(others, selectors.EVENT_READ)
+        self.level, self.since, self.rest_end = 0.0, clocks.monotonic(), 0.0
+
+    def rest(self, junk: int) -> None:
+        """Let the captures rest, now that one was emptied that had brought so much junk."""
+        now = self.clocks.monotonic()
+        passed, self.since = now - self.since, now
+        level = max(self.level - REST_DECAY * passed, 0.0) + junk
+        self.level = min(level, REST_FREE + REST_MOST)
+        rest = min((self.level - REST_FREE) / 1000, passed * REST_QUEUE / max(junk, 1))
+        self.rest_end = max(self.rest_end, now + rest)
+
+    def wait(self, due: float) -> Tuple[List[Any], List[Any]]:
+        """Wait for an event, or until `due`; return others' events, and readable captures."""
+        now, others = self.clocks.monotonic(), []  # type: float, List[Any]
+        if now < self.rest_end:
+            others = self.others.select(max(0.0, min(due, self.rest_end) - now))
+            due, now = 0.0, self.clocks.monotonic()
+        if now < self.rest_end:
+            return others, []
+        readable = [key.fileobj for key, _ in self.captures.select(max(0.0, due - now))]
+        return others or (self.others.select(0) if self.others in readable else []), readable
+
+
+MOST_WAITING = 1000  # datagrams of a capture, from one batch to the next
+MOST_READ = 4000  # of them at once: more than come in one batch at 100,000 a second
+KNOWN_TRIES = 4  # in a batch, before others, for a source that is known: an attacker may forge it
+SLOTS, MARK_SECONDS = 1 << 20, 3  # of Crowd's memory; clients knock again every second
+TRIED = 128  # the bit of a mark; without it, a datagram of the source was dropped
+UNTRIED = "packets came faster than they could be tried, and were dropped"
+UNTRIED_SECONDS = 10  # from one such line to the next
+
+
+class Crowd:
+    """Who goes first while the datagrams of a capture come faster than they can be tried.
+
+    Of four tries, two go to the best standing: first to sources that opened something before; then
+    to those of whom datagrams were only dropped lately, as of a client that knocks again; then to
+    others; and last to the flows (source and port) that were tried lately. One try goes to the best
+    but the known, and one to the newest of all. So nobody who forges addresses keeps others out for
+    sure. Of equal standing, the newest is first. What is too much is dropped at random.
+    """
+
+    def __init__(self, tally: Tally, log: Log, clocks: Clocks,
+                 urandom: Callable[[int], bytes] = os.urandom) -> None:
+        self.tally, self.log, self.clocks, self.urandom = tally, log, clocks, urandom
+        self.untold, self.tell_due = 0, clocks.monotonic()  # dropped, and when to log it
+        # By the hash of a source or a flow: the second of its drop or try, modulo 100, plus 1.
+        self.marks, self.second = bytearray(), 0
+        self.line: List[int] = []  # indices of what waits, the next one last
+
+    def line_up(self, capture: Capture) -> Callable[[], Datagram]:
+        """Read what a capture has, put in order what waits of it, and return call() for that."""
+        waiting = capture.waiting = capture.waiting or []
+        with contextlib.suppress(BlockingIOError):
+            while len(waiting) < MOST_READ:
+                datagram = capture.receive()
+                if datagram is not None:
+                    waiting.append(datagram)
+        self.marks = self.marks or bytearray(SLOTS)
+        self.second = int(self.clocks.monotonic()) % 100 + 1
+        self.line = list(range(len(waiting) - 1, -1, -1))  # the oldest first, if all can be tried
+        if len(waiting) > capture.tries:
+            self.line = self.order([(each.source[:8], each.source_port) for each in waiting])[::-1]
+        return partial(self.call, capture)
+
+    def order(self, flows: List[Tuple[bytes, int]]) -> List[int]:
+        """Return the indices of flows, oldest first, in the order in which they are tried."""
+        newest, standings, known = range(len(flows) - 1, -1, -1), [2] * len(flows), self.tally.known
+        tries: Dict[bytes, int] = collections.defaultdict(int)
+        for index in newest:
+            source = flows[index][0]
+            if source in known and tries[source] < KNOWN_TRIES:
+                tries[source] += 1
+                standings[index] = 0
+            elif self.mark_at(hash(flows[index]) % SLOTS):
+                standings[index] = 3
+            elif 0 < self.mark_at(hash(source) % SLOTS) < TRIED:
+                standings[index] = 1
+        best = iter(sorted(newest, key=standings.__getitem__))
+        best_but_known = iter(sorted(newest, key=lambda index: standings[index] or 4))
+        turns = best, best_but_known, best, iter(newest)
+        order: Dict[int, None] = {}
+        for number in range(len(flows)):
+            order[next(index for index in turns[number % 4] if index not in order)] = None
+        return list(order)
+
+    def mark_at(self, slot: int) -> int:
+        """Return a mark, or 0 if it was made too long ago."""
+        mark = self.marks[slot]
+        return mark if (self.second - mark % TRIED) % 100 < MARK_SECONDS else 0
+
+    def call(self, capture: Capture) -> Datagram:
+        """Return the next datagram to try; raise BlockingIOError if none waits."""
+        if not self.line or not capture.waiting:
+            capture.waiting = None
+            raise BlockingIOError
+        datagram = capture.waiting[self.line.pop()]
+        source = datagram.source[:8]
+        for tried in source, (source, datagram.source_port):
+            self.marks[hash(tried) % SLOTS] = self.second | TRIED
+        return datagram
+
+    def thin_out(self, capture: Capture, tries: int) -> None:
+        """Keep what could not be tried in time, and drop a part if it is too much.
+
+        `tries` is how many were tried.
+        """
+        capture.tries = tries
+        if capture.waiting is None:
+            capture.waiting = [] if capture.is_fair else None
+            return
+        left = [capture.waiting[index] for index in sorted(self.line)]
+        capture.waiting = left
+        if len(left) <= MOST_WAITING:
+            return
+        lots = memoryview(self.urandom(4 * len(left))).cast("I")
+        least = sorted(lots)[-MOST_WAITING]
+        capture.waiting = [each for each, lot in zip(left, lots) if lot >= least]
+        for each, lot in zip(left, lots):
+            slot = hash(each.source[:8]) % SLOTS
+            if lot < least and not self.mark_at(slot) & TRIED:
+                self.marks[slot] = self.second
+        count, now = len(left) - len(capture.waiting), self.clocks.monotonic()
+        self.tally.counts["untried"] += count
+        self.untold += count
+        if now >= self.tell_due:
+            self.log.warning(f"{self.untold} {UNTRIED}")
+            self.untold, self.tell_due = 0, now + UNTRIED_SECONDS
+
+
 class Server:
     """The loop, and all that it drives: captures, gate, knock listener, grants and commands."""
 
@@ -9392,8 +9557,10 @@ class Server:
                  clocks: Clocks = CLOCKS) -> None:
         self.configuration, self.log, self.clocks = configuration, log, clocks
         self.settings = configuration.settings
-        self.selector = selectors.DefaultSelector()
+        self.selector = selectors.DefaultSelector()  # of all but the captures
+        self.ears, self.emptied = Ears(self.selector, clocks), 0  # datagrams of emptied captures
         self.tally = Tally(log)
+        self.crowd = Crowd(self.tally, log, clocks)
         self.grants = Grants(firewall, log, clocks)
         self.watch = FirewallWatch(self.grants, log, clocks)
         self.manager = ServiceManager(clocks)
@@ -9450,13 +9617,13 @@ class Server:
             if capture not in captures:
                 if isinstance(capture, OspaCapture):  # the reference's client sends once
                     self.drain(capture)
-                self.selector.unregister(capture)
+                self.ears.captures.unregister(capture)
                 self.lost += capture.lost()
                 capture.close()
         self.open_answer_sockets()
         for capture in captures:
             if capture not in old:
-                self.selector.register(capture, selectors.EVENT_READ, partial(self.drain, capture))
+                self.ears.captures.register(capture, selectors.EVENT_READ)
 
     def open_answer_sockets(self) -> None:
         """Open the sockets that answer, by the configuration and the captures of this server."""
@@ -9467,16 +9634,18 @@ class Server:
         take: Callable[[Any], None] = self.takers.get(type(capture), self.gate.receive)
         if isinstance(capture, KnockCapture):
             take = partial(self.knocks.take_knock, sequences=capture.sequences)
-        end = self.clocks.monotonic() + capture.batch_seconds
         try:
+            receive = capture.receive if capture.waiting is None else self.crowd.line_up(capture)
+            end, count = self.clocks.monotonic() + capture.batch_seconds, 0
             while self.running and self.clocks.monotonic() < end:
-                datagram = capture.receive()
+                datagram, count = receive(), count + 1
                 if datagram is not None:
                     take(datagram)
                     if self.gate.is_full():
                         self.end_loop(COUNT_LIMIT.format(self.settings.packet_limit))
+            self.crowd.thin_out(capture, count)
         except BlockingIOError:
-            pass
+            self.emptied += count
         except EOFError as error:
             self.end_loop(str(error))
         except SpaError as error:
@@ -9602,11 +9771,15 @@ class Server:
                    self.commands.next_due(), *(capture.due for capture in self.captures),
                    *(run.due for run in self.gate.runs),
                    *(sequence.next_due() for sequence in self.knocks.owners)])
-        for key, _ in self.selector.select(max(0.0, due - self.clocks.monotonic())):
+        others, readable = self.ears.wait(due)
+        for key, _ in others:
             key.data()
+        self.emptied, accepted = 0, self.tally.counts.get("accepted", 0)
         for capture in self.captures:
-            if self.clocks.monotonic() >= capture.due:
+            if capture in readable or self.clocks.monotonic() >= capture.due:
                 self.drain(capture)
+        if self.emptied:
+            self.ears.rest(self.emptied + accepted - self.tally.counts.get("accepted", 0))
         self.gate.go_on_with_gpg()
         self.grants.expire()
         self.commands.reap()

@@ -180,6 +180,7 @@ class StanzaTest(KnockCase):
         self.hit(*ALL_THREE[:2])
         waiting = [knock(ALL_THREE[2])]
         capture = mock.Mock(spec=server.KnockCapture, sequences=list(made.knocks.owners),
+                            waiting=None, is_fair=False,
                             batch_seconds=server.Capture.batch_seconds)
         capture.receive.side_effect = lambda: waiting.pop() if waiting else self.nothing()
         made.captures.append(capture)

@@ -191,7 +191,7 @@ class ServerCase(DirectoryCase):
     def close(self, made: server.Server) -> None:
         """Close what a server has open: start() and reload() open some of it."""
         made.gate.memory.close()
-        for each in (made.selector, made.watch.events, made.link_events):
+        for each in (made.selector, made.ears.captures, made.watch.events, made.link_events):
             if each is not None:
                 each.close()
 
@@ -1380,7 +1380,7 @@ class GrantsTest(ServerCase):
         self.firewall.failures = 3
         with self.assertRaises(server.CommandError):
             made.grants.grant([self.ssh, self.dns], 60)
-        with mock.patch.object(made.selector, "select", return_value=[]):
+        with mock.patch.object(made.ears, "wait", return_value=([], [])):
             made.watch.check_rest = server.FOR_EVER
             for rules, due in (({}, server.RETRY_SECONDS), (made.grants.live, server.POLL_SECONDS)):
                 made.turn()

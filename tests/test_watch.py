@@ -89,7 +89,8 @@ class MetricsTest(LogCase):
         used |= set(re.findall(r'\("(stale)"|\("(from the future)"', source).pop(0))
         self.assertGreater(len(used), 35)
         self.assertEqual(set(), used - set(server.REASONS) - {""})
-        self.assertEqual({"accepted", "knock", "from the future"}, set(server.REASONS) - used)
+        self.assertEqual({"accepted", "knock", "from the future", "untried"},
+                         set(server.REASONS) - used)
         self.assertEqual(len(server.REASONS), len(set(server.REASONS)))
 
     def test_knocks(self) -> None:
@@ -149,7 +150,7 @@ class MetricsTest(LogCase):
             for _ in range(100):
                 sender.sendto(b"A" * 200, ("127.0.0.1", capture.socket.getsockname()[1]))
         key, got = ("spa_kernel_dropped_packets_total", ""), 0
-        made.selector.register(capture, 1)
+        made.ears.captures.register(capture, 1)
         if str(capture.lost()) == "nan":
             skip("this kernel does not tell what it dropped")
         before = self.written(made)[key]
