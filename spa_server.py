@@ -129,7 +129,8 @@ VERSION = "0.1.0"
 # Packet has its verified fields. A door is a source, a destination, a protocol and a port; a grant
 # is a door that is open until some time. The guard is our rules that close GUARD_PORTS to everybody
 # without a grant. A cycle is a command that opens and one that closes again; a switch is the
-# process that runs the second if this server is dead. A void stanza has an error and opens nothing.
+# process that runs the second if this server is dead. A notice is a command that runs beside a
+# grant. A void stanza has an error and opens nothing.
 # ======================================================================================
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -7437,6 +7438,7 @@ class Grants:
         self.ends: List[Tuple[float, int, Grant]] = []  # a heap; also of grants prolonged since
         self.count = 0  # of all grants so far: the heap never has to compare two of them
         self.not_before = 0.0  # when to try a failed close again
+        self.look_due = 0.0  # when a knock may make it look whether a connection ended a grant
         self.doubtful = False  # whether the firewall failed and may lack grants: restore() is due
         self.ended: Callable[[Door], None] = lambda door: None  # Access lets ON_CLOSE run
 
@@ -7471,9 +7473,11 @@ class Grants:
         doors = [door for door in map(self.firewall.normalise, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
-        if any(door.kind == ONCE and door in self.live for door in doors):
+        if now >= self.look_due and any(
+                door.kind == ONCE and door in self.live for door in doors):
             with self.firewall.within(PATIENCE):
                 self.restore()  # forget what a connection has ended
+            self.look_due = self.clocks.monotonic() + RETRY_SECONDS
         self.check_stanza(doors, stanza_number)
         known = [door for door in doors if door in self.live]
         opened = [Grant(door, expires, ends,
@@ -9839,10 +9843,11 @@ class Server:
         self.commands.close_all(SHUT_DOWN)  # what they opened, even with FLUSH_IPT_AT_EXIT N
         try:
             if self.settings.flush_at_stop:
-                self.grants.flush()
+                try:
+                    self.grants.flush()
+                finally:
+                    self.grants.firewall.withdraw()
         finally:
-            if self.settings.flush_at_stop:
-                self.grants.firewall.withdraw()
             self.commands.stop()  # and what runs beside the end of a grant
 
 

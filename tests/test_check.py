@@ -299,6 +299,7 @@ class CheckTest(CheckCase):
                 ("ACCESS_EXPIRE_EPOCH 1000000000", "[!] (stanza #1) has expired"),
                 ("KEY ChangeMe_now", "[!] (stanza #1) KEY or HMAC_KEY is easy to guess"),
                 ("KEY 11111111", "[!] (stanza #1) KEY or HMAC_KEY is easy to guess"),
+                ("ON_OPEN /bin/echo $IP", "[+] (stanza #1) ON_OPEN runs beside the firewall: /"),
                 ("REQUIRE_SOURCE_ADDRESS N", "[+] (stanza #1) Warning: REQUIRE_SOURCE")):
             name = line.split()[0]
             rest = "".join(each + "\n" for each in KEYED.splitlines() if not each.startswith(

@@ -964,8 +964,31 @@ class NoticeTest(CommandCase):
         self.assertEqual([DOOR22], self.firewall.doors())
         self.assertEqual(["close 10.55.0.2 22", "open 10.55.0.2 22"], sorted(self.got()[1:]))
         self.firewall.rules.clear()
+        with mock.patch.object(made.grants, "restore", side_effect=AssertionError):
+            self.knock()  # a client that knocks all the time does not make it look all the time
+        self.firewall.rules.clear()
         made.grants.restore()
         self.assertEqual("close 10.55.0.2 22", self.got()[-1])
+
+    def test_nat(self) -> None:
+        """One notice for the doors that lead a client to another host, with the inner port."""
+        for lines, words in (("FORCE_NAT 10.9.0.2 2222", "2222 6"), (
+                "FORCE_NAT 10.9.0.2 2222\nFORWARD_ALL Y", "0 0")):
+            made = self.serve(self.notices(lines, words="$PORT $PROTO"),
+                              "ENABLE_IPT_FORWARDING Y;")
+            self.knock()
+            made.grants.flush()
+            self.assertEqual(["close " + words, "open " + words], sorted(self.got()))
+            os.unlink(self.place("got"))
+
+    def test_a_stop_that_fails(self) -> None:
+        """Commands still have their time if the firewall does not let its grants go."""
+        made = self.serve(self.notices())
+        self.knock()
+        self.firewall.failing_flushes = 1
+        with mock.patch.object(self.firewall, "withdraw", side_effect=server.CommandError("no")):
+            self.assertRaises(server.CommandError, made.stop)
+        self.assertEqual(["open 10.55.0.2 22"], self.got())
 
     def test_without_a_firewall(self) -> None:
         """A notice of an opening that can't be is refused, with its line."""

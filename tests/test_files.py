@@ -185,7 +185,7 @@ class KeyFileTest(FilesCase):
         for line in ("OPEN_PORTS tcp/22", "RESTRICT_PORTS tcp/22", "SOURCE ANY", "GPG_EXE /tmp/x",
                      "GPG_HOME_DIR /tmp/x", "REQUIRE_USERNAME bob", "ENABLE_CMD_EXEC Y",
                      "CMD_CYCLE_OPEN /tmp/x", "%include /etc/x", "%include_keys HERE/k",
-                     "ENCRYPTION_MODE ECB", "NO_SUCH_NAME 1"):
+                     "ENCRYPTION_MODE ECB", "NO_SUCH_NAME 1", "ON_OPEN /bin/sh"):
             self.put(k="KEY k\n%s\n" % line)
             with self.subTest(line=line):
                 self.assertEqual("k:2: %s: expected only keys here, and the rest beside "
