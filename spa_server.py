@@ -9,7 +9,7 @@ formats and the behaviour of fwknop, knockd and OpenSPA, and our own answers.
 
 The life of a packet, in the order of Gate.receive() and Gate.let_in() in section 29:
 
-  capture    packet socket with a kernel filter, UDP or TCP socket, file    sections 6, 18
+  capture    packet or UDP socket behind a kernel filter, TCP socket, file  sections 6, 18
   check      length and alphabet, before any key is touched                 section 4
   unlock     whose is it? HMAC first, then decrypt, then decode             sections 3, 4, 9, 15
   fresh      too old? seen before? from before this memory began?           section 16
@@ -1552,15 +1552,18 @@ def decode_frame(frame: bytes, link: LinkType, any_direction: bool) -> bytes:
     return frame[start:]
 
 
+IPV4_HEADER, PAYLOAD = 1, 2
+
+
 class Comparison(NamedTuple):
     """A test that `size` bytes at `offset`, under `mask`, are a number from `least` to `most`."""
 
     offset: int
-    size: int
+    size: int  # 0 stands for the length of the payload
     least: int
     most: int
     mask: int = 0xFFFFFFFF
-    behind: bool = False  # whether the offset counts from the end of the IPv4 header
+    behind: int = 0  # where the offset counts from: 0, IPV4_HEADER (its end) or PAYLOAD
 
 
 class Junction(NamedTuple):
@@ -1601,14 +1604,14 @@ def protocol_filter(name: str) -> Filter:
     return Junction("or", (four, six))
 
 
-def field_is_one_of(offset: int, size: int, values: Iterable[int], behind: bool = False) -> Filter:
+def field_is_one_of(offset: int, size: int, values: Iterable[int], behind: int = 0) -> Filter:
     """Match packets in which a field has one of these values."""
     return Junction("or", tuple(Comparison(offset, size, value, value, behind=behind)
                                 for value in sorted(values)))
 
 
 def transport_filter(four: Iterable[int], six: Iterable[int],
-                     test: Callable[[int, bool], Filter]) -> Filter:
+                     test: Callable[[int, int], Filter]) -> Filter:
     """Match packets of these protocols, in IPv4 and IPv6, whose transport header passes a test.
 
     `test` makes that test, for the header's offset and Comparison's `behind`. Later fragments have
@@ -1616,8 +1619,8 @@ def transport_filter(four: Iterable[int], six: Iterable[int],
     """
     return Junction("or", (
         Junction("and", (IS_IPV4, field_is_one_of(9, 1, four), Comparison(6, 2, 0, 0, 0x1FFF),
-                         test(0, True))),
-        Junction("and", (IS_IPV6, field_is_one_of(6, 1, six), test(40, False)))))
+                         test(0, IPV4_HEADER))),
+        Junction("and", (IS_IPV6, field_is_one_of(6, 1, six), test(40, 0)))))
 
 
 def port_filter(protocol: str, direction: str, low: int, high: int) -> Filter:
@@ -1730,12 +1733,33 @@ def matches(tree: Filter, packet: bytes) -> bool:
     return tree.least <= value <= tree.most
 
 
+def payload_filter(http: bool) -> Filter:
+    """Match a payload that may be an SPA packet by its length and some bytes, or begins with GET.
+
+    Of 10^13 payloads of random bytes, one passes. Most of those that somebody may have to find in
+    the log still do: with a prefix that the client left there, or one wrong character.
+    """
+    ascii = [Comparison(offset, 4, 0, 0, 0x80808080, PAYLOAD) for offset in range(4, 136, 16)]
+    base64 = [Junction("or", (Comparison(offset, 1, 0x41, 0x5A, 0xDF, PAYLOAD),  # A-Z and a-z
+                              Comparison(offset, 1, 0x2F, 0x39, behind=PAYLOAD),  # / and 0-9
+                              Comparison(offset, 1, 0x2B, 0x2B, behind=PAYLOAD)))  # +
+              for offset in (25, 60, 95, 130)]
+    beginning = Junction("or", (  # of AES, of GPG, and of what has its prefix still
+        field_is_one_of(0, 1, b"89+/hwU", PAYLOAD),
+        Comparison(0, 0, GPG_LENGTH, MAX_PAYLOAD, behind=PAYLOAD)))
+    packet = Junction("and", (Comparison(0, 0, MIN_PAYLOAD, MAX_PAYLOAD, behind=PAYLOAD),
+                              beginning, *ascii, *base64))
+    get = Comparison(0, 4, 0x47455420, 0x47455420, 0xDFDFDFFF, PAYLOAD)
+    return Junction("or", (get, packet)) if http else packet
+
+
 SOCK_FILTER = struct.Struct("=HBBI")  # struct sock_filter {u16 code, u8 jt, u8 jf, u32 k}
-MAX_INSTRUCTIONS = 4000  # the kernel accepts 4096; open_packet_captures() adds some
+MAX_INSTRUCTIONS = 3900  # the kernel accepts 4096; open_packet_captures() adds some
 LONGEST_JUMP = 250  # of 255: the two plain jumps that branch() may add come in between
 LOAD = {1: 0x30, 2: 0x28, 4: 0x20}  # byte, half and word (linux/bpf_common.h)
-LOAD_BEHIND = {1: 0x50, 2: 0x48}  # the same, behind the IPv4 header
-LOAD_IPV4_LENGTH, MASK = 0xB1, 0x54
+LOAD_BEHIND = {1: 0x50, 2: 0x48, 4: 0x40}  # the same, behind the index
+LOAD_LENGTH, LOAD_INDEX, LOAD_IPV4_LENGTH, TO_INDEX, FROM_INDEX = 0x80, 0x01, 0xB1, 0x07, 0x87
+MASK, ADD, ADD_INDEX, SUBTRACT_INDEX, SHIFT_RIGHT = 0x54, 0x04, 0x0C, 0x1C, 0x74
 JUMP, JUMP_IF_EQUAL, JUMP_IF_GREATER, JUMP_IF_NOT_LESS, RETURN = 0x05, 0x15, 0x25, 0x35, 0x06
 PACKET_TYPE = 0xFFFFF000 + 4  # SKF_AD_OFF + SKF_AD_PKTTYPE
 NOT_OUTGOING = Junction("not", (Comparison(PACKET_TYPE, 4, PACKET_OUTGOING, PACKET_OUTGOING),))
@@ -1749,22 +1773,46 @@ class FilterProgram:
     are there before the test. An address counts the instructions from there to the end.
     """
 
-    def __init__(self, tree: Filter) -> None:
+    def __init__(self, tree: Filter, payload: Optional[Filter] = None) -> None:
         self.code: List[bytes] = []  # last one first
-        reject = self.add(RETURN, 0)
-        self.test(tree, self.add(RETURN, ACCEPT_ALL), reject)
+        reject = self.add((RETURN, 0))
+        accept = self.add((RETURN, ACCEPT_ALL))
+        self.test(tree, self.find_payload(payload, accept, reject) if payload else accept, reject)
 
-    def add(self, code: int, k: int) -> int:
-        """Put an instruction in front, one that does not branch; return its address."""
-        self.code.append(SOCK_FILTER.pack(code, 0, 0, k))
+    def add(self, *instructions: Tuple[int, int]) -> int:
+        """Put instructions (code, k) in front that do not branch; return the first one's address.
+        """
+        for code, k in reversed(instructions):
+            self.code.append(SOCK_FILTER.pack(code, 0, 0, k))
         return len(self.code)
+
+    def find_payload(self, tree: Filter, accept: int, reject: int) -> int:
+        """Put the test of a UDP, TCP or ICMP payload in front; return its address.
+
+        Fragments and other protocols are rejected, as by decode_ip(). IPv6 packets with extension
+        headers are accepted: no program without loops gets behind these.
+        """
+        payload = self.test(tree, accept, reject)
+        tcp = self.add((LOAD_BEHIND[1], 12), (MASK, 0xF0), (SHIFT_RIGHT, 2), (ADD_INDEX, 0),
+                       (TO_INDEX, 0))
+        other = self.add((FROM_INDEX, 0), (ADD, 8), (TO_INDEX, 0), (JUMP, tcp - payload))
+        self.branch(JUMP_IF_EQUAL, TCP, tcp, reject)
+        for number in (UDP, ICMP, ICMP6):
+            self.branch(JUMP_IF_EQUAL, number, other, len(self.code))
+        transport = len(self.code)
+        for number in IPV6_EXTENSIONS:
+            self.branch(JUMP_IF_EQUAL, number, accept, len(self.code))
+        six = self.add((LOAD_INDEX, 40), (LOAD[1], 6))
+        self.add((LOAD_IPV4_LENGTH, 0), (LOAD[1], 9), (JUMP, six - transport))
+        four = self.test(Comparison(6, 2, 0, 0, 0x3FFF), len(self.code), reject)
+        return self.test(IS_IPV4, four, self.test(IS_IPV6, six, reject))
 
     def branch(self, code: int, k: int, when_true: int, when_false: int) -> None:
         """Put a conditional jump in front. Its 8 bits reach a far address through a plain jump."""
         targets = [when_true, when_false]
         for i in (0, 1):
             if len(self.code) - targets[i] > LONGEST_JUMP:
-                targets[i] = self.add(JUMP, len(self.code) - targets[i])
+                targets[i] = self.add((JUMP, len(self.code) - targets[i]))
         jumps = [len(self.code) - target for target in targets]
         self.code.append(SOCK_FILTER.pack(code, jumps[0], jumps[1], k))
 
@@ -1785,15 +1833,23 @@ class FilterProgram:
             self.branch(JUMP_IF_GREATER, tree.most, when_false, when_true)
             self.branch(JUMP_IF_NOT_LESS, tree.least, len(self.code), when_false)
         if tree.mask != 0xFFFFFFFF:
-            self.add(MASK, tree.mask)
-        self.add((LOAD_BEHIND if tree.behind else LOAD)[tree.size], tree.offset)
-        return self.add(LOAD_IPV4_LENGTH, 0) if tree.behind else len(self.code)
+            self.add((MASK, tree.mask))
+        if not tree.size:
+            return self.add((LOAD_LENGTH, 0), (SUBTRACT_INDEX, 0))
+        self.add(((LOAD_BEHIND if tree.behind else LOAD)[tree.size], tree.offset))
+        return self.add(*[(LOAD_IPV4_LENGTH, 0)] * (tree.behind == IPV4_HEADER))
 
 
-def compile_filter(tree: Filter, any_direction: bool = False) -> bytes:
+def compile_filter(tree: Filter, any_direction: bool = False,
+                   payload: Optional[Filter] = None) -> bytes:
     """Compile a filter, which rejects packets that this host sends, unless `any_direction`."""
-    program = FilterProgram(tree if any_direction else Junction("and", (NOT_OUTGOING, tree)))
-    return b"".join(reversed(program.code))
+    tree = tree if any_direction else Junction("and", (NOT_OUTGOING, tree))
+    return b"".join(reversed(FilterProgram(tree, payload).code))
+
+
+def compile_udp_filter(payload: Filter) -> bytes:
+    """Compile the filter of a UDP socket, which sees the UDP header and the payload."""
+    return SOCK_FILTER.pack(LOAD_INDEX, 0, 0, 8) + compile_filter(payload, any_direction=True)
 
 
 # ======================================================================================
@@ -2262,7 +2318,7 @@ def sequence_filter(sequences: List[Sequence]) -> Filter:
 
 def step_filter(protocol: int, flags: Tuple[int, int], ports: Set[int]) -> Filter:
     """Return a filter for steps of a protocol to these ports, or to every port if none is given."""
-    def test(start: int, behind: bool) -> Filter:
+    def test(start: int, behind: int) -> Filter:
         if protocol == ICMP:  # echo requests
             return field_is_one_of(start, 1, (8, 128), behind)
         tests = [field_is_one_of(start + 2, 2, ports, behind)] if ports else []
@@ -5059,14 +5115,19 @@ class KnockCapture(PacketCapture):
     sequences: Iterable[Sequence] = ()  # open_knock_captures() sets them
 
 
+def attach_filter(opened: socket.socket, code: bytes) -> None:
+    """Give a socket a filter, in place of the one that it may have."""
+    instructions = array.array("B", code)
+    program = struct.pack("HL", len(code) // SOCK_FILTER.size, instructions.buffer_info()[0])
+    opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
 def open_packet_socket(interface: str, protocol: int, code: bytes, promiscuous: bool
                        ) -> Tuple[socket.socket, int]:
     """Open a packet socket with a filter, on an interface or all (""); return it, and its index."""
     opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol))
     try:
-        instructions = array.array("B", code)
-        program = struct.pack("HL", len(code) // 8, instructions.buffer_info()[0])
-        opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        attach_filter(opened, code)
         index = socket.if_nametoindex(interface) if interface else 0
         if interface:
             opened.bind((interface, protocol))
@@ -5339,7 +5400,8 @@ def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture]
                         f"{settings.udp_port} instead")
             on_udp = True
     if on_udp:
-        open_port_captures(UdpCapture, settings.udp_port, captures, current)
+        open_port_captures(UdpCapture, settings.udp_port, captures, current,
+                           compile_udp_filter(payload_filter(http=False)))
     if settings.tcp_server:
         open_port_captures(TcpCapture, settings.tcp_port, captures, current)
 
@@ -5370,7 +5432,8 @@ def close_captures(captures: Iterable[Capture], current: Iterable[Capture]) -> N
 
 
 def open_port_captures(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int,
-                       captures: List[Capture], current: Iterable[Capture]) -> None:
+                       captures: List[Capture], current: Iterable[Capture],
+                       code: bytes = b"") -> None:
     """Open sockets of both families and add them to `captures`; a host may lack one family."""
     kept = {(type(each), each.family, each.port): each for each in current
             if isinstance(each, (UdpCapture, TcpCapture))}
@@ -5378,6 +5441,8 @@ def open_port_captures(kind: "Type[Union[UdpCapture, TcpCapture]]", port: int,
         try:
             captures.append(kept.get((kind, family, port))
                             or kind(open_port_socket(family, kind.kind, port), port))
+            if code:
+                attach_filter(captures[-1].socket, code)
         except OSError as error:
             missing = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
             served = any(isinstance(each, kind) for each in captures)
@@ -5400,8 +5465,6 @@ class AnswerSockets:
     def open(self, ports: Iterable[int], captures: Iterable[Capture]) -> None:
         """Open a socket of each family at these ports; go on without one where that fails."""
         self.close()
-        nothing = array.array("B", SOCK_FILTER.pack(RETURN, 0, 0, 0))
-        program = struct.pack("HL", 1, nothing.buffer_info()[0])
         failed = set()  # both families fail alike
         for port in sorted(ports):
             for size, family in ((4, socket.AF_INET), (16, socket.AF_INET6)):
@@ -5412,7 +5475,7 @@ class AnswerSockets:
                     self.sockets[port, size] = opened
                     if not same:
                         self.own.append(opened)
-                        opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+                        attach_filter(opened, SOCK_FILTER.pack(RETURN, 0, 0, 0))
                 except OSError as error:
                     if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                         failed.add(explain(error, f"UDP port {port}"))
@@ -5443,12 +5506,13 @@ class AnswerSockets:
 
 def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCapture]:
     """Open the packet sockets of PCAP_INTF; return none while that interface does not exist."""
-    tree = settings.packet_filter
+    tree, http = settings.packet_filter, settings.http or settings.verbose > 0  # it logs each GET
     if settings.tcp_server:  # packets to it would come twice
         served = parse_packet_filter(f"tcp dst port {settings.tcp_port}")
         tree = Junction("and", (tree, Junction("not", (served,))))
     return open_on_interface(PacketCapture, settings.interface,
-                             compile_filter(tree, settings.any_direction), log,
+                             compile_filter(tree, settings.any_direction,
+                                            payload_filter(http)), log,
                              settings.any_direction, settings.promiscuous)
 
 
@@ -9142,19 +9206,26 @@ class OspaUdpCapture(UdpCapture):
     batch_seconds = OspaCapture.batch_seconds
 
 
+def ospa_filter(port: int, modulus: int, start: int, behind: int) -> Filter:
+    """Match UDP datagrams that have the header and the length of a request to this port."""
+    header = int.from_bytes((OSPA_REQUEST, 0, OSPA_SUITE, 0), "big")
+    return Junction("and", (
+        Comparison(start + 2, 2, port, port, behind=behind),
+        field_is_one_of(start + 4, 2, [8 + length for length in ospa_lengths(modulus)], behind),
+        Comparison(start + 8, 4, header, header, 0xFF00FFFF, behind)))
+
+
 def open_ospa_captures(settings: ServerSettings, key: RsaKey, log: Log, current: Iterable[Capture],
                        captures: List[Capture]) -> None:
     """Open what OpenSPA requests come in by, as packets do, and add it to `captures`."""
-    lengths = [length + 8 for length in ospa_lengths(key.size)]  # with the UDP header
-    tree = transport_filter((UDP,), (UDP,), lambda start, behind: Junction("and", (
-        Comparison(start + 2, 2, settings.ospa_port, settings.ospa_port, behind=behind),
-        field_is_one_of(start + 4, 2, lengths, behind))))
+    test = partial(ospa_filter, settings.ospa_port, key.size)
     if not settings.udp_server:
         with contextlib.suppress(PermissionError, AttributeError):  # there are no packet sockets
-            captures += open_on_interface(OspaCapture, settings.interface, compile_filter(tree),
-                                          log)
+            captures += open_on_interface(OspaCapture, settings.interface, compile_filter(
+                transport_filter((UDP,), (UDP,), test)), log)
             return
-    open_port_captures(OspaUdpCapture, settings.ospa_port, captures, current)
+    open_port_captures(OspaUdpCapture, settings.ospa_port, captures, current,
+                       compile_filter(test(0, 0), any_direction=True))
 
 
 class OspaGate:
@@ -9706,7 +9777,8 @@ class Server:
         moved = not settings.capture_file and changed(
             ServerSettings.interface, ServerSettings.packet_filter, ServerSettings.any_direction,
             ServerSettings.promiscuous, ServerSettings.udp_server, ServerSettings.udp_port,
-            ServerSettings.tcp_server, ServerSettings.tcp_port)
+            ServerSettings.tcp_server, ServerSettings.tcp_port, ServerSettings.http,
+            ServerSettings.verbose)
         same = not moved and configuration.takes_packets == self.configuration.takes_packets
         captures, memory = self.captures, None
         stood = self.grants.firewall.trial or firewall.guarded()

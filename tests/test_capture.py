@@ -6,6 +6,7 @@ vectors/filters.json, and made anew and compared where tcpdump is installed.
     python3 -m tests.test_capture --write    record them
 """
 
+import itertools
 import json
 import os
 import random
@@ -16,11 +17,11 @@ import struct
 import subprocess
 import sys
 import unittest
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import spa_server as server
 from tests.support import TIMEOUT, TOP, needs_programs, wait_for
-from tests.test_packet import NOW, Sender
+from tests.test_packet import NOW, Sender, read_vectors
 from tests.test_server import KEYS, Clock, ServerCase, ipv4, ipv6, run_filter, udp
 
 VERDICTS = os.path.join(TOP, "tests", "vectors", "filters.json")
@@ -358,6 +359,109 @@ class FilterLanguageTest(unittest.TestCase):
             for packet in draw.sample(packets, 5):
                 self.assertIs(run_filter(code, packet), passes(tree, packet), text)
         self.assertGreater(good, 200)
+
+
+# ------------------------------------------------------------------- the filter of payloads
+
+GET = b"GET /8XqE HTTP/1.0\r\nUser-Agent: Fwknop/2.6.10\r\n\r\n"
+# Payloads that the log tells of, or that are no packets and pass all the same; then those that the
+# kernel drops; and whether the first one of these is right where HTTP is enabled.
+KNOWN = [b"8" + b"A" * 139, b"+" + b"/" * 398, b"E" + b"z" * 1499, b"hF4D" + b"A" * 200,
+         b"wV4D" + b"9" * 200, b"U2FsdGVkX18" + b"A" * 200, b"hQEMA" + b"A" * 400,
+         b"8XqE" + b"A" * 196 + b"\n", b"8Xq:" + b"A" * 197, b"9" + b"A" * 150 + b"=="]
+DROPPED = [GET, b"", b"8", b"8" + b"A" * 138, b"E" + b"A" * 1500, b"A" * 399, b"8" + bytes(150),
+           b"8" + b"\xff" * 150, b"8" + b"A" * 24 + b" " + b"A" * 150, b"!" + b"A" * 200,
+           b"8" + b"A" * 59 + b"-" + b"A" * 100, "\u00e9".encode() * 300]
+
+
+def any_payload(draw: random.Random) -> bytes:
+    """Return random bytes, of any length that a datagram may have."""
+    size = draw.randrange(1501)
+    return draw.getrandbits(8 * size + 1).to_bytes(size + 1, "big")[1:]
+
+
+def right_payloads() -> List[bytes]:
+    """Return packets of fwknop's client, and some of each mode with each digest and HMAC type."""
+    found = [each["packet"].encode() for each in read_vectors("fwknop.json")["vectors"]]
+    for mode, mac in itertools.product(server.MODES, ("", *server.DIGESTS)):
+        found += [Sender(mode=mode, digest=digest, hmac_type=mac or "SHA256", salt=os.urandom(8),
+                         hmac_key=b"mac" if mac else b"").packet()
+                  for digest in (mac or "MD5", "SHA3_512")]
+    return found
+
+
+class PayloadFilterTest(unittest.TestCase):
+    """What the kernel drops unseen: random bytes; and what it must not drop."""
+
+    carriers = (
+        ("udp", lambda payload: ipv4(udp(payload)), lambda payload: ipv6(udp(payload))),
+        ("icmp or icmp6", lambda payload: ipv4(icmp(payload), 1, options=b"\1" * 8),
+         lambda payload: ipv6(icmp(payload, 128), 58)),
+        ("tcp", lambda payload: ipv4(tcp(payload, options=b"\1" * 12), 6, options=b"\1" * 40),
+         lambda payload: ipv6(tcp(payload, flags=2, options=b"\1" * 40), 6)),
+        ("not icmp", lambda payload: ipv4(tcp(payload), 6),
+         lambda payload: ipv6(tcp(payload), 6)))
+
+    def verdicts(self, payload: bytes, http: bool = False) -> Set[bool]:
+        """Return what the filters of all carriers, and of a UDP socket, say to a payload."""
+        tree = server.payload_filter(http)
+        found = {run_filter(server.compile_udp_filter(tree), udp(payload))}
+        for text, *packets in self.carriers:
+            code = server.compile_filter(server.parse_packet_filter(text), False, tree)
+            found |= {run_filter(code, packet(payload)) for packet in packets}
+            self.assertFalse(any(run_filter(code, packet(payload), 4) for packet in packets))
+        return found
+
+    def test_right_payloads(self) -> None:
+        """Each packet that a client makes passes, by every carrier, and so does a near miss."""
+        for payload in right_payloads() + KNOWN:
+            for http in (False, True):
+                self.assertEqual({True}, self.verdicts(payload, http), payload)
+
+    def test_dropped(self) -> None:
+        """Other lengths, alphabets and beginnings; HTTP passes where it is enabled."""
+        for payload in DROPPED:
+            self.assertEqual({False}, self.verdicts(payload), payload)
+            self.assertEqual({payload == GET}, self.verdicts(payload, http=True), payload)
+        for request in (b"get http://10.0.0.1/8 HTTP/1.1\r\n\r\n", GET + b"A" * 4000):
+            self.assertEqual({True}, self.verdicts(request, http=True))
+
+    def test_random_bytes(self) -> None:
+        """None passes, whatever its length."""
+        draw, code = random.Random(3), server.compile_udp_filter(server.payload_filter(True))
+        self.assertFalse(any(run_filter(code, udp(any_payload(draw))) for _ in range(1000)))
+
+    def test_other_packets(self) -> None:
+        """Fragments and other protocols are dropped; extension headers hide what is behind them."""
+        code = server.compile_filter(server.parse_packet_filter("ip or ip6"), False,
+                                     server.payload_filter(False))
+        body = udp(KNOWN[0])
+        for packet, passes_it in (
+                (ipv4(body, fragment=0x4000), True), (ipv4(body, fragment=0x2000), False),
+                (ipv4(body, fragment=1), False), (ipv4(body, 132), False), (ipv4(body, 0), False),
+                (ipv6(body, 50), False), (ipv6(extension(17) + body, 60), True),
+                (ipv6(body, 44), False), (b"\x55" + ipv4(body)[1:], False),
+                (ipv4(tcp(b""), 6), False), (ipv4(b"", 6), False), (b"\x45", False)):
+            self.assertIs(passes_it, run_filter(code, packet), packet)
+
+    def test_the_kernel(self) -> None:
+        """It takes the filter of a UDP socket, and says the same of each payload."""
+        heard = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        for each in (heard, sender):
+            self.addCleanup(each.close)
+        heard.bind(("127.0.0.1", 0))
+        server.attach_filter(heard, server.compile_udp_filter(server.payload_filter(False)))
+        sender.connect(heard.getsockname())
+        draw = random.Random(4)
+        for payload in right_payloads() + KNOWN:
+            for junk in DROPPED[1:] + [any_payload(draw)]:
+                sender.send(junk)
+            sender.send(payload)
+            heard.settimeout(TIMEOUT)
+            self.assertEqual(payload, heard.recv(2000))
+        heard.settimeout(0)
+        self.assertRaises(BlockingIOError, heard.recv, 1)
 
 
 # ------------------------------------------------------------------- packets and frames

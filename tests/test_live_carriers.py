@@ -140,14 +140,19 @@ class SniffTest(CarrierTest):
             server.wait_for("Replay detected from source IP: " + CLIENT4, mark))
 
     def test_http_is_off_by_default(self) -> None:
-        """A request is rejected in fwknopd's words, which only VERBOSE shows; plain TCP opens."""
+        """The kernel drops a request, unless VERBOSE shows it in fwknopd's words; plain TCP opens.
+        """
         self.cable.server.listen(62201)
         quiet = self.serve("PCAP_FILTER tcp port 62201;\n")
         self.client.run(*FWKNOP, *KEYS, *KNOCK4, "-P", "http")
         quiet.knock(self.client, *KNOCK4, "-P", "tcp", program=FWKNOP)
+        quiet.configure("PCAP_FILTER tcp port 62201;\nENABLE_SPA_OVER_HTTP Y;\n")
+        quiet.send_signal(signal.SIGHUP)
+        quiet.wait_for("Re-starting fwknopd")
+        quiet.knock(self.client, *KNOCK4, "-P", "http", program=FWKNOP)
         quiet.stop()
         self.assertNotIn("4099", quiet.log())
-        self.assertIn("1 HTTP", quiet.wait_for("Packets seen"))
+        self.assertIn("2 accepted; rejected: none", quiet.wait_for("Packets seen"))
         verbose = self.serve("PCAP_FILTER tcp port 62201;\nVERBOSE 1;\n")
         self.assertIn(
             "error 4099: 'SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set'",
@@ -588,7 +593,7 @@ class PacketLimitTest(LiveTest):
         server = self.serve("", STANZA, "-C", "3")
         self.client.send(SERVER4, 62201, "no base64! " * 20, "short")
         server.knock(self.client, *KNOCK4)
-        self.client.send(SERVER4, 62201, "A" * 200)
+        self.client.send(SERVER4, 62201, "8" * 200)
         server.knock(self.client, *KNOCK4)
         self.assertEqual(0, server.running().popen.wait(30))
         self.assertIn("Packet count limit (3) reached. Exiting...", server.log())

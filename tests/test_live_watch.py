@@ -64,7 +64,7 @@ class LiveWatchTest(unittest.TestCase):
                 cable.client.send(SERVER4, 62201, read(packet).strip())
                 server.wait_for("Replay detected")
                 server.send_signal(signal.SIGSTOP)
-                cable.client.send(SERVER4, 62201, *["A" * 200] * FLOOD)
+                cable.client.send(SERVER4, 62201, *["8" * 200] * FLOOD)
                 server.send_signal(signal.SIGCONT)
 
                 counts: List[float] = []

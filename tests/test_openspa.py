@@ -1,6 +1,7 @@
 """OpenSPA v2: RSA, keys, the packet and the server's gate, on the reference programs' packets."""
 
 import base64
+import functools
 import hmac
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any, Dict, List  # noqa: F401
 
 import spa_server as server
 from tests.support import TOP, write
-from tests.test_server import ServerCase
+from tests.test_server import ServerCase, ipv4, ipv6, run_filter, udp
 
 with open(os.path.join(TOP, "tests", "vectors", "openspa.json")) as _file:
     VECTORS = json.load(_file)  # type: Dict[str, Any]
@@ -173,6 +174,22 @@ class PacketTest(unittest.TestCase):
                         bytes.fromhex(decoded["nonce"])))
                     if request:
                         self.assertIn(len(datagram), server.ospa_lengths(own.size))
+                        self.check_filters(datagram, own.size)
+
+    def check_filters(self, request: bytes, modulus: int) -> None:
+        """The filters of both kinds of socket take a request, and nothing that differs in form."""
+        test = functools.partial(server.ospa_filter, 22211, modulus)
+        whole = server.compile_filter(server.transport_filter((17,), (17,), test))
+        plain = server.compile_filter(test(0, 0), any_direction=True)
+        for payload, port, passes in (
+                (request, 22211, True), (b"\x20\xff" + request[2:], 22211, True),
+                (request, 22212, False), (request + b"x", 22211, False),
+                (request[:-1], 22211, False), (b"\xa0" + request[1:], 22211, False),
+                (request[:2] + b"\2" + request[3:], 22211, False),
+                (request[:3] + b"\1" + request[4:], 22211, False)):
+            body = udp(payload, port)
+            self.assertEqual([passes] * 3, [run_filter(whole, ipv4(body, options=b"\1" * 4)),
+                                            run_filter(whole, ipv6(body)), run_filter(plain, body)])
 
     def test_adk(self) -> None:
         """The proofs of the reference."""

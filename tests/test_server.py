@@ -1809,12 +1809,12 @@ def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
         address += 1
         if opcode == 0x06:
             return bool(k > 0)
-        if opcode in (0x20, 0x28, 0x30, 0x48, 0x50):  # load: word, half, byte; behind the index
-            size = {0x20: 4, 0x28: 2, 0x30: 1, 0x48: 2, 0x50: 1}[opcode]
+        if opcode in (0x20, 0x28, 0x30, 0x40, 0x48, 0x50):  # load: word, half, byte; from the index
+            size = {0: 4, 8: 2, 16: 1}[opcode & 0x18]
             if k == 0xFFFFF000 + 4:
                 accumulator = kind
                 continue
-            at = k + (index if opcode in (0x48, 0x50) else 0)
+            at = k + (index if opcode & 0x40 else 0)
             if at + size > len(packet):
                 return False
             accumulator = int.from_bytes(packet[at:at + size], "big")
@@ -1822,8 +1822,13 @@ def run_filter(code: bytes, packet: bytes, kind: int = 0) -> bool:
             if k >= len(packet):
                 return False
             index = (packet[k] & 15) * 4
-        elif opcode == 0x54:
-            accumulator &= k
+        elif opcode in (0x01, 0x07):
+            index = k if opcode == 0x01 else accumulator
+        elif opcode in (0x04, 0x0C, 0x1C, 0x54, 0x74, 0x80, 0x87):
+            accumulator = {0x04: accumulator + k, 0x0C: accumulator + index,
+                           0x1C: accumulator - index, 0x54: accumulator & k,
+                           0x74: accumulator >> k % 32, 0x80: len(packet),
+                           0x87: index}[opcode] & 0xFFFFFFFF
         elif opcode == 0x05:
             address += k
         elif opcode in (0x15, 0x25, 0x35):
