@@ -1369,8 +1369,7 @@ def folder_files(folder: str) -> List[str]:
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
     """Return a parser of decimal numbers from `least` to `most`; a # comment may follow one.
 
-    fwknopd and knockd read the digits alone. So `30s` is 30 seconds, as it says. `20m` would be 20
-    seconds, and is refused.
+    fwknopd and knockd read digits alone: `30s` is 30, as it says, but `20m` 20, and refused here.
     """
     def parse(text: str) -> int:
         text = text[text.startswith("+"):].partition("#")[0].rstrip(" \t;")
