@@ -5600,7 +5600,7 @@ class Firewall:
     guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # the guard's in nf_tables
     tables_heard: Optional[FrozenSet[Tuple[int, bytes]]] = None  # whose changes matter; None: all
     netlink: Optional[Netlink] = None  # set if the backend itself changes nf_tables
-    own_ports: "collections.deque[int]" = collections.deque(maxlen=100)  # of who changed it for us
+    own_ports: "collections.deque[int]" = collections.deque(maxlen=100)  # see changes_through()
     settled: Optional[bool] = None  # all is as a look found it right; None: intact() can't tell
     grants_at_once = GRANTS_AT_ONCE  # in one add()
     guard_ports: FrozenSet[Port] = frozenset()
@@ -6690,7 +6690,7 @@ class IptablesFirewall(Firewall):
         return bool(self.listed)
 
     def changes_through(self, port: int) -> None:
-        """Note that somebody with this netlink port is about to change rules for us."""
+        """Note the netlink port that will announce changes which we make."""
         self.own_ports.append(port)
         self.settled = False
 

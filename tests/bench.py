@@ -6,10 +6,12 @@
 
 `rates` shows the CPU that junk takes. `flood` counts the honest packets that open, each sent once,
 while junk comes; `fair` is for more junk than can be tried, from forged addresses. `stanzas` and
-`grants` show how cost grows with their number; `grants` also shows how late the last is closed when
-1,000 end together. `knock` is for knock sequences, ours beside knockd: from the last of three SYNs
-to the first answer, and the CPU for each first hit of a flood from many addresses. `openspa` is for
-requests of clients with RSA keys, beside the time that the RSA itself takes in the same run.
+`grants` show how cost grows with their number. `grants` also shows how many a minute reaches, what
+an idle server and its programs take then, how long it takes to put back what somebody flushed, and
+how late the last is closed when 1,000 end together. `knock` is for knock sequences, ours beside
+knockd: from the last of three SYNs to the first answer, and the CPU for each first hit of a flood
+from many addresses. `openspa` is for requests of clients with RSA keys, beside the time that the
+RSA itself takes in the same run.
 
 Rows print medians if they do not say otherwise, and for the peers the ratio to ours. Machines are
 noisy: compare ratios, and numbers of one run only. Traffic stays in network namespaces that are
@@ -420,22 +422,27 @@ def flood_of_hits(kind: str) -> float:
 
 
 def drop_all(host: Host, rules: str) -> None:
-    """A host firewall that drops: "" for none, "iptables", or nft's text."""
-    if rules == "iptables":
-        host.run("sh", "-c", "iptables -P INPUT DROP; iptables -A INPUT -i lo -j ACCEPT; "
-                 "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT")
+    """A host firewall that drops: "" for none, iptables' name, or nft's text."""
+    if rules.startswith("iptables"):
+        host.run("sh", "-c", "iptables -P INPUT DROP; iptables -A INPUT -i lo -j ACCEPT; iptables "
+                 "-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT".replace(
+                     "iptables", rules))
     elif rules:
         host.run("nft", "-f", "-", input=rules)
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far; to the nanosecond where the kernel counts so."""
-    try:
-        return sum(int(read(path).split()[0]) for path in glob.glob(
+    """User and system time of a process and of the programs that it ran, so far.
+
+    Its own to the nanosecond where the kernel counts so.
+    """
+    fields = read("/proc/%d/stat" % pid).rpartition(")")[2].split()
+    own, others = [sum(map(int, fields[start:start + 2])) / os.sysconf("SC_CLK_TCK")
+                   for start in (11, 13)]
+    with contextlib.suppress(OSError, IndexError):  # where CONFIG_SCHED_INFO is off
+        own = sum(int(read(path).split()[0]) for path in glob.glob(
             "/proc/%d/task/*/schedstat" % pid)) / 1e9
-    except (OSError, IndexError):  # CONFIG_SCHED_INFO is off
-        fields = read("/proc/%d/stat" % pid).rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + others
 
 
 def bench_junk() -> None:
@@ -622,9 +629,9 @@ def paced_flood(cable: Cable, rate: int, port: int, packets: List[bytes],
             reached.append(float(flood.stdout.readline()))
 
 
-def start_ours(config: str, host: Host, access: str = STANZA) -> Process:
-    """Ours with these stanzas, on iptables."""
-    return Server(host, "FIREWALL_TYPE iptables;\n" + config, access).start().running()
+def start_ours(config: str, host: Host, access: str = STANZA, kind: str = "iptables") -> Process:
+    """Ours with these stanzas, on iptables or nft."""
+    return Server(host, "FIREWALL_TYPE %s;\n" % kind + config, access).start().running()
 
 
 def survive(rate: int, start: Callable[[Host], Process]) -> Tuple[float, float]:
@@ -709,63 +716,92 @@ def find_client(count: int) -> float:
         return min(times)
 
 
-GRANTS = {"nft": (0, 1000, 5000, 9000), "iptables": (0, 1000, 5000)}
-ENDING, IDLE_SECONDS = 1000, 5
+GRANTS = (0, 1000, 5000)
+# An idle server looks at nft every 30 seconds, at iptables-nft every 90.
+REACH_SECONDS, IDLE_SECONDS, ENDING = 60, 95, 1000
 
 
 def bench_grants() -> None:
-    """Thousands of grants: the next one, and nothing to do; and 1,000 that end together."""
-    accept = "FIREWALL_TYPE nft;\nNFT_ACCEPT_CHAINS inet filter input;\n"
-    for name, config, rules in (("nft", accept, DROP),
-                                ("iptables", "FIREWALL_TYPE iptables;\n", "iptables")):
-        opening: Dict[str, Optional[float]] = {}
-        idle: Dict[str, Optional[float]] = {}
-        for count in GRANTS[name]:
+    """Thousands of grants: reach them, the next one, nothing to do, a flush, and the end."""
+    cases: Dict[str, Tuple[str, Callable[[Host], Process], List[str]]] = {
+        "spa_server.py, nft": (DROP, partial(start_ours, "NFT_ACCEPT_CHAINS inet filter input;\n",
+                                             kind="nft"),
+                               ["nft", "flush set inet filter spa4"])}
+    for program in ("iptables-nft", "iptables-legacy"):
+        exe = "FIREWALL_EXE %s;\n" % shutil.which(program)
+        cases["spa_server.py, " + program] = (
+            program, partial(start_ours, exe), [program, "-F", "FWKNOP_INPUT"])
+    if shutil.which("fwknopd"):
+        cases["fwknopd, UDP server, iptables"] = "iptables", partial(start_fwknopd, udp=True), []
+    rows: Dict[Tuple[str, str], Dict[str, Optional[float]]] = {}
+    for name, (rules, start, flush) in cases.items():
+        for count in GRANTS:
             with Cable() as cable:
                 drop_all(cable.server, rules)
-                server = Server(cable.server, config, STANZA).start()
-                open_ports(cable, server, range(30000, 30000 + count))
-                pid = server.running().popen.pid
-                wait_until_idle(pid)
-                before = cpu_seconds(pid)
-                time.sleep(IDLE_SECONDS)
-                row = "open grants: %d" % count
-                idle[row] = (cpu_seconds(pid) - before) / IDLE_SECONDS * 100
-                opening[row] = measure_fastest(cable)
-                server.stop(signal.SIGKILL)
-        show("knock to open, %s, fastest of %d" % (name, ROUNDS), opening, "ms")
-        show("nothing to do, %s" % name, idle, "% CPU")
-        with Cable() as cable:
-            drop_all(cable.server, rules)
-            server = Server(cable.server, config, STANZA).start()
-            show("%d grants end together, %s: the last is closed so late" % (ENDING, name),
-                 {"spa_server.py": end_together(cable, server)}, "ms")
-            server.stop()
+                process = start(cable.server)
+                if not flush:
+                    cable.server.run("iptables", "-A", "INPUT", "-p", "udp", "--dport", "62201",
+                                     "-j", "ACCEPT")
+                reached, took = reach(cable, process, count)
+                if count == GRANTS[-1]:
+                    rows.setdefault(("%d grants: reached in %d s" % (count, REACH_SECONDS), ""),
+                                    {})[name] = reached
+                    rows.setdefault(("the time for it", "s"), {})[name] = took
+                    rows.setdefault(("then, nothing to do", "% CPU"), {})[name] = idle_share(
+                        process.popen.pid)
+                rows.setdefault(("knock to open with %d grants, fastest of %d" % (count, ROUNDS),
+                                 "ms"), {})[name] = measure_fastest(cable)
+                if count == GRANTS[-1] and flush:
+                    mark, begin = process.mark(), time.perf_counter()
+                    cable.server.run(*flush)
+                    process.wait_for("Put back", mark)
+                    rows.setdefault(("put back after a flush", "s"), {})[name] = (
+                        time.perf_counter() - begin)
+                process.end(signal.SIGKILL)
+        if flush:
+            with Cable() as cable:
+                drop_all(cable.server, rules)
+                rows.setdefault(("%d end together: the last is closed so late" % ENDING, "ms"), {})[
+                    name] = end_together(cable, start(cable.server))
+    for (title, unit), row in rows.items():
+        show(title, row, unit)
 
 
-def open_ports(cable: Cable, server: Server, ports: range, end: float = 0.0) -> float:
-    """Opens ports by a packet each, until some second after `end`; returns when the last one ends.
+def reach(cable: Cable, process: Process, count: int) -> Tuple[float, float]:
+    """Returns how many grants a server opens in a minute, of `count`, and the seconds it took.
 
-    Both are epoch seconds.
+    Up to 50 packets wait for it.
     """
-    last = 0.0
-    for port in ports:
-        seconds = int(end - time.time()) + 1 if end else 0
+    packets = [make_packet("udp/%d" % port) for port in range(30000, 30000 + count)]
+    begin, sent, opened, took = time.monotonic(), 0, 0, 0.0
+    while opened < count and took < REACH_SECONDS:
+        cable.client.send(SERVER4, 62201, *packets[sent:opened + 50])
+        sent = max(sent, min(opened + 50, count))
+        time.sleep(0.02)
+        opened = process.output().count("Added access rule")
+        took = time.monotonic() - begin
+    return opened, took
+
+
+def idle_share(pid: int) -> float:
+    """Returns how much of a core a process and its programs take, in percent."""
+    wait_until_idle(pid)
+    before = cpu_seconds(pid)
+    time.sleep(IDLE_SECONDS)
+    return (cpu_seconds(pid) - before) / IDLE_SECONDS * 100
+
+
+def end_together(cable: Cable, process: Process) -> float:
+    """Milliseconds from the end of many grants until the server has closed the last of them."""
+    end, last = time.time() + 30 * slowness(), 0.0
+    for port in range(30000, 30000 + ENDING):
+        seconds = int(end - time.time()) + 1
         cable.client.send(SERVER4, 62201, make_packet("udp/%d" % port, seconds=seconds))
         last = max(last, time.time() + seconds)
         if port % 50 == 0:
-            server.wait_for("udp/%d for " % port)
-    if ports:
-        server.wait_for("udp/%d for " % ports[-1])
-    return last
-
-
-def end_together(cable: Cable, server: Server) -> float:
-    """Milliseconds from the end of many grants until the server has closed the last of them."""
-    last = open_ports(cable, server, range(30000, 30000 + ENDING),
-                      time.time() + 30 * slowness())
-    wait_for(lambda: server.log().count("Removed rule") == ENDING, "the end of all grants",
-             TIMEOUT)
+            process.wait_for("udp/%d for " % port)
+    wait_for(lambda: process.output().count("Removed rule") == ENDING, "the end of all grants",
+             2 * TIMEOUT)
     return (time.time() - last) * 1000
 
 
