@@ -18,6 +18,7 @@ import contextlib
 import gc
 import io
 import ipaddress
+import itertools
 import os
 import random
 import re
@@ -45,6 +46,7 @@ from tests.test_packet import NAT, NOW, Sender, b64, read_vectors
 from tests.test_server import CLIENT, DOOR22, HOST, KEYS, datagram
 
 SECRETS = (b"s3cretRijndael", b"hmacKey-for-tests")  # of KEYS: no error may show one
+SHOWN = "\n" + "".join(map(chr, range(32, 127)))  # characters of the log
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # files there cost less
 ROUND = 1000  # cases of all targets together; after so many of its own a target is checked
 
@@ -170,7 +172,9 @@ class Ground(GateTest):
         self.expect(set(made.tally.counts) <= set(server.REASONS), "a reason that nobody counts")
         made.grants.flush()
         self.clock.pass_seconds(31)
-        self.logged()
+        text = self.logged()
+        self.expect(not (set(text) - set(SHOWN) or any(key.decode() in text for key in SECRETS)),
+                    "a key or a control character is in the log")
 
 
 class Target(NamedTuple):
@@ -198,18 +202,16 @@ def gate_work(ground: Ground, made: Any, seeds: List[bytes],
     for each in seeds:  # what is valid among them is a replay later
         made.gate.receive(come(each))
     made.grants.flush()
-    seeds = [b""] + seeds
+    seeds, numbers = [b""] + seeds, itertools.count()
 
     def feed(data: bytes) -> None:
         made.gate.receive(come(data))
         ground.closed()
 
     def check() -> None:  # the first seed is what has opened last: a replay
-        check.count += 1  # type: ignore[attr-defined]
         seeds[0] = wrap((sender or Sender()).packet(
-            timestamp=int(ground.clock.wall_time), rand="%016d" % check.count))  # type: ignore[attr-defined]
+            timestamp=int(ground.clock.wall_time), rand="%016d" % next(numbers)))
         ground.opens(made, lambda: made.gate.receive(come(seeds[0])))
-    check.count = 0  # type: ignore[attr-defined]
     return Work(seeds, feed, check)
 
 
@@ -340,7 +342,8 @@ def knock(ground: Ground) -> Work:
     """Knock packets: a door opens only for a source that has sent all steps in their order."""
     made = ground.strict("SOURCE ANY\nOPEN_PORTS tcp/22\nKNOCK_SEQUENCE 7000,8000:udp,9000\n")
     made.knocks.is_own_address = lambda packed, now: len(packed) in (4, 16)
-    steps, seen = [(server.TCP, 7000), (server.UDP, 8000), (server.TCP, 9000)], {}  # type: Any, Dict[bytes, Any]
+    steps = [(server.TCP, 7000), (server.UDP, 8000), (server.TCP, 9000)]
+    seen: Dict[bytes, List[Tuple[int, int]]] = {}  # the steps of each source so far
     packets = [each for each in make_packets().values() if server.decode_knock(each)]
 
     def at(packet: bytes, port: int) -> bytes:
@@ -1075,10 +1078,8 @@ class Run:
 
     def __init__(self, names: Iterable[str] = (), seed: int = 1,
                  targets: Dict[str, Target] = TARGETS) -> None:
-        self.running = []  # type: List[Running]
-        for name in names or targets:
-            self.running.append(Running(name, seed, targets))
-        self.blocks = []  # type: List[int]  # of memory, after each round
+        self.running = [Running(name, seed, targets) for name in names or targets]
+        self.blocks: List[int] = []  # of memory, now and then
 
     def close(self) -> None:
         """Remove what the targets made, the last one's first: each puts back what it replaced."""
@@ -1116,11 +1117,20 @@ class Run:
             raise Fault(f"memory grows: {later} blocks")
 
 
-def run_atheris(running: Running) -> None:
-    """Let atheris draw the inputs of a target; it ends by itself, or with a fault."""
+def run_atheris(running: Running, seconds: float) -> None:
+    """Let atheris mutate the inputs of a target for so long, in a child: it ends its process."""
+    if os.fork():
+        if os.wait()[1]:
+            raise Fault(f"target {running.name}: atheris has shown its input above")
+        return
     import atheris  # type: ignore[import-untyped]
     atheris.instrument_all()
-    atheris.Setup(sys.argv[:1], running.take)
+    corpus = running.ground.place("corpus/")
+    os.mkdir(corpus)
+    for number, data in enumerate(running.work.seeds):
+        write(f"{corpus}{number}", data)
+    atheris.Setup([sys.argv[0], corpus, f"-artifact_prefix={corpus}",
+                   f"-max_total_time={seconds:.0f}"], running.take)
     atheris.Fuzz()
 
 
@@ -1138,7 +1148,9 @@ def main() -> None:
     try:
         if options.input is not None or options.atheris:
             for each in made.running:
-                run_atheris(each) if options.atheris else each.take(options.input)
+                if options.atheris:
+                    run_atheris(each, options.seconds or 10)
+                each.take(options.input)
             return
         began = time.monotonic()
         made.go(options.cases, options.seconds or 10)
