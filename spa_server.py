@@ -3334,6 +3334,7 @@ class Command(NamedTuple):
 
     argv: Tuple[bytes, ...]
     account: Optional[Account]
+    inherits: bool = False  # whether it has the environment and directory of the server
 
     def __str__(self) -> str:
         """Return the arguments as fwknopd's log shows them."""
@@ -7879,7 +7880,9 @@ def launch(command: Command, output: int, outlives: bool = False,
     try:
         return subprocess.Popen(
             command.argv, bufsize=0, stdin=source, stdout=output,
-            stderr=subprocess.STDOUT, cwd="/", env=COMMAND_ENVIRONMENT, start_new_session=True,
+            stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=None if command.inherits else "/",
+            env={**COMMAND_ENVIRONMENT, **os.environ} if command.inherits else COMMAND_ENVIRONMENT,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
     except OSError as error:  # Python 3.6 and 3.7 add the program to the text once more
         raise CommandError(f"{command}: {os.strerror(error.errno or 0)}") from None
@@ -7967,8 +7970,8 @@ class KnockdCycle(Cycle):
 
     def __init__(self, door: KnockdDoor, address: Address, limit: int) -> None:
         self.texts = door.commands(address)
-        start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None)
-                       for text in self.texts]
+        start, stop = [Command((b"/bin/sh", b"-c", text.encode("latin-1")) if text else (), None,
+                               inherits=True) for text in self.texts]
         super().__init__(door.name, door.number, f"{address}: {door.name}: ", limit,
                          door.stop_seconds, start, stop,
                          Door(ipaddress.ip_network(str(address)), None, "*", 0), door.name)

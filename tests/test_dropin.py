@@ -7,6 +7,7 @@ Here is what a file or option may look like; what it does is in the tests of tha
 import os
 import re
 import subprocess
+import sys
 import time
 import unittest
 from typing import Any, List
@@ -15,7 +16,7 @@ from unittest import mock
 import spa_client as client
 import spa_server as server
 from tests import test_client
-from tests.support import needs_programs, needs_root, run
+from tests.support import compiled, needs_programs, needs_root, run
 from tests.test_config import KEYED, ConfigCase
 from tests.test_knock_open import KnockCase
 from tests.test_packet import Sender
@@ -406,7 +407,7 @@ class KnockdTest(KnockCase):
                     self.assertIn(wanted[1:], str(error))
 
     @needs_root
-    @needs_programs("knockd", "unshare", "ip")
+    @needs_programs("knockd", "unshare", "stdbuf", "ip")
     def test_lines_of_knockd(self) -> None:
         """knockd does with each of them what the table says, and reads the same values."""
         for lines, wanted, ours in KNOCKD_LINES:
@@ -454,6 +455,24 @@ class KnockdTest(KnockCase):
              "strict (knockd.conf: the line `Strict` below [options])",
              "[one] one port is no secret: a scan of all ports opens it"],
             server.read_knockd(path).warnings)
+
+
+    @needs_root
+    @needs_programs("knockd", "knock", "unshare", "ip")
+    def test_surroundings_of_commands(self) -> None:
+        """A command has the environment and directory that the server was started with."""
+        path = self.write_lines("[options]\nInterface = lo\nPidFile = HERE/pid\n[a]\nSequence = "
+                                "7000:udp\nCommand = (pwd; umask; env | sort) >new; mv new out\n")
+        ours = os.path.join(self.directory, "knockd")
+        os.symlink(compiled(os.path.abspath(server.__file__)), ours)
+        script = ('ip link set lo up; "$@" -c knockd.conf & while ! [ -e out ]; do '
+                  "knock -u 127.0.0.1 7000; sleep 0.1; done; kill $!; wait $!; cat out; rm out")
+        surroundings = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TOKEN": "a b", "LC_ALL": "C"}
+        said = [run(["unshare", "-n", "sh", "-c", script, "sh", *command], env=surroundings,
+                    cwd=os.path.dirname(path)).stdout.split(self.directory + "\n", 1)[-1]
+                for command in (["knockd"], [sys.executable, ours])]
+        self.assertIn("TOKEN=a b\n", said[0])
+        self.assertEqual(*said)
 
 
 class LifeTest(ConfigCase):
