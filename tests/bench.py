@@ -537,13 +537,22 @@ RATES, RATE_SECONDS = (100, 1000, 10000), 5  # junk packets a second, and for ho
 
 
 def bench_rates() -> None:
-    """How much of a core junk takes, by its rate."""
+    """How much of a core junk takes, by its rate, and how long a knock takes meanwhile."""
     for title, packets in (("well-formed", wrong_keys()),
                            ("random bytes", [os.urandom(200) for _ in range(200)])):
         for rate in RATES:
             rows: Dict[str, Optional[float]] = {name: load(rate, packets, start)
                                                 for name, start in servers().items()}
             show("%d junk packets a second, %s" % (rate, title), rows, "% of a core")
+    times: Dict[int, List[float]] = {}
+    for rate in RATES:
+        with Cable() as cable:
+            Server(cable.server, GUARD, STANZA).start()
+            with paced_flood(cable, rate, 62201, wrong_keys()):
+                times[rate] = measure_each(cable, SEND_PACKET, packets_for_ports())
+    for title, choose in (("median", median), ("worst", max)):
+        show("knock to open meanwhile, nft guard, %s of %d" % (title, ROUNDS), {
+            "%d junk packets a second" % rate: choose(each) for rate, each in times.items()}, "ms")
 
 
 def load(rate: int, packets: List[bytes], start: Callable[[Host], Process]) -> float:
