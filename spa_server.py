@@ -9496,29 +9496,35 @@ class Ears:
 
     def __init__(self, others: Any, clocks: Clocks) -> None:
         self.others, self.clocks = others, clocks
-        self.captures = selectors.DefaultSelector()
-        self.captures.register(others, selectors.EVENT_READ)
+        self.captures = select.epoll()
+        self.captures.register(others, select.EPOLLIN)
         self.level, self.since, self.rest_end = 0.0, clocks.monotonic(), 0.0
 
     def rest(self, junk: int) -> None:
-        """Let the captures rest, now that one was emptied that had brought so much junk."""
+        """Let the captures rest after so much junk, now that those that brought it are empty."""
         now = self.clocks.monotonic()
-        passed, self.since = now - self.since, now
-        level = max(self.level - REST_DECAY * passed, 0.0) + junk
-        self.level = min(level, REST_FREE + REST_MOST)
-        rest = min((self.level - REST_FREE) / 1000, passed * REST_QUEUE / max(junk, 1))
-        self.rest_end = max(self.rest_end, now + rest)
+        passed, level = now - self.since, max(self.level - REST_DECAY * (now - self.since), 0.0)
+        if junk > 0:
+            self.since, self.level = now, min(level + junk, REST_FREE + REST_MOST)
+            rest = min((self.level - REST_FREE) / 1000, passed * REST_QUEUE / junk)
+            self.rest_end = max(self.rest_end, now + rest)
 
-    def wait(self, due: float) -> Tuple[List[Any], List[Any]]:
-        """Wait for an event, or until `due`; return others' events, and readable captures."""
-        now, others = self.clocks.monotonic(), []  # type: float, List[Any]
+    def wait(self, due: float) -> Tuple[bool, List[int]]:
+        """Wait for an event, or until `due`; return the files of captures that can be read.
+
+        React to other events, and return first whether there were any.
+        """
+        now, found, readable = self.clocks.monotonic(), [], []  # type: float, List[Any], List[int]
         if now < self.rest_end:
-            others = self.others.select(max(0.0, min(due, self.rest_end) - now))
+            found = select.select([self.others], [], [], max(0.0, min(due, self.rest_end) - now))[0]
             due, now = 0.0, self.clocks.monotonic()
-        if now < self.rest_end:
-            return others, []
-        readable = [key.fileobj for key, _ in self.captures.select(max(0.0, due - now))]
-        return others or (self.others.select(0) if self.others in readable else []), readable
+        if now >= self.rest_end:
+            readable = [file for file, _ in self.captures.poll(max(0.0, due - now))]
+        if not found and self.others.fileno() not in readable:
+            return False, readable
+        for key, _ in self.others.select(0):
+            key.data()
+        return True, readable
 
 
 MOST_WAITING = 1000  # datagrams of a capture, from one batch to the next
@@ -9653,8 +9659,7 @@ class Server:
         self.captures: List[Capture] = []
         self.lost = 0.0  # packets, by the captures that are closed
         self.link_events: Optional[socket.socket] = None
-        self.since = self.clocks.wall()
-        self.running, self.exit_code = True, 0
+        self.since, self.running, self.exit_code = self.clocks.wall(), True, 0
         self.metrics = Metrics(self)
 
     def start(self, flush: bool) -> None:
@@ -9701,7 +9706,7 @@ class Server:
         self.open_answer_sockets()
         for capture in captures:
             if capture not in old:
-                self.ears.captures.register(capture, selectors.EVENT_READ)
+                self.ears.captures.register(capture, select.EPOLLIN)
 
     def open_answer_sockets(self) -> None:
         """Open the sockets that answer, by the configuration and the captures of this server."""
@@ -9850,15 +9855,8 @@ class Server:
                    self.commands.next_due(), *(capture.due for capture in self.captures),
                    *(run.due for run in self.gate.runs),
                    *(sequence.next_due() for sequence in self.knocks.owners)])
-        others, readable = self.ears.wait(due)
-        for key, _ in others:
-            key.data()
-        self.emptied, accepted = 0, self.tally.counts.get("accepted", 0)
-        for capture in self.captures:
-            if capture in readable or self.clocks.monotonic() >= capture.due:
-                self.drain(capture)
-        if self.emptied:
-            self.ears.rest(self.emptied + accepted - self.tally.counts.get("accepted", 0))
+        while self.hear(due) and self.clocks.monotonic() < due:
+            pass  # there is nothing else to do
         self.gate.go_on_with_gpg()
         self.grants.expire()
         self.commands.reap()
@@ -9871,6 +9869,20 @@ class Server:
             self.watch.restore()
         if self.clocks.monotonic() >= self.metrics.due:
             self.metrics.write()
+
+    def hear(self, due: float) -> bool:
+        """Wait for events, and react to them; return whether there was only junk, in datagrams."""
+        is_woken, readable = self.ears.wait(due)
+        self.emptied, accepted = 0, self.tally.counts.get("accepted", 0)
+        only_junk = bool(readable) and not is_woken
+        for capture in self.captures:
+            if capture.fileno() in readable or self.clocks.monotonic() >= capture.due:
+                self.drain(capture)
+                only_junk = only_junk and capture.is_fair and capture.waiting is None
+        accepted -= self.tally.counts.get("accepted", 0)
+        self.ears.rest(self.emptied + accepted)
+        return (only_junk and not accepted and self.running and not self.gate.runs
+                and not self.grants.doubtful)
 
     def command(self, request: str) -> str:
         """Do what root asks for, by a signal or the control socket; return the answer."""

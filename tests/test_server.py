@@ -1380,7 +1380,7 @@ class GrantsTest(ServerCase):
         self.firewall.failures = 3
         with self.assertRaises(server.CommandError):
             made.grants.grant([self.ssh, self.dns], 60)
-        with mock.patch.object(made.ears, "wait", return_value=([], [])):
+        with mock.patch.object(made.ears, "wait", return_value=(False, [])):
             made.watch.check_rest = server.FOR_EVER
             for rules, due in (({}, server.RETRY_SECONDS), (made.grants.live, server.POLL_SECONDS)):
                 made.turn()
