@@ -810,7 +810,7 @@ class BadTest(KnockCase):
                 ("[door]\nsequence = 7000\ntcpflags = syn, ack", 3, "tcpflags: expected fin, "),
                 ("[door]\nsequence = 7000\nopen = x", 3, "open: "),
                 ("[door]\ncommand = touch %s" % path, 1, "expected Sequence or One_Time_Sequences"),
-                ("[door]\none_time_sequences = /nonexistent", 0, "/nonexistent: No such file"),
+                (f"[door]\none_time_sequences = {path}", 0, path + ": No such file"),
                 ("[options]\nUseSyslog = 1", 2, "expected UseSyslog alone")):
             with self.subTest(text):
                 write(server.conf, text + "\n")

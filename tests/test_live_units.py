@@ -43,7 +43,8 @@ class NotifyTest(CableCase):
             self.assertIn(server.READY, server.log())
             for _ in range(3):
                 hear("WATCHDOG=1")
-            for files, said in ((GUARD, "Re-starting"), ("NONE 1;\n", "going on with the old")):
+            for files, said in ((GUARD, "Re-starting"),
+                                ("GUARD_PORTS 1;\n", "going on with the old")):
                 server.configure(files)
                 server.send_signal(signal.SIGHUP)
                 self.assertRegex(hear("RELOADING=1"), r"\nMONOTONIC_USEC=[0-9]+$")
