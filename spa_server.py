@@ -25,7 +25,7 @@ starts again. A packet that may be a knock goes to KnockListener.take_knock() in
 The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
 requests go to OspaGate.receive() in section 30; RSA (section 12) proves their keys.
 
-Until a packet's key is proven, 18 functions of 199 lines have run, all of them together. The list
+Until a packet's key is proven, 18 functions of 200 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
@@ -670,11 +670,11 @@ class PacketKeys(Keys):
             raise self.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = self.cipher(key)
-        # A plaintext begins with sixteen digits: one block is enough to tell a wrong key.
-        if (not ciphertext.startswith(b"Salted__")
-                or not decrypt(cipher, self.mode, iv, ciphertext[16:32]).isdigit()):
-            raise WrongKey("wrong key", NOT_DECRYPTED)
-        plain = decrypt(cipher, self.mode, iv, ciphertext[16:])
+        # A plaintext begins with sixteen digits: one block tells a wrong key, if no HMAC has.
+        for end in (32, len(ciphertext))[self.has_hmac:]:
+            plain = decrypt(cipher, self.mode, iv, ciphertext[16:end])
+            if not ciphertext.startswith(b"Salted__") or not plain[:16].isdigit():
+                raise WrongKey("wrong key", NOT_DECRYPTED)
         try:
             return strip_padding(plain, self.respelt)  # libfko 2.0.3 sends whole blocks without
         except ValueError:  # fwknopd checks no padding, and finds characters that no field has
@@ -3160,7 +3160,7 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
     seconds = grant_seconds(request.timeout, stanza, now)
     address = request.address or parse_address(socket_text(request.datagram.source))
     prefix = stanza.prefix4 if address.version == 4 else stanza.prefix6
-    network = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
+    network = ipaddress.ip_network((address.packed, prefix), strict=False)
     destination: Optional[Address] = None
     if settings.destination_rule:
         destination = parse_address(socket_text(request.datagram.destination))
@@ -4004,6 +4004,7 @@ class Log:
         self.syslog: Optional[SyslogOutlet] = None
         self.file: Optional[FileOutlet] = None
         self.usual = INFO  # the severity that syslog gets for usual lines
+        self.held: Optional[List[Tuple[int, str]]] = None  # lines that wait, while hold() is on
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
         self.matches = Throttle(self, "more packets had an access source match", monotonic)
@@ -4026,9 +4027,24 @@ class Log:
         """Write lines to syslog as well, under a name."""
         self.syslog = SyslogOutlet(name, facility, with_pid, path)
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Write the lines of the `with` at its end: a door that opens does not wait for them."""
+        lines: List[Tuple[int, str]] = []
+        self.held = lines
+        try:
+            yield
+        finally:
+            self.held = None
+            for line in lines:
+                self.write(*line)
+
     def write(self, severity: int, text: str) -> None:
         """Write one line, or none. Control characters, which a packet may bring, are shown."""
         if severity > self.level or not text:
+            return
+        if self.held is not None:
+            self.held.append((severity, text))
             return
         text = text.translate(SHOWN)
         if self.stream is not None and severity <= self.stream_level:
@@ -8878,8 +8894,7 @@ class Gate:
             check_payload(datagram.payload)  # section 4
             passed = self.authentic_stanzas(datagram)
             near = self.tell_near(datagram, passed, entry is None)
-            if entry is None:  # else it comes again after gpg; the stanzas may be others by then
-                self.candidates += 1
+            self.candidates += entry is None  # else it comes again after gpg
             if passed:
                 entry = entry or Entry(datagram)
                 self.admit(entry, passed)
@@ -8901,18 +8916,17 @@ class Gate:
         return passed
 
     def tell_near(self, datagram: Datagram, passed: List[Keyed], is_new: bool) -> Optional[Stanza]:
-        """Return the first stanza that admits a packet, before the first that this passes; log all
-        of these, if it `is_new`."""
+        """Return the first stanza that admits a packet if it passes none before; log all if new."""
         first: Optional[Stanza] = None
-        for each in self.keyed[find_prefix(datagram.payload)]:
-            if each in passed[:1]:
+        for stanza, _ in self.keyed[find_prefix(datagram.payload)]:
+            if passed and stanza is passed[0][0]:
                 break
-            if each[0].for_all or each[0].admits(datagram):
-                first = first or each[0]
+            if stanza.for_all or stanza.admits(datagram):
+                first = first or stanza
                 if not (is_new and self.log.matches.allows()):
                     break
-                self.log.write(INFO, SOURCE_MATCH.format(each[0].number,
-                                                         socket_text(datagram.source)))
+                text = SOURCE_MATCH.format(stanza.number, socket_text(datagram.source))
+                self.log.write(INFO, text)
         return first
 
     def no_stanza(self, datagram: Datagram) -> PacketRejected:
@@ -8942,7 +8956,8 @@ class Gate:
             self.tell_not_passed(entry, start, stanza.number - 1)
             is_proven, start = is_proven or keys.has_hmac, stanza.number
             try:
-                self.let_in(entry, stanza, keys)
+                with self.log.hold():
+                    self.let_in(entry, stanza, keys)
                 for denial in reasons:
                     self.log.write(DEBUG if isinstance(denial, WrongKey) else INFO,
                                    denial_text(denial, datagram))

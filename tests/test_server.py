@@ -586,20 +586,24 @@ class ReceiveTest(ServerCase):
             made.grants.flush()
 
     def test_remembered_before_opened(self) -> None:
-        """When the door opens, the digest is in the file: a crash there allows no replay."""
+        """When the door opens, the digest is in the file: a crash there allows no replay. The log
+        comes later, in its order."""
         made = self.serve("SOURCE ANY\n" + KEYS)
         seen = []  # type: List[str]
         opened = self.firewall.add
+        self.logged()
 
         def look(grants: List[Any], replaced: List[Any]) -> None:
             with open(self.path) as stream:
                 seen.append(stream.read())
+            self.assertEqual("", self.logged())
             opened(grants, replaced)
 
         self.firewall.add = look  # type: ignore[assignment]
         payload = self.knock(made)
         digest = b64(hashlib.sha256(payload).digest()).decode()
         self.assertIn(digest, seen[0])
+        self.assertRegex(self.logged(), r"access source match\nAdded .*\n\(stanza #1\) user ")
 
     def test_what_is_remembered(self) -> None:
         """Opened and refused packets are; stale ones and those without the keys are not."""
