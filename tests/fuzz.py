@@ -37,13 +37,14 @@ import keygen
 import spa_client as client
 import spa_server as server
 from tests.support import write
-from tests.test_capture import FILTERS, make_packets, request, write_pcap
+from tests.test_capture import (FILTERS, PayloadFilterTest, make_packets, passes, request,
+                                write_pcap)
 from tests.test_gpg import GOOD, SIGNED, status
 from tests.test_keygen_rotate import ACCESS, RC
 from tests.test_openspa import FIRST, VECTORS, GateTest, key
 from tests.test_openspa_client import ospa
 from tests.test_packet import NAT, NOW, Sender, b64, read_vectors
-from tests.test_server import CLIENT, DOOR22, HOST, KEYS, datagram
+from tests.test_server import CLIENT, DOOR22, HOST, KEYS, datagram, run_filter
 
 SECRETS = (b"s3cretRijndael", b"hmacKey-for-tests")  # of KEYS: no error may show one
 SHOWN = "\n" + "".join(map(chr, range(32, 127)))  # characters of the log
@@ -118,10 +119,12 @@ class Mutator(random.Random):
                 data.replace(b"+", b"-"), data.replace(b"/", b"_"), data[:at] + data[at:].swapcase()
                 )[self.below(5)]
 
-    def replace(self, data: bytes, _: List[bytes]) -> bytes:
-        """Put a text that parsers stumble on in the place of a word."""
-        words = WORD.split(data)
-        words[self.below(len(words))] = PIECES[self.below(len(PIECES))]
+    def replace(self, data: bytes, seeds: List[bytes]) -> bytes:
+        """Put a text that parsers stumble on, or a word of another input, in a word's place."""
+        words, others = WORD.split(data), PIECES
+        if self.random() < 0.6:
+            others = WORD.split(seeds[self.below(len(seeds))])
+        words[self.below(len(words))] = others[self.below(len(others))]
         return b"".join(words)
 
     CHANGES = (flip, flip, cut, grow, grow, splice, repeat, respell, replace)
@@ -251,7 +254,7 @@ def http(ground: Ground) -> Work:
                      lambda data: datagram(data)._replace(protocol=server.TCP), wrap)
 
 
-MESSAGES = [b":".join([b"1234567890123456:Ym9i:%d:3.0.0" % NOW, kind, b64(text)] + extra)
+MESSAGES = [b":".join([b"1234567890123456:eHt5fQ:%d:3.0.0" % NOW, kind, b64(text)] + extra)
             for kind, text, extra in (
                 (b"1", b"10.55.0.2,tcp/22", []), (b"3", b"10.55.0.2,tcp/22,udp/53", [b"60"]),
                 (b"1", b"::,tcp/22", [b64(b"auth")]), (b"2", b"10.55.0.2,tcp/22", [NAT]),
@@ -335,6 +338,22 @@ def ip(ground: Ground) -> Work:
 
     return Work([bytes([number]) + head + packet for number, head in enumerate(heads)
                  for packet in packets], feed)
+
+
+@target(12)
+def kernel_filter(ground: Ground) -> Work:
+    """What the kernel drops: no packet that decode_ip() finds a client's payload in."""
+    valid = [Sender(b"k").packet(), Sender(hmac_key=b"", mode="CTR", salt=bytes(8)).packet()] + [
+        each["packet"].encode() for each in read_vectors("fwknop.json")["vectors"][::7]]
+    code = server.compile_filter(server.parse_packet_filter("ip or ip6"), False,
+                                 server.payload_filter(http=False))
+
+    def feed(data: bytes) -> None:
+        found = server.decode_ip(data)
+        if found is not None and found.payload in valid and len(data) <= server.MAX_PAYLOAD:
+            assert run_filter(code, data), "the kernel drops a client's packet"
+    return Work([carry(each) for each in valid for _, *carriers in PayloadFilterTest.carriers
+                 for carry in carriers], feed)
 
 
 @target(80)
@@ -723,14 +742,14 @@ def capture_file(ground: Ground) -> Work:
 
 @target(40, ValueError)
 def packet_filter(ground: Ground) -> Work:
-    """PCAP_FILTER texts: what is understood can be compiled and evaluated."""
-    packets = list(make_packets().values())[::5]
+    """PCAP_FILTER texts: the kernel's program says the same of packets as our own evaluation."""
+    packets = list(make_packets().values())
 
     def feed(data: bytes) -> None:
         tree = server.parse_packet_filter(data.decode("latin-1"))
-        for packet in packets:
-            with contextlib.suppress(IndexError):
-                server.matches(tree, packet)
+        code = server.compile_filter(tree)
+        for packet in packets[len(data) % 17::17]:
+            assert run_filter(code, packet) is passes(tree, packet)
     return Work([each.encode() for each in FILTERS if len(each) < 200] + [
         b"not " * 390 + b"udp", b"(" * 190 + b"udp" + b")" * 190], feed, lambda: feed(b"udp"))
 
@@ -987,7 +1006,7 @@ def openspa_answer(ground: Ground) -> Work:
     return Work([good, raw], feed, lambda: feed(good))
 
 
-@target(2, client.SpaError)
+@target(6, client.SpaError)
 def ospa_file(ground: Ground) -> Work:
     """OSPA files."""
     def feed(data: bytes) -> None:

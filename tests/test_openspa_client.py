@@ -221,21 +221,6 @@ class FileTest(Case):
             self.assertEqual(7, len(error.split()) - 2, error)  # all but adk.secret, publicKey
         self.assertIn("f: expected crypto", self.error(ospa().partition("crypto:")[0]))
 
-    def test_any_text(self) -> None:
-        """Files that are cut, and files with a changed character, give values or ConfigError."""
-        text, count = ospa(adk="7O4ZIRI"), 0
-        with mock.patch.object(client.RsaKey, "parse"):
-            for position in range(0, len(text), 11):
-                for piece in (text[:position], text[:position] + text[position + 1:],
-                              *(text[:position] + letter + text[position + 1:]
-                                for letter in ("\n", " ", "#", "[", "'", "|", "-", ":"))):
-                    try:
-                        client.parse_ospa(piece, "f")
-                        count += 1
-                    except client.ConfigError:
-                        pass
-        self.assertGreater(count, 100)  # most of them in PEM, which is not parsed here
-
     def test_file(self) -> None:
         """It must exist; others who can read it are worth a warning; one may come from a pipe."""
         words = ["-T", "-A", "tcp/22", "--ospa"]
