@@ -9649,6 +9649,12 @@ class Crowd:
             self.untold, self.tell_due = 0, now + UNTRIED_SECONDS
 
 
+CAPTURE_ROWS = (  # a reload that changes one of these opens other captures
+    ServerSettings.interface, ServerSettings.packet_filter, ServerSettings.any_direction,
+    ServerSettings.promiscuous, ServerSettings.udp_server, ServerSettings.udp_port,
+    ServerSettings.tcp_server, ServerSettings.tcp_port, ServerSettings.http, ServerSettings.verbose)
+
+
 class Server:
     """The loop, and all that it drives: captures, gate, knock listener, grants and commands."""
 
@@ -9797,11 +9803,7 @@ class Server:
 
         if changed(ServerSettings.capture_file):  # it has its own idea of age and of an end
             raise settings.error(ServerSettings.capture_file, "expected no change without a start")
-        moved = not settings.capture_file and changed(
-            ServerSettings.interface, ServerSettings.packet_filter, ServerSettings.any_direction,
-            ServerSettings.promiscuous, ServerSettings.udp_server, ServerSettings.udp_port,
-            ServerSettings.tcp_server, ServerSettings.tcp_port, ServerSettings.http,
-            ServerSettings.verbose)
+        moved = not settings.capture_file and changed(*CAPTURE_ROWS)
         same = not moved and configuration.takes_packets == self.configuration.takes_packets
         captures, memory = self.captures, None
         stood = self.grants.firewall.trial or firewall.guarded()
