@@ -9511,18 +9511,20 @@ class Ears:
 
     def __init__(self, others: Any, clocks: Clocks) -> None:
         self.others, self.clocks = others, clocks
-        self.captures = select.epoll()
+        self.alone, self.captures = select.poll(), select.epoll()
+        self.alone.register(others, select.POLLIN)
         self.captures.register(others, select.EPOLLIN)
-        self.level, self.since, self.rest_end = 0.0, clocks.monotonic(), 0.0
+        # How long the rest is, as of when; when the last wait ended, and when the rest will end.
+        self.level, self.since, self.woken, self.rest_end = 0.0, clocks.monotonic(), 0.0, 0.0
 
     def rest(self, junk: int) -> None:
-        """Let the captures rest after so much junk, now that those that brought it are empty."""
-        now = self.clocks.monotonic()
-        passed, level = now - self.since, max(self.level - REST_DECAY * (now - self.since), 0.0)
+        """Let the captures rest after so much junk, as of the end of the last wait()."""
+        passed = self.woken - self.since
         if junk > 0:
-            self.since, self.level = now, min(level + junk, REST_FREE + REST_MOST)
+            self.level = max(self.level - REST_DECAY * passed, 0.0) + junk
+            self.level, self.since = min(self.level, REST_FREE + REST_MOST), self.woken
             rest = min((self.level - REST_FREE) / 1000, passed * REST_QUEUE / junk)
-            self.rest_end = max(self.rest_end, now + rest)
+            self.rest_end = max(self.rest_end, self.woken + rest)
 
     def wait(self, due: float) -> Tuple[bool, List[int]]:
         """Wait for an event, or until `due`; return the files of captures that can be read.
@@ -9531,10 +9533,11 @@ class Ears:
         """
         now, found, readable = self.clocks.monotonic(), [], []  # type: float, List[Any], List[int]
         if now < self.rest_end:
-            found = select.select([self.others], [], [], max(0.0, min(due, self.rest_end) - now))[0]
+            found = self.alone.poll(max(0.0, min(due, self.rest_end) - now) * 1000)
             due, now = 0.0, self.clocks.monotonic()
         if now >= self.rest_end:
             readable = [file for file, _ in self.captures.poll(max(0.0, due - now))]
+        self.woken = self.clocks.monotonic()
         if not found and self.others.fileno() not in readable:
             return False, readable
         for key, _ in self.others.select(0):

@@ -506,7 +506,7 @@ def junk_fwknopd(packets: List[bytes]) -> float:
         return used / (sent - int(line.split()[-1])) * 1e6
 
 
-FLOODS = (3000, 30000, 100000)  # junk packets a second
+FLOODS = ((3000, 1), (30000, 1), (100000, 1), (5900, 50))  # junk packets a second, and stanzas
 HONEST, HONEST_SECONDS = 20, 0.2  # knocks during a flood, and between two of them
 
 
@@ -524,13 +524,14 @@ def servers(access: str = STANZA) -> Dict[str, Callable[[Host], Process]]:
 
 def bench_flood() -> None:
     """How many of some honest packets, each sent once, open while junk with a wrong key comes."""
-    for rate in FLOODS:
+    for rate, stanzas in FLOODS:
         rows: Dict[str, Optional[float]] = {}
-        for name, start in servers().items():
+        for name, start in servers(many_stanzas(stanzas)).items():
             opened, reached = survive(rate, start)
             rows["%s (%d a second)" % (name, reached)] = opened
         rows["knockd, its sequences"] = survive_knocks(rate) if shutil.which("knockd") else None
-        show("of %d knocks under %d junk packets a second opened" % (HONEST, rate), rows, "")
+        show("of %d knocks under %d junk packets a second opened, stanzas: %d"
+             % (HONEST, rate, stanzas), rows, "")
 
 
 RATES, RATE_SECONDS = (100, 1000, 10000), 5  # junk packets a second, and for how long

@@ -25,6 +25,11 @@ class EarsTest(unittest.TestCase):
         for each in (others, self.ears.captures):
             self.addCleanup(each.close)
 
+    def rest(self, junk: int) -> None:
+        """Let the captures rest after so much junk, read now."""
+        self.ears.woken = self.clock.mono_time
+        self.ears.rest(junk)
+
     def rests(self, rate: float, seconds: float) -> Tuple[int, float]:
         """Return how often the server wakes up for junk that comes evenly, and the last rest."""
         begin = now = self.clock.mono_time
@@ -35,7 +40,7 @@ class EarsTest(unittest.TestCase):
                 now = max(begin + (read + 1) / rate + 1e-6, now)
                 continue
             self.clock.pass_seconds(now - self.clock.mono_time)
-            self.ears.rest(waiting)
+            self.rest(waiting)
             read, wakes, now = read + waiting, wakes + 1, max(self.ears.rest_end, now)
         return wakes, self.ears.rest_end - self.clock.mono_time
 
@@ -49,7 +54,7 @@ class EarsTest(unittest.TestCase):
                 self.assertLessEqual(wakes, most_wakes)
                 self.assertAlmostEqual(rest, max(last, 0.0), delta=0.002)
                 self.clock.pass_seconds(0.85)
-                self.ears.rest(1)
+                self.rest(1)
                 self.assertLessEqual(self.ears.rest_end, self.clock.mono_time, "quiet again")
 
     def test_a_burst_and_what_opens(self) -> None:
@@ -57,7 +62,7 @@ class EarsTest(unittest.TestCase):
         for seconds, count, rest in ((9, 10, 0.0), (0.1, 5, 0.0), (0.1, 10, 0.005), (0.1, -10, 0.0),
                                      (9, 10 ** 5, 0.03), (0.1, 0, 0.0), (0.5, 1, 0.001)):
             self.clock.pass_seconds(seconds)
-            self.ears.rest(count)
+            self.rest(count)
             self.assertAlmostEqual(rest, max(0.0, self.ears.rest_end - self.clock.mono_time))
 
     def test_wait(self) -> None:
@@ -195,14 +200,14 @@ class CrowdTest(ServerCase):
 
     def test_an_unknown_client_comes_again(self) -> None:
         """Under 10,000 forged packets a second, with time for 600, two knocks are enough."""
-        capture, tried = self.late(), []  # type: Any, List[Any]
-        for number in range(0, 40000, 200):
+        client, capture, tried = junk(1, 8), self.late(), []  # type: Any, Any, List[Any]
+        for number in range(0, 16000, 200):
             capture.queue = [junk(each) for each in range(number, number + 200)]
-            if number % 10000 == 2000:  # two clients, two knocks each
-                capture.queue.insert(100, junk(number // 20000, 8))
+            if number % 10000 == 2000:
+                capture.queue.insert(100, client)
             tried += self.batch(capture, 12)
             self.clock.pass_seconds(0.02)
-        self.assertLessEqual({junk(0, 8), junk(1, 8)}, set(tried))
+        self.assertIn(client, tried)
 
     def test_what_is_dropped(self) -> None:
         """Only what is too much, by lot; counted, and told every ten seconds."""
