@@ -792,21 +792,36 @@ def pem(ground: Ground) -> Work:
         FIRST["server_private_pem"])]], feed, lambda: feed(PEMS[0].encode()))
 
 
+def ospa_fields(port: int, age: int = 0) -> Any:
+    """Return the fields of a request for this port, by the client of the first vector."""
+    uuid = bytes.fromhex(FIRST["client_uuid"].replace("-", ""))
+    return server.OspaFields(6, (port, port), b"\x0a\x37\0\1", b"\x0a\x37\0\2",
+                             NOW - age, uuid)
+
+
 @target(4)
 def openspa(ground: Ground) -> Work:
-    """Requests of the reference's client. RSA is slow: what it makes of a valid one is known."""
+    """Requests of a client. RSA is slow: what it makes of a valid one is known."""
     made, pattern = be_strict(ground.gate()), ground.request()
-    seeds = [bytes.fromhex(each["hex"]) for vector in VECTORS["vectors"][:4]
-             for each in vector["packets"]]
+    made.gate.memory.max_age = None
+    ground.other.random_bytes = lambda size: b"\1" * size
+    stranger = key(FIRST["server_private_pem"], True)
+    seeds = [bytes.fromhex(FIRST["packets"][0]["hex"])] + [server.seal_ospa(
+        pattern.payload[:8], ospa_fields(port, age).encode(), signer, ground.other,
+        bytes([age]) * 48, b"abc") for age, port, signer in (
+            (1, 23, ground.own), (2, 22, ground.own), (3, 22, stranger))]
     decrypt = made.ospa.key.decrypt
     known = {block: decrypt(block, 48) for block in (
         server.decode_tlv(each[8:])[2] for each in seeds)}
     made.ospa.key.decrypt = lambda block, size: known.get(block) or decrypt(block, size)
+    made.ospa.receive(pattern._replace(payload=seeds[2]))  # which is a replay later
+    made.grants.flush()
 
     def feed(data: bytes) -> None:
         made.ospa.rsa_until = 0.0
         made.ospa.receive(pattern._replace(payload=data))
         ground.closed()
+        made.ospa.answers.clear()
 
     def check() -> None:
         ground.opens(made, lambda: made.ospa.receive(ground.request()))
@@ -826,7 +841,7 @@ def openspa_fields(ground: Ground) -> Work:
         finally:
             check_doors(ground, made)
         made.gate.memory.check_fresh(fields.timestamp)
-    good = server.OspaFields(6, (22, 22), came.destination, came.source, NOW, bytes(16)).encode()
+    good = ospa_fields(22).encode()
     return Work([good] + [each for each in TLVS if server.decode_tlv(each).get(2)], feed,
                 lambda: feed(good))
 
@@ -958,15 +973,15 @@ def pasted_stanza(ground: Ground) -> Work:
     """--import: no stanza that is there changes, and no new one names a program to run."""
     before, names = RC.replace("SHA512 ;", "sha512 ;"), ("default", "Work", "joe")
     values = [rc_values(before, name) for name in names]
-    seeds = [b"[gate]\n" + b"".join(line.encode() + b"\n" for line in RC_LINES.split("\n")[:number])
-             for number in (2, 8, 17)] + [b"# x\n[a]\nACCESS tcp/22\nKEY k\n\n[b]\nACCESS udp/53\n"]
+    seeds = [b"[gate]\n" + "\n".join(RC_LINES.split("\n")[:number]).encode()
+             for number in (2, 8, 17, 18)] + [b"# x\n[a]\nKEY k\n\n[b]\nACCESS udp/53\n"]
 
     def feed(data: bytes) -> None:
         after, _ = client.add_pasted(before, client.decode_text(data))
         assert values == [rc_values(after, name) for name in names], "an old stanza changed"
         for name in client.stanza_names(after)[2:]:
             found = rc_values(after, name)
-            assert found and not found.keys() & set(client.RUNS), f"[{name}] {found}"
+            assert found and not found.keys() & {"GPG_EXE", "GPG_HOMEDIR", "WGET_CMD"}, found
     return Work(seeds, feed, lambda: feed(seeds[0]))
 
 
@@ -1051,8 +1066,12 @@ class Running:
         with mock.patch.object(tempfile, "tempdir", MEMORY):
             self.ground.setUp()
         self.cases, self.slowest = 0, (0.0, b"")
-        self.work = self.target.prepare(self.ground)
-        self.check()
+        try:
+            self.work = self.target.prepare(self.ground)
+            self.check()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Remove what it made."""

@@ -2,8 +2,10 @@
 
 import os
 import unittest
-from typing import Any, List
+from typing import Any, List, Tuple
+from unittest import mock
 
+import spa_client as client
 import spa_server as server
 from tests import fuzz
 from tests.fuzz import netlink_message
@@ -24,6 +26,23 @@ FOUND = (
     ("netlink", netlink_message(server.NEW_ROUTE, bytes(4))),
     ("rules", b"chain x {\ntype filter hook input\n}\n"), ("rules", CHAIN % b"jump a"),
     ("rules", CHAIN % b"tcp dport 22-x accept"), ("rules", b"spa4_\xb2\n"))
+
+
+# Mistakes: a target, and what is put in place of a part that it goes through.
+PLANTED: Tuple[Tuple[str, Any, str, Any], ...] = (
+    ("packet", server, "find_authentic", lambda locks, *_: [
+        each for _, owners in locks for each in owners]),
+    ("packet-without-hmac", server.ReplayMemory, "remember", lambda *_: None),
+    ("plaintext", server, "check_policy", lambda *_: None),
+    ("knock", server.Sequence, "is_step", lambda self, index, step: (
+        index == 1 or self.steps[index:index + 1] == (step,))),
+    ("kernel-filter", server, "payload_filter", lambda http: server.Comparison(
+        8, 1, 0x41, 0x7A, behind=server.PAYLOAD)),
+    ("openspa", server.RsaKey, "verify", lambda *_: True),
+    ("digest-cache", server.ReplayMemory, "check_unknown", lambda *_: None),
+    ("access-conf", server.Line, "error", lambda self, text: server.ConfigError(self.value)),
+    ("answer-datagram", client.Question, "decode", lambda *_: (True, "opened")),
+    ("pasted-stanza", client, "RUNS", ()))
 
 
 class HostileInputTest(unittest.TestCase):
@@ -73,6 +92,15 @@ class FuzzerTest(unittest.TestCase):
         self.assertEqual(first, self.find(feed, 3))
         self.assertNotEqual(first, self.find(feed, 4))
         self.assertEqual("", self.find(len, 3, 2000))
+
+    def test_planted_mistakes(self) -> None:
+        """Each would let somebody in, lock somebody out, or show a key."""
+        for name, owner, attribute, mistake in PLANTED:
+            with self.subTest(name), mock.patch.object(owner, attribute, mistake), \
+                    self.assertRaises(fuzz.Fault):
+                made = fuzz.Run([name])
+                self.addCleanup(made.close)
+                made.go(20000)
 
     def test_memory(self) -> None:
         """What is kept of each input grows without end."""
