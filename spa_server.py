@@ -4944,7 +4944,7 @@ class Netlink:
     @staticmethod
     def error(number: int) -> CommandError:
         """Return the CommandError of an error number of the kernel's."""
-        return CommandError(f"nftables: {os.strerror(number)}", number=number)
+        return CommandError(f"nftables: {os.strerror(min(number, 4096))}", number=number)
 
     def dump(self, kind: int, family: int, body: bytes) -> List[Dict[int, bytes]]:
         """Ask the kernel for a list; return the attributes of each entry."""

@@ -24,6 +24,7 @@ FOUND = (
                                 + server.attribute(3, b"\0")) + netlink_message(3, bytes(4))),
     ("netlink", netlink_message(server.NFT, b"")),
     ("netlink", netlink_message(server.NEW_ROUTE, bytes(4))),
+    ("netlink", netlink_message(server.NLMSG_ERROR, b"\0\0\0\x80" + bytes(16))),
     ("rules", b"chain x {\ntype filter hook input\n}\n"), ("rules", CHAIN % b"jump a"),
     ("rules", CHAIN % b"tcp dport 22-x accept"), ("rules", b"spa4_\xb2\n"))
 
