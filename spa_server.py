@@ -4817,8 +4817,9 @@ NEW_TABLE, GET_TABLE, DELETE_TABLE = NFT, NFT | 1, NFT | 2
 GET_CHAIN, DELETE_CHAIN, GET_RULE, DELETE_RULE = NFT | 4, NFT | 5, NFT | 7, NFT | 8
 GET_SET, DELETE_SET = NFT | 10, NFT | 11
 NEW_ELEMENT, GET_ELEMENT, DELETE_ELEMENT = NFT | 12, NFT | 13, NFT | 14
+NEW_GENERATION, GET_GENERATION = NFT | 15, NFT | 16
 NESTED = 0x8000
-TABLE_NAME, TABLE_FLAGS, TABLE_OWNER_PORT = 1, 2, 7
+TABLE_NAME, TABLE_FLAGS, TABLE_OWNER_PORT, GENERATION_NUMBER = 1, 2, 7, 1
 TABLE_DORMANT, TABLE_OWNER, TABLE_PERSIST = 1, 2, 4  # flags
 CHAIN_NAME, CHAIN_HOOK = 3, 4
 RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_EXPRESSIONS, RULE_USERDATA = 1, 2, 3, 4, 7
@@ -4956,6 +4957,13 @@ class Netlink:
                 raise self.error(-struct.unpack_from("=i", part)[0])
             found.append(attributes(part[4:]))
         raise self.error(errno.EAGAIN)
+
+    def generation(self) -> bytes:
+        """Return the number of the last change, as nf_tables announces it too; empty if unknown."""
+        for kind, body in self.answers(self.message(GET_GENERATION, 0, 0, b"")):
+            if kind == NEW_GENERATION:
+                return attributes(body[4:]).get(GENERATION_NUMBER, b"")
+        return b""
 
     def count_elements(self, family: int, body: bytes) -> int:
         """Return how many elements a set has now."""
@@ -6358,7 +6366,6 @@ GUARD_PASS = "-m conntrack --ctstate NEW"  # in the guard's rules for what NAT l
 LINES_AT_ONCE = 1000  # grants in one iptables-restore: it ends in time on a slow machine too
 SEARCHES = 10  # deletions by the rule's text: iptables-nft takes 15 ms for each in 5,000 rules
 TARGET_OPTIONS = {DNAT: "--to-destination", SNAT: "--to-source"}
-SLOW_POLL_SECONDS = 90.0  # between two looks at iptables-nft, which prints many grants slowly
 LEGACY_POLL_SECONDS = 5.0  # between two looks at the older iptables: nobody announces its changes
 GUARD_POLL_SECONDS = 1.0  # between two looks whether the guard there is jumped to
 
@@ -6580,7 +6587,7 @@ class IptablesFirewall(Firewall):
         self.rules: Dict[int, Dict[str, List[str]]] = {}  # of the guard's chains, once prepared
         self.listed: Dict[Tuple[int, str], List[str]] = {}  # what intact() found right
         self.legacy = legacy
-        self.poll_seconds = LEGACY_POLL_SECONDS if legacy else SLOW_POLL_SECONDS
+        self.poll_seconds = LEGACY_POLL_SECONDS if legacy else POLL_SECONDS
         self.tables_heard = frozenset((program.family, f"{table}\0".encode())
                                       for program in self.programs.values() if not legacy
                                       for table in self.tables)
@@ -9393,6 +9400,8 @@ class FirewallWatch:
         self.check_wait = RETRY_SECONDS
         self.guard_due = 0.0
         self.looked = clocks.wall()  # when the last look that did not fail was
+        self.generation = b""  # of nf_tables, by the last announcement or look
+        self.well: Optional[Firewall] = None  # what the last look found right, without news since
 
     def hear(self) -> None:
         """Look at the firewall soon after somebody changed it, once for a series of changes."""
@@ -9401,6 +9410,7 @@ class FirewallWatch:
 
     def look_soon(self) -> None:
         """Let the next look at the firewall be soon, once for a series of changes."""
+        self.well = None
         due = self.clocks.monotonic() + SETTLE_SECONDS
         if not self.grants.firewall.quickly_intact:
             due = max(due, self.check_rest)
@@ -9417,6 +9427,8 @@ class FirewallWatch:
             while self.events is not None:
                 for kind, port, body in netlink_messages(self.events.recv(65536)):
                     table = announced_table(kind, body)
+                    if kind == NEW_GENERATION:
+                        self.generation = attributes(body[4:]).get(GENERATION_NUMBER, b"")
                     changed = changed or (port not in own and (
                         firewall.tables_heard is None or table in firewall.tables_heard))
                     guard = guard or (table in firewall.guard_tables
@@ -9446,27 +9458,35 @@ class FirewallWatch:
         """Put back what somebody removed from the firewall; retry after a failure."""
         began, doubtful = self.clocks.monotonic(), self.grants.doubtful
         self.grants.doubtful = False  # what fails below is tried again
+        firewall, generation, all_well = self.grants.firewall, b"", False
         try:
-            with self.grants.firewall.within(PATIENCE):
-                if began < self.check_rest and not doubtful and self.grants.firewall.intact():
+            with firewall.within(PATIENCE):
+                if firewall.tables_heard and self.events is not None:
+                    generation = Netlink.open().generation()
+                    # No announcement was missed, and none was of somebody's change.
+                    all_well = (self.well is firewall and generation == self.generation
+                                and not doubtful)
+                if not (all_well or doubtful) and began < self.check_rest and firewall.intact():
                     self.check_due = self.check_rest  # rules are looked at at once, grants then
                     self.looked = self.clocks.wall()
                     return
-                all_well = self.grants.restore()
+                all_well = all_well or self.grants.restore()
         except CommandError as error:
             self.log.error(f"{error}; the firewall is not as it should be, trying again")
             self.read_announcements()  # mostly of the attempt itself
-            self.check_rest = 0.0
+            self.well, self.check_rest = None, 0.0
             self.check_due = self.clocks.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
         else:
             self.looked = self.clocks.wall()
             now = self.clocks.monotonic()
-            self.check_due = now + self.grants.firewall.poll_seconds
-            self.guard_due = now + self.grants.firewall.guard_poll_seconds  # it was seen as well
+            self.check_due = now + firewall.poll_seconds
+            self.guard_due = now + firewall.guard_poll_seconds  # it was seen as well
             rest = min((now - began) * (1 / CHECK_SHARE - 1), POLL_SECONDS)
             self.check_rest = now + rest if all_well else now
             self.check_wait = RETRY_SECONDS
+            self.well = firewall if all_well and generation else None
+            self.generation = generation
 
 
 class ServiceManager:
