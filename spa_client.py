@@ -348,6 +348,12 @@ class Aes:
                 last(c, d, a, b) ^ k[-2], last(d, a, b, c) ^ k[-1])
 
 
+def exclusive_or(left: bytes, right: bytes) -> bytes:
+    """Return the exclusive or of a block and as many bytes of another one."""
+    number = int.from_bytes(left, "big") ^ int.from_bytes(right[:len(left)], "big")
+    return number.to_bytes(len(left), "big")
+
+
 def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
                  salt: bytes) -> "Tuple[bytes, bytes]":
     """Return the AES-256 key and IV of `openssl enc -md md5`: EVP_BytesToKey with count 1."""
@@ -434,11 +440,6 @@ def encrypt_blocks(mode: str, key: bytes, iv: bytes, blocks: bytes) -> bytes:
         else:
             register = stream if mode == "OFB" else out[-BLOCK:]
     return out
-
-
-def exclusive_or(left: bytes, right: bytes) -> bytes:
-    """Return the exclusive or of two blocks."""
-    return bytes(one ^ other for one, other in zip(left, right))
 
 
 def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> bytes:
@@ -854,8 +855,7 @@ def seal_ospa(header: bytes, packet: bytes, signer: "RsaKey", receiver: "RsaKey"
     inner += bytes([16 - len(inner) % 16]) * (16 - len(inner) % 16)  # PKCS #7
     aes, block, text = Aes(session[16:]), session[:16], b""
     for start in range(0, len(inner), 16):
-        number = int.from_bytes(block, "big") ^ int.from_bytes(inner[start:start + 16], "big")
-        block = aes.encrypt_block(number.to_bytes(16, "big"))
+        block = aes.encrypt_block(exclusive_or(block, inner[start:start + 16]))
         text += block
     return header + encode_tlv([(1, text), (2, receiver.encrypt(session))])
 
@@ -871,8 +871,7 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
     aes, before, plain = AesInverse(session[16:]), session[:16], b""
     for start in range(0, len(text), 16):
         block = text[start:start + 16]
-        number = int.from_bytes(aes.decrypt_block(block), "big") ^ int.from_bytes(before, "big")
-        plain, before = plain + number.to_bytes(16, "big"), block
+        plain, before = plain + exclusive_or(aes.decrypt_block(block), before), block
     if not 1 <= plain[-1] <= 16 or plain[-plain[-1]:] != plain[-1:] * plain[-1]:
         raise ValueError("expected padding")
     inner = decode_tlv(plain[:-plain[-1]])

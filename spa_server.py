@@ -394,6 +394,12 @@ class Aes:
                 last(c, d, a, b) ^ k[-2], last(d, a, b, c) ^ k[-1])
 
 
+def exclusive_or(left: bytes, right: bytes) -> bytes:
+    """Return the exclusive or of a block and as many bytes of another one."""
+    number = int.from_bytes(left, "big") ^ int.from_bytes(right[:len(left)], "big")
+    return number.to_bytes(len(left), "big")
+
+
 def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
                  salt: bytes) -> "Tuple[bytes, bytes]":
     """Return the AES-256 key and IV of `openssl enc -md md5`: EVP_BytesToKey with count 1."""
@@ -577,12 +583,6 @@ def fastest_cipher() -> Any:
     return LibraryAes
 
 
-def xor(left: bytes, right: bytes) -> bytes:
-    """Return the exclusive or of two blocks of 16 bytes."""
-    number = int.from_bytes(left, "big") ^ int.from_bytes(right, "big")
-    return number.to_bytes(16, "big")
-
-
 def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
     """Decrypt `text` (whole blocks) in `mode`, padding included (NIST SP 800-38A section 6)."""
     blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
@@ -590,11 +590,11 @@ def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
         plain, given = b"", iv
         for block in blocks:
             output = cipher.encrypt_block(given)
-            plain += xor(block, output)
+            plain += exclusive_or(block, output)
             given = {"CFB": block, "OFB": output, "CTR": next_counter(given)}[mode]
         return plain
-    decrypted = map(cipher.decrypt_block, blocks)
-    return b"".join(decrypted if mode == "ECB" else map(xor, decrypted, [iv] + blocks))
+    plains = map(cipher.decrypt_block, blocks)
+    return b"".join(plains if mode == "ECB" else map(exclusive_or, plains, [iv] + blocks))
 
 
 def next_counter(counter: bytes) -> bytes:
@@ -3665,8 +3665,7 @@ def seal_ospa(header: bytes, packet: bytes, signer: "RsaKey", receiver: "RsaKey"
     inner += bytes([16 - len(inner) % 16]) * (16 - len(inner) % 16)  # PKCS #7
     aes, block, text = Aes(session[16:]), session[:16], b""
     for start in range(0, len(inner), 16):
-        number = int.from_bytes(block, "big") ^ int.from_bytes(inner[start:start + 16], "big")
-        block = aes.encrypt_block(number.to_bytes(16, "big"))
+        block = aes.encrypt_block(exclusive_or(block, inner[start:start + 16]))
         text += block
     return header + encode_tlv([(1, text), (2, receiver.encrypt(session))])
 
@@ -3682,8 +3681,7 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
     aes, before, plain = AesInverse(session[16:]), session[:16], b""
     for start in range(0, len(text), 16):
         block = text[start:start + 16]
-        number = int.from_bytes(aes.decrypt_block(block), "big") ^ int.from_bytes(before, "big")
-        plain, before = plain + number.to_bytes(16, "big"), block
+        plain, before = plain + exclusive_or(aes.decrypt_block(block), before), block
     if not 1 <= plain[-1] <= 16 or plain[-plain[-1]:] != plain[-1:] * plain[-1]:
         raise ValueError("expected padding")
     inner = decode_tlv(plain[:-plain[-1]])

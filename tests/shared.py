@@ -35,7 +35,8 @@ BLOCKS: Dict[str, Block] = {
     "rsa": Block(("spa_server.py", "spa_client.py"), frozenset((
         "binascii", "Callable", "List", "Tuple"))),
     "openspa": Block(("spa_server.py", "spa_client.py"), frozenset((
-        "Aes", "AesInverse", "RsaKey", "struct", "Callable", "Dict", "List", "Tuple"))),
+        "Aes", "AesInverse", "RsaKey", "exclusive_or", "struct", "Callable", "Dict", "List",
+        "Tuple"))),
     "digests": Block(("spa_server.py", "spa_client.py"), frozenset((
         "SpaError", "Any", "Callable"))),
     "errors": Block(("spa_server.py", "spa_client.py", "keygen.py"), frozenset()),
