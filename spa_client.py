@@ -2190,7 +2190,7 @@ def read_layers(given: "Dict[str, Given]") -> "List[Dict[str, Given]]":
         layers.append(parse_stanza(text, path, named.text))
         if layers[1] is None and not new:
             names = ", ".join(stanza_names(text))
-            raise ConfigError(f"{path}: named configuration stanza [{named.text}] was not found",
+            raise ConfigError(f"{path}: Named configuration stanza: [{named.text}] was not found",
                               f"there are: {names}" if names else "there is none")
     return [layer for layer in layers if layer is not None]
 

@@ -3272,7 +3272,7 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
     try:
         address = parse_address(host)
     except ValueError:
-        if host and not is_plain_name(host):
+        if host and not all(map(is_plain_name, host.rstrip(".").split("."))):
             raise no_nat(request, "Invalid Hostname in NAT SPA message") from None
         if host and not settings.nat_dns:
             raise PacketRejected("NAT", "Received Hostname in NAT SPA message, but hostname is "
@@ -5423,8 +5423,9 @@ def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture]
                         f"{settings.udp_port} instead")
             on_udp = True
     if on_udp:
-        open_port_captures(UdpCapture, settings.udp_port, captures, current,
-                           compile_udp_filter(payload_filter(http=False)))
+        code = (SOCK_FILTER.pack(RETURN, 0, 0, ACCEPT_ALL) if settings.verbose else
+                compile_udp_filter(payload_filter(http=False)))
+        open_port_captures(UdpCapture, settings.udp_port, captures, current, code)
     if settings.tcp_server:
         open_port_captures(TcpCapture, settings.tcp_port, captures, current)
 
@@ -5529,13 +5530,13 @@ class AnswerSockets:
 
 def open_packet_captures(settings: ServerSettings, log: Log) -> List[PacketCapture]:
     """Open the packet sockets of PCAP_INTF; return none while that interface does not exist."""
-    tree, http = settings.packet_filter, settings.http or settings.verbose > 0  # it logs each GET
+    tree, payload = settings.packet_filter, payload_filter(settings.http)
     if settings.tcp_server:  # packets to it would come twice
         served = parse_packet_filter(f"tcp dst port {settings.tcp_port}")
         tree = Junction("and", (tree, Junction("not", (served,))))
     return open_on_interface(PacketCapture, settings.interface,
                              compile_filter(tree, settings.any_direction,
-                                            payload_filter(http)), log,
+                                            None if settings.verbose else payload), log,
                              settings.any_direction, settings.promiscuous)
 
 
@@ -9027,8 +9028,7 @@ class Gate:
                                filtered_text(stanza, datagram))
 
     def tell_match(self, entry: Entry, stanza: Stanza, is_genuine: bool = False) -> None:
-        """Log that a stanza's addresses fit a packet, once; only a genuine one is never held
-        back."""
+        """Log once that a stanza's addresses fit a packet; no limit holds a genuine one back."""
         if stanza not in entry.matches and (is_genuine or self.log.matches.allows()):
             entry.matches.append(stanza)
             self.log.info(SOURCE_MATCH.format(stanza.number, socket_text(entry.datagram.source)))
@@ -11341,9 +11341,13 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
     if isinstance(firewall, IptablesFirewall):
         return "\n".join(list_chains(firewall, openers))
     lines = ["Listing rules in fwknopd chains..."]
-    names = firewall.describe().split(", ") if firewall.keeps else []
-    chains: Dict[str, List[str]] = {name: [] for name in names[:1]}
-    for grant in sorted(firewall.grants(), key=lambda grant: (grant.expires, str(grant.door))):
+    chains: Dict[str, List[str]] = {
+        firewall.describe().split(", ")[0]: []} if firewall.keeps else {}
+    grants = sorted(firewall.grants(), key=lambda grant: (grant.expires, str(grant.door)))
+    if isinstance(firewall, NftFirewall):  # what somebody else put into our sets without a timeout
+        doors = [each for where in firewall.sets for each in firewall.read_set(*where)]
+        grants += [Grant(door, 0, ends) for door, ends in doors if ends == FOR_EVER]
+    for grant in grants:
         names = firewall.describe(grant.door).split(", ")  # DNAT passes the guard before
         chains.setdefault(names[-1 if grant.door.target else 0], []).append(
             grant_row(firewall, grant, openers))
@@ -11378,7 +11382,8 @@ def grant_row(firewall: Firewall, grant: Grant, openers: Dict[str, str]) -> str:
     extra = (f" to:{door.target_text()}" if door.target else
              " for one connection" if door.kind == ONCE else
              f" masq ports: {door.port}" if door.kind == MASQUERADE and door.port else "")
-    left = f"{seconds:.0f} seconds left, {find_opener(openers, grant)}"
+    left = (f"{seconds:.0f} seconds left, {find_opener(openers, grant)}" if seconds < FOR_EVER else
+            "never ends, not ours")
     return (f"{target:<10} {protocol:<4} --  {source:<20} {destination:<20} {match}"
             f"/* {MARK}{grant.expires} */{extra} {left}")
 

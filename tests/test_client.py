@@ -589,7 +589,7 @@ class RcFile(Case):
                             ("[default]\n", "there is none")):
             self.write(text)
             self.assertTrue(self.failure(3, *words).endswith(
-                f": named configuration stanza [x] was not found ({names})"))
+                f": Named configuration stanza: [x] was not found ({names})"))
         del self.environment["HOME"]
         self.assertEqual(nowhere, self.failure(2, *words))
 

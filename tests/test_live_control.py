@@ -16,6 +16,7 @@ import unittest
 from typing import Any, Dict, List, Tuple
 
 import spa_server
+from tests.firewalls import OLD_KERNEL, launcher
 from tests.netns import (CLIENT4, CLIENT6, FWKNOP, KEYS, OTHER4, SERVER4, SERVER6, SPA_CLIENT,
                          SPA_SERVER, STANZA, Cable, CableCase, Server, in_parallel)
 from tests.support import compiled, needs_programs, needs_root, read, wait_for, write
@@ -148,6 +149,18 @@ class NameTest(ControlTest):
             self.end_later(daemon.pid)
             self.assertEqual((0, "Killed fwknopd (pid=PID) via SIGTERM"), daemon.run("-K"))
             self.assertEqual((1, "No running fwknopd detected."), daemon.run("-S"))
+
+    def test_a_number_in_the_pid_file(self) -> None:
+        """Scripts that start, restart and stop in quick succession find one at any time."""
+        daemon = our_daemon(self)
+        pids = []
+        for _ in range(2):
+            for options in ([], ["-R"], ["-R"], ["-K"]):
+                self.assertEqual(0, daemon.run(*options)[0])
+                pids.append(daemon.pid)
+                self.end_later(pids[-1])
+        self.assertEqual([pids[0]] * 4 + [pids[4]] * 4, pids)
+        self.assertNotIn(0, pids)
 
     def test_relative_paths_in_the_background(self) -> None:
         """A reload reads from where the server was started; a missing file stops no server."""
@@ -291,6 +304,31 @@ class ListTest(ControlTest):
             self.knock(second, "-A", "tcp/443", "-p", "6222")
             second.stop()
             self.assertNotIn("FWKNOP", self.host.run("iptables", "-S"))
+
+    def test_foreign_rules_of_nftables(self) -> None:
+        """In NAT's table they stay, and are listed; in the guard they are taken out at once, also
+        if an older kernel lets somebody put them there. What never ends is listed, too."""
+        server = Server(self.host, "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n"
+                        "ENABLE_IPT_LOCAL_NAT Y;\n", launcher=launcher(OLD_KERNEL)).start()
+        rule = "ip saddr 10.9.9.9 counter accept".split()
+        seen = r"(?m)^Chain %s \(1 references\)\nnum  target .*\n" \
+               r"1    ip saddr 10\.9\.9\.9 counter packets 0 bytes 0 accept$"
+        mark = server.mark()
+        self.host.run("nft", "insert", "rule", "inet", "spa_nat", "prerouting", *rule)
+        self.knock(server, "-A", "tcp/22")
+        self.assertRegex(server.command("--fw-list")[1], seen % "inet spa_nat prerouting")
+        self.host.run("nft", "insert", "rule", "inet", "spa", "closed", *rule)
+        server.wait_for("Somebody changed the guard (inet spa guard); put back", mark)
+        self.assertNotIn("10.9.9.9", self.host.run("nft", "list", "table", "inet", "spa"))
+        self.assertNotIn("changed our rules", server.log(mark))
+        self.host.run("nft", "flush", "chain", "inet", "spa_nat", "prerouting")
+        server.wait_for("Somebody changed our rules in the firewall", mark)
+        self.host.run("nft", "add", "element", "inet", "spa", "spa4", "{ 10.9.9.7 . tcp . 22 }")
+        server.stop(signal.SIGKILL)
+        self.host.run("nft", "insert", "rule", "inet", "spa", "closed", *rule)
+        text = server.command("--fw-list")[1]
+        self.assertRegex(text, seen % "inet spa closed")
+        self.assertRegex(text, r"(?m)^\d    ACCEPT +tcp +--  10\.9\.9\.7 .*never ends, not ours$")
 
     def test_list_all(self) -> None:
         """The list also has what the firewall prints: chains, sets and the rules around them."""
