@@ -315,6 +315,53 @@ def sealed_plaintext(ground: Ground) -> Work:
     return work._replace(seeds=[sender.plain(each) for each in MESSAGES] + MESSAGES, feed=feed)
 
 
+class Flood(server.Capture):  # type: ignore[misc]
+    """A capture with datagrams that came faster than they can be tried."""
+
+    is_fair = True
+
+    def __init__(self) -> None:
+        self.queue: List[Any] = []
+        self.name = "flood"
+
+    def receive(self) -> Any:
+        """Return the next datagram."""
+        if not self.queue:
+            raise BlockingIOError
+        return self.queue.pop()
+
+
+@target(1)
+def crowd(ground: Ground) -> Work:
+    """Junk from sources that an attacker chooses, 20 at once: what waits has a bound."""
+    made, flood, junk = ground.strict("SOURCE ANY\n" + KEYS), Flood(), b"8" * 200
+
+    def tick() -> float:
+        ground.clock.pass_seconds(0.001)
+        return ground.clock.mono_time
+    made.clocks = made.crowd.clocks = made.clocks._replace(monotonic=tick)
+
+    def feed(data: bytes) -> None:
+        flood.queue += [datagram(junk, "10.55.%d.%d" % (data[at], data[at + 1]))._replace(
+            source_port=data[at] & 3) for at in range(len(data) - 1)]
+        made.drain(flood)
+        assert not flood.waiting or len(flood.waiting) <= server.MOST_WAITING
+        ground.closed()
+
+    def drain() -> None:
+        while flood.queue or flood.waiting:
+            made.drain(flood)
+
+    def check() -> None:
+        feed(bytes(range(256)) * 5)
+        drain()
+        feed(bytes(range(100)))
+        flood.queue.append(datagram(Sender().packet(
+            timestamp=int(ground.clock.wall_time), rand="%016d" % ground.clock.mono_time)))
+        ground.opens(made, drain)
+    return Work([bytes(5), bytes(range(30))], feed, check)
+
+
 LINKS = sorted(set(server.LINK_TYPES.values()), key=str)
 
 
