@@ -6765,7 +6765,7 @@ class IptablesFirewall(Firewall):
         """Delete the rules of `grants`, also if somebody deleted or changed one of them."""
         def remove_through(version: int) -> None:
             found = [grant for grant in grants if grant.door.source.version == version]
-            if len(found) <= SEARCHES:
+            if len(found) <= (LINES_AT_ONCE if self.legacy else SEARCHES):
                 with contextlib.suppress(CommandError):
                     self.change([], found)
                     return
@@ -7476,7 +7476,6 @@ def obstacles(settings: ServerSettings, stanzas: List[Stanza],
 # grants that the kernel can't end, prolongs them, and puts back what somebody flushed.
 # ======================================================================================
 
-CHECK_SHARE = 0.25  # of the time goes into looks at the firewall, or into closing, at most
 RETRY_SECONDS = 1.0  # between two tries: little for an open door, enough for a busy firewall
 MAX_GRANTS = 10000  # for a stanza: twice a busy host's; each look at the firewall reads them all
 
@@ -7680,9 +7679,8 @@ class Grants:
             for grant in ended:
                 self.enter(grant)
             return
-        # Knocks wait meanwhile. If it takes long, the kernel ends more grants until the next time.
-        took = self.clocks.monotonic() - now
-        self.not_before = now + min(took / CHECK_SHARE, RETRY_SECONDS)
+        # Knocks waited meanwhile: half of the time is theirs, when grants end all the time.
+        self.not_before = now + min(2 * (self.clocks.monotonic() - now), RETRY_SECONDS)
         self.show(ended, is_new=False)
         for grant in ended:
             self.forget(grant.door)
@@ -9384,6 +9382,7 @@ class OspaGate:
 
 MOST_LINES = 200  # of an answer, which has to fit into one packet of the control socket
 SETTLE_SECONDS = 0.2  # from the first sign that the firewall was changed until it is looked at
+CHECK_SHARE = 0.25  # of the time goes into these looks, while nothing is missing
 COUNT_LIMIT = ("Incoming packet count limit of {0} reached. "
                "Packet count limit ({0}) reached. Exiting...")
 

@@ -1424,7 +1424,7 @@ class GrantsTest(ServerCase):
 
     def test_slow_closing_leaves_time_for_knocks(self) -> None:
         """A firewall that takes long gets what ends meanwhile together, within a second."""
-        for slow, wait in ((0.0, 0.0), (0.01, 0.04), (0.2, 0.8), (5, 1.0)):
+        for slow, wait in ((0.0, 0.0), (0.01, 0.02), (0.2, 0.4), (5, 1.0)):
             self.grants.grant([self.ssh, self.dns], 1)
             self.firewall.slow, began = slow, self.clock.mono() + 1
             self.assertEqual([], self.later(1))
