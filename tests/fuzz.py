@@ -230,7 +230,7 @@ def packet(ground: Ground) -> Work:
 
 @target(15)
 def packet_without_hmac(ground: Ground) -> Work:
-    """Packets that only decryption proves, in each mode."""
+    """Packets that only decryption proves, in three modes."""
     sender, text = Sender(hmac_key=b""), "SOURCE ANY\nKEY s3cretRijndael\n"
     modes = "CTR", "LEGACY"
     made = ground.strict(text + "".join(f"{text}ENCRYPTION_MODE {mode}\n" for mode in modes))
