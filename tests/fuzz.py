@@ -666,10 +666,10 @@ def file_work(ground: Ground, name: str, seeds: Iterable[str], read: Callable[[s
             read(path)
         except server.SpaError as error:
             shown = f"{error} {error.hint}".encode("latin-1", "replace")
-            for key in SECRETS if any(key in shown for key in SECRETS) else ():
+            for secret in filter(shown.__contains__, SECRETS):
                 names = [line.partition(b" ")[0].strip(b":;\t ").decode("latin-1")
-                         for line in data.split(b"\n") if key in line]
-                if key in shown and not any(map(is_known, names)):  # in no other one's value
+                         for line in data.split(b"\n") if secret in line]
+                if not any(map(is_known, names)):  # else it may be another directive's value
                     raise Fault(f"an error shows a key: {error}") from None
             raise
 
