@@ -76,6 +76,7 @@ LIVES = (
          ((OPEN, (MATCH % 1, *FIELDS, RULE % (
              r"filter -p 6 -s 10\.55\.0\.2 -d 0\.0\.0\.0/0 --dport 22", "ACCEPT", "FWKNOP_INPUT"),
              ADDED % ("access", "FWKNOP_INPUT"))),
+          (OPEN, (MATCH % 1, "already exists")),  # fwknopd's second rule is new, the jump is not
           ((*OPEN, "--time-offset-minus", "500"), (
               MATCH % 1, "^ Message String: ", "^ Final SPA Data: ",
               r"SPA data time difference is too great \(5\d\d seconds\)\.")),
