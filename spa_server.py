@@ -32,12 +32,13 @@ is for a packet socket and a stanza with HMAC, and ends with a line in the log:
   Gate.authentic_stanzas, find_prefix, find_authentic, Gate.tell_near, Throttle.allows, socket_text,
   Log.write, Outlet.write, StreamOutlet.send, StreamOutlet.write_part, Tally.reject, Gate.is_full
 
-A UDP or TCP socket has its own receive() (section 18). When packets come faster than they can be
-tried, Crowd chooses by their sources (section 31). HTTP adds Gate.unwrap(), a SOURCE other than ANY
-adds Stanza.admits() and Gate.no_stanza(). Junk of another form makes a NotSpa. If a stanza has no
-HMAC, decryption proves the key: unlock() and all that it calls. A knock sequence has no key:
-decode_knock(), KnockListener.take_knock() and all that they call. OpenSPA adds OspaGate.receive()
-and admit(), unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes last.
+The kernel drops junk of another form (payload_filter() in section 6); a NotSpa rejects what it
+missed. A UDP or TCP socket has its own receive() (section 18). When packets come faster than they
+can be tried, Crowd chooses by their sources (section 31). HTTP adds Gate.unwrap(), a SOURCE other
+than ANY adds admitting(), Stanza.admits() and Gate.no_stanza(). If a stanza has no HMAC, decryption
+proves the key: unlock() and all that it calls. A knock sequence has no key: decode_knock(),
+KnockListener.take_knock() and all that they call. OpenSPA adds OspaGate.receive() and admit(),
+unseal_ospa(), decode_ospa(), read_client_key() and RsaKey: its signature comes last.
 
 Changes on this host: the firewall (sections 20 and 21: tables `inet spa` and `inet spa_nat`, rules
 with a comment `spa_server.py:...`, chains FWKNOP_*), files in FWKNOP_RUN_DIR, METRICS_FILE, and by
