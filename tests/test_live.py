@@ -358,7 +358,7 @@ class CaptureTest(LiveTest):
                       server.knock(self.client, *KNOCK6))
         self.cable.server.run("ip", "addr", "add", "10.55.0.9/24", "dev", "eth0")
         server.knock(self.client, "-A", "tcp/22", "-a", CLIENT4, "-D", "10.55.0.9",
-                     expect="No access data found for source IP: " + CLIENT4)
+                     expect="(%s -> 10.55.0.9) filtered by SOURCE and/or DESTINATION" % CLIENT4)
 
     @needs_programs("setpriv")
     def test_without_cap_net_raw(self) -> None:
