@@ -4,8 +4,10 @@ import os
 import select
 import selectors
 import socket
+import time
 import unittest
 from typing import Any, Dict, List, Tuple
+from unittest import mock
 
 import spa_server as server
 from tests.test_knock import knock
@@ -309,6 +311,38 @@ class DrainTest(ServerCase):
             made.turn()
             self.assertEqual(([], None), (capture.queue, capture.waiting))
             self.assertAlmostEqual(rest, max(0.0, made.ears.rest_end - self.clock.mono_time), 4)
+
+    def test_what_is_due_is_done(self) -> None:
+        """However much junk comes: a turn takes look after look, and ends when something is due."""
+        made: Any = self.serve("SOURCE ANY\n" + KEYS)
+        capture: Any = FakeCapture()
+        looks: List[float] = []
+        near, far = socket.socketpair()
+        for each in (near, far):
+            self.addCleanup(each.close)
+        far.send(b"x")
+
+        def receive() -> Any:
+            """Return junk at every other call."""
+            looks.append(time.monotonic())
+            if len(looks) % 2:
+                return junk(len(looks))
+            raise BlockingIOError
+
+        capture.receive, capture.fileno = receive, near.fileno
+        made.clocks = made.ears.clocks = server.CLOCKS
+        made.captures = [capture]
+        made.ears.captures.register(near, select.EPOLLIN)
+        made.watch.guard_due = server.FOR_EVER
+        due = made.watch.check_due = time.monotonic() + 0.3
+        made.turn()
+        self.assertGreaterEqual(time.monotonic(), due)
+        self.assertGreater(len(looks), 2)
+        made.gate.runs, before = [mock.Mock(due=server.FOR_EVER, has_ended=lambda: False)], len(looks)
+        made.watch.check_due = time.monotonic() + 60
+        made.ears.rest_end = 0.0
+        made.turn()
+        self.assertEqual(before + 2, len(looks))  # so that gpg can be started
 
 
 if __name__ == "__main__":
