@@ -338,7 +338,7 @@ class DrainTest(ServerCase):
         made.turn()
         self.assertGreaterEqual(time.monotonic(), due)
         self.assertGreater(len(looks), 2)
-        made.gate.runs, before = [mock.Mock(due=server.FOR_EVER, has_ended=lambda: False)], len(looks)
+        before, made.gate.runs = len(looks), [mock.Mock(due=server.FOR_EVER, has_ended=bool)]
         made.watch.check_due = time.monotonic() + 60
         made.ears.rest_end = 0.0
         made.turn()
