@@ -11382,7 +11382,7 @@ def grant_row(firewall: Firewall, grant: Grant, openers: Dict[str, str]) -> str:
     extra = (f" to:{door.target_text()}" if door.target else
              " for one connection" if door.kind == ONCE else
              f" masq ports: {door.port}" if door.kind == MASQUERADE and door.port else "")
-    left = (f"{seconds:.0f} seconds left, {find_opener(openers, grant)}" if seconds < FOR_EVER else
+    left = (f"{int(seconds)} seconds left, {find_opener(openers, grant)}" if seconds < FOR_EVER else
             "never ends, not ours")
     return (f"{target:<10} {protocol:<4} --  {source:<20} {destination:<20} {match}"
             f"/* {MARK}{grant.expires} */{extra} {left}")
@@ -11396,8 +11396,8 @@ def list_chains(firewall: IptablesFirewall, openers: Dict[str, str]) -> Iterator
     names = dict.fromkeys((chain.table, chain.name) for chain in firewall.chains)
     names.update(dict.fromkeys(("mangle", name) for name in GUARD_CHAINS.values()
                                if firewall.guard_ports))
-    for program in firewall.programs.values():
-        yield f"Listing rules in fwknopd {os.path.basename(program.program)} chains..."
+    for version, program in firewall.programs.items():
+        yield f"Listing rules in fwknopd {'iptables' if version == 4 else 'ip6tables'} chains..."
         for table, name in names:
             if f"-N {name}" not in program.list(table):
                 continue  # before the first start
