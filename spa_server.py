@@ -8986,17 +8986,16 @@ class Gate:
 
     def let_in(self, entry: Entry, stanza: Stanza, keys: AnyKeys) -> None:
         """Unlock a packet that is authentic for this stanza, remember it, and ask for access."""
-        datagram, prefix = entry.datagram, f"(stanza #{stanza.number}) "
+        datagram = entry.datagram
+        prefix = f"[{socket_text(datagram.source)}] (stanza #{stanza.number}) "
         if not entry.remembered:
             self.memory.check_unseen(datagram)  # section 16; a replay costs no decryption
         self.tell_match(entry, stanza)
         packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 15
         entry.proven_by = stanza
         if self.log.level >= DEBUG:
-            source = socket_text(datagram.source)
             for line in (f"SPA Packet: '{datagram.payload.decode('ascii')}'",
-                         f"[{source}] {prefix}SPA Decode (res=0):",
-                         *packet.dump(datagram.payload, keys)):
+                         prefix + "SPA Decode (res=0):", *packet.dump(datagram.payload, keys)):
                 self.log.debug(line)
         if not entry.remembered:
             self.memory.check_fresh(packet.timestamp)

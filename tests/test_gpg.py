@@ -412,8 +412,8 @@ class BoundsTest(FakeGpgCase):
         made = self.gpg_server()
         made.gate.receive(datagram(self.packet(1)))
         self.assertEqual([DOOR22], self.firewall.doors())
-        self.assertIn("(stanza #1) Incoming SPA data signed by '786C8A06' (fingerprint '%s').\n"
-                      % SIGNER, self.logged())
+        self.assertIn("[10.55.0.2] (stanza #1) Incoming SPA data signed by '786C8A06' "
+                      "(fingerprint '%s').\n" % SIGNER, self.logged())
 
     def test_a_replay_has_no_line_of_its_signer(self) -> None:
         """Whoever sends a captured packet again and again does not fill the log with it."""
