@@ -1745,8 +1745,8 @@ def payload_filter(http: bool) -> Filter:
                               Comparison(offset, 1, 0x2F, 0x39, behind=PAYLOAD),  # / and 0-9
                               Comparison(offset, 1, 0x2B, 0x2B, behind=PAYLOAD)))  # +
               for offset in (25, 60, 95, 130)]
-    beginning = Junction("or", (  # of AES, of GPG, and of what has its prefix still
-        field_is_one_of(0, 1, b"89+/hwU", PAYLOAD),
+    beginning = Junction("or", (  # of AES; GPG; with its prefix still; tests write A over it
+        field_is_one_of(0, 1, b"89+/hwUA", PAYLOAD),
         Comparison(0, 0, GPG_LENGTH, MAX_PAYLOAD, behind=PAYLOAD)))
     packet = Junction("and", (Comparison(0, 0, MIN_PAYLOAD, MAX_PAYLOAD, behind=PAYLOAD),
                               beginning, *ascii, *base64))

@@ -348,8 +348,8 @@ GET = b"GET /8XqE HTTP/1.0\r\nUser-Agent: Fwknop/2.6.10\r\n\r\n"
 # kernel drops; and whether the first one of these is right where HTTP is enabled.
 KNOWN = [b"8" + b"A" * 139, b"+" + b"/" * 398, b"E" + b"z" * 1499, b"hF4D" + b"A" * 200,
          b"wV4D" + b"9" * 200, b"U2FsdGVkX18" + b"A" * 200, b"hQEMA" + b"A" * 400,
-         b"8XqE" + b"A" * 196 + b"\n", b"8Xq:" + b"A" * 197, b"9" + b"A" * 150 + b"=="]
-DROPPED = [GET, b"", b"8", b"8" + b"A" * 138, b"E" + b"A" * 1500, b"A" * 399, b"8" + bytes(150),
+         b"A" * 200, b"8XqE" + b"A" * 196 + b"\n", b"8Xq:" + b"A" * 197, b"9" + b"A" * 150 + b"=="]
+DROPPED = [GET, b"", b"8", b"8" + b"A" * 138, b"E" + b"A" * 1500, b"B" * 399, b"8" + bytes(150),
            b"8" + b"\xff" * 150, b"8" + b"A" * 24 + b" " + b"A" * 150, b"!" + b"A" * 200,
            b"8" + b"A" * 59 + b"-" + b"A" * 100, "\u00e9".encode() * 300]
 
