@@ -1192,8 +1192,10 @@ class Settings:
         try:
             value = self.expand(value)
             if row.is_path and value[:1] not in ("", "/", "~"):
-                in_path = row.name.endswith("_EXE") and "/" not in value and find_program(value)
-                value = in_path or os.path.join(self.directory or os.getcwd(), value)
+                is_name = row.name.endswith("_EXE") and "/" not in value
+                # In this directory another user may have put a program of that name.
+                value = (is_name and find_program(value)) or os.path.join(
+                    "/usr/sbin" if is_name else self.directory or os.getcwd(), value)
             self.__dict__[row.attribute] = row.parse(value)
         except ValueError as error:
             shown = doubt if row.secret else f"not '{value}'"

@@ -122,12 +122,15 @@ class ServerLineTest(ConfigCase):
                     self.assertEqual(begins + "/sub/x", getattr(found, attribute))
 
     def test_programs_by_name(self) -> None:
-        """A name without a directory is a program of PATH; fwknopd runs FIREWALL_EXE so."""
+        """A name without a directory is a program of PATH; fwknopd runs FIREWALL_EXE so.
+
+        It is never one of the directory that root starts the server in, which may be /tmp.
+        """
         os.environ["PATH"], before = self.directory, os.environ["PATH"]
         self.addCleanup(os.environ.__setitem__, "PATH", before)
         os.symlink("/bin/sh", self.place("iptables"))
         for name, path in (("iptables", self.place("iptables")), ("./x", os.getcwd() + "/./x"),
-                           ("no-such", os.getcwd() + "/no-such")):
+                           ("no-such", "/usr/sbin/no-such")):
             settings = self.settings_of(*self.files(FWKNOPD, f"FIREWALL_EXE {name};"))
             self.assertEqual(path, settings.firewall_program)
 
