@@ -677,7 +677,7 @@ class PacketKeys(Keys):
             if not ciphertext.startswith(b"Salted__") or not plain[:16].isdigit():
                 raise WrongKey("wrong key", NOT_DECRYPTED)
         try:
-            return strip_padding(plain, self.respelt)  # libfko 2.0.3 sends whole blocks without
+            return strip_padding(plain, self.mode == "LEGACY")  # libfko 2.0.3 sends some without
         except ValueError:  # fwknopd checks no padding, and finds characters that no field has
             raise WrongKey("wrong key", invalid_data("DECODE_NON_ASCII")) from None
 
@@ -2871,12 +2871,14 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
 
 
 def mark_shared_keys(stanzas: List[Stanza]) -> List[str]:
-    """Mark keys with HMAC that another stanza has without; return a warning for each of these."""
+    """Mark keys that another stanza has with less around them; return a warning of lost HMACs."""
     keyed = [(stanza, stanza.keys) for stanza in stanzas if stanza.keys]
     bare = {keys.secret for _, keys in keyed if not keys.has_hmac}
     protected = {keys.secret for _, keys in keyed if keys.has_hmac}
-    for _, keys in keyed:  # such a packet opens without its tag, too: remember it with and without
+    legacy = {keys.secret for _, keys in keyed if keys.respelt}
+    for _, keys in keyed:  # packets open without their tag, or a block of padding, too
         keys.accepts_bare = keys.has_hmac and keys.secret in bare
+        keys.respelt = keys.secret in legacy
     return [f"(stanza #{stanza.number}) another stanza has this key with an HMAC: its packets open "
             "here without their tag, so that the HMAC protects nothing; keygen.py makes another key"
             for stanza, keys in keyed if not keys.has_hmac and keys.secret in protected]

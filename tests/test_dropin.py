@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-import unittest
 from typing import Any, List
 from unittest import mock
 
@@ -155,7 +154,7 @@ FORWARDED = (
 )
 
 
-class PacketTest(unittest.TestCase):
+class PacketTest(ConfigCase):
     """Packets of older clients, and through proxies."""
 
     def test_forwarded(self) -> None:
@@ -189,6 +188,14 @@ class PacketTest(unittest.TestCase):
         with self.assertRaises(server.WrongKey):
             server.unlock(Sender(b"k3y", b"", "CBC").seal_blocks(fields), server.PacketKeys(
                 b"k3y", "CBC", b"", server.DIGESTS["SHA256"]))
+        # Beside a stanza with the same key in another mode, that one remembers the fields, too.
+        stanzas, _ = server.read_stanzas(self.write("a", "".join(
+            f"SOURCE ANY\nKEY {'k' * 16}\n{line}\n" for line in (
+                "HMAC_KEY h", "ENCRYPTION_MODE CBC", "ENCRYPTION_MODE legacy"))))
+        for stanza, hmac_key in zip(stanzas, (b"h", b"", b"")):
+            payload = Sender(b"k" * 16, hmac_key, "CBC").seal(fields)
+            assert stanza.keys
+            self.assertIn(fields, server.unlock(payload, stanza.keys)[1])
 
 
 # ------------------------------------------------------------------------- the client
