@@ -9568,6 +9568,7 @@ class Ears:
 
 MOST_WAITING = 1000  # datagrams of a capture, from one batch to the next
 MOST_READ = 4000  # of them at once: more than come in one batch at 100,000 a second
+MOST_AGAIN = 200  # tries in a batch for flows that were tried lately, when all others were tried
 KNOWN_TRIES = 4  # in a batch, before others, for a source that is known: an attacker may forge it
 SLOTS, MARK_SECONDS = 1 << 20, 3  # of Crowd's memory; clients knock again every second
 TRIED = 128  # the bit of a mark; without it, a datagram of the source was dropped
@@ -9582,7 +9583,8 @@ class Crowd:
     to those of whom datagrams were only dropped lately, as of a client that knocks again; then to
     others; and last to the flows (source and port) that were tried lately. One try goes to the best
     but the known, and one to the newest of all. So nobody who forges addresses keeps others out for
-    sure. Of equal standing, the newest is first. What is too much is dropped at random.
+    sure. Of equal standing, the newest is first. What is too much is dropped at random, and flows
+    that were tried are dropped before all others.
     """
 
     def __init__(self, tally: Tally, log: Log, clocks: Clocks,
@@ -9591,19 +9593,25 @@ class Crowd:
         self.untold, self.tell_due = 0, clocks.monotonic()  # dropped, and when to log it
         # By the hash of a source or a flow: the second of its drop or try, modulo 100, plus 1.
         self.marks, self.second = bytearray(), 0
-        self.line: List[int] = []  # indices of what waits, the next one last
+        self.line: List[int] = []  # indices of what is tried in this batch, the next one last
+        self.put_off: List[int] = []  # and of what waits for another batch
 
     def line_up(self, capture: Capture) -> Callable[[], Datagram]:
         """Read what a capture has, put in order what waits of it, and return call() for that."""
         waiting = capture.waiting = capture.waiting or []
-        with contextlib.suppress(BlockingIOError):
-            while len(waiting) < MOST_READ:
-                datagram = capture.receive()
-                if datagram is not None:
-                    waiting.append(datagram)
-        self.marks = self.marks or bytearray(SLOTS)
+        self.marks, dropped = self.marks or bytearray(SLOTS), 0
         self.second = int(self.clocks.monotonic()) % 100 + 1
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(MOST_READ):
+                each = capture.receive()
+                if each is not None and len(waiting) >= MOST_WAITING and self.mark_at(
+                        hash((each.source[:8], each.source_port)) % SLOTS):
+                    dropped += 1  # to read others in time is worth more than to try it
+                elif each is not None:
+                    waiting.append(each)
+        self.count_dropped(dropped)
         self.line = list(range(len(waiting) - 1, -1, -1))  # the oldest first, if all can be tried
+        self.put_off = []
         if len(waiting) > capture.tries:
             self.line = self.order([(each.source[:8], each.source_port) for each in waiting])[::-1]
         return partial(self.call, capture)
@@ -9627,7 +9635,10 @@ class Crowd:
         order: Dict[int, None] = {}
         for number in range(len(flows)):
             order[next(index for index in turns[number % 4] if index not in order)] = None
-        return list(order)
+        line = list(order)
+        most = max((number for number, index in enumerate(line) if standings[index] < 3), default=0)
+        self.put_off = line[most + MOST_AGAIN:]
+        return line[:most + MOST_AGAIN]
 
     def mark_at(self, slot: int) -> int:
         """Return a mark, or 0 if it was made too long ago."""
@@ -9637,7 +9648,10 @@ class Crowd:
     def call(self, capture: Capture) -> Datagram:
         """Return the next datagram to try; raise BlockingIOError if none waits."""
         if not self.line or not capture.waiting:
-            capture.waiting = None
+            if self.put_off:
+                self.thin_out(capture, capture.tries)
+            else:
+                capture.waiting = None
             raise BlockingIOError
         datagram = capture.waiting[self.line.pop()]
         source = datagram.source[:8]
@@ -9654,7 +9668,7 @@ class Crowd:
         if capture.waiting is None:
             capture.waiting = [] if capture.is_fair else None
             return
-        left = [capture.waiting[index] for index in sorted(self.line)]
+        left = [capture.waiting[index] for index in sorted(self.line + self.put_off)]
         capture.waiting = left
         if len(left) <= MOST_WAITING:
             return
@@ -9665,7 +9679,13 @@ class Crowd:
             slot = hash(each.source[:8]) % SLOTS
             if lot < least and not self.mark_at(slot) & TRIED:
                 self.marks[slot] = self.second
-        count, now = len(left) - len(capture.waiting), self.clocks.monotonic()
+        self.count_dropped(len(left) - len(capture.waiting))
+
+    def count_dropped(self, count: int) -> None:
+        """Count what is dropped, and log it from time to time."""
+        now = self.clocks.monotonic()
+        if not count:
+            return
         self.tally.counts["untried"] += count
         self.untold += count
         if now >= self.tell_due:

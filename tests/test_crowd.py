@@ -211,17 +211,33 @@ class CrowdTest(ServerCase):
             self.clock.pass_seconds(0.02)
         self.assertIn(client, tried)
 
+    def test_flows_that_were_tried(self) -> None:
+        """After all others only a few are tried again; few are kept, and too many not even read."""
+        flood, client = [junk(1)] * 1500, junk(2)
+        capture = self.late(*flood)
+        self.batch(capture, 5)
+        self.assertEqual(495, self.tally.counts["untried"])
+        capture.queue = [client] + flood[:1000]
+        tried = self.batch(capture, 10 ** 6)
+        self.assertIn(client, tried[:4])
+        self.assertLessEqual(len(tried), server.MOST_AGAIN + 4)
+        self.assertEqual(1495, self.tally.counts["untried"])
+        self.assertEqual(1001 - len(tried), len(capture.waiting or ()))
+        for _ in range(5):
+            tried += self.batch(capture, 10 ** 6)
+        self.assertEqual((1001, None), (len(tried), capture.waiting))
+
     def test_what_is_dropped(self) -> None:
         """Only what is too much, by lot; counted, and told every ten seconds."""
         queue = [junk(number) for number in range(server.MOST_READ + 5)]
         capture = self.late(*queue)
-        for seconds, line in ((0, "2990 "), (1, ""), (9, "5980 ")):
+        for seconds, line in ((0, "2990 "), (1, ""), (9, "7980 ")):
             self.clock.pass_seconds(seconds)
             capture.queue = queue[:]
             self.assertEqual(10, len(self.batch(capture, 10)))
             self.assertEqual(server.MOST_WAITING, len(capture.waiting or ()))
             self.assertEqual(line + server.UNTRIED + "\n" if line else "", self.logged())
-        self.assertEqual(3 * 2990, self.tally.counts["untried"])
+        self.assertEqual(2990 + 7980, self.tally.counts["untried"])
         self.assertEqual(server.SLOTS, len(self.crowd.marks))
 
     def test_known_addresses_are_few(self) -> None:
