@@ -667,7 +667,7 @@ def file_work(ground: Ground, name: str, seeds: Iterable[str], read: Callable[[s
         except server.SpaError as error:
             shown = f"{error} {error.hint}".encode("latin-1", "replace")
             for secret in filter(shown.__contains__, SECRETS):
-                names = [line.partition(b" ")[0].strip(b":;\t ").decode("latin-1")
+                names = [line.decode("latin-1").replace("\t", " ").partition(" ")[0].strip(":;")
                          for line in data.split(b"\n") if secret in line]
                 if not any(map(is_known, names)):  # else it may be another directive's value
                     raise Fault(f"an error shows a key: {error}") from None
