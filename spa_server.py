@@ -7799,6 +7799,17 @@ def openers_file(settings: ServerSettings) -> str:
     return os.path.join(os.path.dirname(settings.pid_file), "grants")
 
 
+def open_openers(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open that file; raise OSError for one that a user has put into a directory for all."""
+    file = open_ours(path, flags | os.O_NONBLOCK)
+    status = os.fstat(file)
+    if stat.S_ISREG(status.st_mode) and status.st_uid in (
+            os.geteuid(), os.stat(os.path.dirname(path)).st_uid):
+        return file
+    os.close(file)
+    raise OSError(errno.EPERM, "not a file of ours", path)
+
+
 def grant_key(grant: Grant) -> str:
     """Return a text that identifies a grant: its door and its end."""
     return f"{grant.door.describe()} {MARK}{grant.expires}"
@@ -7818,7 +7829,7 @@ def grant_text(door: Door, seconds: float, opener: str) -> str:
 def read_openers(path: str) -> Dict[str, str]:
     """Return who opened which grant; empty if no server has written the file."""
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
+        with open(open_openers(path), encoding="ascii", errors="replace") as file:
             pairs = [line.rstrip("\n").partition("\t")[::2] for line in file]
     except OSError:
         return {}
@@ -8606,7 +8617,7 @@ class Access:
                  for door in doors if door in grants.live]
         path = openers_file(self.settings)
         try:
-            with open(open_ours(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
+            with open(open_openers(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
                 # Tidy up whenever the file has doubled: so a packet pays for its own lines only.
                 if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_key, grants.live.values()))

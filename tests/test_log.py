@@ -385,6 +385,16 @@ class OpenersTest(LogCase):
         self.knock(made, 1, "alice")
         self.assertEqual([("10.1.0.0", "-")], self.openers(made))
         os.rmdir(path)
+        os.mkfifo(path)  # as a local user can, where the pid file is in /tmp
+        self.knock(made, 1, "alice")
+        self.assertEqual([("10.1.0.0", "-")], self.openers(made))
+        os.unlink(path)
+        if os.geteuid() == 0:
+            self.knock(made, 1, "alice")
+            self.assertNotEqual([("10.1.0.0", "-")], self.openers(made))
+            os.chown(path, 65534, 65534)
+            self.assertEqual([("10.1.0.0", "-")], self.openers(made))
+            os.unlink(path)
         with open(path, "wb") as file:
             file.write(b"\xff\n\t\nno tab\n10.1.0.0 -> 0.0.0.0/0 tcp/22 _exp_1\teve\n")
         self.assertEqual([("10.1.0.0", "-")], self.openers(made))
