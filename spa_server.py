@@ -9628,7 +9628,10 @@ class Crowd:
         return partial(self.call, capture)
 
     def order(self, flows: List[Tuple[bytes, int]]) -> List[int]:
-        """Return the indices of flows, oldest first, in the order in which they are tried."""
+        """Return indices of `flows`, which are oldest first, in the order of their tries.
+
+        Put off what there is of tried flows behind the last of the others, but for MOST_AGAIN.
+        """
         newest, standings, known = range(len(flows) - 1, -1, -1), [2] * len(flows), self.tally.known
         tries: Dict[bytes, int] = collections.defaultdict(int)
         for index in newest:
