@@ -4577,7 +4577,7 @@ class ReplayMemory:
             elif fields and not line.startswith("#"):
                 unread += 1
         if unread:
-            self.log.warning(f"{path}: {unread} lines are not packets and are dropped")
+            self.log.warning(f"Skipping invalid digest file entry in {path}: {unread} lines")
 
     def load_beginning(self, fields: List[str]) -> None:
         """Continue the memory of `# began MONOTONIC BOOT_ID FORGOTTEN`, if it is of this boot."""
@@ -11269,7 +11269,8 @@ class Arguments:
             row = ServerSettings.row(option.name)
             if row is None:
                 self.values[option.name] = text or name
-                if len(ACTIONS & set(self.values)) > 1:
+                asked = ACTIONS & set(self.values)
+                if len(asked) > 1 and asked != {"check", "dump"}:
                     raise UsageError(f"option '{name}' does not go with the one before")
             else:
                 self.lines.append(Line(name, 0, row.name, text))
@@ -11769,7 +11770,7 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     if "check_digests" in arguments:
         ReplayMemory(None, None, log).load(configuration.settings.digest_file)
         say("Digest cache parsed, exiting.")
-    elif "check" in arguments:
+    elif "dump" not in arguments:
         say("Configs parsed, exiting.")
     else:
         say("# fwknopd.conf\n" + configuration.settings.dump())

@@ -969,7 +969,7 @@ class CommandLineTest(ConfigCase):
                 (["-c"], 2), (["-Vx"], 2), (["--version=1"], 2)):
             with self.subTest(arguments=arguments):
                 self.assertEqual(code, self.main(*arguments)[0])
-        for option in (["-D"], ["--exit-parse-config"]):
+        for option in (["-D"], ["--exit-parse-config"], ["--exit-parse-config", "-D"]):
             self.assertEqual(0, self.main_with(KEYED, NO_FIREWALL, *option)[0])
             self.assertEqual(3, self.main_with("", NO_FIREWALL, *option)[0])
             self.assertEqual(3, self.main_with(KEYED, NO_FIREWALL + "VERBOS 1\n", *option)[0])

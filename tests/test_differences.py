@@ -123,6 +123,8 @@ ROWS = (
 BEHAVIOUR = (
     ("FLUSH_IPT_AT_INIT is N; SIGHUP keeps grants, too", "a restart locks nobody out",
      "test_live_firewall.test_reload_stop_and_start"),
+    ("an interface that does not exist is waited for", "networks come up after daemons",
+     "test_live.test_an_interface_that_is_not_there_yet"),
     ("a bad file on SIGHUP keeps the old settings", "a slip locks nobody out",
      "test_live.test_reload"),
     ("packets from before --rotate-digest-cache are rejected", "else they open twice",
