@@ -1402,7 +1402,7 @@ def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str
     return name.upper(), f"expected {where} it, not {shown}"
 
 
-SLIPS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # letters in one name, and in the other there
+SLIPS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # so many letters of one name for others
 
 
 def near_name(name: str, names: "Iterable[str]") -> str:

@@ -617,10 +617,10 @@ def strip_padding(plain: bytes, optional: bool = False) -> bytes:
     return plain[:-length]
 
 
-# With many stanzas this is most of what junk costs, so Hmac.__call__ stands here without its call.
-# All are computed: the time does not tell which one was right.
+# The first use of a key. With many stanzas this is most of what junk costs, so Hmac.__call__ stands
+# here without its call. All are computed: the time does not tell which one was right.
 def find_authentic(locks: List[Tuple[Hmac, List[T]]], payload: bytes, length: int) -> List[T]:
-    """Return what stands beside each HMAC that is the packet's tag, so long: a key's first use."""
+    """Return the owners of each HMAC that fits the packet, whose tag has `length` characters."""
     found, encode = [], binascii.b2a_base64  # type: List[T], Callable[..., bytes]
     body, tag = payload[:-length], payload[-length:] + b"=" * (-length % 4) + b"\n"
     for hmac, owners in locks:
@@ -672,7 +672,7 @@ class PacketKeys(Keys):
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = self.cipher(key)
         # A plaintext begins with sixteen digits: one block tells a wrong key, if no HMAC has.
-        for end in (32, len(ciphertext))[self.has_hmac:]:
+        for end in (len(ciphertext),) if self.has_hmac else (32, len(ciphertext)):
             plain = decrypt(cipher, self.mode, iv, ciphertext[16:end])
             if not ciphertext.startswith(b"Salted__") or not plain[:16].isdigit():
                 raise WrongKey("wrong key", NOT_DECRYPTED)
@@ -1088,7 +1088,7 @@ def find_mistake(line: str, knows: "Callable[[str], object]") -> "Tuple[str, str
     return name.upper(), f"expected {where} it, not {shown}"
 
 
-SLIPS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # letters in one name, and in the other there
+SLIPS = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # so many letters of one name for others
 
 
 def near_name(name: str, names: "Iterable[str]") -> str:
@@ -1160,7 +1160,6 @@ class Settings:
 
     skips = False  # whether a name that nobody knows is a warning only, as in fwknopd
     expands = False  # whether `$NAME` at the start of a value stands for another directive's value
-
     directory = ""  # where relative paths begin; "": the process's, as in fwknopd
 
     def __init__(self) -> None:
@@ -1840,7 +1839,7 @@ class FilterProgram:
         if not tree.size:
             return self.add((LOAD_LENGTH, 0), (SUBTRACT_INDEX, 0))
         self.add(((LOAD_BEHIND if tree.behind else LOAD)[tree.size], tree.offset))
-        return self.add(*[(LOAD_IPV4_LENGTH, 0)] * (tree.behind == IPV4_HEADER))
+        return self.add((LOAD_IPV4_LENGTH, 0)) if tree.behind == IPV4_HEADER else len(self.code)
 
 
 def compile_filter(tree: Filter, any_direction: bool = False,
@@ -3354,6 +3353,9 @@ class Command(NamedTuple):
         return f" setuid/setgid user/group to {user}/{group} (UID={uid},GID={gid})"
 
 
+NO_COMMAND = Command((), None)
+
+
 def client_command(command: str, stanza: Stanza, sudo: str) -> Command:
     """Return a command message's run: words between blanks, no shell or quotes (fwknop.md 3.8)."""
     words, prefix = command.encode("latin-1").split(), [sudo]
@@ -4117,10 +4119,8 @@ def find_program(name: str) -> Optional[str]:
 
 def run_program(arguments: List[str], text: str = "", seconds: float = PROGRAM_SECONDS,
                 started: Callable[[int], None] = lambda pid: None) -> str:
-    """Return the output of a program that reads `text`; raise CommandError if it fails.
-
-    `started` gets its process id.
-    """
+    """Return the output of a program that reads `text`; raise CommandError if it fails. `started`
+    gets its process id while it runs."""
     try:
         process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, env=PROGRAM_ENVIRONMENT,
@@ -4867,13 +4867,6 @@ class Attributes(Dict[int, bytes]):
 def attributes(data: bytes) -> Dict[int, bytes]:
     """Return the attributes in `data` by type; the last one of a type counts."""
     return Attributes(attribute_list(data))
-
-
-def announced_table(kind: int, body: bytes) -> Optional[Tuple[int, bytes]]:
-    """Return family and name of the table if nf_tables announces a change of one, or in one."""
-    if NFT <= kind <= DELETE_RULE:
-        return body[0], attributes(body[4:]).get(TABLE_NAME, b"")
-    return None
 
 
 def netlink_messages(data: bytes) -> Iterator[Tuple[int, int, bytes]]:
@@ -6595,10 +6588,11 @@ class IptablesFirewall(Firewall):
         self.tables_heard = frozenset((program.family, f"{table}\0".encode())
                                       for program in self.programs.values() if not legacy
                                       for table in self.tables)
-        if guard_ports:
+        if guard_ports and legacy:
+            self.guard_poll_seconds = GUARD_POLL_SECONDS
+        elif guard_ports:
             self.guard_tables = frozenset(each for each in self.tables_heard
                                           if each[1] == b"mangle\0")
-            self.guard_poll_seconds = GUARD_POLL_SECONDS if legacy else self.guard_poll_seconds
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Return the chains that this door, or access, goes to."""
@@ -7968,8 +7962,8 @@ class Cycle:
     most_running, most_open = MAX_RUNNING, MAX_CYCLES  # of a stanza
 
     def __init__(self, kind: str, stanza_number: int, label: str, limit: int, seconds: int,
-                 opening: Command, closing: Command, door: Optional[Door] = None,
-                 opener: str = "") -> None:
+                 opening: Command, closing: Command = NO_COMMAND,
+                 door: Optional[Door] = None, opener: str = "") -> None:
         self.door, self.opener = door, opener  # for --close
         self.kind, self.stanza_number, self.label, self.limit = kind, stanza_number, label, limit
         self.owner = kind.startswith("ON_"), stanza_number  # notices have a limit of their own
@@ -8508,8 +8502,7 @@ class Access:
 
     def allow(self, request: Request, stanza: Stanza) -> Union[Verdict, Lookup]:
         """Judge a request, do what the verdict says, and return it; PacketRejected if that is
-        nothing. Nothing is done yet if judge() asks for a look-up.
-        """
+        nothing. Nothing is done yet if judge() asks for a look-up."""
         verdict = judge(request, stanza, self.settings, is_own_address,  # section 11
                         self.clocks.wall())
         if isinstance(verdict, Lookup):
@@ -8537,12 +8530,12 @@ class Access:
         label = f"[{socket_text(request.datagram.source)}] (stanza #{stanza.number}) "
         for door in verdict.doors if stanza.on_open or stanza.on_close else ():
             if door.kind in (INPUT, ONCE, FORWARD) and door not in self.notices:
+                opened, closed = door_commands(stanza, (stanza.on_open, stanza.on_close), door,
+                                               request.datagram, verdict.seconds,
+                                               self.clocks.wall())
                 opening, self.notices[door] = [
-                    Cycle(kind, stanza.number, label, self.settings.command_seconds, 0, command,
-                          Command((), None))
-                    for kind, command in zip(("ON_OPEN", "ON_CLOSE"), door_commands(
-                        stanza, (stanza.on_open, stanza.on_close), door, request.datagram,
-                        verdict.seconds, self.clocks.wall()))]
+                    Cycle(kind, stanza.number, label, self.settings.command_seconds, 0, command)
+                    for kind, command in (("ON_OPEN", opened), ("ON_CLOSE", closed))]
                 self.commands.notify(opening)
 
     def cycles(self, verdict: Verdict, request: Request, stanza: Stanza) -> List[Cycle]:
@@ -8552,7 +8545,7 @@ class Access:
         if request.type == COMMAND:
             command = client_command(request.command, stanza, self.settings.sudo_program)
             self.log.info(f"{label}Processing SPA Command message: command='{request.command}'.")
-            return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command, Command((), None))]
+            return [Cycle("CMD_EXEC", stanza.number, label, limit, 0, command)]
         return [Cycle("CMD_CYCLE_OPEN", stanza.number, label, limit, verdict.seconds, opening,
                       closing, door, f"stanza #{stanza.number}, {request.who}")
                 for door in verdict.doors for opening, closing in [door_commands(
@@ -9415,11 +9408,6 @@ class FirewallWatch:
         self.generation = b""  # of nf_tables, by the last announcement or look
         self.well: Optional[Firewall] = None  # what the last look found right, without news since
 
-    def hear(self) -> None:
-        """Look at the firewall soon after somebody changed it, once for a series of changes."""
-        if self.read_announcements():
-            self.look_soon()
-
     def look_soon(self) -> None:
         """Let the next look at the firewall be soon, once for a series of changes."""
         self.well = None
@@ -9428,8 +9416,9 @@ class FirewallWatch:
             due = max(due, self.check_rest)
         self.check_due = min(self.check_due, due)
 
-    def read_announcements(self) -> bool:
-        """Return whether somebody changed the firewall; a changed guard is put back at once."""
+    def hear(self) -> bool:
+        """Return whether somebody changed the firewall, and then look at it soon; a changed guard
+        is put back at once."""
         changed = guard = False
         firewall = self.grants.firewall
         # All that a program of ours changed waits here since before it ended.
@@ -9438,9 +9427,11 @@ class FirewallWatch:
         try:
             while self.events is not None:
                 for kind, port, body in netlink_messages(self.events.recv(65536)):
-                    table = announced_table(kind, body)
+                    fields = attributes(body[4:])
+                    table = (body[0], fields.get(TABLE_NAME, b"")) if (
+                        NFT <= kind <= DELETE_RULE) else None  # a change of a table, or in one
                     if kind == NEW_GENERATION:
-                        self.generation = attributes(body[4:]).get(GENERATION_NUMBER, b"")
+                        self.generation = fields.get(GENERATION_NUMBER, b"")
                     changed = changed or (port not in own and (
                         firewall.tables_heard is None or table in firewall.tables_heard))
                     guard = guard or (table in firewall.guard_tables
@@ -9451,6 +9442,8 @@ class FirewallWatch:
             changed = guard = True
         if guard:
             self.mend_guard()
+        if changed:
+            self.look_soon()
         return changed
 
     def mend_guard(self) -> None:
@@ -9485,7 +9478,7 @@ class FirewallWatch:
                 all_well = all_well or self.grants.restore()
         except CommandError as error:
             self.log.error(f"{error}; the firewall is not as it should be, trying again")
-            self.read_announcements()  # mostly of the attempt itself
+            self.hear()  # mostly of the attempt itself
             self.well, self.check_rest = None, 0.0
             self.check_due = self.clocks.monotonic() + self.check_wait
             self.check_wait = min(2 * self.check_wait, POLL_SECONDS)
@@ -9559,10 +9552,8 @@ class Ears:
             self.rest_end = max(self.rest_end, self.woken + rest)
 
     def wait(self, due: float) -> Tuple[bool, List[int]]:
-        """Wait for an event, or until `due`; return the files of captures that can be read.
-
-        React to other events, and return first whether there were any.
-        """
+        """Wait for an event, or until `due`. React to those of others; return whether there were
+        any, and the descriptors of the captures that can be read."""
         now, found, readable = self.clocks.monotonic(), [], []  # type: float, List[Any], List[int]
         if now < self.rest_end:
             found = self.alone.poll(max(0.0, min(due, self.rest_end) - now) * 1000)
@@ -9588,14 +9579,14 @@ UNTRIED_SECONDS = 10  # from one such line to the next
 
 
 class Crowd:
-    """Who goes first while the datagrams of a capture come faster than they can be tried.
+    """The choice among the datagrams of a capture that come faster than they can be tried.
 
-    Of four tries, two go to the best standing: first to sources that opened something before; then
-    to those of whom datagrams were only dropped lately, as of a client that knocks again; then to
-    others; and last to the flows (source and port) that were tried lately. One try goes to the best
-    but the known, and one to the newest of all. So nobody who forges addresses keeps others out for
-    sure. Of equal standing, the newest is first. What is too much is dropped at random, and flows
-    that were tried are dropped before all others.
+    Of four tries, two go to the best standing: sources that opened something before; then sources
+    whose datagrams were only dropped lately, such as a client that knocks again; then others; and
+    last the flows (source and port) that were tried lately. One try goes to the best of the
+    unknown, and one to the newest of all: so an attacker who forges addresses can't keep others
+    out for sure. Of equal standing, the newest is first. Of what is too much, the server drops
+    flows that were tried first, and the rest at random.
     """
 
     def __init__(self, tally: Tally, log: Log, clocks: Clocks,
@@ -9674,10 +9665,8 @@ class Crowd:
         return datagram
 
     def thin_out(self, capture: Capture, tries: int) -> None:
-        """Keep what could not be tried in time, and drop a part if it is too much.
-
-        `tries` is how many were tried.
-        """
+        """Keep what could not be tried in time, and drop a part if it is too much. `tries` is how
+        many datagrams were tried."""
         capture.tries = tries
         if capture.waiting is None:
             capture.waiting = [] if capture.is_fair else None
