@@ -604,10 +604,8 @@ def next_counter(counter: bytes) -> bytes:
 
 
 def strip_padding(plain: bytes, optional: bool = False) -> bytes:
-    """Return `plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError without one.
-
-    If it is `optional`, the last block may end in another byte than a padding does.
-    """
+    """Return `plain` without its PKCS #7 padding (RFC 5652 section 6.3); ValueError without one. If
+    it is `optional`, the last block may end in another byte than a padding does."""
     # fwknopd lets wrong padding pass. Here every byte counts: else an attacker could change the
     # padding of a captured packet without HMAC, and send it again as a new one.
     length = plain[-1]
@@ -3142,10 +3140,8 @@ OwnAddress = Callable[[Address], Optional[bool]]  # is_own_address() in section 
 
 def judge(request: Request, stanza: Stanza, settings: ServerSettings,
           is_own_address: OwnAddress, now: float) -> Union[Verdict, Lookup]:
-    """Return what a request may do by this stanza; PacketRejected when that is nothing.
-
-    Return a Lookup if that depends on its NAT host: judge again with the address for the name.
-    """
+    """Return what a request may do by this stanza; PacketRejected when that is nothing. Return a
+    Lookup if that depends on its NAT host: judge again with the address for the name."""
     check_policy(request, stanza, now)
     with_nat = wants_nat(request, stanza, settings)
     if request.type == COMMAND:
@@ -3309,10 +3305,8 @@ def parse_hand(ports: str, address: str, lasting: str) -> Tuple[List[Door], int]
 
 
 def is_meant(who: str, source: Network, opener: str) -> bool:
-    """Tell whether --close WHO means what this opener has opened for `source`.
-
-    WHO is a stanza (`#2`), an address, a network, a user, or an opener that has no user.
-    """
+    """Tell whether --close WHO means what this opener has opened for `source`. WHO is a stanza
+    (`#2`), an address, a network, a user, or an opener that has no user."""
     if source.prefixlen == 0:  # open to everybody
         return False
     try:
@@ -4003,6 +3997,9 @@ class Log:
     """Lines to stderr, to syslog, and to a file."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        # What failed, what the administrator should know, what the server does, more with VERBOSE.
+        self.error, self.warning = partial(self.write, ERROR), partial(self.write, WARNING)
+        self.info, self.debug = partial(self.write, INFO), partial(self.write, DEBUG)
         self.level = INFO
         self.stream: Optional[StreamOutlet] = None
         self.stream_level = DEBUG  # ERROR on the way into the background: syslog gets the rest
@@ -4058,22 +4055,6 @@ class Log:
             self.syslog.write(self.usual if severity == INFO else severity, text)
         if self.file is not None:
             self.file.write(severity, text)
-
-    def error(self, text: str) -> None:
-        """Write that something failed."""
-        self.write(ERROR, text)
-
-    def warning(self, text: str) -> None:
-        """Write something that the administrator should know."""
-        self.write(WARNING, text)
-
-    def info(self, text: str) -> None:
-        """Write what the server does."""
-        self.write(INFO, text)
-
-    def debug(self, text: str) -> None:
-        """Write a line that only VERBOSE shows."""
-        self.write(DEBUG, text)
 
 
 class Throttle:
@@ -5404,10 +5385,8 @@ def open_capture_file(path: str, tree: Filter, any_direction: bool) -> FileCaptu
 
 def open_captures(settings: ServerSettings, log: Log, current: Iterable[Capture],
                   captures: List[Capture]) -> None:
-    """Open what the settings say to listen on or to read, and add it to `captures`.
-
-    Sockets of `current` that fit are kept. Raise SpaError if there is no way to listen.
-    """
+    """Open what the settings say to listen on or to read, and add it to `captures`. Sockets of
+    `current` that fit are kept. Raise SpaError if there is no way to listen."""
     if settings.capture_file:
         captures.append(open_capture_file(settings.capture_file, settings.packet_filter,
                                           settings.any_direction))
@@ -7314,10 +7293,8 @@ def holds(field: str, values: List[str], negated: bool, packet: Dict[str, str]) 
 
 
 def host_rules(text: str, chains: Iterable[str]) -> List[HostRule]:
-    """Return a rule as nft or iptables prints it; more than one if it has a map of verdicts.
-
-    What is not understood becomes a test that a packet may pass or not.
-    """
+    """Return a rule as nft or iptables prints it; more than one if it has a map of verdicts. What
+    is not understood becomes a test that a packet may pass or not."""
     import re
     if any(ours in text for ours in (MARK, COMMENT, " " + CHAIN_PREFIX)):
         return []  # a grant, or a jump to them
@@ -8958,10 +8935,8 @@ class Gate:
         return PacketRejected("source", f"No access data found for source IP: {source}", "{text}")
 
     def admit(self, entry: Entry, passed: List[Keyed]) -> None:
-        """Let the first of the stanzas that a packet has passed open something, if it can.
-
-        If none can, raise the reason of the first whose keys were right; or else of the last.
-        """
+        """Let the first of the stanzas that a packet has passed open something, if it can. If none
+        can, raise the reason of the first whose keys were right; or else of the last."""
         reasons: List[PacketRejected] = []
         told: Optional[Tuple[Stanza, str]] = None
         is_proven, is_final, datagram, start = False, True, entry.datagram, 0
@@ -9174,10 +9149,8 @@ def read_rsa_key(path: str, private: bool) -> RsaKey:
 
 
 def read_client_key(directory: str, uuid: str) -> Optional[RsaKey]:
-    """Read a client's public key: its file is named by the UUID, with one extension or none.
-
-    It is read for each request, so that adding a client is adding a file.
-    """
+    """Read a client's public key: its file is named by the UUID, with one extension or none. It is
+    read for each request, so that adding a client is adding a file."""
     with os.scandir(directory) as entries:
         names = sorted(each.name for each in entries
                        if uuid in (each.name, os.path.splitext(each.name)[0]))
@@ -9277,10 +9250,8 @@ class OspaGate:
         self.lengths = ospa_lengths(self.key.size) if self.key else frozenset()
 
     def receive(self, datagram: Datagram) -> None:
-        """Take a request through header, ration, RSA, judge and open, and answer it.
-
-        Each step costs less than the next one. A repeat is answered again, and opens nothing.
-        """
+        """Take a request through header, ration, RSA, judge and open, and answer it. Each step
+        costs less than the next one. A repeat is answered again, and opens nothing."""
         try:
             self.check_header(datagram.payload)
             repeat = digest_of(datagram.payload), datagram.source
@@ -9536,8 +9507,7 @@ class Ears:
 
     def __init__(self, others: Any, clocks: Clocks) -> None:
         self.others, self.clocks = others, clocks
-        self.alone, self.captures = select.poll(), select.epoll()
-        self.alone.register(others, select.POLLIN)
+        self.captures = select.epoll()  # and the others
         self.captures.register(others, select.EPOLLIN)
         # How long the rest is, as of when; when the last wait ended, and when the rest will end.
         self.level, self.since, self.woken, self.rest_end = 0.0, clocks.monotonic(), 0.0, 0.0
@@ -9556,16 +9526,16 @@ class Ears:
         any, and the descriptors of the captures that can be read."""
         now, found, readable = self.clocks.monotonic(), [], []  # type: float, List[Any], List[int]
         if now < self.rest_end:
-            found = self.alone.poll(max(0.0, min(due, self.rest_end) - now) * 1000)
+            found = self.others.select(max(0.0, min(due, self.rest_end) - now))
             due, now = 0.0, self.clocks.monotonic()
         if now >= self.rest_end:
             readable = [file for file, _ in self.captures.poll(max(0.0, due - now))]
         self.woken = self.clocks.monotonic()
-        if not found and self.others.fileno() not in readable:
-            return False, readable
-        for key, _ in self.others.select(0):
+        if not found and self.others.fileno() in readable:
+            found = self.others.select(0)
+        for key, _ in found:
             key.data()
-        return True, readable
+        return bool(found), readable
 
 
 MOST_WAITING = 1000  # datagrams of a capture, from one batch to the next
@@ -10398,10 +10368,8 @@ ANSWER                      Y
 
 def first_configuration(ports: FrozenSet[Port], settings: ServerSettings, config_path: str,
                         test: bool, trial: int) -> None:
-    """Try what the server needs, then write access.conf, and fwknopd.conf if it is missing.
-
-    An error leaves nothing behind.
-    """
+    """Try what the server needs, then write access.conf, and fwknopd.conf if it is missing. An
+    error leaves nothing behind."""
     access, stanza, quiet = port_list(ports).replace(" ", ""), Stanza(1), Log()
     stanza.set_defaults()
     texts = {} if may_exist(config_path) else {
@@ -11279,10 +11247,8 @@ class Arguments:
 
 
 def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
-    """Read all files and the command line, which wins; ConfigError names file and line.
-
-    Relative paths in the files begin at `directory`.
-    """
+    """Read all files and the command line, which wins; ConfigError names file and line. Relative
+    paths in the files begin at `directory`."""
     settings, warnings = read_settings(arguments, directory=directory)
     knockd = read_knockd(settings.knockd_file) if settings.knockd_file else None
     if knockd:
