@@ -7884,12 +7884,15 @@ def launch(command: Command, output: int, outlives: bool = False,
             os.setgid(command.account.gid)
             os.setuid(command.account.uid)
 
+    environment = dict(COMMAND_ENVIRONMENT)
+    if command.inherits:  # but no PATH to this directory, where another user may have put a `sleep`
+        found = [each for each in os.environ.get("PATH", "").split(":") if each.startswith("/")]
+        environment.update(os.environ, PATH=":".join(found) or environment["PATH"])
     try:
         return subprocess.Popen(
             command.argv, bufsize=0, stdin=source, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
-            cwd=None if command.inherits else "/",
-            env={**COMMAND_ENVIRONMENT, **os.environ} if command.inherits else COMMAND_ENVIRONMENT,
+            cwd=None if command.inherits else "/", env=environment,
             preexec_fn=become)  # noqa: PLW1509 -- it takes no lock that a thread could hold
     except OSError as error:  # Python 3.6 and 3.7 add the program to the text once more
         raise CommandError(f"{command}: {os.strerror(error.errno or 0)}") from None

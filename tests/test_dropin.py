@@ -484,6 +484,15 @@ class KnockdTest(KnockCase):
         self.assertIn("TOKEN=a b\n", said[0])
         self.assertEqual(*said)
 
+    def test_no_path_to_the_current_directory(self) -> None:
+        """There another user could have put a program that root's shell would run."""
+        for path, wanted in ((".:/usr/bin::/bin:x", b"/usr/bin:/bin\n"),
+                             (":", server.COMMAND_ENVIRONMENT["PATH"].encode() + b"\n")):
+            with mock.patch.dict(os.environ, PATH=path):
+                child = server.launch(server.Command((b"/bin/sh", b"-c", b"echo $PATH"), None,
+                                                     inherits=True), subprocess.PIPE)
+            self.assertEqual(wanted, child.communicate()[0])
+
 
 class LifeTest(ConfigCase):
     """Files that scripts look at."""
