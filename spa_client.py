@@ -1887,9 +1887,8 @@ def explain_line(content: str) -> str:
 def parse_stanza(text: str, path: str, wanted: str) -> "Optional[Dict[str, Given]]":
     """Return the directives of the stanza `wanted`, in any case; None if there is no such stanza.
 
-    Raise ConfigError for a line that is no directive, but only warn of the name of one that nobody
-    knows and that is no slip. Warn of a key that may have lost its end,
-    but show no part of it.
+    Raise ConfigError for a line that is no directive. Only warn of a name that nobody knows, unless
+    it is a slip; and of a key that may have lost its end, but show no part of the key.
     """
     given = None  # type: Optional[Dict[str, Given]]
     for number, _, stanza, content in scan(text):

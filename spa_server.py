@@ -16,7 +16,7 @@ The life of a packet, in the order of Gate.receive() and Gate.let_in() in sectio
   remember   on file before a door opens: a crash must not allow a replay   section 16
   judge      user, address, ports, expiry: what may this packet open?       sections 11, 27, 29
   open       the firewall gets the grant, and ends it by itself             sections 24, 19 to 21
-  or run     instead of opening, where a stanza says so: commands           section 25
+  or run     commands instead of opening, or beside it, if a stanza says so section 25
   answer     once and encrypted, where a stanza says so: opened, or why not sections 3, 18, 29
   close      by the kernel when its time has come; by this server too       section 24
 
@@ -1736,8 +1736,8 @@ def matches(tree: Filter, packet: bytes) -> bool:
 def payload_filter(http: bool) -> Filter:
     """Match a payload that may be an SPA packet by its length and some bytes, or begins with GET.
 
-    Of 10^13 payloads of random bytes, one passes. Most of those that somebody may have to find in
-    the log still do: with a prefix that the client left there, or one wrong character.
+    Of 10^12 payloads of random bytes, one passes. Most of those that somebody may have to find in
+    the log still do: with the prefix that a client should leave off, or one wrong character.
     """
     ascii = [Comparison(offset, 4, 0, 0, 0x80808080, PAYLOAD) for offset in range(4, 136, 16)]
     base64 = [Junction("or", (Comparison(offset, 1, 0x41, 0x5A, 0xDF, PAYLOAD),  # A-Z and a-z
@@ -3722,7 +3722,6 @@ PROGRAM_SECONDS = 30.0  # limit of a program while no knock waits: iptables may 
 BURST = 20
 STEP_BURST = 1000  # the same for further steps, which take a part of the sequence: 100 kB
 MORE_KNOCKS = "more knocks came without a line in the log"
-SOURCE_MATCH = "(stanza #{}) SPA Packet from IP: {} received with access source match"
 
 
 class Shown(Dict[int, str]):
@@ -7429,8 +7428,7 @@ def closed_twice(settings: ServerSettings, firewall: Firewall, ports: Iterable[P
                                                       firewall.guard_ports else ""))
 
 
-def obstacles(settings: ServerSettings, stanzas: List[Stanza],
-              firewall: Firewall) -> Iterator[str]:
+def obstacles(settings: ServerSettings, stanzas: List[Stanza], firewall: Firewall) -> Iterator[str]:
     """Find rules of the host that get in the way of grants, and that the backend does not see."""
     if firewall.guard_ports:
         chains = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
@@ -7535,8 +7533,7 @@ class Grants:
         doors = [door for door in map(self.firewall.normalise, doors) if door is not None]
         if not doors:
             raise CommandError("the settings name no chain to open anything in")
-        if now >= self.look_due and any(
-                door.kind == ONCE and door in self.live for door in doors):
+        if now >= self.look_due and any(door.kind == ONCE and door in self.live for door in doors):
             with self.firewall.within(PATIENCE):
                 self.restore()  # forget what a connection has ended
             self.look_due = self.clocks.monotonic() + RETRY_SECONDS
@@ -7810,11 +7807,10 @@ def read_openers(path: str) -> Dict[str, str]:
 # ======================================================================================
 # 25. Commands
 #
-# Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which
-# open and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors), or run
-# beside it (ON_OPEN, ON_CLOSE). The server never waits for one. No kernel closes what a command
-# opened. So a dead man's switch is set first: a process that closes, should this server not live
-# to do so.
+# Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which open and
+# close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors), or run beside the
+# firewall (ON_OPEN, ON_CLOSE). The server never waits for one. No kernel closes what a command
+# opened. So a dead man's switch is set first: a process that closes if this server is dead by then.
 # ======================================================================================
 
 COMMAND_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -8772,6 +8768,7 @@ AnyKeys = Union[PacketKeys, GpgKeys]
 Keyed = Tuple[Stanza, AnyKeys]
 Lock = Tuple[Hmac, List[Keyed]]  # the stanzas that share an HMAC key
 
+SOURCE_MATCH = "(stanza #{}) SPA Packet from IP: {} received with access source match"
 MAX_LOOKUPS, LOOKUP_SECONDS = 4, 5.0  # of names at a time for a stanza, and how long one may take
 
 
