@@ -7807,9 +7807,9 @@ def read_openers(path: str) -> Dict[str, str]:
 # ======================================================================================
 # 25. Commands
 #
-# Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own, which open and
-# close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors), or run beside the
-# firewall (ON_OPEN, ON_CLOSE). The server never waits for one. No kernel closes what a command
+# Programs that a packet may start: a client's (CMD_EXEC), or the administrator's own. These open
+# and close in place of the firewall (CMD_CYCLE) or for a sequence (knockd's doors), or run beside
+# the firewall (ON_OPEN, ON_CLOSE). The server never waits for one. No kernel closes what a command
 # opened. So a dead man's switch is set first: a process that closes if this server is dead by then.
 # ======================================================================================
 
