@@ -4529,8 +4529,7 @@ class ReplayMemory:
     def load(self, path: str) -> None:
         """Read the packets of a file, if it exists, and follow no link."""
         try:
-            flags = os.O_RDONLY | os.O_NONBLOCK  # else a FIFO would make the server wait
-            with open(open_itself(path, flags), encoding="ascii", errors="replace") as file:
+            with open(open_itself(path, os.O_RDONLY), encoding="ascii", errors="replace") as file:
                 lines = file.read().split("\n")
         except FileNotFoundError:
             return
@@ -4776,12 +4775,17 @@ def rotate_digest_cache(path: str) -> None:
 
 
 def open_itself(path: str, flags: int) -> int:
-    """Open a file; raise OSError if a symbolic link is in its place."""
+    """Open a file; raise OSError if a link is in its place, or what another user has put into a
+    directory for all: a FIFO would make us wait for ever."""
     try:
-        return open_ours(path, flags | os.O_NOFOLLOW)
+        file = open_ours(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         text = "expected a file, not a symbolic link" if error.errno == errno.ELOOP else ""
         raise OSError(error.errno, text or error.strerror, path) from None
+    if os.fstat(file).st_uid in (os.geteuid(), os.stat(os.path.dirname(path) or ".").st_uid):
+        return file
+    os.close(file)
+    raise OSError(errno.EPERM, "it is another user's", path)
 
 
 # ======================================================================================
@@ -7767,17 +7771,6 @@ def openers_file(settings: ServerSettings) -> str:
     return os.path.join(os.path.dirname(settings.pid_file), "grants")
 
 
-def open_openers(path: str, flags: int = os.O_RDONLY) -> int:
-    """Open that file; raise OSError for one that a user has put into a directory for all."""
-    file = open_ours(path, flags | os.O_NONBLOCK)
-    status = os.fstat(file)
-    if stat.S_ISREG(status.st_mode) and status.st_uid in (
-            os.geteuid(), os.stat(os.path.dirname(path)).st_uid):
-        return file
-    os.close(file)
-    raise OSError(errno.EPERM, "not a file of ours", path)
-
-
 def grant_key(grant: Grant) -> str:
     """Return a text that identifies a grant: its door and its end."""
     return f"{grant.door.describe()} {MARK}{grant.expires}"
@@ -7797,7 +7790,7 @@ def grant_text(door: Door, seconds: float, opener: str) -> str:
 def read_openers(path: str) -> Dict[str, str]:
     """Return who opened which grant; empty if no server has written the file."""
     try:
-        with open(open_openers(path), encoding="ascii", errors="replace") as file:
+        with open(open_itself(path, os.O_RDONLY), encoding="ascii", errors="replace") as file:
             pairs = [line.rstrip("\n").partition("\t")[::2] for line in file]
     except OSError:
         return {}
@@ -8586,7 +8579,7 @@ class Access:
                  for door in doors if door in grants.live]
         path = openers_file(self.settings)
         try:
-            with open(open_openers(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
+            with open(open_itself(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
                 # Tidy up whenever the file has doubled: so a packet pays for its own lines only.
                 if os.fstat(file.fileno()).st_size > self.openers_limit:
                     live = set(map(grant_key, grants.live.values()))

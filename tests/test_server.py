@@ -1731,6 +1731,22 @@ class PidFileTest(ServerCase):
         self.assertEqual("root's\n", read(target))
 
     @needs_root
+    def test_a_file_of_another_user_is_refused(self) -> None:
+        """In /tmp a user could lock a pid file that has the pid of another program of root's."""
+        path = write(self.place("pid"), "1\n")
+        os.chown(path, 1234, 1234)
+        with subprocess.Popen([sys.executable, "-c", HOLDER, path, "flock"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdin and holder.stdout
+            self.assertEqual(b"free\n", holder.stdout.readline())
+            for ask in (self.lock, server.running_server):
+                with self.assertRaisesRegex(OSError, "it is another user's"):
+                    ask(path)
+            holder.stdin.close()
+        os.chown(self.directory, 1234, 1234)  # whose server it is, then
+        self.assertIsNone(server.running_server(path))
+
+    @needs_root
     def test_nobody_leads_root_to_a_file_of_roots(self) -> None:
         """By a link to a file or to a directory on the way, or by a second name."""
         place = self.place
