@@ -1204,7 +1204,7 @@ class Settings:
     def skip(self, line: Line) -> str:
         """Return the warning that a line is ignored; ConfigError if it can have a meaning here."""
         name, file = line.name, file_of(line.name)
-        # RESTRICT_PORT was meant to close something, in the wrong file, too.
+        # Slips in access.conf's names count as well: RESTRICT_PORT was meant to close something.
         tables = (type(self), Stanza) if self.skips else (type(self),)
         near = near_name(name, [
             known for table in tables for row in table.rows() for known in row.names])
@@ -1780,8 +1780,7 @@ class FilterProgram:
         self.test(tree, self.find_payload(payload, accept, reject) if payload else accept, reject)
 
     def add(self, *instructions: Tuple[int, int]) -> int:
-        """Put instructions (code, k) in front that do not branch; return the first one's address.
-        """
+        """Put instructions (code, k) without a branch in front; return the first one's address."""
         for code, k in reversed(instructions):
             self.code.append(SOCK_FILTER.pack(code, 0, 0, k))
         return len(self.code)
@@ -2499,8 +2498,7 @@ def parse_command_group(text: str) -> int:
 
 
 def parse_template(text: str) -> Tuple[str, ...]:
-    """Split an administrator's command at blanks, before values of variables can bring others in.
-    """
+    """Split an administrator's command at blanks, before variables can bring others in."""
     argv = text.encode("latin-1").split()  # as bytes: 0xA0 is no blank
     expect(len(argv) <= MAX_ARGUMENTS, f"at most {MAX_ARGUMENTS} words "
            "(Error converting cmd str to argv)")
@@ -5600,7 +5598,7 @@ class Firewall:
     keeps = False  # whether grants() tells what is open
     quickly_intact = False  # whether intact() takes no longer for many grants
     poll_seconds = POLL_SECONDS
-    guard_poll_seconds = float("inf")  # between two looks at a guard whose changes nobody announces
+    guard_poll_seconds = FOR_EVER  # between two looks at a guard whose changes nobody announces
     guard_tables: FrozenSet[Tuple[int, bytes]] = frozenset()  # the guard's in nf_tables
     tables_heard: Optional[FrozenSet[Tuple[int, bytes]]] = None  # whose changes matter; None: all
     netlink: Optional[Netlink] = None  # set if the backend itself changes nf_tables
@@ -6400,7 +6398,7 @@ class Iptables:
         """Delete the rules of a table that are `wanted`; many of nf_tables by their handles.
 
         iptables-nft would search its chain for each of them. The rules that it prints are those
-        with these handles if the handles are the same before and after.
+        with these handles if the handles are the same before and after; CommandError if not.
         """
         netlink = Netlink.open() if self.family else None
         here = name_attribute(RULE_TABLE, table)
@@ -7459,8 +7457,8 @@ MAX_GRANTS = 10000  # for a stanza: twice a busy host's; each look at the firewa
 
 
 def grant_commands(firewall: Firewall, grant: Grant, is_new: bool, now: float) -> List[str]:
-    """Return the commands that would add or delete a grant; none if it ends by itself. Behind them
-    is the rule of a new grant as fwknopd's log has it."""
+    """Return the commands that would add or delete a grant at `now` (monotonic); none if it ends by
+    itself. Behind them is the rule of a new grant as fwknopd's log has it."""
     door, seconds = grant.door, max(0, grant.ends - now)
     rule = [f"create_rule() Rule: '{fwknopd_rule(grant)}' added to {firewall.describe(door)}"
             ] if is_new else []
@@ -9506,7 +9504,7 @@ class Ears:
         self.level, self.since, self.woken, self.rest_end = 0.0, clocks.monotonic(), 0.0, 0.0
 
     def rest(self, junk: int) -> None:
-        """Let the captures rest after so much junk, as of the end of the last wait()."""
+        """Let the captures rest after so many packets of junk, as of the last wait()'s end."""
         passed = self.woken - self.since
         if junk > 0:
             self.level = max(self.level - REST_DECAY * passed, 0.0) + junk
@@ -11292,8 +11290,7 @@ def read_settings(arguments: Arguments, skipping: Optional[Log] = None,
                   directory: str = "") -> Tuple[ServerSettings, List[str]]:
     """Read fwknopd.conf, the files that override it, and the command line; the last one wins.
 
-    fwknopd.conf may be missing if nobody named it. With `skipping`, log a wrong line and go on
-    without it.
+    fwknopd.conf may be missing if nobody named it. With `skipping`, log a wrong line and go on.
     """
     settings = ServerSettings()
     settings.directory, settings.overridden = directory, {line.name for line in arguments.lines}
