@@ -6639,7 +6639,8 @@ class IptablesFirewall(Firewall):
             present = jumps_to(chain.name, chain.from_chain, lines)
             wanted = f"-A {chain.from_chain} {jump}"
             if wanted not in [line.replace('"', "") for line in present]:
-                changes.append(f"-I {chain.from_chain} {chain.position} {jump}")
+                rules = sum(line.startswith(f"-A {chain.from_chain} ") for line in lines)
+                changes.append(f"-I {chain.from_chain} {min(chain.position, rules + 1)} {jump}")
             changes += ["-D" + line[2:] for line in present  # an older one
                         if chain.kind == DNAT and line.replace('"', "") != wanted]
         return changes

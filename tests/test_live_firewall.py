@@ -832,10 +832,11 @@ class ShapeTest(unittest.TestCase):
                          "-A FWKNOP_INPUT -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES")
 
     def test_a_chain_of_another_name(self) -> None:
-        """IPT_INPUT_ACCESS: its position and name."""
-        self.check_rules("IPT_INPUT_ACCESS ACCEPT, filter, INPUT, 2, MYSPA, 1;\n", [],
-                         '-A INPUT -m comment --comment "spa_server.py" -j MYSPA',
-                         "-A MYSPA -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES")
+        """IPT_INPUT_ACCESS: its name and position, also one that the chain does not have yet."""
+        for position in (2, 99):
+            self.check_rules(f"IPT_INPUT_ACCESS ACCEPT, filter, INPUT, {position}, MYSPA, 1;\n", [],
+                             '-A INPUT -m comment --comment "spa_server.py" -j MYSPA',
+                             "-A MYSPA -s 10.55.0.2/32 -p tcp -m tcp --dport 22 TIME EXPIRES")
 
     def test_output_rules_let_answers_out(self) -> None:
         """Where the host lets nothing out, they do; a grant is one for fwknopd as well."""
