@@ -4007,6 +4007,8 @@ class Log:
         self.rejections = Throttle(self, "more packets were rejected without a line in the log",
                                    monotonic)
         self.matches = Throttle(self, "more packets had an access source match", monotonic)
+        self.denials = Throttle(self, "more times a packet did not pass a stanza", monotonic,
+                                STEP_BURST)
         self.first_steps = Throttle(self, MORE_KNOCKS, monotonic)
         self.further_steps = Throttle(self, MORE_KNOCKS, monotonic, STEP_BURST)
 
@@ -8993,7 +8995,7 @@ class Gate:
             admits = stanza.for_all or stanza.admits(datagram)
             if start and admits:
                 self.tell_match(entry, stanza)
-            if self.log.level >= DEBUG:
+            if self.log.level >= DEBUG and self.log.denials.allows():
                 fits = stanza.gpg if is_for_gpg else stanza.keys
                 reason = stanza.wrong_hmac if fits else wrong_type(datagram.payload)
                 reason.stanza_number = stanza.number

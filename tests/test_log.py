@@ -203,6 +203,17 @@ class PacketLineTest(LogCase):
         self.assertIn("%d more packets had an access source match" % (1001 - server.BURST),
                       self.logged())
 
+    def test_denials_in_a_flood(self) -> None:
+        """With VERBOSE and a stanza without HMAC, junk does not get a line for each stanza."""
+        made = self.serve("SOURCE 192.0.2.1\n" + KEYS + "SOURCE ANY\nKEY bare\n" + STANZA * 18)
+        self.log.level = server.DEBUG
+        for _ in range(100):
+            self.packet(made, b"8" * 200)
+        lines = self.lines()
+        self.assertEqual(server.STEP_BURST, sum("COMPAREFAIL" in line or "filtered by SOURCE" in line
+                                                for line in lines))
+        self.assertLess(len(lines), server.STEP_BURST + 3 * server.BURST)
+
     def test_stanzas_before_the_one_that_opens(self) -> None:
         """Their denials are told, too, but not counted; -v tells of those whose SOURCE is wrong."""
         made = self.serve("SOURCE 192.0.2.1\n" + KEYS + STANZA + "OPEN_PORTS tcp/1\n" + STANZA)
