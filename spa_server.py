@@ -11379,21 +11379,21 @@ def list_chains(firewall: IptablesFirewall, openers: Dict[str, str]) -> Iterator
     them. A grant in several chains has a line of ours in the first only."""
     known: Set[Tuple[Door, int]] = set()
     wall, now = firewall.clocks.wall(), firewall.clocks.monotonic()
-    names = dict.fromkeys((chain.table, chain.name) for chain in firewall.chains)
-    names.update(dict.fromkeys(("mangle", name) for name in GUARD_CHAINS.values()
-                               if firewall.guard_ports))
+    names = [(chain.table, chain.name) for chain in firewall.chains] + [
+        ("mangle", name) for name in GUARD_CHAINS.values() if firewall.guard_ports]
     for version, program in firewall.programs.items():
         yield f"Listing rules in fwknopd {'iptables' if version == 4 else 'ip6tables'} chains..."
-        for table, name in names:
-            if f"-N {name}" not in program.list(table):
+        for table, name in dict.fromkeys(names):
+            lines = program.list(table)
+            if f"-N {name}" not in lines:
                 continue  # before the first start
             head, _, *printed = program.run([program.program, "-t", table, "-L", name, "-n",
                                              "--line-numbers"]).splitlines()
             yield from ("", head, LIST_HEADS)
-            rules = [line for line in program.list(table, name) if line.startswith("-A")]
+            rules = [line for line in lines if line.startswith(f"-A {name} ")]
             for number, (text, rule) in enumerate(zip(printed, rules), 1):
-                found = next(filter(None, (parse_rule(rule, chain) for chain in firewall.chains
-                                           if chain.name == name and chain.is_primary)), None)
+                found = next(((door, expires) for chain, door, expires in firewall.parse(
+                    table, rule) if chain.is_primary), None)
                 if found and found not in known:
                     known.add(found)
                     grant = Grant(*found, now + found[1] - wall)
