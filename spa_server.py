@@ -669,8 +669,9 @@ class PacketKeys(Keys):
             raise self.malformed("malformed", invalid_data("ENCRYPT_CIPHERLEN_VALIDFAIL"))
         key, iv = bytes_to_key(DIGESTS["MD5"], self.secret, ciphertext[8:16])
         cipher = self.cipher(key)
-        # A plaintext begins with sixteen digits: one block tells a wrong key, if no HMAC has.
-        for end in (len(ciphertext),) if self.has_hmac else (32, len(ciphertext)):
+        # A plaintext begins with sixteen digits: one block tells a wrong key. Stanzas may share an
+        # HMAC key, and then each of them tries to decrypt the packet.
+        for end in (32, len(ciphertext)):
             plain = decrypt(cipher, self.mode, iv, ciphertext[16:end])
             if not ciphertext.startswith(b"Salted__") or not plain[:16].isdigit():
                 raise WrongKey("wrong key", NOT_DECRYPTED)
@@ -9570,8 +9571,9 @@ class Crowd:
         with contextlib.suppress(BlockingIOError):
             for _ in range(MOST_READ):
                 each = capture.receive()
-                if each is not None and len(waiting) >= MOST_WAITING and self.mark_at(
-                        hash((each.source[:8], each.source_port)) % SLOTS):
+                if (each is not None and len(waiting) >= MOST_WAITING
+                        and each.source[:8] not in self.tally.known and self.mark_at(
+                            hash((each.source[:8], each.source_port)) % SLOTS) & TRIED):
                     dropped += 1  # to read others in time is worth more than to try it
                 elif each is not None:
                     waiting.append(each)
@@ -9594,7 +9596,7 @@ class Crowd:
             if source in known and tries[source] < KNOWN_TRIES:
                 tries[source] += 1
                 standings[index] = 0
-            elif self.mark_at(hash(flows[index]) % SLOTS):
+            elif self.mark_at(hash(flows[index]) % SLOTS) & TRIED:  # others: of a source
                 standings[index] = 3
             elif 0 < self.mark_at(hash(source) % SLOTS) < TRIED:
                 standings[index] = 1

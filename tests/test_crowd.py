@@ -227,6 +227,22 @@ class CrowdTest(ServerCase):
             tried += self.batch(capture, 10 ** 6)
         self.assertEqual((1001, None), (len(tried), capture.waiting))
 
+    def test_what_is_no_tried_flow(self) -> None:
+        """A known source is read at the port of its last packet; and so is a flow that only shares
+        its mark with a source that was dropped."""
+        self.tally.accept(junk(1, 10))
+        known, other, flood = junk(1, 10), junk(1, 11), [junk(number) for number in range(1100)]
+        self.assertEqual([known], self.batch(self.late(known), 1))
+        capture = self.late(*flood)
+        self.batch(capture, 0)
+        flow = other.source, other.source_port
+        self.crowd.marks[hash(flow) % server.SLOTS] = self.crowd.second
+        self.assertEqual([1, 0], self.crowd.order([(b"unseen", 1), flow]))
+        capture.queue = [known, other]
+        tried = self.batch(capture, 4)
+        self.assertIn(other, tried)
+        self.assertEqual(known, tried[0])
+
     def test_what_is_dropped(self) -> None:
         """Only what is too much, by lot; counted, and told every ten seconds."""
         queue = [junk(number) for number in range(server.MOST_READ + 5)]

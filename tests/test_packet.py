@@ -446,6 +446,24 @@ class VectorTest(unittest.TestCase):
         with self.assertRaises(server.WrongKey):
             admit(Sender(hmac_key=b"other").packet(), keys)
 
+    def test_one_block_tells_a_wrong_key(self) -> None:
+        """With an HMAC as well: each stanza with its key tries to decrypt such a packet."""
+        blocks = []
+
+        class Counted(server.AesInverse):  # type: ignore[misc]
+            """A cipher that notes what it decrypts."""
+
+            def decrypt_block(self, block: bytes) -> bytes:
+                """Note a block, and decrypt it."""
+                blocks.append(block)
+                return bytes(super().decrypt_block(block))
+
+        keys = Sender(key=b"other").keys()
+        keys.cipher = Counted
+        with self.assertRaises(server.WrongKey):
+            admit(Sender().packet(), keys)
+        self.assertEqual(1, len(blocks))
+
     def test_an_hmac_can_not_be_left_out(self) -> None:
         """A stanza with an HMAC key does not take packets without a tag, or with a part of it."""
         keys = Sender().keys()
