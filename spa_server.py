@@ -9550,8 +9550,8 @@ class Crowd:
     whose datagrams were only dropped lately, such as a client that knocks again; then others; and
     last the flows (source and port) that were tried lately. One try goes to the best of the
     unknown, and one to the newest of all: so an attacker who forges addresses can't keep others
-    out for sure. Of equal standing, the newest is first. Of what is too much, the server drops
-    flows that were tried first, and the rest at random.
+    out for sure. Of equal standing, the newest is first. Of what is too much, the server first
+    drops flows that were tried lately, and then others at random.
     """
 
     def __init__(self, tally: Tally, log: Log, clocks: Clocks,
@@ -9572,14 +9572,14 @@ class Crowd:
             for _ in range(MOST_READ):
                 each = capture.receive()
                 if (each is not None and len(waiting) >= MOST_WAITING
-                        and each.source[:8] not in self.tally.known and self.mark_at(
-                            hash((each.source[:8], each.source_port)) % SLOTS) & TRIED):
+                        and each.source[:8] not in self.tally.known
+                        and self.mark_of((each.source[:8], each.source_port)) & TRIED):
                     dropped += 1  # to read others in time is worth more than to try it
                 elif each is not None:
                     waiting.append(each)
         self.count_dropped(dropped)
-        self.line = list(range(len(waiting) - 1, -1, -1))  # the oldest first, if all can be tried
-        self.put_off = []
+        # The oldest first, if all can be tried.
+        self.line, self.put_off = list(range(len(waiting) - 1, -1, -1)), []
         if len(waiting) > capture.tries:
             self.line = self.order([(each.source[:8], each.source_port) for each in waiting])[::-1]
         return partial(self.call, capture)
@@ -9596,9 +9596,9 @@ class Crowd:
             if source in known and tries[source] < KNOWN_TRIES:
                 tries[source] += 1
                 standings[index] = 0
-            elif self.mark_at(hash(flows[index]) % SLOTS) & TRIED:  # others: of a source
+            elif self.mark_of(flows[index]) & TRIED:  # a mark without it is a source's there
                 standings[index] = 3
-            elif 0 < self.mark_at(hash(source) % SLOTS) < TRIED:
+            elif 0 < self.mark_of(source) < TRIED:
                 standings[index] = 1
         best = iter(sorted(newest, key=standings.__getitem__))
         best_but_known = iter(sorted(newest, key=lambda index: standings[index] or 4))
@@ -9611,9 +9611,9 @@ class Crowd:
         self.put_off = line[most + MOST_AGAIN:]
         return line[:most + MOST_AGAIN]
 
-    def mark_at(self, slot: int) -> int:
-        """Return a mark, or 0 if it was made too long ago."""
-        mark = self.marks[slot]
+    def mark_of(self, what: object) -> int:
+        """Return the mark of a source or a flow, or 0 if it was made too long ago."""
+        mark = self.marks[hash(what) % SLOTS]
         return mark if (self.second - mark % TRIED) % 100 < MARK_SECONDS else 0
 
     def call(self, capture: Capture) -> Datagram:
@@ -9645,16 +9645,15 @@ class Crowd:
         least = sorted(lots)[-MOST_WAITING]
         capture.waiting = [each for each, lot in zip(left, lots) if lot >= least]
         for each, lot in zip(left, lots):
-            slot = hash(each.source[:8]) % SLOTS
-            if lot < least and not self.mark_at(slot) & TRIED:
-                self.marks[slot] = self.second
+            if lot < least and not self.mark_of(each.source[:8]) & TRIED:
+                self.marks[hash(each.source[:8]) % SLOTS] = self.second
         self.count_dropped(len(left) - len(capture.waiting))
 
     def count_dropped(self, count: int) -> None:
-        """Count what is dropped, and log it from time to time."""
-        now = self.clocks.monotonic()
+        """Count datagrams that are dropped, and log it from time to time."""
         if not count:
             return
+        now = self.clocks.monotonic()
         self.tally.counts["untried"] += count
         self.untold += count
         if now >= self.tell_due:
