@@ -10633,6 +10633,10 @@ def print_unit(arguments: "Arguments", kind: str, log: Log) -> None:
     if kind not in UNITS:
         raise UsageError("--print-unit: expected " + ", ".join(UNITS))
     settings, (files, enable, disable, notes) = read_settings(arguments)[0], UNITS[kind]
+    in_root = read_settings(arguments, directory="/")[0].texts
+    for name in [name for name, text in settings.texts.items() if text != in_root[name]]:
+        raise SpaError(f"--print-unit: {name} is a relative path, and a service starts in /",
+                       f"{name} {settings.texts[name]}")
     if may_exist(arguments.config_file) and not settings.guard_ports:
         files = {path: text for path, text in files.items() if "guard" not in path}
     read = {arguments.config_file, settings.access_file}

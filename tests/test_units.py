@@ -125,11 +125,14 @@ class PrintUnitTest(UnitCase):
                 self.assertIn(text, done.stderr)
         for line, path in (("METRICS_FILE /var/a b/c", "/var/a b"),
                            ("DIGEST_FILE /x/%n/c", "/x/%n"),
+                           ("DIGEST_FILE sub/c", None),
                            ("FWKNOP_RUN_DIR /run/x y", "/run/x y")):
             write(self.options[1], line + ";\n")
             done = self.run_server("--print-unit", "systemd", *self.options[:4])
             self.assertEqual((1, ""), (done.returncode, done.stdout), line)
-            self.assertIn(f"'{path}' would need quotes", done.stderr)
+            wanted = f"'{path}' would need quotes" if path else (
+                "relative path, and a service starts in /\nhint: DIGEST_FILE " + self.place("sub/c"))
+            self.assertIn(wanted, done.stderr)
 
     def test_no_guard(self) -> None:
         """Where the settings close no ports there is no unit that would; later there may be."""
