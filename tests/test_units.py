@@ -131,7 +131,7 @@ class PrintUnitTest(UnitCase):
             done = self.run_server("--print-unit", "systemd", *self.options[:4])
             self.assertEqual((1, ""), (done.returncode, done.stdout), line)
             wanted = f"'{path}' would need quotes" if path else (
-                "relative path, and a service starts in /\nhint: DIGEST_FILE " + self.place("sub/c"))
+                f"path, and a service starts in /\nhint: DIGEST_FILE {self.place('sub/c')}")
             self.assertIn(wanted, done.stderr)
 
     def test_no_guard(self) -> None:
