@@ -7654,12 +7654,13 @@ class Grants:
                 self.firewall.remove(ended)
         except CommandError as error:
             self.log.error(f"{error}; trying to close {len(ended)} grants again")
-            self.not_before = now + RETRY_SECONDS
+            self.not_before = self.clocks.monotonic() + RETRY_SECONDS
             for grant in ended:
                 self.enter(grant)
             return
         # Knocks waited meanwhile: half of the time is theirs, when grants end all the time.
-        self.not_before = now + min(2 * (self.clocks.monotonic() - now), RETRY_SECONDS)
+        after = self.clocks.monotonic()
+        self.not_before = after + min(after - now, RETRY_SECONDS)
         self.show(ended, is_new=False)
         for grant in ended:
             self.forget(grant.door)

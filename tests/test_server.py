@@ -107,10 +107,10 @@ class FakeFirewall(server.Firewall):  # type: ignore[misc]
 
     def remove(self, grants: List[Any]) -> None:
         """Delete rules; what is gone already is no error."""
+        self.clock.pass_seconds(self.slow)
         if self.failing_closes:
             self.failing_closes -= 1
             raise server.CommandError("fake failed: Resource temporarily unavailable")
-        self.clock.pass_seconds(self.slow)
         for grant in grants:
             self.rules.pop(grant.door, None)
 
@@ -1423,12 +1423,16 @@ class GrantsTest(ServerCase):
         self.assertEqual(set(doors), set(self.firewall.rules))
 
     def test_slow_closing_leaves_time_for_knocks(self) -> None:
-        """A firewall that takes long gets what ends meanwhile together, within a second."""
-        for slow, wait in ((0.0, 0.0), (0.01, 0.02), (0.2, 0.4), (5, 1.0)):
+        """A firewall that takes long rests as long, or a second; one that fails, a second."""
+        for slow, wait in ((0.0, 0.0), (0.01, 0.02), (0.2, 0.4), (2, 3.0)):
             self.grants.grant([self.ssh, self.dns], 1)
             self.firewall.slow, began = slow, self.clock.mono() + 1
             self.assertEqual([], self.later(1))
             self.assertAlmostEqual(began + wait, self.grants.not_before)
+        self.grants.grant([self.ssh], 10)
+        self.firewall.failing_closes, began = 1, self.clock.mono() + 10
+        self.assertEqual(["tcp/22"], self.later(10))
+        self.assertAlmostEqual(began + 3, self.grants.not_before)
 
     def test_a_stanza_has_its_limit(self) -> None:
         """Many doors of one keep no other out, and what is open already may be extended."""
