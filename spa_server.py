@@ -10318,6 +10318,7 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
         warn_of_host(configuration, firewall, log)
         log.level = DEBUG if configuration.settings.verbose else INFO
         log.info(configuration.lifecycle.restarted)
+        log.info(configuration.lifecycle.restarted and configuration.lifecycle.started)
         if firewall.trial and firewall.guard_ports:
             log.warning(guard_text(firewall))
     except Exception as error:  # a mistake of ours in reading must not end the server

@@ -542,7 +542,8 @@ class LogTest(ControlTest):
         wanted = [line for line in theirs[:reload + 1] if not any(part in line
                                                                   for part in self.LESS)]
         self.assertEqual(22, len(wanted), theirs)
-        wanted += theirs[-3:]
+        wanted += [Server.READY, *theirs[-3:]]
+        self.assertEqual(1, sum(Server.READY in line for line in theirs[reload:]))
         os.unlink(os.path.join(site.directory, "run", "digest.cache"))
         mine = self.lines(*SPA_SERVER, *site.files)
         rest = iter(mine)

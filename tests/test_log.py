@@ -268,7 +268,8 @@ class LifeLineTest(LogCase):
         def again() -> Any:
             return server.Configuration(made.settings, made.gate.stanzas, [], test=True)
 
-        self.assertEqual(["Got SIGHUP. Re-reading configs.", "Re-starting fwknopd"],
+        self.assertEqual(["Got SIGHUP. Re-reading configs.", "Re-starting fwknopd",
+                          "Starting fwknopd main event loop."],
                          self.after_signal(signal.SIGHUP, made, again))
         self.assertEqual(["Got SIGHUP. Re-reading configs.", "a:1: X: unknown directive; going on "
                           "with the old settings"], self.after_signal(signal.SIGHUP, made, fail))
