@@ -7567,6 +7567,10 @@ class Grants:
             done = (f"{door.rule_name} rule already exists in" if door in known else
                     f"Added {door.rule_name} rule to")
             self.log.info(f"{done} {chain} for {door}, expires at {expires}")
+            for each in self.firewall.chains_for(door) if door not in known else ():
+                if getattr(each, "outgoing", False):  # of ENABLE_IPT_OUTPUT
+                    self.log.info(f"Added OUTPUT rule to {each.name} for {door}, "
+                                  f"expires at {expires}")
         return doors
 
     def show(self, grants: List[Grant], is_new: bool) -> None:

@@ -848,6 +848,8 @@ class ShapeTest(unittest.TestCase):
                     site.host.run(program, "-P", "OUTPUT", "DROP")
                 site.host.run(six(backend), "-A", "OUTPUT", "-p", "ipv6-icmp", "-j", "ACCEPT")
                 site.knock_both()
+                self.assertRegex(site.server.log(), "Added OUTPUT rule to FWKNOP_OUTPUT for "
+                                 r"10.55.0.2 -> 0.0.0.0/0 tcp/22, expires at \d{10}\n")
                 self.assertTrue(site.is_open())
                 self.assertEqual(2, len(site.listed()))
                 site.server.stop()
