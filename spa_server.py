@@ -295,7 +295,7 @@ class Grant(NamedTuple):
     door: Door
     expires: int  # epoch seconds
     ends: float  # the same time on the monotonic clock
-    stanza_number: int = 0  # of the stanza that opened it; 0 is unknown
+    stanza_number: int = 0  # of the stanza that opened it; 0 is unknown, -1 another program
     early: bool = False  # whether the server closes it before the kernel would end it
 
 
@@ -7545,8 +7545,9 @@ class Grants:
             self.look_due = self.clocks.monotonic() + RETRY_SECONDS
         self.check_stanza(doors, stanza_number)
         known = [door for door in doors if door in self.live]
+        numbers = {door: self.live[door].stanza_number for door in known}
         opened = [Grant(door, expires, ends,
-                        self.live[door].stanza_number if door in self.live else stanza_number)
+                        stanza_number if numbers.get(door, -1) < 0 else numbers[door])
                   for door in doors if door not in self.live or self.live[door].ends < ends
                   or door.kind == ONCE]  # a connection may have ended that one
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
@@ -7695,12 +7696,15 @@ class Grants:
             self.firewall.prepare()
         present = {grant.door: grant for grant in self.firewall.grants()}
         for door in set(present) - set(self.live):
-            self.enter(present[door])  # whoever opened it, this server closes it in time
+            # This server closes it in time as well. Whoever opened it may do so before.
+            self.enter(present[door]._replace(stanza_number=-1))
         due = self.clocks.monotonic() + 0.5  # the kernel may have ended already what ends now
         lost = [grant for grant in self.live.values() if grant.door not in present
                 and grant.ends > due and self.firewall.chains_for(grant.door)]
-        for door in [grant.door for grant in lost if grant.door.kind == ONCE]:
-            # Nobody knows which of the two happened. To open it again might let somebody else in.
+        for door in [grant.door for grant in lost
+                     if grant.door.kind == ONCE or grant.stanza_number < 0]:
+            # Nobody knows which of the two happened. To open it again might let somebody else in,
+            # or the client whom another server has told to go.
             self.forget(door)
             self.log.info(f"{door} is closed: its one connection has come, or somebody flushed it")
         lost = [grant for grant in lost if grant.door in self.live]
@@ -7750,7 +7754,8 @@ class Grants:
         """Go on in another firewall, which is prepared; close the grants that it can't hold."""
         old, self.firewall, firewall.failed = self.firewall, firewall, self.firewall.failed
         for grant in list(self.live.values()):
-            self.enter(grant._replace(stanza_number=0))  # another stanza may have its number now
+            # Another stanza may have its number now.
+            self.enter(grant._replace(stanza_number=min(0, grant.stanza_number)))
         homeless = [grant for grant in self.live.values() if not firewall.chains_for(grant.door)]
         moved = old.identity != firewall.identity
         try:

@@ -1396,6 +1396,21 @@ class GrantsTest(ServerCase):
         self.assertEqual("", self.logged())
         self.assertEqual([], self.later(21))
 
+    def test_two_servers_with_one_chain(self) -> None:
+        """What one closes before its time, the other does not open again, but for its own."""
+        other = server.Grants(self.firewall, self.log, self.clocks)
+        other.grant([self.ssh, self.dns], 30)
+        self.grants.restore()
+        self.grants.move(self.firewall)  # as at a reload
+        self.grants.grant([self.dns], 60, 1)
+        other.close([other.live[self.ssh]])
+        self.grants.restore()
+        self.assertEqual([self.dns], list(self.firewall.rules))
+        other.flush()
+        self.grants.restore()
+        self.assertEqual([self.dns], list(self.firewall.rules))
+        self.assertEqual([self.dns], list(self.grants.live))
+
     def test_check_puts_back_many(self) -> None:
         """In transactions that the kernel takes."""
         doors = [door("10.0.%d.%d tcp/22" % divmod(number, 250)) for number in range(950)]
