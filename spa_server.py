@@ -11342,9 +11342,8 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
     with its seconds left and its opener."""
     if isinstance(firewall, IptablesFirewall):
         return "\n".join(list_chains(firewall, openers))
-    lines = ["Listing rules in fwknopd chains..."]
-    chains: Dict[str, List[str]] = {
-        firewall.describe().split(", ")[0]: []} if firewall.keeps else {}
+    lines, listing = ["Listing rules in fwknopd chains..."], firewall.listing()
+    chains: Dict[str, List[str]] = {firewall.describe().split(", ")[0]: []} if listing else {}
     grants = sorted(firewall.grants(), key=lambda grant: (grant.expires, str(grant.door)))
     if isinstance(firewall, NftFirewall):  # what somebody else put into our sets without a timeout
         doors = [each for where in firewall.sets for each in firewall.read_set(*where)]
@@ -11353,7 +11352,7 @@ def list_grants(firewall: Firewall, openers: Dict[str, str]) -> str:
         names = firewall.describe(grant.door).split(", ")  # DNAT passes the guard before
         chains.setdefault(names[-1 if grant.door.target else 0], []).append(
             grant_row(firewall, grant, openers))
-    for name, rule in foreign_rules(firewall.listing()):
+    for name, rule in foreign_rules(listing):
         chains.setdefault(name, []).append(rule)
     for name, rows in chains.items():
         lines += ["", f"Chain {name} (1 references)", LIST_HEADS]

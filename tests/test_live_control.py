@@ -309,7 +309,10 @@ class ListTest(ControlTest):
         """In NAT's table they stay, and are listed; in the guard they are taken out at once, also
         if an older kernel lets somebody put them there. What never ends is listed, too."""
         server = Server(self.host, "FIREWALL_TYPE nft;\nGUARD_PORTS tcp/22;\n"
-                        "ENABLE_IPT_LOCAL_NAT Y;\n", launcher=launcher(OLD_KERNEL)).start()
+                        "ENABLE_IPT_LOCAL_NAT Y;\n", launcher=launcher(OLD_KERNEL))
+        self.host.run("nft", "flush", "ruleset")
+        self.assertNotIn("Chain", server.command("--fw-list")[1])  # no guard is there
+        server.start()
         rule = "ip saddr 10.9.9.9 counter accept".split()
         seen = r"(?m)^Chain %s \(1 references\)\nnum  target .*\n" \
                r"1    ip saddr 10\.9\.9\.9 counter packets 0 bytes 0 accept$"
