@@ -5058,6 +5058,7 @@ class Capture:
     is_fair = False  # whether Crowd chooses from datagrams that come faster than they can be tried
     waiting: Optional[List[Datagram]] = None  # those, while they do, oldest first
     tries = 0  # how many could be tried in a batch
+    room = 2 * RECEIVE_BUFFER  # of the socket for packets, as the kernel counts it
 
     def __init__(self, opened: socket.socket, name: str, buffer: int = RECEIVE_BUFFER) -> None:
         self.socket, self.name = opened, name
@@ -5066,6 +5067,8 @@ class Capture:
             opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
         except OSError:  # that takes CAP_NET_ADMIN
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        if buffer == RECEIVE_BUFFER:  # without CAP_NET_ADMIN it gets less
+            self.room = opened.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
     def fileno(self) -> int:
         """Return the descriptor that a selector waits for."""
@@ -9498,7 +9501,7 @@ class ServiceManager:
 
 
 REST_MOST, REST_FREE, REST_DECAY = 30, 10, 50  # milliseconds; packets; packets a second
-REST_QUEUE = 1500  # packets that come meanwhile: half of RECEIVE_BUFFER, at 2,304 bytes each
+REST_BYTES = 5600  # of a socket's buffer for each packet that comes meanwhile; it takes 2,304
 
 
 class Ears:
@@ -9516,6 +9519,7 @@ class Ears:
         self.captures.register(others, select.EPOLLIN)
         # How long the rest is, as of when; when the last wait ended, and when the rest will end.
         self.level, self.since, self.woken, self.rest_end = 0.0, clocks.monotonic(), 0.0, 0.0
+        self.room = 2 * RECEIVE_BUFFER  # the least of the captures
 
     def rest(self, junk: int) -> None:
         """Let the captures rest after so many packets of junk, as of the last wait()'s end."""
@@ -9523,7 +9527,7 @@ class Ears:
         if junk > 0:
             self.level = max(self.level - REST_DECAY * passed, 0.0) + junk
             self.level, self.since = min(self.level, REST_FREE + REST_MOST), self.woken
-            rest = min((self.level - REST_FREE) / 1000, passed * REST_QUEUE / junk)
+            rest = min((self.level - REST_FREE) / 1000, passed * self.room / REST_BYTES / junk)
             self.rest_end = max(self.rest_end, self.woken + rest)
 
     def wait(self, due: float) -> Tuple[bool, List[int]]:
@@ -9750,6 +9754,7 @@ class Server:
         for capture in captures:
             if capture not in old:
                 self.ears.captures.register(capture, select.EPOLLIN)
+        self.ears.room = min([each.room for each in captures] + [2 * RECEIVE_BUFFER])
 
     def open_answer_sockets(self) -> None:
         """Open the sockets that answer, by the configuration and the captures of this server."""

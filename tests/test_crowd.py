@@ -59,6 +59,11 @@ class EarsTest(unittest.TestCase):
                 self.rest(1)
                 self.assertLessEqual(self.ears.rest_end, self.clock.mono_time, "quiet again")
 
+    def test_a_small_buffer(self) -> None:
+        """Without CAP_NET_ADMIN, a socket gets less: the rest ends before its buffer is full."""
+        self.ears.room = 2 * 212992  # the default of Linux before 6.17, as the kernel counts it
+        self.assertAlmostEqual(0.0075, self.rests(10000, 5)[1], delta=0.001)
+
     def test_a_burst_and_what_opens(self) -> None:
         """A client's steps and a few packets cause no rest; after many, it falls in a second."""
         for seconds, count, rest in ((9, 10, 0.0), (0.1, 5, 0.0), (0.1, 10, 0.005), (0.1, -10, 0.0),
@@ -343,6 +348,19 @@ class DrainTest(ServerCase):
             made.turn()
             self.assertEqual(([], None), (capture.queue, capture.waiting))
             self.assertAlmostEqual(rest, max(0.0, made.ears.rest_end - self.clock.mono_time), 4)
+
+    def test_the_smallest_buffer(self) -> None:
+        """The server reads as often as its socket with the smallest buffer needs."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        captures = [server.UdpCapture(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 62201)
+                    for _ in range(2)]
+        got = captures[0].socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        self.assertEqual([got] * 2, [each.room for each in captures])
+        captures[0].room = 40000
+        made.listen(list(captures))
+        self.assertEqual(40000, made.ears.room)
+        made.listen([])
+        self.assertEqual(2 * server.RECEIVE_BUFFER, made.ears.room)
 
     def test_what_is_due_is_done(self) -> None:
         """However much junk comes: a turn takes look after look, and ends when something is due."""
