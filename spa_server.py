@@ -6661,7 +6661,7 @@ class IptablesFirewall(Firewall):
             parts: Tuple[List[str], List[str]] = ([], [])  # others, grants
             for line in lines:
                 if line.startswith(f"-A {name} "):
-                    parts[name == GUARDED_CHAIN and MARK in line].append(line)
+                    parts[line.startswith(f"-A {GUARDED_CHAIN} -s ") and MARK in line].append(line)
             others, grants = parts
             if f"-N {name}" not in lines or list(map(tag, rules)) != list(map(tag_in, others)):
                 changes += [f":{name} - [0:0]"] + grants

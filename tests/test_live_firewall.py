@@ -411,6 +411,8 @@ class TamperTest(unittest.TestCase):
                 ["-t", "mangle", "-D", "PREROUTING", "-j", "FWKNOP_GUARD"],
                 ["-t", "mangle", "-D", "FWKNOP_GUARDED", "1"],
                 ["-t", "mangle", "-I", "FWKNOP_GUARDED", "-j", "RETURN"],
+                ["-t", "mangle", "-I", "FWKNOP_GUARDED", "-m", "comment", "--comment", "_exp_9",
+                 "-j", "RETURN"],  # what is for everybody is no grant
             ]
             everything = ["-t", "mangle"]
         else:
