@@ -245,7 +245,7 @@ class FailtobanTest(LogCase):
         """Return log lines of events that may ban, as syslog writes them, and of those that not."""
         groups: Tuple[List[str], List[str]] = ([], [])
         others = "opened", "received", "old", "from the future", "no address", "user", "port", \
-            "command", "NAT"
+            "command", "NAT", "destination"
         for event in [row[0] for row in PACKETS] + ["replay"]:
             groups[event in others].extend(line for line in self.after(event)
                                            if event in others or "from IP: " not in line)
