@@ -187,6 +187,8 @@ class PacketRejected(Exception):
     """A packet's rejection. The server counts by the constant `reason`, and logs `template`. If it
     answers the packet, it sends `told`, or else the text of the log."""
 
+    signer, plain = "", b""  # of a GPG message, if a stanza trusts it but for its signer: to log
+
     def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}",
                  told: str = "") -> None:
         super().__init__(text)
@@ -275,6 +277,15 @@ class Door(NamedTuple):
         """Return the name that fwknopd's log gives the rule: `access`, `FORWARD ALL`, `SNAT`."""
         kind = {MASQUERADE: SNAT, ONCE: INPUT}.get(self.kind, self.kind)
         return kind if self.port else f"{kind} ALL"
+
+    def entrance(self, doors: List["Door"]) -> Tuple[str, "Door"]:
+        """Return the rule's name, and the door that fwknopd's log line has in place of this one:
+        with NAT the door that DNAT opens, whose target is this door's port."""
+        front = [door for door in doors if door.kind == DNAT != self.kind and
+                 (door.protocol, door.target_port) == (self.protocol, self.port)]
+        if not front:
+            return self.rule_name, self
+        return "local NAT" if self.rule_name == INPUT else self.rule_name, front[0]
 
     def describe(self) -> str:
         """Return the door with its kind, unless that is access, and with its target."""
@@ -787,10 +798,18 @@ def check_field(right: bool, name: str) -> None:
         raise PacketRejected("malformed", invalid_data(name))
 
 
-ERROR_CODES = {4096: "Data is not a valid SPA message format",
-               4097: "Not enough data to be a valid SPA message",
-               4098: "Data is not an SPA message",
-               4099: "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set"}
+ERROR_CODES = {**dict(enumerate((  # our log names the first four
+    "Data is not a valid SPA message format", "Not enough data to be a valid SPA message",
+    "Data is not an SPA message", "SPA via HTTP request, but ENABLE_SPA_OVER_HTTP is not set",
+    "Error creating FKO context for incoming data.", "Unable to retrieve digest from the SPA data.",
+    "Error trying to access the digest.cache file", "Detected SPA message replay",
+    "SPA message timestamp is outside the allowable window",
+    "SPA message did not pass access checks",
+    "An error occurred while executing an SPA command message", "Unsupported SPA message operation",
+    "Undefined/unknown fwknopd Error", "General SPA message processing error"), 4096)),
+    8192: "An error occurred while tring to add a firewall rule",  # sic
+    8193: "An error occurred while tring to delete a firewall rule",
+    8194: "Unknown/unclassified firewall rule processing error"}
 
 
 class NotSpa(PacketRejected):
@@ -4149,6 +4168,7 @@ GPG_OUTPUT = 65536  # bytes that a pipe holds (pipe(7)): gpg then stands still u
 EXPIRED = ("EXPSIG", "EXPKEYSIG")
 SIGNATURES = ("GOODSIG", "REVKEYSIG", "BADSIG", "ERRSIG") + EXPIRED
 TRUSTED = ("TRUST_MARGINAL", "TRUST_FULLY", "TRUST_ULTIMATE")
+SIGNED = "Incoming SPA data signed by '{}' (fingerprint '{}')."
 
 GpgStatus = Dict[str, List[List[str]]]  # for each keyword the arguments of its lines
 GpgQuestion = Tuple[Tuple[str, ...], bytes, bytes]  # command, passphrase and message
@@ -4221,7 +4241,9 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
             (stanza.gpg_remote_ids, f"signed by ID: {signer[-16:]}, but that ID is not in the "
              "GPG_REMOTE_ID list.")):
         if wanted and not any(key.endswith(each) for key in (signer, primary) for each in wanted):
-            raise PacketRejected("gpg signer", f"Incoming SPA packet {text}")
+            rejection = PacketRejected("gpg signer", f"Incoming SPA packet {text}")
+            rejection.signer, rejection.plain = signer, answer.plain
+            raise rejection
     return signer
 
 
@@ -4389,7 +4411,7 @@ class GpgKeys(Keys):
         check_decrypted(answer, self.fingerprints)
         if not self.stanza.gpg_disable_sig:
             signer = check_signature(answer, self.stanza)
-            self.signed = f"Incoming SPA data signed by '{signer[-8:]}' (fingerprint '{signer}')."
+            self.signed = SIGNED.format(signer[-8:], signer)
         if not answer.succeeded:
             raise PacketRejected("gpg failed", "gpg ended with an error")
         return answer.plain
@@ -5643,7 +5665,7 @@ class Firewall:
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Return the chains that this door, or access, goes to, for the log."""
-        return "nowhere"
+        return ""
 
     def chains_for(self, door: Door) -> List[Any]:
         """Return the chains that this door goes to; none if it can't be opened here."""
@@ -7566,11 +7588,11 @@ class Grants:
             self.enter(grant._replace(early=slow))
         if opened and self.clocks.monotonic() >= ends:
             raise CommandError(f"the firewall took longer than the {seconds} seconds to open for")
-        for door in doors:
+        for door in filter(self.firewall.describe, doors):  # none with -t
             chain, expires = self.firewall.describe(door), self.live[door].expires
-            done = (f"{door.rule_name} rule already exists in" if door in known else
-                    f"Added {door.rule_name} rule to")
-            self.log.info(f"{done} {chain} for {door}, expires at {expires}")
+            name, entrance = door.entrance(doors)
+            done = f"{name} rule already exists in" if door in known else f"Added {name} rule to"
+            self.log.info(f"{done} {chain} for {entrance}, expires at {expires}")
             for each in self.firewall.chains_for(door) if door not in known else ():
                 if getattr(each, "outgoing", False):  # of ENABLE_IPT_OUTPUT
                     self.log.info(f"Added OUTPUT rule to {each.name} for {door}, "
@@ -7672,8 +7694,9 @@ class Grants:
         self.show(ended, is_new=False)
         for grant in ended:
             self.forget(grant.door)
-            self.log.info(f"Removed rule 1 from {self.firewall.describe(grant.door)} "
-                          f"with expire time of {grant.expires} ({grant.door})")
+            if self.firewall.describe(grant.door):
+                self.log.info(f"Removed rule 1 from {self.firewall.describe(grant.door)} "
+                              f"with expire time of {grant.expires} ({grant.door})")
 
     def close(self, ended: List[Grant]) -> None:
         """Close grants before their time; if that fails, expire() goes on trying."""
@@ -7937,8 +7960,9 @@ class Cycle:
                     "{cycle.opening}{cycle.opening.runner}")
     waiting_line = ("{cycle.label}Running CMD_CYCLE_CLOSE command in {seconds} seconds: "
                     "{cycle.closing}")
-    closing_lines: Tuple[str, ...] = ("{cycle.label}{why}, running CMD_CYCLE_CLOSE command: "
-                                      "{cycle.closing}{cycle.closing.runner}",)
+    closing_lines: Tuple[str, ...] = (
+        "[{cycle.door.source.network_address}] (stanza #{cycle.stanza_number}) {why}, running "
+        "CMD_CYCLE_CLOSE command: {cycle.closing}{cycle.closing.runner}",)
     end_line = failure_line = "{kind}: command returned {code}, pid_status: {code}"
     reasons: Dict[str, str] = {}  # other texts for `why`
     closing_kind = "CMD_CYCLE_CLOSE"  # begins the log lines of the command that closes
@@ -8982,12 +9006,16 @@ class Gate:
         if not entry.remembered:
             self.memory.check_unseen(datagram)  # section 16; a replay costs no decryption
         self.tell_match(entry, stanza)
-        packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 15
+        try:
+            packet, texts = unlock(datagram.payload, keys)  # section 4; GPG: section 15
+        except PacketRejected as reason:
+            with contextlib.suppress(PacketRejected):  # fwknopd shows the packet all the same
+                if reason.signer and self.log.level >= DEBUG:
+                    self.show(prefix, datagram.payload, decode_packet(reason.plain), keys)
+                    self.log.debug(prefix + SIGNED.format(reason.signer[-8:], reason.signer))
+            raise
         entry.proven_by = stanza
-        if self.log.level >= DEBUG:
-            for line in (f"SPA Packet: '{datagram.payload.decode('ascii')}'",
-                         prefix + "SPA Decode (res=0):", *packet.dump(datagram.payload, keys)):
-                self.log.debug(line)
+        self.show(prefix, datagram.payload, packet, keys)
         if not entry.remembered:
             self.memory.check_fresh(packet.timestamp)
             for text in texts:  # before anything opens: a crash in between must not allow a replay
@@ -8998,6 +9026,12 @@ class Gate:
                 self.log.info(prefix + keys.signed)
         self.tell_match(entry, stanza, is_genuine=True)
         self.ask_and_answer(Request.of_packet(packet, datagram), stanza)
+
+    def show(self, prefix: str, payload: bytes, packet: Packet, keys: AnyKeys) -> None:
+        """Log, with VERBOSE, the fields of a packet."""
+        for line in (f"SPA Packet: '{payload.decode('ascii')}'", prefix + "SPA Decode (res=0):",
+                     *packet.dump(payload, keys)) if self.log.level >= DEBUG else ():
+            self.log.debug(line)
 
     def tell_not_passed(self, entry: Entry, start: int, end: int) -> None:
         """Log, as fwknopd does, why a packet has not passed these stanzas. Whether its addresses
@@ -10796,7 +10830,7 @@ def check_firewall(check: Checkup) -> Iterator[Finding]:
         for chain in check.firewall.host_chains:
             explain_failure(check.firewall.program, chain, chain in check.firewall.accept)
     by = outside(check.settings)
-    yield FACT, f"Grants go to: {check.firewall.describe()}" + (
+    yield FACT, f"Grants go to: {check.firewall.describe() or 'nowhere'}" + (
         f"; the next lines are about packets that come by {by}" if by else "")
 
 
@@ -11128,7 +11162,7 @@ D dump-config       -      dump                 print the configuration, without
 - check             -      check_host           say who may reach the ports, and what is wrong here
 - exit-parse-config -      check                check the configuration, and end
 - exit-parse-digest-cache - check_digests       check the file of remembered packets, and end
-- dump-serv-err-codes -    codes                print the error numbers that the log may name
+- dump-serv-err-codes -    codes                print fwknopd's error numbers
 S status            -      status               say whether a server runs
 K kill              -      kill                 stop the running server, wait for its end
 R restart           -      restart              make the running server read its files again

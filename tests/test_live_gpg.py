@@ -11,10 +11,11 @@ import unittest
 from typing import Dict, List, Tuple
 
 from tests.gnupg import Keyring
-from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, STANZA, CableCase,
-                         Server)
+from tests.netns import (CLIENT4, FWKNOP, HMAC_KEY, KEYS, SERVER4, SPA_CLIENT, SPA_SERVER, STANZA,
+                         CableCase, Server)
 from tests.support import SharedCase, needs_programs, needs_root, read, wait_for, write
 from tests.test_gpg import other_words, strip
+from tests.test_live_log import missing
 
 KNOCK = ["-A", "tcp/22", "-a", CLIENT4, "-D", SERVER4]
 HMAC = "HMAC_KEY %s\n" % HMAC_KEY
@@ -272,6 +273,23 @@ class LiveGpgTest(SharedCase, CableCase):
         self.client.run(*FWKNOP, *self.options("good", hmac_key=""))
         daemon.wait_for("--test mode enabled, skipping firewall manipulation.")
         self.assertIn("fingerprint '%s'" % self.signers["good"], daemon.output())
+
+    @needs_programs("fwknopd", "iptables")
+    def test_a_signer_that_nobody_named(self) -> None:
+        """Both servers show the packet and its signer with -v -v, and reject it."""
+        label, signer = r"^\[10\.55\.0\.2\] \(stanza #1\) ", self.signers["wrong"]
+        patterns = (
+            label + r"SPA Decode \(res=0\):$", r"^ Message String: 10\.55\.0\.2,tcp/22$",
+            label + f"Incoming SPA data signed by '{signer[-8:]}' .fingerprint '{signer}'.\\.$",
+            label + f"Incoming SPA packet signed by: {signer}, but that fingerprint is not in")
+        site = Server(self.cable.server, "PCAP_INTF eth0;\n", self.stanza("good"))
+        for program in (["fwknopd"], SPA_SERVER):
+            daemon = self.cable.server.start(*program, "-f", "-t", "-v", "-v", *site.files)
+            daemon.wait_for(Server.READY)
+            self.client.run(*FWKNOP, *self.options("wrong", hmac_key=""))
+            wait_for(lambda text=daemon.output: not missing(patterns, text()),  # type: ignore[misc]
+                     daemon.output)
+            daemon.end()
 
     def test_the_agent_holds_nothing(self) -> None:
         """After a kill the next server starts: gpg-agent lives on, and has no lock or socket."""

@@ -18,7 +18,7 @@ from tests.test_packet import Sender, b64
 
 MATCH = r"\(stanza #%d\) SPA Packet from IP: 10\.55\.0\.2 received with access source match$"
 INVALID = r"\[10\.55\.0\.2\] \(stanza #1\) Error creating fko context: Args contain invalid data"
-ADDED = r"^Added %s rule to %s for 10\.55\.0\.2 -> 0\.0\.0\.0/0 tcp/\d+, expires at \d+$"
+ADDED = r"^Added %s rule to %s for 10\.55\.0\.2 -> 0\.0\.0\.0/0 tcp/%%d, expires at \d+$"
 RULE = r"'-t %s -m comment --comment _exp_\d+ -j %s' added to %s$"
 MASK = "SOURCE ANY\nDESTINATION 192.0.2.1\nKEY testkey\nHMAC_KEY hmackey\n"
 NO_HMAC = "SOURCE ANY\nKEY %s\n"
@@ -41,6 +41,7 @@ class Life(NamedTuple):
     steps: Tuple[Tuple[Any, Tuple[str, ...]], ...]  # options of fwknop or a function; patterns
     listed: Tuple[str, ...] = ()  # patterns of --fw-list after that
     options: Tuple[str, ...] = ()
+    absent: str = "$."  # a pattern that no line has
 
 
 # Names and order of the fields, as with the client's -v.
@@ -75,7 +76,7 @@ LIVES = (
           "^Added jump rule from chain: INPUT to chain: FWKNOP_INPUT$"),
          ((OPEN, (MATCH % 1, *FIELDS, RULE % (
              r"filter -p 6 -s 10\.55\.0\.2 -d 0\.0\.0\.0/0 --dport 22", "ACCEPT", "FWKNOP_INPUT"),
-             ADDED % ("access", "FWKNOP_INPUT"))),
+             ADDED % ("access", "FWKNOP_INPUT") % 22)),
           (OPEN, (MATCH % 1, "already exists")),  # fwknopd's second rule is new, the jump is not
           ((*OPEN, "--time-offset-minus", "500"), (
               MATCH % 1, "^ Message String: ", "^ Final SPA Data: ",
@@ -98,7 +99,8 @@ LIVES = (
          ("^Listing rules in fwknopd iptables chains...$", *chain("FWKNOP_INPUT", "ACCEPT"))),
     Life("NAT", "ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_SNAT Y;\n", STANZA, (),
          (((*OPEN, "-N", INNER4 + ":8080"), (
-             RULE % (r"filter -p 6 -s 10\.55\.0\.2 --dport 8080", "ACCEPT", "FWKNOP_FORWARD"),)),
+             RULE % (r"filter -p 6 -s 10\.55\.0\.2 --dport 8080", "ACCEPT", "FWKNOP_FORWARD"),
+             ADDED % ("FORWARD", "FWKNOP_FORWARD") % 22)),
           ((*OPEN, "-N", INNER4 + ":80"), (
               RULE % (r"nat -p 6 -s 10\.55\.0\.2 -d 0\.0\.0\.0/0 --dport 22",
                       r"DNAT --to-destination 10\.66\.0\.2:80", "FWKNOP_PREROUTING"),)),
@@ -111,15 +113,27 @@ LIVES = (
     Life("SNAT", "ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_SNAT Y;\nSNAT_TRANSLATE_IP 10.66.0.1;\n",
          STANZA, (), (((*OPEN, "-N", INNER4 + ":22"), (
              RULE % (r"nat -p 6 -d 10\.66\.0\.2 --dport 22", r"SNAT --to-source 10\.66\.0\.1",
-                     "FWKNOP_POSTROUTING"),)),),
+                     "FWKNOP_POSTROUTING"), ADDED % ("SNAT", "FWKNOP_POSTROUTING") % 22)),),
          chain("FWKNOP_POSTROUTING", "SNAT", ANYWHERE, INNER, end=r" to:10\.66\.0\.1")),
+    Life("local NAT", "ENABLE_IPT_LOCAL_NAT Y;\n", STANZA, (),
+         (((*OPEN, "--nat-local", "--nat-port", "11111"), (
+             ADDED % ("local NAT", "FWKNOP_INPUT") % 11111,
+             ADDED % ("DNAT", "FWKNOP_PREROUTING") % 11111)),)),
+    Life("test mode", "", STANZA, (),
+         ((OPEN, (MATCH % 1, "--test mode enabled, skipping firewall manipulation")),),
+         options=("-t",), absent="Added|nowhere"),
+    Life("command cycle", "", STANZA + "CMD_CYCLE_OPEN /bin/true $IP\n"
+         "CMD_CYCLE_CLOSE /bin/true $IP\nCMD_CYCLE_TIMER 1\n", (),
+         ((lambda: packet(text="10.55.0.9,tcp/22"), (
+             r"^\[10\.55\.0\.2\] \(stanza #1\) Running CMD_CYCLE_OPEN command: /bin/true 10\.55",
+             r"^\[10\.55\.0\.9\] \(stanza #1\) Timer expired, running CMD_CYCLE_CLOSE")),)),
     Life("many stanzas", "", MASK + NO_HMAC % "x" + STANZA.replace("hmac", "other") + STANZA
          + "OPEN_PORTS tcp/80\n" + STANZA, (),
          ((OPEN, (r"^\(stanza #1\) SPA packet \(10\.55\.0\.2 -> 10\.55\.0\.1\) filtered by SOURCE "
                   "and/or DESTINATION criteria$", MATCH % 2,
                   r"\(stanza #3\) Error creating fko context: Args contain invalid data: FKO_ERROR_"
                   "INVALID_DATA_HMAC_COMPAREFAIL$", MATCH % 4, MATCH % 5,
-                  ADDED % ("access", "FWKNOP_INPUT"))),
+                  ADDED % ("access", "FWKNOP_INPUT") % 22)),
           (OPEN, (MATCH % 3, r"\[10\.55\.0\.2\] \(stanza #4\) SPA Decode",)),
           (OPEN, (r"\(stanza #2\) Error creating fko context: Decryption failed",)),
           (OPEN, (r"\[10\.55\.0\.2\] \(stanza #4\) One or more requested protocol/ports was denied "
@@ -178,6 +192,7 @@ class LifeTest(unittest.TestCase):
                 expect(patterns, lambda mark=mark: made.output(mark))  # type: ignore[misc]
             if life.listed:
                 expect(life.listed, lambda: cable.server.run(*program, *site.files, "--fw-list"))
+            self.assertNotRegex(made.output(), "(?m)" + life.absent)
 
     def test_both(self) -> None:
         """The real server prints it, and so does ours."""
@@ -218,6 +233,13 @@ class OutputTest(unittest.TestCase):
                     with self.subTest(program=program[-1], options=options):
                         said = cable.client.run_code(*program, *common, *options)[1]
                         self.assertRegex(said, "(?m)" + pattern)
+
+    def test_error_codes(self) -> None:
+        """fwknopd and ours list the same."""
+        with Cable() as cable:
+            said, ours = [cable.server.run(*program, "--dump-serv-err-codes")
+                          for program in (["fwknopd"], SPA_SERVER)]
+            self.assertEqual(said, ours)
 
     def test_errors(self) -> None:
         """fwknopd and ours refuse the same files with the same words."""
