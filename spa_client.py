@@ -1378,6 +1378,8 @@ class Settings:
                 raise UsageError(f"[{named.text}] {message}" if named else message, hint())
         if self.source_port and not raw:
             warn("the source port is ignored: only raw carriers have one (-P udpraw)")
+        if self.verbose and self.allow_ip == SOURCE_ADDRESS and not self.test:
+            note("[-] WARNING: Should use -a or -R to harden SPA against potential MITM attacks")
 
 
 # --- shared: hints -- the same text in spa_server.py and spa_client.py --
@@ -3864,6 +3866,8 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
             say("Last fwknop client command line: " + format_arguments(parse_command_line(kept)[0]))
             return False
         given, operands, command = parse_command_line(kept + arguments)
+        if "VERBOSE" in given:
+            say("Executing: " + format_arguments(parse_command_line(kept)[0]))
     if not do_locally(given, operands, as_knock):
         several = read_settings(given)
         first = several[0]  # values that only the command line sets are the same in all of them

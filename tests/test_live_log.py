@@ -209,6 +209,8 @@ OPTIONS = (
     (["-E", "/no/such", "--show-last"], "Could not open args file: /no/such"),
     (["-n", "x", "--save-rc-stanza", "--force-stanza", "-T", "-v", "-v"],
      "Updating param .*ACCESS to tcp/22$"),
+    (["-s", "-v"], "WARNING: Should use -a or -R to harden SPA against potential MITM attacks$"),
+    (["-l", "-v"], r"^Executing: \S*fwknop -"),
     (["-n", "none", "-T"], r"Named configuration stanza: \[none\] was not found"),
 )
 # (lines of access.conf, what both say of them)
