@@ -293,11 +293,11 @@ class CycleTest(CommandCase):
         mark = server.mark()
         server.send_signal(signal.SIGHUP)
         server.wait_for("Got SIGHUP", mark)
-        server.knock(self.client, *KNOCK, expect="Added access rule")  # the new stanza is in force
+        server.knock(self.client, *KNOCK, expect="nothing is opened")  # the new stanza is in force
         server.wait_for("Timer expired, running CMD_CYCLE_CLOSE", mark)
-        lines = [words for line in server.log(mark).splitlines() for words in ("Added", "Timer")
+        lines = [words for line in server.log(mark).splitlines() for words in ("nothing", "Timer")
                  if words in line]
-        self.assertEqual(["Added", "Timer"], lines)
+        self.assertEqual(["nothing", "Timer"], lines)
         wait_for(self.closes, "the close")
         server.stop()
         self.assertEqual(["open %s 22 6" % CLIENT4, "close %s 22 6" % CLIENT4], self.got())
