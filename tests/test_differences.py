@@ -183,7 +183,8 @@ class ServerDifferenceTest(ConfigCase):
         for kind, file, line, expected in ROWS:
             if file in (FWKNOPD, ACCESS, DAEMON):
                 with self.subTest(kind=kind, line=line):
-                    code, _, said = self.main("--exit-parse-config", *self.files(file, line))
+                    code, _, said = self.main("--exit-parse-config", *self.files(file, line),
+                                              *self.override())
                     self.assertEqual(2 if file == DAEMON else 3, code, said)
                     self.assertIn(expected, said)
                     self.assertRegex(said, r"(fwknopd\.conf|/a|/keys):\d+: |spa_server.py: ")

@@ -90,7 +90,8 @@ class ServerLineTest(ConfigCase):
             if wanted is None:  # it depends on the host
                 continue
             with self.subTest(line=line):
-                code, _, said = self.main(*self.files(file, line), "--exit-parse-config")
+                code, _, said = self.main(*self.files(file, line), *self.override(),
+                                          "--exit-parse-config")
                 self.assertEqual(3 if wanted[:1] == "!" else 0, code, said)
                 self.assertIn(wanted.lstrip("!"), said)
                 name = re.split("_OPEN|[ :]", line)[0]
