@@ -516,7 +516,7 @@ HONEST, HONEST_SECONDS = 20, 0.2  # knocks during a flood, and between two of th
 
 
 def servers(access: str = STANZA) -> Dict[str, Callable[[Host], Process]]:
-    """What starts each server, on iptables: ours and fwknopd where it is, each in two ways."""
+    """Functions that start each server on iptables, by name: ours, and fwknopd where it is."""
     found: Dict[str, Callable[[Host], Process]] = {
         "spa_server.py, packet socket": partial(start_ours, "", access=access),
         "spa_server.py, UDP server": partial(
@@ -690,7 +690,7 @@ PAUSE = 0.05  # seconds between packets that come one at a time
 
 
 def many_stanzas(count: int) -> str:
-    """So many stanzas, of which the last is STANZA."""
+    """Returns an access.conf of `count` stanzas, the last of which is STANZA."""
     return "".join("SOURCE ANY\nKEY key%d\nHMAC_KEY hmac%d\n" % (number, number)
                    for number in range(1, count)) + STANZA
 
