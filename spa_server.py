@@ -3762,17 +3762,13 @@ def read_proc(name: str) -> str:
         return ""
 
 
-def read_boot_id() -> str:
-    """Return a text that differs after each boot."""
-    return read_proc("sys/kernel/random/boot_id") or f"unknown-{os.getppid()}"
-
-
 class Clocks(NamedTuple):
-    """The sources of the time. `boot_id` names the boot that `monotonic` counts from."""
+    """The sources of the time. `boot_id` differs after each boot, when `monotonic` begins anew."""
 
     wall: Callable[[], float] = time.time  # epoch seconds
     monotonic: Callable[[], float] = time.monotonic
-    boot_id: Callable[[], str] = read_boot_id
+    boot_id: Callable[[], str] = (
+        lambda: read_proc("sys/kernel/random/boot_id") or f"unknown-{os.getppid()}")
 
 
 CLOCKS = Clocks()  # this machine's
@@ -9169,7 +9165,7 @@ OSPA_CLIENT_BITS = (1024, 2048, 3072, 4096)  # of the moduli whose requests have
 OSPA_MOST_PORTS = 100  # in a range: each is a grant
 OSPA_SHARE = 0.1  # of the time goes into RSA at most, so that a flood starves no other knocks
 OSPA_BURST = 0.5  # seconds of RSA that are saved up: some clients may come at once
-OSPA_REPEAT_SECONDS, OSPA_MOST_ANSWERS = 10.0, 1000  # a client sends its bytes three times
+OSPA_REPEAT_SECONDS, OSPA_MOST_ANSWERS = 10.0, 2000  # a client sends its bytes three times
 
 
 def ospa_lengths(modulus: int) -> FrozenSet[int]:
@@ -9278,8 +9274,9 @@ class OspaGate:
     def __init__(self, configuration: Configuration, gate: Gate) -> None:
         self.gate, self.tally = gate, gate.tally
         self.log, self.clocks = gate.log, gate.clocks
-        # By request and source, oldest first: the answer, and until when it is given again.
-        self.answers: "collections.OrderedDict[Tuple[str, bytes], Tuple[bytes, float]]" = (
+        # By source and request, sealed or as it was signed, oldest first: the answer, and until
+        # when it is given again.
+        self.answers: "collections.OrderedDict[Tuple[bytes, str], Tuple[bytes, float]]" = (
             collections.OrderedDict())
         self.rsa_until = 0.0  # RSA has used its share of the time up to then
         self.configure(configuration)
@@ -9296,17 +9293,22 @@ class OspaGate:
         costs less than the next one. A repeat is answered again, and opens nothing."""
         try:
             self.check_header(datagram.payload)
-            repeat = digest_of(datagram.payload), datagram.source
-            answer, until = self.answers.get(repeat, (b"", 0.0))
-            if self.clocks.monotonic() >= until:
-                answer = self.admit(datagram)
-                self.answers[repeat] = answer, self.clocks.monotonic() + OSPA_REPEAT_SECONDS
-                if len(self.answers) > OSPA_MOST_ANSWERS:
-                    self.answers.popitem(last=False)
+            answer = self.answer((datagram.source, digest_of(datagram.payload)),
+                                 partial(self.admit, datagram))
             if not self.gate.access.commands.test:  # there is no answer that means "not opened"
                 self.gate.answer_sockets.send(answer, datagram)
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.tally.reject(datagram, error)
+
+    def answer(self, request: Tuple[bytes, str], admit: Callable[[], bytes]) -> bytes:
+        """Return the answer that a request got lately; otherwise admit it, and keep its answer."""
+        answer, until = self.answers.get(request, (b"", 0.0))
+        if self.clocks.monotonic() >= until:
+            answer = admit()
+            self.answers[request] = answer, self.clocks.monotonic() + OSPA_REPEAT_SECONDS
+            if len(self.answers) > OSPA_MOST_ANSWERS:
+                self.answers.popitem(last=False)
+        return answer
 
     def check_header(self, request: bytes) -> None:
         """Reject a request by its length and its clear text, before RSA costs anything."""
@@ -9349,17 +9351,16 @@ class OspaGate:
         rejection: PacketRejected = WrongKey("OpenSPA signature",
                                              f"OpenSPA: no client {uuid} has signed this")
         canonical = encode_base64(DIGESTS["SHA256"](header + packet))
-        is_remembered = False
+        signed, unseen = (datagram.source, digest_of(canonical)), canonical
         for stanza in stanzas:
             try:
                 client = self.spend(read_client_key, str(stanza.openspa_clients), uuid)
                 if not client or not self.spend(client.verify, header + packet, signature):
                     continue
-                if not is_remembered:  # before anything opens: a crash must not allow a replay
-                    self.gate.memory.check_fresh(fields.timestamp)
-                    self.gate.memory.remember(canonical, datagram)
-                    is_remembered = True
-                return self.ask(datagram, fields, uuid, stanza, client)
+                ask = partial(self.ask, datagram, fields, unseen, uuid, stanza, client)
+                unseen = b""  # it is remembered for the stanzas that follow
+                # One byte is all that tells apart the requests that a client makes in one second.
+                return self.answer(signed, ask)
             except (OSError, ConfigError) as error:
                 if self.log.rejections.allows():  # anybody with our public key can cause it
                     self.log.error(f"(stanza #{stanza.number}) {explain(error)}")
@@ -9370,9 +9371,12 @@ class OspaGate:
                 rejection = reason if isinstance(rejection, WrongKey) else rejection
         raise rejection
 
-    def ask(self, datagram: Datagram, fields: OspaFields, uuid: str, stanza: Stanza,
+    def ask(self, datagram: Datagram, fields: OspaFields, unseen: bytes, uuid: str, stanza: Stanza,
             client: RsaKey) -> bytes:
         """Ask for access by a stanza. Once the doors are open, return the answer, signed."""
+        if unseen:  # before anything opens: a crash must not allow a replay
+            self.gate.memory.check_fresh(fields.timestamp)
+            self.gate.memory.remember(unseen, datagram)
         (first, last), target = fields.ports, parse_address(socket_text(fields.target))
         address = parse_address(socket_text(fields.client))
         names = {number: name for name, number in PROTOCOL_NUMBERS.items()}
@@ -11367,12 +11371,6 @@ def read_settings(arguments: Arguments, skipping: Optional[Log] = None,
     return settings, warnings
 
 
-def own_hash() -> str:
-    """Return the SHA-256 of this file, to compare with the one that was to be copied."""
-    with open(os.path.abspath(__file__), "rb") as file:
-        return binascii.hexlify(DIGESTS["SHA256"](file.read())).decode()
-
-
 LIST_HEADS = "num  target     prot opt source               destination"
 
 
@@ -11853,7 +11851,9 @@ def run(arguments: Arguments, log: Log) -> int:
         text = KNOCKD_HELP if arguments.as_knockd else HELP
         say(text.format(options="\n".join(each.format(each.help) for each in arguments.options)))
     elif "version" in arguments:
-        say(f"spa_server.py {VERSION}, FKO protocol version 3.0.0\nsha256 {own_hash()}")
+        with open(os.path.abspath(__file__), "rb") as file:  # is it the one that was to be copied?
+            digest = binascii.hexlify(DIGESTS["SHA256"](file.read())).decode()
+        say(f"spa_server.py {VERSION}, FKO protocol version 3.0.0\nsha256 {digest}")
     elif "man" in arguments:
         say(format_man())
     elif "codes" in arguments:

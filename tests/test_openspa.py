@@ -261,6 +261,19 @@ class GateTest(ServerCase):
         self.assertEqual((2, {"accepted": 1, "replay": 2}), (len(self.replies), made.tally.counts))
         self.assertIn("user '%s' (client OpenSPA 2.0) opened" % FIRST["client_uuid"], self.logged())
 
+    def test_two_requests_of_one_second(self) -> None:
+        """They may differ in their seal alone; then the second is answered like a repeat."""
+        made = self.gate()
+        first, second = self.request(), self.request()
+        self.assertNotEqual(first.payload, second.payload)
+        made.ospa.receive(first)
+        made.ospa.receive(second._replace(source_port=4001))
+        self.assertEqual((2, {"accepted": 1}), (len(self.replies), made.tally.counts))
+        made.ospa.receive(self.request()._replace(source=b"\x0a\x37\0\3"))
+        self.clock.pass_seconds(11)
+        made.ospa.receive(self.request(timestamp=int(self.clock.wall_time) - 11))
+        self.assertEqual((2, {"accepted": 1, "replay": 2}), (len(self.replies), made.tally.counts))
+
     def test_test_mode_answers_nothing(self) -> None:
         """An answer says that ports are open, and there is none that says they are not."""
         made = self.gate()
