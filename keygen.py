@@ -187,7 +187,6 @@ def parse_path(text: str) -> str:
 # The lengths of `fwknop --key-gen`. It has none for SHA-3: 64 bytes are as long as the longest
 # digest (more adds no strength, RFC 2104 section 3). They fit into one block of both SHA-3 digests
 # (136 and 72 bytes), so HMAC does not hash the key first.
-KEY_BYTES = 32
 HMAC_KEY_BYTES = {"md5": 16, "sha1": 20, "sha256": 64, "sha384": 128, "sha512": 128,
                   "sha3_256": 64, "sha3_512": 64}
 Keys = Dict[str, str]  # KEY_BASE64 and HMAC_KEY_BASE64, the secrets of a client and a server
@@ -196,7 +195,7 @@ DIRECTIVE = "{:<24}    {}"  # the columns of `fwknop --save-rc-stanza`
 
 def make_keys(options: argparse.Namespace, digest: str, random: Callable[[int], bytes]) -> Keys:
     """Return fresh keys of the lengths in the options, or else of those for the HMAC's digest."""
-    sizes = {"KEY_BASE64": options.key_len or KEY_BYTES,
+    sizes = {"KEY_BASE64": options.key_len or 32,
              "HMAC_KEY_BASE64": options.hmac_key_len or HMAC_KEY_BYTES[digest]}
     return {name: binascii.b2a_base64(random(size), newline=False).decode("ascii")
             for name, size in sizes.items()}
@@ -495,9 +494,8 @@ crypto:
 # ======================================================================================
 # 4. Changes to a file's text
 #
-# Each function takes the text of a file and returns another, or raises ConfigError. It finds a
-# stanza by its mark, a line of its own: `[name]` in an rc file, and in access.conf the comment
-# `# name` above SOURCE. `# old name` marks a stanza with replaced keys, until --retire removes it.
+# Each function takes the text of a file and returns another, or raises ConfigError. The mark of a
+# stanza is a line of its own: `[name]`, `# name`, or `# old name` for one with replaced keys.
 # ======================================================================================
 
 BLANK = " \t\r\xef\xbb\xbf"  # the last three are a byte order mark, read as Latin-1
@@ -709,21 +707,16 @@ def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
         raise SpaError("another program keeps it locked")
 
 
-def name_in(directory: Optional[int], path: str) -> str:
-    """Return the name of a file in its open directory, or the whole path if that is not open."""
-    return path if directory is None else os.path.basename(path)
-
-
-def read_file(path: str, directory: Optional[int], create: bool
+def read_file(name: str, directory: Optional[int], create: bool
               ) -> Tuple[bytes, Optional[os.stat_result]]:
-    """Return the bytes of a regular file in a directory, and its status.
+    """Return the bytes of a regular file in an open directory, and its status.
 
     If it is missing and `create` allows that, return b"" and None. A file with a second name in
     another user's directory is an error: like a link, it may lead to one that only we can write.
     """
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        fd = os.open(name_in(directory, path), os.O_RDONLY | flags, dir_fd=directory)
+        fd = os.open(name, os.O_RDONLY | flags, dir_fd=directory)
     except FileNotFoundError:
         if create:
             return b"", None
@@ -739,9 +732,9 @@ def read_file(path: str, directory: Optional[int], create: bool
         return stream.read(), status
 
 
-def write_copy(path: str, directory: Optional[int], old: Optional[os.stat_result], text: bytes,
+def write_copy(name: str, directory: Optional[int], old: Optional[os.stat_result], text: bytes,
                stack: contextlib.ExitStack) -> str:
-    """Write a file's new text to a copy beside it, which the stack removes; return its path.
+    """Write a file's new text to a copy beside it, which the stack removes; return its name.
 
     Appending could leave half a line with a key, and then no server would start. A new file gets
     mode 0600; an `old` one keeps mode and owner.
@@ -750,55 +743,54 @@ def write_copy(path: str, directory: Optional[int], old: Optional[os.stat_result
         with contextlib.suppress(OSError):  # it was renamed if everything succeeded
             os.unlink(copy, dir_fd=directory)
 
-    copy = f"{name_in(directory, path)}.{os.getpid()}.new"
+    copy = f"{name}.{os.getpid()}.new"
     fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
     stack.callback(discard)
     with open(fd, "wb") as stream:
         if POSIX:
-            os.fchmod(fd, 0o600)  # whatever the umask is
-            if old:
-                owner, new = (old.st_uid, old.st_gid), os.fstat(fd)
-                if owner != (new.st_uid, new.st_gid):
-                    os.fchown(fd, *owner)
-                os.fchmod(fd, stat.S_IMODE(old.st_mode))
+            new = os.fstat(fd)
+            if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+                os.fchown(fd, old.st_uid, old.st_gid)
+            os.fchmod(fd, stat.S_IMODE(old.st_mode) if old else 0o600)  # whatever the umask is
         stream.write(text)
         stream.flush()
         os.fsync(fd)
     return copy
 
 
-def change_files(changes: Sequence[Tuple[str, Callable[[str], str]]], done: str,
-                 printed: Callable[[], str], create: bool = False) -> None:
-    """Change the files that have a path, once all new texts are on the disk and `printed()` is out.
+def change_files(changes: Sequence[Tuple[str, Callable[[str], str], str]], done: str,
+                 create: bool = False, more: Callable[[], str] = lambda: "") -> None:
+    """Change the files that have a path, once all new texts are on the disk and the rest is out.
 
-    A crash after that can leave only the first file changed. A file that another program changes
-    meanwhile is left as it is. `create` allows missing files; `done` begins the line about each.
+    The rest is the text for each missing path, below a line that says where it belongs, and
+    `more()`. A crash after that can leave only the first file changed. A file that another program
+    changes meanwhile is left as it is. `create` allows missing files; `done` begins the line about
+    each.
     """
-    changes = [(real_path(path), change) for path, change in changes if path]
-    ready = []
+    printed = [where + change("") for path, change, where in changes if where and not path]
+    files, ready = [(real_path(path), change) for path, change, _ in changes if path], []
     with contextlib.ExitStack() as stack:
         locked = {directory: lock_directory(directory, stack) for directory in
-                  sorted({os.path.dirname(path) for path, _ in changes}) if POSIX}
-        for path, change in changes:
-            directory = locked.get(os.path.dirname(path))
+                  sorted({os.path.dirname(path) for path, _ in files}) if POSIX}
+        for path, change in files:
+            directory, name = os.path.split(path) if POSIX else ("", path)
+            fd = locked.get(directory)
             with errors_named(path):
-                old, status = read_file(path, directory, create)
+                old, status = read_file(name, fd, create)
                 new = change(old.decode("latin-1")).encode("latin-1")  # each byte as it is
                 warn_of_readers(path, status.st_mode if status else 0)
                 if new != old:
-                    ready.append((path, directory, old,
-                                  write_copy(path, directory, status, new, stack)))
-        write_out(printed())
-        for path, directory, old, copy in ready:
+                    ready.append((path, name, fd, old, write_copy(name, fd, status, new, stack)))
+        write_out("\n".join(filter(None, [*printed, more()])))
+        for path, name, fd, old, copy in ready:
             with errors_named(path):
-                if read_file(path, directory, create)[0] != old:
+                if read_file(name, fd, create)[0] != old:
                     raise SpaError("was changed by somebody else meanwhile, and left as it is")
-                os.replace(copy, name_in(directory, path), src_dir_fd=directory,
-                           dst_dir_fd=directory)
+                os.replace(copy, name, src_dir_fd=fd, dst_dir_fd=fd)
         for fd in locked.values():
             with contextlib.suppress(OSError):  # some file systems can't sync directories
                 os.fsync(fd)  # without it a power cut can undo the new names
-    for path, _, _, _ in ready:
+    for path, *_ in ready:
         tell(f"[+] {done}: {path}")
 
 
@@ -919,22 +911,21 @@ def picture(keys: Keys) -> str:
     return text
 
 
-def give_stanzas(options: argparse.Namespace, digest: str, keys: Keys) -> None:
-    """Print both stanzas, or append them to the files that were named."""
-    name, printed = options.name, []
+def give_keys(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
+    """Print the keys, or both stanzas; append these to the files that were named."""
+    name, digest = options.name, options.hmac_digest_type or "sha256"
+    keys = make_keys(options, digest, random)
+    if not name:
+        return write_out(key_lines(keys) + (picture(keys) if options.qr else ""))
     client, server = make_stanzas(options, digest, keys)
-    if not options.rc_file:
-        resolve = "" if options.any_source else " -R"  # fwknop can't find its address by itself
-        printed.append(
-            "# For spa_client.py --import, or ~/.fwknoprc (Windows: %USERPROFILE%\\.fwknoprc)\n"
-            f"# To knock: spa_client.py -n {name}, or fwknop -n {name}{resolve}\n{client}")
-    if not options.access_file:
-        printed.append(f"# For access.conf of the server; then spa_server.py -R there\n{server}")
-    if options.qr:
-        printed.append(picture(keys))
-    change_files([(options.rc_file, lambda text: add_stanza(text, client)),
-                  (options.access_file, lambda text: add_stanza(text, server))],
-                 f"Wrote the stanza of {name} to", lambda: "\n".join(printed), create=True)
+    resolve = "" if options.any_source else " -R"  # fwknop can't find its address by itself
+    return change_files([
+        (options.rc_file, lambda text: add_stanza(text, client),
+         "# For spa_client.py --import, or ~/.fwknoprc (Windows: %USERPROFILE%\\.fwknoprc)\n"
+         f"# To knock: spa_client.py -n {name}, or fwknop -n {name}{resolve}\n"),
+        (options.access_file, lambda text: add_stanza(text, server),
+         "# For access.conf of the server; then spa_server.py -R there\n")],
+        f"Wrote the stanza of {name} to", True, lambda: picture(keys) if options.qr else "")
 
 
 def give_openspa(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
@@ -943,18 +934,13 @@ def give_openspa(options: argparse.Namespace, random: Callable[[int], bytes]) ->
     if set(directory) - LETTERS.union("/._-"):
         raise UsageError("--openspa-dir: expected a path of letters, digits or any of /._-")
     key, clients = f"{directory}/openspa.pem", f"{directory}/openspa"
-    uuid = binascii.hexlify(random(16)).decode("ascii")  # of version 4, RFC 4122 section 4.4
+    uuid = random(16).hex()  # of version 4, RFC 4122 section 4.4
     uuid = f"{uuid[:8]}-{uuid[8:12]}-4{uuid[13:16]}-a{uuid[17:20]}-{uuid[20:]}"
     options.name, options.username = options.openspa, uuid
     options.access = options.access or "tcp/22"  # OpenSPA's own client asks for it
     settings = {"OPENSPA_PRIVATE_KEY": key, "OPENSPA_PORT": str(options.port or ""),
                 "OPENSPA_ADK_SECRET": make_adk_secret(random) if options.adk else ""}
     stanza = make_stanzas(options, "", {})[1]
-    printed = [text for path, text in (
-        (options.config_file, "# For fwknopd.conf of the server\n" + add_settings("", settings)),
-        (options.access_file, "# For access.conf of the server, which then has to read both (-R)\n"
-         f"# (to knock: spa_client.py --ospa {options.name}.ospa -A {options.access})\n{stanza}"))
-        if not path]
     bits, server_public = int(options.rsa_bits or 2048), [""]
     private = make_rsa_key(bits, random)
 
@@ -969,12 +955,16 @@ def give_openspa(options: argparse.Namespace, random: Callable[[int], bytes]) ->
         return make_ospa(options, settings, private, public_pem(private), *server_public)
 
     os.makedirs(clients, 0o700, exist_ok=True)
-    change_files([(key, server_key),
-                  (options.config_file, lambda text: add_settings(text, settings)),
-                  (f"{clients}/{uuid}.pem", lambda _: public_pem(private)),
-                  (f"{options.name}.ospa", ospa),
-                  (options.access_file, lambda text: add_stanza(text, stanza))],
-                 f"Wrote what {options.name} needs to", lambda: "\n".join(printed), create=True)
+    change_files([
+        (key, server_key, ""),
+        (options.config_file, lambda text: add_settings(text, settings),
+         "# For fwknopd.conf of the server\n"),
+        (f"{clients}/{uuid}.pem", lambda _: public_pem(private), ""),
+        (f"{options.name}.ospa", ospa, ""),
+        (options.access_file, lambda text: add_stanza(text, stanza),
+         "# For access.conf of the server, which then has to read both (-R)\n"
+         f"# (to knock: spa_client.py --ospa {options.name}.ospa -A {options.access})\n")],
+        f"Wrote what {options.name} needs to", True)
 
 
 def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
@@ -989,15 +979,16 @@ def rotate(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
             keys.update(make_keys(options, digest, random))
         return keys
 
-    def printed() -> str:
+    def more() -> str:
         then = "" if options.access_file else ", access.conf: then spa_server.py -R"
         other = "" if options.rc_file and options.access_file else (
             f"# The new keys of {name}, for its stanza in the other file{then}\n" + key_lines(keys))
         return other + (picture(keys) if options.qr else "")
 
-    change_files([(options.access_file, lambda text: rotate_stanza(text, f"# {name}", make_once)),
-                  (options.rc_file, lambda text: rotate_stanza(text, f"[{name}]", make_once))],
-                 f"Wrote the new keys of {name} to", printed)
+    change_files([
+        (options.access_file, lambda text: rotate_stanza(text, f"# {name}", make_once), ""),
+        (options.rc_file, lambda text: rotate_stanza(text, f"[{name}]", make_once), "")],
+        f"Wrote the new keys of {name} to", more=more)
 
 
 def completion(shell: str) -> str:
@@ -1039,43 +1030,39 @@ def run(argv: Optional[Sequence[str]], random: Callable[[int], bytes]) -> None:
         name = unknown[0].partition("=")[0] if unknown[0][:2] == "--" else unknown[0][:2]
         raise UsageError(f"unknown option {name}" if name[:1] == "-" else "expected one NAME")
     if options.help:
-        return write_out(parser.format_help())
-    if options.version:
+        write_out(parser.format_help())
+    elif options.version:
         with open(__file__, "rb") as stream:
             sha256 = hashlib.sha256(stream.read()).hexdigest()
-        return write_out(f"keygen.py {VERSION}\nsha256 {sha256}\n")
-    if options.man:
-        return write_out(man_page())
-    if options.completion:
-        return write_out(completion(options.completion))
-    check_options(options)
-    if options.expires:
-        options.ends = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(options.expires))
-    change(options, random)
-    if options.expires:
-        tell(f"[+] The pass ends at {options.ends}")
-    if options.access_file or options.config_file:
-        tell("[+] Now have the server read its files again: spa_server.py -R")
-    return None
+        write_out(f"keygen.py {VERSION}\nsha256 {sha256}\n")
+    elif options.man:
+        write_out(man_page())
+    elif options.completion:
+        write_out(completion(options.completion))
+    else:
+        change(options, random)
 
 
 def change(options: argparse.Namespace, random: Callable[[int], bytes]) -> None:
     """Make the keys, and print or write what was asked for."""
+    check_options(options)
     if min(options.key_len or 16, options.hmac_key_len or 16) < 16:
         tell("keygen.py: warning: a key of less than 16 bytes can be guessed")
+    options.ends = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(options.expires))
     if options.rotate:
-        return rotate(options, random)
-    if options.retire:
-        return change_files([(options.access_file,
-                              lambda text: retire_stanza(text, f"# old {options.retire}"))],
-                            f"Removed the old keys of {options.retire} from", lambda: "")
-    if options.openspa:
-        return give_openspa(options, random)
-    digest = options.hmac_digest_type or "sha256"
-    keys = make_keys(options, digest, random)
-    if options.name:
-        return give_stanzas(options, digest, keys)
-    return write_out(key_lines(keys) + (picture(keys) if options.qr else ""))
+        rotate(options, random)
+    elif options.retire:
+        change_files([(options.access_file,
+                       lambda text: retire_stanza(text, f"# old {options.retire}"), "")],
+                     f"Removed the old keys of {options.retire} from")
+    elif options.openspa:
+        give_openspa(options, random)
+    else:
+        give_keys(options, random)
+    if options.expires:
+        tell(f"[+] The pass ends at {options.ends}")
+    if options.access_file or options.config_file:
+        tell("[+] Now have the server read its files again: spa_server.py -R")
 
 
 def main(argv: Optional[Sequence[str]] = None,
