@@ -282,6 +282,14 @@ class AesTables:
             sbox[power] = (bits ^ bits >> 4 ^ bits >> 5 ^ bits >> 6 ^ bits >> 7) & 0xFF ^ 0x63
         self.box = bytes(sbox)
         self.columns = self.multiply(self.box, (2, 1, 1, 3))
+        self.inverse = b"", []  # type: Tuple[bytes, List[List[int]]]
+
+    def invert(self) -> "Tuple[bytes, List[List[int]]]":
+        """Return the inverse of the S-box, and its tables with InvMixColumns."""
+        if not self.inverse[0]:
+            box = bytes(self.box.index(value) for value in range(256))
+            self.inverse = box, self.multiply(box, (14, 9, 13, 11))
+        return self.inverse
 
     def multiply(self, box: bytes, factors: "Tuple[int, ...]") -> "List[List[int]]":
         """Multiply each byte of `box` by `factors` to a word; return these in four rotations."""
@@ -297,13 +305,13 @@ class AesTables:
 class Aes:
     """The block cipher of FIPS 197 for one key of 16, 24 or 32 bytes."""
 
-    tables = None  # type: Optional[AesTables]
+    made = None  # type: Optional[AesTables]
 
     def __init__(self, key: bytes) -> None:
-        if Aes.tables is None:
-            Aes.tables = AesTables()  # half a millisecond: not before somebody needs it
-        self.box, self.columns = Aes.tables.box, Aes.tables.columns
-        self.words = self.expand(key)
+        # Tables take half a millisecond each way: none is made before somebody needs it.
+        self.tables = Aes.made = Aes.made or AesTables()
+        self.box, self.columns = self.tables.box, self.tables.columns
+        self.words, self.inverse_words = self.expand(key), []  # type: List[int], List[int]
 
     def expand(self, key: bytes) -> "List[int]":
         """Return the round keys of section 5.2, four words each."""
@@ -347,6 +355,28 @@ class Aes:
         return (last(a, b, c, d) ^ k[-4], last(b, c, d, a) ^ k[-3],
                 last(c, d, a, b) ^ k[-2], last(d, a, b, c) ^ k[-1])
 
+    def decrypt_block(self, block: bytes) -> bytes:
+        """Decrypt 16 bytes: EqInvCipher() of section 5.3.5.
+
+        Its rows turn the other way: with columns 2 and 4 exchanged, in the keys too, rounds() fits.
+        """
+        box, columns = self.tables.invert()
+        self.inverse_words = self.inverse_words or self.inverse_round_keys(columns)
+        a, d, c, b = struct.unpack(">4I", block)
+        a, b, c, d = self.rounds(columns, box, self.inverse_words, a, b, c, d)
+        return struct.pack(">4I", a, d, c, b)
+
+    def inverse_round_keys(self, columns: "List[List[int]]") -> "List[int]":
+        """Return the round keys, last first, the inner ones after InvMixColumns (section 5.3.5)."""
+        (t0, t1, t2, t3), box, words = columns, self.box, []
+        for i in range(len(self.words) - 4, -1, -4):
+            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
+                if 0 < i < len(self.words) - 4:
+                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
+                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
+                words.append(word)
+        return words
+
 
 def exclusive_or(left: bytes, right: bytes) -> bytes:
     """Return the exclusive or of a block and as many bytes of another one."""
@@ -360,42 +390,6 @@ def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
     first = md5(secret + salt)
     second = md5(first + secret + salt)
     return first + second, md5(second + secret + salt)
-
-
-class AesInverse(Aes):
-    """Aes that decrypts as well."""
-
-    inverse = None  # type: Optional[Tuple[bytes, List[List[int]]]]
-
-    def __init__(self, key: bytes) -> None:
-        super().__init__(key)
-        assert Aes.tables is not None
-        if AesInverse.inverse is None:
-            box = bytes(self.box.index(value) for value in range(256))
-            AesInverse.inverse = box, Aes.tables.multiply(box, (14, 9, 13, 11))
-        self.inverse_box, self.inverse_columns = AesInverse.inverse
-        self.inverse_words = self.inverse_round_keys()
-
-    def decrypt_block(self, block: bytes) -> bytes:
-        """Decrypt 16 bytes: EqInvCipher() of section 5.3.5.
-
-        Its rows turn the other way: with columns 2 and 4 exchanged, in the keys too, rounds() fits.
-        """
-        a, d, c, b = struct.unpack(">4I", block)
-        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
-                                 a, b, c, d)
-        return struct.pack(">4I", a, d, c, b)
-
-    def inverse_round_keys(self) -> "List[int]":
-        """Return the round keys, last first, the inner ones after InvMixColumns (section 5.3.5)."""
-        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
-        for i in range(len(self.words) - 4, -1, -4):
-            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
-                if 0 < i < len(self.words) - 4:
-                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
-                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
-                words.append(word)
-        return words
 
 
 # --- end shared: aes --
@@ -628,16 +622,12 @@ def read_integers(data: bytes) -> "List[int]":
 
 
 class RsaKey:
-    """An RSA key for PKCS#1 v1.5 (RFC 8017). Without `primes` it is a public key.
-
-    `sha256` returns the digest of its argument, `random_bytes` so many of them.
-    """
+    """An RSA key for PKCS#1 v1.5 (RFC 8017). Without `primes` it is a public key."""
 
     def __init__(self, modulus: int, exponent: int, primes: "Tuple[int, ...]",
-                 sha256: "Callable[[bytes], bytes]",
                  random_bytes: "Callable[[int], bytes]") -> None:
         self.modulus, self.exponent, self.primes = modulus, exponent, primes
-        self.sha256, self.random_bytes = sha256, random_bytes
+        self.random_bytes = random_bytes
         self.size = (modulus.bit_length() + 7) // 8
         self.blinding = (0, 0)  # a random number to the exponent, and the inverse of the number
         if not RSA_BITS[0] <= modulus.bit_length() <= RSA_BITS[1] or modulus.bit_length() % 8:
@@ -652,8 +642,8 @@ class RsaKey:
                 raise ValueError("expected a private key whose numbers belong together")
 
     @classmethod
-    def parse(cls, text: str, private: bool, sha256: "Callable[[bytes], bytes]",
-              random_bytes: "Callable[[int], bytes]") -> "RsaKey":
+    def parse(cls, text: str, private: bool,
+              random_bytes: "Callable[[int], bytes]" = os.urandom) -> "RsaKey":
         """Read a key from PEM, or raise ValueError: a private one of PKCS#1 (RFC 8017 A.1.2) or
         PKCS#8 (RFC 5208), a public one of PKCS#1 (A.1.1) or SubjectPublicKeyInfo (RFC 5280 4.1)."""
         label, data = read_pem(text)
@@ -674,9 +664,8 @@ class RsaKey:
         numbers = read_integers(data)
         if len(numbers) != (9 if private else 2) or (private and numbers[0]):
             raise ValueError(f"expected the {9 if private else 2} numbers of an RSA key")
-        if private:
-            return cls(numbers[1], numbers[2], tuple(numbers[4:]), sha256, random_bytes)
-        return cls(numbers[0], numbers[1], (), sha256, random_bytes)
+        modulus, exponent, *others = numbers[1 if private else 0:]
+        return cls(modulus, exponent, tuple(others[1:]), random_bytes)
 
     def blind(self) -> "Tuple[int, int]":
         """Return another blinding. Its square serves the next time, and costs two products."""
@@ -709,7 +698,7 @@ class RsaKey:
 
     def padded_digest(self, message: bytes) -> bytes:
         """Return EMSA-PKCS1-v1_5 of a message with SHA-256 (section 9.2)."""
-        info = SHA256_INFO + self.sha256(message)
+        info = SHA256_INFO + DIGESTS["SHA256"](message)
         return b"\0\1" + b"\xff" * (self.size - len(info) - 3) + b"\0" + info
 
     def sign(self, message: bytes) -> bytes:
@@ -868,7 +857,7 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
     if len(text) % 16 or not text:
         raise ValueError("expected whole blocks")
     session = key.decrypt(outer.get(2, b""), 48)
-    aes, before, plain = AesInverse(session[16:]), session[:16], b""
+    aes, before, plain = Aes(session[16:]), session[:16], b""
     for start in range(0, len(text), 16):
         block = text[start:start + 16]
         plain, before = plain + exclusive_or(aes.decrypt_block(block), before), block
@@ -880,12 +869,10 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
     return datagram[:8], inner.get(1, b""), inner.get(2, b"")
 
 
-def adk_proof(secret: bytes, seconds: float, sha1_tag: "Callable[[bytes, bytes], bytes]") -> int:
-    """Return the ADK proof at a time: HOTP of the minute with nine digits (RFC 4226 section 5.3).
-
-    `sha1_tag` returns the HMAC-SHA1 by a key of a message; 4 bytes of secret, as 7 of base32 (1.9).
-    """
-    tag = sha1_tag(secret, struct.pack(">Q", int(seconds) // ADK_SECONDS))
+def adk_proof(secret: bytes, seconds: float) -> int:
+    """Return the ADK proof at a time, by 4 bytes of secret (1.9): HOTP of the minute with nine
+    digits (RFC 4226 section 5.3)."""
+    tag = Hmac(DIGESTS["SHA1"], secret)(struct.pack(">Q", int(seconds) // ADK_SECONDS))
     offset = tag[-1] & 15
     return (int.from_bytes(tag[offset:offset + 4], "big") & 0x7FFFFFFF) % 10 ** 9
 
@@ -2987,9 +2974,9 @@ OSPA_KEYS = {
     "version": choice_parser(["0.2"]), "clientUUID": parse_uuid, "serverHost": parse_text,
     "serverPort": parse_port, ADK: parse_adk,
     "crypto.cipherSuitePriority": choice_parser(["[CipherSuite_RSA_SHA256_AES256CBC]"]),
-    PRIVATE: lambda text: RsaKey.parse(text, True, DIGESTS["SHA256"], os.urandom),
-    PUBLIC: lambda text: RsaKey.parse(text, False, DIGESTS["SHA256"], os.urandom),
-    SERVER_KEY: lambda text: RsaKey.parse(text, False, DIGESTS["SHA256"], os.urandom),
+    PRIVATE: lambda text: RsaKey.parse(text, True),
+    PUBLIC: lambda text: RsaKey.parse(text, False),
+    SERVER_KEY: lambda text: RsaKey.parse(text, False),
 }  # type: Dict[str, Callable[[str], Any]]
 
 
@@ -3061,8 +3048,7 @@ class OspaRequest:
         self.fields = OspaFields(
             6 if access[:3] == "tcp" else 17, (int(first), int(last or first)), hosts[0], hosts[1],
             int(seconds), binascii.unhexlify(self.uuid.replace("-", "")))
-        proof = adk_proof(ospa[ADK], seconds, lambda key, message: Hmac(
-            DIGESTS["SHA1"], key)(message)) if ospa.get(ADK) else 0
+        proof = adk_proof(ospa[ADK], seconds) if ospa.get(ADK) else 0
         self.header = struct.pack(OSPA_HEADER, OSPA_REQUEST, os.urandom(1)[0], OSPA_SUITE, 0, proof)
         self.datagram = seal_ospa(self.header, self.fields.encode(), *self.keys, os.urandom(48),
                                   os.urandom(3))

@@ -204,9 +204,8 @@ class NotFresh(PacketRejected):
     """The rejection of a packet that is too old, too new, or a repetition: for every stanza. The
     server answers only if there is a text `told`."""
 
-    def __init__(self, reason: str, text: str, template: str = "[{source}] {stanza}{text}",
-                 told: str = "", timestamp: int = 0) -> None:
-        super().__init__(reason, text, template)
+    def __init__(self, *arguments: str, told: str = "", timestamp: int = 0) -> None:
+        super().__init__(*arguments)
         self.told, self.timestamp = told, timestamp  # the packet's, if that is what is wrong
 
 
@@ -340,6 +339,14 @@ class AesTables:
             sbox[power] = (bits ^ bits >> 4 ^ bits >> 5 ^ bits >> 6 ^ bits >> 7) & 0xFF ^ 0x63
         self.box = bytes(sbox)
         self.columns = self.multiply(self.box, (2, 1, 1, 3))
+        self.inverse = b"", []  # type: Tuple[bytes, List[List[int]]]
+
+    def invert(self) -> "Tuple[bytes, List[List[int]]]":
+        """Return the inverse of the S-box, and its tables with InvMixColumns."""
+        if not self.inverse[0]:
+            box = bytes(self.box.index(value) for value in range(256))
+            self.inverse = box, self.multiply(box, (14, 9, 13, 11))
+        return self.inverse
 
     def multiply(self, box: bytes, factors: "Tuple[int, ...]") -> "List[List[int]]":
         """Multiply each byte of `box` by `factors` to a word; return these in four rotations."""
@@ -355,13 +362,13 @@ class AesTables:
 class Aes:
     """The block cipher of FIPS 197 for one key of 16, 24 or 32 bytes."""
 
-    tables = None  # type: Optional[AesTables]
+    made = None  # type: Optional[AesTables]
 
     def __init__(self, key: bytes) -> None:
-        if Aes.tables is None:
-            Aes.tables = AesTables()  # half a millisecond: not before somebody needs it
-        self.box, self.columns = Aes.tables.box, Aes.tables.columns
-        self.words = self.expand(key)
+        # Tables take half a millisecond each way: none is made before somebody needs it.
+        self.tables = Aes.made = Aes.made or AesTables()
+        self.box, self.columns = self.tables.box, self.tables.columns
+        self.words, self.inverse_words = self.expand(key), []  # type: List[int], List[int]
 
     def expand(self, key: bytes) -> "List[int]":
         """Return the round keys of section 5.2, four words each."""
@@ -405,6 +412,28 @@ class Aes:
         return (last(a, b, c, d) ^ k[-4], last(b, c, d, a) ^ k[-3],
                 last(c, d, a, b) ^ k[-2], last(d, a, b, c) ^ k[-1])
 
+    def decrypt_block(self, block: bytes) -> bytes:
+        """Decrypt 16 bytes: EqInvCipher() of section 5.3.5.
+
+        Its rows turn the other way: with columns 2 and 4 exchanged, in the keys too, rounds() fits.
+        """
+        box, columns = self.tables.invert()
+        self.inverse_words = self.inverse_words or self.inverse_round_keys(columns)
+        a, d, c, b = struct.unpack(">4I", block)
+        a, b, c, d = self.rounds(columns, box, self.inverse_words, a, b, c, d)
+        return struct.pack(">4I", a, d, c, b)
+
+    def inverse_round_keys(self, columns: "List[List[int]]") -> "List[int]":
+        """Return the round keys, last first, the inner ones after InvMixColumns (section 5.3.5)."""
+        (t0, t1, t2, t3), box, words = columns, self.box, []
+        for i in range(len(self.words) - 4, -1, -4):
+            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
+                if 0 < i < len(self.words) - 4:
+                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
+                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
+                words.append(word)
+        return words
+
 
 def exclusive_or(left: bytes, right: bytes) -> bytes:
     """Return the exclusive or of a block and as many bytes of another one."""
@@ -418,42 +447,6 @@ def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
     first = md5(secret + salt)
     second = md5(first + secret + salt)
     return first + second, md5(second + secret + salt)
-
-
-class AesInverse(Aes):
-    """Aes that decrypts as well."""
-
-    inverse = None  # type: Optional[Tuple[bytes, List[List[int]]]]
-
-    def __init__(self, key: bytes) -> None:
-        super().__init__(key)
-        assert Aes.tables is not None
-        if AesInverse.inverse is None:
-            box = bytes(self.box.index(value) for value in range(256))
-            AesInverse.inverse = box, Aes.tables.multiply(box, (14, 9, 13, 11))
-        self.inverse_box, self.inverse_columns = AesInverse.inverse
-        self.inverse_words = self.inverse_round_keys()
-
-    def decrypt_block(self, block: bytes) -> bytes:
-        """Decrypt 16 bytes: EqInvCipher() of section 5.3.5.
-
-        Its rows turn the other way: with columns 2 and 4 exchanged, in the keys too, rounds() fits.
-        """
-        a, d, c, b = struct.unpack(">4I", block)
-        a, b, c, d = self.rounds(self.inverse_columns, self.inverse_box, self.inverse_words,
-                                 a, b, c, d)
-        return struct.pack(">4I", a, d, c, b)
-
-    def inverse_round_keys(self) -> "List[int]":
-        """Return the round keys, last first, the inner ones after InvMixColumns (section 5.3.5)."""
-        (t0, t1, t2, t3), box, words = self.inverse_columns, self.box, []
-        for i in range(len(self.words) - 4, -1, -4):
-            for word in (self.words[i], self.words[i + 3], self.words[i + 2], self.words[i + 1]):
-                if 0 < i < len(self.words) - 4:
-                    word = (t0[box[word >> 24]] ^ t1[box[word >> 16 & 255]]
-                            ^ t2[box[word >> 8 & 255]] ^ t3[box[word & 255]])
-                words.append(word)
-        return words
 
 
 # --- end shared: aes --
@@ -573,7 +566,7 @@ def decode_base64(text: bytes) -> bytes:
 
 
 class LibraryAes:
-    """The same as AesInverse, by `cryptography`.
+    """The same as Aes, by `cryptography`.
 
     Its import takes 6 MB and 80 ms, longer than our AES needs for a hundred packets. With an HMAC
     the server decrypts only genuine packets, so the import pays only for a stanza without one.
@@ -587,31 +580,30 @@ class LibraryAes:
 
 
 def fastest_cipher() -> Any:
-    """Return LibraryAes if it works here, else AesInverse."""
+    """Return LibraryAes if it works here, else Aes."""
     try:
         LibraryAes(bytes(16))
     except Exception:  # a broken installation may raise anything; ours does the same work
-        return AesInverse
+        return Aes
     return LibraryAes
 
 
 def decrypt(cipher: Any, mode: str, iv: bytes, text: bytes) -> bytes:
-    """Decrypt `text` (whole blocks) in `mode`, padding included (NIST SP 800-38A section 6)."""
+    """Decrypt `text` in `mode`, padding included (NIST SP 800-38A section 6).
+
+    CTR encrypts as it decrypts, and its last block may be a part; the others need whole blocks.
+    """
     blocks = [text[i:i + 16] for i in range(0, len(text), 16)]
     if mode in ("CFB", "OFB", "CTR"):
         plain, given = b"", iv
         for block in blocks:
             output = cipher.encrypt_block(given)
             plain += exclusive_or(block, output)
-            given = {"CFB": block, "OFB": output, "CTR": next_counter(given)}[mode]
+            counter = (int.from_bytes(given, "big") + 1) % (1 << 128)  # appendix B.1
+            given = {"CFB": block, "OFB": output, "CTR": counter.to_bytes(16, "big")}[mode]
         return plain
     plains = map(cipher.decrypt_block, blocks)
     return b"".join(plains if mode == "ECB" else map(exclusive_or, plains, [iv] + blocks))
-
-
-def next_counter(counter: bytes) -> bytes:
-    """Return the block after `counter`, a big-endian number (SP 800-38A appendix B.1)."""
-    return ((int.from_bytes(counter, "big") + 1) % (1 << 128)).to_bytes(16, "big")
 
 
 def strip_padding(plain: bytes, optional: bool = False) -> bytes:
@@ -672,7 +664,7 @@ class PacketKeys(Keys):
         self.secret, self.mode, self.respelt = key, mode, mode == "LEGACY"
         if mode == "LEGACY":  # cut the key, or fill it up with the digit zero (fwknop.md 1.7)
             self.secret = Secret(key[:LEGACY_KEY_BYTES].ljust(LEGACY_KEY_BYTES, b"0"))
-        self.cipher = AesInverse if hmac_key else fastest_cipher()
+        self.cipher = Aes if hmac_key else fastest_cipher()
 
     def decrypt(self, ciphertext: bytes) -> bytes:
         """Return the plaintext of "Salted__", salt and encrypted blocks; WrongKey if it is none."""
@@ -706,9 +698,7 @@ def seal_answer(packet: bytes, key: bytes, hmac_key: bytes, done: bool, text: st
     text = "".join(c if " " <= c <= "~" else "?" for c in text)
     text = text if len(text) <= most else text[:most - 3] + "..."
     plain = bytes([not done]) + text.encode()
-    blocks = plain.ljust(-(-len(plain) // 16) * 16, b"\0")  # CTR encrypts as it decrypts
-    ciphertext = decrypt(Aes(encryption_key), "CTR", nonce + bytes(8), blocks)[:len(plain)]
-    answer = b"\1" + nonce + ciphertext
+    answer = b"\1" + nonce + decrypt(Aes(encryption_key), "CTR", nonce + bytes(8), plain)
     return answer + compute_tag(answer)
 
 
@@ -1038,6 +1028,7 @@ class Directive(Generic[T]):
         self.names = names.split()  # dumps and errors write the first one
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
         self.is_path = parse in (parse_path, parse_home)
+        self.parse_default = lru_cache(maxsize=None)(parse)  # once, for 1,000 stanzas too
 
     def __set_name__(self, owner: type, attribute: str) -> None:
         """Note the attribute's name."""
@@ -1237,18 +1228,9 @@ class Settings:
 
     def set_defaults(self) -> None:
         """Give each unset directive its default. Call this after the last file is read."""
-        for attribute, value in self.defaults().items():
-            self.__dict__.setdefault(attribute, value)
-        for row in self.rows():  # the rest: these begin with another directive ($FWKNOP_RUN_DIR)
+        for row in self.rows():
             if row.attribute not in self.__dict__:
-                self.__dict__[row.attribute] = row.parse(self.expand(row.default))
-
-    @classmethod
-    @lru_cache(maxsize=None)
-    def defaults(cls) -> Dict[str, Any]:
-        """Parse the defaults that begin with no other directive: once, for 1,000 stanzas too."""
-        return {row.attribute: row.parse(row.default) for row in cls.rows()
-                if not row.default.startswith("$")}
+                self.__dict__[row.attribute] = row.parse_default(self.expand(row.default))
 
     def is_set(self, row: Directive[Any]) -> bool:
         """Tell whether a file or an option set this directive."""
@@ -1682,11 +1664,9 @@ class FilterParser:
     def expression(self) -> Filter:
         """Parse terms, joined from left to right."""
         tree = self.term()
-        while True:
-            operator = self.next_if("and", "or")
-            if not operator:
-                return tree
-            tree = Junction(operator, (tree, self.term()))
+        while self.tokens[-1:] in (["and"], ["or"]):
+            tree = Junction(self.tokens.pop(), (tree, self.term()))
+        return tree
 
     def term(self) -> Filter:
         """Parse a primitive, an expression in parentheses, or `not` of either."""
@@ -2430,11 +2410,6 @@ class Key(Directive[Secret]):
         return Secret(key)
 
 
-def parse_digest(text: str) -> Digest:
-    """Parse the name of a digest or HMAC type."""
-    return DIGESTS[choice(*DIGESTS)(text)]
-
-
 def parse_user(text: str) -> str:
     """Parse a user name that a packet can carry (tests/spec/fwknop.md 1.3)."""
     expect(len(text) <= 48 and set(text) <= set(USER_CHARACTERS),
@@ -2556,8 +2531,8 @@ class Stanza(Settings):
     key_base64 = Key("KEY_BASE64", MAX_KEY_BYTES, "encryption key in base64", encoded=True)
     hmac_key = Key("HMAC_KEY", MAX_HMAC_KEY_BYTES, "HMAC key, raw, up to 128 bytes")
     hmac_key_base64 = Key("HMAC_KEY_BASE64", MAX_HMAC_KEY_BYTES, "HMAC key in base64", encoded=True)
-    hmac_type = Directive("HMAC_DIGEST_TYPE", parse_digest, "SHA256",
-                          "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
+    hmac_type = Directive("HMAC_DIGEST_TYPE", lambda text: DIGESTS[choice(*DIGESTS)(text)],
+                          "SHA256", "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", choice(*MODES, ASYMMETRIC), "CBC",
                      "CBC, ECB, CFB, OFB, CTR or legacy; Asymmetric: GPG only")
     answer = Flag("ANSWER", "answer a packet over UDP, once and encrypted: what was opened, or why "
@@ -2779,11 +2754,6 @@ class Stanza(Settings):
         """Return the encryption key and the HMAC key, in whichever form they are given."""
         return (self.only_one(Stanza.key, Stanza.key_base64),
                 self.only_one(Stanza.hmac_key, Stanza.hmac_key_base64))
-
-    @property
-    def only_same_address(self) -> bool:
-        """Return whether it opens only to the address that a packet came from."""
-        return bool(self.openspa_clients) if self.same_address is None else self.same_address
 
     @property
     def account(self) -> Optional[Account]:
@@ -3205,8 +3175,8 @@ def check_policy(request: Request, stanza: Stanza, now: float) -> None:
         raise PacketRejected("expired stanza", "Access stanza has expired.")
     if request.address is None and stanza.require_source:
         raise PacketRejected("no address", "Got 0.0.0.0 when valid source IP was required.")
-    if (stanza.only_same_address and request.address is not None
-            and request.address != parse_address(socket_text(request.datagram.source))):
+    same = bool(stanza.openspa_clients) if stanza.same_address is None else stanza.same_address
+    if same and request.address not in (None, parse_address(socket_text(request.datagram.source))):
         raise PacketRejected("other address", f"The packet is for {request.address}, and did not "
                              "come from there (REQUIRE_SAME_ADDRESS).")
     if stanza.require_username and request.user not in (None, stanza.require_username):
@@ -3457,16 +3427,12 @@ def read_integers(data: bytes) -> "List[int]":
 
 
 class RsaKey:
-    """An RSA key for PKCS#1 v1.5 (RFC 8017). Without `primes` it is a public key.
-
-    `sha256` returns the digest of its argument, `random_bytes` so many of them.
-    """
+    """An RSA key for PKCS#1 v1.5 (RFC 8017). Without `primes` it is a public key."""
 
     def __init__(self, modulus: int, exponent: int, primes: "Tuple[int, ...]",
-                 sha256: "Callable[[bytes], bytes]",
                  random_bytes: "Callable[[int], bytes]") -> None:
         self.modulus, self.exponent, self.primes = modulus, exponent, primes
-        self.sha256, self.random_bytes = sha256, random_bytes
+        self.random_bytes = random_bytes
         self.size = (modulus.bit_length() + 7) // 8
         self.blinding = (0, 0)  # a random number to the exponent, and the inverse of the number
         if not RSA_BITS[0] <= modulus.bit_length() <= RSA_BITS[1] or modulus.bit_length() % 8:
@@ -3481,8 +3447,8 @@ class RsaKey:
                 raise ValueError("expected a private key whose numbers belong together")
 
     @classmethod
-    def parse(cls, text: str, private: bool, sha256: "Callable[[bytes], bytes]",
-              random_bytes: "Callable[[int], bytes]") -> "RsaKey":
+    def parse(cls, text: str, private: bool,
+              random_bytes: "Callable[[int], bytes]" = os.urandom) -> "RsaKey":
         """Read a key from PEM, or raise ValueError: a private one of PKCS#1 (RFC 8017 A.1.2) or
         PKCS#8 (RFC 5208), a public one of PKCS#1 (A.1.1) or SubjectPublicKeyInfo (RFC 5280 4.1)."""
         label, data = read_pem(text)
@@ -3503,9 +3469,8 @@ class RsaKey:
         numbers = read_integers(data)
         if len(numbers) != (9 if private else 2) or (private and numbers[0]):
             raise ValueError(f"expected the {9 if private else 2} numbers of an RSA key")
-        if private:
-            return cls(numbers[1], numbers[2], tuple(numbers[4:]), sha256, random_bytes)
-        return cls(numbers[0], numbers[1], (), sha256, random_bytes)
+        modulus, exponent, *others = numbers[1 if private else 0:]
+        return cls(modulus, exponent, tuple(others[1:]), random_bytes)
 
     def blind(self) -> "Tuple[int, int]":
         """Return another blinding. Its square serves the next time, and costs two products."""
@@ -3538,7 +3503,7 @@ class RsaKey:
 
     def padded_digest(self, message: bytes) -> bytes:
         """Return EMSA-PKCS1-v1_5 of a message with SHA-256 (section 9.2)."""
-        info = SHA256_INFO + self.sha256(message)
+        info = SHA256_INFO + DIGESTS["SHA256"](message)
         return b"\0\1" + b"\xff" * (self.size - len(info) - 3) + b"\0" + info
 
     def sign(self, message: bytes) -> bytes:
@@ -3697,7 +3662,7 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
     if len(text) % 16 or not text:
         raise ValueError("expected whole blocks")
     session = key.decrypt(outer.get(2, b""), 48)
-    aes, before, plain = AesInverse(session[16:]), session[:16], b""
+    aes, before, plain = Aes(session[16:]), session[:16], b""
     for start in range(0, len(text), 16):
         block = text[start:start + 16]
         plain, before = plain + exclusive_or(aes.decrypt_block(block), before), block
@@ -3709,12 +3674,10 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
     return datagram[:8], inner.get(1, b""), inner.get(2, b"")
 
 
-def adk_proof(secret: bytes, seconds: float, sha1_tag: "Callable[[bytes, bytes], bytes]") -> int:
-    """Return the ADK proof at a time: HOTP of the minute with nine digits (RFC 4226 section 5.3).
-
-    `sha1_tag` returns the HMAC-SHA1 by a key of a message; 4 bytes of secret, as 7 of base32 (1.9).
-    """
-    tag = sha1_tag(secret, struct.pack(">Q", int(seconds) // ADK_SECONDS))
+def adk_proof(secret: bytes, seconds: float) -> int:
+    """Return the ADK proof at a time, by 4 bytes of secret (1.9): HOTP of the minute with nine
+    digits (RFC 4226 section 5.3)."""
+    tag = Hmac(DIGESTS["SHA1"], secret)(struct.pack(">Q", int(seconds) // ADK_SECONDS))
     offset = tag[-1] & 15
     return (int.from_bytes(tag[offset:offset + 4], "big") & 0x7FFFFFFF) % 10 ** 9
 
@@ -3881,9 +3844,9 @@ class Outlet:
 class StreamOutlet(Outlet):
     """A stream; each line begins with `<N>`, its severity, if that is systemd's journal.
 
-    O_NONBLOCK would hold for all programs that share the open file. So open_own() opens a pipe or
-    a terminal once more. A socket can't be opened so: a line is written only when poll() says that
-    it can. A pipe that is ready takes PIPE_BUF bytes at once (pipe(7)).
+    O_NONBLOCK would hold for all programs that share the open file. So a pipe or a terminal is
+    opened once more. A socket can't be opened so: a line is written only when poll() says that it
+    can. A pipe that is ready takes PIPE_BUF bytes at once (pipe(7)).
     """
 
     def __init__(self, stream: Any) -> None:
@@ -3898,16 +3861,12 @@ class StreamOutlet(Outlet):
             self.waits = False
         if self.waits:
             self.poll.register(self.number, select.POLLOUT)
-
-    def open_own(self) -> None:
-        """Open the stream once more, without waiting, where that is possible."""
-        if self.waits:
             with contextlib.suppress(OSError):
                 self.own = os.open(f"/proc/self/fd/{self.number}",
                                    os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def close(self) -> None:
-        """Close what open_own() opened."""
+        """Close what was opened once more."""
         if self.own >= 0:
             os.close(self.own)
             self.own = -1
@@ -3939,7 +3898,7 @@ class StreamOutlet(Outlet):
 class SyslogOutlet(Outlet):
     """Syslog, in the C library's format (RFC 3164 section 4); the C library itself would wait."""
 
-    def __init__(self, name: str, facility: str, with_pid: bool, path: str) -> None:
+    def __init__(self, name: str, facility: str, with_pid: bool, path: str = SYSLOG) -> None:
         super().__init__()
         self.name, self.facility, self.with_pid = name, FACILITIES[facility], with_pid
         self.path = path
@@ -4032,17 +3991,12 @@ class Log:
         """Write lines to a stream; None, as sys.stderr may be, is no stream."""
         if stream is not None:
             self.stream = StreamOutlet(stream)
-            self.stream.open_own()
 
     def close_stream(self) -> None:
         """Write no more lines to the stream."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None
-
-    def open_syslog(self, name: str, facility: str, with_pid: bool, path: str = SYSLOG) -> None:
-        """Write lines to syslog as well, under a name."""
-        self.syslog = SyslogOutlet(name, facility, with_pid, path)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -9181,7 +9135,7 @@ def ospa_lengths(modulus: int) -> FrozenSet[int]:
 def read_rsa_key(path: str, private: bool) -> RsaKey:
     """Read an RSA key from a file; raise ConfigError with the file's name if it can't be used."""
     try:
-        return RsaKey.parse(read_file(path, untrusted=True), private, DIGESTS["SHA256"], os.urandom)
+        return RsaKey.parse(read_file(path, untrusted=True), private)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -9318,8 +9272,7 @@ class OspaGate:
         if (control, suite, reserved) != (OSPA_REQUEST, OSPA_SUITE, 0):
             raise NotSpa("OpenSPA header", 4098)
         secret = self.settings.ospa_adk
-        if secret and proof != adk_proof(secret, self.clocks.wall(),
-                                         lambda key, text: Hmac(DIGESTS["SHA1"], key, b"")(text)):
+        if secret and proof != adk_proof(secret, self.clocks.wall()):
             raise PacketRejected("OpenSPA ADK", "OpenSPA: no ADK proof of this minute")
 
     def spend(self, do: Callable[..., T], *arguments: Any) -> T:
@@ -11743,7 +11696,7 @@ def generate_keys(arguments: Arguments) -> None:
     """Print both keys in fwknopd's lines (--key-gen), or write them to a new file."""
     values = arguments.values
     try:
-        digest = parse_digest(values.get("hmac_type", "SHA256"))
+        digest = Stanza.hmac_type.parse(values.get("hmac_type", "SHA256"))
         size = integer(1, MAX_KEY_BYTES)(values.get("key_len", "32"))
         hmac_size = integer(1, MAX_HMAC_KEY_BYTES)(
             values.get("hmac_key_len", str(min(digest.block, MAX_HMAC_KEY_BYTES))))
@@ -11799,7 +11752,7 @@ def direct_log(log: Log, options: KnockdOptions, directory: str) -> None:
     except OSError as error:  # as in knockd, no reason not to serve
         log.error(f"{explain(error, path)}; it gets no lines")
     if options.use_syslog and not log.syslog:
-        log.open_syslog("knockd", "LOG_DAEMON", with_pid=False)
+        log.syslog = SyslogOutlet("knockd", "LOG_DAEMON", with_pid=False)
         if os.path.exists(SYSLOG):
             log.stream_level = min(log.stream_level, DEBUG if log.level == DEBUG else WARNING)
         else:
@@ -11819,7 +11772,7 @@ def serve(arguments: Arguments, log: Log) -> int:
     as_fwknopd = arguments.program == "fwknopd" and "foreground" not in arguments
     daemon = as_fwknopd or "daemon" in arguments
     if (daemon and not arguments.as_knockd) or "syslog" in arguments:
-        log.open_syslog(settings.syslog_identity, settings.syslog_facility, with_pid=True)
+        log.syslog = SyslogOutlet(settings.syslog_identity, settings.syslog_facility, with_pid=True)
     log.stream_level = ERROR if daemon else DEBUG
     if "test" in arguments:
         log.warning("-t: nothing is closed or opened; packets are only judged, and logged")

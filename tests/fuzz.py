@@ -834,7 +834,7 @@ def pem(ground: Ground) -> Work:
         text = data.decode("latin-1")
         with contextlib.suppress(keygen.ConfigError):
             keygen.public_pem(text)
-        server.RsaKey.parse(text, b"PRIVATE" in data, server.DIGESTS["SHA256"], bytes)
+        server.RsaKey.parse(text, b"PRIVATE" in data, bytes)
     return Work([text.encode() for text in PEMS + [keygen.public_pem(
         FIRST["server_private_pem"])]], feed, lambda: feed(PEMS[0].encode()))
 

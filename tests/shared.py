@@ -33,9 +33,9 @@ BLOCKS: Dict[str, Block] = {
     "aes": Block(("spa_server.py", "spa_client.py"), frozenset((
         "struct", "Callable", "List", "Optional", "Tuple"))),
     "rsa": Block(("spa_server.py", "spa_client.py"), frozenset((
-        "binascii", "Callable", "List", "Tuple"))),
+        "DIGESTS", "binascii", "os", "Callable", "List", "Tuple"))),
     "openspa": Block(("spa_server.py", "spa_client.py"), frozenset((
-        "Aes", "AesInverse", "RsaKey", "exclusive_or", "struct", "Callable", "Dict", "List",
+        "Aes", "DIGESTS", "Hmac", "RsaKey", "exclusive_or", "struct", "Callable", "Dict", "List",
         "Tuple"))),
     "digests": Block(("spa_server.py", "spa_client.py"), frozenset((
         "SpaError", "Any", "Callable"))),

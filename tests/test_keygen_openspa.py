@@ -1,7 +1,6 @@
 """keygen.py --openspa: its primes, keys and files, and what the server and OpenSSL say to them."""
 
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -33,14 +32,9 @@ PRIMES = (2 ** 61 - 1, 2 ** 127 - 1, 2 ** 255 - 19, 2 ** 521 - 1, 2 ** 448 - 2 *
           2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1, 2 ** 16 + 1, 3 * 2 ** 30 + 1)
 
 
-def sha256(data: bytes) -> bytes:
-    """Return the SHA-256 of data."""
-    return hashlib.sha256(data).digest()
-
-
 def parse(pem: str, private: bool) -> server.RsaKey:
     """Return a key as the server reads it."""
-    return server.RsaKey.parse(pem, private, sha256, os.urandom)
+    return server.RsaKey.parse(pem, private)
 
 
 @functools.lru_cache(maxsize=None)

@@ -789,7 +789,7 @@ class LogTest(ServerCase):
         for facility, with_pid, expected in (
                 ("LOG_DAEMON", True, r"^<27>%%s me\[%d\]: e$" % os.getpid()),
                 ("LOG_LOCAL7", False, r"^<187>%s me: e$")):
-            log.open_syslog("me", facility, with_pid, path)
+            log.syslog = server.SyslogOutlet("me", facility, with_pid, path)
             assert log.syslog
             self.addCleanup(log.syslog.close)
             for _ in range(2):
@@ -830,8 +830,6 @@ class LogTest(ServerCase):
         for each in (reader, fifo, far.fileno(), terminal):
             os.set_blocking(each, False)
         outlets = [server.StreamOutlet(stream) for stream in streams]
-        for opened in outlets:
-            opened.open_own()
         for outlet, read_some in (
                 (outlets[0], partial(os.read, reader)),
                 (outlets[1], far.recv),
