@@ -18,47 +18,45 @@ formats and the behaviour of fwknop, knockd and OpenSPA.
 
 The way of a packet, with the sections that it leads through:
 
-  * The client reads the command line with the table of options (11), and ~/.fwknoprc (12) with the
-    table of directives (10). An option is a directive on the command line. The command line
+  * The client reads the command line with the table of options (9), and ~/.fwknoprc (10) with the
+    table of directives (8). An option is a directive on the command line. The command line
     overrides the stanza of -n, that overrides [default], and that the built-in defaults.
-  * It takes the two keys from there, from key files, or from a prompt (13).
-  * It looks the server's name up (15) and does the following for each address, IPv4 and IPv6. Each
+  * It takes the two keys from there, from key files, or from a prompt (11).
+  * It looks the server's name up (13) and does the following for each address, IPv4 and IPv6. Each
     address gets a packet of its own: the server rejects a second copy as a replay.
-  * It knocks on the ports of KNOCK_SEQUENCE, at one address after the other (15).
-  * It connects a UDP socket (15), which sends nothing yet.
-  * It chooses the address to open for (16): that of -a or -s, or else the socket's own. The own
+  * It knocks on the ports of KNOCK_SEQUENCE, at one address after the other (13).
+  * It connects a UDP socket (13), which sends nothing yet.
+  * It chooses the address to open for (14): that of -a or -s, or else the socket's own. The own
     one serves only if no NAT can be on the way, so that the server sees the same one.
-  * It writes the message (5): for whom, when, which ports. A digest follows the message.
-  * It encrypts both with AES-256 (4) or gpg (14), and appends an HMAC of the cipher text (5).
-  * It checks the length of the packet, and sends it by its carrier (8, 15).
-  * With --answer it prints the server's answer to the packet, if the stanza there has ANSWER (18).
+  * It writes the message (4): for whom, when, which ports. A digest follows the message.
+  * It encrypts both with AES-256 (3) or gpg (12), and appends an HMAC of the cipher text (4).
+  * It checks the length of the packet, and sends it by its carrier (6, 13).
+  * With --answer it prints the server's answer to the packet, if the stanza there has ANSWER (16).
   * With --wait, --proxy or --exec it tries the TCP port until it opens, and knocks anew every
     second or three, unless the server answers why not. Then it relays that connection, or becomes
-    the command (18).
+    the command (16).
 
-Contents. Sections 1 to 12 only compute: text, bytes and time in, values out; some warn. Sections
-13 to 20 touch the machine: files, terminal, programs, network, standard output.
+Contents. Sections 1 to 10 only compute: text, bytes and time in, values out; some warn. Sections
+11 to 18 touch the machine: files, terminal, programs, network, standard output.
 
   1. Errors
   2. Bytes and digests
-  3. AES (FIPS 197)
-  4. Encryption of a packet
-  5. Message and packet
-  6. RSA (RFC 8017)
-  7. The OpenSPA packet
-  8. Carriers
-  9. Values
-  10. Directives
-  11. Options
-  12. The rc file
-  13. Files and keys
-  14. Programs
-  15. Network
-  16. Own address
-  17. OpenSPA
-  18. After the knock
-  19. Output
-  20. Run
+  3. AES (FIPS 197) and its modes
+  4. Message and packet
+  5. RSA (RFC 8017) and the OpenSPA packet
+  6. Carriers
+  7. Values
+  8. Directives
+  9. Options
+  10. The rc file
+  11. Files and keys
+  12. Programs
+  13. Network
+  14. Own address
+  15. OpenSPA
+  16. After the knock
+  17. Output
+  18. Run
 
 Exit codes: 0 the packet was sent, or another task is done; 1 it was not sent, the server refused
 (--answer), or the port did not open; 2 wrong usage; 3 a file can't be used; 130 interrupted. fwknop
@@ -253,10 +251,11 @@ def decode_text(data: bytes) -> str:
 
 
 # ======================================================================================
-# 3. AES (FIPS 197)
+# 3. AES (FIPS 197) and its modes
 #
-# The block cipher, and the key and IV of a secret. It is written here because Python's library
-# has no AES, and to import a package costs more than to encrypt the six blocks of a packet.
+# The block cipher is written here because Python's library has no AES, and to import a package
+# costs more than to encrypt the six blocks of a packet. The modes are those of NIST SP 800-38A as
+# fwknop uses them, in the container of `openssl enc`.
 # ======================================================================================
 
 # --- shared: aes -- the same text in spa_server.py and spa_client.py --
@@ -394,13 +393,6 @@ def bytes_to_key(md5: "Callable[[bytes], bytes]", secret: bytes,
 
 # --- end shared: aes --
 
-# ======================================================================================
-# 4. Encryption of a packet
-#
-# The modes of NIST SP 800-38A as fwknop uses them, in the container of `openssl enc`. There is
-# only encryption here: this program never reads a packet, and in CTR decryption is the same.
-# ======================================================================================
-
 BLOCK = 16  # bytes of a block of AES
 KEY_LIMIT = 32  # bytes of an encryption key
 LEGACY_KEY_LENGTH = 16
@@ -415,10 +407,7 @@ MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "legacy": 8, GPG: 7}
 
 
 def encrypt_blocks(mode: str, key: bytes, iv: bytes, blocks: bytes) -> bytes:
-    """Encrypt whole blocks with a key of AES (SP 800-38A section 6.1 to 6.5).
-
-    CFB feeds back all 128 bits, CTR counts the 16 bytes of the IV as one big-endian number.
-    """
+    """Encrypt whole blocks with a key of AES (SP 800-38A section 6.1 to 6.5; CFB is CFB128)."""
     encrypt, register, out = Aes(key).encrypt_block, iv, b""
     for position in range(0, len(blocks), BLOCK):
         block = blocks[position:position + BLOCK]
@@ -451,7 +440,7 @@ def encrypt_salted(mode: str, secret: bytes, salt: bytes, plaintext: bytes) -> b
 
 
 # ======================================================================================
-# 5. Message and packet
+# 4. Message and packet
 #
 # The message (tests/spec/fwknop.md 1.2 to 1.6), the packet made of it (1.1, 1.8, 1.11), and the
 # answer to that packet (tests/spec/answer.md).
@@ -465,7 +454,7 @@ MESSAGE_TYPES = (
 
 SOURCE_ADDRESS = "0.0.0.0"  # in a message: the address that the packet comes from
 USER_LIMIT = 48  # bytes of a user name: 64 of base64 (tests/spec/fwknop.md 1.3)
-OPTION_USER_LIMIT = 29  # bytes that fwknop keeps of -U
+OPTION_USER_LIMIT = 29  # characters that fwknop keeps of -U and SPOOF_USER
 TIMEOUT_LIMIT = 65536  # seconds, fwknop's limit
 PACKET_LIMIT = 400  # characters: servers take a packet of this length for GPG (fwknop.md 1.9)
 GPG_LIMIT = 1500  # characters: servers ignore longer packets (tests/spec/fwknop.md 1.10)
@@ -488,25 +477,16 @@ class Message:
         self.text, self.nat, self.timeout = text, nat, timeout
 
 
-def encode_message(message: Message) -> bytes:
-    """Return the message M of tests/spec/fwknop.md 1.1: the fields in order, `:` in between."""
+def encode_message(message: Message, digest_type: str) -> bytes:
+    """Return the plain text P of fwknop.md 1.1: the fields in order, and their digest (1.6)."""
     fields = [message.random, encode_base64(encode_text(message.user)), str(message.timestamp),
               PROTOCOL_VERSION, str(message.number), encode_base64(encode_text(message.text))]
     if message.nat:
         fields.append(encode_base64(encode_text(message.nat)))
     if message.timeout and message.number != COMMAND:
         fields.append(str(message.timeout))
-    return ":".join(fields).encode("ascii")
-
-
-def message_digest(message: bytes, digest_type: str) -> str:
-    """Return the digest D that follows the message (tests/spec/fwknop.md 1.6)."""
-    return encode_base64(DIGESTS[digest_type](message))
-
-
-def add_digest(message: bytes, digest_type: str) -> bytes:
-    """Return the plain text P of tests/spec/fwknop.md 1.1."""
-    return message + b":" + message_digest(message, digest_type).encode("ascii")
+    text = ":".join(fields).encode("ascii")
+    return text + b":" + encode_base64(DIGESTS[digest_type](text)).encode("ascii")
 
 
 def seal(data: bytes, hmac_key: "Optional[bytes]", hmac_type: str) -> str:
@@ -562,9 +542,10 @@ def check_length(packet: str, message: Message, digest_type: str, tag_length: in
 
 
 # ======================================================================================
-# 6. RSA (RFC 8017)
+# 5. RSA (RFC 8017) and the OpenSPA packet
 #
-# PKCS#1 v1.5 with SHA-256, and keys in PEM, for OpenSPA alone. Python's pow() does the work.
+# PKCS#1 v1.5 with SHA-256, and keys in PEM; Python's pow() does the work. Containers, fields and
+# encryption of OpenSPA v2 (tests/spec/openspa.md 1.2 to 1.6, 1.9).
 # ======================================================================================
 
 # --- shared: rsa -- the same text in spa_server.py and spa_client.py --
@@ -738,13 +719,6 @@ class RsaKey:
 
 # --- end shared: rsa --
 
-
-# ======================================================================================
-# 7. The OpenSPA packet
-#
-# Containers, fields and encryption of OpenSPA v2 (tests/spec/openspa.md 1.2 to 1.6, 1.9).
-# ======================================================================================
-
 # --- shared: openspa -- the same text in spa_server.py and spa_client.py --
 
 OSPA_PORT, OSPA_MAX = 22211, 1444  # bytes of a datagram at most (tests/spec/openspa.md 1.1)
@@ -881,7 +855,7 @@ def adk_proof(secret: bytes, seconds: float) -> int:
 
 
 # ======================================================================================
-# 8. Carriers
+# 6. Carriers
 #
 # The bytes around a packet that does not travel as a plain UDP datagram or over TCP: an HTTP
 # request, or the IP headers of the raw carriers (tests/spec/fwknop.md 1.14).
@@ -936,7 +910,7 @@ def encode_raw(carrier: str, payload: bytes, addresses: bytes,
 
 
 # ======================================================================================
-# 9. Values
+# 7. Values
 #
 # From text to the value of a directive or option. A parse_ function that gets something else
 # raises ValueError("expected ..."). The caller adds file and line, and the text if it is no secret.
@@ -972,14 +946,11 @@ def is_decimal(text: str) -> bool:
     return 0 < len(text) < 10 and not text.strip("0123456789")
 
 
-SECONDS = "a number of seconds"
+SECONDS = "a number of seconds"  # as in fwknop, an `s` may follow
 
 
 def number_parser(low: int, high: int, what: str) -> "Callable[[str], int]":
-    """Return a parse_ function for decimal numbers; its error says that they count `what`.
-
-    An `s` may follow SECONDS, as in fwknop.
-    """
+    """Return a parse_ function for decimal numbers; its error says that they count `what`."""
     def parse(text: str) -> int:
         digits = text[text.startswith("+"):len(text) - (what == SECONDS and text.endswith("s"))]
         if not is_decimal(digits) or not low <= int(digits) <= high:
@@ -1014,8 +985,6 @@ def choice_parser(names: "Iterable[str]") -> "Callable[[str], str]":
 
 
 parse_digest = choice_parser(DIGESTS)
-parse_mode = choice_parser(MODES)
-parse_carrier = choice_parser(CARRIERS)
 
 
 def parse_printable(text: str) -> str:
@@ -1145,17 +1114,12 @@ def parse_user(text: str) -> str:
     return text
 
 
-def parse_short_user(text: str) -> str:
-    """Parse a user name of an option or directive; fwknop keeps 29 characters of it."""
-    return parse_user(text[:OPTION_USER_LIMIT])
-
-
 # ======================================================================================
-# 10. Directives
+# 8. Directives
 #
 # One row per directive of ~/.fwknoprc, in fwknop's order. Only options set the rows at the end,
 # which have names in lower case. A value stays text, with its origin, until all layers are merged.
-# A new directive is a row here; a new option is a row of OPTION_TABLE (section 11).
+# A new directive is a row here; a new option is a row of OPTION_TABLE (section 9).
 # ======================================================================================
 
 
@@ -1213,14 +1177,14 @@ class Settings:
     """Every directive of ~/.fwknoprc (tests/spec/fwknop.md 2.2) and of the command line."""
 
     digest_type = setting("DIGEST_TYPE", parse_digest, "SHA256", "digest inside the packet")
-    protocol = setting("SPA_SERVER_PROTO", parse_carrier, "udp", "carrier of the packet")
+    protocol = setting("SPA_SERVER_PROTO", choice_parser(CARRIERS), "udp", "carrier of the packet")
     port = setting("SPA_SERVER_PORT", parse_port, "62201", "port of the server")
     source_port = optional("SPA_SOURCE_PORT", parse_port, "source port of the raw carriers")
     timeout = setting("FW_TIMEOUT", number_parser(0, TIMEOUT_LIMIT, SECONDS), "0",
                       "seconds to keep open (0: the server decides)")
     allow_ip = optional("ALLOW_IP", parse_allow, "address to open for")
     time_offset = setting("TIME_OFFSET", parse_offset, "0", "add to the time in the packet")
-    mode = setting("ENCRYPTION_MODE", parse_mode, "CBC", "mode of AES")
+    mode = setting("ENCRYPTION_MODE", choice_parser(MODES), "CBC", "mode of AES")
     use_gpg = flag("USE_GPG", "encrypt with GPG instead of AES")
     gpg_agent = flag("USE_GPG_AGENT", "the gpg-agent knows the passphrase")
     gpg_recipient = optional("GPG_RECIPIENT", parse_text, "the server's GPG key")
@@ -1230,7 +1194,8 @@ class Settings:
     gpg_passphrase = optional("GPG_SIGNING_PW", encode_text, "passphrase of GPG_SIGNER")
     gpg_passphrase_base64 = optional("GPG_SIGNING_PW_BASE64", decode_base64, "the same in base64")
     gpg_no_passphrase = flag("GPG_NO_SIGNING_PW", "GPG_SIGNER has no passphrase")
-    user = optional("SPOOF_USER", parse_short_user, "user name in the packet")
+    user = optional("SPOOF_USER", lambda text: parse_user(text[:OPTION_USER_LIMIT]),
+                    "user name in the packet")
     spoof_source = optional("SPOOF_SOURCE_IP", parse_spoof, "source address of the raw carriers")
     access = optional("ACCESS", parse_access, "ports to open, such as tcp/22,udp/53")
     server = optional("SPA_SERVER", parse_server, "the server, a name or an address")
@@ -1447,7 +1412,7 @@ def merge(layers: "List[Dict[str, Given]]") -> "Dict[str, Given]":
 
 
 # ======================================================================================
-# 11. Options
+# 9. Options
 #
 # One row per option; the parser, --help, --man and --completion come from the table. The
 # conventions are those of getopt_long: options and operands in any order, `--name value`,
@@ -1817,7 +1782,7 @@ def format_completion(shell: str) -> str:
 
 
 # ======================================================================================
-# 12. The rc file
+# 10. The rc file
 #
 # The text of ~/.fwknoprc, cut into stanzas, names and values exactly as fwknop cuts it
 # (tests/spec/fwknop.md 2.2), so that one file means the same to both programs.
@@ -1982,7 +1947,7 @@ def edit_stanza(text: str, stanza: str, values: "Dict[str, str]", dropped: "Set[
 
 
 # ======================================================================================
-# 13. Files and keys
+# 11. Files and keys
 #
 # Read rc and key files, ask for keys, make new ones; write what is kept. From here on the code
 # touches the machine.
@@ -2245,7 +2210,7 @@ def replace_file(path: str, old: str, text: str) -> bool:
     directory can keep us waiting.
     """
     new = path + ".updated"
-    descriptor = create_alone(new)
+    descriptor, done = create_alone(new), False
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(encode_text(text))
@@ -2254,22 +2219,17 @@ def replace_file(path: str, old: str, text: str) -> bool:
                 os.fchown(descriptor, status.st_uid, status.st_gid)
             file.flush()
             os.fsync(descriptor)
-        same = saved_text(path) == old
-        if same:
+        if saved_text(path) == old:
             os.replace(new, path)
-        else:
+            done = True
+        return done
+    finally:
+        if not done:
             os.unlink(new)
-        return same
-    except BaseException:
-        os.unlink(new)
-        raise
 
 
 def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str, str]]":
-    """Write options to a stanza of the rc file (fwknop.md 2.3); return its path and the values.
-
-    All questions come before the lock.
-    """
+    """Write options to a stanza of the rc file (fwknop.md 2.3); return its path and the values."""
     named, path = given.get("named_config") or given.get("SPA_SERVER"), rc_path(given)
     if named is None or path is None:
         missing = "an rc file" if named else "-n or -D, for the name of the stanza"
@@ -2286,17 +2246,14 @@ def save_stanza(given: "Dict[str, Given]", force: bool) -> "Tuple[str, Dict[str,
 
 
 def change_rc_file(path: str, edit: "Callable[[str], Tuple[str, T]]") -> "T":
-    """Give the rc file the text that `edit` makes of the old one; return what else it returns.
-
-    Begin again if another program changes the file meanwhile.
-    """
+    """Give the rc file the text that `edit` makes of the old one; return what else it returns."""
     real = os.path.realpath(path)
     with errors_named(real):
         if os.path.exists(path):  # root must not follow another user's link
             os.close(open_ours(path, os.O_RDONLY))
-        while True:
+        while True:  # begin again if another program changes the file meanwhile
             text = saved_text(real)
-            new, result = edit(text)
+            new, result = edit(text)  # asks its questions before replace_file() locks
             if replace_file(real, text, new):
                 return result
 
@@ -2500,7 +2457,7 @@ def find_user(settings: Settings) -> str:
 
 
 # ======================================================================================
-# 14. Programs
+# 12. Programs
 #
 # gpg and wget. They start only on request, with lists of arguments that no shell sees.
 # ======================================================================================
@@ -2548,7 +2505,7 @@ def encrypt_gpg(settings: Settings, plaintext: bytes, passphrase: "Optional[byte
 
 
 # ======================================================================================
-# 15. Network
+# 13. Network
 #
 # Look the server up, knock on its ports, and send. A link is a UDP socket connected to the server.
 # It knows the route and our own address, even if the packet then takes another carrier.
@@ -2709,7 +2666,7 @@ def random_port() -> int:
 
 
 # ======================================================================================
-# 16. Own address
+# 14. Own address
 #
 # The address to open for, if none is set: the link's own if there can be no NAT, or the one that a
 # web page (-R) or a STUN server (RFC 8489) tells; both see the source of our question. STUN is not
@@ -2802,11 +2759,6 @@ def own_address(link: "socket.socket") -> "Optional[str]":
     return names[0]
 
 
-def is_loopback(text: str) -> bool:
-    """Return whether an address is one that no other host reaches: 127.0.0.0/8 or ::1."""
-    return text.startswith("127.") or text == "::1"
-
-
 def check_own(text: str, where: str, link: "Optional[socket.socket]" = None) -> str:
     """Return our address as others tell it, IPv4 instead of IPv4 in IPv6; raise SpaError.
 
@@ -2816,8 +2768,9 @@ def check_own(text: str, where: str, link: "Optional[socket.socket]" = None) -> 
     if own[:12] == MAPPED:
         own = own[12:]
         text = socket.inet_ntop(socket.AF_INET, own)
+    near = link is not None and all(each.startswith("127.") or each == "::1"
+                                    for each in (text, str(link.getpeername()[0])))
     # Nobody has an address in 0.0.0.0/8, 127.0.0.0/8, from 224.0.0.0 on, ::, ::1 or ff00::/8.
-    near = link is not None and is_loopback(text) and is_loopback(str(link.getpeername()[0]))
     if not near and ((own[0] in (0, 127) or own[0] >= 224) if len(own) == 4 else (
             own[:15] == bytes(15) or own[0] == 255)):
         raise SpaError(f"{where}: it says that our address is {text}, which can't be")
@@ -2943,9 +2896,9 @@ def ask_stun(server: str, family: int) -> str:
 
 
 # ======================================================================================
-# 17. OpenSPA
+# 15. OpenSPA
 #
-# The OSPA file, the request and the answer (tests/spec/openspa.md 1.8, 1.10); packets: section 7.
+# The OSPA file, the request and the answer (tests/spec/openspa.md 1.8, 1.10); packets: section 5.
 # ======================================================================================
 
 OSPA_TRIES, OSPA_SECONDS = 3, 1.0  # the same bytes are sent so often, so many seconds apart
@@ -3085,7 +3038,7 @@ class OspaRequest:
 
 
 # ======================================================================================
-# 18. After the knock
+# 16. After the knock
 #
 # Hear the server's answer, try the port until it opens, relay its connection, or become another
 # program. Only TCP: a client can't tell whether a UDP port is open.
@@ -3318,7 +3271,7 @@ def become(command: "List[str]") -> None:
 
 
 # ======================================================================================
-# 19. Output
+# 17. Output
 #
 # Text for standard output, in the layout that fwknop's users and scripts know
 # (tests/spec/fwknop.md 2.8). It never holds a key.
@@ -3364,10 +3317,11 @@ Generating SPA packet:
              IP/host: {host}"""
 
 
-def format_dump(message: Message, settings: Settings, packet: str, tag_length: int) -> str:
+def format_dump(message: Message, plaintext: bytes, settings: Settings, packet: str,
+                tag_length: int) -> str:
     """Return the "SPA Field Values" of fwknop's -T and -v, and for -v "Generating SPA packet"."""
-    text, null, gpg = encode_message(message), "<NULL>", ""
-    digest = DIGESTS[settings.hmac_type]
+    text, _, own_digest = plaintext.decode("ascii").rpartition(":")
+    digest, null, gpg = DIGESTS[settings.hmac_type], "<NULL>", ""
     if settings.mode == GPG:
         gpg = GPG_DUMP.format(signer=settings.gpg_signer or null, recipient=settings.gpg_recipient,
                               home=settings.gpg_home or null, exe=settings.gpg_exe)
@@ -3376,8 +3330,7 @@ def format_dump(message: Message, settings: Settings, packet: str, tag_length: i
         nat=message.nat or null, digest=DIGESTS[settings.digest_type],
         hmac_type=f"{digest.number} ({digest.name})" if tag_length else "0 (None)",
         encryption="2 (GPG)" if gpg else "1 (Rijndael)", number=MODES[settings.mode],
-        mode=settings.mode, gpg=gpg, text=text.decode("ascii"),
-        sum=message_digest(text, settings.digest_type),
+        mode=settings.mode, gpg=gpg, text=text, sum=own_digest,
         tag=packet[len(packet) - tag_length:] or null, packet=packet)
     if settings.verbose:
         dump += WAY_DUMP.format(
@@ -3466,7 +3419,7 @@ def print_ssh_config(given: "Dict[str, Given]") -> None:
 
 
 # ======================================================================================
-# 20. Run
+# 18. Run
 #
 # The steps of the docstring in their order, and the exit codes.
 # ======================================================================================
@@ -3512,6 +3465,7 @@ class Knock:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.first = settings, True
         self.keys = (None, None)  # type: Tuple[Optional[bytes], Optional[bytes]]
+        self.tag_length = 0  # characters of the HMAC in a packet
         self.host, port = settings.http_proxy or (settings.server or "", 0)
         self.port = port or settings.port
         self.knock_at = self.send_to = []  # type: List[Address]
@@ -3524,6 +3478,8 @@ class Knock:
         settings, family = self.settings, self.settings.ip_version
         if not (settings.only_knocks or settings.ospa):
             self.keys = find_keys(settings)
+        if self.keys[1] is not None:
+            self.tag_length = DIGESTS[settings.hmac_type].text_size
         asked = not settings.only_knocks and (
             settings.allow_ip is None or settings.allow_ip.startswith((RESOLVE, STUN)))
         if self.host and (asked or settings.ospa or not settings.test):
@@ -3611,24 +3567,19 @@ class Knock:
             settings.nat_rand_port = False
             inside = f" will grant access to: '{message.nat}'" if message.nat else ""
             say(f"[+] Randomly assigned port '{settings.nat_port}' on: '{message.text}'{inside}")
-        plaintext = add_digest(encode_message(message), settings.digest_type)
+        plaintext = encode_message(message, settings.digest_type)
         if settings.mode == GPG:
             data = encrypt_gpg(settings, plaintext, key)
         else:
             data = encrypt_salted(settings.mode, key or b"", os.urandom(SALT_LENGTH), plaintext)
         packet = seal(data, hmac_key, settings.hmac_type)
-        tag_length = self.tag_length()
-        check_length(packet, message, settings.digest_type, tag_length, settings.mode)
+        check_length(packet, message, settings.digest_type, self.tag_length, settings.mode)
         if settings.save_packet is not None:
             write_private(settings.save_packet, packet + "\n",
                           os.O_APPEND if settings.save_append else os.O_TRUNC)
             settings.save_append = True  # the packet for the next address follows it
-        dumped = settings.test or settings.verbose
-        return packet, format_dump(message, settings, packet, tag_length) if dumped else ""
-
-    def tag_length(self) -> int:
-        """Return the length of the HMAC in a packet."""
-        return 0 if self.keys[1] is None else DIGESTS[self.settings.hmac_type].text_size
+        return packet, format_dump(message, plaintext, settings, packet, self.tag_length) if (
+            settings.test or settings.verbose) else ""
 
     def show(self) -> None:
         """Print the sequence and a packet, and send nothing (-T)."""
@@ -3641,7 +3592,7 @@ class Knock:
             packet, dump = self.build(choose_address(settings, link), link)
             say(dump + "\ntest mode enabled, SPA packet not actually sent.")
             if settings.verbose:  # fwknop decodes its packet for the last dump; ours has no need
-                body = packet[:len(packet) - self.tag_length()]
+                body = packet[:len(packet) - self.tag_length]
                 say("send_spa_packet: bytes sent: 0\n\nDump of the Decoded Data\n"
                     + dump[:-len(dump.partition(packet)[2])].replace(packet, body) + "\n")
 

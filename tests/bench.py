@@ -274,7 +274,7 @@ def make_packet(access: str, key: str = KEY, hmac_key: str = HMAC_KEY, seconds: 
     """An SPA packet of our client's, made now, that asks to open for so long."""
     message = client.Message(client.random_digits(), "bench", int(time.time()), 3 if seconds else 1,
                              "%s,%s" % (source, access), "", seconds)
-    plaintext = client.add_digest(client.encode_message(message), "SHA256")
+    plaintext = client.encode_message(message, "SHA256")
     data = client.encrypt_salted("CBC", key.encode(), os.urandom(8), plaintext)
     return str(client.seal(data, hmac_key.encode(), "SHA256"))
 

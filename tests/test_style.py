@@ -25,7 +25,7 @@ MAX_WIDTH = 100
 MAX_FUNCTION = 60
 MAX_CLASS = 300
 MAX_FAMILY = 400  # lines of a class with all its ancestors in the file
-MAX_LINES = {"spa_server.py": 11864, "spa_client.py": 3913, "keygen.py": 1082}
+MAX_LINES = {"spa_server.py": 11864, "spa_client.py": 3864, "keygen.py": 1082}
 TOP_LEVEL = {"spa_server.py", "spa_client.py", "keygen.py", "tests", "README.md", "LICENSE"}
 
 # Small routers do not have these, so no script may need them to start.
@@ -340,7 +340,7 @@ for mode in server.MODES:
         for hmac_key in (b"", b"secret")[:1 if mode == "LEGACY" else 2]:
             message = client.Message("1234567890123456", "bob", 1700000000, 1, "10.0.0.1,tcp/22")
             data = client.encrypt_salted("legacy" if mode == "LEGACY" else mode, b"key", bytes(8),
-                                         client.add_digest(client.encode_message(message), name))
+                                         client.encode_message(message, name))
             packet = client.seal(data, hmac_key or None, name).encode()
             keys = server.PacketKeys(b"key", mode, hmac_key, digest)
             locks = [(keys.hmacs[server.SALTED_PREFIX], [keys])]
