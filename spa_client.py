@@ -1609,10 +1609,8 @@ def parse_options(options: "List[Option]",
             while letters:
                 name, letters = "-" + letters[0], letters[1:]
                 option = find_option(options, name)
-                if option.argument:
-                    add(option, name, letters or None)
-                    break
-                add(option, name, None)
+                value, letters = (letters, "") if option.argument else ("", letters)
+                add(option, name, value or None)
         else:
             text = os.fsencode(argument).decode("utf-8", "replace").partition("=")[0]
             name = text.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")

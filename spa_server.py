@@ -25,7 +25,7 @@ starts again. A packet that may be a knock goes to KnockListener.take_knock() in
 The right next port advances its sequence (section 8); the last one opens or runs as above. OpenSPA
 requests go to OspaGate.receive() in section 30; RSA (section 12) proves their keys.
 
-Until a packet's key is proven, 18 functions of 200 lines have run, all of them together. The list
+Until a packet's key is proven, 18 functions of 199 lines have run, all of them together. The list
 is for a packet socket and a stanza with HMAC, and ends with a line in the log:
 
   Server.drain, PacketCapture.receive, decode_ip, decode_header, Gate.receive, check_payload,
@@ -8321,8 +8321,7 @@ class Configuration(NamedTuple):
 
     def open_captures(self, log: Log, current: Iterable[Capture] = (),
                       same: bool = False) -> List[Capture]:
-        """Open sockets or a file to read packets and knock sequences from."""
-        # If `same`, packets are still read from the captures in `current`.
+        """Open sockets or a file to read from; if `same`, packets come by those of `current`."""
         captures = [each for each in current if same and not isinstance(
             each, (KnockCapture, OspaCapture, OspaUdpCapture))]
         try:
@@ -8390,6 +8389,7 @@ X-Forwarded-For, gpg decryption, gpg signature, gpg signer, gpg too fast, gpg fa
 OpenSPA length, OpenSPA header, OpenSPA ADK, OpenSPA too fast, OpenSPA decryption,
 OpenSPA signature, protocol, target, untried, error""".replace(",\n", ", ").split(", ")
 MOST_KNOWN = 1000  # networks that Tally remembers
+NO_ACCESS = "No access data found for source IP: "
 
 
 class Tally:
@@ -8488,12 +8488,11 @@ class Access:
         label = f"[{socket_text(request.datagram.source)}] (stanza #{stanza.number}) "
         for door in verdict.doors if stanza.on_open or stanza.on_close else ():
             if door.kind in (INPUT, ONCE, FORWARD) and door not in self.notices:
-                opened, closed = door_commands(stanza, (stanza.on_open, stanza.on_close), door,
-                                               request.datagram, verdict.seconds,
-                                               self.clocks.wall())
+                commands = door_commands(stanza, (stanza.on_open, stanza.on_close), door,
+                                         request.datagram, verdict.seconds, self.clocks.wall())
                 opening, self.notices[door] = [
                     Cycle(kind, stanza.number, label, self.settings.command_seconds, 0, command)
-                    for kind, command in (("ON_OPEN", opened), ("ON_CLOSE", closed))]
+                    for kind, command in zip(("ON_OPEN", "ON_CLOSE"), commands)]
                 self.commands.notify(opening)
 
     def cycles(self, verdict: Verdict, request: Request, stanza: Stanza) -> List[Cycle]:
@@ -8512,9 +8511,8 @@ class Access:
 
     def tell(self, verdict: Verdict, request: Request, stanza_number: int) -> None:
         """Log what a request has opened or run, and note for --fw-list who asked."""
-        client = request.who
-        if request.user is not None:
-            client = f"user '{escape_user(request.user)}' (client {request.version})"
+        client = request.who if request.user is None else (
+            f"user '{escape_user(request.user)}' (client {request.version})")
         done, names = "ran a command", ", ".join(door.describe() for door in verdict.doors)
         if names:
             done = f"opened {names} for {verdict.seconds} seconds"
@@ -8525,8 +8523,7 @@ class Access:
             self.note_opener(f"stanza #{stanza_number}, {request.who}", verdict.doors)
 
     def open_by_hand(self, doors: List[Door], seconds: int, who: str) -> List[str]:
-        """Open doors for the administrator (--open); return a line about each. CommandError if the
-        firewall fails."""
+        """Open doors for --open; return a line about each; CommandError if the firewall fails."""
         firewall, opener = self.grants.firewall, f"by hand, {who}"
         if not firewall.keeps:
             raise CommandError(f"no firewall to open it in ({firewall.why})")
@@ -8540,8 +8537,7 @@ class Access:
         return [grant_text(door, self.grants.live[door].ends - now, opener) for door in doors]
 
     def close_by_hand(self, who: str) -> List[str]:
-        """Close what `who` has open (--close); return a line about each door. CommandError if the
-        firewall fails."""
+        """Close what `who` has open (--close); return a line about each, or raise CommandError."""
         openers, now = read_openers(openers_file(self.settings)), self.clocks.monotonic()
         there = {grant.door: grant for grant in self.grants.firewall.grants()}
         found = [grant for grant in {**there, **self.grants.live}.values() if grant.ends > now
@@ -8564,8 +8560,8 @@ class Access:
         grants = self.grants
         if not grants.firewall.keeps:
             return
-        lines = [f"{grant_key(grants.live[door])}\t{opener}\n"
-                 for door in doors if door in grants.live]
+        opened = filter(None, map(grants.live.get, doors))
+        lines = [f"{grant_key(grant)}\t{opener}\n" for grant in opened]
         path = openers_file(self.settings)
         try:
             with open(open_itself(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
@@ -8588,6 +8584,7 @@ class Access:
 # runs a command, or lets a packet follow.
 # ======================================================================================
 
+Owner = Union[Stanza, KnockdDoor]  # of a sequence
 MAX_OWN = 1000  # addresses of which it is known whether they are this host's
 
 
@@ -8599,7 +8596,7 @@ class KnockListener:
         self.clocks = access.clocks
         self.own: Dict[bytes, bool] = {}  # whether an address is one of this host's
         self.own_until = 0.0
-        self.owners: Dict[Sequence, Union[Stanza, KnockdDoor]] = {}
+        self.owners: Dict[Sequence, Owner] = {}
         # Until when a stanza's sequence counts for the packet that has to follow it, by source.
         self.knocked: "collections.OrderedDict[Tuple[int, bytes], float]" = (
             collections.OrderedDict())
@@ -8611,7 +8608,7 @@ class KnockListener:
         for sequence, owner in self.owners.items():
             before.setdefault((type(owner), sequence.key), []).append((sequence, owner.number))
         doors = configuration.knockd.doors if configuration.knockd else []
-        owners: List[Union[Stanza, KnockdDoor]] = [*configuration.stanzas, *doors]
+        owners: List[Owner] = [*configuration.stanzas, *doors]
         self.owners = {owner.sequence: owner for owner in owners if owner.sequence}
         numbers: Dict[int, int] = {}  # of stanzas: the one now, by the one before
         for sequence, owner in self.owners.items():
@@ -8654,13 +8651,15 @@ class KnockListener:
             except Exception as error:  # a mistake of ours must not let one packet end the server
                 self.tally.reject(knock, error, max(owner.number, 0))
 
-    def step(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], knock: Datagram,
-             done: int) -> None:
+    def step(self, sequence: Sequence, owner: Owner, knock: Datagram, done: int) -> None:
         """Log a step. After the last one, use up a line of a one-time file, then open."""
         source, last = socket_text(knock.source), done == len(sequence.steps)
         name = owner.name if isinstance(owner, KnockdDoor) else f"(stanza #{owner.number})"
-        if last and isinstance(owner, Stanza):
-            self.check_source(owner, knock)
+        if last and isinstance(owner, Stanza):  # before the sequence counts as used
+            if not owner.admits(knock):
+                raise PacketRejected("source", NO_ACCESS + source)
+            if owner.expires is not None and self.clocks.wall() >= owner.expires:
+                raise PacketRejected("expired stanza", "Access stanza has expired.")
         level = INFO if last or isinstance(owner, KnockdDoor) else DEBUG
         throttle = self.completed[sequence] if last else self.throttle(done)
         if level <= self.log.level and throttle.allows():
@@ -8677,8 +8676,7 @@ class KnockListener:
                 if self.log.rejections.allows():
                     self.log.error(f"{name}: nothing is opened: {error}")
 
-    def complete(self, sequence: Sequence, owner: Union[Stanza, KnockdDoor], knock: Datagram,
-                 name: str) -> None:
+    def complete(self, sequence: Sequence, owner: Owner, knock: Datagram, name: str) -> None:
         """Do what a complete sequence is for, once a line of its one-time file is marked."""
         commands, cycles = self.access.commands, []  # type: Commands, List[Cycle]
         if isinstance(owner, KnockdDoor):
@@ -8688,42 +8686,19 @@ class KnockListener:
         if not sequence.mark_used(commands.test):
             self.log.warning("no more sequences left in the one time sequences file for door "
                              f"{name} --> disabling the door")
-        if isinstance(owner, Stanza):
-            self.grant_stanza(owner, knock)
-            return
-        if cycles[0].opening.argv:
-            commands.run(cycles)
-        self.tally.accept(knock)
-
-    def check_source(self, stanza: Stanza, knock: Datagram) -> None:
-        """Reject a complete sequence that is not for this stanza, before it counts as used."""
-        if not stanza.admits(knock):
-            raise PacketRejected("source", "No access data found for source IP: "
-                                 + socket_text(knock.source))
-        if stanza.expires is not None and self.clocks.wall() >= stanza.expires:
-            raise PacketRejected("expired stanza", "Access stanza has expired.")
-
-    def grant_stanza(self, stanza: Stanza, knock: Datagram) -> None:
-        """Open a stanza's OPEN_PORTS to the source of a knock, or let a packet from it follow."""
-        if not stanza.require_knock:
+        if isinstance(owner, KnockdDoor):
+            if cycles[0].opening.argv:
+                commands.run(cycles)
+            self.tally.accept(knock)
+        elif not owner.require_knock:
             self.access.allow(Request(knock, parse_address(socket_text(knock.source)),
-                                      tuple(sorted(stanza.open_ports))), stanza)
-            return
-        key = stanza.number, knock.source
-        self.knocked[key] = self.clocks.monotonic() + stanza.knock_seconds
-        self.knocked.move_to_end(key)
-        if len(self.knocked) > MAX_ATTEMPTS:
-            self.knocked.popitem(last=False)
-
-    def came(self, needed: Set[Tuple[int, bytes]]) -> bool:
-        """Return whether all of these knocks (stanza's number, source) came, and still count."""
-        now = self.clocks.monotonic()
-        return all(self.knocked.get(knock, 0.0) >= now for knock in needed)
-
-    def use_up(self, knocks: Set[Tuple[int, bytes]]) -> None:
-        """Forget knocks that a packet has followed."""
-        for knock in knocks:
-            self.knocked.pop(knock, None)
+                                      tuple(sorted(owner.open_ports))), owner)
+        else:  # a packet has to follow
+            key = owner.number, knock.source
+            self.knocked[key] = self.clocks.monotonic() + owner.knock_seconds
+            self.knocked.move_to_end(key)
+            if len(self.knocked) > MAX_ATTEMPTS:
+                self.knocked.popitem(last=False)
 
     def throttle(self, done: int) -> Throttle:
         """Return the limit of lines about sources that have done so many steps."""
@@ -8784,35 +8759,32 @@ class Resolver:
     def __init__(self, selector: selectors.BaseSelector,
                  resolve: Callable[[str, int], Optional[Address]] = resolve_name) -> None:
         self.selector, self.resolve = selector, resolve
-        self.sockets: Tuple[socket.socket, ...] = ()  # made when they are needed: reader, writer
-        self.answers: List[Tuple[int, Callable[[], None]]] = []
         self.busy: List[int] = []  # the stanza's number, for each name in work
 
     def look_up(self, lookup: Lookup, stanza_number: int,
                 then: Callable[[Optional[Address]], None]) -> bool:
         """Start to look a name up; return False if too many of this stanza's are in work."""
         # The selector's loop calls `then` with the address, or with None.
-        def work() -> None:
-            self.answers.append((stanza_number, partial(then, self.resolve(*lookup))))
-            self.sockets[1].send(b"\0")
-
         if self.busy.count(stanza_number) >= MAX_LOOKUPS:
             return False
-        if not self.sockets:
-            self.sockets = socket.socketpair()
-            self.selector.register(self.sockets[0], selectors.EVENT_READ, self.deliver)
+        reader, writer = socket.socketpair()
+        found: List[Optional[Address]] = []
+
+        def work() -> None:
+            with writer:  # its end wakes the loop
+                found.append(self.resolve(*lookup))
+
+        def deliver() -> None:
+            self.selector.unregister(reader)
+            reader.close()
+            self.busy.remove(stanza_number)
+            then(found[0] if found else None)
+
         import threading
         threading.Thread(target=work, daemon=True).start()
-        self.busy.append(stanza_number)  # only the selector's loop takes it away
+        self.selector.register(reader, selectors.EVENT_READ, deliver)
+        self.busy.append(stanza_number)
         return True
-
-    def deliver(self) -> None:
-        """Pass on the answers that are there."""
-        self.sockets[0].recv(MAX_LOOKUPS)
-        while self.answers:
-            stanza_number, answer = self.answers.pop(0)
-            self.busy.remove(stanza_number)
-            answer()
 
 
 def group_by_lock(keyed: List[Keyed], prefix: bytes) -> Dict[Tuple[int, bool], List[Lock]]:
@@ -8897,13 +8869,11 @@ class Gate:
                 first = first or stanza
                 if not (is_new and self.log.matches.allows()):
                     break
-                text = SOURCE_MATCH.format(stanza.number, socket_text(datagram.source))
-                self.log.write(INFO, text)
+                self.log.info(SOURCE_MATCH.format(stanza.number, socket_text(datagram.source)))
         return first
 
     def no_stanza(self, datagram: Datagram) -> PacketRejected:
         """Return the rejection of a packet when no stanza has addresses and keys that fit it."""
-        source = socket_text(datagram.source)
         near = [stanza for stanza in self.stanzas
                 if stanza.takes_packets and datagram.source in stanza.source]
         for stanza in near:
@@ -8914,7 +8884,7 @@ class Gate:
                 return rejection
         if near:
             return PacketRejected("source", filtered_text(near[0], datagram), "{text}")
-        return PacketRejected("source", f"No access data found for source IP: {source}", "{text}")
+        return PacketRejected("source", NO_ACCESS + socket_text(datagram.source), "{text}")
 
     def admit(self, entry: Entry, passed: List[Keyed]) -> None:
         """Let the first of the stanzas that a packet has passed open something, if it can. If none
@@ -9024,12 +8994,23 @@ class Gate:
                                                  told[1], os.urandom(8)), datagram)
 
     def ask(self, request: Request, stanza: Stanza) -> Optional[Verdict]:
-        """Ask for access, and return the verdict; None if the address of the packet's NAT host has
-        to be found first."""
-        knocks = self.knocks_needed(request, stanza)
+        """Ask for access; return the verdict, or None if a NAT host has to be looked up first."""
+        needed: List[Tuple[int, bytes]] = []
+        if stanza.require_knock:
+            # Both the packet's source and the address it opens must have knocked; otherwise one
+            # client's knock would serve another.
+            needed.append((stanza.number, request.datagram.source))
+            if request.address is not None:
+                needed.append((stanza.number, request.address.packed))
+            self.catch_up()
+            now = self.clocks.monotonic()
+            if any(self.knocks.knocked.get(knock, 0.0) < now for knock in needed):
+                raise PacketRejected("no knock", "No knock sequence came before the packet "
+                                     "(REQUIRE_KNOCK).")
         verdict = self.access.allow(request, stanza)  # section 27
         if isinstance(verdict, Verdict):
-            self.knocks.use_up(knocks)
+            for knock in needed:  # a knock serves one packet
+                self.knocks.knocked.pop(knock, None)
             return verdict
         if not self.resolver.look_up(verdict, stanza.number,
                                      partial(self.ask_again, request, stanza)):
@@ -9048,21 +9029,6 @@ class Gate:
             if isinstance(error, PacketRejected) and stanza in self.stanzas:
                 self.answer(request.datagram, (stanza, error.told))
 
-    def knocks_needed(self, request: Request, stanza: Stanza) -> Set[Tuple[int, bytes]]:
-        """Return the knocks that REQUIRE_KNOCK asks for; PacketRejected if one is missing."""
-        if not stanza.require_knock:
-            return set()
-        # Both the packet's source and the address it opens must have knocked; otherwise one
-        # client's knock would serve another.
-        needed = {(stanza.number, request.datagram.source)}
-        if request.address is not None:
-            needed.add((stanza.number, request.address.packed))
-        self.catch_up()
-        if not self.knocks.came(needed):
-            raise PacketRejected("no knock", "No knock sequence came before the packet "
-                                 "(REQUIRE_KNOCK).")
-        return needed
-
     def unwrap(self, datagram: Datagram) -> Datagram:
         """Return the payload of an HTTP request as a datagram (tests/spec/fwknop.md 1.14)."""
         if not self.settings.http:
@@ -9070,14 +9036,12 @@ class Gate:
         payload, forwarded = decode_request(datagram.payload, self.settings.any_agent)
         if not self.settings.forwarded_for:
             return datagram._replace(payload=payload)
-        if forwarded is None:  # the proxy always adds it
-            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: there "
-                                 "is none, or the request has no end")
-        try:
-            return datagram._replace(payload=payload, source=parse_forwarded(forwarded).packed)
-        except ValueError:
-            raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: value "
-                                 f"'{forwarded[:60]}' is not an IP address") from None
+        problem = "there is none, or the request has no end"  # the proxy always adds it
+        if forwarded is not None:
+            problem = f"value '{forwarded[:60]}' is not an IP address"
+            with contextlib.suppress(ValueError):
+                return datagram._replace(payload=payload, source=parse_forwarded(forwarded).packed)
+        raise PacketRejected("X-Forwarded-For", "Error parsing X-Forwarded-For header: " + problem)
 
     def is_full(self) -> bool:
         """Return whether as many packets came as PACKET_LIMIT allows."""
@@ -9143,9 +9107,8 @@ def read_rsa_key(path: str, private: bool) -> RsaKey:
 def read_client_key(directory: str, uuid: str) -> Optional[RsaKey]:
     """Read a client's public key: its file is named by the UUID, with one extension or none. It is
     read for each request, so that adding a client is adding a file."""
-    with os.scandir(directory) as entries:
-        names = sorted(each.name for each in entries
-                       if uuid in (each.name, os.path.splitext(each.name)[0]))
+    names = sorted(name for name in os.listdir(directory)
+                   if uuid in (name, os.path.splitext(name)[0]))
     return read_only_key(directory, names) if names else None
 
 
@@ -9292,8 +9255,7 @@ class OspaGate:
             raise TooFast("OpenSPA too fast", "OpenSPA: too many requests; it is not decrypted")
         stanzas = [stanza for stanza in self.stanzas if stanza.admits(datagram)]
         if not stanzas:
-            raise PacketRejected("source", "No access data found for source IP: "
-                                 + socket_text(datagram.source), "{text}")
+            raise PacketRejected("source", NO_ACCESS + socket_text(datagram.source), "{text}")
         try:
             header, packet, signature = self.spend(unseal_ospa, datagram.payload, self.key)
             fields = decode_ospa(packet, is_answer=False)
@@ -9387,8 +9349,7 @@ class FirewallWatch:
         self.check_due = min(self.check_due, due)
 
     def hear(self) -> bool:
-        """Return whether somebody changed the firewall, and then look at it soon; a changed guard
-        is put back at once."""
+        """Return whether somebody changed the firewall: look at it soon, mend the guard at once."""
         changed = guard = False
         firewall = self.grants.firewall
         # All that a program of ours changed waits here since before it ended.
@@ -11067,10 +11028,8 @@ def parse_options(options: "List[Option]",
             while letters:
                 name, letters = "-" + letters[0], letters[1:]
                 option = find_option(options, name)
-                if option.argument:
-                    add(option, name, letters or None)
-                    break
-                add(option, name, None)
+                value, letters = (letters, "") if option.argument else ("", letters)
+                add(option, name, value or None)
         else:
             text = os.fsencode(argument).decode("utf-8", "replace").partition("=")[0]
             name = text.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
@@ -11214,14 +11173,12 @@ class Arguments:
     """
 
     def __init__(self, arguments: List[str], program: str = "") -> None:
-        self.program = program
-        self.as_knockd = program == "knockd"
+        self.program, self.as_knockd = program, program == "knockd"
         self.options = KNOCKD_OPTIONS if self.as_knockd else OPTIONS
-        self.lines: List[Line] = []
+        self.lines = [Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE)
+                      ] if self.as_knockd else []
         self.values: Dict[str, str] = {}  # by option; without a value its own name
         self.kept: List[str] = []  # what a unit's command line has, too
-        if self.as_knockd:
-            self.lines.append(Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE))
         given, others = parse_options(self.options, arguments)
         for option, name, text in given:
             if option.argument in ("FILE", "FILES", "DIR"):  # a daemon has another directory
@@ -11253,8 +11210,7 @@ class Arguments:
 
 
 def read_configuration(arguments: Arguments, directory: str = "") -> Configuration:
-    """Read all files and the command line, which wins; ConfigError names file and line. Relative
-    paths in the files begin at `directory`."""
+    """Read all files, and the command line, which wins. Relative paths begin at `directory`."""
     settings, warnings = read_settings(arguments, directory=directory)
     knockd = read_knockd(settings.knockd_file) if settings.knockd_file else None
     if knockd:
@@ -11433,7 +11389,7 @@ def signal_server(arguments: Arguments) -> int:
     return 0
 
 
-def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> None:
+def flush_firewall(settings: ServerSettings, pid: int, log: Log) -> None:
     """Close all that is open (--fw-flush), by the running server if there is one."""
     write_to(sys.stdout, "Deleting any existing firewall rules...\n")
     if have_server_do("flush", settings, pid) is None:
@@ -11445,8 +11401,7 @@ def flush_firewall(settings: ServerSettings, pid: Optional[int], log: Log) -> No
     say(f"The server{f' (pid={pid})' if pid else ''} has closed all that was open.")
 
 
-def have_server_do(request: str, settings: ServerSettings, pid: Optional[int]
-                   ) -> Optional[List[str]]:
+def have_server_do(request: str, settings: ServerSettings, pid: int) -> Optional[List[str]]:
     """Return the lines of the server's answer, None if no server runs; SpaError if it fails."""
     name = f"the server (pid={pid})" if pid else "the server"
     try:  # it would put grants back; ask also one whose pid is not known
@@ -11461,8 +11416,7 @@ def have_server_do(request: str, settings: ServerSettings, pid: Optional[int]
     return lines
 
 
-def open_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[int], log: Log
-                 ) -> None:
+def open_by_hand(arguments: Arguments, settings: ServerSettings, pid: int, log: Log) -> None:
     """Open ports for an address (--open), by the running server if there is one."""
     others = arguments.others + [Stanza.grant_seconds.default]
     try:
@@ -11494,8 +11448,7 @@ def open_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[i
         say("Opened " + line)
 
 
-def close_by_hand(arguments: Arguments, settings: ServerSettings, pid: Optional[int], log: Log
-                  ) -> None:
+def close_by_hand(arguments: Arguments, settings: ServerSettings, pid: int, log: Log) -> None:
     """Close what somebody has open (--close), and cut connections; SpaError if there is nothing."""
     who = arguments.values["close"]
     lines = have_server_do(f"close {who}", settings, pid)
@@ -11594,7 +11547,7 @@ def remove_for_good(parts: List[str], settings: ServerSettings, log: Log) -> Lis
     return taken
 
 
-def remove_guard(settings: ServerSettings, pid: Optional[int], log: Log) -> None:
+def remove_guard(settings: ServerSettings, pid: int, log: Log) -> None:
     """Remove every guard of ours (--unguard), whatever backend has it."""
     if pid:
         raise SpaError(f"a server is running (pid={pid}), which would put the guard back",
@@ -11639,10 +11592,10 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
     """Do --fw-list, --fw-flush, --open, --close or --unguard; skip wrong lines of fwknopd.conf."""
     settings = read_settings(arguments, log)[0]
     try:
-        pid = running_server(settings.pid_file)
+        pid = running_server(settings.pid_file) or 0
     except (SpaError, OSError) as error:
         log.warning(f"{explain(error)}; going on without its pid")
-        pid = None
+        pid = 0
     if "unguard" in arguments:
         remove_guard(settings, pid, log)
     elif "flush" in arguments:

@@ -676,9 +676,7 @@ class NameTest(NatCase):
         while self.made.gate.resolver.busy:
             self.turn()
         for thread in set(threading.enumerate()) - {threading.main_thread()}:
-            thread.join()  # an answer may be taken before its thread has written to the socket
-        for each in self.made.gate.resolver.sockets:
-            each.close()
+            thread.join()  # an answer may be taken before its thread has ended
 
     def resolve(self, name: str, version: int) -> Any:
         """Return what a name server would, when the gate is open."""
