@@ -1174,7 +1174,7 @@ def flag(name: str, help: str) -> bool:
 
 
 class Settings:
-    """Every directive of ~/.fwknoprc (tests/spec/fwknop.md 2.2) and of the command line."""
+    """Every directive of ~/.fwknoprc, as fwknop numbers them, and of the command line."""
 
     digest_type = setting("DIGEST_TYPE", parse_digest, "SHA256", "digest inside the packet")
     protocol = setting("SPA_SERVER_PROTO", choice_parser(CARRIERS), "udp", "carrier of the packet")
@@ -1187,13 +1187,11 @@ class Settings:
     mode = setting("ENCRYPTION_MODE", choice_parser(MODES), "CBC", "mode of AES")
     use_gpg = flag("USE_GPG", "encrypt with GPG instead of AES")
     gpg_agent = flag("USE_GPG_AGENT", "the gpg-agent knows the passphrase")
+    gpg_no_passphrase = flag("GPG_NO_SIGNING_PW", "GPG_SIGNER has no passphrase")
     gpg_recipient = optional("GPG_RECIPIENT", parse_text, "the server's GPG key")
     gpg_signer = optional("GPG_SIGNER", parse_text, "our GPG key, to sign with")
     gpg_home = optional("GPG_HOMEDIR", parse_text, "directory of the GPG keys")
     gpg_exe = setting("GPG_EXE", parse_text, "gpg", "the program gpg")
-    gpg_passphrase = optional("GPG_SIGNING_PW", encode_text, "passphrase of GPG_SIGNER")
-    gpg_passphrase_base64 = optional("GPG_SIGNING_PW_BASE64", decode_base64, "the same in base64")
-    gpg_no_passphrase = flag("GPG_NO_SIGNING_PW", "GPG_SIGNER has no passphrase")
     user = optional("SPOOF_USER", lambda text: parse_user(text[:OPTION_USER_LIMIT]),
                     "user name in the packet")
     spoof_source = optional("SPOOF_SOURCE_IP", parse_spoof, "source address of the raw carriers")
@@ -1202,6 +1200,8 @@ class Settings:
     rand_port = flag("RAND_PORT", "a random port of the server, 10000 and up")
     key = optional("KEY", encode_text, "encryption key")
     key_base64 = optional("KEY_BASE64", decode_base64, "encryption key in base64")
+    gpg_passphrase = optional("GPG_SIGNING_PW", encode_text, "passphrase of GPG_SIGNER")
+    gpg_passphrase_base64 = optional("GPG_SIGNING_PW_BASE64", decode_base64, "the same in base64")
     hmac_type = setting("HMAC_DIGEST_TYPE", parse_digest, "SHA256", "digest of the HMAC")
     hmac_key_base64 = optional("HMAC_KEY_BASE64", decode_base64, "HMAC key in base64")
     hmac_key = optional("HMAC_KEY", encode_text, "HMAC key")
@@ -2305,7 +2305,8 @@ def read_key_file(path: str, server: "Optional[str]") -> bytes:
         if line.startswith(server + ":"):
             key = line[len(server) + 1:].lstrip(" \t=") or key
     if key is None:
-        raise ConfigError(f"{path}: no key for {server} (expected a line `{server}: KEY`)")
+        raise ConfigError(f"Could not get key for IP: {server} from: {path}",
+                          f"expected a line `{server}: KEY`")
     return encode_text(key)
 
 
@@ -2375,7 +2376,7 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
     wanted = (settings.use_hmac or hmac_keys != (None, None) or hmac_file is not None
               or (named is not None and not named.line))
     if settings.mode == "legacy" and wanted:
-        raise UsageError("legacy encryption mode is incompatible with HMAC usage")
+        raise UsageError("Legacy encryption mode is incompatible with HMAC usage")
     key, hmac_key, keys = None, None, (settings.key, settings.key_base64)
     if settings.mode != GPG:
         key = choose_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael", keys,
@@ -3823,9 +3824,10 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
         if first.save_stanza:
             for name, value in save_stanza(given, first.force_stanza)[1].items():
                 if first.verbose:
-                    say(f"Updating param {name} to "
-                        f"{'a new key' if name in SECRET_NAMES else value}")
-        path = None if first.test or first.no_save_args or first.diagnose else saved
+                    say(f"add_single_var_to_rc() : Updating param ({DIRECTIVE_NAMES.index(name)}) "
+                        f"{name} to {'a new key' if name in SECRET_NAMES else value}")
+        shown = first.test and ("save_args_file" not in given or "last_command" in given)
+        path = None if shown or first.no_save_args or first.diagnose else saved
         link = knock_at_all(several, operands, command, lambda: save_arguments(given, path))
         if Notes.found is not None:
             print_found(Notes.found, rc_path(given), first.quiet)

@@ -859,6 +859,11 @@ class Files(Case):
         self.assertIn("-A tcp/22", self.read("args"))
         self.assertEqual("192.0.2.7,tcp/22",
                          self.dump("-l", "-E", path, *KEYS)["Message String"])
+        before = self.read("args")
+        self.dump("-l", "-E", path, *KEYS)  # the next -l knocks again
+        self.assertEqual(before, self.read("args"))
+        self.dump(*KNOCK, *KEYS, "-E", path, "--no-rc-file", "-f", "8")
+        self.assertIn(" -f 8\n", self.read("args"))
         with Receiver() as receiver, mock.patch.object(
                 client, "wait_until_open", side_effect=KeyboardInterrupt):  # once sent, they are
             self.failure(130, *KNOCK, *KEYS, *receiver.options, "--wait", "9", "-E", path,
@@ -909,9 +914,8 @@ NO_SAVE_ARGS                Y
     def test_save_stanza_says_what_it_writes(self) -> None:
         """With -v, but not what a key is."""
         out = self.run_main(*self.STANZA, "-v", *KNOCK, "--key-rijndael", "TheSecret", "-D", "h")[1]
-        lines = [line for line in out.splitlines() if line.startswith("Updating param ")]
-        for text in ("ACCESS to tcp/22", "SPA_SERVER to h", "KEY to a new key"):
-            self.assertIn("Updating param " + text, lines)
+        for text in ("(17) ACCESS to tcp/22", "(18) SPA_SERVER to h", "(20) KEY to a new key"):
+            self.assertIn(f"add_single_var_to_rc() : Updating param {text}\n", out)
         self.assertNotIn("TheSecret", out)
 
     def test_save_stanza_keeps_the_file(self) -> None:

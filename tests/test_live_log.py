@@ -208,9 +208,13 @@ OPTIONS = (
     (["-E", "/no/such", "-l"], "Could not open args file: /no/such"),
     (["-E", "/no/such", "--show-last"], "Could not open args file: /no/such"),
     (["-n", "x", "--save-rc-stanza", "--force-stanza", "-T", "-v", "-v"],
-     "Updating param .*ACCESS to tcp/22$"),
+     r"^add_single_var_to_rc\(\) : Updating param \(17\) ACCESS to tcp/22$"),
     (["-s", "-v"], "WARNING: Should use -a or -R to harden SPA against potential MITM attacks$"),
     (["-l", "-v"], r"^Executing: \S*fwknop -"),
+    (["-n", "x", "--save-rc-stanza", "--force-stanza", "-T", "-v", "-v", "--nat-rand-port", "-N",
+      INNER4], r"Updating param \(31\) NAT_ACCESS to 10\.66\.0\.2\n.*"
+     r"Updating param \(36\) NAT_RAND_PORT to Y$"),
+    (["-T", "-M", "legacy"], r"Legacy encryption mode is incompatible with HMAC usage"),
     (["-n", "none", "-T"], r"Named configuration stanza: \[none\] was not found"),
 )
 # (lines of access.conf, what both say of them)
