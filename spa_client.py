@@ -1906,6 +1906,8 @@ def stanza_values(given: "Dict[str, Given]") -> "Dict[str, str]":
     """Return the values of these options for an rc file, in fwknop's order (fwknop.md 2.3)."""
     if not given.keys().isdisjoint(("HMAC_DIGEST_TYPE", "HMAC_KEY", "HMAC_KEY_BASE64")):
         given = dict(given, USE_HMAC=Given("Y"))
+    if "GPG_RECIPIENT" in given:  # in a file it does not suffice
+        given = dict(given, USE_GPG=Given("Y"))
     values = {}
     for name in DIRECTIVE_NAMES:
         if name in given:

@@ -765,6 +765,9 @@ class Gpg(Case):
             self.assertEqual("2 (GPG)", self.dump(*KNOCK)["Encryption Type"])
             self.assertTrue(self.said()[0].endswith(
                 "--homedir|/h|--sign|--local-user|s|--encrypt|--recipient|r|"))
+        self.write("[default]\n")
+        self.dump(*KNOCK, *options, "--save-rc-stanza", "-n", "saved")
+        self.assertEqual("2 (GPG)", self.dump("-n", "saved")["Encryption Type"])
 
     def test_too_long(self) -> None:
         """1500 characters go, more do not."""
