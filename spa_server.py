@@ -5515,20 +5515,14 @@ def open_on_interface(kind: Callable[..., T], name: str, code: bytes, log: Log,
         return []
 
 
-class Listening(NamedTuple):
-    """The sequences to listen for on some interfaces; with `four_only` in IPv4 alone."""
-
-    interfaces: Tuple[str, ...]
-    sequences: List[Sequence]
-    four_only: bool
+Listening = Tuple[Tuple[str, ...], List[Sequence]]  # interfaces, and the sequences to hear there
 
 
-def open_knock_captures(listenings: Iterable[Listening], log: Log, captures: List[Capture]) -> None:
+def open_knock_captures(listenings: Iterable[Listening], four_only: bool, log: Log,
+                        captures: List[Capture]) -> None:
     """Add packet sockets for knock sequences to `captures`; raise SpaError without CAP_NET_RAW."""
     try:
-        for interfaces, sequences, four_only in listenings:
-            if not sequences:
-                continue
+        for interfaces, sequences in listenings:
             tree = sequence_filter(sequences)
             if four_only:
                 tree = Junction("and", (IS_IPV4, tree))
@@ -8284,11 +8278,11 @@ class Configuration(NamedTuple):
     def listenings(self) -> List[Listening]:
         """Return the sequences of stanzas and of knockd's doors, and where to listen for them."""
         sequences = [stanza.sequence for stanza in self.stanzas if stanza.sequence]
-        found = [Listening((self.settings.interface,), sequences, self.four_only)]
+        found: List[Listening] = [((self.settings.interface,), sequences)]
         if self.knockd:
             sequences = [door.sequence for door in self.knockd.doors]
-            found.append(Listening(self.knockd.options.interfaces, sequences, self.four_only))
-        return found
+            found.append((self.knockd.options.interfaces, sequences))
+        return [each for each in found if each[1]]
 
     @property
     def takes_packets(self) -> bool:
@@ -8328,10 +8322,10 @@ class Configuration(NamedTuple):
             if self.takes_packets and not same:
                 open_captures(self.settings, log, current, captures)
             if not self.settings.capture_file:
-                open_knock_captures(self.listenings(), log, captures)
+                open_knock_captures(self.listenings(), self.four_only, log, captures)
                 if self.ospa_key:
                     open_ospa_captures(self.settings, self.ospa_key, log, current, captures)
-            elif self.ospa_key or any(each.sequences for each in self.listenings()):
+            elif self.ospa_key or self.listenings():
                 log.warning("PCAP_FILE: no knock sequence and no OpenSPA is heard in a file")
         except SpaError:
             close_captures(captures, current)
@@ -8479,6 +8473,7 @@ class Access:
         self.tally.accept(request.datagram)
         self.tell(verdict, request, stanza.number)
         if not verdict.by_commands:
+            self.note_opener(f"stanza #{stanza.number}, {request.who}", verdict.doors)
             self.notify(verdict, request, stanza)
             self.grants.keep_guard(verdict.doors)
         return verdict
@@ -8510,7 +8505,7 @@ class Access:
                     verdict.seconds, self.clocks.wall())]]
 
     def tell(self, verdict: Verdict, request: Request, stanza_number: int) -> None:
-        """Log what a request has opened or run, and note for --fw-list who asked."""
+        """Log what a request has opened or run."""
         client = request.who if request.user is None else (
             f"user '{escape_user(request.user)}' (client {request.version})")
         done, names = "ran a command", ", ".join(door.describe() for door in verdict.doors)
@@ -8519,8 +8514,6 @@ class Access:
             if self.commands.test:
                 done += "; --test mode enabled, skipping firewall manipulation"
         self.log.info(f"(stanza #{stanza_number}) {client} {done}")
-        if not verdict.by_commands:
-            self.note_opener(f"stanza #{stanza_number}, {request.who}", verdict.doors)
 
     def open_by_hand(self, doors: List[Door], seconds: int, who: str) -> List[str]:
         """Open doors for --open; return a line about each; CommandError if the firewall fails."""
@@ -8845,7 +8838,7 @@ class Gate:
             else:
                 self.tally.reject(datagram, near.wrong_hmac if near else self.no_stanza(datagram))
         except GpgNeeded as needed:
-            self.wait_for_gpg(needed.run, entry)
+            self.wait_for_gpg(needed.run, entry or Entry(datagram))
         except Exception as error:  # a mistake of ours must not let one packet end the server
             self.tally.reject(datagram, error)
 
@@ -9047,9 +9040,8 @@ class Gate:
         """Return whether as many packets came as PACKET_LIMIT allows."""
         return 0 < self.settings.packet_limit <= self.candidates
 
-    def wait_for_gpg(self, run: GpgRun, entry: Optional[Entry]) -> None:
+    def wait_for_gpg(self, run: GpgRun, entry: Entry) -> None:
         """Let a packet wait for gpg; reject it if too many wait, or a copy of it does."""
-        assert entry is not None  # admit() had it
         same = [each for each in self.runs if each.has_hmac == run.has_hmac]
         if len(same) >= GPG_WAITING or any(run.question == each.question for each in same):
             self.tally.reject(entry.datagram, TooFast(
@@ -9755,8 +9747,7 @@ class Server:
         self.knocks.own.clear()
         if self.settings.capture_file:
             return
-        named = {name for each in self.configuration.listenings() if each.sequences
-                 for name in each.interfaces}
+        named = {name for names, _ in self.configuration.listenings() for name in names}
         if self.configuration.needs_memory and not any(
                 isinstance(capture, UdpCapture) for capture in self.captures):
             named.add(self.settings.interface)
@@ -9967,14 +9958,6 @@ class Metrics:
     def __init__(self, server: Server) -> None:
         self.server, self.due, self.failed = server, FOR_EVER, False
 
-    def text(self) -> str:
-        """Return the contents of the file."""
-        return "".join(
-            f"# HELP {name} {help}\n# TYPE {name} {'counter' if '_total' in name else 'gauge'}\n"
-            + "".join(f"{name}{{{label}}} {value}\n".replace("{}", "")
-                      for label, value in values(self.server).items())
-            for name, help, values in METRICS)
-
     def write(self) -> None:
         """Write the file, if there is to be one, under another name first; log a failure once."""
         path = None if self.server.settings.capture_file else self.server.settings.metrics_file
@@ -9989,7 +9972,11 @@ class Metrics:
                 os.unlink(path + ".new")
             with open(path + ".new", "x", opener=open_ours, encoding="ascii") as file:
                 os.fchmod(file.fileno(), 0o644)  # node_exporter is not root
-                file.write(self.text())
+                for name, help, values in METRICS:
+                    kind = "counter" if "_total" in name else "gauge"
+                    file.write(f"# HELP {name} {help}\n# TYPE {name} {kind}\n")
+                    for label, value in values(self.server).items():
+                        file.write(f"{name}{{{label}}} {value}\n".replace("{}", ""))
             os.rename(path + ".new", path)
             self.failed = False
         except OSError as error:
@@ -10089,30 +10076,25 @@ class Control:
     def __init__(self, pid_file: str, selector: selectors.BaseSelector,
                  answer: Callable[[str], str]) -> None:
         self.path, self.selector, self.answer = pid_file + CONTROL_SUFFIX, selector, answer
-        self.socket: Optional[socket.socket] = None
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
 
     def listen(self) -> None:
-        """Open the socket, with a file for its owner alone; raise OSError if that fails."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Listen, at a file for its owner alone; raise OSError if that fails."""
         mask = os.umask(0o177)
         try:
             if os.path.lexists(self.path):  # its server is dead: this one has locked the pid file
                 os.unlink(self.path)
-            listener.bind(self.path)
-            listener.listen(8)  # few ask at a time, by hand
-        except OSError:
-            listener.close()
-            raise
+            self.socket.bind(self.path)
+            self.socket.listen(8)  # few ask at a time, by hand
         finally:
             os.umask(mask)
-        listener.setblocking(False)
-        self.socket = listener
-        self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, listener))
+        self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
 
-    def accept(self, listener: socket.socket) -> None:
+    def accept(self) -> None:
         """Accept a connection from root, or from the user that this server runs as."""
         try:
-            peer = listener.accept()[0]
+            peer = self.socket.accept()[0]
         except OSError:  # it has gone already
             return
         peer.setblocking(False)
@@ -10132,12 +10114,10 @@ class Control:
                 peer.send(self.answer(request).encode("ascii", "replace") + b"\n")
 
     def close(self) -> None:
-        """Close the socket, if it is open, and remove its file."""
-        if self.socket:
-            self.selector.unregister(self.socket)
-            self.socket.close()
-            with contextlib.suppress(OSError):  # somebody else removed it
-                os.unlink(self.path)
+        """Close the socket, for good, and remove its file."""
+        self.socket.close()
+        with contextlib.suppress(OSError):  # somebody else removed it, or it was never there
+            os.unlink(self.path)
 
 
 def ask_server(pid_file: str, request: str) -> str:
@@ -10822,7 +10802,8 @@ def check_capture(check: Checkup) -> Iterator[Finding]:
         if configuration and not settings.capture_file:
             if configuration.takes_packets and not settings.udp_server:
                 captures += open_packet_captures(settings, check)
-            open_knock_captures(configuration.listenings(), check, captures)
+            open_knock_captures(configuration.listenings(), configuration.four_only, check,
+                                captures)
         for line in capture_lines(settings, captures):
             yield FACT, line
     except (PermissionError, AttributeError):

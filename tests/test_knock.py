@@ -426,15 +426,14 @@ class HitTest(unittest.TestCase):
         """The kernel takes the largest program, and lets the knock packets pass."""
         for made in (self.doors(40, 40), self.doors(9, 9)):
             captures = []  # type: List[Any]
-            server.open_knock_captures([server.Listening(("lo", "any"), made, False)],
-                                       server.Log(), captures)
+            server.open_knock_captures([(("lo", "any"), made)], False, server.Log(), captures)
             self.assertEqual([made] * 3, [each.sequences for each in captures])
             for each in captures:
                 each.close()
         for four_only in (False, True):
             captures = []
-            server.open_knock_captures([server.Listening(
-                ("lo",), [sequence("61234,61235:udp,61236")], four_only)], server.Log(), captures)
+            server.open_knock_captures([(("lo",), [sequence("61234,61235:udp,61236")])], four_only,
+                                       server.Log(), captures)
             (capture,) = captures
             self.addCleanup(capture.close)
             for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):

@@ -462,8 +462,7 @@ class NameTest(ConfigCase):
             both = self.configuration(words, "spa_server.py")
             self.assertEqual((1, 1, "fwknopd"), (len(both.stanzas), len(both.knockd.doors),
                                                  both.lifecycle.program))
-            self.assertEqual([("any",)], [each.interfaces for each in both.listenings()
-                                          if each.sequences])
+            self.assertEqual([("any",)], [names for names, _ in both.listenings()])
         with self.assertRaisesRegex(server.ConfigError, "/no/such"):  # named, so it must be there
             self.configuration(named + ["-a", "/no/such/access.conf"], "fwknopd")
 

@@ -334,7 +334,7 @@ class StanzaTest(KnockCase):
             made.knocks.take_knock(knock(7000), [each])
         self.assertEqual([], self.firewall.doors())
         self.assertEqual([1, 1], [len(each.attempts) for each in (stanza, door)])
-        self.assertEqual([[stanza], [door]], [knocks.sequences for knocks in
+        self.assertEqual([[stanza], [door]], [sequences for _, sequences in
                                               made.configuration.listenings()])
 
 
