@@ -844,8 +844,7 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
 
 
 def adk_proof(secret: bytes, seconds: float) -> int:
-    """Return the ADK proof at a time, by 4 bytes of secret (1.9): HOTP of the minute with nine
-    digits (RFC 4226 section 5.3)."""
+    """Return the ADK proof by a 4-byte secret (1.9): HOTP of a minute, 9 digits (RFC 4226 5.3)."""
     tag = Hmac(DIGESTS["SHA1"], secret)(struct.pack(">Q", int(seconds) // ADK_SECONDS))
     offset = tag[-1] & 15
     return (int.from_bytes(tag[offset:offset + 4], "big") & 0x7FFFFFFF) % 10 ** 9

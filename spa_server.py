@@ -213,15 +213,6 @@ class TooFast(PacketRejected):
     """The rejection of a packet before decryption, because too many like it came before."""
 
 
-def frames(error: Exception) -> List[Tuple[str, int]]:
-    """Return function and line of each frame that an error passed, the innermost last."""
-    found, trace = [("", 0)], error.__traceback__
-    while trace is not None:
-        found.append((trace.tb_frame.f_code.co_name, trace.tb_lineno))
-        trace = trace.tb_next
-    return found
-
-
 class Datagram(NamedTuple):
     """A datagram that came in. Addresses are packed: 4 bytes or 16."""
 
@@ -1028,7 +1019,6 @@ class Directive(Generic[T]):
         self.names = names.split()  # dumps and errors write the first one
         self.name, self.parse, self.default, self.help = self.names[0], parse, default, help
         self.is_path = parse in (parse_path, parse_home)
-        self.parse_default = lru_cache(maxsize=None)(parse)  # once, for 1,000 stanzas too
 
     def __set_name__(self, owner: type, attribute: str) -> None:
         """Note the attribute's name."""
@@ -1184,11 +1174,8 @@ class Settings:
     @classmethod
     def row(cls, name: str) -> Optional[Directive[Any]]:
         """Return the row of a directive; NAME_* in a row stands for all names that begin so."""
-        for row in cls.rows():
-            for known in row.names:
-                if name == known or (known.endswith("_*") and name.startswith(known[:-1])):
-                    return row
-        return None
+        return next((row for row in cls.rows() for known in row.names if name == known
+                     or (known.endswith("_*") and name.startswith(known[:-1]))), None)
 
     def set_line(self, line: Line) -> List[str]:
         """Set the directive of a line, or raise ConfigError; return warnings."""
@@ -1228,23 +1215,32 @@ class Settings:
 
     def set_defaults(self) -> None:
         """Give each unset directive its default. Call this after the last file is read."""
-        for row in self.rows():
+        self.__dict__.update({**self.defaults(), **self.__dict__})
+        for row in self.rows() if self.expands else ():  # the rest begin with $FWKNOP_RUN_DIR
             if row.attribute not in self.__dict__:
-                self.__dict__[row.attribute] = row.parse_default(self.expand(row.default))
+                self.__dict__[row.attribute] = row.parse(self.expand(row.default))
+
+    @classmethod
+    @lru_cache(maxsize=None)
+    def defaults(cls) -> Dict[str, Any]:
+        """Parse the defaults that begin with no other directive: once, for 1,000 stanzas too."""
+        return {row.attribute: row.parse(row.default) for row in cls.rows()
+                if not row.default.startswith("$")}
 
     def is_set(self, row: Directive[Any]) -> bool:
         """Tell whether a file or an option set this directive."""
         return row.name in self.texts
 
-    def require(self, right: object, row: Directive[Any], what: str) -> None:
-        """Raise ConfigError that `what` was expected in the line of `row`, unless `right`."""
-        if not right:
-            raise self.error(row, f"expected {what}")
+    def require(self, *rules: Tuple[object, Directive[Any], str]) -> None:
+        """Raise ConfigError for the first rule that does not hold: what was expected of a row."""
+        for right, row, what in rules:
+            if not right:
+                raise self.error(row, f"expected {what}")
 
     def only_one(self, first: Directive[Any], second: Directive[Any]) -> Any:
         """Return the value of whichever is set of two directives that exclude each other."""
         both = self.is_set(first) and self.is_set(second)
-        self.require(not both, second, f"only one of {first.name} and {second.name}")
+        self.require((not both, second, f"only one of {first.name} and {second.name}"))
         return getattr(self, (second if self.is_set(second) else first).attribute)
 
     def error(self, row: Directive[Any], text: str) -> SpaError:
@@ -1595,15 +1591,12 @@ def both(test: Callable[[int], Filter], direction: str, source: int, destination
 def protocol_filter(name: str) -> Filter:
     """Match packets of a protocol, and IPv6 fragments of it, as tcpdump does."""
     number = FILTER_PROTOCOLS[name]
-    if name in ("ip", "ip6"):
-        return IS_IPV4 if name == "ip" else IS_IPV6
     four = Junction("and", (IS_IPV4, Comparison(9, 1, number, number)))
     fragment = Junction("and", (Comparison(6, 1, IPV6_FRAGMENT, IPV6_FRAGMENT),
                                 Comparison(40, 1, number, number)))
     six = Junction("and", (IS_IPV6, Junction("or", (Comparison(6, 1, number, number), fragment))))
-    if name in ("icmp", "icmp6"):
-        return four if name == "icmp" else six
-    return Junction("or", (four, six))
+    single: Dict[str, Filter] = {"ip": IS_IPV4, "ip6": IS_IPV6, "icmp": four, "icmp6": six}
+    return single.get(name, Junction("or", (four, six)))
 
 
 def field_is_one_of(offset: int, size: int, values: Iterable[int], behind: int = 0) -> Filter:
@@ -2233,9 +2226,8 @@ class Sequence:
 
     def is_wrong(self, step: Step) -> bool:
         """Return whether a step that is not the next one ends an attempt."""
-        if self.strict:
-            return any(step[0] == known for known, _ in self.steps)
-        return any(self.is_step(index, step) for index in range(len(self.steps)))
+        return any(step[0] == protocol and (self.strict or port in (step[1], ANY_SIZE))
+                   for protocol, port in self.steps)
 
     def follow(self, knock: Datagram, now: float) -> int:
         """Return how many steps a knock packet's source has now done; 0 if it does not count."""
@@ -2636,7 +2628,7 @@ class Stanza(Settings):
         self.takes_packets = bool(key) or gpg
         self.check_needs()
         texts = self.validate_knock()
-        self.require_all(
+        self.require(
             (self.takes_packets or self.openspa_clients or (self.sequence and not hmac_key),
              Stanza.source, "a KEY or KEY_BASE64 in this stanza, or GPG_DECRYPT_ID, "
              "OPENSPA_CLIENTS or KNOCK_SEQUENCE"),
@@ -2658,11 +2650,6 @@ class Stanza(Settings):
                             if end is not None), default=None)
         return [f"(stanza #{self.number}) {text}" for text in texts + self.warnings(key, hmac_key)]
 
-    def require_all(self, *rules: Tuple[object, Directive[Any], str]) -> None:
-        """Raise ConfigError for the first rule (condition, directive, text) that does not hold."""
-        for right, row, what in rules:
-            self.require(right, row, what)
-
     def check_needs(self) -> None:
         """Raise ConfigError for a directive that stands without another one that it needs."""
         has = self.is_set
@@ -2681,14 +2668,14 @@ class Stanza(Settings):
               Stanza.forward_all, Stanza.disable_dnat)))
         for needed, condition, rows in needs:
             for row in rows:
-                self.require(condition or not has(row), row, needed + " with it")
+                self.require((condition or not has(row), row, needed + " with it"))
 
     def validate_knock(self) -> List[str]:
         """Check and make the stanza's sequence, if it has one, and return warnings."""
         if not self.only_one(Stanza.knock_steps, Stanza.knock_file):
             return []
         packet = self.require_knock  # follows the sequence, and says what to open
-        self.require_all(
+        self.require(
             (self.takes_packets or self.openspa_clients or not packet, Stanza.require_knock,
              "a KEY as well, for the packet to follow"),
             (packet or self.open_ports, Stanza.knock_file if self.knock_file else
@@ -2738,12 +2725,6 @@ class Stanza(Settings):
             (self.takes_packets and not self.require_source,
              "Warning: REQUIRE_SOURCE_ADDRESS not enabled for access stanza source: "
              f"'{self.texts.get('SOURCE', 'ANY')}'")) if applies]
-
-    def give_up(self, error: SpaError) -> None:
-        """Make the stanza void if a user may own its key file, to lock out only him; else raise."""
-        if not self.has_key_file:
-            raise error
-        self.make_void(error)
 
     def make_void(self, error: SpaError) -> None:
         """Make the stanza open nothing, because of this error."""
@@ -2830,7 +2811,7 @@ class AccessFiles:
                     raise each.error("expected only keys here, and the rest beside %include_keys")
                 self.warnings += stanza.set_line(each)
         except SpaError as error:
-            stanza.give_up(error)
+            stanza.make_void(error)
 
 
 def check_included(path: str, line: Line) -> None:
@@ -2851,7 +2832,9 @@ def read_stanzas(*paths: str, directory: str = "") -> Tuple[List[Stanza], List[s
         try:
             files.warnings += [] if stanza.void else stanza.validate()
         except SpaError as error:
-            stanza.give_up(error)
+            if not stanza.has_key_file:  # a user may own the file, and lock out only himself
+                raise
+            stanza.make_void(error)
     return files.stanzas, files.warnings + mark_shared_keys(files.stanzas)
 
 
@@ -2892,8 +2875,8 @@ def port_warnings(settings: ServerSettings, stanzas: List[Stanza]) -> List[str]:
 
 def check_nat(settings: ServerSettings, stanzas: List[Stanza]) -> None:
     """Raise ConfigError for NAT in a stanza without a directive that it needs (fwknop.md 3.3)."""
-    settings.require(not settings.snat or settings.texts.get("SNAT_TRANSLATE_IP") != PLACEHOLDER,
-                     ServerSettings.snat_address, "an IP address instead of " + PLACEHOLDER)
+    settings.require((not settings.snat or settings.texts.get("SNAT_TRANSLATE_IP") != PLACEHOLDER,
+                      ServerSettings.snat_address, "an IP address instead of " + PLACEHOLDER))
     for stanza in stanzas:
         forced = stanza.force_nat or stanza.forward_all
         for row, possible, needed in (
@@ -3675,8 +3658,7 @@ def unseal_ospa(datagram: bytes, key: "RsaKey") -> "Tuple[bytes, bytes, bytes]":
 
 
 def adk_proof(secret: bytes, seconds: float) -> int:
-    """Return the ADK proof at a time, by 4 bytes of secret (1.9): HOTP of the minute with nine
-    digits (RFC 4226 section 5.3)."""
+    """Return the ADK proof by a 4-byte secret (1.9): HOTP of a minute, 9 digits (RFC 4226 5.3)."""
     tag = Hmac(DIGESTS["SHA1"], secret)(struct.pack(">Q", int(seconds) // ADK_SECONDS))
     offset = tag[-1] & 15
     return (int.from_bytes(tag[offset:offset + 4], "big") & 0x7FFFFFFF) % 10 ** 9
@@ -3972,20 +3954,18 @@ class Log:
         # What failed, what the administrator should know, what the server does, more with VERBOSE.
         self.error, self.warning = partial(self.write, ERROR), partial(self.write, WARNING)
         self.info, self.debug = partial(self.write, INFO), partial(self.write, DEBUG)
-        self.level = INFO
+        self.level, self.monotonic = INFO, monotonic
         self.stream: Optional[StreamOutlet] = None
         self.stream_level = DEBUG  # ERROR on the way into the background: syslog gets the rest
         self.syslog: Optional[SyslogOutlet] = None
         self.file: Optional[FileOutlet] = None
         self.usual = INFO  # the severity that syslog gets for usual lines
         self.held: Optional[List[Tuple[int, str]]] = None  # lines that wait, while hold() is on
-        self.rejections = Throttle(self, "more packets were rejected without a line in the log",
-                                   monotonic)
-        self.matches = Throttle(self, "more packets had an access source match", monotonic)
-        self.denials = Throttle(self, "more times a packet did not pass a stanza", monotonic,
-                                STEP_BURST)
-        self.first_steps = Throttle(self, MORE_KNOCKS, monotonic)
-        self.further_steps = Throttle(self, MORE_KNOCKS, monotonic, STEP_BURST)
+        self.rejections = Throttle(self, "more packets were rejected without a line in the log")
+        self.matches = Throttle(self, "more packets had an access source match")
+        self.denials = Throttle(self, "more times a packet did not pass a stanza", STEP_BURST)
+        self.first_steps = Throttle(self, MORE_KNOCKS)
+        self.further_steps = Throttle(self, MORE_KNOCKS, STEP_BURST)
 
     def open_stream(self, stream: Any) -> None:
         """Write lines to a stream; None, as sys.stderr may be, is no stream."""
@@ -4029,14 +4009,13 @@ class Log:
 class Throttle:
     """A limit to the rate of log lines that strangers can cause: they must not fill the disk."""
 
-    def __init__(self, log: Log, text: str, monotonic: Callable[[], float],
-                 burst: int = BURST) -> None:
-        self.log, self.text, self.monotonic, self.burst = log, text, monotonic, burst
-        self.quiet_until, self.held_back = monotonic() - burst, 0
+    def __init__(self, log: Log, text: str, burst: int = BURST) -> None:
+        self.log, self.text, self.burst = log, text, burst
+        self.quiet_until, self.held_back = log.monotonic() - burst, 0
 
     def allows(self) -> bool:
         """Return whether the next line may be written, and count it."""
-        now = self.monotonic()
+        now = self.log.monotonic()
         if now < self.quiet_until:
             self.held_back += 1
             return False
@@ -4130,7 +4109,6 @@ class GpgAnswer(NamedTuple):
     plain: bytes
     status: GpgStatus
     succeeded: bool  # gpg ended without an error
-    cost: float = 0.0  # seconds that the run added to Gpg.busy_until
 
 
 def parse_gpg_status(text: bytes) -> GpgStatus:
@@ -4211,15 +4189,15 @@ class Gpg:
 
     def __init__(self, clocks: Clocks = CLOCKS) -> None:
         self.clocks = clocks
-        # Oldest first. A rejection stands for an answer that gpg did not give.
-        self.answers: Dict[GpgQuestion, Union[GpgAnswer, PacketRejected]] = {}
+        # Oldest first: an answer, or a rejection for none, and what its run added to busy_until.
+        self.answers: Dict[GpgQuestion, Tuple[Union[GpgAnswer, PacketRejected], float]] = {}
         self.busy_until = clocks.monotonic() - GPG_BURST
         self.cost = 0.0  # of the answer that ask() returned last
 
     def ask(self, question: GpgQuestion, has_hmac: bool) -> GpgAnswer:
         """Return gpg's answer to a message, or raise: GpgNeeded if gpg has to run first, TooFast if
         packets that open nothing keep this machine busy, PacketRejected if there is no answer."""
-        answer = self.answers.get(question)
+        answer, self.cost = self.answers.get(question, (None, 0.0))
         if answer is None:
             excess = GPG_HMAC_SECONDS if has_hmac else 0
             if self.clocks.monotonic() + excess < self.busy_until:
@@ -4231,7 +4209,6 @@ class Gpg:
         if isinstance(answer, PacketRejected):
             # A copy, since the gate notes the stanza in it, and Python the frames.
             raise PacketRejected(answer.reason, str(answer))
-        self.cost = answer.cost
         return answer
 
     def charge(self) -> None:
@@ -4245,18 +4222,7 @@ class Gpg:
         self.busy_until += cost - 1
         while len(self.answers) >= GPG_KNOWN:
             del self.answers[next(iter(self.answers))]
-        self.answers[question] = (answer._replace(cost=cost) if isinstance(answer, GpgAnswer) else
-                                  answer)
-
-
-class Entry:
-    """A datagram on its way through the stanzas."""
-
-    def __init__(self, datagram: Datagram) -> None:
-        self.datagram = datagram
-        self.remembered = False  # by a stanza that decrypted it, in the replay memory
-        self.proven_by: Optional[Stanza] = None  # the last stanza whose keys have made it
-        self.matches: List[Stanza] = []  # of whose addresses the log has a line
+        self.answers[question] = answer, cost
 
 
 class GpgRun:
@@ -4270,9 +4236,9 @@ class GpgRun:
     def __init__(self, gpg: Gpg, question: GpgQuestion, has_hmac: bool) -> None:
         self.gpg, self.question, self.has_hmac = gpg, question, has_hmac
         self.process: Optional["subprocess.Popen[bytes]"] = None
-        self.ends: List[int] = []  # of the pipes that gpg writes plaintext and status to
+        self.ends: List[Any] = []  # of the pipes that gpg writes plaintext and status to
         self.began = self.due = FOR_EVER
-        self.entry: Optional[Entry] = None  # the packet that waits
+        self.entry: Optional["Entry"] = None  # the packet that waits
 
     def start(self) -> None:
         """Start gpg; an error becomes its answer."""
@@ -4289,8 +4255,8 @@ class GpgRun:
             for _ in range(2):
                 reader, writer = os.pipe()
                 ends.append(writer)
-                self.ends.append(reader)
                 os.set_blocking(reader, False)
+                self.ends.append(open(reader, "rb", buffering=0))
             text, secret, plain, status = ends
             self.process = subprocess.Popen(
                 [*command, "--passphrase-fd", str(secret), "--status-fd", str(status),
@@ -4306,7 +4272,7 @@ class GpgRun:
         """Return whether there is an answer; kill a gpg that takes too long."""
         process = self.process
         if process is not None and process.poll() is not None:
-            plain, status = map(read_pipe, self.ends)
+            plain, status = [end.read(GPG_OUTPUT) or b"" for end in self.ends]  # None if empty
             self.answer(GpgAnswer(plain, parse_gpg_status(status), process.returncode == 0))
         elif process is not None and time.monotonic() >= self.due:
             self.kill()
@@ -4317,21 +4283,13 @@ class GpgRun:
         """Keep the answer for the packet's next judgement, and close the pipes."""
         self.gpg.keep(self.question, answer, self.gpg.clocks.monotonic() - self.began)
         while self.ends:
-            os.close(self.ends.pop())
+            self.ends.pop().close()
 
     def kill(self) -> None:
         """Kill gpg, and wait for its end."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-
-
-def read_pipe(end: int) -> bytes:
-    """Return the contents of a pipe that does not block."""
-    try:
-        return os.read(end, GPG_OUTPUT)
-    except BlockingIOError:
-        return b""
 
 
 class GpgKeys(Keys):
@@ -6813,7 +6771,7 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
                              "nothing guards them with FIREWALL_TYPE none")
     for stanza in stanzas or () if settings.firewall == "none" else ():
         for row in (Stanza.on_open, Stanza.on_close):
-            stanza.require(not stanza.is_set(row), row, "a firewall, not FIREWALL_TYPE none")
+            stanza.require((not stanza.is_set(row), row, "a firewall, not FIREWALL_TYPE none"))
     if test or settings.firewall == "none":
         return Firewall("--test mode enabled, skipping firewall manipulation." if test else
                         "FIREWALL_TYPE none: nothing is opened", log, clocks)
@@ -6838,8 +6796,8 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
         log.warning(text)
     if kind == "iptables":
         for stanza in stanzas or ():
-            stanza.require(not stanza.one_connection, Stanza.one_connection,
-                           "nftables: iptables can't end a grant when a connection uses it")
+            stanza.require((not stanza.one_connection, Stanza.one_connection,
+                            "nftables: iptables can't end a grant when a connection uses it"))
         return iptables_firewall(settings, iptables, log, clocks)
     if not settings.guard_ports and not settings.nft_accept_chains:
         raise ConfigError("GUARD_PORTS: expected it, or NFT_ACCEPT_CHAINS, with nftables",
@@ -8428,7 +8386,10 @@ class Tally:
 
 def internal_error(error: Exception, verbose: bool) -> PacketRejected:
     """Return the rejection of a packet by a mistake in this program, with the line it came from."""
-    where = frames(error)
+    where, trace = [("", 0)], error.__traceback__  # function and line of each frame
+    while trace is not None:
+        where.append((trace.tb_frame.f_code.co_name, trace.tb_lineno))
+        trace = trace.tb_next
     text = f"internal error: {type(error).__name__} in line {where[-1][1]}"
     if verbose:  # add the message and all frames
         message = explain(error)
@@ -8613,8 +8574,7 @@ class KnockListener:
                 sequence.deaf_until = known.deaf_until
                 numbers[number] = owner.number
         # One for each, for the lines about its end: no other sequence can hold those back.
-        self.completed = {sequence: Throttle(self.log, MORE_KNOCKS, self.clocks.monotonic)
-                          for sequence in self.owners}
+        self.completed = {sequence: Throttle(self.log, MORE_KNOCKS) for sequence in self.owners}
         self.knocked = collections.OrderedDict(
             ((numbers[number], source), until) for (number, source), until in self.knocked.items()
             if number in numbers)
@@ -8797,6 +8757,16 @@ def admitting(locks: List[Lock], datagram: Datagram) -> List[Lock]:
     """Return the locks without the stanzas whose SOURCE or DESTINATION keeps a packet out."""
     found = [(hmac, [each for each in keyed if each[0].admits(datagram)]) for hmac, keyed in locks]
     return [lock for lock in found if lock[1]]
+
+
+class Entry:
+    """A datagram on its way through the stanzas."""
+
+    def __init__(self, datagram: Datagram) -> None:
+        self.datagram = datagram
+        self.remembered = False  # by a stanza that decrypted it, in the replay memory
+        self.proven_by: Optional[Stanza] = None  # the last stanza whose keys have made it
+        self.matches: List[Stanza] = []  # of whose addresses the log has a line
 
 
 class Gate:
@@ -9122,8 +9092,8 @@ def read_ospa_keys(settings: ServerSettings,
     users = [stanza for stanza in stanzas if stanza.openspa_clients and not stanza.void]
     if not users:
         return None, []
-    settings.require(settings.ospa_key_file, ServerSettings.ospa_key_file,
-                     "the server's private key, for OPENSPA_CLIENTS")
+    settings.require((settings.ospa_key_file, ServerSettings.ospa_key_file,
+                      "the server's private key, for OPENSPA_CLIENTS"))
     warnings = permission_warnings(str(settings.ospa_key_file))
     for stanza in users:
         directory = str(stanza.openspa_clients)
