@@ -2196,10 +2196,11 @@ def choose_values(values: "Dict[str, str]", text: str, stanza: str,
 
 def saved_text(path: str) -> str:
     """Return the text of the rc file, "" if there is none; read_layers() has warned of its mode."""
-    if not os.path.exists(path):
+    try:
+        with os.fdopen(open_ours(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
+            return decode_text(file.read())
+    except FileNotFoundError:
         return ""
-    with open(path, "rb") as file:
-        return decode_text(file.read())
 
 
 def replace_file(path: str, old: str, text: str) -> bool:
@@ -2248,10 +2249,8 @@ def change_rc_file(path: str, edit: "Callable[[str], Tuple[str, T]]") -> "T":
     """Give the rc file the text that `edit` makes of the old one; return what else it returns."""
     real = os.path.realpath(path)
     with errors_named(real):
-        if os.path.exists(path):  # root must not follow another user's link
-            os.close(open_ours(path, os.O_RDONLY))
         while True:  # begin again if another program changes the file meanwhile
-            text = saved_text(real)
+            text = saved_text(path)  # not `real`: root must not follow another user's link
             new, result = edit(text)  # asks its questions before replace_file() locks
             if replace_file(real, text, new):
                 return result

@@ -1031,6 +1031,28 @@ NO_SAVE_ARGS                Y
         for words in ([*KEYS, *self.STANZA], [*KEYS, "--save-packet", link, "--test"]):
             self.assertIn("a link of another user's", self.failure(1, *KNOCK, *words))
         self.assertEqual("[root]\n", self.read("real"))
+        os.remove(os.path.join(self.home, "real"))
+        self.assertIn("a link of another user's", self.failure(1, *KNOCK, *KEYS, *self.STANZA))
+        self.assertEqual([".fwknoprc"], os.listdir(self.home))
+
+    @needs_root
+    def test_nobody_leads_root_there_meanwhile(self) -> None:
+        """A link that takes the file's place while the client asks is not followed either."""
+        self.write("[root]\nKEY roots\n", "real")
+        self.write("[work]\nKEY old\n")
+        link = os.path.join(self.home, ".fwknoprc")
+
+        def confirm(_: str) -> bool:
+            os.remove(link)
+            os.symlink("real", link)
+            os.lchown(link, 1234, 1234)
+            return True
+
+        with mock.patch.object(client, "confirm", confirm):
+            self.assertIn("a link of another user's", self.failure(
+                1, "-T", *KNOCK, *KEYS, "--save-rc-stanza", "-n", "work"))
+        self.assertTrue(os.path.islink(link))
+        self.assertEqual([".fwknoprc", "real"], sorted(os.listdir(self.home)))
 
     def test_generated_keys(self) -> None:
         """-k and -K with --save-rc-stanza put the keys into the stanza, once asked."""
