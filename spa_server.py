@@ -454,7 +454,7 @@ ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 ALPHABET_AND_PADDING = ALPHABET + b"="
 MAX_KEY_BYTES, LEGACY_KEY_BYTES, MAX_HMAC_KEY_BYTES = 32, 16, 128
 MAX_PASSPHRASE_BYTES = 255  # gpg's
-PLACEHOLDER = "__CHANGEME__"  # stands for a key in fwknop's sample files and in our dump
+PLACEHOLDER = "__CHANGEME__"  # stands for a key in fwknop's sample files
 MODES = {"CBC": 2, "ECB": 1, "CFB": 3, "OFB": 5, "CTR": 6, "LEGACY": 8}  # and fwknop's numbers
 ASYMMETRIC = "Asymmetric"  # the mode that is GPG
 NOT_DECRYPTED = "Error creating fko context: Decryption failed or decrypted data is invalid"
@@ -1157,6 +1157,7 @@ def file_of(name: str) -> str:
 class Settings:
     """The directives of one file or stanza. Subclasses are tables of rows."""
 
+    file = "access.conf"  # the usual name
     skips = False  # whether a name that nobody knows is a warning only, as in fwknopd
     expands = False  # whether `$NAME` at the start of a value stands for another directive's value
     directory = ""  # where relative paths begin; "": the process's, as in fwknopd
@@ -1259,17 +1260,11 @@ class Settings:
         value = row.parse(self.expand(self.texts.get(row.name, row.default)))
         return f"{value}{slash}{rest}"
 
-    def dump(self) -> str:
-        """Return the table in the file's own syntax, without secrets; defaults are comments."""
-        lines = []
-        for row in self.rows():
-            if isinstance(row, Ignored):
-                continue
-            value = self.texts.get(row.name, row.default)
-            value = PLACEHOLDER if row.secret and value else value
-            lines.append(f"{row.name:<27} {value};" if self.is_set(row) else
-                         f"#{row.name:<26} {value + ';' if value else '(not set)'}")
-        return "\n".join(lines) + "\n"
+    def dump(self) -> List[Tuple[Directive[Any], str]]:
+        """Return each directive and its value as fwknopd prints it, without secrets."""
+        return [(row, f"<see the {self.file} file>" if row.secret and self.is_set(row) else
+                 self.texts.get(row.name, self.expand(row.default) or "<not set>"))
+                for row in self.rows() if not isinstance(row, Ignored)]
 
 
 MAX_KEY_FILE = 1 << 20  # bytes: far more than keys need, and no burden for the memory
@@ -1940,11 +1935,11 @@ def parse_adk_secret(text: str) -> bytes:
 class ServerSettings(Settings):
     """fwknopd.conf: how this server listens, remembers and drives the firewall."""
 
-    skips = expands = True
+    file, skips, expands = "fwknopd.conf", True, True
     overridden: Set[str] = set()  # directives that the command line sets; no file is judged by them
 
     verbose = Directive("VERBOSE", integer(0, 99), "0",
-                        "1 and more: log stanzas, packets and the firewall's commands")
+                        "1: log packets and the firewall's commands, too; 2: and the settings")
     interface = Directive("PCAP_INTF", parse_interface, "any", "interface to listen on, or `any`")
     packet_filter = Directive("PCAP_FILTER", parse_packet_filter, "udp port 62201",
                               "packets to look at, in tcpdump's language; see Carriers")
@@ -2920,18 +2915,12 @@ def parse_interfaces(text: str) -> Tuple[str, ...]:
 class KnockdSettings(Settings):
     """A section of knockd.conf, with lines `name = value`."""
 
+    file = "knockd.conf"
+
     @classmethod
     def row(cls, name: str) -> Optional[Directive[Any]]:
         """Return the row of a name in upper or lower case."""
         return next((row for row in cls.rows() if name.lower() in map(str.lower, row.names)), None)
-
-    def dump(self) -> str:
-        """Return the lines that were set, in the file's own syntax. Sequences are secrets."""
-        lines = ""
-        for row in filter(self.is_set, self.rows()):
-            value = PLACEHOLDER if row.secret else self.texts[row.name]
-            lines += f"\t{row.name}\n" if isinstance(row, Bare) else f"\t{row.name} = {value}\n"
-        return lines
 
 
 class Bare(Directive[bool]):
@@ -3011,10 +3000,13 @@ class KnockdFile(NamedTuple):
     doors: List[KnockdDoor]
     warnings: List[str]
 
-    def dump(self) -> str:
-        """Return the file as it was understood."""
-        return f"[options]\n{self.options.dump()}" + "".join(
-            f"[{door.name}]\n{door.dump()}" for door in self.doors)
+    def dump(self) -> Iterator[str]:
+        """Yield the lines that were set, in the file's own syntax. Sequences are secrets."""
+        sections: List[Tuple[str, KnockdSettings]] = [("options", self.options)]
+        for name, section in sections + [(door.name, door) for door in self.doors]:
+            yield f"[{name}]"
+            yield from (f"\t{row.name}" + ("" if isinstance(row, Bare) else f" = {text}")
+                        for row, text in section.dump() if section.is_set(row))
 
 
 def read_knockd(path: str) -> KnockdFile:
@@ -8301,13 +8293,24 @@ class Configuration(NamedTuple):
             log.error(text)
         for text in dict.fromkeys(self.warnings):
             log.warning(text)
-        for stanza in self.stanzas if log.level >= DEBUG else ():
-            for name, value in [line.split(None, 1) for line in stanza.dump().splitlines()]:
-                if name == Stanza.source.name:
-                    log.debug(f"{name} ({stanza.number}):  {value[:-1]}")
-                elif name[0] != "#":  # a default
-                    value = value[:-1].replace(PLACEHOLDER, "<see the access.conf file>")
-                    log.debug(f"{name:>27}:  {value}")
+        for line in self.dump() if self.settings.verbose > 1 else ():
+            log.debug(line)
+
+    def dump(self) -> Iterator[str]:
+        """Yield the lines of the configuration in force, as fwknopd -D prints them."""
+        yield "Current fwknopd config settings:"
+        for number, (row, text) in enumerate(self.settings.dump()):
+            yield f"{number:3}. {row.name:<28} =  '{text}'"
+        yield from ("", "Current fwknopd access settings:")
+        for stanza in self.stanzas:
+            (row, text), *others = stanza.dump()
+            yield from (f"{row.name} ({stanza.number}):  {text}", "=" * 62)
+            for row, text in others:
+                words = {"Y": "Yes", "N": "No"} if isinstance(row, Flag) else {}
+                yield f"{row.name:>27}:  {words.get(text[:1].upper(), text)}"
+            yield ""
+        if self.knockd:
+            yield from ("Current knockd.conf settings:", *self.knockd.dump())
 
 
 class Lifecycle(NamedTuple):
@@ -11143,7 +11146,8 @@ class Arguments:
                 asked = ACTIONS & set(self.values)
                 if len(asked) > 1 and asked != {"check", "dump"}:
                     raise UsageError(f"option '{name}' does not go with the one before")
-            else:
+            else:  # -v -v is VERBOSE 2
+                text = str(self.kept.count(name)) if row is ServerSettings.verbose else text
                 self.lines.append(Line(name, 0, row.name, text))
         if "trial" in self.values and ACTIONS & set(self.values) - {"init"}:
             raise UsageError("--trial: only a server that hears knocks can try its guard")
@@ -11630,11 +11634,7 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     elif "dump" not in arguments:
         say("Configs parsed, exiting.")
     else:
-        say("# fwknopd.conf\n" + configuration.settings.dump())
-        for stanza in configuration.stanzas:
-            say(f"# access.conf, stanza #{stanza.number}\n{stanza.dump()}")
-        if configuration.knockd:
-            say("# knockd.conf\n" + configuration.knockd.dump())
+        say("\n".join(configuration.dump()))
 
 
 def check_host(arguments: Arguments) -> int:

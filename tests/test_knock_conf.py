@@ -227,16 +227,18 @@ class KnockdConfTest(ConfigCase):
     def test_dump(self) -> None:
         """The dump parses back, and shows no sequence."""
         text = ("[options]\n\tUseSyslog\n\tLogFile = /l\n\tInterface = eth0, any\n\tStrict\n"
-                "[a b]\n\tSequence = __CHANGEME__\n\tSeq_Timeout = 9\n\tTCPFlags = syn,!ack\n"
+                "[a b]\n\tSequence = HIDDEN\n\tSeq_Timeout = 9\n\tTCPFlags = syn,!ack\n"
                 "\tStart_Command = a = %IP% # b\n\tStop_Command_6 = \n"
-                "[c]\n\tSequence = __CHANGEME__\n")
-        given = (text.replace("__CHANGEME__", "7000,8000:udp").replace("TCPFlags = syn,!ack",
+                "[c]\n\tSequence = HIDDEN")
+        given = (text.replace("HIDDEN", "7000,8000:udp").replace("TCPFlags = syn,!ack",
                  "TCPFlags = syn\nTCPFlags = !ack").replace("Seq_Timeout", "timeout")
                  .replace("Start_Command ", "COMMAND "))
         made = self.read(given)
-        self.assertEqual(text, made.dump())
-        again = self.read(made.dump().replace("__CHANGEME__", "7000,8000:udp"))
-        self.assertEqual(text, again.dump())
+        text = text.replace("HIDDEN", "<see the knockd.conf file>")
+        self.assertEqual(text, "\n".join(made.dump()))
+        again = self.read("\n".join(made.dump()).replace("<see the knockd.conf file>",
+                                                        "7000,8000:udp"))
+        self.assertEqual(text, "\n".join(again.dump()))
         self.assertEqual([door.texts for door in made.doors], [door.texts for door in again.doors])
 
     def test_warnings(self) -> None:
@@ -353,8 +355,8 @@ class KnockStanzaTest(ConfigCase):
         text = KEYLESS + "KNOCK_SEQUENCE 17000, 19000\n"
         code, out, err = self.main_with(text, "PCAP_INTF lo;\nKNOCKD_CONF %s;\n" % path, "-D")
         self.assertEqual(0, code, err)
-        self.assertIn("KNOCK_SEQUENCE              __CHANGEME__;", out)
-        self.assertIn("# knockd.conf\n[options]\n[d]\n\tSequence = __CHANGEME__\n", out)
+        self.assertIn("KNOCK_SEQUENCE:  <see the access.conf file>", out)
+        self.assertIn("[options]\n[d]\n\tSequence = <see the knockd.conf file>\n", out)
         bad = self.error_of(text.replace("17000,", "17000;"))
         stanza = self.stanzas(text)[0]
         for shown in (out, err, bad, self.error_of(text.replace("19000", "19000:x")),
@@ -472,7 +474,8 @@ class NameTest(ConfigCase):
             "fwknopd.conf", "FWKNOP_CONF_DIR %s;\n" % self.directory)
         code, out, err = self.main("-c", conf, "--knockd-conf", doors, "-D")
         self.assertEqual(0, code, err)
-        self.assertIn("# knockd.conf\n[options]\n[d]\n\tSequence = __CHANGEME__\n", out)
+        self.assertIn("Current knockd.conf settings:\n[options]\n[d]\n"
+                      "\tSequence = <see the knockd.conf file>\n", out)
         code, out, err = self.main("-c", conf, "--knockd-conf", doors, "--exit-parse-config")
         self.assertEqual((0, "Configs parsed, exiting.\n"), (code, out), err)
         self.assertEqual(3, self.main("-c", conf, "--knockd-conf", self.write("bad", "x"), "-D")[0])

@@ -70,8 +70,9 @@ def chain(name: str, target: str = "", source: str = CLIENT, destination: str = 
 
 LIVES = (
     Life("access", "", STANZA,
-         (r"^SOURCE \(1\):  ANY$", "^ +KEY:  <see the access.conf file>$",
-          "^ +HMAC_KEY:  <see the access.conf file>$",
+         ("^Current fwknopd config settings:$", r"^ +\d. PCAP_INTF {20}=  'eth0'$",
+          "^Current fwknopd access settings:$", r"^SOURCE \(1\):  ANY$", "^={62}$",
+          "^ +KEY:  <see the access.conf file>$", "^ +HMAC_KEY:  <see the access.conf file>$",
           "^'filter' table 'FWKNOP_INPUT' chain exists$",
           "^Added jump rule from chain: INPUT to chain: FWKNOP_INPUT$"),
          ((OPEN, (MATCH % 1, *FIELDS, RULE % (
