@@ -517,7 +517,7 @@ class Question:
         if (len(datagram) > self.limit or len(body) < 10 or body[0] != 1
                 or any(exclusive_or(self.tag(body), tag))):  # takes the same time for every tag
             raise ValueError("expected an answer to this packet")
-        text = encrypt_blocks("CTR", self.key, body[1:9] + bytes(8), body[9:])
+        text = encrypt_blocks("CTR", self.key, body[1:9] + bytes(8), body[9:])  # which decrypts
         return text[0] == 0, text[1:].decode("ascii", "replace")
 
 
@@ -3385,10 +3385,8 @@ def print_stanzas(given: "Dict[str, Given]") -> None:
     path = rc_path(given)
     if path is None or ("rc_file" not in given and not os.path.exists(path)):
         raise UsageError("--stanza-list needs an rc file, and there is none")
-    text = read_private(path)
-    say(f"The following stanzas are configured in {path} :")
-    for name in stanza_names(text):
-        say(" - " + name)
+    names = stanza_names(read_private(path))
+    say("\n - ".join([f"The following stanzas are configured in {path} :", *names]))
 
 
 def print_ssh_config(given: "Dict[str, Given]") -> None:
