@@ -8216,14 +8216,13 @@ class Configuration(NamedTuple):
     ospa_key: Optional[RsaKey] = None  # where a stanza has OPENSPA_CLIENTS
 
     @property
-    def lifecycle(self) -> "Lifecycle":
-        """Return its log lines about itself: knockd's, if it only serves a knockd.conf."""
-        if self.stanzas or self.knockd is None:
-            return Lifecycle()
-        return Lifecycle(
-            program="knockd", starting="", leaving="", restarted="", ended="shutting down",
-            started="starting up, listening on " + ",".join(self.knockd.options.interfaces),
-            rereading=f"re-reading config file: {self.settings.knockd_file}", level=DEBUG)
+    def is_knockd(self) -> bool:
+        """Return whether it only serves a knockd.conf; then the log has knockd's lines alone."""
+        return self.knockd is not None and not self.stanzas
+
+    def words(self, fwknopd: str, knockd: str = "") -> str:
+        """Return the words of the program that this server stands in for."""
+        return knockd if self.is_knockd else fwknopd
 
     def listenings(self) -> List[Listening]:
         """Return the sequences of stanzas and of knockd's doors, and where to listen for them."""
@@ -8311,19 +8310,6 @@ class Configuration(NamedTuple):
             yield ""
         if self.knockd:
             yield from ("Current knockd.conf settings:", *self.knockd.dump())
-
-
-class Lifecycle(NamedTuple):
-    """The log lines about start, reload and end; these are fwknopd's."""
-
-    program: str = "fwknopd"
-    starting: str = "Starting fwknopd"
-    started: str = "Starting fwknopd main event loop."
-    rereading: str = "Got SIGHUP. Re-reading configs."
-    restarted: str = "Re-starting fwknopd"
-    leaving: str = "Gracefully leaving the fwknopd event loop."
-    ended: str = "Shutting Down fwknopd."
-    level: int = INFO  # of lines that knockd does not have
 
 
 # ======================================================================================
@@ -9710,8 +9696,9 @@ class Server:
 
     def end_loop(self, why: str) -> None:
         """Let the loop end after this turn."""
-        self.log.info(self.configuration.lifecycle.leaving)
-        self.log.write(ERROR if self.exit_code else self.configuration.lifecycle.level, why)
+        self.log.info(self.configuration.words("Gracefully leaving the fwknopd event loop."))
+        self.log.write(ERROR if self.exit_code else
+                       DEBUG if self.configuration.is_knockd else INFO, why)
         self.running = False
 
     def follow_links(self) -> None:
@@ -9862,9 +9849,8 @@ class Server:
             else:
                 return "error: no such request"
         except (SpaError, OSError, ValueError) as error:
-            flushing = name == "flush" and isinstance(error, CommandError)
-            again = "; trying again" if flushing else ""  # expire() says so of others
-            self.log.error(f"{error}{again}")
+            retries = name == "flush" and isinstance(error, CommandError)  # others: see expire()
+            self.log.error(f"{error}; trying again" if retries else str(error))
             return f"error: {error}"
         lines[MOST_LINES:] = ["(and more)"] if len(lines) > MOST_LINES else []
         return "\n".join(["ok"] + lines)
@@ -9883,7 +9869,7 @@ class Server:
             self.gate.go_on_with_gpg()
         for run in self.gate.runs:
             run.kill()
-        self.log.write(self.configuration.lifecycle.level, self.report())
+        self.log.write(DEBUG if self.configuration.is_knockd else INFO, self.report())
         self.gate.memory.close()
         self.gate.answer_sockets.close()
         self.tell_guard()
@@ -10136,7 +10122,8 @@ def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, tr
     if trial:
         start_trial(firewall, trial)
     ready = go_to_background() if daemon else None
-    file = lock_pid_file(configuration.settings.pid_file, log, configuration.lifecycle.program)
+    program = configuration.words("fwknopd", "knockd")
+    file = lock_pid_file(configuration.settings.pid_file, log, program)
     try:
         if rotate:
             rotate_digest_cache(configuration.settings.digest_file)
@@ -10150,7 +10137,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     """Start the server, say so through `ready`, serve until told to stop; return the exit code."""
     configuration.tell(log)
     warn_of_host(configuration, firewall, log)
-    log.info(configuration.lifecycle.starting)
+    log.info(configuration.words("Starting fwknopd"))
     server = Server(configuration, firewall, log)
     signals = catch_signals(server.selector)
     server.start(configuration.settings.flush_at_start)
@@ -10162,7 +10149,9 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
                     "--fw-flush can't ask this server; kill -USR2 can")
     if firewall.guard_ports:
         log.info(guard_text(firewall))
-    log.info(configuration.lifecycle.started)
+    interfaces = ",".join(configuration.knockd.options.interfaces) if configuration.knockd else ""
+    log.info(configuration.words("Starting fwknopd main event loop.",
+                                 "starting up, listening on " + interfaces))
     server.manager.tell("READY=1")
     if ready is not None:
         if firewall.trial:
@@ -10183,7 +10172,7 @@ def serve_until_told(configuration: Configuration, firewall: Firewall,
     finally:
         server.metrics.write()
         control.close()
-        log.info(server.configuration.lifecycle.ended)
+        log.info(server.configuration.words("Shutting Down fwknopd.", "shutting down"))
     return server.exit_code
 
 
@@ -10227,7 +10216,8 @@ def obey_signal(number: int, server: Server, read: Callable[[], Configuration]) 
 def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
     """Read the files again; keep the old settings if the new ones are bad."""
     log = server.log
-    log.info(server.configuration.lifecycle.rereading)
+    log.info(server.configuration.words("Got SIGHUP. Re-reading configs.",
+                                        f"re-reading config file: {server.settings.knockd_file}"))
     server.manager.tell("RELOADING=1", f"MONOTONIC_USEC={server.clocks.monotonic() * 1e6:.0f}")
     try:
         configuration = read()
@@ -10236,8 +10226,8 @@ def reload_files(server: Server, read: Callable[[], Configuration]) -> None:
         server.reload(configuration, firewall)
         warn_of_host(configuration, firewall, log)
         log.level = DEBUG if configuration.settings.verbose else INFO
-        log.info(configuration.lifecycle.restarted)
-        log.info(configuration.lifecycle.restarted and configuration.lifecycle.started)
+        for line in "Re-starting fwknopd", "Starting fwknopd main event loop.":
+            log.info(configuration.words(line))
         if firewall.trial and firewall.guard_ports:
             log.warning(guard_text(firewall))
     except Exception as error:  # a mistake of ours in reading must not end the server
@@ -10999,7 +10989,7 @@ def parse_options(options: "List[Option]",
 CONFIG_FILE = "/etc/fwknop/fwknopd.conf"
 
 # Letter, long name, argument, the directive or name that it sets, help.
-OPTION_TABLE = """
+OPTIONS = [Option(row) for row in """\
 c config-file       FILE   config_file          fwknopd.conf to read
 O override-config   FILES  override             more such files with commas between; the last wins
 a access-file       FILE   ACCESS_FILE          access.conf to read
@@ -11055,11 +11045,10 @@ l locale            NAME   LOCALE               for fwknopd alone; ignored
 V version           -      version              print version and SHA-256 of this file
 h help              -      help                 print this help
 - man               -      man                  print this, and all directives, for `man -l -`
-"""
-OPTIONS = [Option(row) for row in OPTION_TABLE.strip().split("\n")]
+""".splitlines()]
 
 # The same for a command line of knockd's, which begins with the name knockd (knockd.md 1.1).
-KNOCKD_OPTION_TABLE = """
+KNOCKD_OPTIONS = [Option(row) for row in """\
 i interface         NAME   interfaces           interfaces to listen on, instead of the file's
 d daemon            -      daemon               serve in the background
 c config            FILE   KNOCKD_CONF          knockd.conf to read
@@ -11071,9 +11060,7 @@ v verbose           -      VERBOSE=1            log more
 4 only-ip-v4        -      four_only            listen for IPv4 only
 V version           -      version              print version and SHA-256 of this file
 h help              -      help                 print this help
-"""
-KNOCKD_OPTIONS = [Option(row) for row in KNOCKD_OPTION_TABLE.strip().split("\n")]
-KNOCKD_FILE = "/etc/knockd.conf"
+""".splitlines()]
 MAX_TRIAL = 7 * 86400  # seconds: a week
 LOOK_AGAIN_SECONDS = 0.5  # a server restores within SETTLE_SECONDS; legacy iptables takes longer
 ACTIONS = {"init", "dump", "check", "check_host", "check_digests", "codes", "status", "kill",
@@ -11129,7 +11116,7 @@ class Arguments:
     def __init__(self, arguments: List[str], program: str = "") -> None:
         self.program, self.as_knockd = program, program == "knockd"
         self.options = KNOCKD_OPTIONS if self.as_knockd else OPTIONS
-        self.lines = [Line("--config", 0, ServerSettings.knockd_file.name, KNOCKD_FILE)
+        self.lines = [Line("--config", 0, ServerSettings.knockd_file.name, "/etc/knockd.conf")
                       ] if self.as_knockd else []
         self.values: Dict[str, str] = {}  # by option; without a value its own name
         self.kept: List[str] = []  # what a unit's command line has, too

@@ -440,13 +440,14 @@ class NameTest(ConfigCase):
         self.assertEqual("/start/run/pid", self.configuration(["-c", relative]).settings.pid_file)
 
     def test_words(self) -> None:
-        """-4, -l, -D and -v have their effect; the log begins with knockd's line."""
+        """-4, -l, -D and -v have their effect; the log has knockd's lines."""
         path = self.write("knockd.conf", DOOR + "[options]\nInterface = eth0,eth1\n")
         made = self.configuration(["-4", "-l", "-D", "-v", "-d", "-c", path])
         self.assertEqual((True, True, []), (made.four_only, bool(made.settings.verbose),
                                             made.stanzas))
-        self.assertEqual("starting up, listening on eth0,eth1", made.lifecycle.started)
-        self.assertEqual("re-reading config file: " + path, made.lifecycle.rereading)
+        self.assertEqual((("eth0", "eth1"), path), (made.knockd.options.interfaces,
+                                                    made.settings.knockd_file))
+        self.assertEqual("shutting down", made.words("Shutting Down fwknopd.", "shutting down"))
         self.assertEqual(["/etc/knockd.conf"], [line.value for line in server.Arguments(
             [], "knockd").lines])
 
@@ -457,13 +458,13 @@ class NameTest(ConfigCase):
         named = ["-c", self.write("fwknopd.conf", conf), "--knockd-conf", doors]
         alone = self.configuration(named, "fwknopd")
         self.assertEqual((0, 1, "knockd"), (len(alone.stanzas), len(alone.knockd.doors),
-                                            alone.lifecycle.program))
+                                            alone.words("fwknopd", "knockd")))
         self.write("access.conf", KEYED)
         self.write("fwknopd.conf", conf + "KNOCKD_CONF %s;\n" % doors)
         for words in (named, named[:2]):
             both = self.configuration(words, "spa_server.py")
             self.assertEqual((1, 1, "fwknopd"), (len(both.stanzas), len(both.knockd.doors),
-                                                 both.lifecycle.program))
+                                                 both.words("fwknopd", "knockd")))
             self.assertEqual([("any",)], [names for names, _ in both.listenings()])
         with self.assertRaisesRegex(server.ConfigError, "/no/such"):  # named, so it must be there
             self.configuration(named + ["-a", "/no/such/access.conf"], "fwknopd")
