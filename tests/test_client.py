@@ -50,11 +50,7 @@ def unseal(packet: str, key: str = KEY, tag_length: int = 43) -> str:
     body = packet[:len(packet) - tag_length] if tag_length else packet
     data = client.decode_base64(client.PREFIX + body)
     secret, iv = client.bytes_to_key(client.DIGESTS["MD5"], key.encode(), data[8:16])
-    aes, out = server.Aes(secret), b""
-    for position in range(16, len(data), 16):
-        block = data[position:position + 16]
-        out += client.exclusive_or(aes.decrypt_block(block), iv)
-        iv = block
+    out = server.decrypt(server.Aes(secret), "CBC", iv, data[16:])
     return str(out[:-out[-1]].decode("ascii"))
 
 

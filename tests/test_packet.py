@@ -213,7 +213,7 @@ class AesTest(unittest.TestCase):
             with self.subTest(bits=len(key) * 4, plain=plain):
                 aes = cipher_class(bytes.fromhex(key))
                 self.assertEqual(cipher, aes.encrypt_block(bytes.fromhex(plain)).hex())
-                self.assertEqual(plain, aes.decrypt_block(bytes.fromhex(cipher)).hex())
+                self.assertEqual(plain, aes.decrypt_blocks(bytes.fromhex(cipher)).hex())
 
     def test_fips_197(self) -> None:
         """The examples of appendix B and C, all three key lengths."""
@@ -230,11 +230,11 @@ class AesTest(unittest.TestCase):
         draw = random.Random(197)
         for length in (16, 24, 32) * 8:
             aes = server.Aes(bytes(draw.randrange(256) for _ in range(length)))
-            for _ in range(8):
-                block = bytes(draw.randrange(256) for _ in range(16))
-                cipher = aes.encrypt_block(block)
-                self.assertNotEqual(block, cipher)
-                self.assertEqual(block, aes.decrypt_block(cipher))
+            blocks = [bytes(draw.randrange(256) for _ in range(16))
+                      for _ in range(draw.randrange(1, 90))]
+            ciphers = [aes.encrypt_block(block) for block in blocks]
+            self.assertFalse(set(blocks) & set(ciphers))
+            self.assertEqual(b"".join(blocks), aes.decrypt_blocks(b"".join(ciphers)))
 
     @needs_module("cryptography")
     def test_library(self) -> None:
@@ -248,7 +248,7 @@ class AesTest(unittest.TestCase):
             for _ in range(50):
                 block = bytes(draw.randrange(256) for _ in range(16))
                 self.assertEqual(theirs.encrypt_block(block), ours.encrypt_block(block))
-                self.assertEqual(theirs.decrypt_block(block), ours.decrypt_block(block))
+                self.assertEqual(theirs.decrypt_blocks(block * 2), ours.decrypt_blocks(block * 2))
 
     def test_modes(self) -> None:
         """Each mode decrypts the example of SP 800-38A; the test's encoder makes the same."""
@@ -449,22 +449,23 @@ class VectorTest(unittest.TestCase):
             admit(Sender(hmac_key=b"other").packet(), keys)
 
     def test_one_block_tells_a_wrong_key(self) -> None:
-        """With an HMAC as well: each stanza with its key tries to decrypt such a packet."""
-        blocks = []
+        """If there is no HMAC; else only genuine packets are decrypted, and all at once."""
+        blocks: List[int] = []
 
         class Counted(server.Aes):  # type: ignore[misc]
             """A cipher that notes what it decrypts."""
 
-            def decrypt_block(self, block: bytes) -> bytes:
-                """Note a block, and decrypt it."""
-                blocks.append(block)
-                return bytes(super().decrypt_block(block))
+            def decrypt_blocks(self, text: bytes) -> bytes:
+                """Note how many there are, and decrypt them."""
+                blocks.append(len(text) // 16)
+                return bytes(super().decrypt_blocks(text))
 
-        keys = Sender(key=b"other").keys()
-        keys.cipher = Counted
-        with self.assertRaises(server.WrongKey):
-            admit(Sender().packet(), keys)
-        self.assertEqual(1, len(blocks))
+        for hmac_key in (b"", b"hmac"):
+            keys = Sender(key=b"other", hmac_key=hmac_key).keys()
+            keys.cipher = Counted
+            with self.assertRaises(server.WrongKey):
+                admit(Sender(hmac_key=hmac_key).packet(), keys)
+        self.assertEqual([1, True], [blocks[0], blocks[1] > 1])
 
     def test_an_hmac_can_not_be_left_out(self) -> None:
         """A stanza with an HMAC key does not take packets without a tag, or with a part of it."""
