@@ -4377,11 +4377,10 @@ def digest_of(text: bytes) -> str:
 
 def file_state(path: str) -> Tuple[int, int, int]:
     """Return device, inode and size of a file, which change when somebody else touches it."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.lstat(path)
-    except OSError:
-        return 0, 0, 0
-    return status.st_dev, status.st_ino, status.st_size
+        return status.st_dev, status.st_ino, status.st_size
+    return 0, 0, 0
 
 
 def empty_file(path: str) -> None:
@@ -4408,9 +4407,9 @@ class ReplayMemory:
     monotonic time: since then the memory misses no packet (tests/spec/answer.md 3). Then WIDEST.
     """
 
-    def __init__(self, path: Optional[str], max_age: Optional[int], log: Log,
-                 clocks: Clocks = CLOCKS) -> None:
-        self.path, self.log, self.clocks = path, log, clocks
+    def __init__(self, path: str, max_age: Optional[int], log: Log, clocks: Clocks = CLOCKS
+                 ) -> None:
+        self.path, self.log, self.clocks = path, log, clocks  # "": this process alone remembers
         self.boot_id = clocks.boot_id()
         # By digest, oldest first: the packet's line in the file, and its time, monotonic.
         self.seen: Dict[str, Tuple[str, float]] = {}
@@ -4513,8 +4512,8 @@ class ReplayMemory:
         if digest in self.seen or digest in self.refused:
             return
         self.enter_refused(digest, timestamp, reason)
-        if timestamp and self.path:
-            self.record(self.path, f"# refused {digest} {timestamp} {reason}\n".encode())
+        if timestamp:
+            self.record(f"# refused {digest} {timestamp} {reason}\n")
 
     def enter_refused(self, digest: str, timestamp: int, reason: str) -> None:
         """Put a refused packet into the memory, which then forgets the oldest of too many."""
@@ -4561,18 +4560,20 @@ class ReplayMemory:
                 f"{datagram.destination_port} {int(self.clocks.wall())}")
         self.seen[digest] = line, self.clocks.monotonic()
         self.prune()
-        if self.path:
-            self.record(self.path, line.encode() + b"\n")
+        self.record(line + "\n")
 
-    def record(self, path: str, line: bytes) -> None:
+    def record(self, line: str) -> None:
         """Add a line to the file. Write the file anew if somebody moved or changed it, if most of
         its packets are forgotten, or REWRITE_SECONDS after it could not be written."""
+        path = self.path
+        if not path:
+            return
         try:
             if self.file is not None and self.written != file_state(path):
                 self.log.warning(f"{path}: somebody moved, deleted or changed it; writing it anew")
                 self.close()
             if self.file is not None:
-                self.append(self.file, line)
+                self.append(self.file, line.encode())
             known = len(self.seen) + len(self.refused)
             if (self.lines_in_file > known + REWRITE_AFTER if self.file is not None else
                     self.clocks.monotonic() >= self.rewrite_due):
@@ -4605,7 +4606,6 @@ class ReplayMemory:
     def give_up_file(self, error: OSError) -> None:
         """Remember packets in this process alone, and empty the file before the packet that it
         misses opens anything: the next start must not take the file for a record."""
-        assert self.path is not None
         self.close()
         self.rewrite_due = self.clocks.monotonic() + REWRITE_SECONDS
         self.log.error(f"{explain(error, self.path)}; only this process remembers packets, and the "
@@ -4630,7 +4630,6 @@ class ReplayMemory:
 
     def rewrite(self) -> None:
         """Write all that is remembered to a new file, and keep this open to append to."""
-        assert self.path is not None
         temporary = self.path + ".new"
         began = (f"# began {self.began:.3f} {self.boot_id} {self.forgotten} {self.silent} "
                  f"{self.whole:.3f} {self.widest:.0f}\n")
@@ -4662,31 +4661,24 @@ class ReplayMemory:
 
 def open_memory(settings: ServerSettings, log: Log, clocks: Clocks = CLOCKS) -> ReplayMemory:
     """Return the replay memory that the settings ask for, with its file opened."""
-    path: Optional[str] = settings.digest_file
-    if not settings.digest_persistence:
-        path = None
+    path, persistent = settings.digest_file, settings.digest_persistence
+    if not persistent:
         try:  # a later start must not read it: it misses the packets seen meanwhile
-            rotate_digest_cache(settings.digest_file)
+            rotate_digest_cache(path)
         except OSError as error:
             log.error(explain(error))
-    memory = ReplayMemory(path, settings.max_packet_age if settings.aging else None, log, clocks)
-    if is_first_memory(settings):  # so nothing came since the boot
-        memory.whole = -CLOCK_SECONDS
-        memory.silent = int(clocks.wall() - clocks.monotonic())
+    memory = ReplayMemory(path if persistent else "",
+                          settings.max_packet_age if settings.aging else None, log, clocks)
+    # A file beside DIGEST_FILE records that a server has run here since the boot, or ever, if the
+    # directory survives boots. It stays when DIGEST_FILE is lost.
+    with contextlib.suppress(OSError):  # it is there, or can't be made
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        os.close(os.open(path + "-began", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        if persistent and not os.path.lexists(path):  # so nothing came since the boot
+            memory.whole = -CLOCK_SECONDS
+            memory.silent = int(clocks.wall() - clocks.monotonic())
     memory.open_file()
     return memory
-
-
-def is_first_memory(settings: ServerSettings) -> bool:
-    """Return whether no server has run here since the boot, or ever, if the directory survives
-    boots. A file beside DIGEST_FILE records that one has; it stays when DIGEST_FILE is lost."""
-    try:
-        os.makedirs(os.path.dirname(settings.digest_file), 0o700, exist_ok=True)
-        os.close(os.open(settings.digest_file + "-began", os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-                         0o600))
-    except OSError:  # it is there, or can't be made
-        return False
-    return settings.digest_persistence and not os.path.lexists(settings.digest_file)
 
 
 def rotate_digest_cache(path: str) -> None:
@@ -4796,14 +4788,9 @@ class Netlink:
     process, and a flush of all tables spares them.
     """
 
-    def __init__(self, opened: socket.socket) -> None:
-        self.socket = opened
-        self.port: int = opened.getsockname()[0]
-
-    @classmethod
-    def open(cls) -> "Netlink":
-        """Open a socket to nf_tables; raise CommandError if the kernel has none."""
-        return cls(open_netlink_socket())
+    def __init__(self, opened: Optional[socket.socket] = None) -> None:
+        self.socket = opened or open_netlink_socket()
+        self.port: int = self.socket.getsockname()[0]
 
     def close(self) -> None:
         """Close the socket. Its persistent tables stay, without an owner."""
@@ -4866,10 +4853,15 @@ class Netlink:
                 return attributes(body[4:]).get(GENERATION_NUMBER, b"")
         return b""
 
-    def count_elements(self, family: int, body: bytes) -> int:
-        """Return how many elements a set has now."""
-        return sum(len(list(attribute_list(answer.get(LIST_ELEMENTS, b""))))
-                   for answer in self.dump(GET_ELEMENT, family, body))
+    def elements(self, family: int, body: bytes) -> List[bytes]:
+        """Return the elements that a set has now; none if the set is missing."""
+        try:
+            return [item for answer in self.dump(GET_ELEMENT, family, body)
+                    for _, item in attribute_list(answer.get(LIST_ELEMENTS, b""))]
+        except CommandError as error:
+            if error.number != errno.ENOENT:
+                raise
+            return []
 
     def rules(self, chain: NftChain) -> List[Tuple[int, str]]:
         """Return handle and user data of a chain's rules; an error or none if it is missing."""
@@ -5203,22 +5195,19 @@ class TcpCapture(Capture):
 
     def read(self, number: int, now: float) -> Optional[Datagram]:
         """Read from a connection; if it is complete, close it and return its datagram."""
-        connection = self.connections[number]
-        so_far = connection.datagram.payload
+        opened, datagram, end = self.connections[number]
         try:
-            new = connection.socket.recv(MAX_REQUEST + 1 - len(so_far))
+            new = opened.recv(MAX_REQUEST + 1 - len(datagram.payload))
         except BlockingIOError:
             return None
         except OSError:  # reset
             new = b""
-        text = so_far + new
-        self.connections[number] = connection._replace(
-            datagram=connection.datagram._replace(payload=text),
-            end=min(connection.end, now + REST_SECONDS))
+        text = datagram.payload + new
+        self.connections[number] = Incoming(opened, datagram._replace(payload=text),
+                                            min(end, now + REST_SECONDS))
+        whole = len(text) > MAX_PAYLOAD
         if text[:4].upper() == b"GET ":
             whole = b"\n\r\n" in text or b"\n\n" in text or len(text) > MAX_REQUEST
-        else:
-            whole = len(text) > MAX_PAYLOAD
         return self.close_connection(number) if whole or not new else None
 
     def close_connection(self, number: int, reset: bool = False) -> Optional[Datagram]:
@@ -5996,8 +5985,8 @@ class NftFirewall(Firewall):
             # As fill_table() leaves it: neither asleep, nor persistent and not owned.
             flags = self.netlink.table_numbers(chain)[0] if chain in OWN_CHAINS else 0
             if chain == GUARD_TABLE and 0 < self.trial_left() < FOR_EVER:
-                left = self.netlink.count_elements(NFT_FAMILIES[chain.family], TRIAL_BODY)
-                if left < len(self.guard_ports):
+                closed = self.netlink.elements(NFT_FAMILIES[chain.family], TRIAL_BODY)
+                if len(closed) < len(self.guard_ports):
                     return False
             return flags in (0, TABLE_OWNER | TABLE_PERSIST) and all(
                 [name for _, name in self.our_rules(where)] == list(map(tag, rules))
@@ -6067,19 +6056,16 @@ class NftFirewall(Firewall):
 
     def read_set(self, chain: NftChain, set_type: SetType) -> List[Tuple[Door, float]]:
         """Return the doors in a set, and their seconds left: FOR_EVER if nothing ends them."""
-        doors, answers = [], []
-        with missing_is_empty():
-            answers = self.netlink.dump(GET_ELEMENT, NFT_FAMILIES[chain.family],
-                                        set_attributes(chain, set_type))
-        for answer in answers:
-            for _, item in attribute_list(answer.get(LIST_ELEMENTS, b"")):
-                element = attributes(item)
-                door = set_type.door(*[attributes(element.get(part, b"")).get(DATA_VALUE, b"")
-                                       for part in (ELEMENT_KEY, ELEMENT_DATA)])
-                left = element.get(ELEMENT_EXPIRATION)
-                seconds = int.from_bytes(left[:8], "big") / 1000 if left else FOR_EVER
-                if door is not None and seconds > 0:
-                    doors.append((door, seconds))
+        doors = []
+        for item in self.netlink.elements(NFT_FAMILIES[chain.family],
+                                          set_attributes(chain, set_type)):
+            element = attributes(item)
+            door = set_type.door(*[attributes(element.get(part, b"")).get(DATA_VALUE, b"")
+                                   for part in (ELEMENT_KEY, ELEMENT_DATA)])
+            left = element.get(ELEMENT_EXPIRATION)
+            seconds = int.from_bytes(left[:8], "big") / 1000 if left else FOR_EVER
+            if door is not None and seconds > 0:
+                doors.append((door, seconds))
         return doors
 
     def listing(self) -> str:
@@ -6092,9 +6078,12 @@ class NftFirewall(Firewall):
     def flush(self) -> None:
         """Empty all sets; the guard stays."""
         def empty(chain: NftChain, set_type: SetType) -> None:
-            with missing_is_empty():  # a message that names no element deletes all
+            try:  # a message that names no element deletes all
                 self.netlink.commit([(DELETE_ELEMENT, NFT_FAMILIES[chain.family],
                                       set_attributes(chain, set_type))])
+            except CommandError as error:
+                if error.number != errno.ENOENT:  # the set is missing
+                    raise
 
         do_all(empty, self.sets)
 
@@ -6115,7 +6104,7 @@ class NftFirewall(Firewall):
         with contextlib.suppress(CommandError):
             names = [name for _, name in self.our_rules(GUARD_TABLE._replace(chain="closed"))]
             return tag(DROP) in names or (tag(TRIAL_DROP) in names and bool(
-                self.netlink.count_elements(NFT_FAMILIES[GUARD_TABLE.family], TRIAL_BODY)))
+                self.netlink.elements(NFT_FAMILIES[GUARD_TABLE.family], TRIAL_BODY)))
         return False
 
     def unguard(self) -> None:
@@ -6186,14 +6175,11 @@ def explain_failure(program: str, chain: NftChain, accepts: bool) -> None:
 
 def table_owner(chain: NftChain) -> str:
     """Return name and pid of the program that alone can change a table; nothing if all can."""
+    flags = port = 0
     with contextlib.suppress(CommandError):  # a kernel without nf_tables
-        flags, port = Netlink.open().table_numbers(chain)
-        return netlink_program(port) if flags & TABLE_OWNER else ""
-    return ""
-
-
-def netlink_program(port: int) -> str:
-    """Return name and pid of the program with this netlink port, if /proc shows it."""
+        flags, port = Netlink().table_numbers(chain)
+    if not flags & TABLE_OWNER:
+        return ""
     # Only the first netlink socket of a program has the pid as its port.
     rows = [line.split() for line in read_proc("net/netlink").splitlines()]
     sockets = [f"socket:[{row[9]}]" for row in rows
@@ -6214,16 +6200,6 @@ def explain_owner(chain: NftChain) -> None:
                            "and nobody else can change it",
                            hint=OWNER_HINT if chain in OWN_CHAINS else
                            "let that open the port, and use GUARD_PORTS to close it")
-
-
-@contextlib.contextmanager
-def missing_is_empty() -> Iterator[None]:
-    """Ignore the CommandError of a set that is missing: it has no elements."""
-    try:
-        yield
-    except CommandError as error:
-        if error.number != errno.ENOENT:
-            raise
 
 
 def set_attributes(chain: NftChain, set_type: SetType) -> bytes:
@@ -6320,7 +6296,7 @@ class Iptables:
         iptables-nft would search its chain for each of them. The rules that it prints are those
         with these handles if the handles are the same before and after; CommandError if not.
         """
-        netlink = Netlink.open() if self.family else None
+        netlink = Netlink() if self.family else None
         here = name_attribute(RULE_TABLE, table)
 
         def handles() -> List[Tuple[str, bytes]]:
@@ -6351,8 +6327,8 @@ class Iptables:
                      + [f"-F {name}" for name in present]
                      + [f"-X {name}" for name in present]})
 
-    def probe_time_match(self, table: str) -> None:
-        """Find out whether the kernel has the time match, in a chain that is gone at once."""
+    def probe_time_match(self, table: str) -> bool:
+        """Return whether the kernel has the time match; a chain that is gone at once shows it."""
         def probe(match: str) -> None:
             self.commit({table: [f":{PROBE_CHAIN} - [0:0]",
                                  f"-A {PROBE_CHAIN} {match}-j RETURN",
@@ -6362,6 +6338,7 @@ class Iptables:
         except CommandError:
             probe("")  # fails as well if the match is not the reason
             self.dated = False
+        return self.dated
 
     def ends_grants(self) -> bool:
         """Return whether the kernel ends grants by the time match; yes, if nobody can tell."""
@@ -6505,8 +6482,7 @@ class IptablesFirewall(Firewall):
         do_all(self.prepare_table, [(version, table) for table in self.tables
                                     for version in self.programs])
         for program in self.programs.values():
-            program.probe_time_match(self.tables[0])
-            if not program.dated:
+            if not program.probe_time_match(self.tables[0]):
                 self.log.warning(f"{program.program} has no time match: what is open when this "
                                  "server is killed stays open; nftables would close it")
 
@@ -6535,10 +6511,9 @@ class IptablesFirewall(Firewall):
         program.commit({table: changes})
         for line in ["-N " + each[1:-8] if each[0] == ":" else each for each in changes]:
             self.log.debug(f"{os.path.basename(program.program)} -t {table} {line}")
-        jumps = [change for change in changes if change.startswith("-I")]
         for chain in access if version == 4 else []:  # once, not for IPv6 again
             self.log.debug(f"'{table}' table '{chain.name}' chain exists")
-            if any(jump.endswith(f" -j {chain.name}") for jump in jumps):
+            if any(each[:2] == "-I" and each.endswith(f" -j {chain.name}") for each in changes):
                 self.log.info(f"Added jump rule from chain: {chain.from_chain} "
                               f"to chain: {chain.name}")
 
@@ -6546,9 +6521,7 @@ class IptablesFirewall(Firewall):
         """Return the changes that a table needs, by its lines; none where it is as it should be."""
         guarding = table == "mangle" and self.guard_ports
         changes = self.guard_changes(version, lines) if guarding else []
-        for chain in self.access:
-            if chain.table != table:
-                continue
+        for chain in [each for each in self.access if each.table == table]:
             if f"-N {chain.name}" not in lines:
                 changes.append(f":{chain.name} - [0:0]")
             jump = f"-j {chain.name}"
@@ -6800,7 +6773,7 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
                  {each for stanza in stanzas for each in stanza_set_types(settings, stanza)})
     set_types |= {SetType(4, 32, False), SetType(6, 128, False)}  # for --open
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(set_types),
-                       Netlink.open(), log, settings.nft_forward_chains if settings.nat else (),
+                       Netlink(), log, settings.nft_forward_chains if settings.nat else (),
                        clocks)
 
 
@@ -6810,8 +6783,7 @@ def start_trial(firewall: Firewall, seconds: int) -> None:
         raise ConfigError("--trial: there is no guard to try",
                           "set GUARD_PORTS tcp/22, and leave --test out")
     for program in firewall.programs.values() if isinstance(firewall, IptablesFirewall) else ():
-        program.probe_time_match("mangle")
-        if not program.dated:
+        if not program.probe_time_match("mangle"):
             raise ConfigError(f"--trial: {program.program} has no time match to end the guard with",
                               "install xt_time, or nftables")
     wall = firewall.clocks.wall()
@@ -6861,7 +6833,7 @@ def stanza_set_types(settings: ServerSettings, stanza: Stanza) -> Iterator[SetTy
 
 def standing_set_types() -> Set[SetType]:
     """Return the types of all sets of ours that nftables has."""
-    netlink = Netlink.open()
+    netlink = Netlink()
     names = [text_of(each[LIST_SET]) for number in NFT_FAMILIES.values()
              for each in netlink.dump(GET_SET, number, b"")]
     return {set_type for set_type in map(parse_set_name, names) if set_type}
@@ -7022,10 +6994,10 @@ def nft_removal(netlink: Netlink, family: str, table: bytes,
             messages.append((DELETE_SET, number, body))
             texts.append(f"set {family} {name} {set_name}")
             continue
-        count = netlink.count_elements(number, body)
-        if count:  # a message that names no element deletes all
+        doors = netlink.elements(number, body)
+        if doors:  # a message that names no element deletes all
             messages.append((DELETE_ELEMENT, number, body))
-            texts.append(f"{count} doors of set {family} {name} {set_name}")
+            texts.append(f"{len(doors)} doors of set {family} {name} {set_name}")
     return texts, messages
 
 
@@ -7063,8 +7035,7 @@ def legacy_tables(settings: ServerSettings, only: str = "", log: Optional[Log] =
 def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], part: str,
                      log: Log) -> Iterator[Leftover]:
     """Find a part of ours in tables of the older iptables."""
-    only = "mangle" if part == GUARD else ""
-    for firewall, table in legacy_tables(settings, only, log):
+    for firewall, table in legacy_tables(settings, "mangle" if part == GUARD else "", log):
         lines = firewall.list(table)
         rules, chains, texts = our_part(
             os.path.basename(firewall.program), table,
@@ -7092,7 +7063,7 @@ def leftovers(part: str, settings: ServerSettings, log: Log,
     named = {(each.table, each.chain) for each in values if isinstance(each, IptablesChain)}
     found = []
     try:
-        found = list(nft_leftovers(netlink or Netlink.open(), named, part))
+        found = list(nft_leftovers(netlink or Netlink(), named, part))
     except CommandError as error:
         if error.number and error.number not in NOTHING_THERE:  # 0: the kernel has no netlink
             raise
@@ -7118,7 +7089,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
     try:
         remove_leftovers(GRANTS, settings, log, netlink)
         if NAT_TABLE not in firewall.chains:
-            (netlink or Netlink.open()).commit([(
+            (netlink or Netlink()).commit([(
                 DELETE_TABLE, NFT_FAMILIES[NAT_TABLE.family],
                 name_attribute(TABLE_NAME, NAT_TABLE.table))])
     except CommandError as error:
@@ -7319,28 +7290,23 @@ def host_verdicts(chains: List[HostChain], version: int, port: Port, state: str 
     return {"drop"} if {"drop"} in found and "dnat" not in together else together
 
 
-def is_opened_by(firewall: Firewall, chain: HostChain) -> bool:
-    """Tell whether a firewall of ours puts grants into a table of the host."""
-    tables: List[str] = []
-    if isinstance(firewall, NftFirewall):
-        tables = [f"{each.family} {each.table} " for each in firewall.accept]
-    elif isinstance(firewall, IptablesFirewall):
-        tables = [f"{iptables_family(version, firewall.legacy)} {each.table} "
-                  for version in firewall.programs for each in firewall.access
-                  if each.kind == INPUT]
-    return chain.where.startswith(tuple(tables))
-
-
 def closed_twice(settings: ServerSettings, firewall: Firewall, ports: Iterable[Port]
                  ) -> Iterator[str]:
     """Find ports that rules of the host close to everybody, where no grant of ours opens them."""
     chains = host_chains(settings)
+    opened: List[str] = []  # the tables of the host that our grants go to
+    if isinstance(firewall, NftFirewall):
+        opened = [f"{each.family} {each.table} " for each in firewall.accept]
+    elif isinstance(firewall, IptablesFirewall):
+        opened = [f"{iptables_family(version, firewall.legacy)} {each.table} "
+                  for version in firewall.programs for each in firewall.access
+                  if each.kind == INPUT]
     closed: Dict[str, List[Port]] = {}
     for port in sorted(ports):
         # What NAT leads elsewhere, as Docker does, does not come in.
         led = {version for chain in chains if "dnat" in chain.verdicts(port)
                for version in chain.versions}
-        where = [chain.where for chain in chains if not is_opened_by(firewall, chain)
+        where = [chain.where for chain in chains if not chain.where.startswith(tuple(opened))
                  and chain.verdicts(port) == {"drop"} and not led.issuperset(chain.versions)]
         if where:
             closed.setdefault(", ".join(where), []).append(port)
@@ -7355,7 +7321,7 @@ def obstacles(settings: ServerSettings, stanzas: List[Stanza], firewall: Firewal
     """Find rules of the host that get in the way of grants, and that the backend does not see."""
     if firewall.guard_ports:
         chains = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
-                  for rule in Netlink.open().dump(GET_RULE, 0, b"") if is_untracked(rule)}
+                  for rule in Netlink().dump(GET_RULE, 0, b"") if is_untracked(rule)}
         if any("NOTRACK" in line or "--notrack" in line for raw, table in legacy_tables(
                 settings, "raw") for line in raw.list(table)):
             chains.add("raw of iptables-legacy")
@@ -7942,10 +7908,7 @@ class Commands:
         """Open all cycles; raise CommandError if they are too many or one can't be started."""
         self.check(cycles)
         for cycle in cycles:
-            if self.test:
-                self.log.info(f"--test mode enabled, not running: {cycle.opening!s}")
-            else:
-                self.start_open(cycle)
+            self.start_open(cycle)
 
     def notify(self, notice: Optional[Cycle]) -> None:
         """Let a notice, if there is one, run when the server has done what it is about."""
@@ -7964,12 +7927,8 @@ class Commands:
             notice = self.notices[owner].popleft()
             if not self.notices[owner]:
                 del self.notices[owner]
-            if self.test:
-                self.log.info(f"--test mode enabled, not running: {notice.opening}")
-                continue
-            self.log.info(notice.opening_line.format(cycle=notice))
             try:
-                self.start(notice, notice.opening, closes=False)
+                self.start_open(notice)
             except CommandError as error:
                 self.log.error(str(error))
 
@@ -8043,7 +8002,10 @@ class Commands:
 
     def start_open(self, cycle: Cycle) -> None:
         """Set the switch, and start the command that opens; CommandError if it can't be started."""
-        if self.earlier is None:  # there is no switch of this server yet
+        if self.test:
+            self.log.info(f"--test mode enabled, not running: {cycle.opening}")
+            return
+        if self.earlier is None and cycle.closing.argv:  # there is no switch of this server yet
             self.earlier = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
                             if switched_command(pid)[1]]
         # If `lasts`, only the close moves. To run the same command again could add a second rule,
@@ -8764,7 +8726,7 @@ class Gate:
         self.access, self.knocks, self.resolver = access, knocks, resolver
         self.tally, self.log, self.clocks = access.tally, access.log, access.clocks
         self.catch_up = catch_up  # take the knock packets that wait: some came before the packet
-        self.memory = ReplayMemory(None, None, self.log, self.clocks)
+        self.memory = ReplayMemory("", None, self.log, self.clocks)
         self.answer_sockets = AnswerSockets(self.log)
         self.runs: List[GpgRun] = []  # of gpg, each with the packet that waits for it
         self.candidates = 0  # packets that passed check_payload() so far
@@ -9347,7 +9309,7 @@ class FirewallWatch:
         try:
             with firewall.within(PATIENCE):
                 if firewall.tables_heard and self.events is not None:
-                    generation = Netlink.open().generation()
+                    generation = Netlink().generation()
                     # No announcement was missed, and none was of somebody's change.
                     all_well = (self.well is firewall and generation == self.generation
                                 and not doubtful)
@@ -11614,7 +11576,7 @@ def check_configuration(arguments: Arguments, log: Log) -> None:
     if configuration.voids():
         raise ConfigError(f"{len(configuration.voids())} stanzas open nothing")
     if "check_digests" in arguments:
-        ReplayMemory(None, None, log).load(configuration.settings.digest_file)
+        ReplayMemory("", None, log).load(configuration.settings.digest_file)
         say("Digest cache parsed, exiting.")
     elif "dump" not in arguments:
         say("Configs parsed, exiting.")

@@ -291,7 +291,7 @@ class StanzaTest(KnockCase):
         path = made.settings.digest_file
         if os.path.exists(path):
             os.unlink(path)
-        made.gate.memory, made.remembers = server.ReplayMemory(None, None, made.log), False
+        made.gate.memory, made.remembers = server.ReplayMemory("", None, made.log), False
         stanzas = self.stanzas(KEYED)
         made.reload(made.configuration._replace(stanzas=stanzas), self.firewall)
         self.assertEqual((path, True), (made.gate.memory.path, os.path.exists(path)))
@@ -303,19 +303,19 @@ class StanzaTest(KnockCase):
     def test_a_reload_that_fails_leaves_no_memory_open(self) -> None:
         """It goes on with sequences only, and the file of packets is closed again."""
         made = self.serve_for(KEYLESS)
-        made.gate.memory, made.remembers = server.ReplayMemory(None, None, made.log), False
+        made.gate.memory, made.remembers = server.ReplayMemory("", None, made.log), False
         new = made.configuration._replace(stanzas=self.stanzas(KEYED))
         memory = server.open_memory(made.settings, made.log)
         with mock.patch.object(server, "open_memory", return_value=memory), \
                 mock.patch.object(self.firewall, "prepare", side_effect=server.CommandError("no")):
             self.assertRaises(server.CommandError, made.reload, new, self.firewall)
         self.assertIsNone(memory.file)
-        self.assertEqual((None, False), (made.gate.memory.path, made.remembers))
+        self.assertEqual(("", False), (made.gate.memory.path, made.remembers))
 
     def test_a_reload_that_fails_too_late(self) -> None:
         """The new keys are known by then, and so are the memory and the age of their packets."""
         made = self.serve_for(KEYLESS)
-        made.gate.memory, made.remembers = server.ReplayMemory(None, None, made.log), False
+        made.gate.memory, made.remembers = server.ReplayMemory("", None, made.log), False
         new = made.configuration._replace(stanzas=self.stanzas(KEYED))
         with mock.patch.object(made.grants, "move", side_effect=OSError("no")):
             self.assertRaises(OSError, made.reload, new, self.firewall)

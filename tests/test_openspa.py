@@ -356,7 +356,7 @@ class GateTest(ServerCase):
         for item in VECTORS["crafted_requests"]["items"]:
             with self.subTest(item["name"]):
                 made = self.gate()
-                made.gate.memory = server.ReplayMemory(None, 120, self.log, self.clocks)
+                made.gate.memory = server.ReplayMemory("", 120, self.log, self.clocks)
                 self.clock.wall_time = 1795368310.0  # two seconds after they were made
                 made.gate.memory.began = 0.0
                 made.ospa.receive(server.Datagram(bytes.fromhex(item["hex"]), b"\x0a\x63\0\2", 4000,

@@ -160,10 +160,10 @@ class ServerCase(DirectoryCase):
         self.log = server.Log(self.clock.mono)
         self.log.open_stream(self.stream)
 
-    def memory(self, boot: str = "boot-1", path: Optional[str] = "", max_age: Optional[int] = 120
+    def memory(self, boot: str = "boot-1", path: Optional[str] = None, max_age: Optional[int] = 120
                ) -> server.ReplayMemory:
         """Return a replay memory on the fake clocks, as a start of the server makes it."""
-        made = server.ReplayMemory(self.path if path == "" else path, max_age, self.log,
+        made = server.ReplayMemory(self.path if path is None else path, max_age, self.log,
                                    self.clock.clocks(boot))
         made.open_file()
         self.addCleanup(made.close)
@@ -1005,7 +1005,7 @@ class MemoryTest(ServerCase):
                                  (121, "from the future"), (2 ** 32, "from the future"),
                                  (-NOW, "stale")):
             self.clock.pass_seconds(-1000)
-            memory = self.memory(path=None)
+            memory = self.memory(path="")
             self.clock.pass_seconds(1000)
             with self.subTest(offset=offset):
                 self.assertEqual(expected, self.accept(memory, "a", NOW + offset))
@@ -1064,14 +1064,14 @@ class MemoryTest(ServerCase):
     def test_persistence_off(self) -> None:
         """ENABLE_DIGEST_PERSISTENCE N: no file, replays are still told, older ones are rejected."""
         made = self.serve("SOURCE ANY\n" + KEYS, "ENABLE_DIGEST_PERSISTENCE N;\n")
-        self.assertIsNone(made.gate.memory.path)
+        self.assertEqual("", made.gate.memory.path)
         payload = Sender().packet(timestamp=NOW)
         made.gate.receive(datagram(payload))
         made.gate.receive(datagram(payload))
         self.assertEqual({"accepted": 1, "replay": 1}, made.tally.counts)
         self.assertFalse(os.path.exists(self.path))
         self.clock.pass_seconds(10)
-        self.assertEqual("before memory", self.accept(self.memory(path=None), "other", NOW))
+        self.assertEqual("before memory", self.accept(self.memory(path=""), "other", NOW))
 
     # name of scenario: steps. pass and jump move the clocks; restart, reboot (new boot, same file)
     # and lose (new boot, no file) start anew; new and old knock: a fresh packet is taken, and one
@@ -2097,7 +2097,7 @@ class NetlinkTest(unittest.TestCase):
         """An error of the socket is one that the server tries again, and does not end it."""
         if not hasattr(socket, "AF_NETLINK"):
             skip("no netlink on this system")
-        netlink = server.Netlink.open()
+        netlink = server.Netlink()
         netlink.close()
         full = mock.Mock(side_effect=OSError(105, "No buffer space available"))
         netlink.socket = mock.Mock(recv=full, sendto=full)
@@ -2247,7 +2247,7 @@ class NftTest(unittest.TestCase):
         answer = struct.pack("=IHHII", 16 + len(body), server.NEW_ELEMENT, 0, 1, 0) + body
         answer += struct.pack("=IHHIIi", 20, server.NLMSG_DONE, 0, 1, 0, 0)
         answer += struct.pack("=IHHIIi", 20, server.NLMSG_ERROR, 0, 1, 0, 0)
-        netlink = server.Netlink.open()
+        netlink = server.Netlink()
         netlink.close()
         for length in range(len(answer) + 1):
             for whole in (False, True):  # the first message, and what is in it is cut
