@@ -4886,9 +4886,8 @@ class Netlink:
         """Return the flags of a chain's table and its owner's port; each is 0 if there is none."""
         for table in self.dump(GET_TABLE, NFT_FAMILIES[chain.family], b""):
             if text_of(table.get(TABLE_NAME, b"")) == chain.table:
-                flags, port = [int.from_bytes(table.get(kind, b""), "big")
-                               for kind in (TABLE_FLAGS, TABLE_OWNER_PORT)]
-                return flags, port
+                return (int.from_bytes(table.get(TABLE_FLAGS, b""), "big"),
+                        int.from_bytes(table.get(TABLE_OWNER_PORT, b""), "big"))
         return 0, 0
 
 
@@ -4910,9 +4909,7 @@ def is_own_address(address: Address) -> Optional[bool]:
             _, prefix, _, _, _, maker, _, route = body[:8]
             network = (family == socket.AF_INET and prefix < 31 and maker == ROUTE_BY_KERNEL
                        and attributes(body[12:]).get(ROUTE_DESTINATION) == address.packed)
-            if network or route == ROUTE_BROADCAST:
-                return None
-            return route != ROUTE_TO_OTHERS
+            return None if network or route == ROUTE_BROADCAST else route != ROUTE_TO_OTHERS
     return False
 
 
@@ -5181,10 +5178,10 @@ class TcpCapture(Capture):
         self.selector.register(opened, selectors.EVENT_READ)
         neighbours = [each for each, connection in self.connections.items()
                       if connection.datagram.source[:8] == source[:8]]
-        if len(neighbours) > MAX_PER_NETWORK:
-            return self.close_connection(neighbours[0], reset=True)
-        if len(self.connections) > MAX_CONNECTIONS:
-            return self.close_connection(next(iter(self.connections)), reset=True)
+        for crowd, most in ((neighbours, MAX_PER_NETWORK),
+                            (list(self.connections), MAX_CONNECTIONS)):
+            if len(crowd) > most:
+                return self.close_connection(crowd[0], reset=True)
         return self.read(number, now)
 
     def end_pause(self) -> None:
@@ -5463,7 +5460,7 @@ def open_knock_captures(listenings: Iterable[Listening], four_only: bool, log: L
             tree = sequence_filter(sequences)
             if four_only:
                 tree = Junction("and", (IS_IPV4, tree))
-            for name in interfaces:
+            for name in interfaces if sequences else ():
                 for capture in open_on_interface(KnockCapture, name, compile_filter(tree), log):
                     capture.sequences = sequences
                     captures.append(capture)
@@ -5694,7 +5691,6 @@ GUARD_TABLE = NftChain("inet", "spa", "guard")  # the table, and in it the chain
 TRIAL_SET = "trial"  # in that table: the ports that a guard on trial still closes
 DROP = "counter drop"  # the guard's last rule
 TRIAL_DROP = f"meta l4proto . th dport @{TRIAL_SET} {DROP}"
-TRIAL_BODY = name_attribute(LIST_TABLE, GUARD_TABLE.table) + name_attribute(LIST_SET, TRIAL_SET)
 NAT_TABLE = NftChain("inet", "spa_nat", "prerouting")
 NAT_KINDS = (DNAT, SNAT, MASQUERADE)
 ONCE_LABEL = 127  # the last connection label, which nobody else is likely to use
@@ -5903,8 +5899,8 @@ class NftFirewall(Firewall):
     def check_guard(self) -> None:
         """Let the kernel judge the guard's rules in a new table, which nft -c never keeps."""
         explain_owner(GUARD_TABLE)
-        chains = [f"chain inet check {chain}" for chain in map(" ".join, OWN_CHAINS[
-            GUARD_TABLE].items())]
+        chains = [f"chain inet check {name} {hook}"
+                  for name, hook in OWN_CHAINS[GUARD_TABLE].items()]
         rules = [f"rule inet check {rule}" for rule in nft_guard_rules(self.guard_ports, [], None)]
         self.run([f"add {each}" for each in ["table inet check", *chains, *rules]], "-c")
 
@@ -5984,10 +5980,9 @@ class NftFirewall(Firewall):
         try:
             # As fill_table() leaves it: neither asleep, nor persistent and not owned.
             flags = self.netlink.table_numbers(chain)[0] if chain in OWN_CHAINS else 0
-            if chain == GUARD_TABLE and 0 < self.trial_left() < FOR_EVER:
-                closed = self.netlink.elements(NFT_FAMILIES[chain.family], TRIAL_BODY)
-                if len(closed) < len(self.guard_ports):
-                    return False
+            if chain == GUARD_TABLE and 0 < self.trial_left() < FOR_EVER and len(
+                    self.netlink.elements(*name_set(chain, TRIAL_SET))) < len(self.guard_ports):
+                return False
             return flags in (0, TABLE_OWNER | TABLE_PERSIST) and all(
                 [name for _, name in self.our_rules(where)] == list(map(tag, rules))
                 for where, rules in self.rules[chain].items())
@@ -6057,8 +6052,7 @@ class NftFirewall(Firewall):
     def read_set(self, chain: NftChain, set_type: SetType) -> List[Tuple[Door, float]]:
         """Return the doors in a set, and their seconds left: FOR_EVER if nothing ends them."""
         doors = []
-        for item in self.netlink.elements(NFT_FAMILIES[chain.family],
-                                          set_attributes(chain, set_type)):
+        for item in self.netlink.elements(*name_set(chain, set_type.name)):
             element = attributes(item)
             door = set_type.door(*[attributes(element.get(part, b"")).get(DATA_VALUE, b"")
                                    for part in (ELEMENT_KEY, ELEMENT_DATA)])
@@ -6079,8 +6073,7 @@ class NftFirewall(Firewall):
         """Empty all sets; the guard stays."""
         def empty(chain: NftChain, set_type: SetType) -> None:
             try:  # a message that names no element deletes all
-                self.netlink.commit([(DELETE_ELEMENT, NFT_FAMILIES[chain.family],
-                                      set_attributes(chain, set_type))])
+                self.netlink.commit([(DELETE_ELEMENT, *name_set(chain, set_type.name))])
             except CommandError as error:
                 if error.number != errno.ENOENT:  # the set is missing
                     raise
@@ -6104,7 +6097,7 @@ class NftFirewall(Firewall):
         with contextlib.suppress(CommandError):
             names = [name for _, name in self.our_rules(GUARD_TABLE._replace(chain="closed"))]
             return tag(DROP) in names or (tag(TRIAL_DROP) in names and bool(
-                self.netlink.elements(NFT_FAMILIES[GUARD_TABLE.family], TRIAL_BODY)))
+                self.netlink.elements(*name_set(GUARD_TABLE, TRIAL_SET))))
         return False
 
     def unguard(self) -> None:
@@ -6202,9 +6195,10 @@ def explain_owner(chain: NftChain) -> None:
                            "let that open the port, and use GUARD_PORTS to close it")
 
 
-def set_attributes(chain: NftChain, set_type: SetType) -> bytes:
-    """Return the attributes that name a set."""
-    return name_attribute(LIST_TABLE, chain.table) + name_attribute(LIST_SET, set_type.name)
+def name_set(chain: NftChain, name: str) -> Tuple[int, bytes]:
+    """Return the family and the attributes that name a set in a chain's table."""
+    return NFT_FAMILIES[chain.family], (name_attribute(LIST_TABLE, chain.table)
+                                        + name_attribute(LIST_SET, name))
 
 
 def element_message(kind: int, chain: NftChain, door: Door, seconds: float = 0.0
@@ -6217,7 +6211,8 @@ def element_message(kind: int, chain: NftChain, door: Door, seconds: float = 0.0
     if seconds:
         element += attribute(ELEMENT_TIMEOUT, struct.pack(">Q", int(seconds * 1000)))
     items = attribute(NESTED | LIST_ELEMENTS, attribute(NESTED | LIST_ITEM, element))
-    return kind, NFT_FAMILIES[chain.family], set_attributes(chain, set_type) + items
+    family, names = name_set(chain, set_type.name)
+    return kind, family, names + items
 
 
 # ======================================================================================
@@ -6420,14 +6415,13 @@ def iptables_guard_rules(guarded: FrozenSet[Port], trial: Optional[Trial], versi
     # For IPv6 the match calls this host's own addresses UNICAST as well.
     routed = ("-m addrtype --dst-type UNICAST" if version == 4 else
               "! -d ff00::/8 -m addrtype ! --dst-type LOCAL,ANYCAST")
-    translated = "-m conntrack --ctstate DNAT"
     older = [f"-s {peer} -p tcp -m tcp --sport {peer_port} --dport {port} ! --syn"
              for peer, peer_port, port in established_connections(guarded)
              if peer.version == version]
     rules = {GUARDED_CHAIN: [] if trial is TRIAL_OVER else [
         f"{match_until(trial.expires)} -j DROP" if trial else "-j DROP"]}
     # Two chains lead there, for the same reasons as in nft_guard_rules().
-    for hook, passing in (("PREROUTING", routed), ("INPUT", translated)):
+    for hook, passing in (("PREROUTING", routed), ("INPUT", "-m conntrack --ctstate DNAT")):
         matches = ["-i lo", "-m conntrack --ctstate ESTABLISHED", passing] + older
         rules[GUARD_CHAINS[hook]] = [f"{match} -j RETURN" for match in matches] + [
             f"-p {protocol} -m {protocol} --dport {port} -j {GUARDED_CHAIN}"
@@ -6465,17 +6459,15 @@ class IptablesFirewall(Firewall):
         self.tables_heard = frozenset((program.family, f"{table}\0".encode())
                                       for program in self.programs.values() if not legacy
                                       for table in self.tables)
-        if guard_ports and legacy:
-            self.guard_poll_seconds = GUARD_POLL_SECONDS
-        elif guard_ports:
+        if guard_ports:
+            self.guard_poll_seconds = GUARD_POLL_SECONDS if legacy else FOR_EVER
             self.guard_tables = frozenset(each for each in self.tables_heard
                                           if each[1] == b"mangle\0")
 
     def describe(self, door: Optional[Door] = None) -> str:
         """Return the chains that this door, or access, goes to."""
-        kind = door.kind if door is not None else INPUT
         return ", ".join(chain.name for chain in self.chains
-                         if chain.kind == kind and chain.is_primary)
+                         if chain.kind == (door.kind if door else INPUT) and chain.is_primary)
 
     def prepare(self) -> None:
         """Make the chains and jumps that are missing, the guard's first; grants stay."""
@@ -6519,8 +6511,8 @@ class IptablesFirewall(Firewall):
 
     def missing(self, version: int, table: str, lines: List[str]) -> List[str]:
         """Return the changes that a table needs, by its lines; none where it is as it should be."""
-        guarding = table == "mangle" and self.guard_ports
-        changes = self.guard_changes(version, lines) if guarding else []
+        changes = self.guard_changes(version, lines) if (
+            table == "mangle" and self.guard_ports) else []
         for chain in [each for each in self.access if each.table == table]:
             if f"-N {chain.name}" not in lines:
                 changes.append(f":{chain.name} - [0:0]")
@@ -6833,9 +6825,8 @@ def stanza_set_types(settings: ServerSettings, stanza: Stanza) -> Iterator[SetTy
 
 def standing_set_types() -> Set[SetType]:
     """Return the types of all sets of ours that nftables has."""
-    netlink = Netlink()
     names = [text_of(each[LIST_SET]) for number in NFT_FAMILIES.values()
-             for each in netlink.dump(GET_SET, number, b"")]
+             for each in Netlink().dump(GET_SET, number, b"")]
     return {set_type for set_type in map(parse_set_name, names) if set_type}
 
 
@@ -7427,11 +7418,10 @@ class Grants:
                 self.restore()  # forget what a connection has ended
             self.look_due = self.clocks.monotonic() + RETRY_SECONDS
         self.check_stanza(doors, stanza_number)
-        known = [door for door in doors if door in self.live]
-        numbers = {door: self.live[door].stanza_number for door in known}
+        known = {door: self.live[door].stanza_number for door in doors if door in self.live}
         opened = [Grant(door, expires, ends,
-                        stanza_number if numbers.get(door, -1) < 0 else numbers[door])
-                  for door in doors if door not in self.live or self.live[door].ends < ends
+                        stanza_number if known.get(door, -1) < 0 else known[door])
+                  for door in doors if door not in known or self.live[door].ends < ends
                   or door.kind == ONCE]  # a connection may have ended that one
         rivals = self.rivals([grant.door for grant in opened if grant.door.target])
         replaced = rivals + [self.live[grant.door] for grant in opened if grant.door in self.live]
