@@ -5108,14 +5108,6 @@ FIRST_SECONDS, REST_SECONDS = 5.0, 2.0
 ACCEPT_PAUSE = 1.0  # seconds until the next try when there was no descriptor for a connection
 
 
-class Incoming(NamedTuple):
-    """A TCP connection that may bring a packet."""
-
-    socket: socket.socket
-    datagram: Datagram  # its payload has come so far
-    end: float  # the server waits until then
-
-
 class TcpCapture(Capture):
     """A TCP socket of one family. A connection brings one packet; the server closes it silently.
 
@@ -5129,7 +5121,8 @@ class TcpCapture(Capture):
     def __init__(self, opened: socket.socket, port: int, clocks: Clocks = CLOCKS) -> None:
         super().__init__(opened, f"TCP port {port}", 2 * MAX_REQUEST)
         self.family, self.port, self.clocks = opened.family, port, clocks
-        self.connections: Dict[int, Incoming] = {}  # by descriptor, oldest first
+        # What has come by each socket so far, and until when the server waits; the oldest first.
+        self.connections: Dict[socket.socket, Tuple[Datagram, float]] = {}
         self.pause_end = FOR_EVER  # when to accept again, after there was no descriptor
         self.selector = selectors.EpollSelector()
         self.selector.register(opened, selectors.EVENT_READ)
@@ -5141,20 +5134,20 @@ class TcpCapture(Capture):
     @property
     def due(self) -> float:
         """When the time of the first connection is over, or that of a pause."""
-        return min([each.end for each in self.connections.values()] + [self.pause_end])
+        return min([end for _, end in self.connections.values()] + [self.pause_end])
 
     def receive(self) -> Optional[Datagram]:
         """Return the datagram of a connection that is complete. Reading goes before accepting."""
         now = self.clocks.monotonic()
         if now >= self.pause_end:
             self.end_pause()
-        for number, connection in self.connections.items():
-            if now >= connection.end:
-                return self.close_connection(number, reset=True)
-        ready = [key.fd for key, _ in self.selector.select(0)]
-        for number in ready:
-            if number in self.connections:
-                return self.read(number, now)
+        for opened, (_, end) in self.connections.items():
+            if now >= end:
+                return self.close_connection(opened, reset=True)
+        ready: List[Any] = [key.fileobj for key, _ in self.selector.select(0)]
+        for opened in ready:
+            if opened in self.connections:
+                return self.read(opened, now)
         if not ready:
             raise BlockingIOError
         return self.accept(now)
@@ -5172,17 +5165,16 @@ class TcpCapture(Capture):
         opened.setblocking(False)
         source, destination = (socket.inet_pton(self.family, name[0].partition("%")[0])
                                for name in (peer, here))
-        number = opened.fileno()
         datagram = Datagram(b"", source, peer[1], destination, self.port, TCP)
-        self.connections[number] = Incoming(opened, datagram, now + FIRST_SECONDS)
+        self.connections[opened] = datagram, now + FIRST_SECONDS
         self.selector.register(opened, selectors.EVENT_READ)
-        neighbours = [each for each, connection in self.connections.items()
-                      if connection.datagram.source[:8] == source[:8]]
+        neighbours = [each for each, (datagram, _) in self.connections.items()
+                      if datagram.source[:8] == source[:8]]
         for crowd, most in ((neighbours, MAX_PER_NETWORK),
                             (list(self.connections), MAX_CONNECTIONS)):
             if len(crowd) > most:
                 return self.close_connection(crowd[0], reset=True)
-        return self.read(number, now)
+        return self.read(opened, now)
 
     def end_pause(self) -> None:
         """Accept connections again."""
@@ -5190,9 +5182,9 @@ class TcpCapture(Capture):
             self.pause_end = FOR_EVER
             self.selector.register(self.socket, selectors.EVENT_READ)
 
-    def read(self, number: int, now: float) -> Optional[Datagram]:
+    def read(self, opened: socket.socket, now: float) -> Optional[Datagram]:
         """Read from a connection; if it is complete, close it and return its datagram."""
-        opened, datagram, end = self.connections[number]
+        datagram, end = self.connections[opened]
         try:
             new = opened.recv(MAX_REQUEST + 1 - len(datagram.payload))
         except BlockingIOError:
@@ -5200,16 +5192,15 @@ class TcpCapture(Capture):
         except OSError:  # reset
             new = b""
         text = datagram.payload + new
-        self.connections[number] = Incoming(opened, datagram._replace(payload=text),
-                                            min(end, now + REST_SECONDS))
+        self.connections[opened] = datagram._replace(payload=text), min(end, now + REST_SECONDS)
         whole = len(text) > MAX_PAYLOAD
         if text[:4].upper() == b"GET ":
             whole = b"\n\r\n" in text or b"\n\n" in text or len(text) > MAX_REQUEST
-        return self.close_connection(number) if whole or not new else None
+        return self.close_connection(opened) if whole or not new else None
 
-    def close_connection(self, number: int, reset: bool = False) -> Optional[Datagram]:
+    def close_connection(self, opened: socket.socket, reset: bool = False) -> Optional[Datagram]:
         """Close a connection; return its datagram, if it brought any byte."""
-        opened, datagram, _ = self.connections.pop(number)
+        datagram, _ = self.connections.pop(opened)
         self.selector.unregister(opened)
         if reset:  # the client did not end it: keep no TIME_WAIT. struct linger {int on, seconds}
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -5219,8 +5210,8 @@ class TcpCapture(Capture):
 
     def close(self) -> None:
         """Close the socket and all connections."""
-        for number in list(self.connections):
-            self.close_connection(number)
+        for opened in list(self.connections):
+            self.close_connection(opened)
         self.selector.close()
         self.socket.close()
 
