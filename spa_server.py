@@ -1317,7 +1317,8 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     name = text.replace("\t", " ").partition(" ")[0]
     value, _, rest = text[len(name):].lstrip(" \t").partition(";")
     line = Line(path, number, name.rstrip(":") if colon else name, value)
-    if not value.strip(" \t") or "\0" in text:
+    changes = colon or not isinstance(ServerSettings.row(name), Ignored)  # else nothing is lost
+    if (changes and not value.strip(" \t")) or "\0" in text:
         raise line.misread("expected a value" + (" without zero bytes" if "\0" in text else ""))
     if rest.lstrip(" \t;")[:1] not in ("", "#"):
         raise line.error("expected nothing, or a # and a comment, behind the semicolon")
@@ -4438,6 +4439,7 @@ class ReplayMemory:
             return
         try:
             self.load(self.path)
+            self.log.debug(f"Using Digest Cache: '{self.path}' (entry count = {len(self.seen)})")
             self.rewrite()
         except OSError as error:
             if error.errno not in DISK_FAILURES:
@@ -10067,6 +10069,7 @@ def run_server(read: Callable[[], Configuration], daemon: bool, rotate: bool, tr
     file = lock_pid_file(configuration.settings.pid_file, log, program)
     try:
         if rotate:
+            log.info("Rotating digest cache file.")
             rotate_digest_cache(configuration.settings.digest_file)
         return serve_until_told(configuration, firewall, read, ready, log)
     finally:
@@ -11491,7 +11494,8 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
         firewall = firewall_there(arguments, settings, log, False)
         say(list_grants(firewall, read_openers(openers_file(settings))))
         if "list_all" in arguments:
-            say("\nListing all rules in our tables...\n" + firewall.listing())
+            name = "".join(firewall.identity[:1])
+            say(f"\nListing all {name} rules in applicable tables...\n{firewall.listing()}")
 
 
 def run_init(arguments: Arguments, settings: ServerSettings, trial: int = 0) -> ServerSettings:

@@ -41,6 +41,8 @@ LINES = (
     (FWKNOPD, "NFT_TABLE inet fw4;", SKIPPED, "NFT_TABLE is ignored: GUARD_PORTS and NFT_ACCEPT"),
     (FWKNOPD, "ENABLE_NFT_FIREWALL Y;", SKIPPED, "ENABLE_NFT_FIREWALL is ignored: GUARD_PORTS"),
     (FWKNOPD, "ENABLE_NFT_FORWARDING Y;", SKIPPED, "ENABLE_NFT_FORWARDING is ignored: GUARD_"),
+    (FWKNOPD, "NFQ_CHAIN ;", TAKEN, "NFQ_CHAIN is ignored: it belongs to another build"),
+    (FWKNOPD, "LOCALE", TAKEN, "LOCALE is ignored: nothing here"),
     (FWKNOPD, "DISABLE_NAT Y;", SKIPPED, "DISABLE_NAT is ignored: NAT is off unless"),
     (FWKNOPD, "AUTH_MODE FKO_PCAP;", SKIPPED, "AUTH_MODE is ignored: this server has no such"),
     (FWKNOPD, "product_mode 7;", SKIPPED, "product_mode is ignored: this server has no such"),

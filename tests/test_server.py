@@ -882,14 +882,15 @@ class LogTest(ServerCase):
         self.assertNotIn("SPA Field", self.logged())
 
     def test_verbose_stanzas(self) -> None:
-        """VERBOSE shows the stanzas in force, without keys."""
+        """VERBOSE 2 shows the stanzas in force, without keys."""
         made = self.serve("SOURCE ANY\n" + KEYS + "OPEN_PORTS tcp/22\n")
-        for level in (server.INFO, server.DEBUG):
-            self.log.level = level
+        self.log.level = server.DEBUG
+        for verbose in (1, 2):
+            vars(made.settings)["verbose"] = verbose
             server.Configuration(made.settings, made.gate.stanzas, []).tell(self.log)
             lines = self.logged().splitlines()
             for line in ("SOURCE (1):  ANY", "                 OPEN_PORTS:  tcp/22"):
-                self.assertEqual(level == server.DEBUG, line in lines, lines)
+                self.assertEqual(verbose > 1, line in lines, lines)
             self.assertNotIn("s3cret", "".join(lines))
 
     def test_internal_error(self) -> None:
