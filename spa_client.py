@@ -2343,17 +2343,14 @@ def prompt_key(prompt: str) -> bytes:
         os.write(2, b"\n")
 
 
-def choose_key(settings: Settings, what: str, options: str,
-               given: "Tuple[Optional[bytes], ...]", path: "Optional[str]") -> bytes:
-    """Return the first key that is given, or that of a key file, --fd, --stdin or a prompt.
+def choose_key(settings: Settings, what: str, options: str, *given: "Any") -> bytes:
+    """Return the first key or key file that is given, or the key of --fd, --stdin or a prompt.
 
     Without any, the error names the missing key (`what`) and the `options` that can give it.
     """
     for key in given:
         if key is not None:
-            return key
-    if path is not None:
-        return read_key_file(path, settings.server)
+            return key if isinstance(key, bytes) else read_key_file(key, settings.server)
     if settings.fd is not None or settings.stdin:
         key = read_line(settings.fd or 0).rstrip(b"\r\n")
     elif os.isatty(0):
@@ -2372,22 +2369,22 @@ def find_keys(settings: Settings) -> "Tuple[Optional[bytes], Optional[bytes]]":
     asks its agent. The HMAC key is None unless one is given, or USE_HMAC or --hmac-digest-type is.
     """
     named = settings.given.get("HMAC_DIGEST_TYPE")
-    hmac_keys, hmac_file = (settings.hmac_key, settings.hmac_key_base64), settings.hmac_key_file
-    wanted = (settings.use_hmac or hmac_keys != (None, None) or hmac_file is not None
+    keys = (settings.key, settings.key_base64, settings.key_file)
+    hmac_keys = (settings.hmac_key, settings.hmac_key_base64, settings.hmac_key_file)
+    wanted = (settings.use_hmac or hmac_keys != (None, None, None)
               or (named is not None and not named.line))
     if settings.mode == "legacy" and wanted:
         raise UsageError("Legacy encryption mode is incompatible with HMAC usage")
-    key, hmac_key, keys = None, None, (settings.key, settings.key_base64)
+    key, hmac_key = None, None
     if settings.mode != GPG:
-        key = choose_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael", keys,
-                         settings.key_file)
+        key = choose_key(settings, "encryption key", "KEY_BASE64, -G or --key-rijndael", *keys)
     elif settings.gpg_signer is not None and not settings.gpg_agent:
         key = b"" if settings.gpg_no_passphrase else choose_key(
             settings, "passphrase for signing", "--gpg-agent, --gpg-no-signing-pw",
-            (settings.gpg_passphrase, settings.gpg_passphrase_base64) + keys, settings.key_file)
+            settings.gpg_passphrase, settings.gpg_passphrase_base64, *keys)
     if wanted:
         hmac_key = choose_key(settings, "HMAC key", "HMAC_KEY_BASE64, --get-hmac-key or --key-hmac",
-                              hmac_keys, hmac_file)
+                              *hmac_keys)
     check_keys(key or b"", hmac_key, settings.mode)
     return key, hmac_key
 
