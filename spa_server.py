@@ -1047,7 +1047,8 @@ class Flag(Directive[bool]):
     @staticmethod
     def parse_flag(text: str) -> bool:
         """Parse Y or N; a word for yes is refused, since fwknopd takes it for N."""
-        return choice("Y", "N")("N" if text.lower() in ("0", "false", "off") else text[:1]) == "Y"
+        no = text.lower() in ("0", "false", "off", "disable", "disabled")
+        return choice("Y", "N")("N" if no else text[:1]) == "Y"
 
 
 class NoDefault(Directive[Optional[T]]):
@@ -1320,7 +1321,7 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     changes = colon or not isinstance(ServerSettings.row(name), Ignored)  # else nothing is lost
     if (changes and not value.strip(" \t")) or "\0" in text:
         raise line.misread("expected a value" + (" without zero bytes" if "\0" in text else ""))
-    if rest.lstrip(" \t;")[:1] not in ("", "#"):
+    if drop_comment(rest).strip(" \t;"):
         raise line.error("expected nothing, or a # and a comment, behind the semicolon")
     return line
 
@@ -1361,13 +1362,26 @@ def folder_files(folder: str) -> List[str]:
     return [os.path.join(folder, name) for name in names if name.endswith(".conf")]
 
 
+def drop_comment(text: str) -> str:
+    """Return the beginning of a value, up to a comment: #, // or parentheses."""
+    return text.partition("#")[0].partition("//")[0].partition("(")[0]
+
+
+def list_items(text: str) -> List[str]:
+    """Return the items of a comma list without the comments behind them."""
+    items = text.split(",")
+    expect(not any("#" in item or "//" in item for item in items[:-1]),
+           "no comma in the comment: fwknopd and knockd read on behind it")
+    return [drop_comment(item).strip(" \t") for item in items]
+
+
 def integer(least: int, most: int, unit: str = "a number") -> Callable[[str], int]:
-    """Return a parser of decimal numbers from `least` to `most`; a # comment may follow one.
+    """Return a parser of decimal numbers from `least` to `most`; a comment may follow one.
 
     fwknopd and knockd read digits alone: `30s` is 30, as it says, but `20m` 20, and refused here.
     """
     def parse(text: str) -> int:
-        text = text[text.startswith("+"):].partition("#")[0].rstrip(" \t;")
+        text = drop_comment(text[text.startswith("+"):]).rstrip(" \t;,")
         word = text.lstrip("0123456789")
         digits = text[:len(text) - len(word)]
         expect(0 < len(digits) <= 12 and least <= int(digits) <= most
@@ -1383,10 +1397,9 @@ SECOND_WORDS = ("", "s", "sec", "secs", "second", "seconds")
 def choice(*names: str) -> Callable[[str], str]:
     """Return a parser of one of these names, in upper or lower case."""
     def parse(text: str) -> str:
-        for name in names:
-            if text.lower() == name.lower():
-                return name
-        raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}")
+        found = [name for name in names if text.lower() == name.lower()]
+        expect(bool(found), f"{', '.join(names[:-1])} or {names[-1]}")
+        return found[0]
     return parse
 
 
@@ -1403,10 +1416,8 @@ def parse_home(text: str) -> str:
 
 def parse_ports(text: str) -> FrozenSet[Port]:
     """Parse a comma list of ports: `tcp/22, udp/53`. Naming one twice changes nothing."""
-    ports, _, comment = text.partition("#")
-    expect("," not in comment, "no comma in the comment: fwknopd reads on behind it")
-    return frozenset(parse_port(item.strip().lower().replace("/ ", "/"))
-                     for item in ports.split(",") if text)
+    return frozenset(parse_port(item.lower().replace("/ ", "/"))
+                     for item in list_items(text) if text)
 
 
 def parse_time(text: str) -> int:
@@ -1425,7 +1436,7 @@ class Networks:
     def __init__(self, text: str) -> None:
         self.masks: Dict[int, List[Tuple[int, int]]] = {4: [], 16: []}
         self.networks: List[Network] = []
-        items = [item.strip() for item in text.split(",")]
+        items = list_items(text)
         self.everything = "ANY" in map(str.upper, items)
         for item in [item for item in items if item.upper() != "ANY"]:
             try:
@@ -1850,7 +1861,7 @@ def compile_udp_filter(payload: Filter) -> bytes:
 
 def parse_interface(text: str) -> str:
     """Parse the name of a network interface, or `any`."""
-    expect(0 < len(text) < 16 and not set(text) & set(",/ \t"),  # IFNAMSIZ of linux/if.h
+    expect(0 < len(text) < 16 and not set(text) & set(",/ \t\"'"),  # IFNAMSIZ of linux/if.h
            "the name of one interface, or `any`")
     return text
 
@@ -1901,14 +1912,14 @@ def may_be_host(address: Address) -> bool:
 
 def parse_nat_address(text: str) -> Address:
     """Parse an address that NAT can put in the place of a destination or a source."""
-    address = parse_address(text)
+    address = parse_address(drop_comment(text).rstrip())
     expect(may_be_host(address), "the IP address of a host")
     return address
 
 
 def parse_nat_target(text: str) -> Tuple[Address, int]:
     """Parse the `IP PORT` of a FORCE_NAT directive."""
-    fields = text.split()
+    fields = drop_comment(text).split()
     expect(len(fields) == 2 and is_port(fields[1]), "`IP PORT`")
     return parse_nat_address(fields[0]), int(fields[1])
 
@@ -2415,7 +2426,7 @@ def parse_permission(text: str) -> str:
 def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
     """Return a parser of comma lists of key ids that have so many hex digits."""
     def parse(text: str) -> FrozenSet[str]:
-        ids = [item.replace(" ", "").upper() for item in text.split(",") if text]
+        ids = [item.replace(" ", "").upper() for item in list_items(text) if text]
         expect(all(len(each) in lengths and not each.strip("0123456789ABCDEF") for each in ids),
                " or ".join(map(str, lengths)) + " hex digits, with commas between the keys")
         return frozenset(ids)
@@ -2424,9 +2435,8 @@ def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
 
 def parse_date(text: str) -> int:
     """Parse MM/DD/YYYY; return the epoch seconds at which that day begins, in local time."""
-    parts = text.split("/")
     try:
-        month, day, year = [integer(1, 9999)(part) for part in parts]
+        month, day, year = [integer(1, 9999)(part) for part in drop_comment(text).split("/")]
         year += 2000 if year < 100 else 0  # as fwknopd reads it
         seconds = int(time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
         expect(time.localtime(seconds)[:3] == (year, month, day), "one that exists")
@@ -2551,7 +2561,8 @@ class Stanza(Settings):
                              "the same as epoch seconds; 0: never")
     gpg_home = NoDefault("GPG_HOME_DIR", parse_home, "keys of gpg; without it fwknopd.conf's")
     gpg_program = NoDefault("GPG_EXE", parse_path, "the same for the program gpg")
-    gpg_decrypt_id = Directive("GPG_DECRYPT_ID", str, "", "secret key packets are encrypted to")
+    gpg_decrypt_id = Directive("GPG_DECRYPT_ID", lambda text: text.partition(" #")[0].rstrip(), "",
+                               "secret key packets are encrypted to")
     gpg_passphrase = Key("GPG_DECRYPT_PW", MAX_PASSPHRASE_BYTES, "its passphrase")
     gpg_no_passphrase = Flag("GPG_ALLOW_NO_PW", "it has no passphrase")
     gpg_remote_ids = Directive("GPG_REMOTE_ID", key_ids(8, 16, 40), "",
@@ -2598,7 +2609,8 @@ class Stanza(Settings):
     disable_dnat = Flag("DISABLE_DNAT", "with NAT, forward only what is sent to the inner host")
 
     of_tools = Ignored("keytype hkeytype DATA_COLLECT_MODE GPG_PATH GPG_PREFIX_ADD GPG_NO_OPTIONS "
-                       "GPG_NO_REQUIRE_PREFIX",
+                       "GPG_NO_REQUIRE_PREFIX ENABLE_FORWARD_ACCESS ENABLE_OUTPUT_ACCESS "
+                       "DISABLE_FW_TIMEOUT",
                        "tools and older releases of fwknop write it, and nothing reads it")
     permissions = Ignored("PERMIT_CLIENT_PORTS PERMIT_CLIENT_TIMEOUT",
                           "as in fwknopd 2.6, clients may", parse_permission)

@@ -36,6 +36,8 @@ LINES = (
     (FWKNOPD, "MAX_SPA_PACKET_AGE 20s;", TAKEN, ""), (FWKNOPD, "CMD_EXEC_TIMEOUT 0;", TAKEN, ""),
     (FWKNOPD, "ENABLE_SPA_OVER_HTTP false;", TAKEN, ""),  # and so N, as it says
     (FWKNOPD, "ENABLE_SPA_OVER_HTTP y ; # x", TAKEN, ""),
+    (FWKNOPD, "ENABLE_SPA_OVER_HTTP disabled; // x", TAKEN, ""),
+    (FWKNOPD, "PCAP_INTF \"eth0\";", TAKEN, "!the name of one interface"),  # it does not exist
     (FWKNOPD, "SNAT_TRANSLATE_IP __CHANGEME__;", TAKEN, ""),
     (FWKNOPD, "SNAT_TRANSLATE_IP __CHANGEME__;\nENABLE_IPT_SNAT Y;", REFUSED, "!an IP address"),
     (FWKNOPD, "NFT_TABLE inet fw4;", SKIPPED, "NFT_TABLE is ignored: GUARD_PORTS and NFT_ACCEPT"),
@@ -51,9 +53,19 @@ LINES = (
     (ACCESS, "hkeytype Base 64 key", TAKEN, "hkeytype is ignored"),
     (ACCESS, "GPG_NO_OPTIONS Y", TAKEN, "GPG_NO_OPTIONS is ignored: tools and older"),
     (ACCESS, "DATA_COLLECT_MODE: PCAP;", TAKEN, "DATA_COLLECT_MODE is ignored"),
+    (ACCESS, "ENABLE_FORWARD_ACCESS: Y;", TAKEN, "ENABLE_FORWARD_ACCESS is ignored: tools and"),
     (ACCESS, "PERMIT_CLIENT_PORTS: Y;", TAKEN, "PERMIT_CLIENT_PORTS is ignored: as in fwknopd 2.6"),
     (ACCESS, "FW_ACCESS_TIMEOUT 60 # s", TAKEN, ""), (ACCESS, "OPEN_PORTS tcp/22 # x", TAKEN, ""),
     (ACCESS, "FW_ACCESS_TIMEOUT 60 sec", TAKEN, ""), (ACCESS, "OPEN_PORTS TCP/ 22", TAKEN, ""),
+    (ACCESS, "FW_ACCESS_TIMEOUT 60 // s", TAKEN, ""), (ACCESS, "MAX_FW_TIMEOUT 60,", TAKEN, ""),
+    (ACCESS, "FW_ACCESS_TIMEOUT 60 (a minute)", TAKEN, ""),
+    (ACCESS, "OPEN_PORTS tcp/22 (ssh), udp/53 // x", TAKEN, ""),
+    (ACCESS, "DESTINATION 10.0.0.0/24 # office", TAKEN, ""),
+    (ACCESS, "DESTINATION 10.0.0.0/24 # a, 10.0.1.0/24", REFUSED, "!no comma in the comment"),
+    (ACCESS, "GPG_DECRYPT_ID 12345678 # x", TAKEN, "!GPG_DECRYPT_PW as well"),
+    (ACCESS, "FORCE_NAT 10.0.0.1 22 # x", REFUSED, "!requires either ENABLE_IPT_FORWARDING"),
+    (ACCESS, "ACCESS_EXPIRE 1/1/2031 // x", TAKEN, ""),
+    (ACCESS, "ACCESS_EXPIRE 1/1/31,", TAKEN, ""),
     (ACCESS, "ACCESS_EXPIRE 1/1/99", TAKEN, ""), (ACCESS, "ACCESS_EXPIRE_EPOCH 0", TAKEN, ""),
     (ACCESS, "DESTINATION 10.0.0.1, any", TAKEN, ""),  # any
     (ACCESS, "SUDO_EXE /usr/bin/sudo", TAKEN, "it has an effect in fwknopd.conf only"),
@@ -212,7 +224,9 @@ OFFSETS = (
 # (line of ~/.fwknoprc that both programs take, attribute of our settings, value)
 RC_LINES = (
     ("FW_TIMEOUT +30", "timeout", 30), ("FW_TIMEOUT 30s", "timeout", 30),
-    ("SPA_SERVER_PORT +62202", "port", 62202),
+    ("FW_TIMEOUT 30sec", "timeout", 30), ("FW_TIMEOUT 30,", "timeout", 30),
+    ("NAT_LOCAL false", "nat_local", False), ("NAT_LOCAL 0", "nat_local", False),
+    ("SPA_SERVER_PORT +62202", "port", 62202), ("SPA_SERVER_PORT 62202,", "port", 62202),
     ("NAT_PORT +22", "nat_port", 22), ("ENCRYPTION_MODE Legacy", "mode", "legacy"),
     ("RESOLVE_URL x.example/ip", "resolve_url", ("http://x.example/ip", "x.example", 80, "/ip")),
     ("SPA_SERVER: 127.0.0.1", "server", "127.0.0.1"), ("VERBOSE 4", "verbose", True),
@@ -347,6 +361,7 @@ KNOCKD_LINES = (
     ("Start_Commands = a", REFUSED, "!unknown directive"),
     ("Cmd_Timeout = 3600\nStop_Command = x\nTimeout = 5", TAKEN, ""),
     ("Cmd_Timeout = 30s\nSeq_Timeout = 100000 # x", TAKEN, ""), ("Cmd_Timeout = +5", TAKEN, ""),
+    ("Cmd_Timeout = 5 (s)\nSeq_Timeout = 9, // s", TAKEN, ""),
     ("Cmd_Timeout = ten", TAKEN, NUMBER), ("Cmd_Timeout = 1.5", TAKEN, NUMBER),  # 0 and 1 there
     ("Cmd_Timeout = 10m", TAKEN, NUMBER), ("Cmd_Timeout = -1", TAKEN, NUMBER),
     ("Cmd_Timeout = 5\nSeq_Timeout = 0", TAKEN, NUMBER),  # it opens only if it has one port
