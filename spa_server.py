@@ -2138,9 +2138,10 @@ def parse_steps(text: str) -> Tuple[Step, ...]:
     it needs a blank, because `7000#8000` may be half a sequence.
     """
     steps = []
-    ports, _, comment = text.replace(";", "#").partition("#")
+    text = text.replace(";", "#")
+    ports, _, comment = text.replace("//", "#").replace("(", "#").partition("#")
     expect(not comment or ports[-1:] in ("", " ", "\t"), "a blank before the # or ; of a comment")
-    for item in ports.split(","):
+    for item in list_items(text):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
         port = port[port.startswith("+"):]
         number = STEP_PROTOCOLS.get(protocol if colon else "tcp")

@@ -336,6 +336,8 @@ KNOCKD_LINES = (
     ("\tsequence\t=\t7000,\t8000 , 9000  ", TAKEN, ""), ("\v\fSequence = 7000", TAKEN, ""),
     ("sequence = 2222:udp,3333:TCP,4444 : Udp", TAKEN, ""), ("sequence = 07000,+8000", TAKEN, ""),
     ("sequence = 7000,8000 # x", TAKEN, ""), ("sequence = 7000\nsequence = 8000,9000", TAKEN, ""),
+    ("sequence = 7000 (a),8000 // x", TAKEN, ""),
+    ("sequence = 7000 # a,8000", TAKEN, "!no comma in the comment"),  # both ports, there
     ("sequence = " + ",".join(map(str, range(7000, 7032))), TAKEN, ""),
     ("sequence = " + ",".join(map(str, range(7000, 7033))), REFUSED, "!at most 32 ports"),
     ("sequence: 7000,8000", REFUSED, ONLY_COMMANDS), ("sequence 7000", REFUSED, ONLY_COMMANDS),

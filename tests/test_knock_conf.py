@@ -22,7 +22,7 @@ STEPS = (
     ("7000,8000:udp,9000:tcp", ((TCP, 7000), (UDP, 8000), (TCP, 9000))),
     (" 7000 :\tUDP ,8000 : Tcp\t", ((UDP, 7000), (TCP, 8000))),
     ("7000,7000", ((TCP, 7000), (TCP, 7000))), ("07000", ((TCP, 7000),)),
-    ("7000 # comment, with commas", ((TCP, 7000),)), ("7000,8000;", ((TCP, 7000), (TCP, 8000))),
+    ("7000,8000 # comment", ((TCP, 7000), (TCP, 8000))), ("7000,8000;", ((TCP, 7000), (TCP, 8000))),
     ("7000 ; comment", ((TCP, 7000),)), ("7000#", ((TCP, 7000),)),
     (":icmp, 0:icmp,100:ICMP,1452:icmp", ((ICMP, ANY), (ICMP, 0), (ICMP, 100), (ICMP, 1452))),
     (PORTS[:-5], tuple((TCP, port) for port in range(7001, 7033))),
@@ -30,7 +30,8 @@ STEPS = (
 BAD_STEPS = ("", ",", "7000,", ",7000", "7000,,8000", "0", "65536", "70000", "-1", "++1", "1.5",
              "x", "ssh", "7000:", "7000:sctp", "7000:udp:x", "7000:ud p", "7000;8000", "7000 8000",
              ":tcp", ":udp", "1453:icmp", "65507:icmp", "-1:icmp", "x:icmp", "\xb2", "\xb2:icmp",
-             "000001", "7000\0", PORTS, "# 7000", "tcp/7000", "7000#9000")
+             "000001", "7000\0", PORTS, "# 7000", "tcp/7000", "7000#9000", "7000//9000",
+             "7000(9000)", "7000 # a,9000")
 FLAGS = (("", (0, 0)), ("syn", (2, 2)), ("SYN,!Ack", (18, 2)), ("!syn", (2, 0)),
          ("fin,syn,rst,psh,ack,urg", (63, 63)), ("syn,!syn", (2, 0)), ("!syn,syn", (2, 2)))
 BAD_FLAGS = ("syn, ack", " syn", "! syn", "syn|ack", "ece", "cwr", "!", "!!syn", "syn,", ",", "x",
@@ -55,6 +56,7 @@ class ParserTest(ConfigCase):
                 self.assertIn(str(caught.exception), (
                     "expected ports such as `7000, 8000:udp, 100:icmp`, without quotes",
                     "expected at most 32 ports",
+                    "expected no comma in the comment: fwknopd and knockd read on behind it",
                     "expected a blank before the # or ; of a comment"))
 
     def test_flags(self) -> None:
