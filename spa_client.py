@@ -934,10 +934,10 @@ def parse_server(text: str) -> str:
 
 
 def parse_yes_no(text: str) -> bool:
-    """Parse Y or N, or the level that VERBOSE may have: 0 to 4."""
-    if text.upper() not in ("Y", "N", "YES", "NO", "0", "1", "2", "3", "4"):
+    """Parse Y or N."""
+    if text.lower() not in ("y", "yes", "n", "no", "0", "false", "off", "disable", "disabled"):
         raise ValueError("expected Y or N" + (" (RESOLVE_URL takes it)" if "://" in text else ""))
-    return text[0] not in "nN0"
+    return text[0] in "yY"
 
 
 def is_decimal(text: str) -> bool:
@@ -945,14 +945,18 @@ def is_decimal(text: str) -> bool:
     return 0 < len(text) < 10 and not text.strip("0123456789")
 
 
-SECONDS = "a number of seconds"  # as in fwknop, an `s` may follow
+SECONDS = "a number of seconds"
+MILLISECONDS = "milliseconds such as 100, or a range such as 100-300"
+UNITS = {SECONDS: ("", "s", "sec", "secs", "second", "seconds"), MILLISECONDS: ("", "ms")}
 
 
 def number_parser(low: int, high: int, what: str) -> "Callable[[str], int]":
-    """Return a parse_ function for decimal numbers; its error says that they count `what`."""
+    """Return a parse_ function for decimal numbers of `what`; its unit and a comma may follow."""
     def parse(text: str) -> int:
-        digits = text[text.startswith("+"):len(text) - (what == SECONDS and text.endswith("s"))]
-        if not is_decimal(digits) or not low <= int(digits) <= high:
+        word = text.lstrip("+0123456789")
+        digits = text[text.startswith("+"):len(text) - len(word)]
+        right = is_decimal(digits) and word.rstrip(",").lower() in UNITS.get(what, ("",))
+        if not right or not low <= int(digits) <= high:
             raise ValueError(f"expected {what}, {low} to {high}")
         return int(digits)
     return parse
@@ -1072,7 +1076,7 @@ def parse_sequence(text: str) -> "List[Tuple[str, int]]":
 def parse_delay(text: str) -> "Tuple[int, int]":
     """Parse `100` or `100-300` into the least and the most milliseconds."""
     least, dash, most = text.partition("-")
-    parse = number_parser(0, 60000, "milliseconds such as 100, or a range such as 100-300")
+    parse = number_parser(0, 60000, MILLISECONDS)
     if parse(most if dash else least) < parse(least):
         raise ValueError("expected the lower number first")
     return parse(least), parse(most if dash else least)
@@ -1215,7 +1219,8 @@ class Settings:
     nat_local = flag("NAT_LOCAL", "the server itself is the NAT's target")
     nat_rand_port = flag("NAT_RAND_PORT", "reach the target by a random port")
     nat_port = optional("NAT_PORT", parse_port, "reach the target by this port, not that of ACCESS")
-    verbose = flag("VERBOSE", "print what is sent")
+    verbose = setting("VERBOSE", lambda text: text in tuple("1234") or parse_yes_no(text), "N",
+                      "print what is sent")
     resolve_http = flag("RESOLVE_IP_HTTP", "the same as RESOLVE_IP_HTTPS")
     resolve_https = flag("RESOLVE_IP_HTTPS", "let a web page tell our address")
     resolve_http_only = flag("RESOLVE_HTTP_ONLY", "ask that page without encryption")

@@ -68,6 +68,7 @@ ROWS = (
     ("yes", ACCESS, "REQUIRE_SOURCE_ADDRESS 1", "expected Y or N"),
     ("yes", ACCESS, "REQUIRE_SOURCE_ADDRESS \"Y\"", "expected Y or N"),
     ("yes", RC_FILE, "USE_HMAC true", "expected Y or N"),
+    ("yes", RC_FILE, "NAT_LOCAL 1", "expected Y or N"),
     ("name", FWKNOPD, "RESTRICT_PORT tcp/25;", "unknown directive, expected RESTRICT_PORTS"),
     ("name", FWKNOPD, "RESTRICT_PORTS tcp/25;", "this belongs in access.conf"),
     ("name", FWKNOPD, "GUARDPORTS tcp/25;", "unknown directive, expected GUARD_PORTS"),
