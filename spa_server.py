@@ -4803,9 +4803,14 @@ class Netlink:
     process, and a flush of all tables spares them.
     """
 
-    def __init__(self, opened: Optional[socket.socket] = None) -> None:
-        self.socket = opened or open_netlink_socket()
-        self.port: int = self.socket.getsockname()[0]
+    def __init__(self, opened: socket.socket) -> None:
+        self.socket = opened
+        self.port: int = opened.getsockname()[0]
+
+    @classmethod
+    def open(cls) -> "Netlink":
+        """Open a socket to nf_tables; raise CommandError if the kernel has none."""
+        return cls(open_netlink_socket())
 
     def close(self) -> None:
         """Close the socket. Its persistent tables stay, without an owner."""
@@ -6176,7 +6181,7 @@ def table_owner(chain: NftChain) -> str:
     """Return name and pid of the program that alone can change a table; nothing if all can."""
     flags = port = 0
     with contextlib.suppress(CommandError):  # a kernel without nf_tables
-        flags, port = Netlink().table_numbers(chain)
+        flags, port = Netlink.open().table_numbers(chain)
     if not flags & TABLE_OWNER:
         return ""
     # Only the first netlink socket of a program has the pid as its port.
@@ -6297,7 +6302,7 @@ class Iptables:
         iptables-nft would search its chain for each of them. The rules that it prints are those
         with these handles if the handles are the same before and after; CommandError if not.
         """
-        netlink = Netlink() if self.family else None
+        netlink = Netlink.open() if self.family else None
         here = name_attribute(RULE_TABLE, table)
 
         def handles() -> List[Tuple[str, bytes]]:
@@ -6771,7 +6776,7 @@ def choose_firewall(settings: ServerSettings, stanzas: Optional[List[Stanza]], t
                  {each for stanza in stanzas for each in stanza_set_types(settings, stanza)})
     set_types |= {SetType(4, 32, False), SetType(6, 128, False)}  # for --open
     return NftFirewall(nft, settings.nft_accept_chains, settings.guard_ports, sorted(set_types),
-                       Netlink(), log, settings.nft_forward_chains if settings.nat else (),
+                       Netlink.open(), log, settings.nft_forward_chains if settings.nat else (),
                        clocks)
 
 
@@ -6832,7 +6837,7 @@ def stanza_set_types(settings: ServerSettings, stanza: Stanza) -> Iterator[SetTy
 def standing_set_types() -> Set[SetType]:
     """Return the types of all sets of ours that nftables has."""
     names = [text_of(each[LIST_SET]) for number in NFT_FAMILIES.values()
-             for each in Netlink().dump(GET_SET, number, b"")]
+             for each in Netlink.open().dump(GET_SET, number, b"")]
     return {set_type for set_type in map(parse_set_name, names) if set_type}
 
 
@@ -7060,7 +7065,7 @@ def leftovers(part: str, settings: ServerSettings, log: Log,
     named = {(each.table, each.chain) for each in values if isinstance(each, IptablesChain)}
     found = []
     try:
-        found = list(nft_leftovers(netlink or Netlink(), named, part))
+        found = list(nft_leftovers(netlink or Netlink.open(), named, part))
     except CommandError as error:
         if error.number and error.number not in NOTHING_THERE:  # 0: the kernel has no netlink
             raise
@@ -7086,7 +7091,7 @@ def flush_leftovers(settings: ServerSettings, firewall: Firewall, log: Log) -> N
     try:
         remove_leftovers(GRANTS, settings, log, netlink)
         if NAT_TABLE not in firewall.chains:
-            (netlink or Netlink()).commit([(
+            (netlink or Netlink.open()).commit([(
                 DELETE_TABLE, NFT_FAMILIES[NAT_TABLE.family],
                 name_attribute(TABLE_NAME, NAT_TABLE.table))])
     except CommandError as error:
@@ -7318,7 +7323,7 @@ def obstacles(settings: ServerSettings, stanzas: List[Stanza], firewall: Firewal
     """Find rules of the host that get in the way of grants, and that the backend does not see."""
     if firewall.guard_ports:
         chains = {f"{text_of(rule[RULE_TABLE])} {text_of(rule[RULE_CHAIN])}"
-                  for rule in Netlink().dump(GET_RULE, 0, b"") if is_untracked(rule)}
+                  for rule in Netlink.open().dump(GET_RULE, 0, b"") if is_untracked(rule)}
         if any("NOTRACK" in line or "--notrack" in line for raw, table in legacy_tables(
                 settings, "raw") for line in raw.list(table)):
             chains.add("raw of iptables-legacy")
@@ -9305,7 +9310,7 @@ class FirewallWatch:
         try:
             with firewall.within(PATIENCE):
                 if firewall.tables_heard and self.events is not None:
-                    generation = Netlink().generation()
+                    generation = Netlink.open().generation()
                     # No announcement was missed, and none was of somebody's change.
                     all_well = (self.well is firewall and generation == self.generation
                                 and not doubtful)

@@ -657,7 +657,7 @@ log = server.Log()
 log.open_stream(sys.stderr)
 firewall = server.NftFirewall("nft", server.parse_nft_chains("inet filter input"), frozenset(),
                               [server.SetType(4, 32, False, kind) for kind in ("access", "DNAT")],
-                              server.Netlink(), log)
+                              server.Netlink.open(), log)
 firewall.prepare()
 ends = time.monotonic() + 300
 grants = [server.Grant(door, 0, ends) for door in doors]

@@ -2098,7 +2098,7 @@ class NetlinkTest(unittest.TestCase):
         """An error of the socket is one that the server tries again, and does not end it."""
         if not hasattr(socket, "AF_NETLINK"):
             skip("no netlink on this system")
-        netlink = server.Netlink()
+        netlink = server.Netlink.open()
         netlink.close()
         full = mock.Mock(side_effect=OSError(105, "No buffer space available"))
         netlink.socket = mock.Mock(recv=full, sendto=full)
@@ -2248,7 +2248,7 @@ class NftTest(unittest.TestCase):
         answer = struct.pack("=IHHII", 16 + len(body), server.NEW_ELEMENT, 0, 1, 0) + body
         answer += struct.pack("=IHHIIi", 20, server.NLMSG_DONE, 0, 1, 0, 0)
         answer += struct.pack("=IHHIIi", 20, server.NLMSG_ERROR, 0, 1, 0, 0)
-        netlink = server.Netlink()
+        netlink = server.Netlink.open()
         netlink.close()
         for length in range(len(answer) + 1):
             for whole in (False, True):  # the first message, and what is in it is cut
