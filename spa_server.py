@@ -2392,18 +2392,18 @@ def read_one_time_file(path: str) -> OneTimeFile:
 
 
 class Key(Directive[Secret]):
-    """A key of 1 to `longest` bytes, raw, or in base64 with or without '='; empty if not set."""
+    """A key of 1 to `longest` bytes; NAME_BASE64 takes it in base64 with or without '='."""
 
     secret = True
 
-    def __init__(self, name: str, longest: int, help: str, encoded: bool = False) -> None:
+    def __init__(self, name: str, longest: int, help: str) -> None:
         super().__init__(name, self.parse_key, "", help)
-        self.longest, self.encoded = longest, encoded
+        self.longest = longest
 
     def parse_key(self, text: str) -> Secret:
         """Parse a key; refuse the placeholder of a sample file, also one in base64."""
         key, placeholder = text.encode("latin-1"), PLACEHOLDER.encode()
-        if self.encoded and key.strip() != placeholder:
+        if self.name.endswith("_BASE64") and key.strip() != placeholder:
             key = decode_base64(key.strip().rstrip(b"="))
         expect(key.strip() != placeholder, "a key instead of " + PLACEHOLDER)
         expect(not text or 0 < len(key) <= self.longest,
@@ -2528,9 +2528,9 @@ class Stanza(Settings):
                            "ports that may be opened: tcp/22, udp/53; without it every port")
     restrict_ports = Directive("RESTRICT_PORTS", parse_ports, "", "ports that may not be opened")
     key = Key("KEY", MAX_KEY_BYTES, "encryption key, raw, up to 32 bytes")
-    key_base64 = Key("KEY_BASE64", MAX_KEY_BYTES, "encryption key in base64", encoded=True)
+    key_base64 = Key("KEY_BASE64", MAX_KEY_BYTES, "encryption key in base64")
     hmac_key = Key("HMAC_KEY", MAX_HMAC_KEY_BYTES, "HMAC key, raw, up to 128 bytes")
-    hmac_key_base64 = Key("HMAC_KEY_BASE64", MAX_HMAC_KEY_BYTES, "HMAC key in base64", encoded=True)
+    hmac_key_base64 = Key("HMAC_KEY_BASE64", MAX_HMAC_KEY_BYTES, "HMAC key in base64")
     hmac_type = Directive("HMAC_DIGEST_TYPE", lambda text: DIGESTS[choice(*DIGESTS)(text)],
                           "SHA256", "MD5, SHA1, SHA256, SHA384, SHA512, SHA3_256 or SHA3_512")
     mode = Directive("ENCRYPTION_MODE", choice(*MODES, ASYMMETRIC), "CBC",
@@ -3152,7 +3152,7 @@ def judge(request: Request, stanza: Stanza, settings: ServerSettings,
     host: Union[Address, Lookup, None]
     host, port = stanza.force_nat or (None, 0)  # with FORWARD_ALL nobody need name a host
     if request.nat and not stanza.force_nat:
-        host = nat_host(request.nat[0], request, address.version, settings, is_own_address)
+        host = nat_host(request.nat[0], request, address, settings, is_own_address)
         port = request.nat[1]
     if isinstance(host, Lookup):
         return host
@@ -3237,7 +3237,7 @@ def nat_doors(request: Request, stanza: Stanza, access: List[Door], settings: Se
     return list(dict.fromkeys(through + onward + back))
 
 
-def nat_host(host: str, request: Request, version: int, settings: ServerSettings,
+def nat_host(host: str, request: Request, client: Address, settings: ServerSettings,
              is_own_address: OwnAddress) -> Union[Address, Lookup]:
     """Return the address that NAT may lead a client to, by the `host` of its packet.
 
@@ -3257,7 +3257,6 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
                                  "disabled.", "{stanza}{text}") from None
     if address is not None and (address.is_link_local or not may_be_host(address)):
         raise no_nat(request, f"{address} is not the address of one host")
-    client = request.address or parse_address(socket_text(request.datagram.source))
     if address is not None and address.is_loopback and not (local and client.is_loopback):
         raise no_nat(request, f"{address} is a loopback address, which no other host reaches")
     if local and (address is None or is_own_address(address) is False):
@@ -3265,7 +3264,7 @@ def nat_host(host: str, request: Request, version: int, settings: ServerSettings
     if address is None:
         if not host:
             raise no_nat(request, "it names no host")
-        return Lookup(host, version)
+        return Lookup(host, client.version)
     own = is_own_address(address)
     if own is None:
         raise no_nat(request, f"{address} is not the address of one host")
@@ -3851,12 +3850,6 @@ class StreamOutlet(Outlet):
                 self.own = os.open(f"/proc/self/fd/{self.number}",
                                    os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
-    def close(self) -> None:
-        """Close what was opened once more."""
-        if self.own >= 0:
-            os.close(self.own)
-            self.own = -1
-
     def send(self, severity: int, text: str) -> bool:
         """Write to the stream."""
         line = f"<{severity}>{text}" if self.prefixed else text
@@ -3978,9 +3971,9 @@ class Log:
 
     def close_stream(self) -> None:
         """Write no more lines to the stream."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
+        if self.stream is not None and self.stream.own >= 0:
+            os.close(self.stream.own)
+        self.stream = None
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
