@@ -8457,8 +8457,8 @@ class Access:
         grants = self.grants
         if not grants.firewall.keeps:
             return
-        opened = filter(None, map(grants.live.get, doors))
-        lines = [f"{grant_key(grant)}\t{opener}\n" for grant in opened]
+        lines = [f"{grant_key(grants.live[door])}\t{opener}\n"
+                 for door in doors if door in grants.live]
         path = openers_file(self.settings)
         try:
             with open(open_itself(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+") as file:
@@ -9696,7 +9696,6 @@ class Server:
                 self.gate.answer_sockets.close()
             captures = configuration.open_captures(self.log, self.captures, same)
             if configuration.needs_memory and not self.remembers:
-                # Until now there was nothing to remember.
                 memory = open_memory(settings, self.log, self.clocks)
             firewall.succeed(self.grants.firewall)
             firewall.prepare()
