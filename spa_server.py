@@ -4163,7 +4163,7 @@ def check_signature(answer: GpgAnswer, stanza: Stanza) -> str:
     for wanted, text in (
             (stanza.gpg_fingerprints, f"signed by: {signer}, but that fingerprint is not in the "
              "GPG_FINGERPRINT_ID list."),
-            (stanza.gpg_remote_ids, f"signed by ID: {signer[-16:]}, but that ID is not in the "
+            (stanza.gpg_remote_ids, f"signed by ID: {signer[-8:]}, but that ID is not in the "
              "GPG_REMOTE_ID list.")):
         if wanted and not any(key.endswith(each) for key in (signer, primary) for each in wanted):
             rejection = PacketRejected("gpg signer", f"Incoming SPA packet {text}")

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import functools
 import os
+import re
 import signal
 import subprocess
 import time
@@ -278,18 +279,23 @@ class LiveGpgTest(SharedCase, CableCase):
     def test_a_signer_that_nobody_named(self) -> None:
         """Both servers show the packet and its signer with -v -v, and reject it."""
         label, signer = r"^\[10\.55\.0\.2\] \(stanza #1\) ", self.signers["wrong"]
-        patterns = (
+        begin = (
             label + r"SPA Decode \(res=0\):$", r"^ Message String: 10\.55\.0\.2,tcp/22$",
-            label + f"Incoming SPA data signed by '{signer[-8:]}' .fingerprint '{signer}'.\\.$",
-            label + f"Incoming SPA packet signed by: {signer}, but that fingerprint is not in")
-        site = Server(self.cable.server, "PCAP_INTF eth0;\n", self.stanza("good"))
-        for program in (["fwknopd"], SPA_SERVER):
-            daemon = self.cable.server.start(*program, "-f", "-t", "-v", "-v", *site.files)
-            daemon.wait_for(Server.READY)
-            self.client.run(*FWKNOP, *self.options("wrong", hmac_key=""))
-            wait_for(lambda text=daemon.output: not missing(patterns, text()),  # type: ignore[misc]
-                     daemon.output)
-            daemon.end()
+            label + f"Incoming SPA data signed by '{signer[-8:]}' .fingerprint '{signer}'.\\.$")
+        access = self.stanza("good")
+        for stanza, end in (
+                (access, f"signed by: {signer}, but that fingerprint is not in"),
+                (re.sub("GPG_FINGERPRINT_ID .*(.{8})", r"GPG_REMOTE_ID \1", access),
+                 f"signed by ID: {signer[-8:]}, but that ID is not in the GPG_REMOTE_ID list")):
+            site = Server(self.cable.server, "PCAP_INTF eth0;\n", stanza)
+            for program in (["fwknopd"], SPA_SERVER):
+                daemon = self.cable.server.start(*program, "-f", "-t", "-v", "-v", *site.files)
+                daemon.wait_for(Server.READY)
+                self.client.run(*FWKNOP, *self.options("wrong", hmac_key=""))
+                wait_for(lambda text=daemon.output, patterns=(  # type: ignore[misc]
+                    *begin, label + "Incoming SPA packet " + end): not missing(patterns, text()),
+                    daemon.output)
+                daemon.end()
 
     def test_the_agent_holds_nothing(self) -> None:
         """After a kill the next server starts: gpg-agent lives on, and has no lock or socket."""
