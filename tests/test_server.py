@@ -2074,6 +2074,21 @@ class IptablesTest(unittest.TestCase):
             self.assertEqual((expected, len(expected) // 2), (ran, len(found)))
 
 
+class ProgramTest(unittest.TestCase):
+    """Programs of the firewall."""
+
+    def test_ends(self) -> None:
+        """Output and input longer than a pipe holds; an end long after that of the output; an exit
+        code; one that never ends, with what it started."""
+        text, script = "x" * 200000, "exec <&- >&- 2>&-; sleep 0.%d; exit 3"
+        self.assertEqual(text, server.run_program(["/bin/cat"], text))
+        for number in range(3):
+            with self.assertRaisesRegex(server.CommandError, "exit 3 failed: no reason given$"):
+                server.run_program(["/bin/sh", "-c", script % number], text)
+        with self.assertRaisesRegex(server.CommandError, "^/bin/sh: killed after 0.1 seconds$"):
+            server.run_program(["/bin/sh", "-c", "sleep 60 & wait"], seconds=0.1)
+
+
 class AnsweringSocket:
     """A socket on which the kernel answers with these bytes."""
 
