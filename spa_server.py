@@ -9252,7 +9252,7 @@ class FirewallWatch:
         self.guard_due = 0.0
         self.looked = clocks.wall()  # when the last look that did not fail was
         self.generation = b""  # of nf_tables, by the last announcement or look
-        self.well: Optional[Firewall] = None  # what the last look found right, without news since
+        self.well: Optional[Firewall] = grants.firewall  # right by prepare() or a look, no news yet
 
     def look_soon(self) -> None:
         """Let the next look at the firewall be soon, once for a series of changes."""
@@ -9311,11 +9311,12 @@ class FirewallWatch:
         firewall, generation, all_well = self.grants.firewall, b"", False
         try:
             with firewall.within(PATIENCE):
-                if firewall.tables_heard and self.events is not None:
-                    generation = Netlink.open().generation()
-                    # No announcement was missed, and none was of somebody's change.
-                    all_well = (self.well is firewall and generation == self.generation
-                                and not doubtful)
+                if self.events is not None and (firewall.netlink or firewall.tables_heard):
+                    generation = (firewall.netlink or Netlink.open()).generation()
+                    # No announcement was missed, and none was of somebody's change. That a
+                    # connection has ended a grant is not announced.
+                    all_well = (self.well is firewall and generation == self.generation and not (
+                        doubtful or any(door.kind == ONCE for door in self.grants.live)))
                 if not (all_well or doubtful) and began < self.check_rest and firewall.intact():
                     self.check_due = self.check_rest  # rules are looked at at once, grants then
                     self.looked = self.clocks.wall()

@@ -1593,6 +1593,7 @@ class LifeTest(ServerCase):
         self.addCleanup(made.watch.events.close)
         made.watch.events.setblocking(False)
         self.firewall.netlink = mock.Mock(port=55)
+        self.firewall.netlink.generation.side_effect = object  # always another
         looks = []  # type: List[float]
 
         def check(seconds: float, all_well: bool) -> bool:
@@ -1626,6 +1627,29 @@ class LifeTest(ServerCase):
                     self.firewall.whole = False
                     made.watch.restore()
                     self.assertEqual(1, len(looks))
+
+    def test_an_idle_server_reads_nothing(self) -> None:
+        """As long as nf_tables announces no change by somebody else, and has had none unannounced;
+        but no announcement tells that a connection has ended a grant."""
+        made = self.serve("SOURCE ANY\n" + KEYS)
+        watch = made.watch
+        watch.events, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for each in watch.events, kernel:
+            self.addCleanup(each.close)
+        watch.events.setblocking(False)
+        self.firewall.netlink = mock.Mock(port=55)
+        numbers = iter((b"1", b"1", b"1", b"2", b"2", b"2"))
+        self.firewall.netlink.generation = lambda: next(numbers)
+        once = door("10.55.0.2/32 tcp/22")._replace(kind=server.ONCE)
+        with mock.patch.object(made.grants, "restore", return_value=True) as restore:
+            for live, port, looks in (([], 55, 1), ([], 55, 1), ([once], 55, 2), ([], 55, 3),
+                                      ([], 55, 3), ([], 77, 4)):
+                made.grants.live = {each: mock.Mock() for each in live}
+                kernel.send(struct.pack("=IHHIII", 20, 0, 0, 0, port, 0))
+                watch.hear()
+                self.clock.pass_seconds(100)
+                watch.restore()
+                self.assertEqual(looks, restore.call_count)
 
     def test_a_program_that_is_not_used(self) -> None:
         """FIREWALL_EXE may be wrong where nothing is opened by it; that is said."""
@@ -1672,6 +1696,7 @@ class LifeTest(ServerCase):
                 made.start(flush)
             self.assertEqual(flush, leftovers.called)
             self.assertEqual((left, left), (len(self.firewall.rules), len(made.grants.live)))
+            self.assertIs(made.watch.well, self.firewall)  # nothing was announced since
             for capture in made.captures:
                 capture.close()
 
