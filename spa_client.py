@@ -2785,15 +2785,18 @@ def resolve_address(settings: Settings, family: int, link: "Optional[socket.sock
         answer = fetch(page, settings.user_agent, family)
     for line in answer.decode("ascii", "replace").splitlines():
         try:
-            found = parse_address(line.strip())
+            found = parse_address(line.partition(",")[0].strip())
         except ValueError:
             continue
         return check_own(found, url, link)
     raise SpaError(f"{url}: no line of the answer is an address")
 
 
-def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
-    """Return the body of a web page; raise SpaError unless it comes within NETWORK_SECONDS."""
+def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int, hops: int = 3) -> bytes:
+    """Return the body of a web page; raise SpaError unless it comes within NETWORK_SECONDS.
+
+    It may lead to another one, as pages of HTTP lead to HTTPS: `hops` times, and never back.
+    """
     url, host, port, path = page
     end, answer, problem = time.monotonic() + NETWORK_SECONDS, b"", f"{url}: it has no address"
     for kind, address in find_addresses(host, port, family):
@@ -2814,11 +2817,23 @@ def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int) -> bytes:
         finally:
             if link is not None:
                 link.close()
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status = head.split(b"\r\n")[0].decode("ascii", "replace")
-    if status.split()[1:2] != ["200"]:
+    head, _, body = answer.replace(b"\r\n", b"\n").partition(b"\n\n")
+    status, *lines = head.decode("ascii", "replace").split("\n")
+    code = (status.split() + ["", ""])[1]
+    if code == "200":
+        return body
+    places = [line[9:].strip() for line in lines if line.lower().startswith("location:")]
+    if not (hops and places and code.startswith("3")):
         raise SpaError(f"{url}: {status}" if status else problem)
-    return body
+    site = "" if "://" in places[0] else "/".join(url.split("/")[:3] + [""])
+    place = site + places[0].lstrip("/")
+    try:
+        page = parse_url(place)
+    except ValueError as error:
+        raise SpaError(f"{url}: it leads to {place}: {error}") from None
+    if url.startswith("https:") and not place.startswith("https:"):
+        raise SpaError(f"{url}: it leads to {place}, without encryption")
+    return fetch(page, agent, family, hops - 1)
 
 
 def is_whole(answer: bytes) -> bool:

@@ -601,6 +601,27 @@ class Resolving(Case):
             self.assertEqual("203.0.113.9", self.resolved("-R", "--resolve-http-only",
                                                           "--resolve-url", web.url()))
 
+    def test_pages_that_moved(self) -> None:
+        """A page may lead to another one, three times and never from https to http."""
+        bundle = self.write(CERTIFICATE + CERTIFICATE_KEY, "pem")
+        self.environment["SSL_CERT_FILE"] = bundle
+        words = ["-T", "-A", "tcp/1", *KEYS, "-R", "-4", "--resolve-url"]
+        with WebServer(b"203.0.113.9, 10.0.0.1\n", certificate=bundle) as last, \
+                WebServer(b"", "302 Found") as web:
+            for line, count, expected in (
+                    (b"location: " + last.url("https", "localhost").encode(), 1, ""),
+                    (b"Location: /ip", 4, ": HTTP/1.1 302 Found"),
+                    (b"Location: ftp://x/", 1, "it leads to ftp://x/: expected a URL")):
+                with self.subTest(line):
+                    web.answer, web.requests = b"HTTP/1.1 302 Found\n" + line + b"\n\n", []
+                    got, out, err = self.run_main(*words, web.url())
+                    self.assertEqual((bool(expected), count), (got == 1, len(web.requests)), err)
+                    self.assertIn(expected or "Message String: 203.0.113.9,tcp/1\n", err + out)
+            last.answer = (b"HTTP/1.1 301 x\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n"
+                           % web.url().encode())
+            self.assertIn(f"it leads to {web.url()}, without encryption", self.failure(
+                1, *words, last.url("https", "localhost")))
+
     def test_insecure(self) -> None:
         """Warn of http without --resolve-http-only, and refuse https with it."""
         with WebServer(b"203.0.113.9") as web:
