@@ -672,7 +672,7 @@ class RcFile(Case):
         path = self.write("[default]\nFW_TIMEOUT 9\n", "rc", 0o644)
         code, out, err = self.run_main("-T", *KNOCK, *KEYS, "--rc-file", path)
         self.assertEqual(fields(out)["Client Timeout"], "9")
-        self.assertIn("permissions should only be user read/write (0600)", err)
+        self.assertIn("permissions should only be user read/write (0600, -rw-------)", err)
         if os.geteuid() == 0:
             os.chmod(path, 0o600)
             os.chown(path, 65534, 65534)

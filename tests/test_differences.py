@@ -169,6 +169,8 @@ BEHAVIOUR = (
      "there it is logged, and not made", "test_live_firewall.test_a_chain_of_another_name"),
     ("wrong options end with 2, unusable files with 3; fwknop has 0 and 1",
      "scripts can tell them apart", "test_config.test_exit_codes"),
+    ("-V names this program, its version and its SHA-256", "it is no fwknop",
+     "test_config.test_version"),
     ("-C counts packets that look like SPA", "junk would end the server",
      "test_live_carriers.test_packet_limit"),
     ("each port of a request has a line `Added ...`", "it can be open already, or end alone",
