@@ -2467,19 +2467,14 @@ def find_group(text: str) -> Optional[int]:
         return None
 
 
-def parse_group(text: str) -> int:
-    """Parse the name of a group of this host; return its number."""
+def parse_group(text: str, or_user: bool = False) -> int:
+    """Parse the name of a group of this host, `or_user` of a user, whose main group is meant."""
     number = find_group(text)
-    if number is None:
-        raise ValueError("expected a group of this host")
-    return number
-
-
-def parse_command_group(text: str) -> int:
-    """Parse the name of a group, or else of a user: fwknopd takes the main group of that."""
-    with contextlib.suppress(ValueError):
-        return parse_group(text) if find_group(text) is not None else parse_account(text).gid
-    raise ValueError("expected a group of this host")
+    if number is None and or_user:
+        with contextlib.suppress(ValueError):
+            number = parse_account(text).gid
+    expect(number is not None, "a group of this host")
+    return number or 0
 
 
 def parse_template(text: str) -> Tuple[str, ...]:
@@ -2566,7 +2561,7 @@ class Stanza(Settings):
     enable_commands = Flag("ENABLE_CMD_EXEC", "run the commands of command messages")
     command_user = NoDefault("CMD_EXEC_USER", parse_account,
                              "user that this stanza's commands run as; without it the server's")
-    command_group = NoDefault("CMD_EXEC_GROUP", parse_command_group,
+    command_group = NoDefault("CMD_EXEC_GROUP", partial(parse_group, or_user=True),
                               "their only group; without it all of that user's")
     enable_sudo = Flag("ENABLE_CMD_SUDO_EXEC", "run the commands of command messages through sudo")
     sudo_user = NoDefault("CMD_SUDO_EXEC_USER", parse_account, "sudo's -u")
