@@ -111,6 +111,26 @@ class ServerLineTest(ConfigCase):
                 name = re.split("_OPEN|[ :]", line)[0]
                 self.assertEqual(bool(wanted), name in said, said)
 
+    def test_comments(self) -> None:
+        """What stands before a comment counts, and a list has no comma in one."""
+        ports, seconds = {("tcp", 22), ("udp", 53)}, server.integer(0, 99, "seconds")
+        for parse, text, value in (
+                (seconds, "60 // x", 60), (seconds, "60 (a minute)", 60), (seconds, "60,", 60),
+                (server.parse_ports, "tcp/22 (ssh, x), udp/53", None),
+                (server.parse_ports, "tcp/22 (ssh), udp/53 // x", ports),
+                (server.parse_ports, "tcp/22 // x, udp/53", None),
+                (server.parse_steps, "22 (a),53:udp // x", ((server.TCP, 22), (server.UDP, 53))),
+                (server.key_ids(8), "abcdef12, 12345678 # joe", {"ABCDEF12", "12345678"}),
+                (lambda text: list(map(str, server.Networks(text).networks)),
+                 "10.0.0.0/8 (office), 192.168.0.1 # home", ["10.0.0.0/8", "192.168.0.1/32"]),
+                (lambda text: "{} {}".format(*server.parse_nat_target(text)), "10.0.0.1 22 # x",
+                 "10.0.0.1 22")):
+            with self.subTest(text):
+                if value is None:
+                    self.assertRaises(ValueError, parse, text)
+                else:
+                    self.assertEqual(value, parse(text))
+
     @needs_programs("fwknopd")
     @needs_root
     def test_fwknopd(self) -> None:
