@@ -7358,8 +7358,10 @@ def fwknopd_rule(grant: Grant) -> str:
     source, _, destination, _ = str(door).split(" ", 3)
     parts = ["-t nat" if door.kind in NAT_KINDS else "-t filter"]
     parts += [f"-p {PROTOCOL_NUMBERS[door.protocol]}"] if door.port else []
-    parts += [f"-s {source}"] if door.kind not in (SNAT, MASQUERADE) else []
-    parts += [f"-d {destination}"] if door.kind != FORWARD or door.destination else []
+    by_target = bool(door.kind in (SNAT, MASQUERADE) and door.port)
+    parts += [] if by_target else [f"-s {source}"]
+    parts += [f"-d {destination}"] if by_target or door.destination or door.kind in (
+        INPUT, ONCE, DNAT) else []
     parts += [f"--dport {door.port}"] if door.port else []
     parts.append(f"-m comment --comment {MARK}{grant.expires} -j "
                  + ("ACCEPT" if door.kind in (INPUT, ONCE, FORWARD) else door.kind))

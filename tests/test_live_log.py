@@ -120,6 +120,13 @@ LIVES = (
              RULE % (r"nat -p 6 -d 10\.66\.0\.2 --dport 22", r"SNAT --to-source 10\.66\.0\.1",
                      "FWKNOP_POSTROUTING"), ADDED % ("SNAT", "FWKNOP_POSTROUTING") % 22)),),
          chain("FWKNOP_POSTROUTING", "SNAT", ANYWHERE, INNER, end=r" to:10\.66\.0\.1")),
+    Life("every port", "ENABLE_IPT_FORWARDING Y;\nENABLE_IPT_SNAT Y;\n",
+         STANZA + "FORWARD_ALL Y\n", (), (((*OPEN, "-N", INNER4 + ":22"), (
+             RULE % (r"filter -s 10\.55\.0\.2", "ACCEPT", "FWKNOP_FORWARD"),
+             RULE % (r"nat -s 10\.55\.0\.2 -d 0\.0\.0\.0/0", r"DNAT --to-destination 10\.66\.0\.2",
+                     "FWKNOP_PREROUTING"))),
+               ((*OPEN, "-N", "10.66.0.3:22"), (
+                   RULE % (r"nat -s 10\.55\.0\.2", "MASQUERADE *", "FWKNOP_MASQUERADE"),)))),
     Life("local NAT", "ENABLE_IPT_LOCAL_NAT Y;\n", STANZA, (),
          (((*OPEN, "--nat-local", "--nat-port", "11111"), (
              ADDED % ("local NAT", "FWKNOP_INPUT") % 11111,
