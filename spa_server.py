@@ -1306,7 +1306,7 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     if not text or text[0] in "#;":
         return None
     name = text.replace("\t", " ").partition(" ")[0]
-    value, _, rest = text[len(name):].lstrip(" \t").partition(";")
+    value, _, rest = text[len(name):].lstrip(" \t\v\f").partition(";")
     line = Line(path, number, name.rstrip(":") if colon else name, value)
     changes = colon or not isinstance(ServerSettings.row(name), Ignored)  # else nothing is lost
     if (changes and not value.strip(" \t")) or "\0" in text:

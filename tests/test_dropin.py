@@ -58,6 +58,7 @@ LINES = (
     (ACCESS, "FW_ACCESS_TIMEOUT 60 # s", TAKEN, ""), (ACCESS, "OPEN_PORTS tcp/22 # x", TAKEN, ""),
     (ACCESS, "FW_ACCESS_TIMEOUT 60 sec", TAKEN, ""), (ACCESS, "OPEN_PORTS TCP/ 22", TAKEN, ""),
     (ACCESS, "FW_ACCESS_TIMEOUT 60 // s", TAKEN, ""), (ACCESS, "MAX_FW_TIMEOUT 60,", TAKEN, ""),
+    (ACCESS, "FW_ACCESS_TIMEOUT\t\v\f60", TAKEN, ""),
     (ACCESS, "FW_ACCESS_TIMEOUT 60 (a minute)", TAKEN, ""),
     (ACCESS, "OPEN_PORTS tcp/22 (ssh), udp/53 // x", TAKEN, ""),
     (ACCESS, "DESTINATION 10.0.0.0/24 # office", TAKEN, ""),
