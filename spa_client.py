@@ -2564,6 +2564,17 @@ def open_links(host: str, addresses: "List[Address]") -> "Iterator[socket.socket
         raise SpaError(problem)
 
 
+def encode_http(settings: Settings, packet: str) -> bytes:
+    """Return the request that carries a packet over HTTP, to a proxy if there is one."""
+    host, target = parse_peer(settings.server or "")[0], "/" + packet.replace(
+        "+", "-").replace("/", "_")
+    host = f"[{host}]" if ":" in host else host
+    if settings.http_proxy:  # as fwknop: a proxy without a port of its own takes that of -p
+        own = settings.http_proxy[1] and "SPA_SERVER_PORT" in settings.given
+        target = f"http://{host}:{settings.port}{target}" if own else f"http://{host}{target}"
+    return encode_request(target, host, settings.user_agent)
+
+
 def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
     """Send the packet by its carrier to the link's peer; return the number of bytes sent."""
     payload = packet.encode("ascii")
@@ -2572,13 +2583,7 @@ def send_packet(settings: Settings, link: "socket.socket", packet: str) -> int:
     if settings.protocol in RAW_CARRIERS:
         return send_raw(settings, link, payload)
     if settings.protocol == "http":
-        host, target = parse_peer(settings.server or "")[0], "/" + packet.replace(
-            "+", "-").replace("/", "_")
-        host = f"[{host}]" if ":" in host else host
-        if settings.http_proxy:  # as fwknop: a proxy without a port of its own takes that of -p
-            own = settings.http_proxy[1] and "SPA_SERVER_PORT" in settings.given
-            target = f"http://{host}:{settings.port}{target}" if own else f"http://{host}{target}"
-        payload = encode_request(target, host, settings.user_agent)
+        payload = encode_http(settings, packet)
     stream = open_socket(link.family, link.getpeername(), False, NETWORK_SECONDS)
     try:
         stream.sendall(payload)
@@ -3595,7 +3600,11 @@ class Knock:
             links = open_links(self.host, self.send_to)
             link = next(links) if self.send_to else None
             packet, dump = self.build(choose_address(settings, link), link)
-            say(dump + "\ntest mode enabled, SPA packet not actually sent.")
+            is_http, request = settings.protocol == "http", ""
+            if is_http and settings.verbose and settings.server:
+                request = "\n" + decode_text(encode_http(settings, packet)).replace("\r", "")
+            say(f"{dump}{request}\n{'T' if is_http else 't'}est mode enabled, "
+                "SPA packet not actually sent.")
             if settings.verbose:  # fwknop decodes its packet for the last dump; ours has no need
                 body = packet[:len(packet) - self.tag_length]
                 say("send_spa_packet: bytes sent: 0\n\nDump of the Decoded Data\n"

@@ -384,6 +384,11 @@ class Carriers(Case):
                 ["GET /{} HTTP/1.1".format(packet.replace("+", "-").replace("/", "_")),
                  "User-Agent: Fwknop/2.6.10", "Accept: */*", "Host: 127.0.0.1",
                  "Connection: close", "", ""], web.request())
+        for words, line in (([], ""), (["-D", "::1"], "\nHost: [::1]\n"),
+                            (["-D", "h", "-H", "proxy"], "\nGET http://h/")):
+            out = self.run_main("-T", "-v", *KNOCK, *KEYS, "-P", "http", *words)[1]
+            self.assertIn(line, out)  # the request that would go
+            self.assertEqual(bool(line), "GET " in out)
 
     def test_proxy(self) -> None:
         """The proxy gets the server's name, which is not looked up here; it answers first."""

@@ -217,6 +217,8 @@ class LifeTest(unittest.TestCase):
 OPTIONS = (
     (["-T", "-v", "-S", "12345"], r"^         source port: 12345$"),
     (["-T", "-v"], r"^Dump of the Decoded Data$"),
+    (["-T", "-v", "-P", "http"], r"^GET /[\w-]{200,} HTTP/1\.\d\r?\nUser-Agent: Fwknop/.*\r?\n"
+     r"Accept: \*/\*\r?\nHost: 10\.55\.0\.1\r?\n(.*\n)+Test mode enabled, SPA packet not"),
     (["-E", "/no/such", "-l"], "Could not open args file: /no/such"),
     (["-E", "/no/such", "--show-last"], "Could not open args file: /no/such"),
     (["-n", "x", "--save-rc-stanza", "--force-stanza", "-T", "-v", "-v"],
