@@ -483,6 +483,7 @@ class SignalTest(ControlTest):
         server.stop()
         wait_for(lambda: int(time.time()) > made, "the next second, in which a memory can begin")
         server.start("--rotate-digest-cache")
+        self.assertIn("Rotating digest cache file.\n", server.log())
         self.assertEqual([*names[:2], "digest.cache-old", *names[2:]], self.state(server))
         self.client.send(SERVER4, 62201, packet)
         server.wait_for("before this replay memory began")
