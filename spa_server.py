@@ -6877,6 +6877,10 @@ GRANTS, REST, GUARD = "grants", "rest", "guard"  # parts of ours; the rest is ch
 NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables, or no such table
 
 
+# What is left of ours in one table: a text about each piece, and a function to remove all.
+Leftover = Tuple[List[str], Callable[[], None]]
+
+
 class Rule(NamedTuple):
     """A rule of any backend: its chain, the one it leads to, its comment, and how to delete it."""
 
@@ -6884,13 +6888,6 @@ class Rule(NamedTuple):
     target: str
     comment: str
     handle: Any
-
-
-class Leftover(NamedTuple):
-    """Something of ours in one table: a text about each piece, and a function to remove all."""
-
-    texts: List[str]
-    remove: Callable[[], None]
 
 
 def our_part(firewall: str, table: str, chains: List[str], named: Set[str], rules: List[Rule],
@@ -6952,8 +6949,7 @@ def nft_leftovers(netlink: Netlink, named: Set[Tuple[str, str]], part: str) -> I
                       for kind, dump in dumps.items()}
             texts, messages = nft_removal(netlink, family, table, listed, named, part)
             if messages:
-                yield Leftover(texts, partial(do_all, netlink.commit,
-                                              blocks(messages, CHANGES_AT_ONCE)))
+                yield texts, partial(do_all, netlink.commit, blocks(messages, CHANGES_AT_ONCE))
 
 
 def nft_removal(netlink: Netlink, family: str, table: bytes,
@@ -7032,9 +7028,9 @@ def legacy_leftovers(settings: ServerSettings, named: Set[Tuple[str, str]], part
             {chain for each, chain in named if each == table},
             [iptables_rule(line) for line in lines if line.startswith("-A ")], part)
         if texts:
-            yield Leftover(texts, partial(firewall.commit, {table: [
+            yield texts, partial(firewall.commit, {table: [
                 "-D" + rule.handle[2:] for rule in rules] + [
-                    option + chain for option in ("-F ", "-X ") for chain in chains]}))
+                    option + chain for option in ("-F ", "-X ") for chain in chains]})
 
 
 def iptables_rule(line: str) -> Rule:
@@ -7063,12 +7059,12 @@ def remove_leftovers(part: str, settings: ServerSettings, log: Log,
                      netlink: Optional[Netlink] = None) -> List[str]:
     """Remove what leftovers() finds, and return texts about it. Log what can't be removed."""
     removed = []
-    for leftover in leftovers(part, settings, log, netlink):
+    for texts, remove in leftovers(part, settings, log, netlink):
         try:
-            leftover.remove()
-            removed += leftover.texts
+            remove()
+            removed += texts
         except CommandError as error:
-            log.error(f"{error}; left: {', '.join(leftover.texts)}")
+            log.error(f"{error}; left: {', '.join(texts)}")
     return removed
 
 
@@ -10137,7 +10133,7 @@ def warn_of_host(configuration: Configuration, firewall: Firewall, log: Log) -> 
         if not configuration.test:
             firewall_programs(settings)
             guards = leftovers(GUARD, settings, Log())
-        kinds = {each.texts[0].startswith("table") for each in guards}  # iptables' has chains
+        kinds = {texts[0].startswith("table") for texts, _ in guards}  # iptables' has chains
         if kinds - ({isinstance(firewall, NftFirewall)} if firewall.guard_ports else set()):
             log.warning("A guard from earlier settings still closes ports, and no knock opens "
                         "them; --unguard takes it away")
@@ -11433,7 +11429,7 @@ def remove_for_good(parts: List[str], settings: ServerSettings, log: Log) -> Lis
     # which has to include the others.
     if taken:
         time.sleep(LOOK_AGAIN_SECONDS)
-    left = [text for each in leftovers(parts[-1], settings, log) for text in each.texts]
+    left = [text for texts, _ in leftovers(parts[-1], settings, log) for text in texts]
     if left:
         owner, table = table_owner(GUARD_TABLE), " ".join(GUARD_TABLE[:2])
         raise CommandError("still there: " + ", ".join(left), hint=(

@@ -511,7 +511,7 @@ def netlink(ground: Ground) -> Work:
         yield lambda: made.table_numbers(guard)
         yield lambda: [(str(door), left) for door, left in firewall.read_set(guard, kind)]
         yield lambda: [server.is_untracked(each) for each in made.dump(server.GET_RULE, 1, b"")]
-        yield lambda: [each.texts for each in server.nft_leftovers(made, set(), server.REST)]
+        yield lambda: [texts for texts, _ in server.nft_leftovers(made, set(), server.REST)]
         yield lambda: made.commit([(server.NEW_ELEMENT, 1, b"")])
         yield watch.hear
         yield lambda: is_own_address(server.parse_address(HOST))
