@@ -7829,12 +7829,6 @@ class Cycle:
         self.switch: Optional["subprocess.Popen[bytes]"] = None
         self.retried = False  # whether the command that closes has failed once
 
-    @property
-    def is_open(self) -> bool:
-        """Return whether its command has opened or is about to, and its switch has not closed."""
-        return (self.openings[-1].popen.poll() in (None, 0)
-                and self.switch is not None and self.switch.poll() is None)
-
 
 class KnockdCycle(Cycle):
     """Start_Command and Stop_Command of a door in knockd.conf, with knockd's lines in the log.
@@ -7919,9 +7913,11 @@ class Commands:
                 self.log.error(str(error))
 
     def lasts(self, cycle: Cycle) -> bool:
-        """Return whether the same command has opened already, and its switch has not closed."""
+        """Return whether the same command has opened or will, and its switch has not closed."""
         known = self.cycles.get(cycle.key)
-        return known is not None and known.opening == cycle.opening and known.is_open
+        return (known is not None and known.opening == cycle.opening
+                and known.openings[-1].popen.poll() in (None, 0)
+                and known.switch is not None and known.switch.poll() is None)
 
     def start(self, cycle: Cycle, command: Command, closes: bool,
               source: int = subprocess.DEVNULL) -> Child:
