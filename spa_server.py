@@ -1311,7 +1311,7 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     changes = colon or not isinstance(ServerSettings.row(name), Ignored)  # else nothing is lost
     if (changes and not value.strip(" \t")) or "\0" in text:
         raise line.misread("expected a value" + (" without zero bytes" if "\0" in text else ""))
-    if drop_comment(rest).strip(" \t;"):
+    if rest.replace("\t", " ").replace(" //", "#").lstrip(" ;")[:1] not in ("", "#"):
         raise line.error("expected nothing, or a # and a comment, behind the semicolon")
     return line
 
@@ -1353,8 +1353,10 @@ def folder_files(folder: str) -> List[str]:
 
 
 def drop_comment(text: str) -> str:
-    """Return the beginning of a value, up to a comment: #, // or parentheses."""
-    return text.partition("#")[0].partition("//")[0].partition("(")[0]
+    """Return the beginning of a value, up to a comment: #, // or parentheses, the last thing."""
+    value, _, comment = text.partition("#")[0].partition("//")[0].partition("(")
+    expect(not comment.partition(")")[2].strip(" \t;,"), "nothing behind the parenthesis")
+    return value
 
 
 def list_items(text: str) -> List[str]:
