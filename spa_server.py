@@ -11137,7 +11137,9 @@ def access_files(settings: ServerSettings) -> List[str]:
     """Return the files to read stanzas from: ACCESS_FILE, or those in ACCESS_FOLDER."""
     if settings.access_folder:
         try:
-            return folder_files(settings.access_folder)
+            files = folder_files(settings.access_folder)
+            expect(bool(files), f"files named *.conf in {settings.access_folder}")
+            return files
         except ValueError as error:
             raise settings.error(ServerSettings.access_folder, str(error)) from None
     if not may_exist(settings.access_file):

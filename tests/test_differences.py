@@ -176,6 +176,8 @@ BEHAVIOUR = (
      "scripts can tell them apart", "test_config.test_exit_codes"),
     ("-V names this program, its version and its SHA-256", "it is no fwknop",
      "test_config.test_version"),
+    ("--pcap-file ends with the file", "there is no more to hear",
+     "test_live_carriers.test_a_capture_of_all_carriers"),
     ("-C counts packets that look like SPA", "junk would end the server",
      "test_live_carriers.test_packet_limit"),
     ("each port of a request has a line `Added ...`", "it can be open already, or end alone",

@@ -302,7 +302,10 @@ class FolderTest(FilesCase):
         self.put(f_conf="#\nACCESS_FOLDER HERE/d;\n")
         self.assertEqual("f.conf:2: ACCESS_FOLDER: d: No such file or directory", self.refusal())
         os.mkdir(self.place("d"))
-        self.assertIn("expected a stanza", self.refusal())
+        self.assertEqual("f.conf:2: ACCESS_FOLDER: expected files named *.conf in d",
+                         self.refusal())
+        self.put(d__x_conf="# empty\n")
+        self.assertEqual("d/x.conf: expected a stanza, which begins with SOURCE", self.refusal())
         self.put(d__x_conf=stanza("ANY", "FW_ACCESS_TIMEOUT soon"))
         self.assertIn("d/x.conf:4: FW_ACCESS_TIMEOUT: expected", self.refusal())
 
