@@ -552,7 +552,7 @@ def decode_base64(text: bytes) -> bytes:
 class LibraryAes:
     """The same as Aes, by `cryptography`.
 
-    Its import takes 6 MB and 80 ms, longer than our AES needs for a hundred packets. With an HMAC
+    Its import takes 6 MB and 80 ms, longer than our AES needs for 500 packets. With an HMAC
     the server decrypts only genuine packets, so the import pays only for a stanza without one.
     """
 
