@@ -7809,7 +7809,7 @@ class Cycle:
     closing_lines: Tuple[str, ...] = (
         "[{cycle.door.source.network_address}] (stanza #{cycle.stanza_number}) {why}, running "
         "CMD_CYCLE_CLOSE command: {cycle.closing}{cycle.closing.runner}",)
-    end_line = failure_line = "{kind}: command returned {code}, pid_status: {code}"
+    end_line = failure_line = "{label}{kind}: command returned {code}, pid_status: {code}"
     reasons: Dict[str, str] = {}  # other texts for `why`
     closing_kind = "CMD_CYCLE_CLOSE"  # begins the log lines of the command that closes
     waits = False  # whether `seconds` count from the end of the first command, which has no limit
@@ -7957,7 +7957,8 @@ class Commands:
             self.log.info(f"{child.kind}: {line}")
         code = child.popen.returncode
         template = child.cycle.failure_line if code else child.cycle.end_line
-        self.log.write(WARNING if code else INFO, template.format(kind=child.kind, code=code))
+        self.log.write(WARNING if code else INFO, template.format(
+            label=child.cycle.label, kind=child.kind, code=code))
         if child.closes:
             self.end_close(child.cycle, code)
             return

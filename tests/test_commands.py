@@ -322,8 +322,9 @@ class RunTest(CommandCase):
                       text)
         self.assertIn(label + "Running command '%s a 'b c''\n" % path, text)
         self.assertIn("(stanza #1) user 'bob' (client 3.0.0) ran a command\n", text)
-        self.assertTrue(text.endswith("CMD_EXEC: out: a 'b c'\nCMD_EXEC: err\n"
-                                      "CMD_EXEC: command returned 3, pid_status: 3\n"), text)
+        self.assertTrue(text.endswith(
+            f"CMD_EXEC: out: a 'b c'\nCMD_EXEC: err\n{label}CMD_EXEC: command returned 3, "
+            "pid_status: 3\n"), text)
         self.assertEqual(1, self.made.tally.counts["accepted"])
         self.assertEqual({}, self.firewall.rules)
 
@@ -404,7 +405,8 @@ class RunTest(CommandCase):
                 ("exec >&- 2>&-; exit 0", 0, ""), (":", 0, "")):
             with self.subTest(text=text):
                 said = self.run_command(self.script(text))
-                shown = [line[10:] for line in said.splitlines() if line.startswith("CMD_EXEC: ")]
+                shown = [line.partition("CMD_EXEC: ")[2] for line in said.splitlines()
+                         if "CMD_EXEC: " in line]
                 self.assertEqual("command returned 0, pid_status: 0", shown.pop())
                 self.assertEqual(lines, len(shown))
                 self.assertEqual(last, shown[-1] if shown else "")
@@ -415,7 +417,7 @@ class RunTest(CommandCase):
         begin = time.monotonic()
         text = self.run_command(self.script("sleep 60 & echo $! > pid; echo done"))
         os.kill(int(self.read("pid")), signal.SIGKILL)
-        self.assertIn("CMD_EXEC: done\nCMD_EXEC: command returned 0", text)
+        self.assertIn("CMD_EXEC: done\n[10.55.0.2] (stanza #1) CMD_EXEC: command returned 0", text)
         self.assertLess(time.monotonic() - begin, 30 * slowness())
 
     def test_timeout(self) -> None:
@@ -519,9 +521,9 @@ class CycleTest(CommandCase):
                  label + "Running CMD_CYCLE_CLOSE command in 1 seconds: %s/close 10.55.0.2 22"
                  % path,
                  "(stanza #1) user 'bob' (client 3.0.0) opened 10.55.0.2 -> 0.0.0.0/0 tcp/22 for 1 "
-                 "seconds", "CMD_CYCLE_OPEN: command returned 0, pid_status: 0",
+                 "seconds", label + "CMD_CYCLE_OPEN: command returned 0, pid_status: 0",
                  label + "Timer expired, running CMD_CYCLE_CLOSE command: %s/close 10.55.0.2 22"
-                 % path, "CMD_CYCLE_CLOSE: command returned 0, pid_status: 0"]
+                 % path, label + "CMD_CYCLE_CLOSE: command returned 0, pid_status: 0"]
         self.assertEqual(lines, text.splitlines()[-len(lines):])
         self.assertEqual(0, self.firewall.prepared)
 
@@ -845,8 +847,8 @@ class NoticeTest(CommandCase):
                 self.assertLess(text.index("Added access rule"), text.index("opened"))
                 self.assertEqual(["open 10.55.0.2 22"], self.got())
                 self.assertIn("[10.55.0.2] (stanza #1) Running ON_OPEN command: %s/open "
-                              "10.55.0.2 22\nON_OPEN: command returned 0" % self.directory,
-                              self.logged())
+                              "10.55.0.2 22\n[10.55.0.2] (stanza #1) ON_OPEN: command returned 0"
+                              % self.directory, self.logged())
                 end(made)
                 self.assertEqual(["open 10.55.0.2 22", "close 10.55.0.2 22"], self.got())
                 self.assertEqual({}, made.access.notices)
@@ -884,7 +886,8 @@ class NoticeTest(CommandCase):
     def test_the_door_never_depends_on_it(self) -> None:
         """It opens and closes in time whatever its command does, and all of that is logged."""
         for name, opening, said in (
-                ("fails", "echo no; exit 3", "ON_OPEN: no\nON_OPEN: command returned 3,"),
+                ("fails", "echo no; exit 3", "ON_OPEN: no\n[10.55.0.2] (stanza #1) ON_OPEN: "
+                 "command returned 3,"),
                 ("hangs", "sleep 60", "command runs for too long (CMD_EXEC_TIMEOUT)"),
                 ("is gone", "", "ON_OPEN: command returned 127,")):
             with self.subTest(name):

@@ -156,7 +156,9 @@ LIVES = (
     Life("command", "", STANZA + "ENABLE_CMD_EXEC Y\n", (), (
         (lambda: packet(kind=0, text=CLIENT4 + ",echo" + " x" * 30), (
             MATCH % 1, r"^   Message Type: 0 \(Command msg\)$",
-            "Error converting cmd str to argv")),)),
+            "Error converting cmd str to argv")),
+        (lambda: packet(kind=0, text=CLIENT4 + ",true"), (
+            r"^\[10\.55\.0\.2\] \(stanza #1\) CMD_EXEC: command returned 0, pid_status: 0$",)))),
     Life("another destination", "", MASK, (), ((OPEN, (
         r"^\(stanza #1\) SPA packet \(10\.55\.0\.2 -> 10\.55\.0\.1\) filtered by SOURCE and/or "
         "DESTINATION criteria$",)),)),
