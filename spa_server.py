@@ -2419,7 +2419,7 @@ def parse_permission(text: str) -> str:
 def key_ids(*lengths: int) -> Callable[[str], FrozenSet[str]]:
     """Return a parser of comma lists of key ids that have so many hex digits."""
     def parse(text: str) -> FrozenSet[str]:
-        ids = [item.replace(" ", "").upper() for item in list_items(text) if text]
+        ids = [item.replace(" ", "").upper() for item in list_items(text.rstrip(",")) if text]
         expect(all(len(each) in lengths and not each.strip("0123456789ABCDEF") for each in ids),
                " or ".join(map(str, lengths)) + " hex digits, with commas between the keys")
         return frozenset(ids)

@@ -122,6 +122,7 @@ class ServerLineTest(ConfigCase):
                 (server.parse_ports, "tcp/22 // x, udp/53", None),
                 (server.parse_steps, "22 (a),53:udp // x", ((server.TCP, 22), (server.UDP, 53))),
                 (server.key_ids(8), "abcdef12, 12345678 # joe", {"ABCDEF12", "12345678"}),
+                (server.key_ids(8), "ABCDEF12,", {"ABCDEF12"}),
                 (lambda text: list(map(str, server.Networks(text).networks)),
                  "10.0.0.0/8 (office), 192.168.0.1 # home", ["10.0.0.0/8", "192.168.0.1/32"]),
                 (lambda text: "{} {}".format(*server.parse_nat_target(text)), "10.0.0.1 22 # x",
