@@ -426,7 +426,7 @@ BAD_STANZA = (
     ("GPG_ALLOW_NO_PW 1", "Y or N"), ("GPG_REQUIRE_SIG 1", "Y or N"),
     ("GPG_DISABLE_SIG -", "Y or N"), ("GPG_IGNORE_SIG_VERIFY_ERROR 1", "Y or N"),
     ("GPG_REMOTE_ID 1234567", "8 or 16 or 40"), ("GPG_REMOTE_ID 1234567G", "8 or 16 or 40"),
-    ("GPG_REMOTE_ID 12345678,", "8 or 16 or 40"), ("GPG_REMOTE_ID 0x12345678", "8 or 16 or 40"),
+    ("GPG_REMOTE_ID ,12345678", "8 or 16 or 40"), ("GPG_REMOTE_ID 0x12345678", "8 or 16 or 40"),
     ("GPG_REMOTE_ID 12345678 12345678 1", "8 or 16 or 40"), ("GPG_REMOTE_ID bob@x", "hex digits"),
     ("GPG_FINGERPRINT_ID 12345678", "40 hex"), ("GPG_FINGERPRINT_ID " + "A" * 39, "40 hex"),
     ("GPG_NO_SUCH_NAME 1", "unknown directive"),
