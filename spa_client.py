@@ -2084,8 +2084,7 @@ def read_private(path: str, pipe: bool = False) -> str:
                 raise ConfigError(f"{path}: expected a file")
             if hasattr(os, "geteuid"):
                 if status.st_mode & 0o077:
-                    warn(f"{path}: permissions should only be user read/write "
-                         "(0600, -rw-------)")
+                    warn(f"{path}: permissions should only be user read/write (0600, -rw-------)")
                 if status.st_uid != os.geteuid():
                     warn(f"{path}: not owned by current effective user id")
             return decode_text(file.read())

@@ -184,6 +184,8 @@ BEHAVIOUR = (
      "test_log.test_what_is_open_already"),
     ("-v logs no key, no line of access.conf and no hex dump", "logs are kept and shown",
      "test_live_log.test_both"),
+    ("-v shows a packet whose key is proven", "junk would fill the log",
+     "test_server.test_verbose"),
     ("the fields of a GPG packet have no `GPG ...` lines", "a line of its own tells who signed it",
      "test_live_gpg.test_a_signer_that_nobody_named"),
     ("-T shows a GPG packet without decrypting it", "only the server should have that key",

@@ -880,6 +880,8 @@ class LogTest(ServerCase):
             self.assertIn("\n" + line + "\n", text)
         self.assertNotIn("s3cret", text)
         self.assertNotIn("SPA Field", self.logged())
+        made.gate.receive(datagram(Sender(hmac_key=b"other").packet(timestamp=NOW)))
+        self.assertNotIn("SPA Packet: '", self.logged())  # of what anybody can send
 
     def test_verbose_stanzas(self) -> None:
         """VERBOSE 2 shows the stanzas in force, without keys."""
