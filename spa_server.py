@@ -1136,6 +1136,8 @@ class Line(NamedTuple):
         name, mistake = find_mistake(f"{self.name} {self.value}", file_of)
         if self.name.startswith("["):
             mistake = "a stanza with a [name] is the client's, and belongs in its ~/.fwknoprc"
+        elif self.name.lower().lstrip("%")[:7] == "include" and self.name not in INCLUDES:
+            mistake = f"expected {', '.join(INCLUDES[:2])} or {INCLUDES[2]}, in small letters"
         return self._replace(name=name or self.name).error(mistake or text)
 
 

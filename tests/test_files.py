@@ -82,6 +82,10 @@ class IncludeTest(FilesCase):
         self.put(a_conf="%include HERE/b\nOPEN_PORTS tcp/22\n")
         self.assertEqual("a.conf:2: OPEN_PORTS: expected a SOURCE line first: it begins a stanza",
                          self.refusal())
+        for word in ("include", "%INCLUDE", "%Include_Keys"):
+            self.put(a_conf=word + " HERE/b\n" + stanza("ANY"))
+            self.assertEqual("a.conf:1: expected %include, %include_folder or %include_keys, in "
+                             "small letters", self.refusal())
         self.put(a_conf=stanza("ANY", "%include HERE/b"), b="OPEN_PORTS tcp/22\n")
         self.assertEqual("b:1: OPEN_PORTS: expected a SOURCE line first: it begins a stanza",
                          self.refusal())
