@@ -9166,16 +9166,15 @@ class OspaGate:
         rejection: PacketRejected = WrongKey("OpenSPA signature",
                                              f"OpenSPA: no client {uuid} has signed this")
         canonical = encode_base64(DIGESTS["SHA256"](header + packet))
-        signed, unseen = (datagram.source, digest_of(canonical)), canonical
+        signed, unseen = (datagram.source, digest_of(canonical)), [canonical]
         for stanza in stanzas:
             try:
                 client = self.spend(read_client_key, str(stanza.openspa_clients), uuid)
                 if not client or not self.spend(client.verify, header + packet, signature):
                     continue
-                ask = partial(self.ask, datagram, fields, unseen, uuid, stanza, client)
-                unseen = b""  # it is remembered for the stanzas that follow
                 # One byte is all that tells apart the requests that a client makes in one second.
-                return self.answer(signed, ask)
+                return self.answer(signed, partial(self.ask, datagram, fields, unseen, uuid,
+                                                   stanza, client))
             except (OSError, ConfigError) as error:
                 if self.log.rejections.allows():  # anybody with our public key can cause it
                     self.log.error(f"(stanza #{stanza.number}) {explain(error)}")
@@ -9186,12 +9185,13 @@ class OspaGate:
                 rejection = reason if isinstance(rejection, WrongKey) else rejection
         raise rejection
 
-    def ask(self, datagram: Datagram, fields: OspaFields, unseen: bytes, uuid: str, stanza: Stanza,
-            client: RsaKey) -> bytes:
+    def ask(self, datagram: Datagram, fields: OspaFields, unseen: List[bytes], uuid: str,
+            stanza: Stanza, client: RsaKey) -> bytes:
         """Ask for access by a stanza. Once the doors are open, return the answer, signed."""
         if unseen:  # before anything opens: a crash must not allow a replay
             self.gate.memory.check_fresh(fields.timestamp)
-            self.gate.memory.remember(unseen, datagram)
+            self.gate.memory.remember(unseen[0], datagram)
+            unseen.clear()  # the stanzas that follow find it remembered
         (first, last), target = fields.ports, parse_address(socket_text(fields.target))
         address = parse_address(socket_text(fields.client))
         names = {number: name for name, number in PROTOCOL_NUMBERS.items()}

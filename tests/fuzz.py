@@ -884,8 +884,7 @@ def openspa_fields(ground: Ground) -> Work:
     def feed(data: bytes) -> None:
         fields = server.decode_ospa(data, False)
         try:
-            assert made.ospa.ask(came, fields, b"", FIRST["client_uuid"], stanza,
-                                 ground.own)
+            assert made.ospa.ask(came, fields, [], FIRST["client_uuid"], stanza, ground.own)
         finally:
             check_doors(ground, made)
         made.gate.memory.check_fresh(fields.timestamp)
