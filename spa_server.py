@@ -398,25 +398,25 @@ class Aes:
         The state has one row after the other (section 3.4), in a row one column after the other,
         and in a column its byte of each block. That takes half the time of block by block.
         """
-        size, row, column, number = len(text), len(text) // 4, len(text) // 16, int.from_bytes
+        size, row, blocks = len(text), len(text) // 4, len(text) // 16  # bytes, bytes, their number
         box, factors = self.tables.invert()
         words = struct.pack(f">{len(self.words)}I", *self.words)
         once = bytes([words[i + index] for i in range(0, len(words), 16) for index in self.order])
-        state, keys = b"".join([text[i::16] for i in self.order]), bytearray(len(words) * column)
-        for i in range(column):
-            keys[i::column] = once  # the bytes of all round keys, in the order of a state
+        state, keys = b"".join([text[i::16] for i in self.order]), bytearray(len(words) * blocks)
+        for i in range(blocks):
+            keys[i::blocks] = once  # all round keys as states: each byte once for each block
         for start in range(len(keys) - size, -1, -size):
             state = exclusive_or(state, bytes(keys[start:start + size]))  # AddRoundKey
-            if 0 < start < len(keys) - size:  # InvMixColumns: of its own row, and the next ones
+            if 0 < start < len(keys) - size:  # InvMixColumns: 14 times a row, 11 times the next...
                 rows = state + state
-                a, b, c, d = [number(rows[i * row:i * row + size].translate(factor), "big")
+                a, b, c, d = [int.from_bytes(rows[i * row:i * row + size].translate(factor), "big")
                               for i, factor in enumerate(factors)]
                 state = (a ^ b ^ c ^ d).to_bytes(size, "big")
-            if start:  # InvShiftRows and InvSubBytes
-                state = b"".join([state[end - i * column:end] + state[end - row:end - i * column]
+            if start:  # InvShiftRows, which turns row i by i columns, and InvSubBytes
+                state = b"".join([state[end - i * blocks:end] + state[end - row:end - i * blocks]
                                   for i, end in enumerate(range(row, size + 1, row))])
                 state = state.translate(box)
-        return b"".join([state[i + j::row] for i in range(column) for j in range(0, row, column)])
+        return b"".join([state[i + j::row] for i in range(blocks) for j in range(0, row, blocks)])
 
 
 def exclusive_or(left: bytes, right: bytes) -> bytes:
