@@ -925,11 +925,10 @@ class DumpTest(ConfigCase):
                                                    value))
                          for name, value in parse_dump(part).items() if name in each.texts)
                  for part, each in zip(parts, [first, *stanzas])]
-        self.assertEqual(comparable(first), comparable(self.settings(texts[0])))
-        again = self.stanzas("".join(texts[1:]))
-        for old, new in zip(stanzas, again):
-            self.assertEqual(comparable(old), comparable(new))
-            self.assertEqual(set(old.texts), set(new.texts))
+        again = [self.settings(texts[0]), *self.stanzas("".join(texts[1:]))]
+        for shown in (comparable, lambda each: [each.is_set(row) for row in each.rows()
+                                                if not isinstance(row, server.Ignored)]):
+            self.assertEqual(list(map(shown, [first, *stanzas])), list(map(shown, again)))
 
     def test_round_trip(self) -> None:
         """The dump parses back to the same settings."""

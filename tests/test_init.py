@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import unittest
@@ -335,18 +336,22 @@ class InitTest(CableCase):
         """Its warnings come to the terminal as well; without a syslog, all that it says."""
         program, conf = (os.path.join(self.directory, name) for name in ("knockd", "knockd.conf"))
         os.symlink(SPA_SERVER[1], program)
-        write(conf, "[options]\nUseSyslog\n[door]\nSequence = 7000\nCommand = true\n")
+        write(conf, "[options]\nUseSyslog\nInterface = nosuch0,nosuch1\n[door]\n"
+              "Sequence = 7000\nCommand = true\n")
         dev = ("mkdir -p $0 && mount --rbind /dev $0 && mount -t tmpfs dev /dev && "
                "ln -s $0/null /dev && ")
         for syslog in ("ln -s $0/null /dev/log; ", ""):
             process = self.host.start(
                 "unshare", "-m", "sh", "-c", dev + syslog + 'exec "$@"', program + ".dev",
-                sys.executable, program, "-c", conf, "-i", "nosuch0", "-p", program + ".pid")
-            process.wait_for("Interface nosuch0 does not exist")
+                sys.executable, program, "-c", conf, "-p", program + ".pid")
+            process.wait_for("Interface nosuch1 does not exist")
             if syslog:
                 self.assertNotIn("starting up", process.output())
                 process.end()
-        process.wait_for("starting up, listening on nosuch0")
+        self.assertEqual("starting up, listening on nosuch0,nosuch1",
+                         process.wait_for("starting up"))
+        process.popen.send_signal(signal.SIGHUP)
+        self.assertEqual("re-reading config file: " + conf, process.wait_for("re-reading"))
         self.assertIn("UseSyslog: there is no /dev/log, as in most containers", process.output())
 
 

@@ -148,7 +148,8 @@ class CommandTest(CommandCase):
         lines = [line for line in server.log(began).splitlines() if "CMD_EXEC: " in line]
         self.assertEqual(2, lines.count("CMD_EXEC: (and more)"))
         self.assertLess(len(lines), 30)
-        self.assertEqual(2, "\n".join(lines).count("CMD_EXEC: command returned 0, pid_status: 0"))
+        self.assertEqual(2, lines.count(f"[{CLIENT4}] (stanza #1) CMD_EXEC: command returned 0, "
+                                        "pid_status: 0"))
 
     def test_rejected(self) -> None:
         """Each bad command is rejected with a reason, and nothing runs."""

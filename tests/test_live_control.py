@@ -346,7 +346,8 @@ class ListTest(ControlTest):
                 code, text = server.command("--fw-list-all")
                 self.assertEqual(0, code, text)
                 self.assertEqual(2, len(self.listed(server, "--fw-list-all")))
-                tail = text.partition(" rules in applicable tables...")[2]
+                tail = text.partition("\nListing all %s rules in applicable tables...\n"
+                                      % config.split()[-1][:-1])[2]
                 for words in expected:
                     self.assertIn(words, tail)
                 server.stop()
