@@ -10962,7 +10962,7 @@ f foreground        -      foreground           stay in the foreground, even whe
 - daemon            -      daemon               go to the background, and log to syslog
 - syslog-enable     -      syslog               log to syslog too
 t test              -      test                 judge and log packets, leave the firewall alone
-v verbose           -      VERBOSE=1            log more
+v verbose           -      VERBOSE=1            log more; -v -v: the settings in force, too
 - init              PORTS  init                 make keys and files to hide PORTS, and serve
 - trial             SECONDS trial               open the guard again then, unless a knock came
 - print-client      -      print_client         print a client's stanza; [NAME] may follow
