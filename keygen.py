@@ -709,7 +709,7 @@ def lock_directory(path: str, stack: contextlib.ExitStack) -> int:
 
 def read_file(name: str, directory: Optional[int], create: bool
               ) -> Tuple[bytes, Optional[os.stat_result]]:
-    """Return the bytes of a regular file in an open directory, and its status.
+    """Return the bytes of a regular file, and its status; without `directory` a path is its name.
 
     If it is missing and `create` allows that, return b"" and None. A file with a second name in
     another user's directory is an error: like a link, it may lead to one that only we can write.

@@ -3602,7 +3602,7 @@ class Knock:
             is_http, request = settings.protocol == "http", ""
             if is_http and settings.verbose and settings.server:
                 request = "\n" + decode_text(encode_http(settings, packet)).replace("\r", "")
-            say(f"{dump}{request}\n{'T' if is_http else 't'}est mode enabled, "
+            say(f"{dump}{request}\n{'T' if is_http else 't'}est mode enabled, "  # as in fwknop
                 "SPA packet not actually sent.")
             if settings.verbose:  # fwknop decodes its packet for the last dump; ours has no need
                 body = packet[:len(packet) - self.tag_length]
@@ -3840,8 +3840,8 @@ def run(arguments: "List[str]", as_knock: bool) -> bool:
                 if first.verbose:
                     say(f"add_single_var_to_rc() : Updating param ({DIRECTIVE_NAMES.index(name)}) "
                         f"{name} to {'a new key' if name in SECRET_NAMES else value}")
-        shown = first.test and ("save_args_file" not in given or "last_command" in given)
-        path = None if shown or first.no_save_args or first.diagnose else saved
+        keeps = not first.test or ("save_args_file" in given and "last_command" not in given)
+        path = None if not keeps or first.no_save_args or first.diagnose else saved
         link = knock_at_all(several, operands, command, lambda: save_arguments(given, path))
         if Notes.found is not None:
             print_found(Notes.found, rc_path(given), first.quiet)

@@ -1301,8 +1301,8 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     """Parse a directive: a name, blanks, and a value up to a semicolon or the line's end.
 
     Only a comment may follow the semicolon: to ignore the rest of a list such as RESTRICT_PORTS
-    would open more. `colon` says whether a colon may follow the name (access.conf). The value keeps
-    the blanks at its end: they belong to a key.
+    would open more. It is `# x` or, behind a blank, `// x`, since base64 has slashes. `colon` says
+    whether a colon may follow the name (access.conf). A value keeps its last blanks, for keys.
     """
     text = raw.partition("\r")[0].lstrip(" \t")
     if not text or text[0] in "#;":
@@ -1310,8 +1310,8 @@ def parse_line(path: str, number: int, raw: str, colon: bool) -> Optional[Line]:
     name = text.replace("\t", " ").partition(" ")[0]
     value, _, rest = text[len(name):].lstrip(" \t\v\f").partition(";")
     line = Line(path, number, name.rstrip(":") if colon else name, value)
-    changes = colon or not isinstance(ServerSettings.row(name), Ignored)  # else nothing is lost
-    if (changes and not value.strip(" \t")) or "\0" in text:
+    is_ignored = not colon and isinstance(ServerSettings.row(name), Ignored)  # and so may be empty
+    if not (is_ignored or value.strip(" \t")) or "\0" in text:
         raise line.misread("expected a value" + (" without zero bytes" if "\0" in text else ""))
     if rest.replace("\t", " ").replace(" //", "#").lstrip(" ;")[:1] not in ("", "#"):
         raise line.error("expected nothing, or a # and a comment, behind the semicolon")
@@ -1355,7 +1355,7 @@ def folder_files(folder: str) -> List[str]:
 
 
 def drop_comment(text: str) -> str:
-    """Return the beginning of a value, up to a comment: #, // or parentheses, the last thing."""
+    """Return a value without the comment at its end: `# x`, `// x` or `(x)`."""
     value, _, comment = text.partition("#")[0].partition("//")[0].partition("(")
     expect(not comment.partition(")")[2].strip(" \t;,"), "nothing behind the parenthesis")
     return value
@@ -2134,7 +2134,7 @@ def parse_steps(text: str) -> Tuple[Step, ...]:
     steps = []
     text = text.replace(";", "#")
     ports, _, comment = text.replace("//", "#").replace("(", "#").partition("#")
-    expect(not comment or ports[-1:] in ("", " ", "\t"), "a blank before the # or ; of a comment")
+    expect(not comment or ports[-1:] in ("", " ", "\t"), "a blank before a comment's #, ;, // or (")
     for item in list_items(text):
         port, colon, protocol = (part.strip(" \t").lower() for part in item.partition(":"))
         port = port[port.startswith("+"):]
@@ -2477,8 +2477,9 @@ def parse_group(text: str, or_user: bool = False) -> int:
     if number is None and or_user:
         with contextlib.suppress(ValueError):
             number = parse_account(text).gid
-    expect(number is not None, "a group of this host")
-    return number or 0
+    if number is None:
+        raise ValueError("expected a group of this host")
+    return number
 
 
 def parse_template(text: str) -> Tuple[str, ...]:
@@ -6879,8 +6880,6 @@ def iptables_firewall(settings: ServerSettings, program: Optional[str], log: Log
 
 GRANTS, REST, GUARD = "grants", "rest", "guard"  # parts of ours; the rest is chains, sets, jumps
 NOTHING_THERE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # no nf_tables, or no such table
-
-
 # What is left of ours in one table: a text about each piece, and a function to remove all.
 Leftover = Tuple[List[str], Callable[[], None]]
 
@@ -8168,7 +8167,7 @@ class Configuration(NamedTuple):
         return self.knockd is not None and not self.stanzas
 
     def words(self, fwknopd: str, knockd: str = "") -> str:
-        """Return the words of the program that this server stands in for."""
+        """Return fwknopd's text; if it only serves a knockd.conf, knockd's, or nothing."""
         return knockd if self.is_knockd else fwknopd
 
     def listenings(self) -> List[Listening]:
@@ -11502,8 +11501,8 @@ def run_on_firewall(arguments: Arguments, log: Log) -> None:
         firewall = firewall_there(arguments, settings, log, False)
         say(list_grants(firewall, read_openers(openers_file(settings))))
         if "list_all" in arguments:
-            name = "".join(firewall.identity[:1])
-            say(f"\nListing all {name} rules in applicable tables...\n{firewall.listing()}")
+            kind = " ".join(["all", *firewall.identity[:1]])
+            say(f"\nListing {kind} rules in applicable tables...\n{firewall.listing()}")
 
 
 def run_init(arguments: Arguments, settings: ServerSettings, trial: int = 0) -> ServerSettings:

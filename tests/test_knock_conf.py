@@ -57,7 +57,7 @@ class ParserTest(ConfigCase):
                     "expected ports such as `7000, 8000:udp, 100:icmp`, without quotes",
                     "expected at most 32 ports",
                     "expected no comma in the comment: fwknopd and knockd read on behind it",
-                    "expected a blank before the # or ; of a comment"))
+                    "expected a blank before a comment's #, ;, // or ("))
 
     def test_flags(self) -> None:
         """Flags are set or clear, in any case; the last of two wins; there may be none."""
@@ -116,7 +116,7 @@ GRAMMAR = (
     ("[d]\nSequence = 7000,-1\n", "2: Sequence: expected ports such as", True),
     ("[d]\nSequence = 7000,\n", "2: Sequence: expected ports such as", True),
     ("[d]\nSequence = 7000:udp:x\n", "2: Sequence: expected ports such as", True),
-    ("[d]\nSequence = 7000;8000\n", "2: Sequence: expected a blank before the # or ;", True),
+    ("[d]\nSequence = 7000;8000\n", "2: Sequence: expected a blank before a comment's #, ;,", True),
     (DOOR + "Cmd_Timeout = 1h\n", "3: Cmd_Timeout: expected seconds, 0 to 8388608", True),
     (DOOR + "Seq_Timeout = 0\n", "3: Seq_Timeout: expected seconds, 1 to 8388608", True),
     (DOOR + "Seq_Timeout = soon\n", "3: Seq_Timeout: expected seconds, 1 to 8388608", True),
