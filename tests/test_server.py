@@ -1313,6 +1313,19 @@ class GrantsTest(ServerCase):
         self.assertEqual(1000, len(self.firewall.rules))
         self.assertEqual([], self.later(10))
 
+    def test_prolonged_for_hours(self) -> None:
+        """By a client that does not stop: ends that no longer count are not kept."""
+        self.grants.grant([self.ssh], 30)
+        self.grants.grant([self.dns], 3600)
+        for _ in range(2 * server.MAX_GRANTS):
+            grant = self.grants.live[self.ssh]
+            self.grants.enter(grant._replace(ends=grant.ends + 0.01))
+        self.grants.grant([self.ssh], 1800)
+        self.assertLess(len(self.grants.ends), server.MAX_GRANTS + 5)
+        self.assertEqual(["tcp/22", "udp/53"], self.later(1799))
+        self.assertEqual(["udp/53"], self.later(1))
+        self.assertEqual([], self.later(1800))
+
     def test_the_wall_clock_does_not_keep_a_door_open(self) -> None:
         """Jumps in both directions leave the time as it was."""
         for seconds in (-3600, 3600):

@@ -25,7 +25,7 @@ MAX_WIDTH = 100
 MAX_FUNCTION = 60
 MAX_CLASS = 300
 MAX_FAMILY = 400  # lines of a class with all its ancestors in the file
-MAX_LINES = {"spa_server.py": 11707, "spa_client.py": 3878, "keygen.py": 1082}
+MAX_LINES = {"spa_server.py": 11710, "spa_client.py": 3878, "keygen.py": 1082}
 TOP_LEVEL = {"spa_server.py", "spa_client.py", "keygen.py", "tests", "README.md", "LICENSE"}
 
 # Small routers do not have these, so no script may need them to start.
