@@ -2798,7 +2798,7 @@ def resolve_address(settings: Settings, family: int, link: "Optional[socket.sock
 
 
 def fetch(page: "Tuple[str, str, int, str]", agent: str, family: int, hops: int = 3) -> bytes:
-    """Return the body of a web page; raise SpaError unless it comes within NETWORK_SECONDS.
+    """Return the body of a web page; raise SpaError if a page takes longer than NETWORK_SECONDS.
 
     It may lead to another one, as pages of HTTP lead to HTTPS: `hops` times, and never back.
     """

@@ -149,7 +149,8 @@ class CommandLineTest(KnockCase):
         """Pause after every knock but the last, as given or drawn from a range; by default not."""
         words = ["--knock", HOST, "1", "2", "3"]
         self.assertEqual([0, 0], self.pauses(*words))
-        self.assertEqual([100, 100], self.pauses(*words, "-d", "100ms"))
+        for delay in ("100", "100ms"):
+            self.assertEqual([100, 100], self.pauses(*words, "-d", delay))
         drawn = [each for _ in range(50) for each in self.pauses(*words, "-d", "100-103")]
         self.assertEqual({100, 101, 102, 103}, {round(each) for each in drawn})
 
