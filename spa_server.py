@@ -1210,7 +1210,7 @@ class Settings:
 
     def set_defaults(self) -> None:
         """Give each unset directive its default. Call this after the last file is read."""
-        self.__dict__.update({**self.defaults(), **self.__dict__})
+        self.__dict__ = {**self.defaults(), **self.__dict__}  # update() would double its size
         for row in self.rows() if self.expands else ():  # the rest begin with $FWKNOP_RUN_DIR
             if row.attribute not in self.__dict__:
                 self.__dict__[row.attribute] = row.parse(self.expand(row.default))

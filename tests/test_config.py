@@ -7,6 +7,7 @@ import base64
 import ipaddress
 import os
 import re
+import sys
 import time
 import unittest
 from typing import Any, Dict, List, Tuple
@@ -683,6 +684,8 @@ class StanzaTest(ConfigCase):
         self.assertTrue(first.open_ports)
         self.assertFalse(second.open_ports)
         self.assertFalse(second.hmac_key)
+        values = vars(first)  # of 10,000 stanzas none may take more memory than it needs
+        self.assertLessEqual(sys.getsizeof(values), sys.getsizeof(dict.fromkeys(list(values))))
 
     def test_files_that_are_not_enough(self) -> None:
         """A file needs a stanza, nothing before the first SOURCE, and keys in each stanza."""
