@@ -113,7 +113,7 @@ class ServerLineTest(ConfigCase):
                 self.assertEqual(bool(wanted), name in said, said)
 
     def test_comments(self) -> None:
-        """What stands before a comment counts, and a list has no comma in one."""
+        """A value ends before its comment, and the comment of a list has no comma."""
         ports, seconds = {("tcp", 22), ("udp", 53)}, server.integer(0, 99, "seconds")
         for parse, text, value in (
                 (seconds, "60 // x", 60), (seconds, "60 (a minute)", 60), (seconds, "60,", 60),
