@@ -7386,7 +7386,7 @@ class Grants:
         self.live[grant.door] = grant
         self.count += 1
         heapq.heappush(self.ends, (grant.ends, self.count, grant))
-        if len(self.ends) > 2 * len(self.live) + MAX_GRANTS:  # who prolongs may do so for hours
+        if len(self.ends) > 2 * len(self.live) + MAX_GRANTS:  # a client may prolong one for hours
             self.ends = [each for each in self.ends if self.live.get(each[2].door) is each[2]]
             heapq.heapify(self.ends)
 

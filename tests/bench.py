@@ -685,7 +685,7 @@ PAUSE = 0.05  # seconds between packets that come one at a time
 
 
 def many_stanzas(count: int) -> str:
-    """Returns an access.conf of `count` stanzas, the last of which is STANZA."""
+    """Returns an access.conf of `count` stanzas; STANZA is the last."""
     return "".join("SOURCE ANY\nKEY key%d\nHMAC_KEY hmac%d\n" % (number, number)
                    for number in range(1, count)) + STANZA
 
